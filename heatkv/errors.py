@@ -1,0 +1,35 @@
+"""The typed errors of HeatKV. Every message names the value, the limit and the way out."""
+
+from __future__ import annotations
+
+
+class HeatKVError(Exception):
+    """Base of everything HeatKV raises on purpose; the command line prints it in one line and exits with 2."""
+
+
+class ScheduleError(HeatKVError):
+    """A scale schedule that is malformed or unknown."""
+
+
+class BudgetError(HeatKVError):
+    """A budget that cannot be read or cannot be kept."""
+
+
+class PlanError(HeatKVError):
+    """A plan that is malformed or does not belong to the model it is used with."""
+
+
+class StatisticsError(HeatKVError):
+    """Calibration statistics that are malformed, missing, or measured on something else."""
+
+
+class PolicyError(HeatKVError):
+    """A policy that is unknown, misconfigured, or could not produce a plan."""
+
+
+class ModelError(HeatKVError):
+    """A model that is unknown, or weights that do not fit it."""
+
+
+class FormatError(HeatKVError):
+    """A file that is unreadable, truncated, or of another format or version."""

@@ -1,0 +1,35 @@
+"""The embedded model `emoji`: a small VAR that ships with the package, trained by this project."""
+
+from __future__ import annotations
+
+from heatkv.models.var import VARConfig
+from heatkv.models.vqvae import VQVAEConfig
+
+CLASSES: tuple[str, ...] = tuple(
+    (
+        "apple banana grapes watermelon strawberry cherries pineapple lemon carrot corn mushroom eggplant avocado pizza "
+        "hamburger doughnut cupcake coffee beer wine_glass lollipop cat panda_face pig frog penguin tropical_fish "
+        "ladybug turtle sunny crescent_moon star rainbow snowman_without_snow evergreen_tree palm_tree cactus tulip "
+        "sunflower four_leaf_clover maple_leaf fire droplet earth_africa car umbrella balloon gift heart soccer "
+        "basketball alarm_clock key lock bell crown tophat skull jack_o_lantern robot_face alien grinning sunglasses "
+        "magnet"
+    ).split()
+)
+"""The 64 class names, in label order (short names of the emoji data set)."""
+
+_SIDES = (1, 2, 3, 4, 6, 8, 10, 12)
+
+VQVAE_CONFIG = VQVAEConfig(
+    patch_sides=_SIDES, vocab_size=512, z_channels=16, channels=32, channel_multipliers=(1, 2, 4)
+)
+VAR_CONFIG = VARConfig(
+    patch_sides=_SIDES,
+    depth=12,
+    width=256,
+    heads=8,
+    num_classes=len(CLASSES),
+    vocab_size=512,
+    z_channels=16,
+    shared_adaln=True,
+    l2_norm=True,
+)

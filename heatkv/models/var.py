@@ -1,0 +1,237 @@
+"""VAR: the class-conditional next-scale transformer (Tian et al. 2024), from its published facts.
+
+The state dict has the public checkpoints' names. A model never sees a cache's insides: every block hands
+its queries, keys and values to one verb, `attend(layer, q, k, v)`, and adds what comes back.
+
+Shapes: R rows (images, doubled by guidance), N tokens of the running scale, C width, H heads, D head size,
+L tokens of all scales, V codes, Z code channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heatkv.schedule import ScaleSchedule
+
+_MAX_LOG_SCALE = math.log(100)
+_NORM_EPS = 1e-6
+
+
+class Attend(Protocol):
+    """What a block calls: attention of this scale's queries over whatever the implementation still holds.
+
+    q, k, v are (rows, heads, tokens, head size); q already carries the softmax scale. Returns q's shape.
+    """
+
+    def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class VARConfig:
+    """Everything the shapes of a VAR transformer depend on."""
+
+    patch_sides: tuple[int, ...]
+    depth: int
+    width: int
+    heads: int
+    num_classes: int = 1000
+    vocab_size: int = 4096
+    z_channels: int = 32
+    mlp_ratio: float = 4.0
+    shared_adaln: bool = False
+    l2_norm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return ScaleSchedule.square(self.patch_sides)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention of one block. Keys have no bias; with `l2_norm` every head learns its own temperature."""
+
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        width, heads = config.width, config.heads
+        self.heads = heads
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.l2_norm = config.l2_norm
+        if config.l2_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        self.proj = nn.Linear(width, width)
+
+    def qkv(self, u_RNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (scaled for a softmax of scale 1), keys as they are cached, and values."""
+        rows, tokens, width = u_RNC.shape
+        weight = self.mat_qkv.weight
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(weight.dtype)
+        qkv = F.linear(u_RNC.to(weight.dtype), weight, bias)
+        q, k, v = qkv.view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.l2_norm:
+            scale = self.scale_mul_1H11.clamp(max=_MAX_LOG_SCALE).exp()
+            q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
+            k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        else:
+            q = q * (0.25 / math.sqrt(q.shape[-1]))
+        return q, k, v
+
+    def project(self, out_RHND: Tensor) -> Tensor:
+        rows, heads, tokens, dim = out_RHND.shape
+        out: Tensor = self.proj(out_RHND.transpose(1, 2).reshape(rows, tokens, heads * dim))
+        return out
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        hidden = round(config.width * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.width, hidden)
+        self.fc2 = nn.Linear(hidden, config.width)
+
+    def forward(self, u_RNC: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(u_RNC.to(self.fc1.weight.dtype)), approximate="tanh"))
+        return out
+
+
+def _layer_norm(x_RNC: Tensor) -> Tensor:
+    return F.layer_norm(x_RNC, (x_RNC.shape[-1],), eps=_NORM_EPS)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each modulated by AdaLN (gain, shift and gate from the class)."""
+
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        self.attn = SelfAttention(config)
+        self.ffn = FeedForward(config)
+        self.shared_adaln = config.shared_adaln
+        if config.shared_adaln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+
+    def modulation(self, class_RC: Tensor, shared_R16C: Tensor | None) -> Tensor:
+        """(R, 6, 1, C): gates, gains and shifts of attention and feed-forward."""
+        if shared_R16C is not None:
+            vectors = shared_R16C + self.ada_gss
+        else:
+            vectors = self.ada_lin(class_RC).view(-1, 1, 6, class_RC.shape[-1])
+        return vectors.transpose(1, 2)
+
+    def forward(self, x_RNC: Tensor, modulation_R61C: Tensor, layer: int, cache: Attend) -> Tensor:
+        gate1, gate2, gain1, gain2, shift1, shift2 = modulation_R61C.unbind(1)
+        q, k, v = self.attn.qkv(torch.addcmul(shift1, _layer_norm(x_RNC), gain1 + 1))
+        x_RNC = torch.addcmul(x_RNC, self.attn.project(cache.attend(layer, q, k, v)), gate1)
+        return torch.addcmul(x_RNC, self.ffn(torch.addcmul(shift2, _layer_norm(x_RNC), gain2 + 1)), gate2)
+
+
+class _HeadNorm(nn.Module):
+    """The AdaLN before the logits: gain and shift only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x_RNC: Tensor, class_RC: Tensor) -> Tensor:
+        gain, shift = self.ada_lin(class_RC).view(-1, 1, 2, class_RC.shape[-1]).unbind(2)
+        return torch.addcmul(shift, _layer_norm(x_RNC), gain + 1)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the class decides once per image: its embedding (R, C) and every block's AdaLN vectors (R, 6, 1, C)."""
+
+    class_RC: Tensor
+    modulations: tuple[Tensor, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.class_RC.shape[0]
+
+
+class VAR(nn.Module):
+    """The transformer. The residual stream and the head stay in fp32; the blocks' matrices may be bf16 or fp16."""
+
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.schedule = config.schedule
+        width, total = config.width, self.schedule.total_tokens
+        self.word_embed = nn.Linear(config.z_channels, width)
+        self.class_emb = nn.Embedding(config.num_classes + 1, width)
+        self.pos_start = nn.Parameter(torch.empty(1, self.schedule.tokens[0], width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, total, width))
+        self.lvl_embed = nn.Embedding(len(self.schedule), width)
+        levels = torch.repeat_interleave(torch.arange(len(self.schedule)), torch.tensor(self.schedule.tokens))
+        self.register_buffer("lvl_1L", levels[None])
+        if config.shared_adaln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.head_nm = _HeadNorm(width)
+        self.head = nn.Linear(width, config.vocab_size)
+        for parameter in (self.pos_start, self.pos_1LC):
+            nn.init.trunc_normal_(parameter, std=math.sqrt(1 / width / 3))
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> VAR:
+        """Store the blocks' large matrices in `dtype`; everything else stays fp32."""
+        for block in self.blocks:
+            for linear in (block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2):
+                linear.to(dtype)
+        return self
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.blocks[0].attn.mat_qkv.weight.dtype
+
+    def condition(self, classes_R: Tensor) -> Condition:
+        """Class indices (R,), `num_classes` for "no class", to what the blocks need of them."""
+        class_RC = self.class_emb(classes_R)
+        shared = None
+        if self.config.shared_adaln:
+            shared = self.shared_ada_lin(class_RC).view(-1, 1, 6, class_RC.shape[-1])
+        return Condition(class_RC, tuple(block.modulation(class_RC, shared) for block in self.blocks))
+
+    def positions(self) -> Tensor:
+        """Position plus scale embedding of every token, (1, L, C)."""
+        return self.pos_1LC + self.lvl_embed(self.lvl_1L)
+
+    def first_input(self, condition: Condition) -> Tensor:
+        first = self.schedule.tokens[0]
+        start = condition.class_RC[:, None].expand(-1, first, -1) + self.pos_start
+        return start + self.positions()[:, :first]
+
+    def next_input(self, map_BZpp: Tensor, scale: int) -> Tensor:
+        """The input tokens of `scale`, (B, N, C), from the area-resized sum of codes."""
+        tokens = self.word_embed(map_BZpp.flatten(2).transpose(1, 2).float())
+        out: Tensor = tokens + self.positions()[:, self.schedule.slice(scale)]
+        return out
+
+    def hidden(self, x_RNC: Tensor, condition: Condition, cache: Attend) -> Tensor:
+        """The residual stream after the last block."""
+        for layer, block in enumerate(self.blocks):
+            x_RNC = block(x_RNC, condition.modulations[layer], layer, cache)
+        return x_RNC
+
+    def logits(self, hidden_RNC: Tensor, condition: Condition) -> Tensor:
+        """(R, N, V) in fp32."""
+        out: Tensor = self.head(self.head_nm(hidden_RNC.float(), condition.class_RC))
+        return out
+
+    def forward(self, x_RNC: Tensor, condition: Condition, cache: Attend) -> Tensor:
+        return self.logits(self.hidden(x_RNC, condition, cache), condition)

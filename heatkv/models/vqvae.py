@@ -1,0 +1,335 @@
+"""The multi-scale VQVAE of VAR: images to codes of every scale, and codes back to images.
+
+Written from the published facts about FoundationVision/VAR (Tian et al. 2024, "Visual Autoregressive
+Modeling", section 3); the state dict has the public checkpoints' names. One class serves the public
+`vae_ch160v4096z32` (stride 16) and the embedded `emoji` model (stride 4).
+
+Shapes: B images, Z code channels, P latent side, p side of a scale, H and W pixels, V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Index of the phi convolution for K scales and four shared convolutions. The rule is "nearest tick", but
+# ticks tie exactly for several K and the published weights were trained with one outcome of the rounding.
+_PHI_OF_SCALE: dict[int, tuple[int, ...]] = {
+    1: (0,),
+    2: (0, 3),
+    3: (0, 2, 3),
+    4: (0, 1, 2, 3),
+    5: (0, 1, 2, 2, 3),
+    6: (0, 0, 1, 2, 3, 3),
+    7: (0, 0, 1, 2, 2, 3, 3),
+    8: (0, 0, 1, 1, 2, 2, 3, 3),
+    9: (0, 0, 1, 1, 2, 2, 2, 3, 3),
+    10: (0, 0, 1, 1, 1, 2, 2, 3, 3, 3),
+    11: (0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3),
+    12: (0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3),
+    13: (0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3),
+    14: (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3),
+    15: (0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+    16: (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+}
+
+
+def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
+    """Which of `num_phi` shared convolutions serves `scale` of `num_scales` (VAR, section 3.3)."""
+    if num_phi == 1:
+        return 0
+    if num_phi == 4 and num_scales in _PHI_OF_SCALE:
+        return _PHI_OF_SCALE[num_scales][scale]
+    position = scale / max(num_scales - 1, 1)
+    edge = 1 / (3 * num_phi) if num_phi == 4 else 1 / (2 * num_phi)
+    ticks = [edge + (1 - 2 * edge) * j / (num_phi - 1) for j in range(num_phi)]
+    return min(range(num_phi), key=lambda j: (abs(ticks[j] - position), j))
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """Everything the shapes of a VQVAE depend on. `patch_sides` are the sides of the scales in tokens."""
+
+    patch_sides: tuple[int, ...]
+    vocab_size: int = 4096
+    z_channels: int = 32
+    channels: int = 160
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_phi: int = 4
+    residual_ratio: float = 0.5
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent position and side."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+    @property
+    def image_side(self) -> int:
+        return self.stride * self.patch_sides[-1]
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+
+class ResidualBlock(nn.Module):
+    """Two pre-activated convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = _conv3(in_channels, out_channels)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = _conv3(out_channels, out_channels)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.has_shortcut = in_channels != out_channels
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x_BCHW)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        shortcut: Tensor = self.nin_shortcut(x_BCHW) if self.has_shortcut else x_BCHW
+        return shortcut + h
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention over all positions of a feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        batch, channels, height, width = x_BCHW.shape
+        qkv = self.qkv(self.norm(x_BCHW)).reshape(batch, 3, channels, height * width)
+        q, k, v = qkv.transpose(2, 3).unbind(1)
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        projected: Tensor = self.proj_out(out.transpose(1, 2).reshape(batch, channels, height, width))
+        return x_BCHW + projected
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv3(channels, channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x_BCHW, scale_factor=2, mode="nearest"))
+        return out
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
+        return out
+
+
+class _Mid(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels)
+        self.attn_1 = SpatialAttention(channels)
+        self.block_2 = ResidualBlock(channels, channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.block_2(self.attn_1(self.block_1(x_BCHW)))
+        return out
+
+
+class _Level(nn.Module):
+    """The blocks of one resolution, with attention at the lowest one, then the resampling if there is one."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResidualBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(blocks)
+        )
+        self.attn = nn.ModuleList(SpatialAttention(out_channels) for _ in range(blocks if attention else 0))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x_BCHW = block(x_BCHW)
+            if self.attn:
+                x_BCHW = self.attn[i](x_BCHW)
+        return x_BCHW
+
+
+class Encoder(nn.Module):
+    """Image in [-1, 1] to a latent of Z channels, two residual blocks a level."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        sizes = [config.channels * m for m in config.channel_multipliers]
+        self.conv_in = _conv3(3, config.channels)
+        self.down = nn.ModuleList()
+        for level, size in enumerate(sizes):
+            lowest = level == len(sizes) - 1
+            stage = _Level(config.channels if level == 0 else sizes[level - 1], size, 2, lowest)
+            if not lowest:
+                stage.downsample = Downsample(size)
+            self.down.append(stage)
+        self.mid = _Mid(sizes[-1])
+        self.norm_out = _norm(sizes[-1])
+        self.conv_out = _conv3(sizes[-1], config.z_channels)
+
+    def forward(self, image_B3HW: Tensor) -> Tensor:
+        h = self.conv_in(image_B3HW)
+        for stage in self.down:
+            h = stage(h)
+            if hasattr(stage, "downsample"):
+                h = stage.downsample(h)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return out
+
+
+class Decoder(nn.Module):
+    """Latent of Z channels to an image, three residual blocks a level, lowest resolution first."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        sizes = [config.channels * m for m in config.channel_multipliers]
+        self.conv_in = _conv3(config.z_channels, sizes[-1])
+        self.mid = _Mid(sizes[-1])
+        stages = []
+        for level, size in enumerate(sizes):
+            lowest = level == len(sizes) - 1
+            stage = _Level(size if lowest else sizes[level + 1], size, 3, lowest)
+            if level > 0:
+                stage.upsample = Upsample(size)
+            stages.append(stage)
+        self.up = nn.ModuleList(stages)
+        self.norm_out = _norm(sizes[0])
+        self.conv_out = _conv3(sizes[0], 3)
+
+    def forward(self, latent_BZPP: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(latent_BZPP))
+        for level in reversed(range(len(self.up))):
+            h = self.up[level](h)
+            if level > 0:
+                h = self.up[level].upsample(h)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return out
+
+
+class _SharedPhi(nn.Module):
+    """Holder that gives the shared phi convolutions their public names."""
+
+    def __init__(self, channels: int, count: int) -> None:
+        super().__init__()
+        if count == 1:
+            self.qresi = _conv3(channels, channels)
+        else:
+            self.qresi_ls = nn.ModuleList(_conv3(channels, channels) for _ in range(count))
+        self.count = count
+
+    def conv(self, index: int) -> nn.Module:
+        return self.qresi if self.count == 1 else self.qresi_ls[index]
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Residual quantisation over scales (VAR, algorithms 1 and 2): every scale codes what the coarser ones left."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.z_channels)
+        self.quant_resi = _SharedPhi(config.z_channels, config.num_phi)
+
+    def refine(self, h_BZPP: Tensor, scale: int) -> Tensor:
+        """phi of this scale, applied to code features already at the latent's resolution."""
+        ratio = self.config.residual_ratio
+        index = phi_index(scale, len(self.config.patch_sides), self.config.num_phi)
+        convolved: Tensor = self.quant_resi.conv(index)(h_BZPP)
+        return h_BZPP * (1 - ratio) + convolved * ratio
+
+    def code_features(self, tokens_BN: Tensor, scale: int, enlarge: bool = True) -> Tensor:
+        """What the codes of one scale add to f_hat: (B, Z, P, P).
+
+        `enlarge=False` skips the resize, which upstream leaves out at the last scale while generating.
+        """
+        side, full = self.config.patch_sides[scale], self.config.patch_sides[-1]
+        h = self.embedding(tokens_BN).transpose(1, 2).reshape(tokens_BN.shape[0], -1, side, side)
+        if enlarge and side != full:
+            h = F.interpolate(h, size=(full, full), mode="bicubic")
+        return self.refine(h, scale)
+
+    def next_map(self, f_hat_BZPP: Tensor, scale: int) -> Tensor:
+        """The input map of `scale`, (B, Z, p, p): the sum so far, averaged over areas."""
+        side = self.config.patch_sides[scale]
+        return F.interpolate(f_hat_BZPP, size=(side, side), mode="area")
+
+    def nearest(self, z_MZ: Tensor) -> Tensor:
+        """Index of the nearest code (squared Euclidean, first minimum) for every row."""
+        codes = self.embedding.weight
+        distance = (z_MZ**2).sum(1, keepdim=True) + (codes**2).sum(1) - 2 * z_MZ @ codes.T
+        return distance.argmin(1)
+
+    def encode(self, f_BZPP: Tensor) -> list[Tensor]:
+        """Codes of every scale, each (B, p*p), of a latent."""
+        rest = f_BZPP
+        tokens = []
+        for scale, side in enumerate(self.config.patch_sides):
+            z = rest if scale == len(self.config.patch_sides) - 1 else F.interpolate(rest, size=(side, side), mode="area")
+            index_BN = self.nearest(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])).view(z.shape[0], -1)
+            tokens.append(index_BN)
+            rest = rest - self.code_features(index_BN, scale)
+        return tokens
+
+    def decode_maps(self, tokens: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """f_hat of all scales, and the input maps of scales 1.. for teacher forcing."""
+        f_hat: Tensor | None = None
+        maps = []
+        for scale, tokens_BN in enumerate(tokens):
+            added = self.code_features(tokens_BN, scale)
+            f_hat = added if f_hat is None else f_hat + added
+            if scale + 1 < len(self.config.patch_sides):
+                maps.append(self.next_map(f_hat, scale + 1))
+        if f_hat is None:
+            raise ValueError("decode_maps needs the codes of at least one scale")
+        return f_hat, maps
+
+
+class VQVAE(nn.Module):
+    """Encoder, multi-scale quantiser and decoder. `encoder=False` builds the half that generation needs."""
+
+    def __init__(self, config: VQVAEConfig, encoder: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        if encoder:
+            self.encoder = Encoder(config)
+            self.quant_conv = _conv3(config.z_channels, config.z_channels)
+        self.has_encoder = encoder
+        self.quantize = MultiScaleQuantizer(config)
+        self.post_quant_conv = _conv3(config.z_channels, config.z_channels)
+        self.decoder = Decoder(config)
+
+    def latent(self, image_B3HW: Tensor) -> Tensor:
+        """Image in [-1, 1] to the latent before quantisation, (B, Z, P, P)."""
+        if not self.has_encoder:
+            raise ValueError("this VQVAE was built without its encoder; load one that has encoder.* weights")
+        out: Tensor = self.quant_conv(self.encoder(image_B3HW))
+        return out
+
+    def encode(self, image_B3HW: Tensor) -> list[Tensor]:
+        """Image in [-1, 1] to the codes of every scale."""
+        return self.quantize.encode(self.latent(image_B3HW))
+
+    def decode(self, f_hat_BZPP: Tensor) -> Tensor:
+        """Sum of code features to an image in [-1, 1], clamped."""
+        dtype = self.post_quant_conv.weight.dtype
+        out: Tensor = self.decoder(self.post_quant_conv(f_hat_BZPP.to(dtype)))
+        return out.float().clamp(-1, 1)
