@@ -20,7 +20,7 @@ CLASSES: tuple[str, ...] = tuple(
 _SIDES = (1, 2, 3, 4, 6, 8, 10, 12)
 
 VQVAE_CONFIG = VQVAEConfig(
-    patch_sides=_SIDES, vocab_size=512, z_channels=16, channels=32, channel_multipliers=(1, 2, 4)
+    patch_sides=_SIDES, vocab_size=512, z_channels=16, channels=32, channel_multipliers=(1, 2, 2)
 )
 VAR_CONFIG = VARConfig(
     patch_sides=_SIDES,

@@ -68,7 +68,7 @@ def quantize(model: VQVAE, f_BZPP: Tensor) -> tuple[Tensor, Tensor, list[Tensor]
 
 
 @app.command()
-def vqvae(images: Images, work: Work, steps: int = 2400, batch: int = 32, seed: int = 1) -> None:
+def vqvae(images: Images, work: Work, steps: int = 2000, batch: int = 16, seed: int = 1) -> None:
     """Train the VQVAE (about a quarter of an hour on two cores)."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / "vqvae.pt"

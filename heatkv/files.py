@@ -1,0 +1,86 @@
+"""Reading and writing files safely: whole or not at all, and never executing what is in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from heatkv.errors import FormatError
+
+MAX_JSON_BYTES = 256 << 20
+"""Largest JSON file that is read: a plan of a 100-layer, 100-head, 60-scale model takes a hundredth of it."""
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`; moved onto it, synced, when the block ends without an error."""
+    path = Path(path)
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise FormatError(f"cannot write {path}: {error.strerror or error}") from error
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FormatError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create a folder and its parents, or say in one line why that cannot be."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FormatError(f"cannot create the folder {path}: {error.strerror or error}") from error
+    return path
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Parse a JSON file. Raises FormatError when it is missing, too large, not UTF-8, or not JSON."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise FormatError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read as JSON")
+        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON: {error or 'nested too deeply'}") from error
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number JSON knows")
+
+
+def check_header(value: Any, path: str | Path, format_name: str, version: int) -> dict[str, Any]:
+    """The object `value`, when it says it is `format_name` in this `version`."""
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} holds no JSON object, so it is no {format_name} file")
+    if value.get("format") != format_name:
+        raise FormatError(f"{path} has format {value.get('format')!r}, not {format_name!r}")
+    if value.get("version") != version:
+        raise FormatError(
+            f"{path} is {format_name} version {value.get('version')!r}; this release reads version {version} only"
+        )
+    return value

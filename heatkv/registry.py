@@ -1,0 +1,87 @@
+"""Finding policies by name: those of this package, those of installed plug-ins, those registered by hand."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from heatkv.errors import PolicyError
+
+ENTRY_POINT_GROUP = "heatkv.policies"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A policy class under its name, and where it comes from."""
+
+    name: str
+    policy: type[Any]
+    source: str
+
+
+_registered: dict[str, Registered] = {}
+_broken: dict[str, str] = {}
+_searched = False
+
+
+def register(policy: type[Any]) -> type[Any]:
+    """Class decorator: make a policy known under its `name`.
+
+    Raises PolicyError when the name is missing or taken by another class.
+    """
+    name = getattr(policy, "name", None)
+    if not isinstance(name, str) or not name:
+        raise PolicyError(f"{policy.__qualname__} has no `name`; give the class a string `name`")
+    known = _registered.get(name)
+    if known is not None and known.policy.__qualname__ + known.policy.__module__ != policy.__qualname__ + policy.__module__:
+        raise PolicyError(f"two policies are named {name!r}: {known.policy!r} and {policy!r}; rename one")
+    _registered[name] = Registered(name, policy, policy.__module__)
+    return policy
+
+
+def _search() -> None:
+    """Import every module of `heatkv.policies`, then every plug-in; a broken plug-in is noted, not raised."""
+    global _searched
+    if _searched:
+        return
+    _searched = True
+    package = importlib.import_module("heatkv.policies")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"heatkv.policies.{module.name}")
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        where = entry.dist.name if entry.dist is not None else entry.value
+        try:
+            loaded = entry.load()
+            if isinstance(loaded, type):
+                register(loaded)
+                _registered[loaded.name] = Registered(loaded.name, loaded, where)  # type: ignore[attr-defined]
+        except Exception as error:  # a plug-in may fail in any way; the others must still be found
+            _broken[entry.name] = f"{where}: {type(error).__name__}: {error}"
+
+
+def registered_policies() -> dict[str, Registered]:
+    """Every known policy by name, sorted."""
+    _search()
+    return dict(sorted(_registered.items()))
+
+
+def broken_plugins() -> dict[str, str]:
+    """Entry points that could not be loaded, with the reason."""
+    _search()
+    return dict(_broken)
+
+
+def find_policy(name: str) -> Callable[..., Any]:
+    """The policy class of this name. Raises PolicyError with a suggestion when there is none."""
+    policies = registered_policies()
+    if name in policies:
+        return policies[name].policy
+    near = difflib.get_close_matches(name, policies, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    broken = f" (plug-in {name!r} is broken: {_broken[name]})" if name in _broken else ""
+    raise PolicyError(f"unknown policy {name!r}{hint} Known: {', '.join(policies)}{broken}")

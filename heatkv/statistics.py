@@ -1,0 +1,316 @@
+"""Calibration statistics: how much every head looks back at every earlier scale, and where that was measured.
+
+S-CAS, the scale-dependent cumulative attention score of HeatKV, is the attention mass head (l, h) puts on source scale
+s, averaged over queries, over later target scales (the last included) and over calibration samples.
+Arrays: L layers, H heads, T scales; mass[l, h, t, s] is target scale t looking at source scale s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from heatkv.errors import FormatError, StatisticsError
+from heatkv.files import check_header, read_json, replacing
+from heatkv.geometry import CacheGeometry
+from heatkv.schedule import ScaleSchedule
+
+FORMAT, VERSION = "heatkv-statistics", 1
+_MASS_TOLERANCE = 1e-3  # of the sum over sources, which is 1: bf16 attention rounds
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where statistics were measured. All but `samples`, `seed` and `versions` must agree for a merge.
+
+    `samples` names every calibration sample once, as "seed:index:label".
+    """
+
+    model: str
+    fingerprint: str
+    cfg: float
+    settings: Mapping[str, Any]
+    samples: tuple[str, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "cfg": self.cfg,
+            "settings": dict(self.settings),
+            "samples": list(self.samples),
+            "versions": dict(self.versions),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Sums of attention mass over samples, so that shards merge by addition.
+
+    `mass_sum` and `mass_square_sum` are float64 (L, H, T, T); entries with s > t are zero.
+    Raises StatisticsError for wrong shapes, values that are not finite or negative, or rows that do not sum to one.
+    """
+
+    schedule: ScaleSchedule
+    mass_sum: FloatArray
+    mass_square_sum: FloatArray
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        scales = len(self.schedule)
+        for name in ("mass_sum", "mass_square_sum"):
+            array = np.array(getattr(self, name), dtype=np.float64)
+            if array.ndim != 4 or array.shape[2:] != (scales, scales) or 0 in array.shape:
+                raise StatisticsError(f"{name} has shape {array.shape}; it must be (layers, heads, {scales}, {scales})")
+            if not np.isfinite(array).all() or (array < 0).any():
+                layer, head, target, source = (int(i) for i in np.argwhere(~(np.isfinite(array) & (array >= 0)))[0])
+                raise StatisticsError(
+                    f"{name} of layer {layer}, head {head}, target {target}, source {source} is "
+                    f"{array[layer, head, target, source]}; attention mass is finite and not negative"
+                )
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+        if self.mass_sum.shape != self.mass_square_sum.shape:
+            raise StatisticsError(f"mass_sum is {self.mass_sum.shape}, mass_square_sum {self.mass_square_sum.shape}")
+        if not self.count:
+            raise StatisticsError("statistics of no sample say nothing; calibrate with at least one")
+        if len(set(self.provenance.samples)) != self.count:
+            raise StatisticsError("a calibration sample is counted twice")
+        if np.triu(np.ones((scales, scales), dtype=bool), 1)[None, None].__and__(self.mass_sum > 0).any():
+            raise StatisticsError("a target scale looks at a later source scale, which does not exist yet")
+        off = np.abs(self.mass.sum(axis=3) - 1).max()
+        if off > _MASS_TOLERANCE:
+            raise StatisticsError(f"the attention mass of a head sums to 1 +- {off:.3g} over its sources, not to 1")
+
+    @property
+    def layers(self) -> int:
+        return int(self.mass_sum.shape[0])
+
+    @property
+    def heads(self) -> int:
+        return int(self.mass_sum.shape[1])
+
+    @property
+    def count(self) -> int:
+        """Samples measured."""
+        return len(self.provenance.samples)
+
+    @cached_property
+    def mass(self) -> FloatArray:
+        """Mean attention mass [l, h, t, s] over samples and queries."""
+        return self.mass_sum / self.count
+
+    @cached_property
+    def spread(self) -> FloatArray:
+        """Standard deviation of the mass over samples (zero for a single one)."""
+        if self.count < 2:
+            return np.zeros_like(self.mass)
+        variance = (self.mass_square_sum - self.count * self.mass**2) / (self.count - 1)
+        return np.sqrt(np.maximum(variance, 0))
+
+    @cached_property
+    def scas(self) -> FloatArray:
+        """S-CAS [l, h, s]: mean over the later target scales t > s; the last scale, read by nobody, has 0."""
+        scales = len(self.schedule)
+        out = np.zeros((self.layers, self.heads, scales))
+        for source in range(scales - 1):
+            out[:, :, source] = self.mass[:, :, source + 1 :, source].mean(axis=2)
+        return out
+
+    def gini(self) -> FloatArray:
+        """Gini coefficient of S-CAS over all heads, per source scale: 0 = all alike, near 1 = one head does it all."""
+        flat = np.sort(self.scas[:, :, :-1].reshape(-1, len(self.schedule) - 1), axis=0)
+        count = flat.shape[0]
+        weights = 2 * np.arange(1, count + 1) - count - 1
+        total = flat.sum(axis=0)
+        return np.divide(weights @ flat, count * total, out=np.zeros_like(total), where=total > 0)
+
+    def check_geometry(self, geometry: CacheGeometry) -> None:
+        """Raise StatisticsError unless they were measured on a model of this geometry and schedule."""
+        if (self.layers, self.heads) != (geometry.layers, geometry.heads):
+            raise StatisticsError(
+                f"the statistics are of {self.layers} layers x {self.heads} heads ({self.provenance.model}), the model "
+                f"has {geometry.layers} x {geometry.heads}; calibrate this model"
+            )
+        if self.schedule != geometry.schedule:
+            raise StatisticsError(
+                f"the statistics are of the schedule {self.schedule}, the model runs {geometry.schedule}; calibrate it"
+            )
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Raise StatisticsError unless they were measured on the very weights with this fingerprint."""
+        if self.provenance.fingerprint != fingerprint:
+            raise StatisticsError(
+                f"the statistics were measured on other weights ({self.provenance.model}, fingerprint "
+                f"{self.provenance.fingerprint}; the model's is {fingerprint}); calibrate this model"
+            )
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Both sample sets as one. Raises StatisticsError when they were not measured alike or share a sample."""
+        mine, theirs = self.provenance, other.provenance
+        for name in ("model", "fingerprint", "cfg", "settings"):
+            if getattr(mine, name) != getattr(theirs, name):
+                raise StatisticsError(
+                    f"cannot merge statistics with {name} {getattr(mine, name)!r} and {getattr(theirs, name)!r}"
+                )
+        if self.schedule != other.schedule or self.mass_sum.shape != other.mass_sum.shape:
+            raise StatisticsError("cannot merge statistics of different schedules or head counts")
+        twice = set(mine.samples) & set(theirs.samples)
+        if twice:
+            raise StatisticsError(
+                f"{len(twice)} samples are in both statistics (for instance {min(twice)}); use another seed"
+            )
+        merged = Provenance(
+            mine.model, mine.fingerprint, mine.cfg, mine.settings, mine.samples + theirs.samples, mine.versions
+        )
+        return Statistics(
+            self.schedule,
+            self.mass_sum + other.mass_sum,
+            self.mass_square_sum + other.mass_square_sum,
+            merged,
+        )
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: str | Path) -> None:
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "schedule": self.schedule.to_json(),
+            "provenance": self.provenance.to_json(),
+        }
+        with replacing(path) as temporary:
+            save_file(
+                {"mass_sum": self.mass_sum, "mass_square_sum": self.mass_square_sum},
+                temporary,
+                metadata={"heatkv": json.dumps(header)},
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read a statistics file; nothing in it is executed. Raises FormatError or StatisticsError."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                text = (file.metadata() or {}).get("heatkv", "null")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            header = check_header(json.loads(text), path, FORMAT, VERSION)
+            told = header["provenance"]
+            if set(arrays) != {"mass_sum", "mass_square_sum"}:
+                raise FormatError(f"{path} holds the arrays {sorted(arrays)}, not mass_sum and mass_square_sum")
+            return cls(
+                ScaleSchedule.of(header["schedule"]),
+                arrays["mass_sum"],
+                arrays["mass_square_sum"],
+                Provenance(
+                    model=str(told["model"]),
+                    fingerprint=str(told["fingerprint"]),
+                    cfg=float(told["cfg"]),
+                    settings=dict(told["settings"]),
+                    samples=tuple(str(sample) for sample in told["samples"]),
+                    versions=dict(told["versions"]),
+                ),
+            )
+        except OSError as error:
+            raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise FormatError(f"{path} is not a whole statistics file: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRankings:
+    """For consecutive source scales, every (layer, head) pair from least to most important.
+
+    `order[i]` belongs to source scale `first_scale + i` and lists flat pair indices l*H + h; the first is dropped first.
+    """
+
+    layers: int
+    heads: int
+    first_scale: int
+    order: IntArray
+
+    def __post_init__(self) -> None:
+        order = np.array(self.order, dtype=np.int64)
+        pairs = self.layers * self.heads
+        if order.ndim != 2 or order.shape[1] != pairs:
+            raise StatisticsError(f"a ranking must list all {pairs} (layer, head) pairs; got an array {order.shape}")
+        if (np.sort(order, axis=1) != np.arange(pairs)).any():
+            raise StatisticsError("a ranking must list every (layer, head) pair exactly once")
+        order.setflags(write=False)
+        object.__setattr__(self, "order", order)
+
+    @cached_property
+    def ranks(self) -> IntArray:
+        """Position of every pair in its ranking, shape (scales, L, H)."""
+        ranks = np.empty_like(self.order)
+        np.put_along_axis(ranks, self.order, np.arange(self.order.shape[1])[None], axis=1)
+        return ranks.reshape(-1, self.layers, self.heads)
+
+    def for_scales(self, first: int, stop: int) -> IntArray:
+        """Ranks (stop - first, L, H) of the source scales from `first` up to `stop`, not included."""
+        last = self.first_scale + len(self.order)
+        if first < self.first_scale or stop > last:
+            raise StatisticsError(
+                f"the rankings cover the source scales {self.first_scale} to {last - 1}; {first} to {stop - 1} are "
+                "needed: change the schedule or the number of sink scales"
+            )
+        return self.ranks[first - self.first_scale : stop - self.first_scale]
+
+    @classmethod
+    def from_scores(cls, scores_LHS: FloatArray) -> HeadRankings:
+        """Rank ascending by score, ties by head, then layer (HeatKV, section 3)."""
+        layers, heads, _ = scores_LHS.shape
+        by_head = scores_LHS.transpose(2, 1, 0).reshape(scores_LHS.shape[2], -1)
+        order = np.argsort(by_head, axis=1, kind="stable")
+        return cls(layers, heads, 0, (order % layers) * heads + order // layers)
+
+    @classmethod
+    def random(cls, geometry: CacheGeometry, seed: int) -> HeadRankings:
+        """An independent uniformly random ranking for every source scale."""
+        generator = np.random.default_rng(seed)
+        pairs = geometry.layers * geometry.heads
+        order = np.stack([generator.permutation(pairs) for _ in range(len(geometry.schedule))])
+        return cls(geometry.layers, geometry.heads, 0, order)
+
+    @classmethod
+    def load_orders(cls, path: str | Path, geometry: CacheGeometry) -> HeadRankings:
+        """Read the ranking file published with HeatKV: a list of rankings, each a list of [head, layer] pairs.
+
+        The last ranking belongs to the last source scale that is cached, T-2. Raises FormatError or StatisticsError.
+        """
+        return cls.from_pairs(read_json(path), geometry, path)
+
+    @classmethod
+    def from_pairs(cls, value: Sequence[Any], geometry: CacheGeometry, source: str | Path) -> HeadRankings:
+        layers, heads, scales = geometry.layers, geometry.heads, len(geometry.schedule)
+        if not isinstance(value, list) or not value:
+            raise FormatError(f"{source} is no list of rankings")
+        try:
+            pairs = np.array(value)
+        except ValueError as error:
+            raise FormatError(f"{source}: the rankings are not all of the same length") from error
+        if pairs.ndim != 3 or pairs.shape[2] != 2 or pairs.dtype != np.int64:
+            raise FormatError(f"{source} must be a list of rankings of [head, layer] pairs of whole numbers")
+        if pairs.shape[0] > scales - 1:
+            raise StatisticsError(f"{source} has {pairs.shape[0]} rankings; the schedule caches {scales - 1} scales")
+        if pairs.shape[1] != layers * heads:
+            raise StatisticsError(
+                f"{source} ranks {pairs.shape[1]} (head, layer) pairs; the model has {layers} layers x {heads} heads = "
+                f"{layers * heads}"
+            )
+        head, layer = pairs[..., 0], pairs[..., 1]
+        if (head < 0).any() or (head >= heads).any() or (layer < 0).any() or (layer >= layers).any():
+            raise StatisticsError(f"{source} names a head or layer outside {heads} heads and {layers} layers")
+        return cls(layers, heads, scales - 1 - pairs.shape[0], layer * heads + head)

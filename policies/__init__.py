@@ -1,0 +1,1 @@
+"""Eviction policies: pure decisions, one small dataclass each."""

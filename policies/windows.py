@@ -1,0 +1,88 @@
+"""Policies that need no measurement: the full cache, and windows of the most recent scales in whole cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heatkv.allocation import fit_checkpoints
+from heatkv.errors import BudgetError
+from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.registry import register
+
+IntArray = NDArray[np.int64]
+
+
+def recent_scales(policy: EvictionPolicy, problem: PlanningProblem) -> IntArray:
+    """`last_read` that keeps the sinks and, for every target, the most recent scales that fill the budget.
+
+    Complete scales from the newest backwards while they fit in every head, then as many heads of the next one as still
+    fit. Heads are taken in one fixed order, head by head over all layers, so that layers share the room evenly.
+    """
+    geometry = problem.geometry
+    schedule, pairs = geometry.schedule, geometry.layers * geometry.heads
+    last_read = policy.never_cached(problem)
+    order_LH = np.arange(pairs).reshape(geometry.heads, geometry.layers).T
+    most_heads = np.full(len(schedule), pairs)  # a cell once dropped cannot return
+    for target in range(policy.sink_scales + 1, len(schedule)):
+        room = problem.budget_token_heads - pairs * schedule.offsets[policy.sink_scales]
+        for source in range(target - 1, policy.sink_scales - 1, -1):
+            heads = min(int(most_heads[source]), room // schedule.tokens[source])
+            most_heads[source] = heads
+            last_read[:, :, source][order_LH < heads] = target
+            room -= heads * schedule.tokens[source]
+            if heads < pairs:
+                most_heads[policy.sink_scales : source] = 0
+                break
+    rank_LHT = np.broadcast_to((pairs - order_LH)[:, :, None], last_read.shape)
+    return fit_checkpoints(last_read, schedule.tokens, problem.budget_token_heads, rank_LHT)
+
+
+@register
+@dataclass(frozen=True)
+class Full(EvictionPolicy):
+    """Keeps everything to the end: the reference that every policy is measured against."""
+
+    name: ClassVar[str] = "full"
+    source: ClassVar[str] = "reference"
+
+    sink_scales: int = 0
+
+    def check(self, problem: PlanningProblem) -> None:
+        super().check(problem)
+        if problem.share < 1:
+            raise BudgetError(f"policy 'full' keeps everything; its budget is 100%, not {problem.budget}")
+
+    def last_read(self, problem: PlanningProblem) -> IntArray:
+        geometry = problem.geometry
+        scales = len(geometry.schedule)
+        return np.full((geometry.layers, geometry.heads, scales), scales - 1, dtype=np.int64)
+
+
+@register
+@dataclass(frozen=True)
+class SlidingWindow(EvictionPolicy):
+    """Keeps the most recent scales, in whole cells, as many as fill the budget; no sinks."""
+
+    name: ClassVar[str] = "sliding-window"
+    source: ClassVar[str] = "Beltagy et al. 2020, Longformer, section 3.1; whole cells"
+
+    sink_scales: int = 0
+
+    def last_read(self, problem: PlanningProblem) -> IntArray:
+        return recent_scales(self, problem)
+
+
+@register
+@dataclass(frozen=True)
+class Streaming(EvictionPolicy):
+    """Keeps the sink scales and the most recent scales, in whole cells, as many as fill the budget."""
+
+    name: ClassVar[str] = "streaming"
+    source: ClassVar[str] = "Xiao et al. 2023, StreamingLLM, section 3.2; whole cells"
+
+    def last_read(self, problem: PlanningProblem) -> IntArray:
+        return recent_scales(self, problem)
