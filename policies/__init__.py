@@ -1,0 +1,1 @@
+"""Eviction policies: numbers in, plan out. Imported as `heatkv.policies`."""
