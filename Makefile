@@ -27,7 +27,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(TYPED) .
-	cd $(TYPED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p heatkv
+	cd $(TYPED) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p heatkv
 
 # Exit status 5: no test is marked slow.
 check-slow: $(STAMP)
