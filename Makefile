@@ -1,0 +1,50 @@
+# `make test` is what a change must pass; `make compare` is the quickest look at what the project does.
+# PYTHON names the interpreter the virtual environment is made from: `make test PYTHON=python3.12`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' </dev/null 2>/dev/null)
+# Written last, so an interrupted set-up is done again; named after the version, so another PYTHON is not ignored.
+STAMP := $(VENV)/heatkv-$(VERSION).stamp
+# Where the type checker looks: a fresh installation of the current source.
+TYPED := build/typed
+
+.PHONY: compare test lint types check-slow bench clean
+
+compare: $(STAMP)
+	$(BIN)/heatkv compare --out results/compare
+
+test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# mypy follows neither the import hook of an editable installation nor the code in heatkv/__init__.py, and beside ./heatkv it
+# would see a package without its policies. build/ goes first: setuptools would pack modules deleted since the last time.
+types: $(STAMP)
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(TYPED) .
+	cd $(TYPED) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p heatkv
+
+# Exit status 5: no test is marked slow.
+check-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow || [ $$? -eq 5 ]
+
+bench: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks --benchmark-only --benchmark-autosave
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@case '$(VERSION)' in 3.11|3.12|3.13) ;; *) \
+	  echo "HeatKV needs Python 3.11, 3.12 or 3.13; '$(PYTHON)' is $(or $(VERSION),not there). Name another: make PYTHON=python3.12" >&2; \
+	  exit 2;; esac
+	[ -e $@ ] || $(PYTHON) -m venv --clear $(VENV)
+	rm -f $@
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

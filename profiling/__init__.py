@@ -1,0 +1,1 @@
+"""Measurements of any policy on any model. Imported as `heatkv.profiling`."""
