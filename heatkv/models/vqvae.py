@@ -311,8 +311,8 @@ class VQVAE(nn.Module):
         self.config = config
         if encoder:
             self.encoder = Encoder(config)
-            self.quant_conv = _conv3(config.z_channels, config.z_channels)
         self.has_encoder = encoder
+        self.quant_conv = _conv3(config.z_channels, config.z_channels)
         self.quantize = MultiScaleQuantizer(config)
         self.post_quant_conv = _conv3(config.z_channels, config.z_channels)
         self.decoder = Decoder(config)

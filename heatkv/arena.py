@@ -1,0 +1,105 @@
+"""The static slot layout of a plan: where in the one arena every cached cell lies, known before the first image.
+
+A slot holds the key and the value of one token in one head. Cells come and go at known checkpoints, so places are
+assigned once: nothing moves during generation, and the arena is exactly as large as the plan's peak.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from heatkv.plan import Plan
+
+Run = tuple[int, int]
+"""(first slot, number of slots)."""
+
+
+class _FreeSlots:
+    """Free stretches of the arena, by size for best fit and by both ends for joining neighbours."""
+
+    def __init__(self, capacity: int) -> None:
+        self._by_size: list[tuple[int, int]] = []
+        self._size_at: dict[int, int] = {}
+        self._start_of_end: dict[int, int] = {}
+        if capacity:
+            self._add(0, capacity)
+
+    def _add(self, start: int, size: int) -> None:
+        insort(self._by_size, (size, start))
+        self._size_at[start] = size
+        self._start_of_end[start + size] = start
+
+    def _remove(self, start: int) -> int:
+        size = self._size_at.pop(start)
+        del self._start_of_end[start + size]
+        del self._by_size[bisect_left(self._by_size, (size, start))]
+        return size
+
+    def take(self, count: int) -> tuple[Run, ...]:
+        """The smallest stretch that is large enough; when there is none, the largest ones until `count` is reached."""
+        runs: list[Run] = []
+        while count:
+            if not self._by_size:
+                raise AssertionError("the arena is smaller than the plan's peak")
+            at = bisect_left(self._by_size, (count, -1))
+            size, start = self._by_size[at if at < len(self._by_size) else -1]
+            self._remove(start)
+            used = min(size, count)
+            if used < size:
+                self._add(start + used, size - used)
+            runs.append((start, used))
+            count -= used
+        return tuple(runs)
+
+    def give(self, runs: Sequence[Run]) -> None:
+        for start, size in runs:
+            if start + size in self._size_at:
+                size += self._remove(start + size)
+            if start in self._start_of_end:
+                before = self._start_of_end[start]
+                start, size = before, self._remove(before) + size
+            self._add(start, size)
+
+
+@dataclass(frozen=True)
+class ArenaLayout:
+    """Slots of every cached cell; `runs[l][h][s]` is empty for a cell that is never cached.
+
+    A cell lies in one run where best fit finds room, in several where it does not; tokens fill the runs in order.
+    """
+
+    slots: int
+    runs: tuple[tuple[tuple[tuple[Run, ...], ...], ...], ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> ArenaLayout:
+        """Lay out a plan in as many slots as its peak, in the order in which a cache runs."""
+        layers, heads, scales = plan.last_read.shape
+        tokens, last_read = plan.schedule.tokens, plan.last_read.tolist()
+        free = _FreeSlots(plan.peak_token_heads)
+        runs: list[list[list[tuple[Run, ...]]]] = [[[()] * scales for _ in range(heads)] for _ in range(layers)]
+        for target in range(scales):
+            for layer in range(layers):
+                for head in range(heads):
+                    cells, mine = last_read[layer][head], runs[layer][head]
+                    for source in range(target):
+                        if cells[source] == target and mine[source]:
+                            free.give(mine[source])
+                for head in range(heads):
+                    if last_read[layer][head][target] > target:
+                        runs[layer][head][target] = free.take(tokens[target])
+        return cls(plan.peak_token_heads, tuple(tuple(tuple(cells) for cells in layer) for layer in runs))
+
+    @cached_property
+    def cells(self) -> int:
+        """Cells that are cached at all."""
+        return sum(bool(cell) for layer in self.runs for head in layer for cell in head)
+
+    @property
+    def runs_per_cell(self) -> float:
+        """Mean number of runs of a cached cell; 1 is perfect."""
+        total = sum(len(cell) for layer in self.runs for head in layer for cell in head)
+        return total / self.cells if self.cells else 1.0

@@ -1,0 +1,111 @@
+"""The next-scale loop: draw images under a plan.
+
+Shapes: B images, N tokens of a scale, V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heatkv.cache import KVCache
+from heatkv.errors import ModelError
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.var import Attend
+from heatkv.plan import Plan
+from heatkv.sampling import CommonRandomSampler, Sampler, SamplingSettings
+
+Observer = Callable[[int, Tensor], None]
+"""Called with every scale and its guided logits (B, N, V), before anything is chosen."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Codes of every scale, (B, N) each, and the pictures, (B, 3, H, W) in [0, 1], when they were asked for."""
+
+    tokens: tuple[Tensor, ...]
+    images: Tensor | None
+
+
+def run_scales(
+    model: ClassConditionalModel,
+    labels: Sequence[int],
+    cache: Attend,
+    sampler: Sampler,
+    settings: SamplingSettings,
+    observe: Observer | None = None,
+    decode: bool = True,
+) -> Drawn:
+    """Draw one image per label through `cache`, which must be at its start and have the rows for them."""
+    with torch.inference_mode():
+        drawing = model.begin(labels, settings)
+        tokens = []
+        for scale in range(len(model.transformer.schedule)):
+            logits = drawing.logits(cache)
+            if observe is not None:
+                observe(scale, logits)
+            tokens.append(sampler.choose(scale, logits))
+            drawing.accept(tokens[-1])
+        return Drawn(tuple(tokens), drawing.image() if decode else None)
+
+
+class Generator:
+    """Draws batches of one size under one plan, with one cache for all of them."""
+
+    def __init__(
+        self, model: ClassConditionalModel, plan: Plan, batch: int, settings: SamplingSettings | None = None
+    ) -> None:
+        plan.check_geometry(model.geometry)
+        self.model, self.plan, self.batch = model, plan, batch
+        self.settings = settings if settings is not None else model.sampling
+        self.cache = KVCache(plan, batch * self.settings.rows_per_image, model.compute_dtype, model.device)
+
+    def draw(
+        self,
+        labels: Sequence[int],
+        seed: int = 0,
+        samples: Sequence[int] | None = None,
+        *,
+        sampler: Sampler | None = None,
+        observe: Observer | None = None,
+        decode: bool = True,
+    ) -> Drawn:
+        """Draw one image per label; `samples` number them for the random numbers (default 0, 1, ...)."""
+        if len(labels) != self.batch:
+            raise ModelError(f"{len(labels)} labels for a generator of batch {self.batch}")
+        if sampler is None:
+            sampler = CommonRandomSampler(seed, range(self.batch) if samples is None else samples, self.settings)
+        self.cache.reset()
+        return run_scales(self.model, labels, self.cache, sampler, self.settings, observe, decode)
+
+
+def generate(
+    model: ClassConditionalModel,
+    labels: Sequence[int],
+    plan: Plan,
+    *,
+    seed: int = 0,
+    batch: int = 16,
+    settings: SamplingSettings | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], one per label, in batches; `progress` is told how many are done.
+
+    The pictures do not depend on `batch` but for rounding.
+    """
+    if not labels:
+        raise ModelError("no label was given")
+    images, generator = [], None
+    for first in range(0, len(labels), batch):
+        part = list(labels[first : first + batch])
+        if generator is None or generator.batch != len(part):
+            generator = Generator(model, plan, len(part), settings)
+        drawn = generator.draw(part, seed, range(first, first + len(part)))
+        assert drawn.images is not None
+        images.append(drawn.images)
+        if progress is not None:
+            progress(first + len(part))
+    return torch.cat(images)

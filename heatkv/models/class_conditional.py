@@ -1,0 +1,123 @@
+"""A class-conditional image model: a VAR transformer with its VQVAE, and how it draws one scale after another.
+
+Shapes: B images, R rows (B, or 2B with guidance, conditional first), N tokens of a scale, V codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heatkv.errors import ModelError
+from heatkv.geometry import CacheGeometry
+from heatkv.models.var import VAR, Attend
+from heatkv.models.vqvae import VQVAE
+from heatkv.sampling import SamplingSettings
+
+_FINGERPRINT_SAMPLES = 4096
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """16 hex digits over names, shapes and up to 4,096 evenly spaced values of every parameter, in fp32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.named_parameters()):
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ClassConditionalModel:
+    """Transformer and VQVAE under one name, with the sampling settings they are meant for.
+
+    `class_names` is empty when the classes have none. `fingerprint` names the weights, whatever type they run in.
+    """
+
+    name: str
+    transformer: VAR
+    vqvae: VQVAE
+    sampling: SamplingSettings
+    fingerprint: str
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def geometry(self) -> CacheGeometry:
+        config = self.transformer.config
+        return CacheGeometry(config.depth, config.heads, config.head_dim, config.schedule)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.pos_1LC.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.transformer.compute_dtype
+
+    @property
+    def num_classes(self) -> int:
+        return self.transformer.config.num_classes
+
+    def label(self, text: str) -> int:
+        """A class by name or number. Raises ModelError with what there is."""
+        if text in self.class_names:
+            return self.class_names.index(text)
+        if text.isdecimal() and int(text) < self.num_classes:
+            return int(text)
+        known = f", or a name: {', '.join(self.class_names)}" if self.class_names else ""
+        raise ModelError(f"{self.name} has no class {text!r}; give a number from 0 to {self.num_classes - 1}{known}")
+
+    def labels(self, count: int, first: int = 0) -> list[int]:
+        """Labels of the samples first, first + 1, ...: every class in turn."""
+        return [(first + i) % self.num_classes for i in range(count)]
+
+    def begin(self, labels: Sequence[int], settings: SamplingSettings) -> Drawing:
+        """Start drawing one image per label."""
+        return Drawing(self, labels, settings)
+
+
+class Drawing:
+    """Images on their way: call `logits`, then `accept` the chosen codes, once per scale; then `image`."""
+
+    def __init__(self, model: ClassConditionalModel, labels: Sequence[int], settings: SamplingSettings) -> None:
+        transformer = model.transformer
+        self._model, self._settings = model, settings
+        classes = torch.tensor(list(labels), dtype=torch.long, device=model.device)
+        if settings.guided:
+            classes = torch.cat([classes, torch.full_like(classes, model.num_classes)])
+        self._condition = transformer.condition(classes)
+        self._input_RNC = transformer.first_input(self._condition)
+        self._f_hat: Tensor | None = None
+        self.scale = 0
+        self.conditional_logits: Tensor | None = None
+
+    def logits(self, cache: Attend) -> Tensor:
+        """Guided logits of the running scale, (B, N, V) in fp32."""
+        logits = self._model.transformer(self._input_RNC, self._condition, cache)
+        return self._settings.guide(logits, self.scale, len(self._model.transformer.schedule))
+
+    def accept(self, tokens_BN: Tensor) -> None:
+        """Take the codes of the running scale and prepare the input of the next one."""
+        quantizer, last = self._model.vqvae.quantize, len(self._model.transformer.schedule) - 1
+        added = quantizer.code_features(tokens_BN, self.scale, enlarge=self.scale < last)
+        self._f_hat = added if self._f_hat is None else self._f_hat + added
+        self.scale += 1
+        if self.scale <= last:
+            tokens = self._model.transformer.next_input(quantizer.next_map(self._f_hat, self.scale), self.scale)
+            self._input_RNC = torch.cat([tokens, tokens]) if self._settings.guided else tokens
+
+    @property
+    def f_hat(self) -> Tensor:
+        """Sum of code features so far, (B, Z, P, P)."""
+        if self._f_hat is None:
+            raise ModelError("no scale was drawn yet")
+        return self._f_hat
+
+    def image(self) -> Tensor:
+        """(B, 3, H, W) in [0, 1]."""
+        return (self._model.vqvae.decode(self.f_hat) + 1) / 2

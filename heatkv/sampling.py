@@ -1,0 +1,128 @@
+"""Choosing codes from logits: guidance, top-k and top-p, and random numbers that policies share.
+
+Shapes: B images, R rows (2B with guidance, conditional first), N tokens of a scale, V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from heatkv.errors import ModelError
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Guidance strength (0 = none), whether it ramps up over the scales as VAR does, and what is cut off.
+
+    `top_k` and `top_p` of 0 cut nothing.
+    """
+
+    cfg: float = 1.5
+    ramp: bool = True
+    top_k: int = 0
+    top_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cfg <= 100:
+            raise ModelError(f"cfg is {self.cfg}; guidance is from 0 (none) to 100")
+        if self.top_k < 0:
+            raise ModelError(f"top_k is {self.top_k}; it is 0 (everything) or a count")
+        if not 0 <= self.top_p <= 1:
+            raise ModelError(f"top_p is {self.top_p}; it is a share from 0 (everything) to 1")
+
+    @property
+    def guided(self) -> bool:
+        return self.cfg > 0
+
+    @property
+    def rows_per_image(self) -> int:
+        return 2 if self.guided else 1
+
+    def guide(self, logits_RNV: Tensor, scale: int, scales: int) -> Tensor:
+        """(1 + g) cond - g uncond, with g = cfg, or cfg k/(K-1) at scale k when it ramps; (B, N, V)."""
+        if not self.guided:
+            return logits_RNV
+        strength = self.cfg * scale / (scales - 1) if self.ramp else self.cfg
+        conditional, unconditional = logits_RNV.chunk(2)
+        return (1 + strength) * conditional - strength * unconditional
+
+    def cut(self, logits_BNV: Tensor) -> Tensor:
+        """Logits with everything outside top-k, then top-p, at minus infinity; ties at the k-th value survive."""
+        if 0 < self.top_k < logits_BNV.shape[-1]:
+            least = logits_BNV.topk(self.top_k, dim=-1).values[..., -1:]
+            logits_BNV = logits_BNV.masked_fill(logits_BNV < least, -torch.inf)
+        if self.top_p > 0:
+            ascending, order = logits_BNV.sort(dim=-1)
+            outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.top_p
+            outside[..., -1] = False
+            logits_BNV = logits_BNV.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+        return logits_BNV
+
+
+class Sampler(Protocol):
+    """Chooses the codes of one scale, (B, N), from guided logits, (B, N, V)."""
+
+    def choose(self, scale: int, logits_BNV: Tensor) -> Tensor: ...
+
+
+_MASK = (1 << 64) - 1
+
+
+def noise_seed(seed: int, sample: int, scale: int) -> int:
+    """A well-mixed 63-bit seed of (seed, sample, scale): two rounds of SplitMix64 per part."""
+    state = 0
+    for part in (seed, sample, scale):
+        state = (state ^ (part & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        for _ in range(2):
+            state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+            state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+            state ^= state >> 31
+    return state >> 1
+
+
+class CommonRandomSampler:
+    """Gumbel-max draws whose noise depends on (seed, sample, scale) alone.
+
+    The same sample gets the same noise under every policy, in every batch and on every device, so a change in the
+    picture is a change in the logits.
+    """
+
+    def __init__(self, seed: int, samples: Sequence[int], settings: SamplingSettings) -> None:
+        self._seed, self._samples, self._settings = seed, tuple(samples), settings
+
+    def choose(self, scale: int, logits_BNV: Tensor) -> Tensor:
+        batch, count, codes = logits_BNV.shape
+        if batch != len(self._samples):
+            raise ModelError(f"{batch} images were drawn for {len(self._samples)} samples")
+        uniform = torch.empty(batch, count, codes)
+        for row, sample in zip(uniform, self._samples, strict=True):
+            row.uniform_(generator=torch.Generator().manual_seed(noise_seed(self._seed, sample, scale)))
+        gumbel = -torch.log(-torch.log(uniform.clamp_(min=1e-20)))
+        return (self._settings.cut(logits_BNV) + gumbel.to(logits_BNV.device)).argmax(dim=-1)
+
+
+class PublicSampler:
+    """VAR's own draw order, for parity: one generator, one multinomial call per scale over all images' tokens."""
+
+    def __init__(self, generator: torch.Generator, settings: SamplingSettings) -> None:
+        self._generator, self._settings = generator, settings
+
+    def choose(self, scale: int, logits_BNV: Tensor) -> Tensor:
+        batch, count, codes = logits_BNV.shape
+        shares = self._settings.cut(logits_BNV).softmax(dim=-1).view(batch * count, codes)
+        return torch.multinomial(shares, 1, replacement=True, generator=self._generator).view(batch, count)
+
+
+class RecordedTokens:
+    """Plays back codes that were drawn before: teacher forcing."""
+
+    def __init__(self, tokens: Sequence[Tensor]) -> None:
+        self._tokens = tokens
+
+    def choose(self, scale: int, logits_BNV: Tensor) -> Tensor:
+        return self._tokens[scale]

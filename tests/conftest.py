@@ -1,0 +1,39 @@
+"""Shared fixtures and the `--golden` option."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("default")
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden", action="append", default=[], metavar="DIR", help="also check every golden set below DIR"
+    )
+
+
+def golden_files(config: pytest.Config) -> list[Path]:
+    """The json of every golden set, of this folder and of those named by --golden."""
+    folders = [HERE / "golden", *(Path(given).resolve() for given in config.getoption("--golden"))]
+    files = []
+    for folder in folders:
+        found = sorted(path for path in folder.rglob("*.json") if "orders" not in path.parts)
+        if not found:
+            raise pytest.UsageError(f"--golden {folder}: no golden set there")
+        files += found
+    return files
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden_file" in metafunc.fixturenames:
+        files = golden_files(metafunc.config)
+        metafunc.parametrize("golden_file", files, ids=[f"{path.parent.name}/{path.stem}" for path in files])

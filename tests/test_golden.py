@@ -1,0 +1,194 @@
+"""Golden vectors: what public code computes, reproduced. `pytest --golden DIR` adds every set below DIR."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from heatkv.cache import KVCache
+from heatkv.geometry import Budget, CacheGeometry
+from heatkv.models.checkpoint import build_var, build_vqvae, read_safetensors
+from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
+from heatkv.models.emoji.train import TeacherForcing, forced_logits
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.heatkv import HeatKV
+from heatkv.policies.windows import Full
+from heatkv.sampling import PublicSampler, SamplingSettings
+from heatkv.schedule import ScaleSchedule
+from heatkv.statistics import HeadRankings
+
+HERE = Path(__file__).parent
+
+# absolute limits, from the README of the golden vectors
+EMBEDDED, HIDDEN, HALF_LOGITS, GUIDED_LOGITS, DECODED = 1e-5, 1e-4, 5e-5, 3e-4, 1e-4
+
+
+def tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    return {key: value for name in names for key, value in read_safetensors(folder / name).items()}
+
+
+def close(got: Tensor, expected: Tensor, limit: float) -> None:
+    assert got.shape == expected.shape
+    assert (got.double() - expected.double()).abs().max().item() <= limit
+
+
+def load(path: Path) -> tuple[dict[str, Any], ClassConditionalModel]:
+    told = json.loads(path.read_text())
+    transformer = build_var(tensors(path.parent, told["files"]["model"]))
+    vqvae = build_vqvae(tensors(path.parent, told["files"]["vae"]), told["config"]["patch_nums"])
+    settings = SamplingSettings(cfg=told["config"]["cfg"], top_k=1)
+    return told, ClassConditionalModel(told["name"], transformer, vqvae, settings, fingerprint(transformer))
+
+
+def full_plan(model: ClassConditionalModel) -> Plan:
+    return Full().plan(PlanningProblem(model.geometry, Budget.parse("100%")))
+
+
+class Recording:
+    """A cache that also remembers every layer-0 key and value, and the inputs and outputs of the model around it."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache, self.keys, self.values = cache, [], []
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer == 0:
+            self.keys.append(k)
+            self.values.append(v)
+        return self.cache.attend(layer, q, k, v)
+
+
+def check_scales(model: ClassConditionalModel, labels: list[int], plan: Plan, expected: dict[str, Tensor]) -> None:
+    """Run greedily under `plan` and compare every tensor of every scale that the set has."""
+    settings, transformer = model.sampling, model.transformer
+    rows = len(labels) * settings.rows_per_image
+    cache = Recording(KVCache(plan, rows))
+    drawing = model.begin(labels, settings)
+    compared = 0
+    for scale in range(len(transformer.schedule)):
+        got = {"block_input": drawing._input_RNC}
+        hidden = transformer.hidden(drawing._input_RNC, drawing._condition, cache)
+        logits = transformer.logits(hidden, drawing._condition)
+        got |= {"hidden": hidden, "logits_cond": logits[: len(labels)], "logits_uncond": logits[len(labels) :]}
+        got["logits_cfg"] = settings.guide(logits, scale, len(transformer.schedule))
+        tokens = PublicSampler(torch.Generator(), settings).choose(scale, got["logits_cfg"])
+        assert torch.equal(tokens, expected[f"scale{scale}.tokens"])
+        drawing.accept(tokens)
+        got["f_hat"] = drawing.f_hat
+        if scale + 1 < len(transformer.schedule):
+            got["next_map"] = model.vqvae.quantize.next_map(drawing.f_hat, scale + 1)
+        limits = {
+            "block_input": HIDDEN, "hidden": HIDDEN, "logits_cond": HALF_LOGITS, "logits_uncond": HALF_LOGITS,
+            "logits_cfg": GUIDED_LOGITS, "f_hat": EMBEDDED, "next_map": EMBEDDED,
+        }  # fmt: skip
+        for name, limit in limits.items():
+            if f"scale{scale}.{name}" in expected:
+                close(got[name], expected[f"scale{scale}.{name}"], limit)
+                compared += 1
+    assert compared >= 2 * len(transformer.schedule)
+    for name, stored in (("k", cache.keys), ("v", cache.values)):
+        if f"layer0.cached_{name}_final" in expected:
+            wanted = expected[f"layer0.cached_{name}_final"]
+            close(torch.cat(stored, dim=2)[:, :, : wanted.shape[2]], wanted, HIDDEN)
+    if "image" in expected:
+        close(drawing.image(), expected["image"], DECODED)
+
+
+def check_var(path: Path) -> None:
+    told, model = load(path)
+    if not told["files"]["expected"]:
+        pytest.skip("only the weights of this set are here; run with --golden for the rest")
+    expected = tensors(path.parent, told["files"]["expected"])
+    labels = told["config"]["labels"]
+    check_scales(model, labels, full_plan(model), expected)
+
+    # teacher forcing: one masked pass over all scales
+    sizes = list(model.transformer.schedule.tokens)
+    f_hat, maps = model.vqvae.quantize.decode_maps(expected["tf.tokens"].split(sizes, dim=1))
+    var_input = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+    close(var_input, expected["tf.var_input"], EMBEDDED)
+    close(f_hat, expected["tf.f_hat"], EMBEDDED)
+    close(model.vqvae.decode(f_hat), expected["tf.image_m1_1"], DECODED)
+    mask = TeacherForcing(model.transformer.lvl_1L[0])
+    close(forced_logits(model.transformer, torch.tensor(labels), var_input, mask), expected["tf.logits"], HALF_LOGITS)
+
+    # the cut of top-k and top-p, and draws in the public order
+    for name in ("k10_p0.0", "k0_p0.9", "k10_p0.8"):
+        top_k, top_p = int(name.split("_")[0][1:]), float(name.split("p")[1])
+        settings = replace(model.sampling, top_k=top_k, top_p=top_p)
+        assert torch.equal(settings.cut(expected["sampler.logits_in"]), expected[f"sampler.masked_{name}"])
+        sampler = PublicSampler(torch.Generator().manual_seed(5), settings)
+        assert torch.equal(
+            sampler.choose(0, expected["sampler.logits_in"]), expected[f"sampler.tokens_{name}_seed5"]
+        )
+    settings = replace(model.sampling, top_k=12, top_p=0.9)
+    sampler, drawing = PublicSampler(torch.Generator().manual_seed(3), settings), model.begin(labels, settings)
+    cache, drawn = KVCache(full_plan(model), 2 * len(labels)), []
+    for scale in range(len(model.transformer.schedule)):
+        drawn.append(sampler.choose(scale, drawing.logits(cache)))
+        drawing.accept(drawn[-1])
+    assert torch.equal(torch.cat(drawn, dim=1), expected["sampled_k12_p0.9_seed3.tokens"])
+
+    if told["config"].get("encoder"):
+        close(model.vqvae.latent(expected["enc.image_m1_1"]), expected["enc.f"], DECODED)
+        assert torch.equal(torch.cat(model.vqvae.encode(expected["enc.image_m1_1"]), dim=1), expected["enc.tokens"])
+
+
+def check_var_pruned(path: Path, told: dict[str, Any]) -> None:
+    model_path = next(
+        found
+        for folder in (path.parents[1], HERE / "golden")
+        if (found := folder / f"{told['model_set']}.json").exists()
+    )
+    model_told, model = load(model_path)
+    geometry = model.geometry
+    plan = Plan(
+        policy="given",
+        geometry=geometry,
+        last_read=np.array(told["last_read"]),
+        budget=1.0,
+        budget_token_heads=geometry.full_token_heads,
+        sink_scales=told["sink_scales"],
+    )
+    assert not plan.had_no_effect()
+    check_scales(model, model_told["config"]["labels"], plan, tensors(path.parent, told["files"]))
+
+
+def check_schedule(path: Path, told: dict[str, Any]) -> None:
+    schedule = ScaleSchedule.of(told["schedule"]) if "orders" in told else ScaleSchedule.infinity("1M", 1.0)
+    assert list(schedule.tokens) == told["tokens"]
+    geometry = CacheGeometry(told["layers"], told["heads"], 128, schedule)
+    orders = told.get("orders")
+    if orders is None:
+        name = path.stem.split("_")[1]
+        candidates = [HERE / "golden" / "orders" / f"{name}.json", path.parents[2] / "data" / "heatkv_orders" / f"{name}.json"]
+        found = next((candidate for candidate in candidates if candidate.exists()), None)
+        if found is None:
+            pytest.skip(f"the published {name} rankings are not here")
+        orders = json.loads(found.read_text())
+    rankings = HeadRankings.from_pairs(orders, geometry, path)
+    problem = PlanningProblem(geometry, Budget.parse(told["budget"]), rankings=rankings)
+    plan = HeatKV(sink_scales=told["sink_scales"]).plan(problem)
+    assert plan.last_read.tolist() == told["last_read"]
+    assert plan.peak_token_heads == told["peak_tokens"]
+    assert plan.budget_token_heads == int(told["budget_tokens"] + 1e-6)
+
+
+def test_golden(golden_file: Path) -> None:
+    told = json.loads(golden_file.read_text())
+    if "removed_per_ranking" in told:
+        check_schedule(golden_file, told)
+    elif told["project"].startswith("FoundationVision/VAR") and "model_set" in told:
+        check_var_pruned(golden_file, told)
+    elif told["project"].startswith("FoundationVision/VAR"):
+        check_var(golden_file)
+    else:
+        pytest.skip(f"no model or policy here yet for: {told['project']}")
