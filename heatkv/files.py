@@ -51,6 +51,7 @@ def make_folder(path: str | Path) -> Path:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
+    """Write `value` as JSON, whole or not at all; NaN and infinity are refused."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -66,7 +67,7 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {error or 'nested too deeply'}") from error
+        raise FormatError(f"{path} is not JSON: {str(error) or 'nested too deeply'}") from error
 
 
 def _no_constant(name: str) -> Any:

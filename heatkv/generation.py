@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from heatkv.cache import KVCache
 from heatkv.errors import ModelError
@@ -44,12 +45,14 @@ def run_scales(
         drawing = model.begin(labels, settings)
         tokens = []
         for scale in range(len(model.transformer.schedule)):
-            logits = drawing.logits(cache)
-            if observe is not None:
-                observe(scale, logits)
-            tokens.append(sampler.choose(scale, logits))
-            drawing.accept(tokens[-1])
-        return Drawn(tuple(tokens), drawing.image() if decode else None)
+            with record_function(f"scale {scale}"):
+                logits = drawing.logits(cache)
+                if observe is not None:
+                    observe(scale, logits)
+                tokens.append(sampler.choose(scale, logits))
+                drawing.accept(tokens[-1])
+        with record_function("decode"):
+            return Drawn(tuple(tokens), drawing.image() if decode else None)
 
 
 class Generator:
@@ -88,13 +91,15 @@ def generate(
     plan: Plan,
     *,
     seed: int = 0,
+    first_sample: int = 0,
     batch: int = 16,
     settings: SamplingSettings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Images (B, 3, H, W) in [0, 1], one per label, in batches; `progress` is told how many are done.
 
-    The pictures do not depend on `batch` but for rounding.
+    `first_sample` numbers the first label for the random numbers. The pictures do not depend on `batch` but for
+    rounding.
     """
     if not labels:
         raise ModelError("no label was given")
@@ -103,7 +108,7 @@ def generate(
         part = list(labels[first : first + batch])
         if generator is None or generator.batch != len(part):
             generator = Generator(model, plan, len(part), settings)
-        drawn = generator.draw(part, seed, range(first, first + len(part)))
+        drawn = generator.draw(part, seed, range(first_sample + first, first_sample + first + len(part)))
         assert drawn.images is not None
         images.append(drawn.images)
         if progress is not None:

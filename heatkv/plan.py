@@ -72,7 +72,9 @@ class Plan:
         layers, heads, scales = self.geometry.layers, self.geometry.heads, len(self.schedule)
         given = np.asarray(self.last_read)
         if given.shape != (layers, heads, scales):
-            raise PlanError(f"last_read has shape {given.shape}; {layers} layers, {heads} heads, {scales} scales need it")
+            raise PlanError(
+                f"last_read has shape {given.shape}; {layers} layers, {heads} heads, {scales} scales need it"
+            )
         if not np.issubdtype(given.dtype, np.integer):
             raise PlanError(f"last_read holds {given.dtype} values; it must hold whole numbers")
         array = given.astype(np.int64)
@@ -182,8 +184,11 @@ class Plan:
         return out
 
     @classmethod
-    def from_json(cls, value: Any, source: str | Path = "plan") -> Plan:
-        """Validate a parsed plan.json. Raises FormatError or PlanError; `source` names it in messages."""
+    def from_json(cls, value: Any, source: str | Path = "plan", head_dim: int | None = None) -> Plan:
+        """Validate a parsed plan.json. Raises FormatError or PlanError; `source` names it in messages.
+
+        `head_dim` is the head size of a plan that does not state its own (it only matters for bytes).
+        """
         data = check_header(value, source, FORMAT, VERSION)
         for name in ("coarse", "capacity"):
             if name in data:
@@ -196,7 +201,7 @@ class Plan:
                 geometry=CacheGeometry(
                     layers=_typed(data, "layers", int),
                     heads=_typed(data, "heads", int),
-                    head_dim=_typed(data, "head_dim", int),
+                    head_dim=_typed({"head_dim": head_dim} | data, "head_dim", int),
                     schedule=ScaleSchedule.of(_typed(data, "schedule", list)),
                 ),
                 last_read=_integer_array(data.get("last_read"), "last_read"),
@@ -220,8 +225,9 @@ class Plan:
         write_json(path, self.to_json())
 
     @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        return cls.from_json(read_json(path), path)
+    def load(cls, path: str | Path, head_dim: int | None = None) -> Plan:
+        """Read a plan.json, as `from_json` does."""
+        return cls.from_json(read_json(path), path, head_dim)
 
 
 def _typed(data: Mapping[str, Any], name: str, kind: Any) -> Any:

@@ -38,7 +38,10 @@ def register(policy: type[Any]) -> type[Any]:
     if not isinstance(name, str) or not name:
         raise PolicyError(f"{policy.__qualname__} has no `name`; give the class a string `name`")
     known = _registered.get(name)
-    if known is not None and known.policy.__qualname__ + known.policy.__module__ != policy.__qualname__ + policy.__module__:
+    if (
+        known is not None
+        and known.policy.__qualname__ + known.policy.__module__ != policy.__qualname__ + policy.__module__
+    ):
         raise PolicyError(f"two policies are named {name!r}: {known.policy!r} and {policy!r}; rename one")
     _registered[name] = Registered(name, policy, policy.__module__)
     return policy

@@ -111,7 +111,8 @@ class Statistics:
     @cached_property
     def mass(self) -> FloatArray:
         """Mean attention mass [l, h, t, s] over samples and queries."""
-        return self.mass_sum / self.count
+        mean: FloatArray = self.mass_sum / self.count
+        return mean
 
     @cached_property
     def spread(self) -> FloatArray:
@@ -119,7 +120,8 @@ class Statistics:
         if self.count < 2:
             return np.zeros_like(self.mass)
         variance = (self.mass_square_sum - self.count * self.mass**2) / (self.count - 1)
-        return np.sqrt(np.maximum(variance, 0))
+        spread: FloatArray = np.sqrt(np.maximum(variance, 0))
+        return spread
 
     @cached_property
     def scas(self) -> FloatArray:
@@ -136,7 +138,8 @@ class Statistics:
         count = flat.shape[0]
         weights = 2 * np.arange(1, count + 1) - count - 1
         total = flat.sum(axis=0)
-        return np.divide(weights @ flat, count * total, out=np.zeros_like(total), where=total > 0)
+        gini: FloatArray = np.divide(weights @ flat, count * total, out=np.zeros_like(total), where=total > 0)
+        return gini
 
     def check_geometry(self, geometry: CacheGeometry) -> None:
         """Raise StatisticsError unless they were measured on a model of this geometry and schedule."""
@@ -233,7 +236,7 @@ class Statistics:
 class HeadRankings:
     """For consecutive source scales, every (layer, head) pair from least to most important.
 
-    `order[i]` belongs to source scale `first_scale + i` and lists flat pair indices l*H + h; the first is dropped first.
+    `order[i]` belongs to source scale `first_scale + i` and lists flat pair indices l*H + h, first dropped first.
     """
 
     layers: int

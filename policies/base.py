@@ -123,11 +123,18 @@ class EvictionPolicy(ABC):
         schedule = problem.geometry.schedule
         most = len(schedule) - 1
         if not isinstance(self.sink_scales, int) or not 0 <= self.sink_scales <= most:
-            raise PolicyError(f"sink_scales={self.sink_scales} does not fit a schedule of {len(schedule)} scales: 0 to {most}")
+            raise PolicyError(
+                f"sink_scales={self.sink_scales} does not fit a schedule of {len(schedule)} scales: 0 to {most}"
+            )
         sinks, share = schedule.offsets[self.sink_scales], problem.share
         if share * schedule.cached_tokens < sinks:
             enough = next(
-                (n for n in range(self.sink_scales - 1, -1, -1) if schedule.offsets[n] <= share * schedule.cached_tokens), 0
+                (
+                    n
+                    for n in range(self.sink_scales - 1, -1, -1)
+                    if schedule.offsets[n] <= share * schedule.cached_tokens
+                ),
+                0,
             )
             raise BudgetError(
                 f"budget {float(share):.3g} ({problem.budget}) is below {sinks}/{schedule.cached_tokens} = "

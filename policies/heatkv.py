@@ -29,7 +29,7 @@ def dropped_pairs(problem: PlanningProblem, sink_scales: int) -> list[int]:
     room = problem.share * schedule.cached_tokens
     sinks = schedule.offsets[sink_scales]
     return [
-        0 if before <= max(sinks, room) else min(pairs, math.ceil(pairs * (before - room) / (before - sinks)))
+        0 if before <= sinks or before <= room else min(pairs, math.ceil(pairs * (before - room) / (before - sinks)))
         for before in schedule.offsets[:-1]
     ]
 
@@ -72,8 +72,8 @@ class HeatKV(EvictionPolicy):
             rankings = HeadRankings.from_scores(problem.statistics.scas)
         else:
             raise PolicyError(
-                "policy 'heatkv' needs statistics of this model (heatkv calibrate, then --statistics FILE) or published "
-                "rankings (--orders FILE)"
+                "policy 'heatkv' needs statistics of this model (heatkv calibrate, then --statistics FILE) or "
+                "published rankings (--orders FILE)"
             )
         return drop_by_rank(problem, self.sink_scales, rankings)
 
@@ -81,7 +81,7 @@ class HeatKV(EvictionPolicy):
 @register
 @dataclass(frozen=True)
 class Random(EvictionPolicy):
-    """The control: HeatKV's rule with a random ranking per source scale, so that it fills the budget in the same shape."""
+    """The control: HeatKV's rule with a random ranking per source scale, to fill the budget in the same shape."""
 
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "control"

@@ -126,9 +126,7 @@ def check_var(path: Path) -> None:
         settings = replace(model.sampling, top_k=top_k, top_p=top_p)
         assert torch.equal(settings.cut(expected["sampler.logits_in"]), expected[f"sampler.masked_{name}"])
         sampler = PublicSampler(torch.Generator().manual_seed(5), settings)
-        assert torch.equal(
-            sampler.choose(0, expected["sampler.logits_in"]), expected[f"sampler.tokens_{name}_seed5"]
-        )
+        assert torch.equal(sampler.choose(0, expected["sampler.logits_in"]), expected[f"sampler.tokens_{name}_seed5"])
     settings = replace(model.sampling, top_k=12, top_p=0.9)
     sampler, drawing = PublicSampler(torch.Generator().manual_seed(3), settings), model.begin(labels, settings)
     cache, drawn = KVCache(full_plan(model), 2 * len(labels)), []
@@ -169,7 +167,10 @@ def check_schedule(path: Path, told: dict[str, Any]) -> None:
     orders = told.get("orders")
     if orders is None:
         name = path.stem.split("_")[1]
-        candidates = [HERE / "golden" / "orders" / f"{name}.json", path.parents[2] / "data" / "heatkv_orders" / f"{name}.json"]
+        candidates = [
+            HERE / "golden" / "orders" / f"{name}.json",
+            path.parents[2] / "data" / "heatkv_orders" / f"{name}.json",
+        ]
         found = next((candidate for candidate in candidates if candidate.exists()), None)
         if found is None:
             pytest.skip(f"the published {name} rankings are not here")

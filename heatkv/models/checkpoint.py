@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to a model: configuration read off keys and shapes, strict loading, clear reports."""
+"""From the tensors of a checkpoint to a model: configuration from keys and shapes, strict loading, clear reports."""
 
 from __future__ import annotations
 

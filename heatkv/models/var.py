@@ -10,6 +10,7 @@ L tokens of all scales, V codes, Z code channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,6 +71,7 @@ class SelfAttention(nn.Module):
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
+        self.zero_k_bias: Tensor
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.l2_norm = config.l2_norm
         if config.l2_norm:
@@ -98,6 +100,8 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with a tanh GELU between them."""
+
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         hidden = round(config.width * config.mlp_ratio)
@@ -179,6 +183,7 @@ class VAR(nn.Module):
         self.pos_1LC = nn.Parameter(torch.empty(1, total, width))
         self.lvl_embed = nn.Embedding(len(self.schedule), width)
         levels = torch.repeat_interleave(torch.arange(len(self.schedule)), torch.tensor(self.schedule.tokens))
+        self.lvl_1L: Tensor
         self.register_buffer("lvl_1L", levels[None])
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -190,14 +195,20 @@ class VAR(nn.Module):
 
     def set_compute_dtype(self, dtype: torch.dtype) -> VAR:
         """Store the blocks' large matrices in `dtype`; everything else stays fp32."""
-        for block in self.blocks:
+        for block in self.layers():
             for linear in (block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2):
                 linear.to(dtype)
         return self
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return self.blocks[0].attn.mat_qkv.weight.dtype
+        return next(self.layers()).attn.mat_qkv.weight.dtype
+
+    def layers(self) -> Iterator[Block]:
+        """The blocks in order, with their type."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
 
     def condition(self, classes_R: Tensor) -> Condition:
         """Class indices (R,), `num_classes` for "no class", to what the blocks need of them."""
@@ -205,11 +216,12 @@ class VAR(nn.Module):
         shared = None
         if self.config.shared_adaln:
             shared = self.shared_ada_lin(class_RC).view(-1, 1, 6, class_RC.shape[-1])
-        return Condition(class_RC, tuple(block.modulation(class_RC, shared) for block in self.blocks))
+        return Condition(class_RC, tuple(block.modulation(class_RC, shared) for block in self.layers()))
 
     def positions(self) -> Tensor:
         """Position plus scale embedding of every token, (1, L, C)."""
-        return self.pos_1LC + self.lvl_embed(self.lvl_1L)
+        out: Tensor = self.pos_1LC + self.lvl_embed(self.lvl_1L)
+        return out
 
     def first_input(self, condition: Condition) -> Tensor:
         first = self.schedule.tokens[0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,7 +96,8 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x_BCHW)))
         h = self.conv2(F.silu(self.norm2(h)))
         shortcut: Tensor = self.nin_shortcut(x_BCHW) if self.has_shortcut else x_BCHW
-        return shortcut + h
+        out: Tensor = shortcut + h
+        return out
 
 
 class SpatialAttention(nn.Module):
@@ -119,6 +119,8 @@ class SpatialAttention(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Each pixel four times, then a convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = _conv3(channels, channels)
@@ -129,6 +131,8 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
+    """A strided convolution, padded at the right and the bottom only."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -151,21 +155,29 @@ class _Mid(nn.Module):
 
 
 class _Level(nn.Module):
-    """The blocks of one resolution, with attention at the lowest one, then the resampling if there is one."""
+    """The blocks of one resolution, with attention at the lowest one, then the resampling to the next resolution.
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool) -> None:
+    The resampling is named `downsample` or `upsample`, the other one does nothing.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, attention: bool, down: bool = False, up: bool = False
+    ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
             ResidualBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(blocks)
         )
         self.attn = nn.ModuleList(SpatialAttention(out_channels) for _ in range(blocks if attention else 0))
+        self.downsample = Downsample(out_channels) if down else nn.Identity()
+        self.upsample = Upsample(out_channels) if up else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x_BCHW = block(x_BCHW)
             if self.attn:
                 x_BCHW = self.attn[i](x_BCHW)
-        return x_BCHW
+        out: Tensor = self.upsample(self.downsample(x_BCHW))
+        return out
 
 
 class Encoder(nn.Module):
@@ -178,10 +190,8 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for level, size in enumerate(sizes):
             lowest = level == len(sizes) - 1
-            stage = _Level(config.channels if level == 0 else sizes[level - 1], size, 2, lowest)
-            if not lowest:
-                stage.downsample = Downsample(size)
-            self.down.append(stage)
+            below = config.channels if level == 0 else sizes[level - 1]
+            self.down.append(_Level(below, size, 2, attention=lowest, down=not lowest))
         self.mid = _Mid(sizes[-1])
         self.norm_out = _norm(sizes[-1])
         self.conv_out = _conv3(sizes[-1], config.z_channels)
@@ -190,8 +200,6 @@ class Encoder(nn.Module):
         h = self.conv_in(image_B3HW)
         for stage in self.down:
             h = stage(h)
-            if hasattr(stage, "downsample"):
-                h = stage.downsample(h)
         out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
         return out
 
@@ -207,10 +215,8 @@ class Decoder(nn.Module):
         stages = []
         for level, size in enumerate(sizes):
             lowest = level == len(sizes) - 1
-            stage = _Level(size if lowest else sizes[level + 1], size, 3, lowest)
-            if level > 0:
-                stage.upsample = Upsample(size)
-            stages.append(stage)
+            below = size if lowest else sizes[level + 1]
+            stages.append(_Level(below, size, 3, attention=lowest, up=level > 0))
         self.up = nn.ModuleList(stages)
         self.norm_out = _norm(sizes[0])
         self.conv_out = _conv3(sizes[0], 3)
@@ -219,8 +225,6 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(latent_BZPP))
         for level in reversed(range(len(self.up))):
             h = self.up[level](h)
-            if level > 0:
-                h = self.up[level].upsample(h)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return out
 
@@ -283,7 +287,11 @@ class MultiScaleQuantizer(nn.Module):
         rest = f_BZPP
         tokens = []
         for scale, side in enumerate(self.config.patch_sides):
-            z = rest if scale == len(self.config.patch_sides) - 1 else F.interpolate(rest, size=(side, side), mode="area")
+            z = (
+                rest
+                if scale == len(self.config.patch_sides) - 1
+                else F.interpolate(rest, size=(side, side), mode="area")
+            )
             index_BN = self.nearest(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])).view(z.shape[0], -1)
             tokens.append(index_BN)
             rest = rest - self.code_features(index_BN, scale)

@@ -7,10 +7,10 @@ real training images that names the samples). `export` writes the fp16 weights t
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG
+from heatkv.files import replacing
+from heatkv.generation import generate
+from heatkv.geometry import Budget
+from heatkv.images import image_grid
+from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS, load
 from heatkv.models.emoji.data import EmojiImages
 from heatkv.models.var import VAR, Condition
 from heatkv.models.vqvae import VQVAE
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.windows import Full
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Images = Annotated[Path, typer.Option("--images", help="folder of the unpacked npm package emoji-datasource-google")]
@@ -49,6 +55,7 @@ def rate(step: int, steps: int, warmup: int, decay: float) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to `factor` times its own."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
@@ -74,7 +81,7 @@ def vqvae(images: Images, work: Work, steps: int = 2000, batch: int = 16, seed: 
     path = work / "vqvae.pt"
     torch.manual_seed(seed)
     data = EmojiImages(images)
-    model = VQVAE(VQVAE_CONFIG).to(memory_format=torch.channels_last)
+    model = VQVAE(VQVAE_CONFIG).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     nn.init.normal_(model.quantize.embedding.weight, std=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
@@ -113,9 +120,19 @@ def vqvae(images: Images, work: Work, steps: int = 2000, batch: int = 16, seed: 
         if step % 50 == 0 or step == steps - 1:
             psnr = -10 * math.log10(float(F.mse_loss(raw.detach().clamp(-1, 1), x)) / 4)
             used = int((usage > 0.05).sum())
-            print(f"vqvae {step} loss {loss.item():.4f} psnr {psnr:.2f} codes {used} {seen / (time.time() - began):.1f} img/s", flush=True)
+            speed = seen / (time.time() - began)
+            print(f"vqvae {step} loss {loss.item():.4f} psnr {psnr:.2f} codes {used} {speed:.1f} img/s", flush=True)
         if step % 200 == 199 or step == steps - 1:
-            save(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(), "usage": usage, "step": step + 1})
+            save(
+                path,
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                    "usage": usage,
+                    "step": step + 1,
+                },
+            )
 
 
 # ---------------------------------------------------------------------------------------- transformer
@@ -134,7 +151,7 @@ class TeacherForcing:
 def initialise(model: VAR) -> None:
     """Depth-scaled projections, gates near one, and heads that start at different temperatures so that they part."""
     config = model.config
-    for block in model.blocks:
+    for block in model.layers():
         for linear in (block.attn.mat_qkv, block.ffn.fc1):
             nn.init.trunc_normal_(linear.weight, std=config.width**-0.5 * 0.8)
         for linear in (block.attn.proj, block.ffn.fc2):
@@ -143,10 +160,10 @@ def initialise(model: VAR) -> None:
         block.attn.scale_mul_1H11.data.copy_(spread.view(1, -1, 1, 1))
         nn.init.normal_(block.ada_gss, std=0.02)
         block.ada_gss.data[:, :, :2] += 1
-    nn.init.normal_(model.shared_ada_lin[1].weight, std=1e-3)
-    nn.init.zeros_(model.shared_ada_lin[1].bias)
-    nn.init.normal_(model.head_nm.ada_lin[1].weight, std=1e-3)
-    nn.init.zeros_(model.head_nm.ada_lin[1].bias)
+    for adaln in (model.shared_ada_lin[1], model.head_nm.ada_lin[1]):
+        assert isinstance(adaln, nn.Linear)
+        nn.init.normal_(adaln.weight, std=1e-3)
+        nn.init.zeros_(adaln.bias)
     nn.init.normal_(model.class_emb.weight, std=0.5)
     nn.init.normal_(model.lvl_embed.weight, std=0.5)
     nn.init.normal_(model.pos_1LC, std=0.3)
@@ -180,6 +197,7 @@ def teacher_inputs(model: VQVAE, f_BZPP: Tensor, generator: torch.Generator) -> 
 
 
 def forced_logits(model: VAR, labels_B: Tensor, maps_BLZ: Tensor, mask: TeacherForcing) -> Tensor:
+    """Logits of all scales, (B, L, V), in one masked pass over the input maps of scales 1 and later."""
     condition: Condition = model.condition(labels_B)
     first = model.schedule.tokens[0]
     x = torch.cat([condition.class_RC[:, None].expand(-1, first, -1) + model.pos_start, model.word_embed(maps_BLZ)], 1)
@@ -226,9 +244,12 @@ def transformer(
         generator.set_state(state["generator"])
         start = state["step"]
     mask = TeacherForcing(model.lvl_1L[0])
-    weight_L = torch.cat([torch.full((n,), 1 / side) for n, side in zip(model.schedule.tokens, VAR_CONFIG.patch_sides, strict=True)])
+    weight_L = torch.cat(
+        [torch.full((n,), 1 / side) for n, side in zip(model.schedule.tokens, VAR_CONFIG.patch_sides, strict=True)]
+    )
     weight_L = weight_L / weight_L.sum()
     began, seen, running = time.time(), 0, 0.0
+    optimizers: list[torch.optim.Optimizer] = [muon, adamw]
     for step in range(start, steps):
         labels = torch.randint(len(CLASSES), (batch,), generator=generator)
         with torch.no_grad():
@@ -241,7 +262,7 @@ def transformer(
         model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in (muon, adamw):
+        for optimizer in optimizers:
             set_rate(optimizer, rate(step, steps, 100, 0.4))
             optimizer.step()
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
@@ -256,12 +277,88 @@ def transformer(
             save(
                 path,
                 {
-                    "model": model.state_dict(), "average": average.state_dict(), "muon": muon.state_dict(),
-                    "adamw": adamw.state_dict(), "generator": generator.get_state(), "step": step + 1,
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "muon": muon.state_dict(),
+                    "adamw": adamw.state_dict(),
+                    "generator": generator.get_state(),
+                    "step": step + 1,
                 },
             )
         if last:
             break
+
+
+# -------------------------------------------------------------------------------- export and judgement
+
+
+@app.command()
+def export(work: Work, out: Annotated[Path, typer.Option(help="file to write")] = WEIGHTS) -> None:
+    """Write the averaged transformer and the VQVAE as fp16 safetensors."""
+    parts = {
+        "transformer.": torch.load(work / "transformer.pt", weights_only=True)["average"],
+        "vqvae.": torch.load(work / "vqvae.pt", weights_only=True)["model"],
+    }
+    tensors = {
+        prefix + name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for prefix, state in parts.items()
+        for name, tensor in state.items()
+    }
+    with replacing(out) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+def small_classifier() -> nn.Sequential:
+    """The judge: four strided convolutions and an average."""
+    sizes = (3, 32, 64, 128, 128)
+    layers: list[nn.Module] = []
+    for below, above in itertools.pairwise(sizes):
+        layers += [nn.Conv2d(below, above, 3, stride=2, padding=1), nn.BatchNorm2d(above), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], len(CLASSES)))
+
+
+@app.command()
+def judge(
+    images: Images,
+    work: Work,
+    weights: Annotated[Path, typer.Option(help="exported weights")] = WEIGHTS,
+    per_class: int = 4,
+    steps: int = 600,
+    seed: int = 7,
+) -> None:
+    """Train the judge on real images (once), then let it name samples of the full cache; writes a contact sheet."""
+    torch.manual_seed(seed)
+    data, generator, path = EmojiImages(images), torch.Generator().manual_seed(seed), work / "judge.pt"
+    classifier = small_classifier()
+    if path.exists():
+        classifier.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+        for step in range(steps):
+            labels = torch.randint(len(CLASSES), (64,), generator=generator)
+            loss = F.cross_entropy(classifier(data.draw(labels, generator)), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            set_rate(optimizer, rate(step, steps, 20, 0.5))
+            optimizer.step()
+        save(path, classifier.state_dict())
+    classifier.eval()
+    everything = torch.arange(len(CLASSES)).repeat(per_class)
+    with torch.inference_mode():
+        real = (classifier(data.draw(everything, generator)).argmax(1) == everything).float().mean()
+        model = load(weights)
+        plan = Full().plan(PlanningProblem(model.geometry, Budget.parse("100%")))
+        samples = generate(model, everything.tolist(), plan, seed=seed, batch=32)
+        right = classifier(samples * 2 - 1).argmax(1) == everything
+    wrong = sorted({CLASSES[int(label)] for label in everything[~right]})
+    print(f"real images named right {real:.1%}; samples named right {right.float().mean():.1%}")
+    print(f"missed: {', '.join(wrong) or 'none'}")
+    sheet = samples[: len(CLASSES)]
+    image_grid(sheet, columns=8, enlarge=2).save(work / "contact_sheet.png")
+    shuffled = torch.randperm(len(CLASSES), generator=generator)
+    image_grid(sheet[shuffled], columns=8, enlarge=3).save(work / "shuffled_sheet.png")
+    (work / "shuffled_labels.txt").write_text("\n".join(CLASSES[int(i)] for i in shuffled) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,803 @@
+"""The command line. Bad input gives one line and exit code 2; Ctrl-C gives 130 and keeps what was finished."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError
+from heatkv.files import make_folder, read_json
+from heatkv.geometry import Budget, CacheGeometry
+from heatkv.models import COMPUTE_DTYPES, MODELS, load_model, model_info
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.plan import Plan
+from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.registry import broken_plugins, find_policy, registered_policies
+from heatkv.sampling import SamplingSettings
+from heatkv.statistics import HeadRankings, Statistics
+
+app = typer.Typer(
+    name="heatkv",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="KV-cache compression for visual autoregressive image models: every head keeps the scales it reads, under a "
+    "byte budget that holds.",
+)
+
+Model = Annotated[str, typer.Option("--model", help="name of a model, see `heatkv models`")]
+Statistic = Annotated[Path | None, typer.Option("--statistics", help="statistics file of `heatkv calibrate`")]
+Orders = Annotated[Path | None, typer.Option("--orders", help="published ranking file (JSON) instead of statistics")]
+Seed = Annotated[int, typer.Option("--seed", help="seed of samples and random policies")]
+Cfg = Annotated[float | None, typer.Option("--cfg", help="guidance strength; default: the model's; 0 = none")]
+Rows = Annotated[
+    int | None, typer.Option("--rows", help="cache rows; guidance takes two per image (default: one image)")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help=f"compute and storage type: {', '.join(COMPUTE_DTYPES)}")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+PlanFiles = Annotated[list[Path] | None, typer.Option("--plan", help="plan.json of `heatkv solve`; may be repeated")]
+Policies = Annotated[str, typer.Option("--policies", help="names separated by commas, see `heatkv policies`")]
+Budgets = Annotated[str, typer.Option("--budgets", help="separated by commas: 10%, 0.1, 600MiB, 2GB or 650tokens")]
+BudgetText = Annotated[str | None, typer.Option("--budget", help="10%, 0.1, 600MiB, 2GB or 650tokens")]
+SinkScales = Annotated[
+    int | None, typer.Option("--sink-scales", help="first scales that are never dropped; default: the policy's")
+]
+OutFolder = Annotated[Path, typer.Option("--out", help="folder to write to")]
+
+DEFAULT_POLICIES = "heatkv,sliding-window,streaming,random"
+DEFAULT_BUDGETS = "50%,30%,20%,10%"
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+
+
+def _show(value: Table | Any, as_json: bool, data: Any) -> None:
+    if as_json:
+        print(json.dumps(data, indent=1))
+    else:
+        console = Console()
+        # a pipe has no width of its own, and a table cut to 80 columns loses figures
+        (console if console.is_terminal else Console(width=160)).print(value)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on the error stream; the callback is told how much more is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _names(text: str, what: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise HeatKVError(f"no {what} was named")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise HeatKVError(f"{what} {twice[0]!r} is named twice")
+    return names
+
+
+def _ratio(text: str | None) -> float | None:
+    """Height/width as a number or h:w."""
+    if text is None:
+        return None
+    try:
+        height, _, width = text.partition(":")
+        return float(height) / (float(width) if width else 1.0)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ScheduleError(f"cannot read the height/width ratio {text!r}; write it as 1.5 or 3:2") from error
+
+
+def _storage(dtype: str) -> str:
+    if dtype not in COMPUTE_DTYPES:
+        near = difflib.get_close_matches(dtype, COMPUTE_DTYPES, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ModelError(f"unknown dtype {dtype!r}{hint} Known: {', '.join(COMPUTE_DTYPES)}")
+    return dtype
+
+
+def _positive(name: str, value: int, least: int = 1) -> int:
+    if value < least:
+        raise HeatKVError(f"--{name} is {value}; it must be at least {least}")
+    return value
+
+
+def _settings(model: ClassConditionalModel, cfg: float | None) -> SamplingSettings:
+    return model.sampling if cfg is None else replace(model.sampling, cfg=cfg)
+
+
+def _rankings(path: Path | None, geometry: CacheGeometry) -> HeadRankings | None:
+    return None if path is None else HeadRankings.load_orders(path, geometry)
+
+
+def _statistics(path: Path | None, model: ClassConditionalModel) -> Statistics | None:
+    """Statistics from a file, when they are of this very model."""
+    if path is None:
+        return None
+    statistics = Statistics.load(path)
+    statistics.check_geometry(model.geometry)
+    statistics.check_fingerprint(model.fingerprint)
+    return statistics
+
+
+def _policy(name: str, sink_scales: int | None) -> EvictionPolicy:
+    from heatkv.profiling.runner import make_policy
+
+    return make_policy(name, **({} if sink_scales is None else {"sink_scales": sink_scales}))
+
+
+def _needs_statistics(names: Sequence[str]) -> bool:
+    return any("statistics" in find_policy(name).needs for name in names)  # type: ignore[attr-defined]
+
+
+def _load_plan(path: Path, geometry: CacheGeometry) -> Plan:
+    plan = Plan.load(path, geometry.head_dim)
+    try:
+        plan.check_geometry(geometry)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+    return plan
+
+
+# ------------------------------------------------------------------------------------------- what there is
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine offers: torch, devices, Triton, NVML, optional extras, models with weights.
+
+    Example: heatkv doctor
+    """
+    import importlib.util
+    from importlib import metadata
+
+    import torch
+
+    from heatkv.profiling.environment import environment
+
+    def extra(package: str, distribution: str, why: str) -> str:
+        if importlib.util.find_spec(package) is None:
+            return f"not installed ({why})"
+        return metadata.version(distribution)
+
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    told = environment(where)
+    mps = torch.backends.mps.is_available()
+    facts = {
+        "heatkv": told["versions"]["heatkv"],
+        "python": told["versions"]["python"],
+        "torch": told["versions"]["torch"],
+        "device": f"{told['device_name']} ({told['device']})",
+        "threads": str(told["threads"]),
+        "1024^3 fp32 product, one thread": f"{told['matrix_product_1024_fp32_one_thread_ms']} ms",
+        "CUDA graphs": "yes" if torch.cuda.is_available() else "no CUDA device",
+        "mps": "yes" if mps else "no",
+        "triton": extra("triton", "triton", "heatkv[triton]"),
+        "NVML": extra("pynvml", "nvidia-ml-py", "heatkv[nvml]"),
+        "torchmetrics": extra("torchmetrics", "torchmetrics", "heatkv[metrics]; SSIM needs it"),
+        "models with weights": ", ".join(info.name for info in MODELS.values() if info.bundled),
+    }
+    table = Table("what", "found", title="heatkv doctor")
+    for name, found in facts.items():
+        table.add_row(name, found)
+    _show(table, as_json, facts)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """The models that can be named: geometry, full cache per image, where weights come from.
+
+    Example: heatkv models
+    """
+    table = Table(
+        "model", "layers", "heads", "head size", "size", "tokens N", "full MiB/image", "weights", title="models"
+    )
+    data = []
+    for info in MODELS.values():
+        geometry = info.geometry()
+        row = {
+            "model": info.name,
+            "layers": info.layers,
+            "heads": info.heads,
+            "head_dim": info.head_dim,
+            "size": info.default_size,
+            "cached_tokens": geometry.schedule.cached_tokens,
+            "full_bytes": geometry.full_bytes(rows=2, storage="bfloat16"),
+            "weights": info.weights,
+            "runs_here": info.bundled,
+        }
+        data.append(row)
+        table.add_row(
+            info.name, str(info.layers), str(info.heads), str(info.head_dim), info.default_size,
+            str(row["cached_tokens"]), f"{geometry.full_bytes(2, 'bfloat16') / 2**20:.2f}", info.weights,
+        )  # fmt: skip
+    table.caption = "full cache with guidance (2 rows) in bfloat16"
+    _show(table, as_json, data)
+
+
+@app.command()
+def policies(as_json: AsJson = False) -> None:
+    """The policies that can be named: kind, what they plan from, one line, source.
+
+    Example: heatkv policies
+    """
+    table = Table("policy", "kind", "needs", "what it does", "source", "from", title="policies")
+    data = []
+    for name, known in registered_policies().items():
+        policy = known.policy
+        row = {
+            "policy": name, "kind": policy.kind, "needs": policy.needs, "summary": policy.summary(),
+            "source": policy.source, "from": known.source,
+        }  # fmt: skip
+        data.append(row)
+        table.add_row(*row.values())
+    _show(table, as_json, data)
+    for name, reason in broken_plugins().items():
+        _say(f"heatkv: the plug-in {name!r} could not be loaded: {reason}")
+
+
+# ------------------------------------------------------------------------------------------------ planning
+
+
+@app.command()
+def solve(
+    model: Model = "emoji",
+    policy: Annotated[str, typer.Option("--policy", help="name of a policy, see `heatkv policies`")] = "heatkv",
+    budget: BudgetText = None,
+    statistics: Statistic = None,
+    orders: Orders = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="check and describe this plan.json instead of solving")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="256, 512 (VAR), 0.06M, 0.25M, 0.60M, 1M (Infinity)")
+    ] = None,
+    ratio: Annotated[str | None, typer.Option("--ratio", help="height/width, as 1.5 or 3:2")] = None,
+    sink_scales: SinkScales = None,
+    rows: Rows = None,
+    dtype: Dtype = "bfloat16",
+    cfg: Cfg = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="plan.json to write")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute a plan from geometry and statistics or published rankings; needs no weights.
+
+    Example: heatkv solve --model infinity-2b --policy heatkv --budget 0.1 --orders orders.json --out plan.json
+    """
+    info = model_info(model)
+    geometry = info.geometry(size, _ratio(ratio))
+    storage, guided = _storage(dtype), cfg is None or cfg > 0
+    rows = rows if rows is not None else (2 if guided else 1)
+    if plan is not None:
+        if budget is not None:
+            raise HeatKVError("--plan brings its own budget; leave --budget out")
+        solved = _load_plan(plan, geometry)
+    else:
+        if budget is None:
+            raise HeatKVError(
+                "solve needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens (or --plan to check a file)"
+            )
+        chosen = _policy(policy, sink_scales)
+        loaded = None if statistics is None else Statistics.load(statistics)
+        if loaded is not None and info.bundled:
+            loaded.check_fingerprint(load_model(model).fingerprint)
+        problem = PlanningProblem(
+            geometry, Budget.parse(budget), loaded, _rankings(orders, geometry), seed, rows, storage, model
+        )
+        solved = chosen.plan(problem)
+    if out is not None:
+        solved.save(out)
+    target, layer = solved.peak_checkpoint
+    facts: dict[str, Any] = {
+        "model": model,
+        "policy": solved.policy,
+        "schedule": str(geometry.schedule),
+        "budget": solved.budget,
+        "budget_token_heads": solved.budget_token_heads,
+        "peak_token_heads": solved.peak_token_heads,
+        "peak_over_budget": solved.peak_token_heads / max(solved.budget_token_heads, 1),
+        "peak_checkpoint": {"scale": target, "layer": layer},
+        "full_token_heads": geometry.full_token_heads,
+        "planned_bytes": solved.bytes(rows, storage),
+        "full_bytes": geometry.full_bytes(rows, storage),
+        "rows": rows,
+        "dtype": storage,
+        "sink_scales": solved.sink_scales,
+        "gap": solved.gap,
+        "had_no_effect": solved.had_no_effect(),
+        "out": None if out is None else str(out),
+    }
+    table = Table("what", "value", title=f"{solved.policy} at {solved.budget:.4g} of the cache of {model}")
+    table.add_row("schedule", str(geometry.schedule))
+    share = solved.peak_token_heads / max(solved.budget_token_heads, 1)
+    held = f"{solved.peak_token_heads} of {solved.budget_token_heads} token-heads"
+    table.add_row("peak", f"{held} ({share:.2%} of the budget)")
+    table.add_row("at", f"after layer {layer} of scale {target}")
+    table.add_row(
+        "bytes",
+        f"{facts['planned_bytes'] / 2**20:.2f} MiB of {facts['full_bytes'] / 2**20:.2f} MiB ({rows} rows, {storage})",
+    )
+    table.add_row("sink scales", str(solved.sink_scales))
+    table.add_row("certified gap", "none: this policy solves no program" if solved.gap is None else f"{solved.gap:.3%}")
+    if facts["had_no_effect"]:
+        table.add_row("note", "the plan has no effect: nothing is dropped at this budget")
+    if out is not None:
+        table.add_row("written", str(out))
+    _show(table, as_json, facts)
+
+
+# ----------------------------------------------------------------------------------------------- measuring
+
+
+def _calibrate(
+    model: ClassConditionalModel, samples: int, seed: int, settings: SamplingSettings, first: int = 0
+) -> Iterator[Statistics]:
+    """Statistics of one batch after another, so that an interrupt loses a batch at most."""
+    from heatkv.calibration import calibrate as measure
+
+    batch = min(16, -(-samples // 2))  # two batches at least, so that halves can be compared
+    with _progress(f"calibrating {model.name}", samples) as advance:
+        for start in range(first, first + samples, batch):
+            count = min(batch, first + samples - start)
+            yield measure(model, count, seed=seed, first_sample=start, batch=batch, settings=settings)
+            advance(count)
+
+
+def _merged(parts: Sequence[Statistics]) -> Statistics:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.merge(part)
+    return total
+
+
+def _agreement(parts: Sequence[Statistics]) -> list[float] | None:
+    """Spearman correlation of the head rankings of two disjoint halves, per source scale."""
+    from heatkv.calibration import ranking_agreement
+
+    if len(parts) < 2:
+        return None
+    return [float(x) for x in ranking_agreement(_merged(parts[::2]), _merged(parts[1::2]))]
+
+
+def _calibration_table(statistics: Statistics, agreement: Sequence[float] | None) -> Table:
+    table = Table(
+        "source scale", "tokens", "mean S-CAS", "Gini over heads", "rank agreement of halves", title="calibration"
+    )
+    gini, mean = statistics.gini(), statistics.scas.mean(axis=(0, 1))
+    for scale, (_, height, width) in enumerate(statistics.schedule.scales[:-1]):
+        table.add_row(
+            str(scale),
+            f"{height}x{width}",
+            f"{mean[scale]:.4f}",
+            f"{gini[scale]:.3f}",
+            "-" if agreement is None else f"{agreement[scale]:.3f}",
+        )
+    table.caption = f"{statistics.count} samples of {statistics.provenance.model}"
+    return table
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", help="statistics file to write")],
+    model: Model = "emoji",
+    samples: Annotated[int, typer.Option("--samples", help="images to measure, all classes in turn")] = 64,
+    append: Annotated[bool, typer.Option("--append", help="add samples to an existing file")] = False,
+    seed: Seed = 0,
+    cfg: Cfg = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure how much every head looks back at every scale; writes a statistics file.
+
+    Example: heatkv calibrate --model emoji --samples 64 --out statistics.safetensors
+    """
+    _positive("samples", samples)
+    if out.exists() and not append:
+        raise FormatError(f"{out} exists; add samples to it with --append or name another file")
+    if append and not out.exists():
+        raise FormatError(f"{out} does not exist; leave --append out to create it")
+    if not out.parent.is_dir():
+        raise FormatError(f"the folder {out.parent} does not exist")
+    loaded = load_model(model, dtype=_storage(dtype), device=device)
+    settings = _settings(loaded, cfg)
+    before = _statistics(out, loaded) if append else None
+    taken = [] if before is None else [s.split(":") for s in before.provenance.samples]
+    first = max((int(index) + 1 for given, index, _ in taken if int(given) == seed), default=0)
+    parts: list[Statistics] = []
+    total: Statistics | None = None
+    try:
+        for part in _calibrate(loaded, samples, seed, settings, first):
+            if before is not None and not parts:
+                before.merge(part)  # refuse before hours are spent
+            parts.append(part)
+    finally:
+        if parts:
+            total = _merged(parts if before is None else [before, *parts])
+            total.save(out)
+            _say(f"{out}: {total.count} samples")
+    assert total is not None
+    agreement = _agreement(parts)
+    data = {
+        "out": str(out),
+        "samples": total.count,
+        "gini": total.gini().tolist(),
+        "rank_agreement_of_halves": agreement,
+    }
+    _show(_calibration_table(total, agreement), as_json, data)
+
+
+def _statistics_of_folder(
+    folder: Path, model: ClassConditionalModel, samples: int, seed: int, settings: SamplingSettings
+) -> Statistics:
+    """The folder's own statistics: those of an earlier run when they still fit, else measured now."""
+    path = folder / "statistics.safetensors"
+    if path.exists():
+        try:
+            found = _statistics(path, model)
+        except HeatKVError as error:
+            _say(f"measuring again: {error}")
+        else:
+            assert found is not None
+            wanted = {f"{seed}:{i}:{label}" for i, label in enumerate(model.labels(samples))}
+            if set(found.provenance.samples) == wanted and found.provenance.cfg == settings.cfg:
+                _say(f"using {path} ({found.count} samples)")
+                return found
+    parts = list(_calibrate(model, samples, seed, settings))
+    total = _merged(parts)
+    total.save(path)
+    agreement = _agreement(parts)
+    if agreement is not None:
+        worst, mean = min(agreement), sum(agreement) / len(agreement)
+        _say(
+            f"calibrated on {total.count} samples; head rankings of two halves agree by {mean:.2f} (Spearman, mean "
+            f"over scales; worst {worst:.2f})"
+        )
+    return total
+
+
+def _subjects(
+    model: ClassConditionalModel,
+    names: Sequence[str],
+    budgets: Sequence[Budget],
+    plans: Sequence[Path],
+    *,
+    statistics: Statistics | None,
+    orders: Path | None,
+    rows: int,
+    seed: int,
+    draws: int,
+    sink_scales: int | None,
+) -> list[Any]:
+    from heatkv.profiling.runner import Subject, plan_subjects
+
+    subjects = plan_subjects(
+        model, names, budgets, statistics=statistics, rankings=_rankings(orders, model.geometry), rows=rows,
+        storage=_storage_of(model), seed=seed, draws=draws,
+        options={} if sink_scales is None else {"sink_scales": sink_scales},
+    )  # fmt: skip
+    for path in plans:
+        plan = _load_plan(path, model.geometry)
+        subjects.append(Subject(f"{plan.policy} ({path.name})", f"{plan.budget:.4%}".replace(".0000", ""), (plan,)))
+    taken: set[str] = set()
+    for subject in subjects:
+        if subject.name in taken:
+            raise HeatKVError(f"{subject.name} is named twice")
+        taken.add(subject.name)
+    return subjects
+
+
+def _storage_of(model: ClassConditionalModel) -> str:
+    return next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == model.compute_dtype)
+
+
+def _measure_latency(
+    model: ClassConditionalModel,
+    subjects: Sequence[Any],
+    rows: int,
+    settings: SamplingSettings,
+    repeats: int,
+    seed: int,
+) -> dict[str, Any]:
+    from heatkv.profiling.runner import latency_row, measure_latency
+
+    with _progress("timing", len(subjects) * repeats) as advance:
+        measured = measure_latency(
+            model, subjects, rows=rows, settings=settings, repeats=repeats, seed=seed, progress=lambda: advance(1)
+        )
+    return {name: latency_row(result) for name, result in measured.items()}
+
+
+@app.command()
+def profile(
+    out: OutFolder,
+    model: Model = "emoji",
+    policies: Policies = "sliding-window,streaming",
+    budgets: Budgets = DEFAULT_BUDGETS,
+    plan: PlanFiles = None,
+    statistics: Statistic = None,
+    orders: Orders = None,
+    sink_scales: SinkScales = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="timed runs of every policy")] = 10,
+    trace: Annotated[bool, typer.Option("--trace", help="also write a profiler trace (JSON) per policy")] = False,
+    seed: Seed = 0,
+    cfg: Cfg = None,
+    rows: Rows = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Memory and latency of every policy at every budget.
+
+    Example: heatkv profile --model emoji --policies streaming --budgets 20%,10% --out results/profile
+    """
+    from heatkv.profiling.runner import bytes_row, images_of_rows
+    from heatkv.profiling.trace import save_trace
+
+    _positive("repeats", repeats)
+    names = _names(policies, "policy")
+    parsed = [Budget.parse(text) for text in _names(budgets, "budget")]
+    loaded = load_model(model, dtype=_storage(dtype), device=device)
+    settings = _settings(loaded, cfg)
+    rows = rows if rows is not None else settings.rows_per_image
+    images_of_rows(rows, settings)
+    subjects = _subjects(
+        loaded, names, parsed, plan or [], statistics=_statistics(statistics, loaded), orders=orders, rows=rows,
+        seed=seed, draws=1, sink_scales=sink_scales,
+    )  # fmt: skip
+    folder = make_folder(out)
+    results = [bytes_row(loaded, subject, rows, _storage_of(loaded)) for subject in subjects]
+    times = _measure_latency(loaded, subjects, rows, settings, repeats, seed)
+    for subject, row in zip(subjects, results, strict=True):
+        row |= times[subject.name]
+        if trace:
+            name = "".join(c if c.isalnum() else "_" for c in subject.name)
+            save_trace(
+                folder / f"trace_{name}.json", loaded, subject.plans[0], images_of_rows(rows, settings), settings
+            )
+    _finish(
+        folder,
+        loaded,
+        settings,
+        results,
+        as_json,
+        f"{loaded.name}, {rows} rows, {_storage_of(loaded)}, {loaded.device}",
+    )
+
+
+def _finish(
+    folder: Path,
+    model: ClassConditionalModel,
+    settings: SamplingSettings,
+    rows: list[dict[str, Any]],
+    as_json: bool,
+    title: str,
+) -> None:
+    from heatkv.profiling.report import results_table
+    from heatkv.profiling.runner import save_results
+
+    save_results(folder / "results.json", model, settings, rows)
+    _show(results_table(rows, title), as_json, read_json(folder / "results.json") if as_json else None)
+    _say(f"written: {folder}")
+
+
+@app.command()
+def generate(
+    out: OutFolder,
+    label: Annotated[list[str], typer.Option("--label", help="class name or number; may be repeated")],
+    model: Model = "emoji",
+    policy: Annotated[str, typer.Option("--policy", help="name of a policy, see `heatkv policies`")] = "full",
+    budget: BudgetText = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="plan.json of `heatkv solve`")] = None,
+    statistics: Statistic = None,
+    orders: Orders = None,
+    sink_scales: SinkScales = None,
+    count: Annotated[int, typer.Option("--count", help="images per label")] = 1,
+    seed: Seed = 0,
+    cfg: Cfg = None,
+    rows: Rows = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Draw images under a budget.
+
+    Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
+    """
+    from heatkv.generation import generate as draw
+    from heatkv.images import image_grid
+    from heatkv.profiling.runner import images_of_rows
+
+    _positive("count", count)
+    loaded = load_model(model, dtype=_storage(dtype), device=device)
+    settings = _settings(loaded, cfg)
+    labels = [loaded.label(text) for text in label for _ in range(count)]
+    batch = min(len(labels), 16) if rows is None else images_of_rows(rows, settings)
+    if plan is not None:
+        if budget is not None:
+            raise HeatKVError("--plan brings its own budget; leave --budget out")
+        chosen = _load_plan(plan, loaded.geometry)
+    else:
+        if budget is None and policy != "full":
+            raise HeatKVError(f"policy {policy!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
+        problem = PlanningProblem(
+            loaded.geometry, Budget.parse(budget or "100%"), _statistics(statistics, loaded),
+            _rankings(orders, loaded.geometry), seed, batch * settings.rows_per_image, _storage_of(loaded), model,
+        )  # fmt: skip
+        chosen = _policy(policy, sink_scales).plan(problem)
+    folder = make_folder(out)
+    done = 0
+    with _progress("drawing", len(labels)) as advance:
+        for first in range(0, len(labels), batch):
+            part = labels[first : first + batch]
+            images = draw(loaded, part, chosen, seed=seed, first_sample=first, batch=batch, settings=settings)
+            for index, image in enumerate(images):
+                name = loaded.class_names[part[index]] if loaded.class_names else str(part[index])
+                _save_picture(image_grid(image[None], 1), folder / f"{first + index:04d}_{name}.png")
+            done += len(part)
+            advance(len(part))
+    held = chosen.bytes(batch * settings.rows_per_image, _storage_of(loaded)) / 2**20
+    _say(f"written: {done} images in {folder}; {chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time")
+
+
+def _save_picture(picture: Any, path: Path) -> None:
+    from heatkv.files import replacing
+
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+@app.command()
+def compare(
+    out: OutFolder,
+    model: Model = "emoji",
+    policies: Policies = DEFAULT_POLICIES,
+    budgets: Budgets = DEFAULT_BUDGETS,
+    plan: PlanFiles = None,
+    statistics: Statistic = None,
+    orders: Orders = None,
+    sink_scales: SinkScales = None,
+    samples: Annotated[
+        int, typer.Option("--samples", help="images to calibrate on, when no statistics are given")
+    ] = 64,
+    images: Annotated[int, typer.Option("--images", help="images whose logits are compared (KL, top-1)")] = 32,
+    pictures: Annotated[int, typer.Option("--pictures", help="images drawn freely and compared (PSNR, SSIM)")] = 16,
+    draws: Annotated[int, typer.Option("--draws", help="plans of every policy that draws at random")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", help="timed runs of every policy")] = 5,
+    seed: Seed = 0,
+    cfg: Cfg = None,
+    rows: Rows = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """The main job: calibrate if needed, plan, draw, measure; a table, results.json and pictures.
+
+    Example: heatkv compare --model emoji --policies heatkv,streaming --budgets 20%,10% --out results/compare
+    """
+    from heatkv.profiling.fidelity import FidelityBench
+    from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
+    from heatkv.profiling.runner import bytes_row, fidelity_row, images_of_rows, save_results
+
+    for name, value in (
+        ("samples", samples),
+        ("images", images),
+        ("pictures", pictures),
+        ("draws", draws),
+        ("repeats", repeats),
+    ):
+        _positive(name, value)
+    names = _names(policies, "policy")
+    parsed = [Budget.parse(text) for text in _names(budgets, "budget")]
+    needed = _needs_statistics(names) and orders is None
+    loaded = load_model(model, dtype=_storage(dtype), device=device)
+    settings = _settings(loaded, cfg)
+    rows = rows if rows is not None else settings.rows_per_image
+    images_of_rows(rows, settings)
+    given = _statistics(statistics, loaded)
+    _subjects(  # bad budgets and plans are refused before anything is measured
+        loaded, [name for name in names if not _needs_statistics([name])], parsed, plan or [], statistics=given,
+        orders=orders, rows=rows, seed=seed, draws=1, sink_scales=sink_scales,
+    )  # fmt: skip
+    folder = make_folder(out)
+    measured = (
+        given if given is not None or not needed else _statistics_of_folder(folder, loaded, samples, seed, settings)
+    )
+    subjects = _subjects(
+        loaded, names, parsed, plan or [], statistics=measured, orders=orders, rows=rows, seed=seed, draws=draws,
+        sink_scales=sink_scales,
+    )  # fmt: skip
+    results = [bytes_row(loaded, subject, rows, _storage_of(loaded)) for subject in subjects]
+    times = _measure_latency(loaded, subjects, rows, settings, repeats, seed)
+    finished: list[dict[str, Any]] = []
+    sheets: dict[str, list[tuple[str, Any]]] = {}
+    plans = sum(len(subject.plans) for subject in subjects)
+    passes = images + plans * (images + -(-min(pictures, images) // 16) * 16)
+    try:
+        with _progress("comparing", passes) as advance:
+            bench = FidelityBench(
+                loaded, images=images, pictures=pictures, seed=seed + 1, settings=settings, progress=advance
+            )  # other samples than the calibration's
+            for subject, row in zip(subjects, results, strict=True):
+                figures, details = fidelity_row(bench, subject)
+                finished.append(row | times[subject.name] | figures)
+                sheets.setdefault(subject.budget, []).append((subject.policy, details.pictures))
+    except KeyboardInterrupt:
+        unfinished = [row | times[s.name] for s, row in zip(subjects, results, strict=True)][len(finished) :]
+        save_results(folder / "results.json", loaded, settings, finished + unfinished)
+        _say(f"stopped; {len(finished)} of {len(subjects)} comparisons are kept in {folder / 'results.json'}")
+        raise
+    import torch
+
+    reference = [("full", bench.reference_pictures())]
+    for budget, lines in sheets.items():
+        shown = [(name, torch.cat(parts)) for name, parts in lines if name != "full"]
+        if shown:
+            tag = "".join(c if c.isalnum() or c == "." else "_" for c in budget)
+            columns = min(bench.pictures, 12)
+            save_image_sheet(
+                folder / f"images_{tag}.png", reference + shown, columns, f"{loaded.name}, cache of {budget}"
+            )
+    if measured is not None:
+        save_scas_heat_map(folder / "scas.png", measured)
+    title = (
+        f"{loaded.name}: cache of {rows} rows in {_storage_of(loaded)}, KL and top-1 over {images} images, PSNR and "
+        f"SSIM over {bench.pictures}"
+    )
+    _finish(folder, loaded, settings, finished, as_json, title)
+
+
+# ---------------------------------------------------------------------------------------------------- entry
+
+
+def _usage_message(error: Exception) -> str | None:
+    """The message of typer's own errors, which live in different modules in different releases."""
+    form = getattr(error, "format_message", None)
+    return str(form()) if callable(form) and hasattr(error, "exit_code") else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; always ends the process."""
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    try:
+        outcome = app(args=list(arguments), prog_name="heatkv", standalone_mode=False)
+        sys.stdout.flush()
+        return outcome if isinstance(outcome, int) else 0
+    except HeatKVError as error:
+        _say(f"heatkv: {' '.join(str(error).split())}")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        _say("heatkv: stopped")
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        message = _usage_message(error)
+        if message is None:
+            raise
+        if message:
+            _say(f"heatkv: {' '.join(message.split())}")
+        return 2

@@ -1,0 +1,62 @@
+"""Where a measurement was made: device, threads, versions, and a yardstick to compare machines by."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from heatkv.versions import versions
+
+_YARDSTICK_SIDE = 1024
+
+
+def matrix_product_ms(repeats: int = 7) -> float:
+    """Median time of an fp32 matrix product of 1024 cubed on one thread, in milliseconds.
+
+    Times of two machines compare best as multiples of it.
+    """
+    threads = torch.get_num_threads()
+    a, b = torch.randn(_YARDSTICK_SIDE, _YARDSTICK_SIDE), torch.randn(_YARDSTICK_SIDE, _YARDSTICK_SIDE)
+    torch.set_num_threads(1)
+    try:
+        times = []
+        for _ in range(repeats + 2):
+            began = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return statistics.median(times[2:]) * 1e3
+
+
+def processor() -> str:
+    """The CPU's name, as the system gives it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """The name a person knows the device by."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What every result states about the machine it was measured on."""
+    return {
+        "device": device.type,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "versions": versions(),
+        "matrix_product_1024_fp32_one_thread_ms": round(matrix_product_ms(), 3),
+    }

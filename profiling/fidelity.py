@@ -1,0 +1,181 @@
+"""How far a policy's images and logits are from the full cache's.
+
+KL and agreement are teacher-forced: the policy sees the codes the full cache sampled, and its guided logits are
+compared before any cut. PSNR and SSIM compare free-running pictures drawn with the same random numbers.
+Shapes: B images, N tokens of a scale, V codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from heatkv.generation import Drawn, Generator
+from heatkv.geometry import Budget
+from heatkv.images import to_pixels
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.windows import Full
+from heatkv.sampling import CommonRandomSampler, RecordedTokens, SamplingSettings
+
+ROUNDING_MSE = 1 / (12 * 255**2)
+"""Mean squared error of rounding to 8 bits; pictures that differ by less count as this close, 58.9 dB."""
+
+
+def kl_divergence(reference_BNV: Tensor, logits_BNV: Tensor) -> Tensor:
+    """KL(reference || logits) of the two softmaxes, in nats per token, (B, N) float64."""
+    reference, other = reference_BNV.double().log_softmax(-1), logits_BNV.double().log_softmax(-1)
+    return (reference.exp() * (reference - other)).sum(-1)
+
+
+def psnr(images_B3HW: Tensor, reference_B3HW: Tensor) -> NDArray[np.float64]:
+    """PSNR in dB of every 8-bit picture against its reference; equal pictures have 58.9 dB, that of rounding."""
+    difference = (to_pixels(images_B3HW).double() - to_pixels(reference_B3HW).double()) / 255
+    mse = (difference**2).flatten(1).mean(1).clamp(min=ROUNDING_MSE)
+    return np.asarray(-10 * torch.log10(mse))
+
+
+def ssim(images_B3HW: Tensor, reference_B3HW: Tensor) -> NDArray[np.float64] | None:
+    """SSIM (torchmetrics, Gaussian window of 11) of every picture; None when torchmetrics is not installed."""
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError:
+        return None
+    values = structural_similarity_index_measure(
+        images_B3HW.float().cpu(), reference_B3HW.float().cpu(), data_range=1.0, reduction="none"
+    )
+    assert isinstance(values, Tensor)
+    return np.asarray(values.double()).reshape(-1)
+
+
+@dataclass
+class Fidelity:
+    """Per-image figures of one policy: KL and agreement summed over tokens by scale, and picture similarities."""
+
+    tokens: tuple[int, ...]
+    kl_sums: list[NDArray[np.float64]] = field(default_factory=list)
+    agreements: list[NDArray[np.float64]] = field(default_factory=list)
+    psnr_db: list[NDArray[np.float64]] = field(default_factory=list)
+    ssim: list[NDArray[np.float64]] = field(default_factory=list)
+    pictures: list[Tensor] = field(default_factory=list)
+
+    def kl_of_images(self) -> NDArray[np.float64]:
+        """Mean KL over all tokens of every image."""
+        means: NDArray[np.float64] = np.concatenate(self.kl_sums).sum(axis=1) / sum(self.tokens)
+        return means
+
+    def kl(self) -> float:
+        """Mean over images and tokens, in nats."""
+        return float(self.kl_of_images().mean())
+
+    def kl_per_scale(self) -> list[float]:
+        return [float(x) for x in np.concatenate(self.kl_sums).mean(axis=0) / np.array(self.tokens)]
+
+    def top1_agreement(self) -> float:
+        """Share of tokens whose most likely code is the full cache's."""
+        return float(np.concatenate(self.agreements).sum(axis=1).mean() / sum(self.tokens))
+
+    def mean_psnr(self) -> float | None:
+        return float(np.concatenate(self.psnr_db).mean()) if self.psnr_db else None
+
+    def mean_ssim(self) -> float | None:
+        return float(np.concatenate(self.ssim).mean()) if self.ssim else None
+
+
+class FidelityBench:
+    """Draws the reference once, with the full cache, and compares any number of plans with it.
+
+    `images` samples are teacher-forced, the first `pictures` of them also drawn freely.
+    """
+
+    def __init__(
+        self,
+        model: ClassConditionalModel,
+        *,
+        images: int,
+        pictures: int,
+        seed: int,
+        settings: SamplingSettings,
+        batch: int = 16,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._model, self._settings, self._seed = model, settings, seed
+        self._progress = progress if progress is not None else lambda _: None
+        self.pictures = min(pictures, images)
+        self._batches = [range(first, min(first + batch, images)) for first in range(0, images, batch)]
+        self._reference: list[tuple[Drawn, list[Tensor]]] = []
+        full = Full().plan(PlanningProblem(model.geometry, Budget.parse("100%")))
+        for samples, generator in self._generators(full):
+            logits: list[Tensor] = []
+            drawn = generator.draw(
+                self._labels(samples),
+                seed,
+                samples,
+                observe=lambda _, x, logits=logits: logits.append(x),  # type: ignore[misc]
+            )
+            self._reference.append((drawn, logits))
+            self._progress(len(samples))
+
+    def _labels(self, samples: range) -> list[int]:
+        return [self._model.labels(1, sample)[0] for sample in samples]
+
+    def _generators(self, plan: Plan) -> list[tuple[range, Generator]]:
+        """Every batch with its generator; equal batches share one, and so one cache."""
+        by_size = {
+            len(samples): Generator(self._model, plan, len(samples), self._settings) for samples in self._batches
+        }
+        return [(samples, by_size[len(samples)]) for samples in self._batches]
+
+    def reference_pictures(self) -> Tensor:
+        """What the full cache draws, (pictures, 3, H, W)."""
+        images = [drawn.images for drawn, _ in self._reference if drawn.images is not None]
+        return torch.cat(images)[: self.pictures]
+
+    @property
+    def passes(self) -> int:
+        """Images that `compare` draws for one plan, for a progress bar."""
+        free = sum(len(samples) for samples in self._batches if samples.start < self.pictures)
+        return self._batches[-1].stop + free
+
+    def compare(self, plan: Plan) -> Fidelity:
+        """Fidelity of a plan to the full cache."""
+        result = Fidelity(self._model.geometry.schedule.tokens)
+        for (samples, generator), (drawn, reference) in zip(self._generators(plan), self._reference, strict=True):
+            kl: list[Tensor] = []
+            agree: list[Tensor] = []
+
+            def observe(
+                scale: int, logits: Tensor, reference: Sequence[Tensor] = reference, kl: list[Tensor] = kl,
+                agree: list[Tensor] = agree,
+            ) -> None:  # fmt: skip
+                kl.append(kl_divergence(reference[scale], logits).sum(1))
+                agree.append((reference[scale].argmax(-1) == logits.argmax(-1)).sum(1).double())
+
+            labels = self._labels(samples)
+            generator.draw(labels, sampler=RecordedTokens(drawn.tokens), observe=observe, decode=False)
+            result.kl_sums.append(torch.stack(kl, dim=1).cpu().numpy())
+            result.agreements.append(torch.stack(agree, dim=1).cpu().numpy())
+            self._progress(len(samples))
+            if samples.start < self.pictures:
+                wanted = min(len(samples), self.pictures - samples.start)
+                sampler = CommonRandomSampler(self._seed, samples, self._settings)
+                free = generator.draw(labels, sampler=sampler)
+                assert free.images is not None
+                assert drawn.images is not None
+                images, originals = free.images[:wanted], drawn.images[:wanted]
+                result.psnr_db.append(psnr(images, originals))
+                similarity = ssim(images, originals)
+                if similarity is not None:
+                    result.ssim.append(similarity)
+                result.pictures.append(images)
+                self._progress(len(samples))
+        if not all(math.isfinite(x) for x in result.kl_of_images()):
+            raise FloatingPointError(f"the logits under policy {plan.policy!r} are not finite")
+        return result

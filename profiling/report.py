@@ -1,0 +1,96 @@
+"""What people look at: tables on screen, image sheets and heat maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from heatkv.files import replacing
+from heatkv.images import to_pixels
+from heatkv.statistics import Statistics
+
+
+def _number(value: float | None, form: str, missing: str = "-") -> str:
+    return missing if value is None else format(value, form)
+
+
+def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """The comparison as a table; "-" is a figure that was not measured."""
+    table = Table(title=title)
+    for name in ("policy", "budget", "planned MiB", "allocated MiB", "of full", "ms", "KL", "top-1", "PSNR dB", "SSIM"):
+        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+    previous = None
+    for row in rows:
+        if previous is not None and row["budget"] != previous:
+            table.add_section()
+        previous = row["budget"]
+        name = row["policy"] + (f" (mean of {row['draws']})" if row["draws"] > 1 else "")
+        time = row.get("latency_ms")
+        table.add_row(
+            name + (" *" if row["had_no_effect"] else ""),
+            row["budget"],
+            f"{row['planned_bytes'] / 2**20:.3f}",
+            f"{row['allocated_bytes'] / 2**20:.3f}",
+            f"{row['allocated_bytes'] / row['full_bytes']:.1%}",
+            _number(time["median"] if time else None, ".1f"),
+            _number(row.get("kl"), ".4f"),
+            _number(row.get("top1_agreement"), ".1%"),
+            _number(row.get("psnr_db"), ".2f"),
+            _number(row.get("ssim"), ".3f"),
+        )
+    if any(row["had_no_effect"] for row in rows):
+        table.caption = "* had no effect: nothing was dropped at this budget"
+    return table
+
+
+def save_image_sheet(path: Path, lines: Sequence[tuple[str, Any]], columns: int, title: str) -> None:
+    """A PNG with one labelled line of pictures per (label, images) pair; images are (B, 3, H, W) in [0, 1]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.1 * columns + 1.6, 1.15 * len(lines) + 0.4), dpi=110)
+    axes = figure.subplots(len(lines), columns, squeeze=False)
+    for line, (label, images) in enumerate(lines):
+        pixels = to_pixels(images[:columns]).numpy()
+        for column in range(columns):
+            ax = axes[line, column]
+            ax.set_xticks([])
+            ax.set_yticks([])
+            for spine in ax.spines.values():
+                spine.set_visible(False)
+            if column < len(pixels):
+                ax.imshow(pixels[column], interpolation="nearest")
+        axes[line, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(pad=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def save_scas_heat_map(path: Path, statistics: Statistics) -> None:
+    """S-CAS of every head (rows: layer by layer) by source scale, each column on its own colour scale."""
+    from matplotlib.figure import Figure
+
+    layers, heads = statistics.layers, statistics.heads
+    scas = statistics.scas[:, :, :-1].reshape(layers * heads, -1)
+    shown = scas / np.maximum(scas.max(axis=0, keepdims=True), np.finfo(float).tiny)
+    figure = Figure(figsize=(1.5 + 0.55 * scas.shape[1], 2 + 0.07 * layers * heads), dpi=110)
+    ax = figure.subplots()
+    image = ax.imshow(shown, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    sides = [f"{s}\n{h}x{w}" for s, (_, h, w) in enumerate(statistics.schedule.scales[:-1])]
+    ax.set_xticks(range(scas.shape[1]), sides, fontsize=8)
+    ax.set_yticks(np.arange(layers) * heads - 0.5, [f"layer {layer}" for layer in range(layers)], fontsize=7)
+    ax.grid(axis="y", color="white", linewidth=0.4)
+    ax.set_xlabel("source scale")
+    ax.set_ylabel(f"{heads} heads of every layer")
+    ax.set_title(
+        f"S-CAS of {statistics.provenance.model}, {statistics.count} samples\n(share of the scale's largest)",
+        fontsize=9,
+    )
+    figure.colorbar(image, ax=ax, fraction=0.06)
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,193 @@
+"""Measures any policy on any model: plan, bytes, latency, fidelity, one result row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heatkv.cache import KVCache
+from heatkv.errors import HeatKVError, PolicyError
+from heatkv.files import write_json
+from heatkv.generation import Generator
+from heatkv.geometry import Budget
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.plan import Plan
+from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.profiling.environment import environment
+from heatkv.profiling.fidelity import Fidelity, FidelityBench
+from heatkv.profiling.latency import Latency, measure_interleaved
+from heatkv.profiling.memory import DeviceMemory, measure_device
+from heatkv.registry import find_policy
+from heatkv.sampling import SamplingSettings
+from heatkv.statistics import HeadRankings, Statistics
+
+FORMAT, VERSION = "heatkv-results", 1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One line of a comparison: a policy at a budget, with several plans when the policy draws at random."""
+
+    policy: str
+    budget: str
+    plans: tuple[Plan, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy} {self.budget}"
+
+
+def make_policy(name: str, **options: Any) -> EvictionPolicy:
+    """The named policy with these options. Raises PolicyError for an unknown name or option."""
+    cls = find_policy(name)
+    try:
+        policy = cls(**options)
+    except TypeError as error:
+        raise PolicyError(f"policy {name!r}: {error}") from error
+    if not isinstance(policy, EvictionPolicy):
+        raise PolicyError(f"policy {name!r} is no EvictionPolicy")
+    return policy
+
+
+def plan_subjects(
+    model: ClassConditionalModel,
+    policies: Sequence[str],
+    budgets: Sequence[Budget],
+    *,
+    statistics: Statistics | None,
+    rankings: HeadRankings | None = None,
+    rows: int,
+    storage: str,
+    seed: int = 0,
+    draws: int = 1,
+    options: dict[str, Any] | None = None,
+) -> list[Subject]:
+    """A subject for every budget and policy; `full`, whatever the budgets, comes once and first."""
+
+    def problem(budget: Budget, draw: int = 0) -> PlanningProblem:
+        return PlanningProblem(model.geometry, budget, statistics, rankings, seed + draw, rows, storage, model.name)
+
+    everything = Budget.parse("100%")
+    subjects = [Subject("full", str(everything), (make_policy("full").plan(problem(everything)),))]
+    for budget in budgets:
+        for name in policies:
+            if name == "full":
+                continue
+            policy = make_policy(name, **(options or {}))
+            count = draws if policy.random else 1
+            subjects.append(
+                Subject(name, str(budget), tuple(policy.plan(problem(budget, draw)) for draw in range(count)))
+            )
+    return subjects
+
+
+def bytes_row(model: ClassConditionalModel, subject: Subject, rows: int, storage: str) -> dict[str, Any]:
+    """Planned, allocated and full bytes; allocated is read from the storage of a real arena."""
+    geometry, plans = model.geometry, subject.plans
+    row: dict[str, Any] = {
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "policy": subject.policy,
+        "settings": dict(plans[0].settings),
+        "budget": subject.budget,
+        "rows": rows,
+        "dtype": storage,
+        "schedule": geometry.schedule.to_json(),
+        "budget_bytes": geometry.bytes(plans[0].budget_token_heads, rows, storage),
+        "planned_bytes": max(plan.bytes(rows, storage) for plan in plans),
+        "allocated_bytes": max(
+            KVCache(plan, rows, model.compute_dtype, model.device).allocated_bytes for plan in plans
+        ),
+        "full_bytes": geometry.full_bytes(rows, storage),
+        "had_no_effect": subject.policy != "full" and all(plan.had_no_effect() for plan in plans),
+        "draws": len(plans),
+    }
+    if row["allocated_bytes"] > row["budget_bytes"]:
+        raise HeatKVError(
+            f"{subject.name}: the arena takes {row['allocated_bytes']} bytes, more than the budget of "
+            f"{row['budget_bytes']}; this is a fault of HeatKV, please report it"
+        )
+    return row
+
+
+def measure_latency(
+    model: ClassConditionalModel,
+    subjects: Sequence[Subject],
+    *,
+    rows: int,
+    settings: SamplingSettings,
+    repeats: int,
+    seed: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> dict[str, tuple[Latency, DeviceMemory]]:
+    """Time of drawing `rows` rows of images, decode included, for every subject in turns; its first plan is taken."""
+    batch = images_of_rows(rows, settings)
+    labels = model.labels(batch)
+    generators = {s.name: Generator(model, s.plans[0], batch, settings) for s in subjects}
+    calls = {name: (lambda g=generator: g.draw(labels, seed)) for name, generator in generators.items()}
+    times = measure_interleaved(calls, model.device, repeats, progress)
+    return {name: (times[name], measure_device(call, model.device)) for name, call in calls.items()}
+
+
+def images_of_rows(rows: int, settings: SamplingSettings) -> int:
+    """How many images have so many cache rows. Raises HeatKVError when guidance needs an even number."""
+    images, rest = divmod(rows, settings.rows_per_image)
+    if rest or images < 1:
+        raise HeatKVError(f"rows={rows} is no positive multiple of {settings.rows_per_image}, the rows of one image")
+    return images
+
+
+def fidelity_row(bench: FidelityBench, subject: Subject) -> tuple[dict[str, Any], Fidelity]:
+    """Fidelity figures of a subject, means over its plans, and the details of its first plan."""
+    results = [bench.compare(plan) for plan in subject.plans]
+    return {
+        "images": len(results[0].kl_of_images()),
+        "kl": float(np.mean([result.kl() for result in results])),
+        "kl_per_scale": np.mean([result.kl_per_scale() for result in results], axis=0).tolist(),
+        "kl_of_draws": [result.kl() for result in results],
+        "top1_agreement": float(np.mean([result.top1_agreement() for result in results])),
+        "pictures": bench.pictures,
+        "psnr_db": _mean([result.mean_psnr() for result in results]),
+        "ssim": _mean([result.mean_ssim() for result in results]),
+    }, results[0]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return float(np.mean(present)) if len(present) == len(values) else None
+
+
+UNMEASURED: dict[str, Any] = dict.fromkeys(
+    ("device_peak_bytes", "nvml_bytes", "latency_ms", "graph_latency_ms", "kl", "top1_agreement", "psnr_db", "ssim")
+)
+
+
+def latency_row(measured: tuple[Latency, DeviceMemory]) -> dict[str, Any]:
+    """Latency and device memory as fields of a result row."""
+    times, memory = measured
+    return {
+        "latency_ms": times.to_json(),
+        "device_peak_bytes": memory.peak_bytes,
+        "nvml_bytes": memory.nvml_bytes,
+    }
+
+
+def save_results(
+    path: Path, model: ClassConditionalModel, settings: SamplingSettings, rows: list[dict[str, Any]]
+) -> None:
+    """Write results.json; figures that were not measured are null."""
+    write_json(
+        path,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "environment": environment(model.device),
+            "sampling": {"cfg": settings.cfg, "ramp": settings.ramp, "top_k": settings.top_k, "top_p": settings.top_p},
+            "rows": [UNMEASURED | row for row in rows],
+        },
+        indent=1,
+    )
