@@ -70,9 +70,9 @@ def _show(value: Table | Any, as_json: bool, data: Any) -> None:
     if as_json:
         print(json.dumps(data, indent=1))
     else:
-        console = Console()
+        console = Console(markup=False)
         # a pipe has no width of its own, and a table cut to 80 columns loses figures
-        (console if console.is_terminal else Console(width=160)).print(value)
+        (console if console.is_terminal else Console(markup=False, width=160)).print(value)
 
 
 @contextmanager

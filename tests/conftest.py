@@ -8,6 +8,9 @@ import hypothesis
 import pytest
 import torch
 
+from heatkv.models import load_model
+from heatkv.models.class_conditional import ClassConditionalModel
+
 HERE = Path(__file__).parent
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
@@ -37,3 +40,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_file" in metafunc.fixturenames:
         files = golden_files(metafunc.config)
         metafunc.parametrize("golden_file", files, ids=[f"{path.parent.name}/{path.stem}" for path in files])
+
+
+@pytest.fixture(scope="session")
+def emoji() -> ClassConditionalModel:
+    """The embedded model, in fp32."""
+    return load_model("emoji")

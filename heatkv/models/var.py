@@ -182,7 +182,9 @@ class VAR(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, self.schedule.tokens[0], width))
         self.pos_1LC = nn.Parameter(torch.empty(1, total, width))
         self.lvl_embed = nn.Embedding(len(self.schedule), width)
-        levels = torch.repeat_interleave(torch.arange(len(self.schedule)), torch.tensor(self.schedule.tokens))
+        levels = torch.repeat_interleave(
+            torch.arange(len(self.schedule)), torch.tensor(self.schedule.tokens), output_size=total
+        )
         self.lvl_1L: Tensor
         self.register_buffer("lvl_1L", levels[None])
         if config.shared_adaln:
