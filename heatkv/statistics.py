@@ -306,13 +306,13 @@ class HeadRankings:
             raise FormatError(f"{source}: the rankings are not all of the same length") from error
         if pairs.ndim != 3 or pairs.shape[2] != 2 or pairs.dtype != np.int64:
             raise FormatError(f"{source} must be a list of rankings of [head, layer] pairs of whole numbers")
-        if pairs.shape[0] > scales - 1:
-            raise StatisticsError(f"{source} has {pairs.shape[0]} rankings; the schedule caches {scales - 1} scales")
         if pairs.shape[1] != layers * heads:
             raise StatisticsError(
                 f"{source} ranks {pairs.shape[1]} (head, layer) pairs; the model has {layers} layers x {heads} heads = "
                 f"{layers * heads}"
             )
+        if pairs.shape[0] > scales - 1:
+            raise StatisticsError(f"{source} has {pairs.shape[0]} rankings; the schedule caches {scales - 1} scales")
         head, layer = pairs[..., 0], pairs[..., 1]
         if (head < 0).any() or (head >= heads).any() or (layer < 0).any() or (layer >= layers).any():
             raise StatisticsError(f"{source} names a head or layer outside {heads} heads and {layers} layers")

@@ -1,0 +1,361 @@
+"""The command line: every command does its job; bad input gives one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from heatkv.cli import run
+from heatkv.plan import Plan
+from heatkv.statistics import Statistics
+
+ORDERS = Path(__file__).parent / "golden" / "orders" / "2b.json"
+GOLDEN = Path(__file__).parent / "golden" / "schedules"
+
+
+@pytest.fixture(scope="module")
+def statistics_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
+    assert run(["calibrate", "--samples", "2", "--out", str(path)]) == 0
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail: exit code 2, nothing on the output, one line on the error stream."""
+    capsys.readouterr()
+    assert run(arguments) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    lines = error.strip().splitlines()
+    assert len(lines) == 1, error
+    assert lines[0].startswith("heatkv: ")
+    return lines[0]
+
+
+# ------------------------------------------------------------------------------------------------ solve
+
+
+@pytest.mark.parametrize("name", ["heatkv_2b_0.05", "heatkv_2b_0.1", "heatkv_2b_0.2"])
+def test_solve_equals_the_golden_schedule(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    out = tmp_path / "plan.json"
+    command = ["solve", "--model", "infinity-2b", "--policy", "heatkv", "--budget", str(golden["budget"])]
+    assert run([*command, "--orders", str(ORDERS), "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    written = json.loads(out.read_text())
+    assert written["last_read"] == golden["last_read"]
+    assert told["peak_token_heads"] == written["peak_token_heads"] == golden["peak_tokens"]
+    assert told["planned_bytes"] == golden["peak_tokens"] * 128 * 2 * 2 * 2
+
+
+def test_solve_knows_other_ratios_and_sinks(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    base = ["solve", "--model", "infinity-8b", "--policy", "streaming", "--budget", "650tokens", "--out", str(out)]
+    assert run([*base, "--size", "0.60M", "--ratio", "3:2", "--sink-scales", "2"]) == 0
+    plan = Plan.load(out)
+    assert plan.schedule.scales[-1] == (1, 63, 42)
+    assert plan.sink_scales == 2
+    assert plan.budget_token_heads == 650 * 40 * 28
+
+
+def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    assert run(["solve", "--policy", "streaming", "--budget", "20%", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert run(["solve", "--plan", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["policy"] == "streaming"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--policy", "heatvk", "--budget", "10%"], "did you mean 'heatkv'?"),
+        (["--model", "infinty-2b", "--budget", "10%"], "did you mean 'infinity-2b'?"),
+        (["--policy", "heatkv", "--budget", "10%"], "needs statistics"),
+        (["--policy", "streaming"], "needs --budget"),
+        (["--policy", "streaming", "--budget", "1%"], "is below 14/230 = 6.09%, the 3 sink scales"),
+        (["--policy", "streaming", "--budget", "150%"], "above 100 %"),
+        (["--policy", "streaming", "--budget", "10"], "did you mean 10%?"),
+        (["--policy", "streaming", "--budget", "5GiB"], "above the full cache"),
+        (["--policy", "streaming", "--budget", "0"], "not above zero"),
+        (["--policy", "streaming", "--budget", "-5%"], "cannot read the budget"),
+        (["--policy", "streaming", "--budget", "ten"], "cannot read the budget"),
+        (["--policy", "streaming", "--budget", "10parsec"], "unknown unit 'parsec'"),
+        (["--policy", "full", "--budget", "10%"], "its budget is 100%"),
+        (["--policy", "streaming", "--budget", "10%", "--sink-scales", "9"], "sink_scales=9"),
+        (["--policy", "streaming", "--budget", "10%", "--ratio", "1.5"], "square images only"),
+        (["--policy", "streaming", "--budget", "10%", "--ratio", "wide"], "cannot read the height/width ratio"),
+        (["--policy", "streaming", "--budget", "10%", "--size", "1M"], "48 px only"),
+        (["--policy", "streaming", "--budget", "10%", "--dtype", "int3"], "unknown dtype"),
+        (["--policy", "streaming", "--budget", "1MiB", "--rows", "0"], "rows is 0"),
+        (["--policy", "streaming", "--budget", "10%", "--out", "/nonexistent/plan.json"], "cannot write"),
+        (["--plan", "absent.json"], "cannot read absent.json"),
+        (["--policy", "heatkv", "--budget", "10%", "--orders", str(ORDERS)], "12 layers x 6 heads = 72"),
+        (["--policy", "heatkv", "--budget", "10%", "--statistics", str(ORDERS)], "not a whole statistics file"),
+        (["--policy", "heatkv", "--budget", "10%", "--statistics", "absent"], "cannot read absent"),
+        (["--bugdet", "10%"], "No such option"),
+        (["--seed", "three"], "Invalid value for '--seed'"),
+    ],
+)
+def test_solve_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(capsys, "solve", *arguments)
+
+
+def test_files_of_another_kind_are_refused(
+    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content, said in (
+        ("cut.json", '{"format": "heatkv-plan", "version"', "is not JSON"),
+        ("list.json", "[1, 2]", "holds no JSON object"),
+        ("other.json", '{"format": "heatkv-results", "version": 1}', "'heatkv-results', not 'heatkv-plan'"),
+        ("later.json", '{"format": "heatkv-plan", "version": 99}', "version 99"),
+        ("empty.json", "", "is not JSON"),
+        ("bytes.json", "\udcff", "is not JSON"),
+    ):
+        (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+        assert said in refused(capsys, "solve", "--plan", str(tmp_path / name))
+    data = statistics_file.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    plan = ["--policy", "heatkv", "--budget", "20%", "--statistics"]
+    assert "not a whole statistics file" in refused(capsys, "solve", *plan, str(tmp_path / "cut.safetensors"))
+    assert "the model has 16 x 16" in refused(capsys, "solve", "--model", "var-d16", *plan, str(statistics_file))
+    out = ["--label", "cat", "--out", str(tmp_path / "out")]
+    assert "cannot read" in refused(capsys, "generate", *plan[:4], "--statistics", str(tmp_path), *out)
+    assert (
+        run(["solve", "--model", "var-d16", "--policy", "streaming", "--budget", "20%", "--out", str(tmp_path / "p")])
+        == 0
+    )
+    assert "the model has 12 x 6" in refused(capsys, "generate", "--plan", str(tmp_path / "p"), *out)
+    assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------- calibrate, generate
+
+
+def pixels(path: Path) -> NDArray[np.int64]:
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(np.int64)
+
+
+def test_calibrate_appends_new_samples(
+    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(statistics_file.read_bytes())
+    assert run(["calibrate", "--samples", "2", "--append", "--out", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 4
+    assert Statistics.load(path).provenance.samples == ("0:0:0", "0:1:1", "0:2:2", "0:3:3")
+    before = path.read_bytes()
+    assert "exists; add samples to it with --append" in refused(capsys, "calibrate", "--out", str(path))
+    assert "cannot merge statistics with cfg" in refused(
+        capsys, "calibrate", "--samples", "1", "--cfg", "1", "--append", "--out", str(path)
+    )
+    assert path.read_bytes() == before
+    for arguments, said in (
+        (["--samples", "0", "--out", str(tmp_path / "n")], "--samples is 0"),
+        (["--append", "--out", str(tmp_path / "n")], "does not exist"),
+        (["--out", str(tmp_path / "no" / "n")], "does not exist"),
+        (["--model", "var-d16", "--out", str(tmp_path / "n")], "cannot run it"),
+        (["--device", "cuda:77", "--out", str(tmp_path / "n")], "cannot be used here"),
+        ([], "Missing option '--out'"),
+    ):
+        assert said in refused(capsys, "calibrate", *arguments)
+
+
+def test_statistics_of_other_weights_are_refused(
+    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    statistics = Statistics.load(statistics_file)
+    other = replace(statistics, provenance=replace(statistics.provenance, fingerprint="0" * 16))
+    other.save(tmp_path / "other.safetensors")
+    arguments = ["--policy", "heatkv", "--budget", "20%", "--statistics", str(tmp_path / "other.safetensors")]
+    assert "measured on other weights" in refused(capsys, "solve", *arguments)
+
+
+def test_generate_writes_a_picture_per_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "generate",
+        "--policy",
+        "streaming",
+        "--budget",
+        "20%",
+        "--label",
+        "pizza",
+        "--label",
+        "3",
+        "--count",
+        "2",
+    ]
+    assert run([*arguments, "--out", str(tmp_path / "new" / "folder")]) == 0
+    files = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert files == ["0000_pizza.png", "0001_pizza.png", "0002_watermelon.png", "0003_watermelon.png"]
+    pictures = [pixels(tmp_path / "new" / "folder" / name) for name in files]
+    assert all(picture.shape == (48, 48, 3) for picture in pictures)
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert run([*arguments, "--rows", "2", "--out", str(tmp_path / "again")]) == 0
+    assert np.abs(pixels(tmp_path / "again" / files[3]) - pictures[3]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--label", "dragon"], "no class 'dragon'"),
+        (["--label", "cat", "--policy", "streaming"], "needs --budget"),
+        (["--label", "cat", "--count", "0"], "--count is 0"),
+        (["--label", "cat", "--cfg", "-1"], "cfg is -1"),
+        (["--label", "cat", "--rows", "3"], "rows=3"),
+        ([], "Missing option '--label'"),
+    ],
+)
+def test_generate_refuses(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(capsys, "generate", *arguments, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert "cannot create the folder" in refused(capsys, "generate", "--label", "cat", "--out", str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------- profile, compare
+
+
+def test_profile_measures_bytes_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "2", "--trace", "--json"]
+    assert run([*arguments, "--out", str(tmp_path)]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["policy"] for row in rows] == ["full", "streaming"]
+    assert rows[1]["allocated_bytes"] <= 0.2 * rows[0]["allocated_bytes"]
+    assert all(row["latency_ms"]["runs"] == 2 and row["latency_ms"]["median"] > 0 for row in rows)
+    assert all(row["kl"] is None and row["graph_latency_ms"] is None for row in rows)
+    assert len(list(tmp_path.glob("trace_*.json"))) == 2
+
+
+SMALL = ["--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1", "--draws", "2"]
+
+
+def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "mine.json"
+    assert run(["solve", "--policy", "streaming", "--budget", "15%", "--dtype", "float32", "--out", str(plan)]) == 0
+    out = tmp_path / "out"
+    arguments = ["compare", *SMALL, "--policies", "heatkv,random", "--budgets", "30%", "--plan", str(plan)]
+    assert run([*arguments, "--out", str(out)]) == 0
+    table = capsys.readouterr().out
+    told = json.loads((out / "results.json").read_text())
+    rows = {row["policy"]: row for row in told["rows"]}
+    assert list(rows) == ["full", "heatkv", "random", "streaming (mine.json)"]
+    assert all(name.split()[0] in table for name in rows)
+    assert rows["full"]["kl"] == 0
+    for name, row in rows.items():
+        assert row["planned_bytes"] == row["allocated_bytes"] <= row["budget_bytes"]
+        assert name == "full" or row["kl"] > 0
+    assert len(rows["random"]["kl_of_draws"]) == 2 == rows["random"]["draws"]
+    assert {path.name for path in out.iterdir()} == {
+        "results.json", "statistics.safetensors", "images_30_.png", "images_15_.png", "scas.png",
+    }  # fmt: skip
+    for name in ("images_30_.png", "scas.png"):
+        with Image.open(out / name) as picture:
+            assert picture.size[0] > 100
+
+    # a second run finds the statistics and gives the same figures
+    measured = (out / "statistics.safetensors").stat().st_mtime_ns
+    assert run([*arguments, "--out", str(out)]) == 0
+    assert (out / "statistics.safetensors").stat().st_mtime_ns == measured
+    again = {row["policy"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    assert all(
+        again[name]["kl"] == row["kl"] and again[name]["psnr_db"] == row["psnr_db"] for name, row in rows.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--policies", "heatkv,heatkv"], "'heatkv' is named twice"),
+        (["--policies", ","], "no policy was named"),
+        (["--policies", "snapkv2"], "unknown policy"),
+        (["--budgets", "10%,nope"], "cannot read the budget 'nope'"),
+        (["--budgets", "2%"], "is below 14/230"),
+        (["--budgets", "10%,0.1"], "is named twice"),
+        (["--images", "0"], "--images is 0"),
+        (["--rows", "5"], "rows=5"),
+        (["--plan", "absent.json"], "cannot read absent.json"),
+    ],
+)
+def test_compare_refuses_before_it_measures(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, "compare", *arguments, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "statistics.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT])
+def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C while samples are measured: exit code 130, and the finished batches are in the file."""
+    out = tmp_path / "s.safetensors"
+    command = [sys.executable, "-c", INTERRUPTED, "calibrate", "--samples", "64", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert Statistics.load(out).count == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+INTERRUPTED = """
+import os, signal
+import heatkv.calibration
+from heatkv.cli import main
+measure, batches = heatkv.calibration.calibrate, []
+def interrupted(*arguments, **options):
+    batches.append(1)
+    if len(batches) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+    return measure(*arguments, **options)
+heatkv.calibration.calibrate = interrupted
+main()
+"""
+
+
+# ------------------------------------------------------------------------------------------- what there is
+
+
+def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["models", "--json"]) == 0
+    models = {row["model"]: row for row in json.loads(capsys.readouterr().out)}
+    # 6,425 tokens x 32 x 16 heads x 128 channels x 2 rows x 4 bytes
+    assert models["infinity-2b"]["full_bytes"] == 6425 * 32 * 16 * 128 * 2 * 4
+    assert run(["policies", "--json"]) == 0
+    policies = {row["policy"] for row in json.loads(capsys.readouterr().out)}
+    assert policies == {"full", "heatkv", "random", "sliding-window", "streaming"}
+    assert run(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models with weights"] == "emoji"
+    for command in ("doctor", "models", "policies"):
+        assert run([command]) == 0
+        assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+@pytest.mark.parametrize(
+    "command", ["doctor", "models", "policies", "calibrate", "solve", "generate", "profile", "compare"]
+)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    assert f"Example: heatkv {command}" in capsys.readouterr().out
+
+
+def test_unknown_commands_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "No such command 'sovle'" in refused(capsys, "sovle")
+    run([])
+    assert "compare" in "".join(capsys.readouterr())

@@ -1,0 +1,92 @@
+"""Drawing images: the same under every batch size, every cache that keeps everything, and every second run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from heatkv.errors import ModelError, PlanError
+from heatkv.generation import Generator, generate
+from heatkv.geometry import Budget
+from heatkv.models import load_model, model_info
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.heatkv import Random
+from heatkv.policies.windows import Full, Streaming
+from heatkv.sampling import CommonRandomSampler, SamplingSettings
+
+
+def plan_of(model: ClassConditionalModel, budget: str) -> Plan:
+    problem = PlanningProblem(model.geometry, Budget.parse(budget))
+    return (Full() if budget == "100%" else Streaming()).plan(problem)
+
+
+@pytest.mark.parametrize("budget", ["100%", "30%"])
+def test_pictures_do_not_depend_on_the_batch(emoji: ClassConditionalModel, budget: str) -> None:
+    plan, labels = plan_of(emoji, budget), [3, 60, 17]
+    together = generate(emoji, labels, plan, seed=4, batch=3)
+    one_by_one = generate(emoji, labels, plan, seed=4, batch=1)
+    torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-3)
+    third = generate(emoji, labels[2:], plan, seed=4, first_sample=2)
+    torch.testing.assert_close(third, together[2:], rtol=0, atol=1e-3)
+    assert together.shape == (3, 3, 48, 48)
+    assert together.min() >= 0
+    assert together.max() <= 1
+
+
+def test_a_second_run_is_the_same_to_the_bit(emoji: ClassConditionalModel) -> None:
+    generator = Generator(emoji, plan_of(emoji, "20%"), 2)
+    first = generator.draw([1, 2], seed=9)
+    generator.cache.arena_2RPD.fill_(float("nan"))  # nothing of the first images may be read
+    second = generator.draw([1, 2], seed=9)
+    assert first.images is not None
+    assert second.images is not None
+    assert torch.equal(first.images, second.images)
+    other = generator.draw([1, 2], seed=10)
+    assert not all(torch.equal(a, b) for a, b in zip(first.tokens, other.tokens, strict=True))
+
+
+def test_a_full_budget_draws_as_the_full_cache_to_the_bit(emoji: ClassConditionalModel) -> None:
+    problem = PlanningProblem(emoji.geometry, Budget.parse("100%"))
+    plan = Random().plan(problem)
+    assert plan.had_no_effect()
+    assert torch.equal(generate(emoji, [5, 6], plan, seed=1), generate(emoji, [5, 6], Full().plan(problem), seed=1))
+
+
+def test_guidance_of_zero_runs_half_the_rows(emoji: ClassConditionalModel) -> None:
+    generator = Generator(emoji, plan_of(emoji, "100%"), 2, SamplingSettings(cfg=0, top_k=1))
+    assert generator.cache.rows == 2
+    drawn = generator.draw([1, 1])
+    # greedy and of one class: both rows are the same picture
+    assert all(torch.equal(tokens[0], tokens[1]) for tokens in drawn.tokens)
+
+
+def test_bfloat16_stores_half_the_bytes_and_draws_nearly_the_same(emoji: ClassConditionalModel) -> None:
+    half = load_model("emoji", dtype="bfloat16")
+    logits: dict[str, list[torch.Tensor]] = {"float32": [], "bfloat16": []}
+    sizes, tokens = {}, Generator(emoji, plan_of(emoji, "30%"), 1).draw([7], seed=0).tokens
+    for name, model in (("float32", emoji), ("bfloat16", half)):
+        generator = Generator(model, plan_of(model, "30%"), 1)
+
+        class Playback(CommonRandomSampler):
+            def choose(self, scale: int, logits_BNV: torch.Tensor, name: str = name) -> torch.Tensor:
+                logits[name].append(logits_BNV)
+                return tokens[scale]
+
+        generator.draw([7], sampler=Playback(0, [0], model.sampling), decode=False)
+        sizes[name] = generator.cache.allocated_bytes
+    assert sizes["float32"] == 2 * sizes["bfloat16"]
+    for a, b in zip(logits["float32"], logits["bfloat16"], strict=True):
+        assert 0 < (a - b).abs().max() < 0.15 * a.std() + 0.5
+
+
+def test_misuse_is_refused(emoji: ClassConditionalModel) -> None:
+    generator = Generator(emoji, plan_of(emoji, "100%"), 2)
+    with pytest.raises(ModelError, match="3 labels for a generator of batch 2"):
+        generator.draw([1, 2, 3])
+    with pytest.raises(ModelError, match="no label"):
+        generate(emoji, [], plan_of(emoji, "100%"))
+    other = Full().plan(PlanningProblem(model_info("var-d16").geometry(), Budget.parse("100%")))
+    with pytest.raises(PlanError, match="the plan is for 16 layers x 16 heads, the model has 12 x 6"):
+        Generator(emoji, other, 1)
