@@ -1,10 +1,12 @@
 """HeatKV: KV-cache compression for visual autoregressive image models, by scale and by head."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 
 class _CheckoutFinder:
@@ -23,3 +25,47 @@ class _CheckoutFinder:
 
 if not Path(__file__).with_name("policies").is_dir():
     sys.meta_path.insert(0, _CheckoutFinder)
+
+# Loaded when first used, so that `import heatkv` does not wait for torch.
+_EXPORTS = {
+    "Budget": "heatkv.geometry",
+    "CacheGeometry": "heatkv.geometry",
+    "EvictionPolicy": "heatkv.policies.base",
+    "HeatKVError": "heatkv.errors",
+    "KVCache": "heatkv.cache",
+    "Plan": "heatkv.plan",
+    "PlanningProblem": "heatkv.policies.base",
+    "ScaleSchedule": "heatkv.schedule",
+    "Statistics": "heatkv.statistics",
+    "calibrate": "heatkv.calibration",
+    "generate": "heatkv.generation",
+    "load_model": "heatkv.models",
+    "make_policy": "heatkv.policies.base",
+    "register": "heatkv.registry",
+}
+
+if TYPE_CHECKING:
+    from heatkv.cache import KVCache as KVCache
+    from heatkv.calibration import calibrate as calibrate
+    from heatkv.errors import HeatKVError as HeatKVError
+    from heatkv.generation import generate as generate
+    from heatkv.geometry import Budget as Budget
+    from heatkv.geometry import CacheGeometry as CacheGeometry
+    from heatkv.models import load_model as load_model
+    from heatkv.plan import Plan as Plan
+    from heatkv.policies.base import EvictionPolicy as EvictionPolicy
+    from heatkv.policies.base import PlanningProblem as PlanningProblem
+    from heatkv.policies.base import make_policy as make_policy
+    from heatkv.registry import register as register
+    from heatkv.schedule import ScaleSchedule as ScaleSchedule
+    from heatkv.statistics import Statistics as Statistics
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'heatkv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

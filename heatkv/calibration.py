@@ -18,10 +18,7 @@ from torch import Tensor
 from heatkv.cache import KVCache, _Step
 from heatkv.errors import StatisticsError
 from heatkv.generation import run_scales
-from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.policies.base import PlanningProblem
-from heatkv.policies.windows import Full
 from heatkv.sampling import CommonRandomSampler, SamplingSettings
 from heatkv.statistics import Provenance, Statistics
 from heatkv.versions import versions
@@ -55,8 +52,7 @@ class MeasuringCache(KVCache):
 
     def __init__(self, model: ClassConditionalModel, images: int, settings: SamplingSettings) -> None:
         geometry = model.geometry
-        full = Full().plan(PlanningProblem(geometry, Budget.parse("100%")))
-        super().__init__(full, images * settings.rows_per_image, model.compute_dtype, model.device)
+        super().__init__(model.plan(), images * settings.rows_per_image, model.compute_dtype, model.device)
         self._images = images
         shape = (geometry.layers, geometry.heads, len(geometry.schedule), len(geometry.schedule))
         self.mass_sum: NDArray[np.float64] = np.zeros(shape)

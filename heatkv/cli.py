@@ -23,7 +23,7 @@ from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models import COMPUTE_DTYPES, MODELS, load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import Plan
-from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy
 from heatkv.registry import broken_plugins, find_policy, registered_policies
 from heatkv.sampling import SamplingSettings
 from heatkv.statistics import HeadRankings, Statistics
@@ -138,8 +138,6 @@ def _statistics(path: Path | None, model: ClassConditionalModel) -> Statistics |
 
 
 def _policy(name: str, sink_scales: int | None) -> EvictionPolicy:
-    from heatkv.profiling.runner import make_policy
-
     return make_policy(name, **({} if sink_scales is None else {"sink_scales": sink_scales}))
 
 

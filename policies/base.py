@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from heatkv.errors import BudgetError, PolicyError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.plan import Plan
+from heatkv.registry import find_policy
 from heatkv.statistics import HeadRankings, Statistics
 
 IntArray = NDArray[np.int64]
@@ -154,3 +155,15 @@ class EvictionPolicy(ABC):
     def summary(cls) -> str:
         """The first line of the docstring."""
         return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+def make_policy(name: str, **options: Any) -> EvictionPolicy:
+    """The named policy with these options. Raises PolicyError for an unknown name or option."""
+    cls = find_policy(name)
+    try:
+        policy = cls(**options)
+    except TypeError as error:
+        raise PolicyError(f"policy {name!r}: {error}") from error
+    if not isinstance(policy, EvictionPolicy):
+        raise PolicyError(f"policy {name!r} is no EvictionPolicy")
+    return policy

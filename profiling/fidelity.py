@@ -17,12 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv.generation import Drawn, Generator
-from heatkv.geometry import Budget
 from heatkv.images import to_pixels
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import Plan
-from heatkv.policies.base import PlanningProblem
-from heatkv.policies.windows import Full
 from heatkv.sampling import CommonRandomSampler, RecordedTokens, SamplingSettings
 
 ROUNDING_MSE = 1 / (12 * 255**2)
@@ -111,8 +108,7 @@ class FidelityBench:
         self.pictures = min(pictures, images)
         self._batches = [range(first, min(first + batch, images)) for first in range(0, images, batch)]
         self._reference: list[tuple[Drawn, list[Tensor]]] = []
-        full = Full().plan(PlanningProblem(model.geometry, Budget.parse("100%")))
-        for samples, generator in self._generators(full):
+        for samples, generator in self._generators(model.plan()):
             logits: list[Tensor] = []
             drawn = generator.draw(
                 self._labels(samples),

@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 
 from heatkv.cache import KVCache
-from heatkv.errors import HeatKVError, PolicyError
+from heatkv.errors import HeatKVError
 from heatkv.files import write_json
 from heatkv.generation import Generator
 from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import Plan
-from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.environment import environment
 from heatkv.profiling.fidelity import Fidelity, FidelityBench
 from heatkv.profiling.latency import Latency, measure_interleaved
 from heatkv.profiling.memory import DeviceMemory, measure_device
-from heatkv.registry import find_policy
 from heatkv.sampling import SamplingSettings
 from heatkv.statistics import HeadRankings, Statistics
 
@@ -39,18 +38,6 @@ class Subject:
     @property
     def name(self) -> str:
         return f"{self.policy} {self.budget}"
-
-
-def make_policy(name: str, **options: Any) -> EvictionPolicy:
-    """The named policy with these options. Raises PolicyError for an unknown name or option."""
-    cls = find_policy(name)
-    try:
-        policy = cls(**options)
-    except TypeError as error:
-        raise PolicyError(f"policy {name!r}: {error}") from error
-    if not isinstance(policy, EvictionPolicy):
-        raise PolicyError(f"policy {name!r} is no EvictionPolicy")
-    return policy
 
 
 def plan_subjects(

@@ -12,14 +12,12 @@ from heatkv.models import load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem
-from heatkv.policies.heatkv import Random
-from heatkv.policies.windows import Full, Streaming
+from heatkv.policies.windows import Full
 from heatkv.sampling import CommonRandomSampler, SamplingSettings
 
 
 def plan_of(model: ClassConditionalModel, budget: str) -> Plan:
-    problem = PlanningProblem(model.geometry, Budget.parse(budget))
-    return (Full() if budget == "100%" else Streaming()).plan(problem)
+    return model.plan("full" if budget == "100%" else "streaming", budget)
 
 
 @pytest.mark.parametrize("budget", ["100%", "30%"])
@@ -48,10 +46,9 @@ def test_a_second_run_is_the_same_to_the_bit(emoji: ClassConditionalModel) -> No
 
 
 def test_a_full_budget_draws_as_the_full_cache_to_the_bit(emoji: ClassConditionalModel) -> None:
-    problem = PlanningProblem(emoji.geometry, Budget.parse("100%"))
-    plan = Random().plan(problem)
+    plan = emoji.plan("random")
     assert plan.had_no_effect()
-    assert torch.equal(generate(emoji, [5, 6], plan, seed=1), generate(emoji, [5, 6], Full().plan(problem), seed=1))
+    assert torch.equal(generate(emoji, [5, 6], plan, seed=1), generate(emoji, [5, 6], emoji.plan(), seed=1))
 
 
 def test_guidance_of_zero_runs_half_the_rows(emoji: ClassConditionalModel) -> None:

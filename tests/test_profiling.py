@@ -14,12 +14,13 @@ from scipy import stats
 from heatkv.errors import HeatKVError, PolicyError
 from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.policies.base import make_policy
 from heatkv.profiling import latency
 from heatkv.profiling.environment import environment
 from heatkv.profiling.fidelity import FidelityBench, kl_divergence, psnr, ssim
 from heatkv.profiling.latency import Latency, measure_interleaved
 from heatkv.profiling.memory import measure_device, nvml_process_bytes
-from heatkv.profiling.runner import bytes_row, fidelity_row, images_of_rows, make_policy, plan_subjects, save_results
+from heatkv.profiling.runner import bytes_row, fidelity_row, images_of_rows, plan_subjects, save_results
 from heatkv.profiling.trace import save_trace
 from heatkv.sampling import SamplingSettings
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from heatkv.errors import ModelError
-from heatkv.geometry import CacheGeometry
+from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models.var import VAR, Attend
 from heatkv.models.vqvae import VQVAE
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.sampling import SamplingSettings
+from heatkv.statistics import Statistics
 
 _FINGERPRINT_SAMPLES = 4096
 
@@ -62,6 +66,34 @@ class ClassConditionalModel:
     @property
     def num_classes(self) -> int:
         return self.transformer.config.num_classes
+
+    def plan(
+        self,
+        policy: str = "full",
+        budget: str | float | Budget = "100%",
+        *,
+        statistics: Statistics | None = None,
+        rows: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Plan:
+        """A plan of the named policy for this model; `options` are the policy's own, such as sink_scales.
+
+        `rows` (default: those of one image) only matters for a budget in bytes. Raises StatisticsError when the
+        statistics are of other weights, and whatever the policy raises.
+        """
+        if statistics is not None:
+            statistics.check_fingerprint(self.fingerprint)
+        problem = PlanningProblem(
+            self.geometry,
+            Budget.parse(budget),
+            statistics,
+            seed=seed,
+            rows=self.sampling.rows_per_image if rows is None else rows,
+            storage=str(self.compute_dtype).removeprefix("torch."),
+            model=self.name,
+        )
+        return make_policy(policy, **options).plan(problem)
 
     def label(self, text: str) -> int:
         """A class by name or number. Raises ModelError with what there is."""

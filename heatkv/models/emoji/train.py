@@ -22,14 +22,11 @@ from torch.nn import functional as F
 
 from heatkv.files import replacing
 from heatkv.generation import generate
-from heatkv.geometry import Budget
 from heatkv.images import image_grid
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS, load
 from heatkv.models.emoji.data import EmojiImages
 from heatkv.models.var import VAR, Condition
 from heatkv.models.vqvae import VQVAE
-from heatkv.policies.base import PlanningProblem
-from heatkv.policies.windows import Full
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Images = Annotated[Path, typer.Option("--images", help="folder of the unpacked npm package emoji-datasource-google")]
@@ -348,8 +345,7 @@ def judge(
     with torch.inference_mode():
         real = (classifier(data.draw(everything, generator)).argmax(1) == everything).float().mean()
         model = load(weights)
-        plan = Full().plan(PlanningProblem(model.geometry, Budget.parse("100%")))
-        samples = generate(model, everything.tolist(), plan, seed=seed, batch=32)
+        samples = generate(model, everything.tolist(), model.plan(), seed=seed, batch=32)
         right = classifier(samples * 2 - 1).argmax(1) == everything
     wrong = sorted({CLASSES[int(label)] for label in everything[~right]})
     print(f"real images named right {real:.1%}; samples named right {right.float().mean():.1%}")
