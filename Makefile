@@ -10,7 +10,7 @@ STAMP := $(VENV)/heatkv-$(VERSION).stamp
 # Where the type checker looks: a fresh installation of the current source.
 TYPED := build/typed
 
-.PHONY: compare test lint types check-slow bench clean
+.PHONY: compare test lint types check-slow bench emoji clean
 
 compare: $(STAMP)
 	$(BIN)/heatkv compare --out results/compare
@@ -35,6 +35,15 @@ check-slow: $(STAMP)
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks --benchmark-only --benchmark-autosave
+
+# Trains the embedded model again from the npm package emoji-datasource-google, unpacked in IMAGES; hours on two cores.
+EMOJI := heatkv.models.emoji.train
+emoji: $(STAMP)
+	@[ -e "$(IMAGES)/emoji.json" ] || { echo "make emoji IMAGES=node_modules/emoji-datasource-google" >&2; exit 2; }
+	$(BIN)/python -m $(EMOJI) vqvae --images "$(IMAGES)" --work results/emoji
+	$(BIN)/python -m $(EMOJI) transformer --images "$(IMAGES)" --work results/emoji
+	$(BIN)/python -m $(EMOJI) export --work results/emoji
+	$(BIN)/python -m $(EMOJI) judge --images "$(IMAGES)" --work results/emoji
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

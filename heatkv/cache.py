@@ -20,7 +20,7 @@ from heatkv.plan import Plan
 
 
 @dataclass(frozen=True)
-class _Step:
+class LayerStep:
     """What one layer does at one target scale: whom it reads, and which of its new tokens it keeps where."""
 
     groups: tuple[HeadGroup, ...]
@@ -60,7 +60,7 @@ class KVCache:
         """Start the next images; nothing needs clearing."""
         self._target, self._next_layer = 0, 0
 
-    def _prepare(self) -> list[list[_Step]]:
+    def _prepare(self) -> list[list[LayerStep]]:
         plan, device = self.plan, self.arena_2RPD.device
         none = np.zeros(0, dtype=np.int64)
 
@@ -78,7 +78,7 @@ class KVCache:
                 ]
                 kept = [head for head, cells in enumerate(layer_runs) if cells[target]]
                 row.append(
-                    _Step(
+                    LayerStep(
                         group_heads(held, device),
                         torch.tensor(kept, dtype=torch.long, device=device),
                         torch.from_numpy(slots_of(layer_runs[head][target] for head in kept)).to(device),
@@ -117,5 +117,5 @@ class KVCache:
             self._target, self._next_layer = self._target + 1, 0
         return out
 
-    def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: _Step) -> Tensor:
+    def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
         return ragged_attention(q_RHND, k_RHND, v_RHND, self.arena_2RPD, step.groups)

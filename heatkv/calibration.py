@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from heatkv.cache import KVCache, _Step
+from heatkv.cache import KVCache, LayerStep
 from heatkv.errors import StatisticsError
 from heatkv.generation import run_scales
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -58,7 +58,7 @@ class MeasuringCache(KVCache):
         self.mass_sum: NDArray[np.float64] = np.zeros(shape)
         self.mass_square_sum: NDArray[np.float64] = np.zeros(shape)
 
-    def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: _Step) -> Tensor:
+    def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
         (group,) = step.groups  # a full cache holds the same in every head
         target, images = self._target, self._images
         sizes = self.plan.schedule.tokens[:target]

@@ -21,7 +21,19 @@ def _number(value: float | None, form: str, missing: str = "-") -> str:
 def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """The comparison as a table; "-" is a figure that was not measured."""
     table = Table(title=title)
-    for name in ("policy", "budget", "planned MiB", "allocated MiB", "of full", "ms", "KL", "top-1", "PSNR dB", "SSIM"):
+    for name in (
+        "policy",
+        "budget",
+        "budget MiB",
+        "planned MiB",
+        "allocated MiB",
+        "of full",
+        "ms",
+        "KL",
+        "top-1",
+        "PSNR dB",
+        "SSIM",
+    ):
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     previous = None
     for row in rows:
@@ -33,6 +45,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
         table.add_row(
             name + (" *" if row["had_no_effect"] else ""),
             row["budget"],
+            f"{row['budget_bytes'] / 2**20:.3f}",
             f"{row['planned_bytes'] / 2**20:.3f}",
             f"{row['allocated_bytes'] / 2**20:.3f}",
             f"{row['allocated_bytes'] / row['full_bytes']:.1%}",

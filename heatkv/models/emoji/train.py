@@ -345,6 +345,13 @@ def judge(
     with torch.inference_mode():
         real = (classifier(data.draw(everything, generator)).argmax(1) == everything).float().mean()
         model = load(weights)
+        pictures = data.draw(everything, generator)
+        codes = model.vqvae.encode(pictures)
+        error = F.mse_loss(model.vqvae.decode(model.vqvae.quantize.decode_maps(codes)[0]), pictures)
+        used = len(torch.cat([tokens.flatten() for tokens in codes]).unique())
+        print(
+            f"reconstruction {-10 * math.log10(float(error) / 4):.2f} dB over {len(pictures)} images, {used} codes used"
+        )
         samples = generate(model, everything.tolist(), model.plan(), seed=seed, batch=32)
         right = classifier(samples * 2 - 1).argmax(1) == everything
     wrong = sorted({CLASSES[int(label)] for label in everything[~right]})
