@@ -225,7 +225,7 @@ class Statistics:
             )
         except OSError as error:
             raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise FormatError(f"{path} is not a whole statistics file: {error}") from error
 
 
@@ -301,7 +301,9 @@ class HeadRankings:
             pairs = np.array(value)
         except ValueError as error:
             raise FormatError(f"{source}: the rankings are not all of the same length") from error
-        if pairs.ndim != 3 or pairs.shape[2] != 2 or pairs.dtype != np.int64:
+        whole = pairs.ndim == 3 and pairs.shape[2] == 2 and pairs.dtype == np.int64
+        # among whole numbers numpy takes a boolean for one
+        if not whole or any(isinstance(index, bool) for ranking in value for pair in ranking for index in pair):
             raise FormatError(f"{source} must be a list of rankings of [head, layer] pairs of whole numbers")
         if pairs.shape[0] > scales - 1:
             raise StatisticsError(f"{source} has {pairs.shape[0]} rankings; the schedule caches {scales - 1} scales")
