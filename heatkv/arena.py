@@ -88,7 +88,8 @@ class ArenaLayout:
                     for source in range(target):
                         if cells[source] == target and mine[source]:
                             free.give(mine[source])
-                for head in range(heads):
+                # cells that go together lie together, so that they leave long free stretches
+                for head in sorted(range(heads), key=lambda head: last_read[layer][head][target]):
                     if last_read[layer][head][target] > target:
                         runs[layer][head][target] = free.take(tokens[target])
         return cls(plan.peak_token_heads, tuple(tuple(tuple(cells) for cells in layer) for layer in runs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def read_json(path: str | Path) -> Any:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise FormatError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read as JSON")
-        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -74,13 +75,20 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number JSON knows")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is beyond every float")
+    return number
+
+
 def check_header(value: Any, path: str | Path, format_name: str, version: int) -> dict[str, Any]:
     """The object `value`, when it says it is `format_name` in this `version`."""
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds no JSON object, so it is no {format_name} file")
     if value.get("format") != format_name:
         raise FormatError(f"{path} has format {value.get('format')!r}, not {format_name!r}")
-    if value.get("version") != version:
+    if type(value.get("version")) is not int or value["version"] != version:
         raise FormatError(
             f"{path} is {format_name} version {value.get('version')!r}; this release reads version {version} only"
         )

@@ -142,7 +142,14 @@ class Budget:
 
     def __str__(self) -> str:
         if self.kind == "share":
-            return f"{float(self.amount * 100):.6g}%"
+            return f"{_number(self.amount * 100, 6)}%"
         if self.kind == "tokens":
-            return f"{float(self.amount):.6g}tokens"
-        return f"{float(self.amount):.15g}B"
+            return f"{_number(self.amount, 6)}tokens"
+        return f"{_number(self.amount, 15)}B"
+
+
+def _number(amount: Fraction, digits: int) -> str:
+    try:
+        return f"{float(amount):.{digits}g}"
+    except OverflowError:  # an impossible budget must still be printed in its error
+        return f"{Decimal(amount.numerator) / amount.denominator:.{digits}g}"

@@ -6,6 +6,7 @@ in layer l reads the cell; s itself means that it is never cached. Arrays: L lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -206,18 +207,19 @@ class Plan:
                 ),
                 last_read=_integer_array(data.get("last_read"), "last_read"),
                 sink_scales=_typed(data, "sink_scales", int),
-                budget=float(_typed(data, "budget", (int, float))),
+                budget=_number(data, "budget"),
                 budget_token_heads=_typed(data, "budget_token_heads", int),
                 value=_optional_number(data, "value"),
                 value_bound=_optional_number(data, "value_bound"),
                 gap=_optional_number(data, "gap"),
             )
+            told_peak = _typed(data, "peak_token_heads", int)
         except HeatKVError as error:
             raise type(error)(f"{source}: {error}") from error
-        if data.get("peak_token_heads") != plan.peak_token_heads:
+        if told_peak != plan.peak_token_heads:
             raise PlanError(
-                f"{source}: peak_token_heads says {data.get('peak_token_heads')!r}, last_read gives "
-                f"{plan.peak_token_heads}; the file was changed by hand"
+                f"{source}: peak_token_heads says {told_peak}, last_read gives {plan.peak_token_heads}; the file was "
+                "changed by hand"
             )
         return plan
 
@@ -237,8 +239,19 @@ def _typed(data: Mapping[str, Any], name: str, kind: Any) -> Any:
     return value
 
 
+def _number(data: Mapping[str, Any], name: str) -> float:
+    value = _typed(data, name, (int, float))
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise FormatError(f"{name!r} is {_short(value)}; it must be a finite number")
+    return number
+
+
 def _optional_number(data: Mapping[str, Any], name: str) -> float | None:
-    return None if data.get(name) is None else float(_typed(data, name, (int, float)))
+    return None if data.get(name) is None else _number(data, name)
 
 
 def _integer_array(value: Any, name: str) -> IntArray:
@@ -247,7 +260,9 @@ def _integer_array(value: Any, name: str) -> IntArray:
         array = np.array(value)
     except (ValueError, OverflowError) as error:
         raise FormatError(f"{name!r} is not a regular array of whole numbers: {error}") from error
-    if array.ndim != 3 or array.dtype != np.int64:
+    whole = array.ndim == 3 and array.dtype == np.int64
+    # among whole numbers numpy takes a boolean for one
+    if not whole or any(isinstance(cell, bool) for heads in value for cells in heads for cell in cells):
         raise FormatError(f"{name!r} must be [layers][heads][scales] whole numbers, not {_short(value)}")
     return array
 

@@ -91,7 +91,8 @@ class Statistics:
             raise StatisticsError("a calibration sample is counted twice")
         if np.triu(np.ones((scales, scales), dtype=bool), 1)[None, None].__and__(self.mass_sum > 0).any():
             raise StatisticsError("a target scale looks at a later source scale, which does not exist yet")
-        off = np.abs(self.mass.sum(axis=3) - 1).max()
+        with np.errstate(over="ignore"):  # a damaged file may hold numbers whose sum is infinite
+            off = np.abs(self.mass.sum(axis=3) - 1).max()
         if off > _MASS_TOLERANCE:
             raise StatisticsError(f"the attention mass of a head sums to 1 +- {off:.3g} over its sources, not to 1")
 
@@ -228,7 +229,9 @@ class Statistics:
             )
         except OSError as error:
             raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise FormatError(f"{path} is not a whole statistics file: {error}") from error
+        except AttributeError as error:  # safetensors, for a type that numpy does not have, such as float8
             raise FormatError(f"{path} is not a whole statistics file: {error}") from error
 
 
@@ -304,7 +307,9 @@ class HeadRankings:
             pairs = np.array(value)
         except ValueError as error:
             raise FormatError(f"{source}: the rankings are not all of the same length") from error
-        if pairs.ndim != 3 or pairs.shape[2] != 2 or pairs.dtype != np.int64:
+        whole = pairs.ndim == 3 and pairs.shape[2] == 2 and pairs.dtype == np.int64
+        # among whole numbers numpy takes a boolean for one
+        if not whole or any(isinstance(index, bool) for ranking in value for pair in ranking for index in pair):
             raise FormatError(f"{source} must be a list of rankings of [head, layer] pairs of whole numbers")
         if pairs.shape[1] != layers * heads:
             raise StatisticsError(

@@ -1,0 +1,107 @@
+"""Random problems for the property tests, and slow loops that say what the fast code must compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from heatkv.geometry import CacheGeometry
+from heatkv.plan import Plan
+from heatkv.schedule import ScaleSchedule
+from heatkv.statistics import Provenance, Statistics
+
+Nested = Sequence[Sequence[Sequence[int]]]
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def live_by_formula(last_read: Nested, tokens: Sequence[int], target: int, layer: int) -> int:
+    """live(t, l), cell by cell: layers up to l hold what is read after t, the later ones what t itself reads."""
+    live = 0
+    for l, heads in enumerate(last_read):
+        for cells in heads:
+            for s, last in enumerate(cells):
+                if l <= layer:
+                    live += tokens[s] if s <= target and last > target else 0
+                else:
+                    live += tokens[s] if s < target and last >= target else 0
+    return live
+
+
+def live_table(last_read: Nested, tokens: Sequence[int]) -> list[list[int]]:
+    return [
+        [live_by_formula(last_read, tokens, target, layer) for layer in range(len(last_read))]
+        for target in range(len(tokens))
+    ]
+
+
+@st.composite
+def schedules(draw: st.DrawFn, min_scales: int = 2, max_scales: int = 6, max_side: int = 4) -> ScaleSchedule:
+    """Images and clips, square or not; scales may also shrink, which nothing may rely on never happening."""
+    side = st.integers(1, max_side)
+    frames = draw(st.sampled_from([st.just(1), st.integers(1, 3)]))
+    scale = st.tuples(frames, side, side)
+    return ScaleSchedule(tuple(draw(st.lists(scale, min_size=min_scales, max_size=max_scales))))
+
+
+@st.composite
+def geometries(draw: st.DrawFn, min_scales: int = 2, max_side: int = 4, head_dim: int = 4) -> CacheGeometry:
+    schedule = draw(schedules(min_scales=min_scales, max_side=max_side))
+    return CacheGeometry(draw(st.integers(1, 4)), draw(st.integers(1, 4)), head_dim, schedule)
+
+
+@st.composite
+def last_reads(draw: st.DrawFn, geometry: CacheGeometry, sink_scales: int = 0) -> NDArray[np.int64]:
+    scales = len(geometry.schedule)
+    cell = st.tuples(*(st.integers(scales - 1 if s < sink_scales else s, scales - 1) for s in range(scales)))
+    pairs = geometry.layers * geometry.heads
+    drawn = draw(st.lists(cell, min_size=pairs, max_size=pairs))
+    return np.array(drawn, dtype=np.int64).reshape(geometry.layers, geometry.heads, scales)
+
+
+@st.composite
+def plans(draw: st.DrawFn, max_side: int = 4) -> Plan:
+    """Any valid plan: its budget is somewhere from its own peak to the full cache."""
+    geometry = draw(geometries(max_side=max_side))
+    sink_scales = draw(st.integers(0, len(geometry.schedule) - 1))
+    last_read = draw(last_reads(geometry, sink_scales))
+    peak = max(map(max, live_table(last_read.tolist(), geometry.schedule.tokens)))
+    held = draw(st.integers(peak, geometry.full_token_heads))
+    return Plan(
+        policy="drawn",
+        geometry=geometry,
+        last_read=last_read,
+        budget=max(held, 1) / geometry.full_token_heads,
+        budget_token_heads=held,
+        sink_scales=sink_scales,
+        model="tiny",
+        settings={"budget": f"{held} token-heads", "sink_scales": sink_scales},
+    )
+
+
+def shares(lowest: Fraction = Fraction(1, 200)) -> st.SearchStrategy[Fraction]:
+    """Budgets as exact shares of the full cache, up to the whole of it."""
+    return st.fractions(lowest, 1, max_denominator=200)
+
+
+def random_mass(geometry: CacheGeometry, count: int, seed: int) -> NDArray[np.float64]:
+    """Attention mass of `count` samples, (samples, L, H, T, T): rows sum to one, nothing beyond the target scale."""
+    scales = len(geometry.schedule)
+    raw = np.random.default_rng(seed).random((count, geometry.layers, geometry.heads, scales, scales)) + 1e-3
+    raw = np.where(np.tril(np.ones((scales, scales), dtype=bool)), raw, 0)
+    normal: NDArray[np.float64] = raw / raw.sum(axis=-1, keepdims=True)
+    return normal
+
+
+def statistics_of(
+    geometry: CacheGeometry, mass: NDArray[np.float64], first_sample: int = 0, **provenance: object
+) -> Statistics:
+    """Statistics of explicit samples, as a calibration sums them up."""
+    told: dict[str, object] = {"model": "tiny", "fingerprint": "0f", "cfg": 1.5, "settings": {"top_k": 10}}
+    samples = tuple(f"7:{first_sample + index}:3" for index in range(len(mass)))
+    where = Provenance(**{**told, "samples": samples, "versions": {"torch": "2"}, **provenance})  # type: ignore[arg-type]
+    return Statistics(geometry.schedule, mass.sum(axis=0), (mass**2).sum(axis=0), where)

@@ -1,0 +1,123 @@
+"""The slot layout of a plan: no two live cells share a slot, and the arena is exactly as large as the peak."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import live_table, plans, shares
+
+from heatkv.arena import ArenaLayout
+from heatkv.geometry import Budget, CacheGeometry
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.heatkv import Random
+from heatkv.schedule import ScaleSchedule
+
+GOLDEN = Path(__file__).parent / "golden" / "schedules"
+
+
+def check_layout(plan: Plan) -> ArenaLayout:
+    """Run the plan in the cache's order over an array that says which cell owns every slot."""
+    layout = ArenaLayout.of(plan)
+    layers, heads, scales = plan.last_read.shape
+    tokens, last_read = plan.schedule.tokens, plan.last_read.tolist()
+    live = live_table(last_read, tokens) if layers * heads <= 64 else plan.live.tolist()
+    assert layout.slots == max(map(max, live)) == plan.peak_token_heads
+    assert (len(layout.runs), len(layout.runs[0]), len(layout.runs[0][0])) == (layers, heads, scales)
+
+    free = -1
+    owner = np.full(layout.slots, free)
+    for t in range(scales):
+        for l in range(layers):
+            cells = [
+                (h, s, (l * heads + h) * scales + s, layout.runs[l][h][s]) for h in range(heads) for s in range(t + 1)
+            ]
+            # every cell that target t reads is still there, whole
+            for h, s, name, runs in cells:
+                if s < t and last_read[l][h][s] >= t:
+                    assert all((owner[first : first + size] == name).all() for first, size in runs)
+                    assert sum(size for _, size in runs) == tokens[s]
+            for h, s, name, _ in cells:
+                if last_read[l][h][s] == t:
+                    owner[owner == name] = free
+            for h, s, name, runs in cells:
+                if s == t and last_read[l][h][s] > t:
+                    assert sum(size for _, size in runs) == tokens[s]
+                    for first, size in runs:
+                        assert size > 0
+                        assert 0 <= first <= first + size <= layout.slots
+                        assert (owner[first : first + size] == free).all()
+                        owner[first : first + size] = name
+                elif s == t:
+                    assert runs == ()
+            assert (owner != free).sum() == live[t][l]
+    assert (owner == free).all()
+    return layout
+
+
+@settings(max_examples=200)
+@given(plan=plans())
+def test_no_two_live_cells_share_a_slot(plan: Plan) -> None:
+    layout = check_layout(plan)
+    cached = [runs for heads in layout.runs for cells in heads for runs in cells if runs]
+    assert layout.cells == len(cached) == (plan.last_read > np.arange(len(plan.schedule)))[:, :, :-1].sum()
+    if cached:
+        assert layout.runs_per_cell == sum(map(len, cached)) / len(cached)
+
+
+@settings(max_examples=30)
+@given(share=shares(), seed=st.integers(0, 99))
+def test_tight_plans_of_a_policy(share: Any, seed: int) -> None:
+    """Plans that fill their budget, where cells must be split."""
+    geometry = CacheGeometry(4, 3, 4, ScaleSchedule.of([(1, 1), (2, 1), (3, 2), (4, 4), (5, 6), (7, 8)]))
+    check_layout(Random(sink_scales=0).plan(PlanningProblem(geometry, Budget("share", share), seed=seed)))
+
+
+def test_a_cell_is_split_where_no_stretch_is_long_enough() -> None:
+    """Layers 0 and 2 drop scale 0 and leave a hole of one token each; scale 1 with two tokens needs both."""
+    geometry = CacheGeometry(3, 1, 4, ScaleSchedule.of([(1, 1), (1, 2), (1, 2)]))
+    last_read = np.array([[[1, 1, 2]], [[2, 1, 2]], [[1, 2, 2]]])
+    layout = check_layout(Plan("by-hand", geometry, last_read, budget=1.0, budget_token_heads=9, sink_scales=0))
+    assert layout.slots == 3
+    assert sorted(layout.runs[2][0][1]) == [(0, 1), (2, 1)]
+    assert layout.runs_per_cell == 5 / 4
+
+
+def test_a_plan_that_caches_nothing_takes_no_slot() -> None:
+    geometry = CacheGeometry(2, 2, 4, ScaleSchedule.square((1, 2, 3)))
+    last_read = np.broadcast_to(np.arange(3), (2, 2, 3))
+    layout = check_layout(Plan("none", geometry, last_read, budget=0.5, budget_token_heads=10, sink_scales=0))
+    assert (layout.slots, layout.cells, layout.runs_per_cell) == (0, 0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["heatkv_2b_0.05", "heatkv_2b_0.1", "heatkv_2b_0.2", "heatkv_8b_0.1"])
+def test_layouts_of_infinity(name: str) -> None:
+    told = json.loads((GOLDEN / f"{name}.json").read_text())
+    schedule = ScaleSchedule.infinity("1M", 1.0)
+    plan = Plan(
+        policy="heatkv",
+        geometry=CacheGeometry(told["layers"], told["heads"], 128, schedule),
+        last_read=np.array(told["last_read"]),
+        budget=told["budget"],
+        budget_token_heads=int(told["budget_tokens"]),
+        sink_scales=told["sink_scales"],
+    )
+    layout = ArenaLayout.of(plan)
+    assert layout.slots == told["peak_tokens"] <= told["budget_tokens"]
+    assert layout.runs_per_cell <= 1.25
+    runs = [cell for heads in layout.runs for cells in heads for cell in cells if cell]
+    assert sum(len(cell) == 1 for cell in runs) >= 0.9 * len(runs)
+    assert max(map(len, runs)) <= 50
+    # the sinks and the cells kept to the end are never given up: together they overlap nowhere
+    kept = np.zeros(layout.slots, dtype=np.int64)
+    for (l, h, s), last in np.ndenumerate(plan.last_read[:, :, :-1]):
+        if last == len(schedule) - 1:
+            for first, size in layout.runs[l][h][s]:
+                kept[first : first + size] += 1
+    assert kept.max() == 1

@@ -1,0 +1,220 @@
+"""Budgets and bytes: exact arithmetic, the published figures, and errors that say the way out."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import geometries, shares
+
+from heatkv.errors import BudgetError, PlanError
+from heatkv.geometry import STORAGE_BYTES, Budget, CacheGeometry
+from heatkv.schedule import ScaleSchedule
+
+MIB = 2**20
+PUBLIC_STORAGE = "float32-key-bfloat16-value"
+INFINITY_2B = CacheGeometry(32, 16, 128, ScaleSchedule.infinity("1M", 1.0))
+INFINITY_8B = CacheGeometry(40, 28, 128, ScaleSchedule.infinity("1M", 1.0))
+
+
+@pytest.mark.parametrize(("geometry", "mib"), [(INFINITY_2B, 4818.75), (INFINITY_8B, 10541.0)])
+def test_published_sizes_of_the_full_cache(geometry: CacheGeometry, mib: float) -> None:
+    six_bytes = geometry.full_bytes(rows=2, storage=PUBLIC_STORAGE)
+    assert abs(six_bytes / MIB - mib) < 0.05  # the 8B figure is published to a tenth
+    assert six_bytes == 6425 * geometry.layers * geometry.heads * 128 * 2 * 6
+    assert geometry.full_bytes(rows=2, storage="bfloat16") * 6 == six_bytes * 4
+    assert geometry.full_bytes(rows=1, storage="float32") * 2 * 6 == six_bytes * 8
+
+
+# ScaleKV's published runs at 4, 10 and 20 %: mean tokens per head, and the tenth of the cache they are named after.
+@pytest.mark.parametrize(("tokens", "mib"), [(265, 198.75), (650, 487.5), (1300, 975.0)])
+def test_mean_tokens_of_scalekv(tokens: int, mib: float) -> None:
+    budget = Budget.parse(f"{tokens}tokens")
+    assert budget.token_heads(INFINITY_2B) == tokens * 32 * 16
+    assert budget.share(INFINITY_2B) == Fraction(tokens, 6425)
+    assert INFINITY_2B.bytes(budget.token_heads(INFINITY_2B), 2, PUBLIC_STORAGE) == mib * MIB
+    # the same stated in bytes is the same budget only with the rows and storage that the bytes were counted with
+    in_bytes = Budget.parse(f"{mib}MiB")
+    assert in_bytes.share(INFINITY_2B, 2, PUBLIC_STORAGE) == Fraction(tokens, 6425)
+    assert in_bytes.share(INFINITY_2B, 2, "bfloat16") == Fraction(tokens, 6425) * Fraction(3, 2)
+    assert in_bytes.share(INFINITY_2B, 4, PUBLIC_STORAGE) == Fraction(tokens, 6425) / 2
+
+
+def test_published_scalekv_table_averages_650_tokens() -> None:
+    first_row = [920 if layer in (0, 23) else 632 for layer in range(32)]
+    assert 16 * sum(first_row) == Budget.parse("650tokens").token_heads(INFINITY_2B)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [
+        ("10%", "share", Fraction(1, 10)),
+        ("0.1", "share", Fraction(1, 10)),
+        (0.1, "share", Fraction(1, 10)),
+        (".1", "share", Fraction(1, 10)),
+        ("1e-1", "share", Fraction(1, 10)),
+        ("33.3%", "share", Fraction(333, 1000)),
+        (0.3, "share", Fraction(3, 10)),
+        (1e-05, "share", Fraction(1, 100000)),
+        (1, "share", Fraction(1)),
+        ("100%", "share", Fraction(1)),
+        (Fraction(1, 3), "share", Fraction(1, 3)),
+        (" 12.5 % ", "share", Fraction(1, 8)),
+        ("650tokens", "tokens", Fraction(650)),
+        ("1 token", "tokens", Fraction(1)),
+        ("642.5 Tokens", "tokens", Fraction(1285, 2)),
+        ("7B", "bytes", Fraction(7)),
+        ("3kB", "bytes", Fraction(3 * 10**3)),
+        ("600MB", "bytes", Fraction(600 * 10**6)),
+        ("2GB", "bytes", Fraction(2 * 10**9)),
+        ("1tb", "bytes", Fraction(10**12)),
+        ("3KiB", "bytes", Fraction(3 * 2**10)),
+        ("600MiB", "bytes", Fraction(600 * 2**20)),
+        ("0.1GiB", "bytes", Fraction(2**30, 10)),
+        ("1TiB", "bytes", Fraction(2**40)),
+        ("1e3MB", "bytes", Fraction(10**9)),
+    ],
+)
+def test_notations(text: Any, kind: str, amount: Fraction) -> None:
+    budget = Budget.parse(text)
+    assert (budget.kind, budget.amount) == (kind, amount)
+    assert Budget.parse(budget) is budget
+
+
+@given(thousandths=st.integers(1, 1000))
+def test_a_decimal_means_itself_in_every_notation(thousandths: int) -> None:
+    share = Fraction(thousandths, 1000)
+    for text in (thousandths / 1000, f"{thousandths / 1000}", f"{thousandths / 10}%", share):
+        assert Budget.parse(text).amount == share
+
+
+def test_a_tenth_is_not_the_nearest_float() -> None:
+    # N*L*H is a multiple of ten here, and float(0.1) or float(0.7) lie beside the tenth: floor must not lose a unit
+    geometry = CacheGeometry(1, 10, 4, ScaleSchedule.square((1, 2)))
+    assert [Budget.parse(f"{tenths}0%").token_heads(geometry) for tenths in range(1, 11)] == list(range(1, 11))
+
+
+@given(geometry=geometries(), share=shares(), rows=st.integers(1, 4), storage=st.sampled_from(sorted(STORAGE_BYTES)))
+def test_token_heads_are_the_floor(geometry: CacheGeometry, share: Fraction, rows: int, storage: str) -> None:
+    full = sum(geometry.schedule.tokens[:-1]) * geometry.layers * geometry.heads
+    assert geometry.full_token_heads == full
+    most = Budget.parse(share).token_heads(geometry, rows, storage)
+    assert most <= share * full < most + 1
+    # the same budget in tokens and in bytes
+    assert Budget("tokens", share * geometry.schedule.cached_tokens).token_heads(geometry, rows, storage) == most
+    key, value = {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2), PUBLIC_STORAGE: (4, 2)}[storage]
+    one = geometry.head_dim * rows * (key + value)
+    assert Budget("bytes", share * full * one).token_heads(geometry, rows, storage) == most
+    assert geometry.bytes(most, rows, storage) == most * one
+    assert geometry.full_bytes(rows, storage) == full * one
+
+
+def test_bytes_round_down_to_whole_token_heads() -> None:
+    geometry = CacheGeometry(2, 2, 8, ScaleSchedule.square((1, 2, 3)))  # a token-head has 8 * 4 = 32 bytes
+    assert [Budget.parse(f"{count}B").token_heads(geometry) for count in (31, 32, 63, 64)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *"10%% -5% +5% 5. 1,5 ten nan inf -inf 1e 1e1000% 0x10 tokens % 1/3".split(),
+        "",
+        " ",
+        None,
+        True,
+        "\u0661%",
+        "1 0%",
+    ],
+)
+def test_what_is_no_budget(text: Any) -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget.parse(text)
+    assert "10%, 0.1, 600MiB, 2GB or 650tokens" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases"),
+    [
+        ("10", ["budget 10 is above 1", "did you mean 10%?"]),
+        ("101%", ["101%", "above 100 %"]),
+        ("0", ["0%", "not above zero"]),
+        ("0tokens", ["0tokens", "not above zero"]),
+        ("0MiB", ["0B", "not above zero"]),
+        (Fraction(-1, 2), ["-50%", "not above zero"]),
+        ("5parsecs", ["'5parsecs'", "unknown unit 'parsecs'"]),
+        ("1e999%", ["above 100 %"]),
+        ("1e999", ["above 1"]),
+    ],
+)
+def test_impossible_budgets(text: Any, phrases: list[str]) -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget.parse(text)
+    for phrase in [*phrases, "10%, 0.1, 600MiB, 2GB or 650tokens"]:
+        assert phrase in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        ("6426tokens", "6425 tokens per head"),
+        ("5GiB", "5052825600 bytes with 2 rows in float32-key-bfloat16-value"),
+        ("1e999tokens", "6425 tokens per head"),
+        ("1e999GiB", "5052825600 bytes"),
+    ],
+)
+def test_more_than_the_full_cache(text: str, limit: str) -> None:
+    budget = Budget.parse(text)
+    with pytest.raises(BudgetError, match=rf"above the full cache of {limit}.*use 100% to keep everything"):
+        budget.token_heads(INFINITY_2B, 2, PUBLIC_STORAGE)
+
+
+def test_exactly_the_full_cache_is_allowed() -> None:
+    for text in ("6425tokens", "4818.75MiB", "100%"):
+        assert Budget.parse(text).token_heads(INFINITY_2B, 2, PUBLIC_STORAGE) == 6425 * 512
+
+
+@given(text=st.text(alphabet="0123456789.eE+-%tokensMiBGx ", max_size=9))
+@example(text="1e-999%")
+def test_any_text_is_a_budget_or_a_budget_error(text: str) -> None:
+    try:
+        budget = Budget.parse(text)
+        most = budget.token_heads(INFINITY_2B, 2, PUBLIC_STORAGE)
+    except BudgetError:
+        return
+    assert 0 <= most <= INFINITY_2B.full_token_heads
+    assert most == math.floor(budget.share(INFINITY_2B, 2, PUBLIC_STORAGE) * 6425 * 512)
+    assert str(budget)
+
+
+@pytest.mark.parametrize("kind", ["shares", "", "byte"])
+def test_an_unknown_kind(kind: Any) -> None:
+    with pytest.raises(BudgetError, match=re.escape(f"unknown kind of budget {kind!r}")):
+        Budget(kind, Fraction(1, 2))
+
+
+@pytest.mark.parametrize("text", ["10%", "650tokens", "600MiB", "12.5%"])
+def test_a_budget_reads_back_from_its_text(text: str) -> None:
+    budget = Budget.parse(text)
+    assert Budget.parse(str(budget)) == budget
+
+
+@pytest.mark.parametrize("name", ["layers", "heads", "head_dim"])
+@pytest.mark.parametrize("value", [0, -1, 1 << 17, True, 2.0, "2", None])
+def test_impossible_geometries(name: str, value: Any) -> None:
+    told: dict[str, Any] = {"layers": 2, "heads": 2, "head_dim": 4, name: value}
+    with pytest.raises(PlanError, match=rf"{name} is {value!r}; it must be a whole number from 1 to 65536"):
+        CacheGeometry(schedule=ScaleSchedule.square((1, 2)), **told)
+
+
+def test_rows_and_storage_are_checked() -> None:
+    with pytest.raises(BudgetError, match="rows is 0; a cache has at least 1 row"):
+        INFINITY_2B.full_bytes(rows=0)
+    with pytest.raises(BudgetError, match=r"unknown storage type 'int4'; known: float32, bfloat16"):
+        INFINITY_2B.full_bytes(storage="int4")
+    with pytest.raises(BudgetError, match="rows is 0"):
+        Budget.parse("1MiB").share(INFINITY_2B, rows=0)
