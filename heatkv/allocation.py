@@ -12,14 +12,14 @@ IntArray = NDArray[np.int64]
 
 
 def fit_checkpoints(
-    last_read_LHT: IntArray, tokens: tuple[int, ...], budget_token_heads: int, rank_LHT: IntArray
+    last_read_LHT: IntArray, tokens: tuple[int, ...], budget_token_heads: int, order_LHT: IntArray
 ) -> IntArray:
     """Make drops early where a checkpoint would exceed the budget; returns a new `last_read`.
 
     While target t runs, layers already done hold what target t+1 needs and the others still what t needs, which can
     be more than either need in all. A checkpoint that exceeds the budget takes cells that are read for the last time
-    by t in later layers and drops them before t runs: last layer first, larger source scale first, then `rank`
-    ascending, only until that checkpoint fits (HeatKV's rule). Raises BudgetError when that is not enough.
+    by t in later layers and drops them before t runs: last layer first, within a layer in ascending `order`, only
+    until that checkpoint fits (HeatKV's rule). Raises BudgetError when that is not enough.
     """
     last_read = last_read_LHT.copy()
     layers, heads, scales = last_read.shape
@@ -34,8 +34,7 @@ def fit_checkpoints(
             continue
         pair, source = np.nonzero(last_read[:, :, :target].reshape(layers * heads, target) == target)
         layer = layer_of[pair]
-        rank = rank_LHT.reshape(layers * heads, scales)[pair, source]
-        order = np.lexsort((rank, -source, -layer))
+        order = np.lexsort((order_LHT.reshape(layers * heads, scales)[pair, source], -layer))
         pair, source, layer = pair[order], source[order], layer[order]
         cumulative = np.concatenate([[0], sizes[source].cumsum()])
         # candidates come last layer first, so those in layers above l are a prefix

@@ -108,7 +108,7 @@ def _ratio(text: str | None) -> float | None:
 def _storage(dtype: str) -> str:
     if dtype not in COMPUTE_DTYPES:
         near = difflib.get_close_matches(dtype, COMPUTE_DTYPES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ModelError(f"unknown dtype {dtype!r}{hint} Known: {', '.join(COMPUTE_DTYPES)}")
     return dtype
 

@@ -101,6 +101,11 @@ class Plan:
                 f"budget_token_heads is {self.budget_token_heads}; it must be from 0 to the full cache of "
                 f"{self.geometry.full_token_heads}"
             )
+        if self.budget_token_heads > self.budget * self.geometry.full_token_heads * (1 + 1e-9):
+            raise PlanError(
+                f"budget_token_heads is {self.budget_token_heads}, more than {self.budget:.6g} of the full cache of "
+                f"{self.geometry.full_token_heads}"
+            )
         if self.peak_token_heads > self.budget_token_heads:
             target, layer = self.peak_checkpoint
             raise PlanError(
@@ -186,7 +191,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Any, source: str | Path = "plan", head_dim: int | None = None) -> Plan:
-        """Validate a parsed plan.json. Raises FormatError or PlanError; `source` names it in messages.
+        """Validate a parsed plan.json. Raises FormatError, PlanError or ScheduleError; `source` names it in messages.
 
         `head_dim` is the head size of a plan that does not state its own (it only matters for bytes).
         """

@@ -24,6 +24,9 @@ class Registered:
     source: str
 
 
+_PARTS = ("kind", "needs", "plan", "random", "source", "summary")
+"""What every EvictionPolicy has; the class itself lives above this module."""
+
 _registered: dict[str, Registered] = {}
 _broken: dict[str, str] = {}
 _searched = False
@@ -37,6 +40,9 @@ def register(policy: type[Any]) -> type[Any]:
     name = getattr(policy, "name", None)
     if not isinstance(name, str) or not name:
         raise PolicyError(f"{policy.__qualname__} has no `name`; give the class a string `name`")
+    missing = [part for part in _PARTS if not hasattr(policy, part)]
+    if missing:
+        raise PolicyError(f"{policy.__qualname__} has no {', '.join(missing)}; subclass heatkv.EvictionPolicy")
     known = _registered.get(name)
     if (
         known is not None
@@ -63,7 +69,7 @@ def _search() -> None:
             if isinstance(loaded, type):
                 register(loaded)
                 _registered[loaded.name] = Registered(loaded.name, loaded, where)  # type: ignore[attr-defined]
-        except Exception as error:  # a plug-in may fail in any way; the others must still be found
+        except (Exception, SystemExit) as error:  # a plug-in may fail in any way; the others must still be found
             _broken[entry.name] = f"{where}: {type(error).__name__}: {error}"
 
 
@@ -85,6 +91,6 @@ def find_policy(name: str) -> Callable[..., Any]:
     if name in policies:
         return policies[name].policy
     near = difflib.get_close_matches(name, policies, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     broken = f" (plug-in {name!r} is broken: {_broken[name]})" if name in _broken else ""
     raise PolicyError(f"unknown policy {name!r}{hint} Known: {', '.join(policies)}{broken}")

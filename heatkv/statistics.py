@@ -205,7 +205,10 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read a statistics file; nothing in it is executed. Raises FormatError or StatisticsError."""
+        """Read a statistics file; nothing in it is executed.
+
+        Raises FormatError, ScheduleError or StatisticsError.
+        """
         try:
             with safe_open(path, framework="numpy") as file:
                 text = (file.metadata() or {}).get("heatkv", "null")

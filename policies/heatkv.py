@@ -50,7 +50,9 @@ def drop_by_rank(problem: PlanningProblem, sink_scales: int, rankings: HeadRanki
         # x_t never falls with t, so the targets that still read a cell are the first ones after its source
         read = np.searchsorted(dropped[source + 1 :], rank_LHT[:, :, source], side="right")
         last_read[:, :, source] = source + read
-    return fit_checkpoints(last_read, geometry.schedule.tokens, problem.budget_token_heads, rank_LHT)
+    pairs = geometry.layers * geometry.heads
+    order_LHT = rank_LHT - pairs * np.arange(scales)  # larger source scale first, then rank
+    return fit_checkpoints(last_read, geometry.schedule.tokens, problem.budget_token_heads, order_LHT)
 
 
 @register

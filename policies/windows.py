@@ -37,8 +37,8 @@ def recent_scales(policy: EvictionPolicy, problem: PlanningProblem) -> IntArray:
             if heads < pairs:
                 most_heads[policy.sink_scales : source] = 0
                 break
-    rank_LHT = np.broadcast_to((pairs - order_LH)[:, :, None], last_read.shape)
-    return fit_checkpoints(last_read, schedule.tokens, problem.budget_token_heads, rank_LHT)
+    oldest_first_LHT = pairs * np.arange(len(schedule)) - order_LH[:, :, None]
+    return fit_checkpoints(last_read, schedule.tokens, problem.budget_token_heads, oldest_first_LHT)
 
 
 @register

@@ -147,9 +147,9 @@ def test_equality() -> None:
     last_read = np.array(LAST_READ)
     last_read[0, 1, 1] = 2
     for changes in (
-        {"last_read": last_read, "budget_token_heads": 12},
+        {"last_read": last_read, "budget": 1.0, "budget_token_heads": 12},
         {"model": "other"},
-        {"budget_token_heads": 12},
+        {"budget": 1.0, "budget_token_heads": 12},
         {"settings": {}},
         {"value": None},
     ):
@@ -380,3 +380,8 @@ def test_a_damaged_file_gives_a_typed_error(data: st.DataObject, tmp_path: Path)
         return
     made.save(path)  # what was accepted can be kept
     assert Plan.load(path) == made
+
+
+def test_a_budget_in_token_heads_above_its_share_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"budget_token_heads is 12, more than 0\.5 of the full cache"):
+        plan(budget=0.5, budget_token_heads=12)

@@ -504,3 +504,12 @@ def test_registering(plug_ins: Callable[..., None]) -> None:
     for nameless in (type("Nameless", (), {}), type("Nameless", (), {"name": ""}), type("Nameless", (), {"name": 3})):
         with pytest.raises(PolicyError, match="Nameless has no `name`"):
             registry.register(nameless)
+
+
+def test_a_class_that_is_no_policy_is_not_registered() -> None:
+    class Stranger:
+        name = "stranger"
+
+    with pytest.raises(PolicyError, match=r"has no kind, needs, plan, random, source, summary; subclass"):
+        registry.register(Stranger)
+    assert "stranger" not in registry.registered_policies()

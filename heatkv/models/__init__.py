@@ -96,7 +96,7 @@ def model_info(name: str) -> ModelInfo:
     if name in MODELS:
         return MODELS[name]
     near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ModelError(f"unknown model {name!r}{hint} Known: {', '.join(MODELS)}")
 
 
