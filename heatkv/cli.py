@@ -447,30 +447,61 @@ def calibrate(
 def _statistics_of_folder(
     folder: Path, model: ClassConditionalModel, samples: int, seed: int, settings: SamplingSettings
 ) -> Statistics:
-    """The folder's own statistics: those of an earlier run when they still fit, else measured now."""
+    """The folder's own statistics: those of an earlier run as far as they fit, the rest measured now."""
     path = folder / "statistics.safetensors"
+    wanted = [f"{seed}:{i}:{label}" for i, label in enumerate(model.labels(samples))]
+    parts: list[Statistics] = []
     if path.exists():
         try:
             found = _statistics(path, model)
+            assert found is not None
+            if found.provenance.cfg == settings.cfg and list(found.provenance.samples) == wanted[: found.count]:
+                parts.append(found)
+            else:
+                _say(f"measuring again: {path} was measured with other samples or guidance")
         except HeatKVError as error:
             _say(f"measuring again: {error}")
-        else:
-            assert found is not None
-            wanted = {f"{seed}:{i}:{label}" for i, label in enumerate(model.labels(samples))}
-            if set(found.provenance.samples) == wanted and found.provenance.cfg == settings.cfg:
-                _say(f"using {path} ({found.count} samples)")
-                return found
-    parts = list(_calibrate(model, samples, seed, settings))
-    total = _merged(parts)
-    total.save(path)
+    done = sum(part.count for part in parts)
+    if done == samples:
+        _say(f"using {path} ({done} samples)")
+        return parts[0]
+    try:
+        parts.extend(_calibrate(model, samples - done, seed, settings, first=done))
+    finally:
+        if parts:
+            _merged(parts).save(path)
     agreement = _agreement(parts)
     if agreement is not None:
         worst, mean = min(agreement), sum(agreement) / len(agreement)
         _say(
-            f"calibrated on {total.count} samples; head rankings of two halves agree by {mean:.2f} (Spearman, mean "
-            f"over scales; worst {worst:.2f})"
+            f"calibrated on {samples} samples; head rankings of two halves agree by {mean:.2f} "
+            f"(Spearman, mean over scales; worst {worst:.2f})"
         )
-    return total
+    return _merged(parts)
+
+
+def _check_request(
+    model: ClassConditionalModel,
+    names: Sequence[str],
+    budgets: Sequence[Budget],
+    plans: Sequence[Path],
+    rows: int,
+    sink_scales: int | None,
+) -> None:
+    """Refuse bad policies, budgets and plans before anything is measured."""
+    texts = [str(budget) for budget in budgets]
+    for text in texts:
+        if texts.count(text) > 1:
+            raise HeatKVError(f"budget {text} is named twice")
+    for name in names:
+        policy = _policy(name, sink_scales)
+        for budget in budgets:
+            if name != "full":
+                policy.check(
+                    PlanningProblem(model.geometry, budget, rows=rows, storage=_storage_of(model), model=model.name)
+                )
+    for path in plans:
+        _load_plan(path, model.geometry)
 
 
 def _subjects(
@@ -711,10 +742,7 @@ def compare(
     rows = rows if rows is not None else settings.rows_per_image
     images_of_rows(rows, settings)
     given = _statistics(statistics, loaded)
-    _subjects(  # bad budgets and plans are refused before anything is measured
-        loaded, [name for name in names if not _needs_statistics([name])], parsed, plan or [], statistics=given,
-        orders=orders, rows=rows, seed=seed, draws=1, sink_scales=sink_scales,
-    )  # fmt: skip
+    _check_request(loaded, names, parsed, plan or [], rows, sink_scales)
     folder = make_folder(out)
     measured = (
         given if given is not None or not needed else _statistics_of_folder(folder, loaded, samples, seed, settings)
