@@ -78,7 +78,7 @@ def save_image_sheet(path: Path, lines: Sequence[tuple[str, Any]], columns: int,
                 ax.imshow(pixels[column], interpolation="nearest")
         axes[line, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(pad=0.3)
+    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
