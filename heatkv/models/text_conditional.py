@@ -139,21 +139,24 @@ class Drawing:
 
     def _features(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Text features of every row, all conditional prompts first."""
-        transformer, device = self._model.transformer, self._model.device
-        rows = [prompt.features_ME for prompt in prompts]
+        rows = [self._checked(prompt.features_ME) for prompt in prompts]
         if self._settings.guided:
             rows += [
-                transformer.unconditional(len(p.features_ME)) if p.negative_ME is None else p.negative_ME
-                for p in prompts
+                self._model.transformer.unconditional(len(prompt.features_ME))
+                if prompt.negative_ME is None
+                else self._checked(prompt.negative_ME)
+                for prompt in prompts
             ]
-        channels = transformer.config.text_channels
-        for row in rows:
-            if row.ndim != 2 or len(row) < 1 or row.shape[1] != channels:
-                raise ModelError(
-                    f"text features of shape {tuple(row.shape)} do not fit {self._model.name}: it reads (positions, "
-                    f"{channels})"
-                )
-        return [row.to(device) for row in rows]
+        return rows
+
+    def _checked(self, features_ME: Tensor) -> Tensor:
+        channels = self._model.transformer.config.text_channels
+        if features_ME.ndim != 2 or len(features_ME) < 1 or features_ME.shape[1] != channels:
+            raise ModelError(
+                f"text features of shape {tuple(features_ME.shape)} do not fit {self._model.name}: it reads "
+                f"(positions, {channels})"
+            )
+        return features_ME.to(self._model.device)
 
     def logits(self, cache: Attend) -> Tensor:
         """Guided logits of the running scale, (B, N*K, 2) in fp32, the bits of a token in a row."""
