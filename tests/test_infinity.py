@@ -275,7 +275,8 @@ def test_vae_files_are_read_in_both_spellings() -> None:
         assert model.config == vae.config
         assert all(torch.equal(x, plain[name]) for name, x in model.state_dict().items())
     half = {name: x for name, x in plain.items() if name.startswith("decoder.")}
-    decoder = build_bsq(half)
+    decoder = build_bsq({name: x.half() for name, x in half.items()})
+    assert {x.dtype for x in decoder.parameters()} == {torch.float32}
     with pytest.raises(ModelError, match="without its encoder"):
         decoder.latent(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ModelError, match=r"missing decoder\.mid\.block_1\.conv1\.bias"):
@@ -385,6 +386,9 @@ def test_loading_by_name(tmp_path: Path, tiny: TextConditionalModel) -> None:
     half = load_infinity(info, weights, vae, dtype=torch.bfloat16, size="0.06M")
     assert half.compute_dtype == torch.bfloat16
     assert half.fingerprint == tiny.fingerprint
+    elsewhere = load_infinity(info, weights, vae, device="meta")
+    assert {x.device.type for m in (elsewhere.transformer, elsewhere.vae) for x in m.parameters()} == {"meta"}
+    assert elsewhere.device.type == "meta"
     with pytest.raises(ModelError, match="has 4 layers x 2 heads of 32; infinity-2b has 32 x 16 of 128"):
         load_infinity(MODELS["infinity-2b"], weights, vae)
     with pytest.raises(ModelError, match=r"take infinity_vae_d32reg\.pth"):
@@ -563,6 +567,101 @@ def test_codes_before_the_first_scale_are_refused(tiny: TextConditionalModel) ->
         tiny.begin([Prompt(features(3))], tiny.sampling).image()
 
 
+def dense_logits(
+    state: dict[str, Tensor], text: Tensor, codes: list[Tensor], turn: Tensor, levels: list[int]
+) -> Tensor:
+    """The published formulas, one by one and in float64: logits of all tokens of one row, (L, 2K)."""
+    w = {name: x.double() for name, x in state.items()}
+    heads, width = TINY.heads, TINY.width
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros(1).double())
+
+    def norm(x: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+    def gelu(x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    def silu(x: Tensor) -> Tensor:
+        return x / (1 + torch.exp(-x))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, size: int, scale: float, mask: Tensor | None = None) -> Tensor:
+        out = []
+        for i in range(0, q.shape[1], size):
+            products = q[:, i : i + size] @ k[:, i : i + size].T * scale
+            if mask is not None:
+                products = products.masked_fill(~mask, -math.inf)
+            out.append(products.softmax(-1) @ v[:, i : i + size])
+        return torch.cat(out, 1)
+
+    def turned(x: Tensor) -> Tensor:
+        as_complex = torch.complex(x[:, 0::2], x[:, 1::2]) * turn
+        return torch.stack([as_complex.real, as_complex.imag], -1).flatten(1)
+
+    t = text.double() / (text.double() ** 2).mean(-1, keepdim=True).add(1e-6).sqrt() * w["text_norm.weight"]
+    pool, size = "text_proj_for_sos.ca", width // TINY.pool_heads
+    k, v = linear(t, f"{pool}.mat_kv").split(width, 1)
+    query = w[f"{pool}.mat_q"].reshape(1, width)
+    s = linear(attention(query, k, v + w[f"{pool}.v_bias"], size, size**-0.5), f"{pool}.proj")
+    u = linear(gelu(linear(t, "text_proj_for_ca.0")), "text_proj_for_ca.2")
+    x = torch.cat([s + w["pos_start"][0], *(linear(c.double(), "word_embed") for c in codes)])
+    x = x + w["lvl_embed.weight"][levels]
+    mask = torch.tensor(levels)[:, None] >= torch.tensor(levels)
+    shared = linear(silu(s), "shared_ada_lin.1").view(6, width)
+    for i in range(TINY.depth):
+        b, dim = f"blocks.{i}", width // heads
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = shared + w[f"{b}.ada_gss"][0, 0]
+        q, k, v = linear(norm(x) * (1 + scale1) + shift1, f"{b}.sa.mat_qkv").split(width, 1)
+        q, v = q + w[f"{b}.sa.q_bias"], v + w[f"{b}.sa.v_bias"]
+        for h in range(heads):
+            part = slice(h * dim, (h + 1) * dim)
+            temperature = min(math.exp(w[f"{b}.sa.scale_mul_1H11"][0, h]), 100)
+            q[:, part] = turned(q[:, part] / q[:, part].norm(dim=1, keepdim=True)) * temperature
+            k[:, part] = turned(k[:, part] / k[:, part].norm(dim=1, keepdim=True))
+        x = x + gamma1 * linear(attention(q, k, v, dim, 1, mask), f"{b}.sa.proj")
+        normed = norm(x) * w[f"{b}.ca_norm.weight"] + w[f"{b}.ca_norm.bias"]
+        k, v = linear(u, f"{b}.ca.mat_kv").split(width, 1)
+        read = attention(linear(normed, f"{b}.ca.mat_q"), k, v + w[f"{b}.ca.v_bias"], dim, dim**-0.5)
+        x = x + linear(read, f"{b}.ca.proj")
+        hidden = gelu(linear(norm(x) * (1 + scale2) + shift2, f"{b}.ffn.fc1"))
+        x = x + gamma2 * linear(hidden, f"{b}.ffn.fc2")
+    scale, shift = linear(silu(s), "head_nm.ada_lin.1").view(2, width)
+    return linear(norm(x) * (1 + scale) + shift, "head")
+
+
+def test_logits_are_those_of_the_published_formulas() -> None:
+    model = make(cfg=3.0, tau=0.5, top_k=1)
+    torch.manual_seed(8)
+    for name, parameter in model.transformer.named_parameters():
+        if "bias" in name or "norm" in name:  # these start at zero or one, where a slip would not show
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.transformer.blocks[1].sa.scale_mul_1H11.fill_(5.0)  # above the limit
+    model.transformer.text_proj_for_ca[0].weight.mul_(4)  # to where the two kinds of GELU part
+    model.transformer.text_proj_for_ca[2].weight.mul_(4)
+    prompt = Prompt(features(7))
+    bits = Generator(model, model.plan(), 1).draw([prompt]).tokens
+    drawing, codes = model.begin([prompt], model.sampling), []
+    for scale, chosen in enumerate(bits):
+        drawing.accept(chosen)
+        if scale + 1 < len(bits):
+            codes.append(drawing.next_codes()[0])
+    # angles from positions written out: 6 x 4 is the template 3:2, whose last scale is 78 x 52
+    places = [(round(r * 78 / h), round(s * 52 / w)) for _, h, w in SCHEDULE.scales for r in range(h) for s in range(w)]
+    theta = [10000 ** (-2 * m / 16) for m in range(8)]
+    angles = torch.tensor([[r * f for f in theta] + [s * f for f in theta] for r, s in places], dtype=torch.float64)
+    levels = [scale for scale, count in enumerate(SCHEDULE.tokens) for _ in range(count)]
+    turn = torch.polar(torch.ones_like(angles), angles)
+    conditional, unconditional = (
+        dense_logits(model.transformer.state_dict(), text, codes, turn, levels)
+        for text in (prompt.features_ME, model.transformer.cfg_uncond[:7])
+    )
+    expected = (3 * conditional - 2 * unconditional) / 0.5
+    got = torch.cat(draw_logits(model, [prompt], bits), 1)[0].flatten().view(len(levels), -1)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-4)
+
+
 # ------------------------------------------------------------------------------------------------ bits
 
 
@@ -632,6 +731,14 @@ def test_every_scale_codes_what_the_coarser_ones_left() -> None:
         (2, 1, 1, 6),
         (2, 4, 2, 6),
     ]
+
+
+def test_coarse_bits_code_the_mean_over_their_area() -> None:
+    latent = torch.full((1, 1, 4, 4), 2.0)
+    latent[:, :, 1:3, 1:3] = -3.0  # what a linear resize would look at
+    bits = BitwiseVAE(BSQConfig(1, 32, (1,))).quantize(latent, [(1, 1), (4, 4)])
+    assert bits[0].item()
+    assert torch.equal(bits[1][..., 0], latent[:, 0] > 1)
 
 
 def test_resizing_does_not_average_when_it_shrinks() -> None:

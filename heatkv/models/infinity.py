@@ -64,25 +64,14 @@ INFINITY_8B = InfinityConfig(depth=40, width=3584, heads=28, bits=56, mlp_hidden
 # ------------------------------------------------------------------------------------------ rotary positions
 
 
-def _last_scale(schedule: ScaleSchedule) -> tuple[int, int]:
-    """Rows and columns of the last 1M scale of the template that `schedule` is of, or else comes nearest to."""
-    for ratio in ScaleSchedule.infinity_ratios():
-        if any(schedule == ScaleSchedule.infinity(size, ratio) for size in ScaleSchedule.infinity_sizes()):
-            break
-    else:
-        _, height, width = schedule.scales[-1]
-        ratio = height / width
-    _, height, width = ScaleSchedule.infinity("1M", ratio).scales[-1]
-    return height, width
-
-
 @cache
 def rope_positions(schedule: ScaleSchedule) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
     """Position of every row and of every column, per scale: its place on the last 1M scale, halves to even.
 
-    A schedule of no template takes the one nearest in height/width, as its own last scale may be of any size.
+    That of the template nearest in height/width, which is its own for every published schedule of any size.
     """
-    last_height, last_width = _last_scale(schedule)
+    _, own_height, own_width = schedule.scales[-1]
+    _, last_height, last_width = ScaleSchedule.infinity("1M", own_height / own_width).scales[-1]
 
     def places(count: int, last: int) -> tuple[int, ...]:
         return tuple(round(Fraction(i * last, count)) for i in range(count))
