@@ -1,12 +1,13 @@
 """The next-scale loop: draw images under a plan.
 
-Shapes: B images, N tokens of a scale, V codes.
+Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +15,13 @@ from torch.profiler import record_function
 
 from heatkv.cache import KVCache
 from heatkv.errors import ModelError
-from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.base import ImageModel
 from heatkv.models.var import Attend
 from heatkv.plan import Plan
-from heatkv.sampling import CommonRandomSampler, Sampler, SamplingSettings
+from heatkv.sampling import CommonRandomSampler, Sampler, Settings
+
+Label = TypeVar("Label")
+"""What one image is drawn from: a class, or a prompt."""
 
 Observer = Callable[[int, Tensor], None]
 """Called with every scale and its guided logits (B, N, V), before anything is chosen."""
@@ -32,11 +36,11 @@ class Drawn:
 
 
 def run_scales(
-    model: ClassConditionalModel,
-    labels: Sequence[int],
+    model: ImageModel[Label],
+    labels: Sequence[Label],
     cache: Attend,
     sampler: Sampler,
-    settings: SamplingSettings,
+    settings: Settings,
     observe: Observer | None = None,
     decode: bool = True,
 ) -> Drawn:
@@ -44,7 +48,7 @@ def run_scales(
     with torch.inference_mode():
         drawing = model.begin(labels, settings)
         tokens = []
-        for scale in range(len(model.transformer.schedule)):
+        for scale in range(len(model.geometry.schedule)):
             with record_function(f"scale {scale}"):
                 logits = drawing.logits(cache)
                 if observe is not None:
@@ -55,12 +59,10 @@ def run_scales(
             return Drawn(tuple(tokens), drawing.image() if decode else None)
 
 
-class Generator:
+class Generator(Generic[Label]):
     """Draws batches of one size under one plan, with one cache for all of them."""
 
-    def __init__(
-        self, model: ClassConditionalModel, plan: Plan, batch: int, settings: SamplingSettings | None = None
-    ) -> None:
+    def __init__(self, model: ImageModel[Label], plan: Plan, batch: int, settings: Settings | None = None) -> None:
         plan.check_geometry(model.geometry)
         self.model, self.plan, self.batch = model, plan, batch
         self.settings = settings if settings is not None else model.sampling
@@ -68,7 +70,7 @@ class Generator:
 
     def draw(
         self,
-        labels: Sequence[int],
+        labels: Sequence[Label],
         seed: int = 0,
         samples: Sequence[int] | None = None,
         *,
@@ -86,14 +88,14 @@ class Generator:
 
 
 def generate(
-    model: ClassConditionalModel,
-    labels: Sequence[int],
+    model: ImageModel[Label],
+    labels: Sequence[Label],
     plan: Plan,
     *,
     seed: int = 0,
     first_sample: int = 0,
     batch: int = 16,
-    settings: SamplingSettings | None = None,
+    settings: Settings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Images (B, 3, H, W) in [0, 1], one per label, in batches; `progress` is told how many are done.

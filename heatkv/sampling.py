@@ -1,6 +1,7 @@
 """Choosing codes from logits: guidance, top-k and top-p, and random numbers that policies share.
 
-Shapes: B images, R rows (2B with guidance, conditional first), N tokens of a scale, V codes.
+Shapes: B images, R rows (2B with guidance, conditional first), N choices of a scale, V codes. A choice is a token of
+VAR, or one bit of a token of Infinity, bits of a token in a row; then V is 2.
 """
 
 from __future__ import annotations
@@ -13,6 +14,21 @@ import torch
 from torch import Tensor
 
 from heatkv.errors import ModelError
+
+
+class Settings(Protocol):
+    """What samplers and models ask of the settings of either kind."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether unconditional rows run beside the conditional ones."""
+
+    @property
+    def rows_per_image(self) -> int: ...
+
+    def guide(self, logits_RNV: Tensor, scale: int, scales: int) -> Tensor: ...
+
+    def cut(self, logits_BNV: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,10 +46,7 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.cfg <= 100:
             raise ModelError(f"cfg is {self.cfg}; guidance is from 0 (none) to 100")
-        if self.top_k < 0:
-            raise ModelError(f"top_k is {self.top_k}; it is 0 (everything) or a count")
-        if not 0 <= self.top_p <= 1:
-            raise ModelError(f"top_p is {self.top_p}; it is a share from 0 (everything) to 1")
+        _check_cut(self.top_k, self.top_p)
 
     @property
     def guided(self) -> bool:
@@ -52,16 +65,84 @@ class SamplingSettings:
         return (1 + strength) * conditional - strength * unconditional
 
     def cut(self, logits_BNV: Tensor) -> Tensor:
-        """Logits with everything outside top-k, then top-p, at minus infinity; ties at the k-th value survive."""
-        if 0 < self.top_k < logits_BNV.shape[-1]:
-            least = logits_BNV.topk(self.top_k, dim=-1).values[..., -1:]
-            logits_BNV = logits_BNV.masked_fill(logits_BNV < least, -torch.inf)
-        if self.top_p > 0:
-            ascending, order = logits_BNV.sort(dim=-1)
-            outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.top_p
-            outside[..., -1] = False
-            logits_BNV = logits_BNV.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
-        return logits_BNV
+        return cut_logits(logits_BNV, self.top_k, self.top_p)
+
+
+@dataclass(frozen=True)
+class BitSamplingSettings:
+    """How Infinity's bits are chosen: each is a draw of its own between two codes (V = 2).
+
+    `cfg` is the share of the conditional logits (1 = no guidance) and `tau` the temperature, each one number or one
+    per scale. `top_k=1` takes the likelier value (an exact tie stays random); larger counts, like 0, cut nothing.
+    With `top_p` a bit is fixed when its likelier value has at least that probability; 0 cuts nothing.
+    """
+
+    cfg: float | tuple[float, ...] = 3.0
+    tau: float | tuple[float, ...] = 1.0
+    top_k: int = 0
+    top_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(0 <= strength <= 100 for strength in _numbers(self.cfg)):
+            raise ModelError(f"cfg is {self.cfg}; guidance is from 0 to 100, 1 being none")
+        if not all(0 < temperature <= 100 for temperature in _numbers(self.tau)):
+            raise ModelError(f"tau is {self.tau}; a temperature is above 0 and at most 100")
+        _check_cut(self.top_k, self.top_p)
+
+    @property
+    def guided(self) -> bool:
+        return any(strength != 1 for strength in _numbers(self.cfg))
+
+    @property
+    def rows_per_image(self) -> int:
+        return 2 if self.guided else 1
+
+    def guide(self, logits_RNV: Tensor, scale: int, scales: int) -> Tensor:
+        """g cond + (1 - g) uncond after division by tau, g and tau those of the scale; (B, N, V)."""
+        strength, temperature = (
+            _of_scale(x, name, scale, scales) for x, name in ((self.cfg, "cfg"), (self.tau, "tau"))
+        )
+        logits_RNV = logits_RNV / temperature
+        if not self.guided:
+            return logits_RNV
+        conditional, unconditional = logits_RNV.chunk(2)
+        # at 1 the unconditional half must not matter at all, not even when it overflowed
+        return conditional if strength == 1 else strength * conditional + (1 - strength) * unconditional
+
+    def cut(self, logits_BNV: Tensor) -> Tensor:
+        return cut_logits(logits_BNV, self.top_k, self.top_p)
+
+
+def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _of_scale(value: float | tuple[float, ...], name: str, scale: int, scales: int) -> float:
+    if not isinstance(value, tuple):
+        return value
+    if len(value) != scales:
+        raise ModelError(f"{name} has {len(value)} values for {scales} scales; give one, or one per scale")
+    return value[scale]
+
+
+def _check_cut(top_k: int, top_p: float) -> None:
+    if top_k < 0:
+        raise ModelError(f"top_k is {top_k}; it is 0 (everything) or a count")
+    if not 0 <= top_p <= 1:
+        raise ModelError(f"top_p is {top_p}; it is a share from 0 (everything) to 1")
+
+
+def cut_logits(logits_BNV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits with everything outside top-k, then top-p, at minus infinity; ties at the k-th value survive."""
+    if 0 < top_k < logits_BNV.shape[-1]:
+        least = logits_BNV.topk(top_k, dim=-1).values[..., -1:]
+        logits_BNV = logits_BNV.masked_fill(logits_BNV < least, -torch.inf)
+    if top_p > 0:
+        ascending, order = logits_BNV.sort(dim=-1)
+        outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        outside[..., -1] = False
+        logits_BNV = logits_BNV.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+    return logits_BNV
 
 
 class Sampler(Protocol):
@@ -92,7 +173,7 @@ class CommonRandomSampler:
     picture is a change in the logits.
     """
 
-    def __init__(self, seed: int, samples: Sequence[int], settings: SamplingSettings) -> None:
+    def __init__(self, seed: int, samples: Sequence[int], settings: Settings) -> None:
         self._seed, self._samples, self._settings = seed, tuple(samples), settings
 
     def choose(self, scale: int, logits_BNV: Tensor) -> Tensor:
@@ -107,9 +188,9 @@ class CommonRandomSampler:
 
 
 class PublicSampler:
-    """VAR's own draw order, for parity: one generator, one multinomial call per scale over all images' tokens."""
+    """The public models' own draw order, for parity: one generator, one multinomial call per scale over all choices."""
 
-    def __init__(self, generator: torch.Generator, settings: SamplingSettings) -> None:
+    def __init__(self, generator: torch.Generator, settings: Settings) -> None:
         self._generator, self._settings = generator, settings
 
     def choose(self, scale: int, logits_BNV: Tensor) -> Tensor:

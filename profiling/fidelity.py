@@ -122,7 +122,7 @@ class FidelityBench:
     def _labels(self, samples: range) -> list[int]:
         return [self._model.labels(1, sample)[0] for sample in samples]
 
-    def _generators(self, plan: Plan) -> list[tuple[range, Generator]]:
+    def _generators(self, plan: Plan) -> list[tuple[range, Generator[int]]]:
         """Every batch with its generator; equal batches share one, and so one cache."""
         by_size = {
             len(samples): Generator(self._model, plan, len(samples), self._settings) for samples in self._batches

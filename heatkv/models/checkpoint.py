@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,12 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from heatkv.errors import FormatError, ModelError
+from heatkv.files import read_json
+from heatkv.models.bsq import BitwiseVAE, BSQConfig
+from heatkv.models.infinity import Infinity, InfinityConfig
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
 
 State = Mapping[str, Tensor]
 
-_REDUNDANT = re.compile(r"attn_bias_for_masking|lvl_1L|.*\.zero_k_bias|quantize\.ema_vocab_hit_SV")
+_REDUNDANT = re.compile(
+    r"attn_bias_for_masking|lvl_1L|.*\.zero_k_bias|quantize\.ema_vocab_hit_SV|Infinity_(visible_kvlen|invisible_qlen)"
+)
 """Buffers of public files that say nothing beyond the configuration; they may be present or absent."""
 
 _PUBLIC_SIDES = {(10, 680): (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (10, 2240): (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
@@ -34,8 +41,64 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise FormatError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def load_strictly(module: nn.Module, state: State, what: str) -> None:
-    """Copy `state` into `module`; every tensor must be there, none left over, all of the right shape."""
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a weights file holds: a .safetensors file, a torch file, or a folder of either, sharded or not.
+
+    A torch file is read without executing anything in it. Raises FormatError for what is missing, broken, or holds
+    more than tensors and plain values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix == ".safetensors":
+        return dict(read_safetensors(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise FormatError(
+            f"{path} is no torch file of tensors and plain values only, and nothing else is loaded, as it could run "
+            "code; where you trust it, load it elsewhere and save its state dict"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise FormatError(f"{path} is not a whole torch file: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds a {type(content).__name__}, not named tensors")
+    return content
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            return _read_shards(index)
+        if (folder / name).exists():
+            return read_checkpoint(folder / name)
+    raise FormatError(f"{folder} holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """The tensors that the index assigns to each file, from that file."""
+    told = read_json(index)
+    shard_of = told.get("weight_map") if isinstance(told, dict) else None
+    if not isinstance(shard_of, dict) or not all(isinstance(file, str) for file in shard_of.values()):
+        raise FormatError(f"{index} has no weight_map of tensor names to file names")
+    state: dict[str, Any] = {}
+    for file in sorted(set(shard_of.values())):
+        if Path(file).name != file:
+            raise FormatError(f"{index} names {file!r}, which is not a file of its folder")
+        shard = read_checkpoint(index.parent / file)
+        names = [name for name, its_file in shard_of.items() if its_file == file]
+        absent = [name for name in names if name not in shard]
+        if absent:
+            raise FormatError(f"{index.parent / file} lacks {absent[0]}, which {index.name} says it holds")
+        state |= {name: shard[name] for name in names}
+    return state
+
+
+def check_state(module: nn.Module, state: State, what: str) -> set[str]:
+    """The names in `state` that `module` takes; every tensor must be there, none left over, all of the right shape."""
     expected = module.state_dict()
     needed = {name for name in expected if not _REDUNDANT.fullmatch(name)}
     given = {name for name in state if not _REDUNDANT.fullmatch(name)}
@@ -49,6 +112,12 @@ def load_strictly(module: nn.Module, state: State, what: str) -> None:
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise ModelError(f"these weights are not the {what}'s: {shown}")
+    return needed
+
+
+def load_strictly(module: nn.Module, state: State, what: str) -> None:
+    """Copy `state` into `module`, when it fits without rest."""
+    needed = check_state(module, state, what)
     module.load_state_dict({name: state[name] for name in needed}, strict=False)
 
 
@@ -123,3 +192,135 @@ def build_vqvae(state: State, patch_sides: Sequence[int]) -> VQVAE:
     load_strictly(model, state, "VQVAE")
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions run faster on CPUs
     return model.eval().requires_grad_(False)
+
+
+# -------------------------------------------------------------------------------------------------- Infinity
+
+_CHUNKED = re.compile(r"block_chunks\.(\d+)\.module\.(\d+)\.(.*)")
+_TRAINED, _AVERAGED = ("gpt_fsdp", "gpt_wo_ddp"), ("gpt_ema_fsdp", "gpt_ema_for_vis")
+_VARIANTS = {
+    r"blocks\.\d+\.ca_gamma": "a gain on cross attention",
+    r"blocks\.\d+\.ada_lin\..*": "AdaLN that blocks do not share",
+    r"blocks\.\d+\.ffn\.fcg\..*": "SwiGLU",
+    r"norm0_ve\..*": "a norm before the first block",
+    r"class_emb\..*": "classes instead of text",
+}
+"""Tensors of variants that upstream can train and no public weights have."""
+
+
+def _tensors_of(content: Mapping[str, Any], paths: Sequence[tuple[str, ...]], what: str) -> State:
+    """The state dict at the first of `paths` that there is, or `content` itself when it is one."""
+    for path in paths:
+        inner: Any = content
+        for step in path:
+            inner = inner.get(step) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping):
+            content = inner
+            break
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ModelError(f"these are no {what} weights: they have the entries {', '.join(map(str, content)) or 'none'}")
+    return state
+
+
+def infinity_state(content: Mapping[str, Any], *, average: bool = False) -> State:
+    """The transformer's tensors in a flat, sharded or trainer file, blocks counted through.
+
+    `average` takes the trainer's moving average in place of its last weights. Raises ModelError for what this project
+    cannot run.
+    """
+    what = "Infinity transformer"
+    names = _AVERAGED if average else _TRAINED
+    flat = _tensors_of(content, [("trainer", name) for name in names] + [(name,) for name in names], what)
+    chunked = [match for match in map(_CHUNKED.fullmatch, flat) if match]
+    per_chunk = max((int(match[2]) + 1 for match in chunked), default=0)
+    if chunked and any(name.startswith("blocks.") for name in flat):
+        raise ModelError(f"these are no {what} weights: blocks are there both in chunks and without")
+    state = {}
+    for name, tensor in flat.items():
+        match = _CHUNKED.fullmatch(name)
+        if match:
+            name = f"blocks.{int(match[1]) * per_chunk + int(match[2])}.{match[3]}"
+        if name.endswith(".sa.scale_mul_1H11"):  # (1, 1, H, 1) in files made for another attention kernel
+            tensor = tensor.reshape(1, -1, 1, 1)
+        state[name] = tensor
+    for pattern, variant in _VARIANTS.items():
+        found = next((name for name in state if re.fullmatch(pattern, name)), None)
+        if found is not None:
+            raise ModelError(f"these weights are of a variant that this release cannot run: {variant} ({found})")
+    return state
+
+
+def infinity_config(content: Mapping[str, Any]) -> InfinityConfig:
+    """The configuration of an Infinity transformer, from names and shapes. Raises ModelError when it is none."""
+    state, what = infinity_state(content), "Infinity transformer"
+    width, bits = _tensor(state, "word_embed.weight", what).shape
+    positions, channels = _tensor(state, "cfg_uncond", what).shape
+    return InfinityConfig(
+        depth=_count(state, r"blocks\.(\d+)\."),
+        width=width,
+        heads=_tensor(state, "blocks.0.sa.scale_mul_1H11", what).numel(),
+        bits=bits,
+        mlp_hidden=_tensor(state, "blocks.0.ffn.fc1.weight", what).shape[0],
+        pool_heads=_tensor(state, "text_proj_for_sos.ca.mat_q", what).shape[1],
+        text_channels=channels,
+        text_positions=positions,
+        max_scales=_tensor(state, "lvl_embed.weight", what).shape[0],
+    )
+
+
+def _adopt(module: nn.Module, state: State, what: str) -> None:
+    """Make the tensors of `state` those of a module made without storage, so that weights never lie in memory twice."""
+    needed = check_state(module, state, what)
+    module.load_state_dict({name: state[name] for name in needed}, strict=False, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def build_infinity(
+    content: Mapping[str, Any], dtype: torch.dtype | None = torch.float32, *, average: bool = False
+) -> Infinity:
+    """An Infinity transformer with these weights, in evaluation mode, the blocks' matrices in `dtype`.
+
+    `dtype=None` leaves every tensor in the type of the file, for `set_compute_dtype` to settle before it runs.
+    """
+    state = infinity_state(content, average=average)
+    with torch.device("meta"):
+        model = Infinity(infinity_config(state))
+    _adopt(model, state, "Infinity transformer")
+    return model if dtype is None else model.set_compute_dtype(dtype)
+
+
+_INNER_NAME = re.compile(r"\.(?:(conv\w*|nin_shortcut)\.conv|(norm\w*)\.norm)\.(weight|bias)$")
+"""Layers of the bitwise VAE may hide their tensors one name deeper, `X.conv.weight` for `X.weight`."""
+
+
+def bsq_state(content: Mapping[str, Any]) -> State:
+    """The encoder's and decoder's tensors in a bitwise VAE file or a trainer file; everything else is left out."""
+    flat = _tensors_of(content, [("vae",), ("trainer", "vae_local")], "bitwise VAE")
+    return {
+        _INNER_NAME.sub(lambda m: f".{m[1] or m[2]}.{m[3]}", name): tensor
+        for name, tensor in flat.items()
+        if name.startswith(("encoder.", "decoder."))
+    }
+
+
+def bsq_config(content: Mapping[str, Any]) -> BSQConfig:
+    """The configuration of a bitwise VAE, from names and shapes. Raises ModelError when it is none."""
+    state, what = bsq_state(content), "bitwise VAE"
+    channels = _tensor(state, "decoder.conv_out.weight", what).shape[1]
+    levels = _count(state, r"decoder\.up\.(\d+)\.")
+    sizes = [_tensor(state, f"decoder.up.{i}.block.0.conv1.weight", what).shape[0] for i in range(levels)]
+    return BSQConfig(
+        z_channels=_tensor(state, "decoder.conv_in.weight", what).shape[1],
+        channels=channels,
+        channel_multipliers=tuple(size // channels for size in sizes),
+    )
+
+
+def build_bsq(content: Mapping[str, Any]) -> BitwiseVAE:
+    """A bitwise VAE with these weights, with its encoder when they have one, in evaluation mode and fp32."""
+    state = bsq_state(content)
+    with torch.device("meta"):
+        model = BitwiseVAE(bsq_config(state), encoder="encoder.conv_in.weight" in state)
+    _adopt(model, state, "bitwise VAE")
+    return model.float()

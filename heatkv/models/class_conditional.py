@@ -8,19 +8,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from heatkv.errors import ModelError
-from heatkv.geometry import Budget, CacheGeometry
+from heatkv.geometry import CacheGeometry
+from heatkv.models.base import ImageModel
 from heatkv.models.var import VAR, Attend
 from heatkv.models.vqvae import VQVAE
-from heatkv.plan import Plan
-from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.sampling import SamplingSettings
-from heatkv.statistics import Statistics
+from heatkv.sampling import SamplingSettings, Settings
 
 _FINGERPRINT_SAMPLES = 4096
 
@@ -37,7 +34,7 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 @dataclass(frozen=True)
-class ClassConditionalModel:
+class ClassConditionalModel(ImageModel[int]):
     """Transformer and VQVAE under one name, with the sampling settings they are meant for.
 
     `class_names` is empty when the classes have none. `fingerprint` names the weights, whatever type they run in.
@@ -67,34 +64,6 @@ class ClassConditionalModel:
     def num_classes(self) -> int:
         return self.transformer.config.num_classes
 
-    def plan(
-        self,
-        policy: str = "full",
-        budget: str | float | Budget = "100%",
-        *,
-        statistics: Statistics | None = None,
-        rows: int | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> Plan:
-        """A plan of the named policy for this model; `options` are the policy's own, such as sink_scales.
-
-        `rows` (default: those of one image) only matters for a budget in bytes. Raises StatisticsError when the
-        statistics are of other weights, and whatever the policy raises.
-        """
-        if statistics is not None:
-            statistics.check_fingerprint(self.fingerprint)
-        problem = PlanningProblem(
-            self.geometry,
-            Budget.parse(budget),
-            statistics,
-            seed=seed,
-            rows=self.sampling.rows_per_image if rows is None else rows,
-            storage=str(self.compute_dtype).removeprefix("torch."),
-            model=self.name,
-        )
-        return make_policy(policy, **options).plan(problem)
-
     def label(self, text: str) -> int:
         """A class by name or number. Raises ModelError with what there is."""
         if text in self.class_names:
@@ -108,7 +77,7 @@ class ClassConditionalModel:
         """Labels of the samples first, first + 1, ...: every class in turn."""
         return [(first + i) % self.num_classes for i in range(count)]
 
-    def begin(self, labels: Sequence[int], settings: SamplingSettings) -> Drawing:
+    def begin(self, labels: Sequence[int], settings: Settings) -> Drawing:
         """Start drawing one image per label."""
         return Drawing(self, labels, settings)
 
@@ -116,7 +85,7 @@ class ClassConditionalModel:
 class Drawing:
     """Images on their way: call `logits`, then `accept` the chosen codes, once per scale; then `image`."""
 
-    def __init__(self, model: ClassConditionalModel, labels: Sequence[int], settings: SamplingSettings) -> None:
+    def __init__(self, model: ClassConditionalModel, labels: Sequence[int], settings: Settings) -> None:
         transformer = model.transformer
         self._model, self._settings = model, settings
         classes = torch.tensor(list(labels), dtype=torch.long, device=model.device)

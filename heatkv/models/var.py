@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from heatkv.schedule import ScaleSchedule
 
-_MAX_LOG_SCALE = math.log(100)
-_NORM_EPS = 1e-6
+MAX_LOG_SCALE = math.log(100)
+NORM_EPS = 1e-6
 
 
 class Attend(Protocol):
@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
         qkv = F.linear(u_RNC.to(weight.dtype), weight, bias)
         q, k, v = qkv.view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         if self.l2_norm:
-            scale = self.scale_mul_1H11.clamp(max=_MAX_LOG_SCALE).exp()
+            scale = self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
             q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
         else:
@@ -102,19 +102,19 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with a tanh GELU between them."""
 
-    def __init__(self, config: VARConfig) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        hidden = round(config.width * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.width, hidden)
-        self.fc2 = nn.Linear(hidden, config.width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, u_RNC: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(u_RNC.to(self.fc1.weight.dtype)), approximate="tanh"))
         return out
 
 
-def _layer_norm(x_RNC: Tensor) -> Tensor:
-    return F.layer_norm(x_RNC, (x_RNC.shape[-1],), eps=_NORM_EPS)
+def layer_norm(x_RNC: Tensor) -> Tensor:
+    """Over the width, without gain and bias."""
+    return F.layer_norm(x_RNC, (x_RNC.shape[-1],), eps=NORM_EPS)
 
 
 class Block(nn.Module):
@@ -123,7 +123,7 @@ class Block(nn.Module):
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         self.attn = SelfAttention(config)
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config.width, round(config.width * config.mlp_ratio))
         self.shared_adaln = config.shared_adaln
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
@@ -140,12 +140,12 @@ class Block(nn.Module):
 
     def forward(self, x_RNC: Tensor, modulation_R61C: Tensor, layer: int, cache: Attend) -> Tensor:
         gate1, gate2, gain1, gain2, shift1, shift2 = modulation_R61C.unbind(1)
-        q, k, v = self.attn.qkv(torch.addcmul(shift1, _layer_norm(x_RNC), gain1 + 1))
+        q, k, v = self.attn.qkv(torch.addcmul(shift1, layer_norm(x_RNC), gain1 + 1))
         x_RNC = torch.addcmul(x_RNC, self.attn.project(cache.attend(layer, q, k, v)), gate1)
-        return torch.addcmul(x_RNC, self.ffn(torch.addcmul(shift2, _layer_norm(x_RNC), gain2 + 1)), gate2)
+        return torch.addcmul(x_RNC, self.ffn(torch.addcmul(shift2, layer_norm(x_RNC), gain2 + 1)), gate2)
 
 
-class _HeadNorm(nn.Module):
+class HeadNorm(nn.Module):
     """The AdaLN before the logits: gain and shift only."""
 
     def __init__(self, width: int) -> None:
@@ -154,7 +154,7 @@ class _HeadNorm(nn.Module):
 
     def forward(self, x_RNC: Tensor, class_RC: Tensor) -> Tensor:
         gain, shift = self.ada_lin(class_RC).view(-1, 1, 2, class_RC.shape[-1]).unbind(2)
-        return torch.addcmul(shift, _layer_norm(x_RNC), gain + 1)
+        return torch.addcmul(shift, layer_norm(x_RNC), gain + 1)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class VAR(nn.Module):
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head_nm = _HeadNorm(width)
+        self.head_nm = HeadNorm(width)
         self.head = nn.Linear(width, config.vocab_size)
         for parameter in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(parameter, std=math.sqrt(1 / width / 3))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,8 +72,20 @@ class VQVAEConfig:
         return self.stride * self.patch_sides[-1]
 
 
+class AutoencoderConfig(Protocol):
+    """What the encoder and the decoder are built from."""
+
+    @property
+    def z_channels(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def channel_multipliers(self) -> tuple[int, ...]: ...
+
+
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    groups = 24 if channels % 32 and channels % 24 == 0 else 32
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -143,10 +156,10 @@ class Downsample(nn.Module):
 
 
 class _Mid(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResidualBlock(channels, channels)
-        self.attn_1 = SpatialAttention(channels)
+        self.attn_1 = SpatialAttention(channels) if attention else nn.Identity()
         self.block_2 = ResidualBlock(channels, channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -181,9 +194,12 @@ class _Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image in [-1, 1] to a latent of Z channels, two residual blocks a level."""
+    """Image in [-1, 1] to a latent of Z channels, two residual blocks a level.
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    `attention` is that of the lowest resolution.
+    """
+
+    def __init__(self, config: AutoencoderConfig, attention: bool = True) -> None:
         super().__init__()
         sizes = [config.channels * m for m in config.channel_multipliers]
         self.conv_in = _conv3(3, config.channels)
@@ -191,8 +207,8 @@ class Encoder(nn.Module):
         for level, size in enumerate(sizes):
             lowest = level == len(sizes) - 1
             below = config.channels if level == 0 else sizes[level - 1]
-            self.down.append(_Level(below, size, 2, attention=lowest, down=not lowest))
-        self.mid = _Mid(sizes[-1])
+            self.down.append(_Level(below, size, 2, attention=attention and lowest, down=not lowest))
+        self.mid = _Mid(sizes[-1], attention)
         self.norm_out = _norm(sizes[-1])
         self.conv_out = _conv3(sizes[-1], config.z_channels)
 
@@ -205,18 +221,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent of Z channels to an image, three residual blocks a level, lowest resolution first."""
+    """Latent of Z channels to an image, three residual blocks a level, lowest resolution first.
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    `attention` is that of the lowest resolution.
+    """
+
+    def __init__(self, config: AutoencoderConfig, attention: bool = True) -> None:
         super().__init__()
         sizes = [config.channels * m for m in config.channel_multipliers]
         self.conv_in = _conv3(config.z_channels, sizes[-1])
-        self.mid = _Mid(sizes[-1])
+        self.mid = _Mid(sizes[-1], attention)
         stages = []
         for level, size in enumerate(sizes):
             lowest = level == len(sizes) - 1
             below = size if lowest else sizes[level + 1]
-            stages.append(_Level(below, size, 3, attention=lowest, up=level > 0))
+            stages.append(_Level(below, size, 3, attention=attention and lowest, up=level > 0))
         self.up = nn.ModuleList(stages)
         self.norm_out = _norm(sizes[0])
         self.conv_out = _conv3(sizes[0], 3)

@@ -1,0 +1,90 @@
+"""What drawing, planning and measuring need of an image model, whatever it draws from.
+
+Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from heatkv.geometry import Budget, CacheGeometry
+from heatkv.models.var import Attend
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.sampling import Settings
+from heatkv.statistics import Statistics
+
+Label = TypeVar("Label", contravariant=True)
+
+
+class Drawing(Protocol):
+    """Images on their way: call `logits`, then `accept` what was chosen, once per scale; then `image`."""
+
+    def logits(self, cache: Attend) -> Tensor:
+        """Guided logits of the running scale, (B, N, V) in fp32."""
+
+    def accept(self, choices_BN: Tensor) -> None:
+        """Take the choices of the running scale and prepare the input of the next one."""
+
+    def image(self) -> Tensor:
+        """(B, 3, H, W), RGB in [0, 1]."""
+
+
+class ImageModel(ABC, Generic[Label]):
+    """A transformer with the decoder of its codes, drawing one image per label.
+
+    `sampling` are the settings it is meant for; `fingerprint` names the weights, whatever type they run in.
+    """
+
+    name: str
+    fingerprint: str
+    sampling: Settings
+
+    @property
+    @abstractmethod
+    def geometry(self) -> CacheGeometry: ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    @abstractmethod
+    def compute_dtype(self) -> torch.dtype: ...
+
+    @abstractmethod
+    def begin(self, labels: Sequence[Label], settings: Settings) -> Drawing:
+        """Start drawing one image per label."""
+
+    def plan(
+        self,
+        policy: str = "full",
+        budget: str | float | Budget = "100%",
+        *,
+        statistics: Statistics | None = None,
+        rows: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Plan:
+        """A plan of the named policy for this model; `options` are the policy's own, such as sink_scales.
+
+        `rows` (default: those of one image) only matters for a budget in bytes. Raises StatisticsError when the
+        statistics are of other weights, and whatever the policy raises.
+        """
+        if statistics is not None:
+            statistics.check_fingerprint(self.fingerprint)
+        problem = PlanningProblem(
+            self.geometry,
+            Budget.parse(budget),
+            statistics,
+            seed=seed,
+            rows=self.sampling.rows_per_image if rows is None else rows,
+            storage=str(self.compute_dtype).removeprefix("torch."),
+            model=self.name,
+        )
+        return make_policy(policy, **options).plan(problem)

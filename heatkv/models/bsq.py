@@ -1,0 +1,93 @@
+"""The bitwise VAE of Infinity: images to bits of every scale, and sums of their codes back to images.
+
+Written from the published facts about FoundationVision/Infinity (Han et al. 2024; binary spherical quantisation after
+Zhao et al. 2024). A code is a corner of the unit hypercube scaled to length one, so it needs no table. With spatial
+patchify the transformer's token covers 2 x 2 latent positions, and all heights and widths here are twice its own.
+
+Shapes: B images, Z bits per latent position, h and w a scale's height and width, H and W the image's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heatkv.errors import ModelError
+from heatkv.models.vqvae import Decoder, Encoder
+
+
+@dataclass(frozen=True)
+class BSQConfig:
+    """Everything the shapes of a bitwise VAE depend on; `z_channels` is the bits of a code."""
+
+    z_channels: int
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4, 4)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent position and side."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+
+BSQ_D32 = BSQConfig(32)
+BSQ_D56 = BSQConfig(14, channel_multipliers=(1, 2, 4, 4))
+"""The VAE of the 8B models: 14 bits a position, 56 a token."""
+
+
+def resize(map_BZhw: Tensor, size: tuple[int, int]) -> Tensor:
+    """Linear between pixel centres, without antialiasing when shrinking, as the public transformers were trained."""
+    if map_BZhw.shape[-2:] == size:
+        return map_BZhw
+    return F.interpolate(map_BZhw, size=size, mode="bilinear", align_corners=False)
+
+
+def code_values(bits_BhwZ: Tensor) -> Tensor:
+    """Bits (0 or 1) to unit vectors, (B, Z, h, w)."""
+    return (2 * bits_BhwZ.float() - 1).permute(0, 3, 1, 2) / math.sqrt(bits_BhwZ.shape[-1])
+
+
+class BitwiseVAE(nn.Module):
+    """Encoder and decoder, neither with attention. `encoder=False` builds the half that generation needs."""
+
+    def __init__(self, config: BSQConfig, encoder: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        if encoder:
+            self.encoder = Encoder(config, attention=False)
+        self.has_encoder = encoder
+        self.decoder = Decoder(config, attention=False)
+
+    def latent(self, image_B3HW: Tensor) -> Tensor:
+        """Image in [-1, 1] to the latent before quantisation, (B, Z, h, w)."""
+        if not self.has_encoder:
+            raise ModelError("this VAE was built without its encoder; load one that has encoder.* weights")
+        out: Tensor = self.encoder(image_B3HW)
+        return out
+
+    def quantize(self, latent_BZhw: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Bits of every scale, (B, h, w, Z) bool each: every scale codes what the coarser ones left."""
+        rest, full = latent_BZhw, (latent_BZhw.shape[2], latent_BZhw.shape[3])
+        if not sizes or tuple(sizes[-1]) != full:
+            raise ModelError(
+                f"the last scale is {sizes[-1] if sizes else 'missing'}, the latent {full}; they must agree"
+            )
+        bits = []
+        for size in sizes:
+            z = rest if size == full else F.interpolate(rest, size=size, mode="area")
+            bits.append((z > 0).permute(0, 2, 3, 1))
+            rest = rest - resize(code_values(bits[-1]), full)
+        return bits
+
+    def encode(self, image_B3HW: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Image in [-1, 1] to the bits of every scale; `sizes` are (h, w) on the latent's grid, the last all of it."""
+        return self.quantize(self.latent(image_B3HW), sizes)
+
+    def decode(self, codes_BZhw: Tensor) -> Tensor:
+        """Sum of codes to an RGB image in [-1, 1], clamped."""
+        out: Tensor = self.decoder(codes_BZhw.to(self.decoder.conv_in.weight.dtype))
+        return out.float().clamp(-1, 1)

@@ -1,0 +1,325 @@
+"""Infinity: the text-to-image next-scale transformer over bits (Han et al. 2024), from its published facts.
+
+The state dict has the names of the public checkpoints, with blocks counted through (`blocks.i`); `checkpoint` maps the
+chunked names to these. As in VAR, every block hands its queries, keys and values to one verb, `attend`. Cross
+attention reads nothing but the prompt, so its keys and values are made once per image and layer.
+
+Shapes: R rows (prompts, then their unconditional halves), N tokens of the running scale, C width, H heads, D head
+size, P = D/2 rotated pairs, M text positions (padded), E text channels, K bits per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from heatkv.errors import ModelError
+from heatkv.models.var import MAX_LOG_SCALE, NORM_EPS, Attend, FeedForward, HeadNorm, layer_norm
+from heatkv.schedule import ScaleSchedule
+
+
+@dataclass(frozen=True)
+class InfinityConfig:
+    """Everything the shapes of an Infinity transformer depend on.
+
+    `text_positions` is the longest prompt with a learnt unconditional half, `max_scales` the longest schedule.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    bits: int
+    mlp_hidden: int
+    pool_heads: int
+    text_channels: int = 2048
+    text_positions: int = 512
+    max_scales: int = 15
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.head_dim % 4:
+            raise ModelError(
+                f"width {self.width} over {self.heads} heads gives {self.width / self.heads:g} channels a head; "
+                "rotation in rows and columns needs a multiple of 4"
+            )
+        if self.width % self.pool_heads:
+            raise ModelError(f"width {self.width} is not a multiple of the {self.pool_heads} pooling heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+INFINITY_2B = InfinityConfig(depth=32, width=2048, heads=16, bits=32, mlp_hidden=8192, pool_heads=16)
+INFINITY_8B = InfinityConfig(depth=40, width=3584, heads=28, bits=56, mlp_hidden=14336, pool_heads=16)
+
+
+# ------------------------------------------------------------------------------------------ rotary positions
+
+
+@cache
+def rope_positions(schedule: ScaleSchedule) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """Position of every row and of every column, per scale: its place on the last 1M scale, halves to even.
+
+    That of the template nearest in height/width, which is its own for every published schedule of any size.
+    """
+    _, own_height, own_width = schedule.scales[-1]
+    _, last_height, last_width = ScaleSchedule.infinity("1M", own_height / own_width).scales[-1]
+
+    def places(count: int, last: int) -> tuple[int, ...]:
+        return tuple(round(Fraction(i * last, count)) for i in range(count))
+
+    return tuple((places(height, last_height), places(width, last_width)) for _, height, width in schedule.scales)
+
+
+def rotation_table(schedule: ScaleSchedule, scale: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Cosines and sines of the angles of every token of `scale`, (2, N, P) fp32: rows turn the first half of the pairs,
+    columns the second."""
+    rows, columns = (torch.tensor(places, dtype=torch.float64) for places in rope_positions(schedule)[scale])
+    frequencies = 10000.0 ** (torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4)).neg()
+    of_rows = (rows[:, None, None] * frequencies).expand(-1, len(columns), -1)
+    of_columns = (columns[None, :, None] * frequencies).expand(len(rows), -1, -1)
+    angles_NP = torch.cat([of_rows, of_columns], dim=-1).flatten(0, 1)
+    return torch.stack([angles_NP.cos(), angles_NP.sin()]).float().to(device)
+
+
+def rotate(x_ND: Tensor, rotation_2NP: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels by the token's angle; x is (..., N, D) in fp32."""
+    cos_NP, sin_NP = rotation_2NP
+    even, odd = x_ND.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos_NP - odd * sin_NP, even * sin_NP + odd * cos_NP], dim=-1).flatten(-2)
+
+
+# ------------------------------------------------------------------------------------------------- attention
+
+
+def prompt_attention(q_RHND: Tensor, k_RHMD: Tensor, v_RHMD: Tensor, mask_R11M: Tensor | None) -> Tensor:
+    """Attention over the row's own prompt only; no mask means that all prompts are equally long."""
+    return F.scaled_dot_product_attention(q_RHND, k_RHMD, v_RHMD, attn_mask=mask_R11M)
+
+
+def _merge_heads(x_RHND: Tensor) -> Tensor:
+    return x_RHND.transpose(1, 2).flatten(2)
+
+
+def _keys_and_values(source_RMX: Tensor, weight: Tensor, v_bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys, which have no bias, and values of prompts, (R, heads, M, size) each."""
+    bias = torch.cat([torch.zeros_like(v_bias), v_bias]).to(weight.dtype)
+    kv = F.linear(source_RMX.to(weight.dtype), weight, bias).unflatten(-1, (2, heads, -1))
+    k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+    return k, v
+
+
+class SelfAttention(nn.Module):
+    """Cosine attention with a learnt temperature per head; keys have no bias."""
+
+    def __init__(self, config: InfinityConfig) -> None:
+        super().__init__()
+        width, self.heads = config.width, config.heads
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.heads, 1, 1), math.log(4.0)))
+        self.proj = nn.Linear(width, width)
+
+    def qkv(self, u_RNC: Tensor, rotation_2NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (scaled for a softmax of scale 1), keys as they are cached, and values."""
+        weight = self.mat_qkv.weight
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(weight.dtype)
+        qkv = F.linear(u_RNC.to(weight.dtype), weight, bias).unflatten(-1, (3, self.heads, -1))
+        qk_2RHND, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])
+        q, k = rotate(F.normalize(qk_2RHND.float(), dim=-1), rotation_2NP)
+        scale = self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
+        return (q * scale).to(v.dtype), k.to(v.dtype), v[0]
+
+    def project(self, out_RHND: Tensor) -> Tensor:
+        out: Tensor = self.proj(_merge_heads(out_RHND))
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Attention of image tokens over the projected prompt."""
+
+    def __init__(self, config: InfinityConfig) -> None:
+        super().__init__()
+        width, self.heads = config.width, config.heads
+        self.mat_q = nn.Linear(width, width)
+        self.mat_kv = nn.Linear(width, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def keys_and_values(self, text_RMC: Tensor) -> tuple[Tensor, Tensor]:
+        return _keys_and_values(text_RMC, self.mat_kv.weight, self.v_bias, self.heads)
+
+    def forward(self, u_RNC: Tensor, k_RHMD: Tensor, v_RHMD: Tensor, mask_R11M: Tensor | None) -> Tensor:
+        q = self.mat_q(u_RNC.to(self.mat_q.weight.dtype)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        out: Tensor = self.proj(_merge_heads(prompt_attention(q, k_RHMD, v_RHMD, mask_R11M)))
+        return out
+
+
+class AttentivePool(nn.Module):
+    """One vector per prompt: what one learnt query per head reads from it."""
+
+    def __init__(self, config: InfinityConfig) -> None:
+        super().__init__()
+        width, self.heads = config.width, config.pool_heads
+        size = width // self.heads
+        self.mat_q = nn.Parameter(torch.randn(1, self.heads, size) / math.sqrt(size))
+        self.mat_kv = nn.Linear(config.text_channels, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, text_RME: Tensor, mask_R11M: Tensor | None) -> Tensor:
+        k, v = _keys_and_values(text_RME, self.mat_kv.weight, self.v_bias, self.heads)
+        q = self.mat_q[:, :, None].expand(len(k), -1, -1, -1)
+        out: Tensor = self.proj(_merge_heads(prompt_attention(q, k, v, mask_R11M)))[:, 0]
+        return out
+
+
+# ----------------------------------------------------------------------------------------------- transformer
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """What the prompts decide once per image.
+
+    `pooled_RC` is the start token and condition; per layer, `modulations` has the AdaLN vectors (R, 6, 1, C) and
+    `keys_values` what cross attention reads, (R, H, M, D) each. `mask_R11M` is false at pads.
+    """
+
+    pooled_RC: Tensor
+    modulations: tuple[Tensor, ...]
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    mask_R11M: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return self.pooled_RC.shape[0]
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward, modulated by AdaLN, with ungated cross attention between them."""
+
+    def __init__(self, config: InfinityConfig) -> None:
+        super().__init__()
+        self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
+        self.sa = SelfAttention(config)
+        self.ca_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.ca = CrossAttention(config)
+        self.ffn = FeedForward(config.width, config.mlp_hidden)
+
+    def forward(
+        self, x_RNC: Tensor, condition: TextCondition, layer: int, rotation_2NP: Tensor, cache: Attend
+    ) -> Tensor:
+        gate1, gate2, gain1, gain2, shift1, shift2 = condition.modulations[layer].unbind(1)
+        q, k, v = self.sa.qkv(torch.addcmul(shift1, layer_norm(x_RNC), gain1 + 1), rotation_2NP)
+        x_RNC = torch.addcmul(x_RNC, self.sa.project(cache.attend(layer, q, k, v)), gate1)
+        x_RNC = x_RNC + self.ca(self.ca_norm(x_RNC), *condition.keys_values[layer], condition.mask_R11M)
+        return torch.addcmul(x_RNC, self.ffn(torch.addcmul(shift2, layer_norm(x_RNC), gain2 + 1)), gate2)
+
+
+class Infinity(nn.Module):
+    """The transformer. The residual stream, the text side and the head stay in fp32; the blocks' matrices may be bf16
+    or fp16. It runs any schedule of at most `max_scales` scales."""
+
+    def __init__(self, config: InfinityConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, channels = config.width, config.text_channels
+        self.cfg_uncond = nn.Parameter(torch.randn(config.text_positions, channels) / math.sqrt(channels))
+        self.text_norm = nn.RMSNorm(channels, eps=NORM_EPS)
+        self.text_proj_for_sos = nn.ModuleDict({"ca": AttentivePool(config)})
+        self.text_proj_for_ca = nn.Sequential(
+            nn.Linear(channels, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+        )
+        self.pos_start = nn.Parameter(torch.randn(1, 1, width) / math.sqrt(width))
+        self.lvl_embed = nn.Embedding(config.max_scales, width)
+        self.word_embed = nn.Linear(config.bits, width)
+        self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.head_nm = HeadNorm(width)
+        self.head = nn.Linear(width, 2 * config.bits)
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> Infinity:
+        """Store the blocks' large matrices in `dtype`, everything else in fp32."""
+        large = set()
+        for block in self.layers():
+            sa, ca, ffn = block.sa, block.ca, block.ffn
+            for linear in (sa.mat_qkv, sa.proj, ca.mat_q, ca.mat_kv, ca.proj, ffn.fc1, ffn.fc2):
+                linear.to(dtype)
+                large |= {id(parameter) for parameter in linear.parameters()}
+        for parameter in self.parameters():
+            if id(parameter) not in large:
+                parameter.data = parameter.data.float()
+        return self
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return next(self.layers()).sa.mat_qkv.weight.dtype
+
+    def layers(self) -> Iterator[Block]:
+        """The blocks in order, with their type."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
+    def unconditional(self, positions: int) -> Tensor:
+        """The learnt features that stand for a prompt of so many positions, (M, E)."""
+        if positions > self.config.text_positions:
+            raise ModelError(
+                f"a prompt of {positions} positions has no unconditional half: these weights hold "
+                f"{self.config.text_positions}; shorten it or give a negative prompt"
+            )
+        return self.cfg_uncond[:positions]
+
+    def project_text(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One (M, E) per row to its pooled vector (R, C), its projection (R, M, C), and the mask over pads, if any."""
+        lengths = [len(row) for row in features]
+        text_RME = self.text_norm(pad_sequence([row.float() for row in features], batch_first=True))
+        mask_R11M = None
+        if len(set(lengths)) > 1:
+            positions = torch.arange(max(lengths), device=text_RME.device)
+            mask_R11M = (positions < torch.tensor(lengths, device=text_RME.device)[:, None])[:, None, None]
+        return self.text_proj_for_sos["ca"](text_RME, mask_R11M), self.text_proj_for_ca(text_RME), mask_R11M
+
+    def condition(self, features: Sequence[Tensor]) -> TextCondition:
+        """Text features of every row, (M, E) each, of any lengths, to what the blocks need of them."""
+        pooled_RC, text_RMC, mask_R11M = self.project_text(features)
+        shared = self.shared_ada_lin(pooled_RC).view(-1, 1, 6, self.config.width)
+        return TextCondition(
+            pooled_RC,
+            tuple((shared + block.ada_gss).transpose(1, 2) for block in self.layers()),
+            tuple(block.ca.keys_and_values(text_RMC) for block in self.layers()),
+            mask_R11M,
+        )
+
+    def first_input(self, condition: TextCondition) -> Tensor:
+        """The start token of scale 0, (R, 1, C)."""
+        out: Tensor = condition.pooled_RC[:, None] + self.pos_start + self.lvl_embed.weight[0]
+        return out
+
+    def next_input(self, codes_BNK: Tensor, scale: int) -> Tensor:
+        """The input tokens of `scale`, (B, N, C), from the resized sum of codes."""
+        out: Tensor = self.word_embed(codes_BNK.float()) + self.lvl_embed.weight[scale]
+        return out
+
+    def hidden(self, x_RNC: Tensor, condition: TextCondition, rotation_2NP: Tensor, cache: Attend) -> Tensor:
+        """The residual stream after the last block."""
+        for layer, block in enumerate(self.blocks):
+            x_RNC = block(x_RNC, condition, layer, rotation_2NP, cache)
+        return x_RNC
+
+    def logits(self, hidden_RNC: Tensor, condition: TextCondition) -> Tensor:
+        """(R, N, 2K) in fp32; number 2b + v is for bit b having value v."""
+        out: Tensor = self.head(self.head_nm(hidden_RNC.float(), condition.pooled_RC))
+        return out
+
+    def forward(self, x_RNC: Tensor, condition: TextCondition, rotation_2NP: Tensor, cache: Attend) -> Tensor:
+        return self.logits(self.hidden(x_RNC, condition, rotation_2NP, cache), condition)

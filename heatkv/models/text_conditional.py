@@ -1,0 +1,238 @@
+"""A text-to-image model: an Infinity transformer with its bitwise VAE, and how it draws one scale after another.
+
+Shapes: B images, R rows (B, or 2B with guidance, conditional first), N tokens of a scale, K bits per token, M text
+positions, E text channels, Z bits per latent position, h and w a latent's height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heatkv.errors import ModelError
+from heatkv.geometry import CacheGeometry
+from heatkv.models.base import ImageModel
+from heatkv.models.bsq import BitwiseVAE, code_values, resize
+from heatkv.models.checkpoint import build_bsq, build_infinity, read_checkpoint
+from heatkv.models.class_conditional import fingerprint
+from heatkv.models.infinity import Infinity, rotation_table
+from heatkv.models.text import T5TextEncoder
+from heatkv.models.var import Attend
+from heatkv.sampling import BitSamplingSettings, Settings
+from heatkv.schedule import ScaleSchedule
+
+if TYPE_CHECKING:
+    from heatkv.models import ModelInfo
+
+SAMPLING = BitSamplingSettings(cfg=3.0, tau=1.0, top_p=0.97)
+"""What published comparisons of cache compression use with the public weights."""
+
+_VAE_FILES = {32: "infinity_vae_d32reg.pth", 56: "infinity_vae_d56_f8_14_patchify.pth"}
+"""The published VAE for the bits of a token."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Text features (M, E) of one image: the encoder's output at the text's own positions, end of sequence included.
+
+    `negative_ME`, of any length, takes the place of the learnt unconditional features.
+    """
+
+    features_ME: Tensor
+    negative_ME: Tensor | None = None
+
+    @classmethod
+    def unpack(cls, features_XE: Tensor, cumulative_lengths: Sequence[int]) -> list[Prompt]:
+        """One prompt per gap of `cumulative_lengths` (0, M_1, M_1 + M_2, ...) from features without padding."""
+        ends = list(cumulative_lengths)
+        if ends[:1] != [0] or ends[-1] != len(features_XE) or any(first >= last for first, last in pairwise(ends)):
+            raise ModelError(f"cumulative lengths {ends} do not rise from 0 to the {len(features_XE)} rows given")
+        return [cls(features_XE[first:last]) for first, last in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class TextConditionalModel(ImageModel[Prompt]):
+    """Transformer and VAE under one name, with the schedule to run and the sampling settings they are meant for.
+
+    `text_encoder` is only needed to make prompts from text. Raises ModelError when the two do not belong together or
+    the schedule is not for images.
+    """
+
+    name: str
+    transformer: Infinity
+    vae: BitwiseVAE
+    schedule: ScaleSchedule
+    sampling: BitSamplingSettings
+    fingerprint: str
+    text_encoder: T5TextEncoder | None = None
+
+    def __post_init__(self) -> None:
+        bits, z_channels = self.transformer.config.bits, self.vae.config.z_channels
+        if bits not in (z_channels, 4 * z_channels):
+            file = _VAE_FILES.get(bits)
+            raise ModelError(
+                f"the transformer draws {bits} bits a token and the VAE has {z_channels} bits a position; they fit "
+                f"when these are equal, or four times as many with spatial patchify{f': take {file}' if file else ''}"
+            )
+        if len(self.schedule) > self.transformer.config.max_scales:
+            raise ModelError(
+                f"the schedule has {len(self.schedule)} scales, these weights have embeddings for "
+                f"{self.transformer.config.max_scales}"
+            )
+        if self.schedule.tokens[0] != 1 or any(frames != 1 for frames, _, _ in self.schedule.scales):
+            raise ModelError(f"the schedule {self.schedule} does not start at 1x1, or has more than one frame")
+
+    @property
+    def patch(self) -> int:
+        """Latent positions per token and side: 2 with spatial patchify."""
+        return 1 if self.transformer.config.bits == self.vae.config.z_channels else 2
+
+    @property
+    def geometry(self) -> CacheGeometry:
+        config = self.transformer.config
+        return CacheGeometry(config.depth, config.heads, config.head_dim, self.schedule)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.pos_start.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.transformer.compute_dtype
+
+    def latent_size(self, scale: int) -> tuple[int, int]:
+        """Height and width of a scale on the VAE's grid."""
+        _, height, width = self.schedule.scales[scale]
+        return height * self.patch, width * self.patch
+
+    def prompts(self, texts: Sequence[str], negatives: Sequence[str] | None = None) -> list[Prompt]:
+        """Encode texts, each with its negative when `negatives` are given. Raises ModelError without a text encoder."""
+        if self.text_encoder is None:
+            raise ModelError(f"{self.name} was loaded without a text encoder; load one, or give text features")
+        if negatives is not None and len(negatives) != len(texts):
+            raise ModelError(f"{len(negatives)} negative prompts for {len(texts)} prompts; give one for each")
+        features = self.text_encoder.encode([*texts, *(negatives or ())])
+        given, against = features[: len(texts)], features[len(texts) :]
+        return [Prompt(features_ME, against[i] if against else None) for i, features_ME in enumerate(given)]
+
+    def begin(self, labels: Sequence[Prompt], settings: Settings) -> Drawing:
+        """Start drawing one image per prompt."""
+        return Drawing(self, labels, settings)
+
+
+class Drawing:
+    """Images on their way: call `logits`, then `accept` the chosen bits, once per scale; then `image`."""
+
+    def __init__(self, model: TextConditionalModel, prompts: Sequence[Prompt], settings: Settings) -> None:
+        self._model, self._settings = model, settings
+        self._condition = model.transformer.condition(self._features(prompts))
+        self._input_RNC = model.transformer.first_input(self._condition)
+        self._codes: Tensor | None = None
+        self.scale = 0
+
+    def _features(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Text features of every row, all conditional prompts first."""
+        rows = [self._checked(prompt.features_ME) for prompt in prompts]
+        if self._settings.guided:
+            rows += [
+                self._model.transformer.unconditional(len(prompt.features_ME))
+                if prompt.negative_ME is None
+                else self._checked(prompt.negative_ME)
+                for prompt in prompts
+            ]
+        return rows
+
+    def _checked(self, features_ME: Tensor) -> Tensor:
+        channels = self._model.transformer.config.text_channels
+        if features_ME.ndim != 2 or len(features_ME) < 1 or features_ME.shape[1] != channels:
+            raise ModelError(
+                f"text features of shape {tuple(features_ME.shape)} do not fit {self._model.name}: it reads "
+                f"(positions, {channels})"
+            )
+        return features_ME.to(self._model.device)
+
+    def logits(self, cache: Attend) -> Tensor:
+        """Guided logits of the running scale, (B, N*K, 2) in fp32, the bits of a token in a row."""
+        model = self._model
+        rotation = rotation_table(model.schedule, self.scale, model.transformer.config.head_dim, model.device)
+        logits_RNV = model.transformer(self._input_RNC, self._condition, rotation, cache)
+        return self._settings.guide(logits_RNV.unflatten(-1, (-1, 2)).flatten(1, 2), self.scale, len(model.schedule))
+
+    def accept(self, choices_BN: Tensor) -> None:
+        """Take the bits of the running scale, (B, N*K), and prepare the input of the next one."""
+        model, last = self._model, len(self._model.schedule) - 1
+        _, height, width = model.schedule.scales[self.scale]
+        values_BZhw = code_values(self.on_latent_grid(choices_BN.view(len(choices_BN), height, width, -1)))
+        added = resize(values_BZhw, model.latent_size(last))
+        self._codes = added if self._codes is None else self._codes + added
+        self.scale += 1
+        if self.scale <= last:
+            tokens = model.transformer.next_input(self.next_codes(), self.scale)
+            self._input_RNC = torch.cat([tokens, tokens]) if self._settings.guided else tokens
+
+    def on_latent_grid(self, bits_BhwK: Tensor) -> Tensor:
+        """The bits of tokens on the VAE's grid, (B, h, w, Z)."""
+        return F.pixel_shuffle(bits_BhwK.permute(0, 3, 1, 2), self._model.patch).permute(0, 2, 3, 1)
+
+    def next_codes(self) -> Tensor:
+        """What the transformer is shown at the running scale, (B, N, K): the resized sum of codes so far."""
+        shown = resize(self.codes, self._model.latent_size(self.scale))
+        return F.pixel_unshuffle(shown, self._model.patch).flatten(2).transpose(1, 2)
+
+    @property
+    def codes(self) -> Tensor:
+        """Sum of codes so far, (B, Z, h, w) on the grid of the last scale."""
+        if self._codes is None:
+            raise ModelError("no scale was drawn yet")
+        return self._codes
+
+    def image(self) -> Tensor:
+        """(B, 3, H, W), RGB in [0, 1]."""
+        return (self._model.vae.decode(self.codes) + 1) / 2
+
+
+def load_infinity(
+    info: ModelInfo,
+    weights: str | Path,
+    vae: str | Path,
+    *,
+    text_encoder: T5TextEncoder | None = None,
+    size: str | None = None,
+    ratio: float | None = None,
+    sampling: BitSamplingSettings = SAMPLING,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> TextConditionalModel:
+    """A named Infinity from its public files, the blocks' matrices in `dtype`.
+
+    `weights` is a file or a sharded folder. Raises FormatError for unreadable files, and ModelError for weights of
+    another model, or a VAE that does not belong to it.
+    """
+    if Path(vae).name == "infinity_vae_d32.pth":  # same shapes, so nothing else could tell
+        raise ModelError(f"{vae} was trained apart from the public transformers; take {_VAE_FILES[32]}")
+    transformer = build_infinity(read_checkpoint(weights), dtype=None)
+    config = transformer.config
+    if (config.depth, config.heads, config.head_dim) != (info.layers, info.heads, info.head_dim):
+        raise ModelError(
+            f"{weights} has {config.depth} layers x {config.heads} heads of {config.head_dim}; {info.name} has "
+            f"{info.layers} x {info.heads} of {info.head_dim}"
+        )
+    model = TextConditionalModel(
+        info.name,
+        transformer,
+        build_bsq(read_checkpoint(vae)),
+        info.schedule(size, ratio),
+        sampling,
+        fingerprint(transformer),
+        text_encoder,
+    )
+    transformer.set_compute_dtype(dtype).to(device)
+    model.vae.to(device)
+    return model
