@@ -7,7 +7,8 @@ Shapes: R rows, B images (the conditional rows, which come first), H heads, N qu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 from heatkv.cache import KVCache, LayerStep
 from heatkv.errors import StatisticsError
 from heatkv.generation import run_scales
-from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.sampling import CommonRandomSampler, SamplingSettings
+from heatkv.models.base import ImageModel
+from heatkv.sampling import CommonRandomSampler, Settings
 from heatkv.statistics import Provenance, Statistics
 from heatkv.versions import versions
 
@@ -71,13 +72,13 @@ class MeasuringCache(KVCache):
 
 
 def calibrate(
-    model: ClassConditionalModel,
+    model: ImageModel[Any],
     samples: int,
     *,
     seed: int = 0,
     first_sample: int = 0,
     batch: int = 16,
-    settings: SamplingSettings | None = None,
+    settings: Settings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Statistics over `samples` images of all classes in turn, drawn with the full cache.
@@ -98,20 +99,27 @@ def calibrate(
         run_scales(model, labels, cache, sampler, settings, decode=False)
         mass_sum = cache.mass_sum if mass_sum is None else mass_sum + cache.mass_sum
         mass_square_sum = cache.mass_square_sum if mass_square_sum is None else mass_square_sum + cache.mass_square_sum
-        names += [f"{seed}:{start + i}:{label}" for i, label in enumerate(labels)]
+        names += sample_names(model, seed, labels, start)
         if progress is not None:
             progress(len(names))
     assert mass_sum is not None
     assert mass_square_sum is not None
+    told = settings.to_json()
+    cfg = None if isinstance(told["cfg"], list) else told.pop("cfg")  # one per scale stays among the settings
     provenance = Provenance(
         model=model.name,
         fingerprint=model.fingerprint,
-        cfg=settings.cfg,
-        settings={"ramp": settings.ramp, "top_k": settings.top_k, "top_p": settings.top_p},
+        cfg=cfg,
+        settings=told,
         samples=tuple(names),
         versions=versions(),
     )
     return Statistics(model.geometry.schedule, mass_sum, mass_square_sum, provenance)
+
+
+def sample_names(model: ImageModel[Any], seed: int, labels: Sequence[Any], first: int) -> list[str]:
+    """Names of the samples first, first + 1, ... drawn from `labels`: seed:index:label."""
+    return [f"{seed}:{first + i}:{model.label_name(label)}" for i, label in enumerate(labels)]
 
 
 def ranking_agreement(one: Statistics, other: Statistics) -> NDArray[np.float64]:

@@ -21,11 +21,13 @@ from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, Sched
 from heatkv.files import make_folder, read_json
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models import COMPUTE_DTYPES, MODELS, load_model, model_info
+from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.plan import Plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy
 from heatkv.registry import broken_plugins, find_policy, registered_policies
-from heatkv.sampling import SamplingSettings
+from heatkv.sampling import Settings
 from heatkv.statistics import HeadRankings, Statistics
 
 app = typer.Typer(
@@ -56,6 +58,16 @@ BudgetText = Annotated[str | None, typer.Option("--budget", help="10%, 0.1, 600M
 SinkScales = Annotated[
     int | None, typer.Option("--sink-scales", help="first scales that are never dropped; default: the policy's")
 ]
+Weights = Annotated[Path | None, typer.Option("--weights", help="weights file or folder, see `heatkv models`")]
+Vae = Annotated[Path | None, typer.Option("--vae", help="its VAE file; default: looked for beside the weights")]
+TextEncoder = Annotated[
+    str | None, typer.Option("--text-encoder", help="T5 encoder: local folder or hub name (Infinity)")
+]
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help="text file, one prompt a line, for measurements (Infinity)")
+]
+Size = Annotated[str | None, typer.Option("--size", help="256, 512 (VAR), 0.06M, 0.25M, 0.60M, 1M (Infinity)")]
+Ratio = Annotated[str | None, typer.Option("--ratio", help="height/width, as 1.5 or 3:2")]
 OutFolder = Annotated[Path, typer.Option("--out", help="folder to write to")]
 
 DEFAULT_POLICIES = "heatkv,sliding-window,streaming,random"
@@ -119,15 +131,57 @@ def _positive(name: str, value: int, least: int = 1) -> int:
     return value
 
 
-def _settings(model: ClassConditionalModel, cfg: float | None) -> SamplingSettings:
-    return model.sampling if cfg is None else replace(model.sampling, cfg=cfg)
+def _settings(model: ImageModel[Any], cfg: float | None) -> Settings:
+    if cfg is None:
+        return model.sampling
+    assert isinstance(model, ClassConditionalModel | TextConditionalModel)
+    return replace(model.sampling, cfg=cfg)
+
+
+def _load(
+    model: str,
+    weights: Path | None,
+    vae: Path | None,
+    text_encoder: str | None,
+    prompts: Path | None,
+    size: str | None,
+    ratio: str | None,
+    dtype: str,
+    device: str,
+) -> ClassConditionalModel | TextConditionalModel:
+    """The named model, with the prompts of a file for measurements."""
+    return load_model(
+        model,
+        weights,
+        vae=vae,
+        text_encoder=text_encoder,
+        prompts=() if prompts is None else _prompts(prompts),
+        size=size,
+        ratio=_ratio(ratio),
+        dtype=_storage(dtype),
+        device=device,
+    )
+
+
+def _prompts(path: Path) -> list[str]:
+    """The lines of a text file, empty ones left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is no UTF-8 text, one prompt a line") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise FormatError(f"{path} holds no prompt; write one a line")
+    return found
 
 
 def _rankings(path: Path | None, geometry: CacheGeometry) -> HeadRankings | None:
     return None if path is None else HeadRankings.load_orders(path, geometry)
 
 
-def _statistics(path: Path | None, model: ClassConditionalModel) -> Statistics | None:
+def _statistics(path: Path | None, model: ImageModel[Any]) -> Statistics | None:
     """Statistics from a file, when they are of this very model."""
     if path is None:
         return None
@@ -264,10 +318,8 @@ def solve(
     plan: Annotated[
         Path | None, typer.Option("--plan", help="check and describe this plan.json instead of solving")
     ] = None,
-    size: Annotated[
-        str | None, typer.Option("--size", help="256, 512 (VAR), 0.06M, 0.25M, 0.60M, 1M (Infinity)")
-    ] = None,
-    ratio: Annotated[str | None, typer.Option("--ratio", help="height/width, as 1.5 or 3:2")] = None,
+    size: Size = None,
+    ratio: Ratio = None,
     sink_scales: SinkScales = None,
     rows: Rows = None,
     dtype: Dtype = "bfloat16",
@@ -283,7 +335,8 @@ def solve(
     """
     info = model_info(model)
     geometry = info.geometry(size, _ratio(ratio))
-    storage, guided = _storage(dtype), cfg is None or cfg > 0
+    storage, unguided = _storage(dtype), 1.0 if info.family == "infinity" else 0.0
+    guided = cfg is None or cfg != unguided
     rows = rows if rows is not None else (2 if guided else 1)
     if plan is not None:
         if budget is not None:
@@ -347,7 +400,7 @@ def solve(
 
 
 def _calibrate(
-    model: ClassConditionalModel, samples: int, seed: int, settings: SamplingSettings, first: int = 0
+    model: ImageModel[Any], samples: int, seed: int, settings: Settings, first: int = 0
 ) -> Iterator[Statistics]:
     """Statistics of one batch after another, so that an interrupt loses a batch at most."""
     from heatkv.calibration import calibrate as measure
@@ -397,6 +450,12 @@ def _calibration_table(statistics: Statistics, agreement: Sequence[float] | None
 def calibrate(
     out: Annotated[Path, typer.Option("--out", help="statistics file to write")],
     model: Model = "emoji",
+    weights: Weights = None,
+    vae: Vae = None,
+    text_encoder: TextEncoder = None,
+    prompts: Prompts = None,
+    size: Size = None,
+    ratio: Ratio = None,
     samples: Annotated[int, typer.Option("--samples", help="images to measure, all classes in turn")] = 64,
     append: Annotated[bool, typer.Option("--append", help="add samples to an existing file")] = False,
     seed: Seed = 0,
@@ -416,10 +475,10 @@ def calibrate(
         raise FormatError(f"{out} does not exist; leave --append out to create it")
     if not out.parent.is_dir():
         raise FormatError(f"the folder {out.parent} does not exist")
-    loaded = load_model(model, dtype=_storage(dtype), device=device)
+    loaded = _load(model, weights, vae, text_encoder, prompts, size, ratio, dtype, device)
     settings = _settings(loaded, cfg)
     before = _statistics(out, loaded) if append else None
-    taken = [] if before is None else [s.split(":") for s in before.provenance.samples]
+    taken = [] if before is None else [s.split(":", 2) for s in before.provenance.samples]
     first = max((int(index) + 1 for given, index, _ in taken if int(given) == seed), default=0)
     parts: list[Statistics] = []
     total: Statistics | None = None
@@ -445,11 +504,13 @@ def calibrate(
 
 
 def _statistics_of_folder(
-    folder: Path, model: ClassConditionalModel, samples: int, seed: int, settings: SamplingSettings
+    folder: Path, model: ImageModel[Any], samples: int, seed: int, settings: Settings
 ) -> Statistics:
     """The folder's own statistics: those of an earlier run as far as they fit, the rest measured now."""
+    from heatkv.calibration import sample_names
+
     path = folder / "statistics.safetensors"
-    wanted = [f"{seed}:{i}:{label}" for i, label in enumerate(model.labels(samples))]
+    wanted = sample_names(model, seed, model.labels(samples), 0)
     parts: list[Statistics] = []
     if path.exists():
         try:
@@ -481,7 +542,7 @@ def _statistics_of_folder(
 
 
 def _check_request(
-    model: ClassConditionalModel,
+    model: ImageModel[Any],
     names: Sequence[str],
     budgets: Sequence[Budget],
     plans: Sequence[Path],
@@ -505,7 +566,7 @@ def _check_request(
 
 
 def _subjects(
-    model: ClassConditionalModel,
+    model: ImageModel[Any],
     names: Sequence[str],
     budgets: Sequence[Budget],
     plans: Sequence[Path],
@@ -535,15 +596,15 @@ def _subjects(
     return subjects
 
 
-def _storage_of(model: ClassConditionalModel) -> str:
+def _storage_of(model: ImageModel[Any]) -> str:
     return next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == model.compute_dtype)
 
 
 def _measure_latency(
-    model: ClassConditionalModel,
+    model: ImageModel[Any],
     subjects: Sequence[Any],
     rows: int,
-    settings: SamplingSettings,
+    settings: Settings,
     repeats: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -560,6 +621,12 @@ def _measure_latency(
 def profile(
     out: OutFolder,
     model: Model = "emoji",
+    weights: Weights = None,
+    vae: Vae = None,
+    text_encoder: TextEncoder = None,
+    prompts: Prompts = None,
+    size: Size = None,
+    ratio: Ratio = None,
     policies: Policies = "sliding-window,streaming",
     budgets: Budgets = DEFAULT_BUDGETS,
     plan: PlanFiles = None,
@@ -585,7 +652,7 @@ def profile(
     _positive("repeats", repeats)
     names = _names(policies, "policy")
     parsed = [Budget.parse(text) for text in _names(budgets, "budget")]
-    loaded = load_model(model, dtype=_storage(dtype), device=device)
+    loaded = _load(model, weights, vae, text_encoder, prompts, size, ratio, dtype, device)
     settings = _settings(loaded, cfg)
     rows = rows if rows is not None else settings.rows_per_image
     images_of_rows(rows, settings)
@@ -615,8 +682,8 @@ def profile(
 
 def _finish(
     folder: Path,
-    model: ClassConditionalModel,
-    settings: SamplingSettings,
+    model: ImageModel[Any],
+    settings: Settings,
     rows: list[dict[str, Any]],
     as_json: bool,
     title: str,
@@ -632,8 +699,15 @@ def _finish(
 @app.command()
 def generate(
     out: OutFolder,
-    label: Annotated[list[str], typer.Option("--label", help="class name or number; may be repeated")],
+    label: Annotated[list[str] | None, typer.Option("--label", help="class name or number; may be repeated")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="text (Infinity); may be repeated")] = None,
+    negative: Annotated[str | None, typer.Option("--negative", help="negative prompt of all prompts")] = None,
     model: Model = "emoji",
+    weights: Weights = None,
+    vae: Vae = None,
+    text_encoder: TextEncoder = None,
+    size: Size = None,
+    ratio: Ratio = None,
     policy: Annotated[str, typer.Option("--policy", help="name of a policy, see `heatkv policies`")] = "full",
     budget: BudgetText = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="plan.json of `heatkv solve`")] = None,
@@ -656,9 +730,10 @@ def generate(
     from heatkv.profiling.runner import images_of_rows
 
     _positive("count", count)
-    loaded = load_model(model, dtype=_storage(dtype), device=device)
+    loaded = _load(model, weights, vae, text_encoder, None, size, ratio, dtype, device)
     settings = _settings(loaded, cfg)
-    labels = [loaded.label(text) for text in label for _ in range(count)]
+    wanted = _what_to_draw(loaded, label or [], prompt or [], negative)
+    labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
     batch = min(len(labels), 16) if rows is None else images_of_rows(rows, settings)
     if plan is not None:
         if budget is not None:
@@ -679,12 +754,31 @@ def generate(
             part = labels[first : first + batch]
             images = draw(loaded, part, chosen, seed=seed, first_sample=first, batch=batch, settings=settings)
             for index, image in enumerate(images):
-                name = loaded.class_names[part[index]] if loaded.class_names else str(part[index])
-                _save_picture(image_grid(image[None], 1), folder / f"{first + index:04d}_{name}.png")
+                _save_picture(image_grid(image[None], 1), folder / f"{first + index:04d}_{titles[first + index]}.png")
             done += len(part)
             advance(len(part))
     held = chosen.bytes(batch * settings.rows_per_image, _storage_of(loaded)) / 2**20
     _say(f"written: {done} images in {folder}; {chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time")
+
+
+def _what_to_draw(
+    model: ClassConditionalModel | TextConditionalModel, labels: list[str], prompts: list[str], negative: str | None
+) -> list[tuple[Any, str]]:
+    """(what to draw it from, name for its file) of every label or prompt."""
+    if isinstance(model, ClassConditionalModel):
+        if prompts or negative is not None:
+            raise ModelError(f"{model.name} draws classes, not prompts; name them with --label")
+        if not labels:
+            raise ModelError(f"name what {model.name} is to draw with --label")
+        chosen = [model.label(text) for text in labels]
+        return [(index, model.class_names[index] if model.class_names else str(index)) for index in chosen]
+    if labels:
+        raise ModelError(f"{model.name} draws prompts, not classes; write them with --prompt")
+    if not prompts:
+        raise ModelError(f"write what {model.name} is to draw with --prompt")
+    encoded = model.prompts(prompts, None if negative is None else [negative] * len(prompts))
+    names = ["".join(c if c.isalnum() else "_" for c in text)[:40] for text in prompts]
+    return list(zip(encoded, names, strict=True))
 
 
 def _save_picture(picture: Any, path: Path) -> None:
@@ -698,6 +792,12 @@ def _save_picture(picture: Any, path: Path) -> None:
 def compare(
     out: OutFolder,
     model: Model = "emoji",
+    weights: Weights = None,
+    vae: Vae = None,
+    text_encoder: TextEncoder = None,
+    prompts: Prompts = None,
+    size: Size = None,
+    ratio: Ratio = None,
     policies: Policies = DEFAULT_POLICIES,
     budgets: Budgets = DEFAULT_BUDGETS,
     plan: PlanFiles = None,
@@ -737,7 +837,7 @@ def compare(
     names = _names(policies, "policy")
     parsed = [Budget.parse(text) for text in _names(budgets, "budget")]
     needed = _needs_statistics(names) and orders is None
-    loaded = load_model(model, dtype=_storage(dtype), device=device)
+    loaded = _load(model, weights, vae, text_encoder, prompts, size, ratio, dtype, device)
     settings = _settings(loaded, cfg)
     rows = rows if rows is not None else settings.rows_per_image
     images_of_rows(rows, settings)

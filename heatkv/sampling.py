@@ -7,8 +7,8 @@ VAR, or one bit of a token of Infinity, bits of a token in a row; then V is 2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class Settings(Protocol):
     def guide(self, logits_RNV: Tensor, scale: int, scales: int) -> Tensor: ...
 
     def cut(self, logits_BNV: Tensor) -> Tensor: ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Every setting by name."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class SamplingSettings:
 
     def cut(self, logits_BNV: Tensor) -> Tensor:
         return cut_logits(logits_BNV, self.top_k, self.top_p)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every setting by name."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,10 @@ class BitSamplingSettings:
 
     def cut(self, logits_BNV: Tensor) -> Tensor:
         return cut_logits(logits_BNV, self.top_k, self.top_p)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every setting by name."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:

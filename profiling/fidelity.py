@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from heatkv.generation import Drawn, Generator
 from heatkv.images import to_pixels
-from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.base import ImageModel
 from heatkv.plan import Plan
-from heatkv.sampling import CommonRandomSampler, RecordedTokens, SamplingSettings
+from heatkv.sampling import CommonRandomSampler, RecordedTokens, Settings
 
 ROUNDING_MSE = 1 / (12 * 255**2)
 """Mean squared error of rounding to 8 bits; pictures that differ by less count as this close, 58.9 dB."""
@@ -57,6 +58,7 @@ class Fidelity:
     """Per-image figures of one policy: KL and agreement summed over tokens by scale, and picture similarities."""
 
     tokens: tuple[int, ...]
+    choices_per_token: int = 1
     kl_sums: list[NDArray[np.float64]] = field(default_factory=list)
     agreements: list[NDArray[np.float64]] = field(default_factory=list)
     psnr_db: list[NDArray[np.float64]] = field(default_factory=list)
@@ -76,8 +78,9 @@ class Fidelity:
         return [float(x) for x in np.concatenate(self.kl_sums).mean(axis=0) / np.array(self.tokens)]
 
     def top1_agreement(self) -> float:
-        """Share of tokens whose most likely code is the full cache's."""
-        return float(np.concatenate(self.agreements).sum(axis=1).mean() / sum(self.tokens))
+        """Share of choices (tokens, or bits of tokens) whose most likely value is the full cache's."""
+        choices = sum(self.tokens) * self.choices_per_token
+        return float(np.concatenate(self.agreements).sum(axis=1).mean() / choices)
 
     def mean_psnr(self) -> float | None:
         return float(np.concatenate(self.psnr_db).mean()) if self.psnr_db else None
@@ -94,12 +97,12 @@ class FidelityBench:
 
     def __init__(
         self,
-        model: ClassConditionalModel,
+        model: ImageModel[Any],
         *,
         images: int,
         pictures: int,
         seed: int,
-        settings: SamplingSettings,
+        settings: Settings,
         batch: int = 16,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -119,10 +122,10 @@ class FidelityBench:
             self._reference.append((drawn, logits))
             self._progress(len(samples))
 
-    def _labels(self, samples: range) -> list[int]:
-        return [self._model.labels(1, sample)[0] for sample in samples]
+    def _labels(self, samples: range) -> list[Any]:
+        return self._model.labels(len(samples), samples.start)
 
-    def _generators(self, plan: Plan) -> list[tuple[range, Generator[int]]]:
+    def _generators(self, plan: Plan) -> list[tuple[range, Generator[Any]]]:
         """Every batch with its generator; equal batches share one, and so one cache."""
         by_size = {
             len(samples): Generator(self._model, plan, len(samples), self._settings) for samples in self._batches
@@ -142,7 +145,8 @@ class FidelityBench:
 
     def compare(self, plan: Plan) -> Fidelity:
         """Fidelity of a plan to the full cache."""
-        result = Fidelity(self._model.geometry.schedule.tokens)
+        tokens = self._model.geometry.schedule.tokens
+        result = Fidelity(tokens, self._reference[0][1][0].shape[1] // tokens[0])
         for (samples, generator), (drawn, reference) in zip(self._generators(plan), self._reference, strict=True):
             kl: list[Tensor] = []
             agree: list[Tensor] = []

@@ -14,14 +14,14 @@ from heatkv.errors import HeatKVError
 from heatkv.files import write_json
 from heatkv.generation import Generator
 from heatkv.geometry import Budget
-from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.base import ImageModel
 from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.environment import environment
 from heatkv.profiling.fidelity import Fidelity, FidelityBench
 from heatkv.profiling.latency import Latency, measure_interleaved
 from heatkv.profiling.memory import DeviceMemory, measure_device
-from heatkv.sampling import SamplingSettings
+from heatkv.sampling import Settings
 from heatkv.statistics import HeadRankings, Statistics
 
 FORMAT, VERSION = "heatkv-results", 1
@@ -41,7 +41,7 @@ class Subject:
 
 
 def plan_subjects(
-    model: ClassConditionalModel,
+    model: ImageModel[Any],
     policies: Sequence[str],
     budgets: Sequence[Budget],
     *,
@@ -72,7 +72,7 @@ def plan_subjects(
     return subjects
 
 
-def bytes_row(model: ClassConditionalModel, subject: Subject, rows: int, storage: str) -> dict[str, Any]:
+def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, storage: str) -> dict[str, Any]:
     """Planned, allocated and full bytes; allocated is read from the storage of a real arena."""
     geometry, plans = model.geometry, subject.plans
     row: dict[str, Any] = {
@@ -102,11 +102,11 @@ def bytes_row(model: ClassConditionalModel, subject: Subject, rows: int, storage
 
 
 def measure_latency(
-    model: ClassConditionalModel,
+    model: ImageModel[Any],
     subjects: Sequence[Subject],
     *,
     rows: int,
-    settings: SamplingSettings,
+    settings: Settings,
     repeats: int,
     seed: int = 0,
     progress: Callable[[], None] | None = None,
@@ -120,7 +120,7 @@ def measure_latency(
     return {name: (times[name], measure_device(call, model.device)) for name, call in calls.items()}
 
 
-def images_of_rows(rows: int, settings: SamplingSettings) -> int:
+def images_of_rows(rows: int, settings: Settings) -> int:
     """How many images have so many cache rows. Raises HeatKVError when guidance needs an even number."""
     images, rest = divmod(rows, settings.rows_per_image)
     if rest or images < 1:
@@ -163,9 +163,7 @@ def latency_row(measured: tuple[Latency, DeviceMemory]) -> dict[str, Any]:
     }
 
 
-def save_results(
-    path: Path, model: ClassConditionalModel, settings: SamplingSettings, rows: list[dict[str, Any]]
-) -> None:
+def save_results(path: Path, model: ImageModel[Any], settings: Settings, rows: list[dict[str, Any]]) -> None:
     """Write results.json; figures that were not measured are null."""
     write_json(
         path,
@@ -173,7 +171,7 @@ def save_results(
             "format": FORMAT,
             "version": VERSION,
             "environment": environment(model.device),
-            "sampling": {"cfg": settings.cfg, "ramp": settings.ramp, "top_k": settings.top_k, "top_p": settings.top_p},
+            "sampling": settings.to_json(),
             "rows": [UNMEASURED | row for row in rows],
         },
         indent=1,

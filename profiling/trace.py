@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
 from heatkv.files import replacing
 from heatkv.generation import Generator
-from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.base import ImageModel
 from heatkv.plan import Plan
-from heatkv.sampling import SamplingSettings
+from heatkv.sampling import Settings
 
 
-def save_trace(path: Path, model: ClassConditionalModel, plan: Plan, batch: int, settings: SamplingSettings) -> None:
+def save_trace(path: Path, model: ImageModel[Any], plan: Plan, batch: int, settings: Settings) -> None:
     """Draw `batch` images under the profiler and write a Chrome trace; ranges are named `scale N` and `decode`."""
     generator, labels = Generator(model, plan, batch, settings), model.labels(batch)
     generator.draw(labels)

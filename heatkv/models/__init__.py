@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from heatkv.errors import ModelError, ScheduleError
 from heatkv.geometry import CacheGeometry
-from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.checkpoint import SHARDED, build_var, build_vqvae, read_checkpoint, var_state, vqvae_state
+from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
 from heatkv.models.emoji import VAR_CONFIG
 from heatkv.models.emoji import load as load_emoji
+from heatkv.models.text import T5TextEncoder
+from heatkv.models.text_conditional import TextConditionalModel, load_infinity
+from heatkv.sampling import SamplingSettings
 from heatkv.schedule import ScaleSchedule
+
+VAR_SAMPLING = SamplingSettings(cfg=4.0, top_k=900, top_p=0.95)
+"""What VAR's published demonstration uses; its FID figures are at cfg 1.5, top-p 0.96."""
 
 COMPUTE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -26,7 +35,8 @@ COMPUTE_DTYPES: dict[str, torch.dtype] = {
 class ModelInfo:
     """Geometry of a named model. `default_size` is the pixel size its weights were trained for.
 
-    `weights` says where weights come from; `bundled` that they ship with this package.
+    `weights` says where weights come from, `files` and `vae_files` what they are called; `bundled` that they ship with
+    this package.
     """
 
     name: str
@@ -36,6 +46,8 @@ class ModelInfo:
     head_dim: int
     default_size: str
     weights: str
+    files: tuple[str, ...] = ()
+    vae_files: tuple[str, ...] = ()
     bundled: bool = False
 
     def schedule(self, size: str | None = None, ratio: float | None = None) -> ScaleSchedule:
@@ -57,36 +69,38 @@ class ModelInfo:
         return CacheGeometry(self.layers, self.heads, self.head_dim, self.schedule(size, ratio))
 
 
-def _var(depth: int, size: str) -> ModelInfo:
-    return ModelInfo(f"var-d{depth}", "var", depth, depth, 64, size, f"FoundationVision/VAR var_d{depth}.pth")
+def _names(*stems: str) -> tuple[str, ...]:
+    return tuple(f"{stem}{suffix}" for stem in stems for suffix in (".pth", ".safetensors"))
 
+
+_VAR_VAE = _names("vae_ch160v4096z32")
+_D32_VAE, _D56_VAE = _names("infinity_vae_d32reg"), _names("infinity_vae_d56_f8_14_patchify")
+
+
+def _var(depth: int, size: str) -> ModelInfo:
+    stem = f"var_d{depth}"
+    where = f"FoundationVision/VAR {stem}.pth"
+    return ModelInfo(f"var-d{depth}", "var", depth, depth, 64, size, where, _names(stem), _VAR_VAE)
+
+
+def _infinity(name: str, layers: int, heads: int, size: str, stem: str, suffix: str, vae: tuple[str, ...]) -> ModelInfo:
+    where = f"FoundationVision/Infinity {stem}{suffix}"
+    return ModelInfo(name, "infinity", layers, heads, 128, size, where, (stem, *_names(stem)), vae)
+
+
+_EMOJI = ModelInfo(
+    "emoji", "var", VAR_CONFIG.depth, VAR_CONFIG.heads, VAR_CONFIG.head_dim, "48", "in this package", bundled=True
+)
 
 MODELS: dict[str, ModelInfo] = {
     info.name: info
     for info in (
-        ModelInfo(
-            "emoji",
-            "var",
-            VAR_CONFIG.depth,
-            VAR_CONFIG.heads,
-            VAR_CONFIG.head_dim,
-            "48",
-            "in this package",
-            bundled=True,
-        ),
+        _EMOJI,
         *(_var(depth, "256") for depth in (16, 20, 24, 30)),
         _var(36, "512"),
-        ModelInfo("infinity-2b", "infinity", 32, 16, 128, "1M", "FoundationVision/Infinity infinity_2b_reg.pth"),
-        ModelInfo("infinity-8b", "infinity", 40, 28, 128, "1M", "FoundationVision/Infinity infinity_8b_weights/"),
-        ModelInfo(
-            "infinity-8b-512",
-            "infinity",
-            40,
-            28,
-            128,
-            "0.25M",
-            "FoundationVision/Infinity infinity_8b_512x512_weights/",
-        ),
+        _infinity("infinity-2b", 32, 16, "1M", "infinity_2b_reg", ".pth", _D32_VAE),
+        _infinity("infinity-8b", 40, 28, "1M", "infinity_8b_weights", "/", _D56_VAE),
+        _infinity("infinity-8b-512", 40, 28, "0.25M", "infinity_8b_512x512_weights", "/", _D56_VAE),
     )
 }
 
@@ -100,14 +114,26 @@ def model_info(name: str) -> ModelInfo:
     raise ModelError(f"unknown model {name!r}{hint} Known: {', '.join(MODELS)}")
 
 
-def load_model(name: str, *, dtype: str = "float32", device: str | torch.device = "cpu") -> ClassConditionalModel:
-    """A model ready to draw, its blocks' matrices in `dtype`. Raises ModelError when this release cannot run it."""
+def load_model(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    prompts: Sequence[str] = (),
+    size: str | None = None,
+    ratio: float | None = None,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+) -> ClassConditionalModel | TextConditionalModel:
+    """A model ready to draw, its blocks' matrices in `dtype`.
+
+    `emoji` needs nothing else. VAR and Infinity need `weights`: the public file (or sharded folder), or a folder that
+    holds it; the `vae` is looked for beside it unless given. Infinity draws the published schedule of `size` and
+    `ratio`, and turns text into features with `text_encoder`, a local folder or a hub name; `prompts` are what measurements
+    draw. Nothing in a weights file is executed. Raises ModelError, FormatError or ScheduleError.
+    """
     info = model_info(name)
-    if not info.bundled:
-        raise ModelError(
-            f"this release knows the geometry of {name} (heatkv solve) but cannot run it; it runs: "
-            f"{', '.join(known.name for known in MODELS.values() if known.bundled)}"
-        )
     if dtype not in COMPUTE_DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; known: {', '.join(COMPUTE_DTYPES)}")
     try:
@@ -115,7 +141,86 @@ def load_model(name: str, *, dtype: str = "float32", device: str | torch.device 
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    model = load_emoji()
-    model.transformer.set_compute_dtype(COMPUTE_DTYPES[dtype]).to(where)
-    model.vqvae.to(where)
+    compute = COMPUTE_DTYPES[dtype]
+    if info.bundled and weights is not None:
+        raise ModelError(f"the weights of {name} are in this package; leave --weights out")
+    if info.family == "var" and (text_encoder is not None or prompts):
+        raise ModelError(f"{name} draws classes, not prompts; leave the text encoder and prompts out")
+    if info.bundled:
+        info.schedule(size, ratio)
+        return _placed(load_emoji(), compute, where)
+    if weights is None:
+        raise ModelError(f"{name} needs its weights, {info.weights}: name the file or its folder (--weights)")
+    found = find_weights(weights, info.files)
+    if info.family == "var":
+        info.schedule(size, ratio)
+        return _placed(load_var(info, found, None if vae is None else Path(vae)), compute, where)
+    encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
+    model = load_infinity(
+        info,
+        found,
+        Path(vae) if vae is not None else find_beside(found, info.vae_files),
+        text_encoder=encoder,
+        size=size,
+        ratio=ratio,
+        dtype=compute,
+        device=where,
+    )
+    return replace(model, examples=tuple(model.prompts(list(prompts)))) if prompts else model
+
+
+def _placed(model: ClassConditionalModel, dtype: torch.dtype, device: torch.device) -> ClassConditionalModel:
+    model.transformer.set_compute_dtype(dtype).to(device)
+    model.vqvae.to(device)
     return model
+
+
+def find_weights(path: str | Path, names: Sequence[str]) -> Path:
+    """`path` itself when it is a file or a sharded folder, else the first of `names` inside it."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if any((path / name).exists() for name in SHARDED):
+        return path
+    return _first(path, names)
+
+
+def find_beside(weights: Path, names: Sequence[str]) -> Path:
+    """The first of `names` in the folder of `weights`, or in the folder around it."""
+    for folder in (weights if weights.is_dir() else weights.parent, weights.parent):
+        for name in names:
+            if (folder / name).exists():
+                return folder / name
+    raise ModelError(f"no {names[0]} lies beside {weights}; name it (--vae)")
+
+
+def _first(folder: Path, names: Sequence[str]) -> Path:
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    raise ModelError(f"{folder} holds none of {', '.join(names)}; name the file itself")
+
+
+def load_var(info: ModelInfo, weights: Path, vae: Path | None) -> ClassConditionalModel:
+    """A named VAR from its public files, or from a trainer file, which holds both networks. In fp32 on the CPU."""
+    content = read_checkpoint(weights)
+    transformer = build_var(var_state(content))
+    config = transformer.config
+    if (config.depth, config.heads, config.head_dim) != (info.layers, info.heads, info.head_dim):
+        raise ModelError(
+            f"{weights} has {config.depth} layers x {config.heads} heads of {config.head_dim}; {info.name} has "
+            f"{info.layers} x {info.heads} of {info.head_dim}"
+        )
+    if config.schedule != info.schedule():
+        raise ModelError(f"{weights} runs the schedule {config.schedule}, {info.name} runs {info.schedule()}")
+    if vae is None and "trainer" in content:
+        vqvae = build_vqvae(vqvae_state(content), config.patch_sides)
+    else:
+        vae = vae if vae is not None else find_beside(weights, info.vae_files)
+        vqvae = build_vqvae(vqvae_state(read_checkpoint(vae)), config.patch_sides)
+    if (vqvae.config.vocab_size, vqvae.config.z_channels) != (config.vocab_size, config.z_channels):
+        raise ModelError(
+            f"the VQVAE has {vqvae.config.vocab_size} codes of {vqvae.config.z_channels} channels, the transformer "
+            f"draws {config.vocab_size} of {config.z_channels}; take {info.vae_files[0]}"
+        )
+    return ClassConditionalModel(info.name, transformer, vqvae, VAR_SAMPLING, fingerprint(transformer))

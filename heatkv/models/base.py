@@ -19,7 +19,7 @@ from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.sampling import Settings
 from heatkv.statistics import Statistics
 
-Label = TypeVar("Label", contravariant=True)
+Label = TypeVar("Label")
 
 
 class Drawing(Protocol):
@@ -56,6 +56,14 @@ class ImageModel(ABC, Generic[Label]):
     @property
     @abstractmethod
     def compute_dtype(self) -> torch.dtype: ...
+
+    @abstractmethod
+    def labels(self, count: int, first: int = 0) -> list[Label]:
+        """What the samples first, first + 1, ... of a measurement are drawn from."""
+
+    @abstractmethod
+    def label_name(self, label: Label) -> str:
+        """A short name of a label, for sample lists and files."""
 
     @abstractmethod
     def begin(self, labels: Sequence[Label], settings: Settings) -> Drawing:

@@ -68,8 +68,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+SHARDED = (*(f"{name}.index.json" for name in _WHOLE), *_WHOLE)
+"""What makes a folder one checkpoint: the names of the transformers convention."""
+
+
 def _read_folder(folder: Path) -> dict[str, Any]:
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in _WHOLE:
         index = folder / f"{name}.index.json"
         if index.exists():
             return _read_shards(index)
@@ -131,6 +136,27 @@ def _count(state: State, pattern: str) -> int:
     """1 + the largest number that `pattern`'s group matches in the keys, 0 when there is none."""
     found = (re.match(pattern, name) for name in state)
     return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+_PREFIXES = ("module.", "_orig_mod.")
+"""What wrappers put before every name."""
+
+
+def _stripped(state: State) -> State:
+    for prefix in _PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            return _stripped({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+    return state
+
+
+def var_state(content: Mapping[str, Any]) -> State:
+    """The transformer's tensors in a plain or trainer file of VAR, without the prefixes of wrappers."""
+    return _stripped(_tensors_of(content, [("trainer", "var_wo_ddp"), ("var_wo_ddp",)], "VAR transformer"))
+
+
+def vqvae_state(content: Mapping[str, Any]) -> State:
+    """The VQVAE's tensors in a plain or trainer file of VAR, without the prefixes of wrappers."""
+    return _stripped(_tensors_of(content, [("trainer", "vae_local"), ("vae_local",)], "VQVAE"))
 
 
 def var_config(state: State) -> VARConfig:

@@ -77,6 +77,9 @@ class ClassConditionalModel(ImageModel[int]):
         """Labels of the samples first, first + 1, ...: every class in turn."""
         return [(first + i) % self.num_classes for i in range(count)]
 
+    def label_name(self, label: int) -> str:
+        return str(label)
+
     def begin(self, labels: Sequence[int], settings: Settings) -> Drawing:
         """Start drawing one image per label."""
         return Drawing(self, labels, settings)

@@ -21,7 +21,7 @@ from heatkv.geometry import CacheGeometry
 from heatkv.models.base import ImageModel
 from heatkv.models.bsq import BitwiseVAE, code_values, resize
 from heatkv.models.checkpoint import build_bsq, build_infinity, read_checkpoint
-from heatkv.models.class_conditional import fingerprint
+from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
 from heatkv.models.infinity import Infinity, rotation_table
 from heatkv.models.text import T5TextEncoder
 from heatkv.models.var import Attend
@@ -42,11 +42,12 @@ _VAE_FILES = {32: "infinity_vae_d32reg.pth", 56: "infinity_vae_d56_f8_14_patchif
 class Prompt:
     """Text features (M, E) of one image: the encoder's output at the text's own positions, end of sequence included.
 
-    `negative_ME`, of any length, takes the place of the learnt unconditional features.
+    `negative_ME`, of any length, takes the place of the learnt unconditional features; `text` is only a name.
     """
 
     features_ME: Tensor
     negative_ME: Tensor | None = None
+    text: str = ""
 
     @classmethod
     def unpack(cls, features_XE: Tensor, cumulative_lengths: Sequence[int]) -> list[Prompt]:
@@ -61,7 +62,8 @@ class Prompt:
 class TextConditionalModel(ImageModel[Prompt]):
     """Transformer and VAE under one name, with the schedule to run and the sampling settings they are meant for.
 
-    `text_encoder` is only needed to make prompts from text. Raises ModelError when the two do not belong together or
+    `text_encoder` is only needed to make prompts from text; `examples` are the prompts that measurements draw, in
+    turn. Raises ModelError when the two do not belong together or
     the schedule is not for images.
     """
 
@@ -72,6 +74,7 @@ class TextConditionalModel(ImageModel[Prompt]):
     sampling: BitSamplingSettings
     fingerprint: str
     text_encoder: T5TextEncoder | None = None
+    examples: tuple[Prompt, ...] = ()
 
     def __post_init__(self) -> None:
         bits, z_channels = self.transformer.config.bits, self.vae.config.z_channels
@@ -120,7 +123,17 @@ class TextConditionalModel(ImageModel[Prompt]):
             raise ModelError(f"{len(negatives)} negative prompts for {len(texts)} prompts; give one for each")
         features = self.text_encoder.encode([*texts, *(negatives or ())])
         given, against = features[: len(texts)], features[len(texts) :]
-        return [Prompt(features_ME, against[i] if against else None) for i, features_ME in enumerate(given)]
+        return [Prompt(features_ME, against[i] if against else None, texts[i]) for i, features_ME in enumerate(given)]
+
+    def labels(self, count: int, first: int = 0) -> list[Prompt]:
+        """The `examples` in turn. Raises ModelError when there are none."""
+        if not self.examples:
+            raise ModelError(f"measuring {self.name} needs prompts to draw; load it with some (--prompts FILE)")
+        return [self.examples[(first + i) % len(self.examples)] for i in range(count)]
+
+    def label_name(self, label: Prompt) -> str:
+        """8 hex digits of the prompt's features, the same for the same text and encoder."""
+        return tensor_fingerprint([("features", label.features_ME)])[:8]
 
     def begin(self, labels: Sequence[Prompt], settings: Settings) -> Drawing:
         """Start drawing one image per prompt."""
