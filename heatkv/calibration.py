@@ -16,9 +16,10 @@ from scipy import stats
 from torch import Tensor
 
 from heatkv.cache import KVCache, LayerStep
-from heatkv.errors import StatisticsError
+from heatkv.errors import PlanError, StatisticsError
 from heatkv.generation import run_scales
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.plan import Plan
 from heatkv.sampling import CommonRandomSampler, SamplingSettings
 from heatkv.statistics import Provenance, Statistics
 from heatkv.versions import versions
@@ -37,23 +38,39 @@ def scale_masses(q_BHND: Tensor, keys: list[Tensor]) -> Tensor:
     block = max(1, MAX_BLOCK_LOGITS // (batch * heads * widest))
     total = torch.zeros(batch, heads, len(keys), dtype=torch.float64, device=q_BHND.device)
     transposed = [k.float().transpose(2, 3) for k in keys]
-    for first in range(0, queries, block):
-        q = q_BHND[:, :, first : first + block].float()
-        lse_BHNS = torch.stack([torch.logsumexp(q @ k, dim=-1) for k in transposed], dim=-1)
-        total += lse_BHNS.softmax(dim=-1).sum(dim=2, dtype=torch.float64)
+    with torch.autocast(q_BHND.device.type, enabled=False):  # it would round the logits
+        for first in range(0, queries, block):
+            q = q_BHND[:, :, first : first + block].float()
+            lse_BHNS = torch.stack([torch.logsumexp(q @ k, dim=-1) for k in transposed], dim=-1)
+            total += lse_BHNS.softmax(dim=-1).sum(dim=2, dtype=torch.float64)
     return total / queries
 
 
 class MeasuringCache(KVCache):
-    """A full cache that also adds up the attention mass of the conditional rows.
+    """A full cache that also adds up the attention mass of its first `images` rows, the conditional ones.
 
-    `mass_sum` and `mass_square_sum` are float64 (L, H, T, T) sums over the images drawn since it was made.
+    `mass_sum` and `mass_square_sum` are float64 (L, H, T, T) sums over the images drawn since the last reset.
+    Raises PlanError when the plan drops anything, or for more images than rows.
     """
 
-    def __init__(self, model: ClassConditionalModel, images: int, settings: SamplingSettings) -> None:
-        geometry = model.geometry
-        super().__init__(model.plan(), images * settings.rows_per_image, model.compute_dtype, model.device)
+    def __init__(
+        self,
+        plan: Plan,
+        rows: int,
+        images: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not plan.had_no_effect():
+            raise PlanError(f"the plan of policy {plan.policy!r} drops cells; attention is measured on the full cache")
+        if not 1 <= images <= rows:
+            raise PlanError(f"{images} images cannot be measured in {rows} rows")
         self._images = images
+        super().__init__(plan, rows, dtype, device)
+
+    def reset(self) -> None:
+        super().reset()
+        geometry = self.plan.geometry
         shape = (geometry.layers, geometry.heads, len(geometry.schedule), len(geometry.schedule))
         self.mass_sum: NDArray[np.float64] = np.zeros(shape)
         self.mass_square_sum: NDArray[np.float64] = np.zeros(shape)
@@ -93,7 +110,8 @@ def calibrate(
     for start in range(first_sample, first_sample + samples, batch):
         count = min(batch, first_sample + samples - start)
         labels = model.labels(count, start)
-        cache = MeasuringCache(model, count, settings)
+        rows = count * settings.rows_per_image
+        cache = MeasuringCache(model.plan(), rows, count, model.compute_dtype, model.device)
         sampler = CommonRandomSampler(seed, range(start, start + count), settings)
         run_scales(model, labels, cache, sampler, settings, decode=False)
         mass_sum = cache.mass_sum if mass_sum is None else mass_sum + cache.mass_sum
