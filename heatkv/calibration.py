@@ -65,7 +65,7 @@ class MeasuringCache(KVCache):
             raise PlanError(f"the plan of policy {plan.policy!r} drops cells; attention is measured on the full cache")
         if not 1 <= images <= rows:
             raise PlanError(f"{images} images cannot be measured in {rows} rows")
-        self._images = images
+        self.images = images
         super().__init__(plan, rows, dtype, device)
 
     def reset(self) -> None:
@@ -77,7 +77,7 @@ class MeasuringCache(KVCache):
 
     def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
         (group,) = step.groups  # a full cache holds the same in every head
-        target, images = self._target, self._images
+        target, images = self._target, self.images
         sizes = self.plan.schedule.tokens[:target]
         held = self.arena_2RPD[0, :images].index_select(1, group.slots_GM.flatten())
         past = held.view(images, k_RHND.shape[1], -1, k_RHND.shape[3]).split(sizes, dim=2) if sizes else ()
