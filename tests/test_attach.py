@@ -270,6 +270,16 @@ def test_scales_beyond_the_clamp() -> None:
         same(draw_var(model), before, 1e-3)
 
 
+def test_what_follows_the_attention_is_the_modules_own() -> None:
+    model = make_var()
+    for module in attention_of(model):
+        module.proj_drop = nn.Identity()  # as in Infinity
+        module.proj.register_forward_hook(lambda _module, _inputs, out: out.tanh())
+    before = draw_var(model)
+    with heatkv.attach(model, "full", "100%"):
+        same(draw_var(model), before, 1e-4)
+
+
 def masked_attention(module: Any, cells: NDArray[np.int64], schedule: ScaleSchedule) -> Callable[..., Tensor]:
     """VAR's attention with the cells that the plan dropped hidden from the scores, over its own full cache."""
 
@@ -304,17 +314,17 @@ def test_a_dropping_plan_equals_hidden_cells() -> None:
 
 def test_the_model_keeps_no_cache_of_its_own(kind: Any) -> None:
     model, draw, schedule = kind
-    sizes = []
-    hooks = [
-        module.register_forward_hook(lambda module, _, __: sizes.append(module.cached_k))
-        for module in attention_of(model)
-    ]
+    seen: list[tuple[bool, Any]] = []
+    for module in attention_of(model):
+        module.kv_caching(True)
+        module.cached_k = torch.zeros(1)  # a leftover of an image that was broken off
+        module.register_forward_hook(lambda module, _, __: seen.append((module.caching, module.cached_k)))
     with heatkv.attach(model, "full", "100%", schedule=schedule):
         draw(model)
-    assert sizes == [None] * (len(hooks) * len(schedule))
-    draw(model)
-    assert sizes[-1] is not None
+    assert seen == [(True, None)] * (len(attention_of(model)) * len(schedule))
     assert not any(module.caching for module in attention_of(model))
+    draw(model)
+    assert seen[-1][1] is not None  # without HeatKV it does
 
 
 def test_images_of_different_rows_in_one_block(kind: Any) -> None:
@@ -351,11 +361,15 @@ def test_rows_do_not_see_each_other() -> None:
 
 def test_an_image_that_was_broken_off_leaves_nothing_behind() -> None:
     model, plan = make_var(), dropping_plan(make_var(), ScaleSchedule.square(SIDES))
-    with heatkv.attach(model, plan=plan):
+    with heatkv.attach(model, plan=plan) as attached:
         expected = draw_var(model)
         with broken_at(model, scale=2), pytest.raises(RuntimeError, match="broken off"):
             draw_var(model)
         assert all(torch.equal(a, b) for a, b in zip(draw_var(model), expected, strict=True))
+        with broken_at(model, scale=2), pytest.raises(RuntimeError, match="broken off"):
+            draw_var(model)
+    with attached, pytest.raises(ModelError, match=r"without kv_caching\(True\)"):
+        model.blocks[2].attn(torch.randn(4, 9, 32), None)  # what came next in the image that was broken off
 
 
 @contextmanager
@@ -622,6 +636,8 @@ def test_models_that_are_not_recognised_say_what_is_missing() -> None:
     uneven = make_var()
     uneven.blocks[0].attn = SelfAttention(32, 4, True)
     refused(uneven, r"differ in \(heads, head size\): \[\(2, 16\), \(4, 8\)\]")
+    harmless = changed(lambda attn: setattr(attn, "attn_drop", nn.Dropout(0.1)))
+    assert heatkv.attach(harmless, "full", "100%").plan.had_no_effect()
     without_norm = make_var(attn_l2_norm=False)
     assert heatkv.attach(without_norm, "full", "100%").plan.had_no_effect()
     del without_norm.blocks[0].attn.attn_l2_norm

@@ -98,7 +98,7 @@ def test_a_reset_starts_the_sums_anew(emoji: ClassConditionalModel) -> None:
         cache.reset()
         sampler = CommonRandomSampler(3, range(2), emoji.sampling)
         run_scales(emoji, [4, 9], cache, sampler, emoji.sampling, decode=False)
-        sums.append((cache.mass_sum, cache.mass_square_sum))
+        sums.append((cache.mass_sum.copy(), cache.mass_square_sum.copy()))
     for first, second in zip(*sums, strict=True):
         assert np.array_equal(first, second)
         assert first.any()

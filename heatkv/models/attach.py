@@ -221,7 +221,7 @@ class _Layer:
         if any(getattr(module, flag, False) for flag in _NORM_FLAGS):
             # (1, H, 1, 1), or (1, 1, H, 1) in models made for a flash kernel
             log_scale = module.scale_mul_1H11.float().view(1, -1, 1, 1)
-            q = F.normalize(q.float(), dim=-1) * log_scale.clamp(max=module.max_scale_mul).exp()
+            q = F.normalize(q.float(), dim=-1) * log_scale.clamp(max=float(module.max_scale_mul)).exp()
             k = F.normalize(k.float(), dim=-1)
         if call.rotary_tables is not None:
             cos_ND, sin_ND = self._angles(call.rotary_tables, call.rotary_key, tokens, q.device)
