@@ -37,6 +37,7 @@ _EXPORTS = {
     "PlanningProblem": "heatkv.policies.base",
     "ScaleSchedule": "heatkv.schedule",
     "Statistics": "heatkv.statistics",
+    "attach": "heatkv.models.attach",
     "calibrate": "heatkv.calibration",
     "generate": "heatkv.generation",
     "load_model": "heatkv.models",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from heatkv.geometry import Budget as Budget
     from heatkv.geometry import CacheGeometry as CacheGeometry
     from heatkv.models import load_model as load_model
+    from heatkv.models.attach import attach as attach
     from heatkv.plan import Plan as Plan
     from heatkv.policies.base import EvictionPolicy as EvictionPolicy
     from heatkv.policies.base import PlanningProblem as PlanningProblem

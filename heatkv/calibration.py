@@ -17,9 +17,10 @@ from scipy import stats
 from torch import Tensor
 
 from heatkv.cache import KVCache, LayerStep
-from heatkv.errors import StatisticsError
+from heatkv.errors import PlanError, StatisticsError
 from heatkv.generation import run_scales
 from heatkv.models.base import ImageModel
+from heatkv.plan import Plan
 from heatkv.sampling import CommonRandomSampler, Settings
 from heatkv.statistics import Provenance, Statistics
 from heatkv.versions import versions
@@ -38,30 +39,46 @@ def scale_masses(q_BHND: Tensor, keys: list[Tensor]) -> Tensor:
     block = max(1, MAX_BLOCK_LOGITS // (batch * heads * widest))
     total = torch.zeros(batch, heads, len(keys), dtype=torch.float64, device=q_BHND.device)
     transposed = [k.float().transpose(2, 3) for k in keys]
-    for first in range(0, queries, block):
-        q = q_BHND[:, :, first : first + block].float()
-        lse_BHNS = torch.stack([torch.logsumexp(q @ k, dim=-1) for k in transposed], dim=-1)
-        total += lse_BHNS.softmax(dim=-1).sum(dim=2, dtype=torch.float64)
+    with torch.autocast(q_BHND.device.type, enabled=False):  # it would round the logits
+        for first in range(0, queries, block):
+            q = q_BHND[:, :, first : first + block].float()
+            lse_BHNS = torch.stack([torch.logsumexp(q @ k, dim=-1) for k in transposed], dim=-1)
+            total += lse_BHNS.softmax(dim=-1).sum(dim=2, dtype=torch.float64)
     return total / queries
 
 
 class MeasuringCache(KVCache):
-    """A full cache that also adds up the attention mass of the conditional rows.
+    """A full cache that also adds up the attention mass of its first `images` rows, the conditional ones.
 
-    `mass_sum` and `mass_square_sum` are float64 (L, H, T, T) sums over the images drawn since it was made.
+    `mass_sum` and `mass_square_sum` are float64 (L, H, T, T) sums over the images drawn since the last reset.
+    Raises PlanError when the plan drops anything, or for more images than rows.
     """
 
-    def __init__(self, model: ClassConditionalModel, images: int, settings: SamplingSettings) -> None:
-        geometry = model.geometry
-        super().__init__(model.plan(), images * settings.rows_per_image, model.compute_dtype, model.device)
-        self._images = images
+    def __init__(
+        self,
+        plan: Plan,
+        rows: int,
+        images: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not plan.had_no_effect():
+            raise PlanError(f"the plan of policy {plan.policy!r} drops cells; attention is measured on the full cache")
+        if not 1 <= images <= rows:
+            raise PlanError(f"{images} images cannot be measured in {rows} rows")
+        self.images = images
+        super().__init__(plan, rows, dtype, device)
+
+    def reset(self) -> None:
+        super().reset()
+        geometry = self.plan.geometry
         shape = (geometry.layers, geometry.heads, len(geometry.schedule), len(geometry.schedule))
         self.mass_sum: NDArray[np.float64] = np.zeros(shape)
         self.mass_square_sum: NDArray[np.float64] = np.zeros(shape)
 
     def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
         (group,) = step.groups  # a full cache holds the same in every head
-        target, images = self._target, self._images
+        target, images = self._target, self.images
         sizes = self.plan.schedule.tokens[:target]
         held = self.arena_2RPD[0, :images].index_select(1, group.slots_GM.flatten())
         past = held.view(images, k_RHND.shape[1], -1, k_RHND.shape[3]).split(sizes, dim=2) if sizes else ()
@@ -94,7 +111,8 @@ def calibrate(
     for start in range(first_sample, first_sample + samples, batch):
         count = min(batch, first_sample + samples - start)
         labels = model.labels(count, start)
-        cache = MeasuringCache(model, count, settings)
+        rows = count * settings.rows_per_image
+        cache = MeasuringCache(model.plan(), rows, count, model.compute_dtype, model.device)
         sampler = CommonRandomSampler(seed, range(start, start + count), settings)
         run_scales(model, labels, cache, sampler, settings, decode=False)
         mass_sum = cache.mass_sum if mass_sum is None else mass_sum + cache.mass_sum
@@ -104,8 +122,7 @@ def calibrate(
             progress(len(names))
     assert mass_sum is not None
     assert mass_square_sum is not None
-    told = settings.to_json()
-    cfg = None if isinstance(told["cfg"], list) else told.pop("cfg")  # one per scale stays among the settings
+    cfg, told = told_settings(settings)
     provenance = Provenance(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -115,6 +132,12 @@ def calibrate(
         versions=versions(),
     )
     return Statistics(model.geometry.schedule, mass_sum, mass_square_sum, provenance)
+
+
+def told_settings(settings: Settings) -> tuple[float | None, dict[str, Any]]:
+    """Guidance and the other settings, as statistics state them; guidance per scale stays among the others."""
+    told = settings.to_json()
+    return (None if isinstance(told["cfg"], list) else told.pop("cfg")), told
 
 
 def sample_names(model: ImageModel[Any], seed: int, labels: Sequence[Any], first: int) -> list[str]:

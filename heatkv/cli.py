@@ -396,6 +396,81 @@ def solve(
     _show(table, as_json, facts)
 
 
+@app.command()
+def fit(
+    memory: Annotated[str, typer.Option("--memory", help="what there is, as 24GiB or 24GB")],
+    model: Model = "infinity-2b",
+    batch: Annotated[int, typer.Option("--batch", help="images at once; ignored with --budget")] = 1,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="cache budget: then the largest batch is found")
+    ] = None,
+    size: Size = None,
+    ratio: Ratio = None,
+    cfg: Cfg = None,
+    dtype: Dtype = "bfloat16",
+    text_encoder: Annotated[bool, typer.Option(help="keep Infinity's text encoder in the same memory")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """What fits in a memory: weights, text encoder, working memory, and the largest budget or batch.
+
+    Example: heatkv fit --model infinity-8b --memory 24GiB --batch 4
+    """
+    from heatkv.profiling.fit import Footprint, footprint, largest_batch, largest_share, parse_memory
+
+    info, available = model_info(model), parse_memory(memory)
+    _storage(dtype)
+    guided = cfg is None or cfg != (1.0 if info.family == "infinity" else 0.0)
+
+    def measure(images: int) -> Footprint:
+        return footprint(
+            info, images, size=size, ratio=_ratio(ratio), dtype=dtype, guided=guided, text_encoder=text_encoder
+        )
+
+    if budget is None:
+        taken = measure(batch)
+        share = largest_share(taken, available)
+    else:
+        geometry = info.geometry(size, _ratio(ratio))
+        share = Budget.parse(budget).share(geometry, 2 if guided else 1, dtype)
+        taken = largest_batch(measure, available, share)
+    held = int(share * taken.full_cache)
+    facts = {
+        "model": model,
+        "memory_bytes": available,
+        "images": taken.images,
+        "rows": taken.rows,
+        "dtype": dtype,
+        "schedule": str(info.schedule(size, _ratio(ratio))),
+        "transformer_bytes": taken.transformer,
+        "decoder_bytes": taken.decoder,
+        "text_encoder_bytes": taken.text_encoder,
+        "prompt_bytes": taken.prompt,
+        "working_bytes": taken.working,
+        "full_cache_bytes": taken.full_cache,
+        "budget": float(share),
+        "cache_bytes": held,
+        "total_bytes": taken.without_cache + held,
+    }
+    table = Table("what", "GiB", title=f"{model} in {memory}: {taken.images} at once, {dtype}")
+    for name, value in (
+        ("transformer", taken.transformer),
+        ("decoder of codes", taken.decoder),
+        ("text encoder", taken.text_encoder),
+        ("classes or prompts (longest)", taken.prompt),
+        ("working memory (peak)", taken.working),
+        ("cache, full", taken.full_cache),
+        (f"cache at {float(share):.1%}", held),
+        ("total with that", taken.without_cache + held),
+    ):
+        table.add_row(name, f"{value / 2**30:.3f}")
+    found = "the full cache fits" if share == 1 else f"the largest budget is {float(share):.1%}"
+    table.caption = (
+        f"{found if budget is None else f'the largest batch is {taken.images}'}; from shapes, without the driver's own "
+        "memory and fragmentation"
+    )
+    _show(table, as_json, facts)
+
+
 # ----------------------------------------------------------------------------------------------- measuring
 
 
@@ -507,7 +582,7 @@ def _statistics_of_folder(
     folder: Path, model: ImageModel[Any], samples: int, seed: int, settings: Settings
 ) -> Statistics:
     """The folder's own statistics: those of an earlier run as far as they fit, the rest measured now."""
-    from heatkv.calibration import sample_names
+    from heatkv.calibration import sample_names, told_settings
 
     path = folder / "statistics.safetensors"
     wanted = sample_names(model, seed, model.labels(samples), 0)
@@ -516,7 +591,9 @@ def _statistics_of_folder(
         try:
             found = _statistics(path, model)
             assert found is not None
-            if found.provenance.cfg == settings.cfg and list(found.provenance.samples) == wanted[: found.count]:
+            if (found.provenance.cfg, found.provenance.settings) == told_settings(settings) and list(
+                found.provenance.samples
+            ) == wanted[: found.count]:
                 parts.append(found)
             else:
                 _say(f"measuring again: {path} was measured with other samples or guidance")

@@ -35,12 +35,12 @@ IntArray = NDArray[np.int64]
 class Provenance:
     """Where statistics were measured. All but `samples`, `seed` and `versions` must agree for a merge.
 
-    `samples` names every calibration sample once, as "seed:index:label".
+    `samples` names every calibration sample once, as "seed:index:label". `cfg` is None when the guidance was not told.
     """
 
     model: str
     fingerprint: str
-    cfg: float
+    cfg: float | None
     settings: Mapping[str, Any]
     samples: tuple[str, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -224,7 +224,7 @@ class Statistics:
                 Provenance(
                     model=str(told["model"]),
                     fingerprint=str(told["fingerprint"]),
-                    cfg=float(told["cfg"]),
+                    cfg=None if told["cfg"] is None else float(told["cfg"]),
                     settings=dict(told["settings"]),
                     samples=tuple(str(sample) for sample in told["samples"]),
                     versions=dict(told["versions"]),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heatkv import calibration
 from heatkv.calibration import MeasuringCache, calibrate, ranking_agreement, scale_masses
-from heatkv.errors import StatisticsError
+from heatkv.errors import PlanError, StatisticsError
 from heatkv.generation import run_scales
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.sampling import CommonRandomSampler, RecordedTokens
@@ -66,7 +66,7 @@ def test_calibration_equals_a_dense_oracle(emoji: ClassConditionalModel) -> None
     measured = calibrate(emoji, 3, seed=5, batch=2)
     oracle = DenseMass(emoji, 3)
     sampler = CommonRandomSampler(5, range(3), emoji.sampling)
-    cache = MeasuringCache(emoji, 3, emoji.sampling)
+    cache = MeasuringCache(emoji.plan(), 6, 3)
     drawn = run_scales(emoji, emoji.labels(3), cache, sampler, emoji.sampling, decode=False)
     run_scales(emoji, emoji.labels(3), oracle, RecordedTokens(drawn.tokens), emoji.sampling, decode=False)
     np.testing.assert_allclose(measured.mass, oracle.mass / 3, atol=2e-5)
@@ -85,11 +85,40 @@ def test_shards_merge_to_one_run(emoji: ClassConditionalModel) -> None:
 def test_measuring_does_not_change_the_drawing(emoji: ClassConditionalModel) -> None:
     from heatkv.generation import Generator
 
-    cache = MeasuringCache(emoji, 2, emoji.sampling)
+    cache = MeasuringCache(emoji.plan(), 4, 2)
     sampler = CommonRandomSampler(3, range(2), emoji.sampling)
     measured = run_scales(emoji, [4, 9], cache, sampler, emoji.sampling)
     plain = Generator(emoji, cache.plan, 2).draw([4, 9], seed=3)
     assert all(torch.equal(a, b) for a, b in zip(measured.tokens, plain.tokens, strict=True))
+
+
+def test_a_reset_starts_the_sums_anew(emoji: ClassConditionalModel) -> None:
+    cache, sums = MeasuringCache(emoji.plan(), 4, 2), []
+    for _ in range(2):
+        cache.reset()
+        sampler = CommonRandomSampler(3, range(2), emoji.sampling)
+        run_scales(emoji, [4, 9], cache, sampler, emoji.sampling, decode=False)
+        sums.append((cache.mass_sum.copy(), cache.mass_square_sum.copy()))
+    for first, second in zip(*sums, strict=True):
+        assert np.array_equal(first, second)
+        assert first.any()
+
+
+def test_only_the_full_cache_can_be_measured(emoji: ClassConditionalModel) -> None:
+    with pytest.raises(PlanError, match="'streaming' drops cells"):
+        MeasuringCache(emoji.plan("streaming", "50%"), 4, 2)
+    for images in (0, 5):
+        with pytest.raises(PlanError, match=f"{images} images cannot be measured in 4 rows"):
+            MeasuringCache(emoji.plan(), 4, images)
+
+
+def test_masses_are_not_rounded_by_autocast() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(1, 2, 5, 8, generator=generator)
+    keys = [torch.randn(1, 2, size, 8, generator=generator) for size in (3, 4)]
+    plain = scale_masses(q, keys)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(scale_masses(q, keys), plain)
 
 
 def test_no_sample_is_refused(emoji: ClassConditionalModel) -> None:

@@ -130,8 +130,8 @@ def load_model(
 
     `emoji` needs nothing else. VAR and Infinity need `weights`: the public file (or sharded folder), or a folder that
     holds it; the `vae` is looked for beside it unless given. Infinity draws the published schedule of `size` and
-    `ratio`, and turns text into features with `text_encoder`, a local folder or a hub name; `prompts` are what measurements
-    draw. Nothing in a weights file is executed. Raises ModelError, FormatError or ScheduleError.
+    `ratio`, and turns text into features with `text_encoder`, a local folder or a hub name; `prompts` are what
+    measurements draw. Nothing in a weights file is executed. Raises ModelError, FormatError or ScheduleError.
     """
     info = model_info(name)
     if dtype not in COMPUTE_DTYPES:

@@ -6,7 +6,7 @@ Shapes: B images, R rows (B, or 2B with guidance, conditional first), N tokens o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,14 @@ _FINGERPRINT_SAMPLES = 4096
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """16 hex digits over names, shapes and up to 4,096 evenly spaced values of every parameter, in fp32."""
+    """The fingerprint of all parameters of a module."""
+    return tensor_fingerprint(module.named_parameters())
+
+
+def tensor_fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
+    """16 hex digits over names, shapes and up to 4,096 evenly spaced values of every tensor, in fp32."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.named_parameters()):
+    for name, tensor in sorted(named, key=lambda entry: entry[0]):
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

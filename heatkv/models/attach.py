@@ -1,0 +1,507 @@
+"""Putting HeatKV under a VAR or Infinity from somebody else's repository, without importing it.
+
+The self-attention modules are found by their attributes. While attached, each module's `forward` hands its queries,
+keys and values to one KVCache, and its `kv_caching` says where an image starts and ends; its own `cached_k` and
+`cached_v` stay empty. The original methods come back when the block ends, also after an error.
+
+Shapes: R rows (images, doubled by guidance), N tokens of the running scale, C width, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heatkv.cache import KVCache
+from heatkv.calibration import MeasuringCache
+from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
+from heatkv.geometry import Budget, CacheGeometry
+from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.schedule import ScaleSchedule
+from heatkv.statistics import Provenance, Statistics
+from heatkv.versions import versions
+
+_PLACES = "model.unregistered_blocks[i], model.block_chunks[a].module[b] and model.blocks[i]"
+_NEEDED = (
+    "num_heads", "head_dim", "scale", "mat_qkv", "q_bias", "v_bias", "zero_k_bias", "proj", "proj_drop", "kv_caching",
+)  # fmt: skip
+_NORM_FLAGS = ("attn_l2_norm", "cos_attn")
+_NORM_NEEDED = ("scale_mul_1H11", "max_scale_mul")
+_KNOWN_TENSORS = {"q_bias", "v_bias", "zero_k_bias", "scale_mul_1H11"}
+_KNOWN_PARTS = {"mat_qkv", "proj", "proj_drop"}
+_KNOWN_ARGUMENTS = {"attn_fn", "scale_schedule", "rope2d_freqs_grid", "scale_ind"}
+
+
+# ------------------------------------------------------------------------------------------- finding the modules
+
+
+def _listed(value: Any) -> list[Any]:
+    """The items of a list or ModuleList, none for anything else."""
+    return list(value) if isinstance(value, list | tuple | nn.ModuleList | nn.Sequential) else []
+
+
+def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every block in order, with the name to tell the user."""
+    if blocks := _listed(getattr(model, "unregistered_blocks", None)):
+        yield from ((f"unregistered_blocks[{i}]", block) for i, block in enumerate(blocks))
+    elif chunks := _listed(getattr(model, "block_chunks", None)):
+        for a, chunk in enumerate(chunks):
+            inside = _listed(getattr(chunk, "module", None))
+            if not inside:
+                raise ModelError(f"block_chunks[{a}] of {type(model).__name__} has no list of blocks named `module`")
+            yield from ((f"block_chunks[{a}].module[{b}]", block) for b, block in enumerate(inside))
+    else:
+        yield from ((f"blocks[{i}]", block) for i, block in enumerate(_listed(getattr(model, "blocks", None))))
+
+
+def _self_attention(where: str, block: Any) -> tuple[str, Any]:
+    for name in ("sa", "attn"):
+        if isinstance(found := getattr(block, name, None), nn.Module):
+            return f"{where}.{name}", found
+    raise ModelError(f"{where} ({type(block).__name__}) has no self-attention named `sa` or `attn`")
+
+
+def _refuse_attached(where: str, module: Any) -> None:
+    if isinstance(getattr(vars(module).get("forward"), "__self__", None), _Layer):
+        raise ModelError(f"{where} is attached already; leave the other `with heatkv.attach(...)` block first")
+
+
+def _check_module(where: str, module: Any) -> None:
+    """Raise ModelError unless HeatKV can compute what this self-attention computes."""
+    _refuse_attached(where, module)
+    flags = [flag for flag in _NORM_FLAGS if hasattr(module, flag)]
+    normalised = any(getattr(module, flag) for flag in flags)
+    missing = [name for name in (*_NEEDED, *(_NORM_NEEDED if normalised else ())) if not hasattr(module, name)]
+    if not flags:
+        missing.append(" or ".join(_NORM_FLAGS))
+    name = f"{where} ({type(module).__name__})"
+    if missing:
+        raise ModelError(f"{name} is no self-attention of VAR or Infinity: it has no {', '.join(missing)}")
+    # whatever else takes part in the computation would be left out in silence
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    foreign = {part for part, _ in tensors} - _KNOWN_TENSORS
+    foreign |= {
+        part
+        for part, child in module.named_children()
+        if part not in _KNOWN_PARTS and not isinstance(child, nn.Identity | nn.Dropout)
+    }
+    if foreign:
+        raise ModelError(f"{name} also has {', '.join(sorted(foreign))}, of which HeatKV does not know what they do")
+    width = module.num_heads * module.head_dim
+    weight = getattr(module.mat_qkv, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[0] != 3 * width:
+        raise ModelError(f"mat_qkv of {name} is no linear layer with 3 x {width} outputs, queries, keys and values")
+    if getattr(module.mat_qkv, "bias", None) is not None:
+        raise ModelError(f"mat_qkv of {name} has a bias beside q_bias and v_bias, which HeatKV does not know")
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if len(parameters) < 2 or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise ModelError(f"the forward of {name} is not forward(x, attn_bias, ...) with named arguments")
+
+
+def _schedule_of(model: Any) -> ScaleSchedule | None:
+    """The schedule that VAR keeps in `patch_nums` or `lvl_1L`, None when there is neither."""
+    if (sides := getattr(model, "patch_nums", None)) is not None:
+        return ScaleSchedule.of((side, side) if isinstance(side, int) else side for side in sides)
+    levels = getattr(model, "lvl_1L", None)
+    if not isinstance(levels, Tensor):
+        return None
+    counts = torch.bincount(levels.flatten().long()).tolist()
+    sides = [math.isqrt(count) for count in counts]
+    if [side * side for side in sides] != counts:
+        raise ScheduleError(f"lvl_1L has {counts} tokens per scale, which are not all squares; pass schedule=")
+    return ScaleSchedule.square(sides)
+
+
+# ------------------------------------------------------------------------------------------- one self-attention
+
+
+def _rotate(x_RHND: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
+    """Turn the channel pairs (2j, 2j + 1) by the angle j of every token."""
+    x, y = x_RHND.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((x * cos_ND - y * sin_ND, x * sin_ND + y * cos_ND), dim=-1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a block handed to its self-attention; all but x are Infinity's, None for VAR."""
+
+    x_RNC: Tensor
+    scale_ind: int | None
+    schedule: ScaleSchedule | None
+    rotary_key: str
+    rotary_tables: Mapping[str, Tensor] | None
+
+
+class _Layer:
+    """One self-attention of the model, and HeatKV's stand-ins for its `forward` and `kv_caching`."""
+
+    def __init__(self, attached: Attached, index: int, where: str, module: Any) -> None:
+        self.attached, self.index, self.where, self.module = attached, index, where, module
+        self.caching = False
+        self._signature = inspect.signature(module.forward)
+        self._x, self._mask = list(self._signature.parameters)[:2]
+        self.passes_schedule = "scale_schedule" in self._signature.parameters
+
+    def put_on(self, undo: ExitStack) -> None:
+        """Replace the two methods; `undo` will bring them back."""
+        _refuse_attached(self.where, self.module)
+        own = vars(self.module)  # a method of the class is hidden by an entry here, and seen again without it
+        self._module_kv_caching = self.module.kv_caching
+        self.caching = False
+        for name in ("forward", "kv_caching"):
+            if name in own:
+                undo.callback(own.__setitem__, name, own[name])
+            else:
+                undo.callback(own.pop, name, None)
+            own[name] = getattr(self, name)
+
+    def kv_caching(self, enable: bool) -> None:
+        """Start (True) or end (False) an image, for the module as well: its own cache is emptied and stays so."""
+        self._module_kv_caching(enable)
+        self.caching = bool(enable)
+        if enable:
+            self.attached._begin()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        call = self._read(self._signature.bind(*args, **kwargs).arguments)
+        self.attached._check(self, call)
+        q, k, v = self._qkv(call)
+        if v.requires_grad and torch.is_grad_enabled():
+            raise ModelError("an attached model only draws; call it under torch.no_grad() or torch.inference_mode()")
+        out_RHND = self.attached._attend(self, q, k, v)
+        out: Tensor = self.module.proj(out_RHND.transpose(1, 2).flatten(2))
+        dropped: Tensor = self.module.proj_drop(out)
+        return dropped
+
+    def _read(self, given: Mapping[str, Any]) -> _Call:
+        """The arguments of a call, when HeatKV can do what they ask for."""
+        if self.module.training:
+            raise ModelError(f"{self.where} is in training mode; HeatKV only draws: call model.eval() first")
+        if given.get(self._mask) is not None:
+            raise ModelError(
+                f"{self.where} was given a mask ({self._mask}), as in training; HeatKV only draws, scale by scale"
+            )
+        if given.get("attn_fn") is not None:
+            raise ModelError(f"{self.where} was given its own attn_fn; HeatKV replaces the attention, so leave it out")
+        for name, value in given.items():
+            default = self._signature.parameters[name].default
+            if name not in (self._x, self._mask, *_KNOWN_ARGUMENTS) and value is not None and value is not default:
+                raise ModelError(f"{self.where} was given {name}, which HeatKV does not know")
+        if not self.passes_schedule:
+            return _Call(given[self._x], None, None, "", None)
+        if given.get("scale_schedule") is None or given.get("scale_ind") is None:
+            raise ModelError(
+                f"{self.where} was called without scale_ind or scale_schedule. Infinity's blocks leave them out when "
+                "fused_norm is off, and then rotate every scale like the first one; build the model with fused_norm on"
+            )
+        told = given["scale_schedule"]
+        tables = given.get("rope2d_freqs_grid")
+        return _Call(given[self._x], int(given["scale_ind"]), ScaleSchedule.of(told), str(tuple(told)), tables)
+
+    def _qkv(self, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+        """(R, H, N, D) each: queries for a softmax of scale 1, keys as they are cached, and values, in one type."""
+        module, (rows, tokens, _) = self.module, call.x_RNC.shape
+        weight = module.mat_qkv.weight
+        bias = torch.cat([module.q_bias, module.zero_k_bias, module.v_bias]).to(weight.dtype)
+        qkv = F.linear(call.x_RNC, weight, bias).view(rows, tokens, 3, module.num_heads, module.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if any(getattr(module, flag, False) for flag in _NORM_FLAGS):
+            # (1, H, 1, 1), or (1, 1, H, 1) in models made for a flash kernel
+            log_scale = module.scale_mul_1H11.float().view(1, -1, 1, 1)
+            q = F.normalize(q.float(), dim=-1) * log_scale.clamp(max=float(module.max_scale_mul)).exp()
+            k = F.normalize(k.float(), dim=-1)
+        if call.rotary_tables is not None:
+            cos_ND, sin_ND = self._angles(call.rotary_tables, call.rotary_key, tokens, q.device)
+            q, k = _rotate(q.float(), cos_ND, sin_ND), _rotate(k.float(), cos_ND, sin_ND)
+        return (q * module.scale).to(v.dtype), k.to(v.dtype), v
+
+    def _angles(self, tables: Mapping[str, Tensor], key: str, tokens: int, device: torch.device) -> Tensor:
+        """(2, N, D/2): cos and sin of the running scale, from a table (2, 1, 1, 1, tokens of all scales, D/2)."""
+        if key not in tables:
+            raise ModelError(f"rope2d_freqs_grid has no table for the schedule {key}")
+        table, first = tables[key], self.attached.plan.schedule.offsets[self.attached._target]
+        if table.ndim != 6 or table.shape[4] < first + tokens or table[..., 0, :].numel() != self.module.head_dim:
+            raise ModelError(
+                f"the rotary table is {tuple(table.shape)}; (2, 1, 1, 1, at least {first + tokens} tokens, "
+                f"{self.module.head_dim // 2}) is needed"
+            )
+        return table[:, 0, 0, 0, first : first + tokens].to(device, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------- all of them
+
+
+class Attached:
+    """A model with HeatKV under it, inside the `with` block of `attach`.
+
+    `plan` is what is kept. `cache` holds it from the first image on, for as long as this object lives; its
+    `allocated_bytes` are real. The model's calls raise ModelError for what HeatKV cannot compute, and PlanError for
+    another schedule, order or number of rows than the plan's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        found: list[tuple[str, Any]],
+        plan: Plan,
+        *,
+        guided: bool,
+        measure: bool,
+        most_bytes: int | None,
+        seed: int,
+        first_sample: int,
+    ) -> None:
+        self.plan = plan
+        self._name = type(model).__name__
+        self._layers = [_Layer(self, index, where, module) for index, (where, module) in enumerate(found)]
+        self._guided, self._measure, self._most_bytes = guided, measure, most_bytes
+        self._seed, self._first_sample = seed, first_sample
+        self._fingerprint = _attention_fingerprint(found) if measure else ""
+        self._cache: KVCache | None = None
+        self._undo: ExitStack | None = None
+        self._measured_images = 0
+        self._sums: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+        self._begin()
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache of the latest images. Raises ModelError before the first ones."""
+        if self._cache is None:
+            raise ModelError("there is no cache before the model has drawn its first scale; draw an image first")
+        return self._cache
+
+    def __enter__(self) -> Attached:
+        if self._undo is not None:
+            raise ModelError("this attachment is in use already; call heatkv.attach again for another one")
+        with ExitStack() as undo:
+            for layer in self._layers:
+                layer.put_on(undo)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._undo is not None
+        self._undo.close()
+        self._undo = None
+
+    # ------------------------------------------------------------------ what the layers call
+
+    def _begin(self) -> None:
+        """New images: the rows are known when their first scale arrives."""
+        self._target, self._next_layer, self._rows = 0, 0, 0
+
+    def _check(self, layer: _Layer, call: _Call) -> None:
+        """Raise unless this call is the next one of the plan."""
+        schedule = self.plan.schedule
+        if not layer.caching:
+            raise ModelError(
+                f"{layer.where} runs without kv_caching(True); the model must switch it on, inside the `with` block, "
+                "before the first scale"
+            )
+        if self._target == len(schedule):
+            raise PlanError(f"all {len(schedule)} scales of the plan are drawn; kv_caching(True) starts the next image")
+        if layer.index != self._next_layer:
+            raise PlanError(
+                f"{layer.where} was called when {self._layers[self._next_layer].where} was due at scale "
+                f"{self._target}; every layer runs once per scale, and kv_caching(True) starts an image anew"
+            )
+        if call.schedule is not None:
+            if call.schedule != schedule:
+                raise PlanError(
+                    f"the model runs the schedule {call.schedule}, the plan is for {schedule}; solve a plan for it"
+                )
+            if call.scale_ind != self._target:
+                raise PlanError(f"the model runs scale {call.scale_ind} when scale {self._target} is due")
+        rows, tokens, _ = call.x_RNC.shape
+        if tokens != schedule.tokens[self._target]:
+            raise PlanError(
+                f"{tokens} tokens arrived for scale {self._target}, which has {schedule.tokens[self._target]} in the "
+                f"plan's schedule {schedule}; attach with a plan or schedule= of the schedule the model runs"
+            )
+        if self._rows and rows != self._rows:
+            raise PlanError(f"{rows} rows arrived at scale {self._target}; these images began with {self._rows}")
+
+    def _attend(self, layer: _Layer, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
+        if not self._rows:
+            self._prepare(v_RHND)
+        cache = self.cache
+        out_RHND = cache.attend(layer.index, q_RHND, k_RHND, v_RHND)
+        self._next_layer += 1
+        if self._next_layer == len(self._layers):
+            self._target, self._next_layer = self._target + 1, 0
+            if self._target == len(self.plan.schedule):
+                self._finish(cache)
+        return out_RHND
+
+    def _prepare(self, v_RHND: Tensor) -> None:
+        """A cache at its start for the rows that arrived, the same as before where it fits."""
+        rows, dtype, device = v_RHND.shape[0], v_RHND.dtype, v_RHND.device
+        images = rows // 2 if self._guided else rows
+        if self._measure and self._guided and rows % 2:
+            raise StatisticsError(
+                f"{rows} rows are not two halves, conditional and unconditional; attach with guided=False"
+            )
+        old = self._cache
+        if old is not None and (old.rows, old.arena_2RPD.dtype, old.arena_2RPD.device) == (rows, dtype, device):
+            old.reset()
+        else:
+            needed = self.plan.geometry.head_dim * 2 * dtype.itemsize * rows * self.plan.peak_token_heads
+            if self._most_bytes is not None and needed > self._most_bytes:
+                raise BudgetError(
+                    f"{rows} rows in {dtype} need {needed} bytes, the budget is {self._most_bytes}; attach with "
+                    f"rows={rows} so that the plan counts them all"
+                )
+            self._cache = old = None  # frees the old arena first
+            # a tensor made in inference mode could not be written to outside of it, by the next image
+            with torch.inference_mode(False):
+                if self._measure:
+                    self._cache = MeasuringCache(self.plan, rows, images, dtype, device)
+                else:
+                    self._cache = KVCache(self.plan, rows, dtype, device)
+        self._rows = rows
+
+    def _finish(self, cache: KVCache) -> None:
+        if isinstance(cache, MeasuringCache):  # an image that was broken off is not counted
+            self._measured_images += cache.images
+            new = (cache.mass_sum, cache.mass_square_sum)
+            self._sums = new if self._sums is None else (self._sums[0] + new[0], self._sums[1] + new[1])
+
+    # ------------------------------------------------------------------ what was measured
+
+    def statistics(self, *, cfg: float | None = None, settings: Mapping[str, Any] | None = None) -> Statistics:
+        """Statistics over all images drawn to their last scale so far, for `attach(..., measure=True)`.
+
+        `cfg` and `settings` (such as top_k) say how the images were drawn; HeatKV cannot see that, but statistics
+        that differ in it are not merged. Samples are named seed:index:- with the index from `first_sample` on.
+        Raises StatisticsError when nothing was measured.
+        """
+        if not self._measure:
+            raise StatisticsError("nothing is measured; attach with measure=True instead of a policy or a plan")
+        if self._sums is None:
+            raise StatisticsError("no image was drawn to its last scale yet; draw at least 1")
+        indices = range(self._first_sample, self._first_sample + self._measured_images)
+        provenance = Provenance(
+            model=self._name,
+            fingerprint=self._fingerprint,
+            cfg=cfg,
+            settings={"guided": self._guided, **(settings or {})},
+            samples=tuple(f"{self._seed}:{index}:-" for index in indices),
+            versions=versions(),
+        )
+        return Statistics(self.plan.schedule, *self._sums, provenance)
+
+
+def _attention_fingerprint(found: Iterable[tuple[str, Any]]) -> str:
+    """The fingerprint of all self-attention parameters, the same for both layouts of the scales per head."""
+    return tensor_fingerprint(
+        (f"{index}.{name}", tensor.view(1, -1, 1, 1) if name == "scale_mul_1H11" else tensor)
+        for index, (_, module) in enumerate(found)
+        for name, tensor in module.named_parameters()
+    )
+
+
+def attach(
+    model: Any,
+    policy: str | None = None,
+    budget: str | float | Budget | None = None,
+    *,
+    plan: Plan | None = None,
+    measure: bool = False,
+    statistics: Statistics | None = None,
+    schedule: ScaleSchedule | None = None,
+    guided: bool = True,
+    rows: int | None = None,
+    seed: int = 0,
+    first_sample: int = 0,
+    **options: Any,
+) -> Attached:
+    """A context manager that puts HeatKV under the self-attention of `model` and restores it at the end.
+
+    What is kept: a `policy` with its `budget`, `statistics` and `options` (such as sink_scales), as in `model.plan`;
+    or a finished `plan`; or, with `measure`, everything, while `Attached.statistics` is measured as `calibrate` does.
+    `schedule` is needed where the model does not tell it: VAR does, in `patch_nums` or `lvl_1L`; Infinity needs it
+    unless the plan or the statistics bring it. `guided` says that rows are doubled, conditional half first. `rows`
+    (default: those of one image) only matters for a budget in bytes; `seed` and `first_sample` name the samples.
+
+    Raises ModelError for a model that is not recognised, PlanError, StatisticsError, PolicyError, BudgetError or
+    ScheduleError for what does not fit it.
+    """
+    found = [_self_attention(where, block) for where, block in _blocks(model)]
+    name = type(model).__name__
+    if not found:
+        raise ModelError(
+            f"no blocks were found in {name}: HeatKV looks at {_PLACES}; pass the transformer itself, not a wrapper"
+        )
+    for where, module in found:
+        _check_module(where, module)
+    sizes = {(module.num_heads, module.head_dim) for _, module in found}
+    if len(sizes) > 1:
+        raise ModelError(f"the blocks of {name} differ in (heads, head size): {sorted(sizes)}")
+    ((heads, head_dim),) = sizes
+
+    ways = [way for way, chosen in (("policy", policy), ("plan", plan), ("measure", measure)) if chosen]
+    if len(ways) != 1:
+        raise PolicyError(
+            "say what to keep, one of: policy= with budget=, plan=, or measure=True"
+            + (f"; not {' and '.join(ways)} together" if ways else "")
+        )
+    if policy is None and (budget is not None or statistics is not None or options):
+        extra = [*(["budget"] if budget is not None else []), *(["statistics"] if statistics is not None else [])]
+        raise PolicyError(f"{', '.join([*extra, *options])} only go with policy=, not with {ways[0]}=")
+
+    if schedule is None and "scale_schedule" not in inspect.signature(found[0][1].forward).parameters:
+        schedule = _schedule_of(model)
+    known = plan.schedule if plan is not None else statistics.schedule if statistics is not None else None
+    schedule = schedule if schedule is not None else known
+    if schedule is None:
+        raise ScheduleError(
+            f"{name} does not tell its schedule; pass schedule=, for instance ScaleSchedule.var(256) or "
+            'ScaleSchedule.infinity("1M", 1.0)'
+        )
+    geometry = CacheGeometry(len(found), heads, head_dim, schedule)
+
+    parsed = None if budget is None else Budget.parse(budget)
+    if plan is not None:
+        plan.check_geometry(geometry)
+        if plan.geometry.head_dim != head_dim:
+            raise PlanError(f"the plan is for a head size of {plan.geometry.head_dim}, the model has {head_dim}")
+    elif measure:
+        plan = make_policy("full").plan(PlanningProblem(geometry, Budget.parse("100%"), model=name))
+    else:
+        assert policy is not None
+        if parsed is None:
+            raise BudgetError(f"policy {policy!r} needs a budget; write it as 10%, 0.1, 600MiB, 2GB or 650tokens")
+        # statistics of this package's own model with the same weights name all of them, those measured here the
+        # attention's only
+        whole = fingerprint(model) if isinstance(model, nn.Module) else None
+        if statistics is not None and statistics.provenance.fingerprint != whole:
+            statistics.check_fingerprint(_attention_fingerprint(found))
+        storage = str(found[0][1].mat_qkv.weight.dtype).removeprefix("torch.")
+        rows = rows if rows is not None else (2 if guided else 1)
+        problem = PlanningProblem(geometry, parsed, statistics, seed=seed, rows=rows, storage=storage, model=name)
+        plan = make_policy(policy, **options).plan(problem)
+    return Attached(
+        model,
+        found,
+        plan,
+        guided=guided,
+        measure=measure,
+        most_bytes=math.floor(parsed.amount) if parsed is not None and parsed.kind == "bytes" else None,
+        seed=seed,
+        first_sample=first_sample,
+    )
