@@ -199,7 +199,8 @@ def largest_batch(measure: Callable[[int], Footprint], memory: int, share: Fract
         needed = measure(1)
         raise HeatKVError(
             f"{memory / 2**30:.2f} GiB do not hold one image: it takes "
-            f"{(needed.without_cache + share * needed.full_cache) / 2**30:.2f} GiB with the cache at {float(share):.1%}"
+            f"{(needed.without_cache + math.floor(share * needed.full_cache)) / 2**30:.2f} GiB with the cache at "
+            f"{float(share):.1%}"
         )
     low, high = 1, 2
     while high <= MOST_IMAGES and fits(high):
