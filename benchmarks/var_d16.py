@@ -1,0 +1,102 @@
+"""One VAR-d16 image with guidance on one core, random weights: `python benchmarks/var_d16.py`.
+
+Times the whole image in turns with a fixed matrix product on the same core, and says where the time goes. Writes
+benchmarks/results/var_d16_cpu.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heatkv.generation import Generator
+from heatkv.models import VAR_SAMPLING, model_info
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.var import VAR, VARConfig
+from heatkv.models.vqvae import VQVAE, VQVAEConfig
+from heatkv.profiling.environment import environment
+
+OUT = Path(__file__).parent / "results" / "var_d16_cpu.json"
+REPEATS = 3
+
+
+def random_model(dtype: torch.dtype) -> ClassConditionalModel:
+    """VAR-d16 and its VQVAE in their published shapes."""
+    torch.manual_seed(0)
+    info = model_info("var-d16")
+    sides = tuple(height for _, height, _ in info.schedule().scales)
+    transformer = VAR(VARConfig(sides, info.layers, 1024, info.heads)).eval().requires_grad_(False)
+    vqvae = VQVAE(VQVAEConfig(sides), encoder=False).eval().requires_grad_(False)
+    vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return ClassConditionalModel("var-d16", transformer.set_compute_dtype(dtype), vqvae, VAR_SAMPLING, "random")
+
+
+class Stopwatch:
+    """Adds up the time spent in wrapped calls, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def wrap(self, name: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def timed(*arguments: Any) -> Tensor:
+            began = time.perf_counter()
+            out = call(*arguments)
+            self.seconds[name] += time.perf_counter() - began
+            return out
+
+        return timed
+
+
+def measure(dtype: torch.dtype) -> dict[str, Any]:
+    """Seconds of whole images, and the parts of one of them."""
+    model = random_model(dtype)
+    generator = Generator(model, model.plan(), 1)
+    generator.draw([0])
+    totals = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        generator.draw([0])
+        totals.append(time.perf_counter() - began)
+    watch = Stopwatch()
+    generator.cache.attend = watch.wrap("attention", generator.cache.attend)  # type: ignore[method-assign]
+    for block in model.transformer.layers():
+        block.ffn.forward = watch.wrap("feed-forward", block.ffn.forward)  # type: ignore[method-assign]
+        block.attn.qkv = watch.wrap("projections", block.attn.qkv)  # type: ignore[assignment, method-assign, arg-type]
+        block.attn.project = watch.wrap("projections", block.attn.project)  # type: ignore[method-assign]
+    model.vqvae.decode = watch.wrap("decode", model.vqvae.decode)  # type: ignore[method-assign]
+    began = time.perf_counter()
+    generator.draw([0])
+    whole = time.perf_counter() - began
+    parts = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
+    parts["rest"] = round(whole - sum(parts.values()), 3)
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": round(statistics.median(totals), 3),
+        "runs": [round(total, 3) for total in totals],
+        "parts_seconds": parts,
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    before = environment(torch.device("cpu"))
+    rows = [measure(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    after = environment(torch.device("cpu"))
+    name = "matrix_product_1024_fp32_one_thread_ms"
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps({"environment": before | {f"{name}_after": after[name]}, "rows": rows}, indent=1) + "\n")
+    for row in rows:
+        print(row["dtype"], row["seconds"], "s;", row["parts_seconds"])
+    print("1024 cubed fp32 product:", before[name], "ms before,", after[name], "ms after")
+
+
+if __name__ == "__main__":
+    main()
