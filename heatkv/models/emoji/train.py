@@ -213,7 +213,7 @@ def split_parameters(model: VAR) -> tuple[list[nn.Parameter], list[nn.Parameter]
 def transformer(
     images: Images,
     work: Work,
-    steps: int = 4000,
+    steps: int = 1650,
     batch: int = 16,
     seed: int = 2,
     minutes: Annotated[float, typer.Option(help="stop (resumable) after so long; 0 = run to the last step")] = 0,
