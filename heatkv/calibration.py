@@ -122,7 +122,7 @@ def calibrate(
             progress(len(names))
     assert mass_sum is not None
     assert mass_square_sum is not None
-    cfg, told = told_settings(settings)
+    cfg, told = told_settings(settings, model)
     provenance = Provenance(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -134,9 +134,9 @@ def calibrate(
     return Statistics(model.geometry.schedule, mass_sum, mass_square_sum, provenance)
 
 
-def told_settings(settings: Settings) -> tuple[float | None, dict[str, Any]]:
-    """Guidance and the other settings, as statistics state them; guidance per scale stays among the others."""
-    told = settings.to_json()
+def told_settings(settings: Settings, model: ImageModel[Any]) -> tuple[float | None, dict[str, Any]]:
+    """Guidance and what else was measured with, as statistics state it; guidance per scale stays among the others."""
+    told = settings.to_json() | {"dtype": str(model.compute_dtype).removeprefix("torch.")}
     return (None if isinstance(told["cfg"], list) else told.pop("cfg")), told
 
 

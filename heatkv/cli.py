@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError
-from heatkv.files import make_folder, read_json
+from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
+from heatkv.files import check_writable, make_folder, read_json
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models import COMPUTE_DTYPES, MODELS, load_model, model_info
 from heatkv.models.base import ImageModel
@@ -111,8 +111,8 @@ def _ratio(text: str | None) -> float | None:
     if text is None:
         return None
     try:
-        height, _, width = text.partition(":")
-        return float(height) / (float(width) if width else 1.0)
+        height, colon, width = text.partition(":")
+        return float(height) / (float(width) if colon else 1.0)
     except (ValueError, ZeroDivisionError) as error:
         raise ScheduleError(f"cannot read the height/width ratio {text!r}; write it as 1.5 or 3:2") from error
 
@@ -181,13 +181,19 @@ def _rankings(path: Path | None, geometry: CacheGeometry) -> HeadRankings | None
     return None if path is None else HeadRankings.load_orders(path, geometry)
 
 
-def _statistics(path: Path | None, model: ImageModel[Any]) -> Statistics | None:
-    """Statistics from a file, when they are of this very model."""
+def _statistics(path: Path | None, model: ImageModel[Any], settings: Settings | None = None) -> Statistics | None:
+    """Statistics from a file, when they are of this very model, and of the guidance that it is to run with."""
     if path is None:
         return None
     statistics = Statistics.load(path)
     statistics.check_geometry(model.geometry)
     statistics.check_fingerprint(model.fingerprint)
+    measured = statistics.provenance.cfg
+    wanted = None if settings is None else settings.to_json()["cfg"]
+    if measured is not None and wanted is not None and measured != wanted:
+        raise StatisticsError(
+            f"{path} was measured at cfg {measured:g}, this run has {wanted}; calibrate at that, or set --cfg"
+        )
     return statistics
 
 
@@ -197,6 +203,13 @@ def _policy(name: str, sink_scales: int | None) -> EvictionPolicy:
 
 def _needs_statistics(names: Sequence[str]) -> bool:
     return any("statistics" in find_policy(name).needs for name in names)  # type: ignore[attr-defined]
+
+
+def _nothing_beside_a_plan(budget: str | None, statistics: Path | None, orders: Path | None, sinks: int | None) -> None:
+    given = {"--budget": budget, "--statistics": statistics, "--orders": orders, "--sink-scales": sinks}
+    for name, value in given.items():
+        if value is not None:
+            raise HeatKVError(f"--plan is a finished plan; leave {name} out")
 
 
 def _load_plan(path: Path, geometry: CacheGeometry) -> Plan:
@@ -335,12 +348,15 @@ def solve(
     """
     info = model_info(model)
     geometry = info.geometry(size, _ratio(ratio))
+    if cfg is not None and not 0 <= cfg <= 100:
+        raise HeatKVError(f"cfg is {cfg}; guidance is from 0 to 100")
+    if statistics is not None and orders is not None:
+        raise HeatKVError("--statistics and --orders both rank heads; give one of them")
     storage, unguided = _storage(dtype), 1.0 if info.family == "infinity" else 0.0
     guided = cfg is None or cfg != unguided
     rows = rows if rows is not None else (2 if guided else 1)
     if plan is not None:
-        if budget is not None:
-            raise HeatKVError("--plan brings its own budget; leave --budget out")
+        _nothing_beside_a_plan(budget, statistics, orders, sink_scales)
         solved = _load_plan(plan, geometry)
     else:
         if budget is None:
@@ -550,6 +566,7 @@ def calibrate(
         raise FormatError(f"{out} does not exist; leave --append out to create it")
     if not out.parent.is_dir():
         raise FormatError(f"the folder {out.parent} does not exist")
+    check_writable(out.parent)
     loaded = _load(model, weights, vae, text_encoder, prompts, size, ratio, dtype, device)
     settings = _settings(loaded, cfg)
     before = _statistics(out, loaded) if append else None
@@ -591,7 +608,7 @@ def _statistics_of_folder(
         try:
             found = _statistics(path, model)
             assert found is not None
-            if (found.provenance.cfg, found.provenance.settings) == told_settings(settings) and list(
+            if (found.provenance.cfg, found.provenance.settings) == told_settings(settings, model) and list(
                 found.provenance.samples
             ) == wanted[: found.count]:
                 parts.append(found)
@@ -723,7 +740,7 @@ def profile(
 
     Example: heatkv profile --model emoji --policies streaming --budgets 20%,10% --out results/profile
     """
-    from heatkv.profiling.runner import bytes_row, images_of_rows
+    from heatkv.profiling.runner import bytes_row, images_of_rows, save_results
     from heatkv.profiling.trace import save_trace
 
     _positive("repeats", repeats)
@@ -734,11 +751,15 @@ def profile(
     rows = rows if rows is not None else settings.rows_per_image
     images_of_rows(rows, settings)
     subjects = _subjects(
-        loaded, names, parsed, plan or [], statistics=_statistics(statistics, loaded), orders=orders, rows=rows,
-        seed=seed, draws=1, sink_scales=sink_scales,
+        loaded, names, parsed, plan or [], statistics=_statistics(statistics, loaded, settings), orders=orders,
+        rows=rows, seed=seed, draws=1, sink_scales=sink_scales,
     )  # fmt: skip
     folder = make_folder(out)
     results = [bytes_row(loaded, subject, rows, _storage_of(loaded)) for subject in subjects]
+    request: dict[str, Any] = {"seed": seed, "repeats": repeats}
+    save_results(
+        folder / "results.json", loaded, settings, results, request
+    )  # an interrupt keeps what is known by then
     times = _measure_latency(loaded, subjects, rows, settings, repeats, seed)
     for subject, row in zip(subjects, results, strict=True):
         row |= times[subject.name]
@@ -752,6 +773,7 @@ def profile(
         loaded,
         settings,
         results,
+        request,
         as_json,
         f"{loaded.name}, {rows} rows, {_storage_of(loaded)}, {loaded.device}",
     )
@@ -762,13 +784,14 @@ def _finish(
     model: ImageModel[Any],
     settings: Settings,
     rows: list[dict[str, Any]],
+    request: dict[str, Any],
     as_json: bool,
     title: str,
 ) -> None:
     from heatkv.profiling.report import results_table
     from heatkv.profiling.runner import save_results
 
-    save_results(folder / "results.json", model, settings, rows)
+    save_results(folder / "results.json", model, settings, rows, request)
     _show(results_table(rows, title), as_json, read_json(folder / "results.json") if as_json else None)
     _say(f"written: {folder}")
 
@@ -811,16 +834,15 @@ def generate(
     settings = _settings(loaded, cfg)
     wanted = _what_to_draw(loaded, label or [], prompt or [], negative)
     labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
-    batch = min(len(labels), 16) if rows is None else images_of_rows(rows, settings)
+    batch = min(len(labels), 16 if rows is None else images_of_rows(rows, settings))
     if plan is not None:
-        if budget is not None:
-            raise HeatKVError("--plan brings its own budget; leave --budget out")
+        _nothing_beside_a_plan(budget, statistics, orders, sink_scales)
         chosen = _load_plan(plan, loaded.geometry)
     else:
         if budget is None and policy != "full":
             raise HeatKVError(f"policy {policy!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
         problem = PlanningProblem(
-            loaded.geometry, Budget.parse(budget or "100%"), _statistics(statistics, loaded),
+            loaded.geometry, Budget.parse(budget or "100%"), _statistics(statistics, loaded, settings),
             _rankings(orders, loaded.geometry), seed, batch * settings.rows_per_image, _storage_of(loaded), model,
         )  # fmt: skip
         chosen = _policy(policy, sink_scales).plan(problem)
@@ -918,7 +940,7 @@ def compare(
     settings = _settings(loaded, cfg)
     rows = rows if rows is not None else settings.rows_per_image
     images_of_rows(rows, settings)
-    given = _statistics(statistics, loaded)
+    given = _statistics(statistics, loaded, settings)
     _check_request(loaded, names, parsed, plan or [], rows, sink_scales)
     folder = make_folder(out)
     measured = (
@@ -929,6 +951,17 @@ def compare(
         sink_scales=sink_scales,
     )  # fmt: skip
     results = [bytes_row(loaded, subject, rows, _storage_of(loaded)) for subject in subjects]
+    request: dict[str, Any] = {
+        "seed": seed,
+        "images": images,
+        "pictures": pictures,
+        "draws": draws,
+        "repeats": repeats,
+        "statistics": None if measured is None else measured.provenance.to_json(),
+    }
+    save_results(
+        folder / "results.json", loaded, settings, results, request
+    )  # an interrupt keeps what is known by then
     times = _measure_latency(loaded, subjects, rows, settings, repeats, seed)
     finished: list[dict[str, Any]] = []
     sheets: dict[str, list[tuple[str, Any]]] = {}
@@ -945,7 +978,7 @@ def compare(
                 sheets.setdefault(subject.budget, []).append((subject.policy, details.pictures))
     except KeyboardInterrupt:
         unfinished = [row | times[s.name] for s, row in zip(subjects, results, strict=True)][len(finished) :]
-        save_results(folder / "results.json", loaded, settings, finished + unfinished)
+        save_results(folder / "results.json", loaded, settings, finished + unfinished, request)
         _say(f"stopped; {len(finished)} of {len(subjects)} comparisons are kept in {folder / 'results.json'}")
         raise
     import torch
@@ -954,7 +987,7 @@ def compare(
     for budget, lines in sheets.items():
         shown = [(name, torch.cat(parts)) for name, parts in lines if name != "full"]
         if shown:
-            tag = "".join(c if c.isalnum() or c == "." else "_" for c in budget)
+            tag = budget.replace("%", "percent")
             columns = min(bench.pictures, 12)
             save_image_sheet(
                 folder / f"images_{tag}.png", reference + shown, columns, f"{loaded.name}, cache of {budget}"
@@ -965,7 +998,7 @@ def compare(
         f"{loaded.name}: cache of {rows} rows in {_storage_of(loaded)}, KL and top-1 over {images} images, PSNR and "
         f"SSIM over {bench.pictures}"
     )
-    _finish(folder, loaded, settings, finished, as_json, title)
+    _finish(folder, loaded, settings, finished, request, as_json, title)
 
 
 # ---------------------------------------------------------------------------------------------------- entry
@@ -977,16 +1010,13 @@ def _usage_message(error: Exception) -> str | None:
     return str(form()) if callable(form) and hasattr(error, "exit_code") else None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; always ends the process."""
-    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     try:
         outcome = app(args=list(arguments), prog_name="heatkv", standalone_mode=False)
         sys.stdout.flush()
+        if outcome == 130:
+            _say("heatkv: stopped")
         return outcome if isinstance(outcome, int) else 0
     except HeatKVError as error:
         _say(f"heatkv: {' '.join(str(error).split())}")

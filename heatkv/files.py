@@ -51,6 +51,15 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+def check_writable(folder: Path) -> None:
+    """Raise FormatError when no file can be made in `folder`, before hours are spent on what is to go there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FormatError(f"cannot write in the folder {folder}: {error.strerror or error}") from error
+
+
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
     """Write `value` as JSON, whole or not at all; NaN and infinity are refused."""
     with replacing(path) as temporary:

@@ -105,6 +105,8 @@ def generate(
     """
     if not labels:
         raise ModelError("no label was given")
+    if batch < 1:
+        raise ModelError(f"batch is {batch}; at least 1 image is drawn at a time")
     images, generator = [], None
     for first in range(0, len(labels), batch):
         part = list(labels[first : first + batch])

@@ -71,7 +71,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         layers, heads, scales = self.geometry.layers, self.geometry.heads, len(self.schedule)
-        given = np.asarray(self.last_read)
+        try:
+            given = np.asarray(self.last_read)
+        except ValueError as error:
+            raise PlanError(f"last_read is no regular array: {str(error).splitlines()[0]}") from error
         if given.shape != (layers, heads, scales):
             raise PlanError(
                 f"last_read has shape {given.shape}; {layers} layers, {heads} heads, {scales} scales need it"

@@ -288,7 +288,7 @@ class HeadRankings:
     @classmethod
     def random(cls, geometry: CacheGeometry, seed: int) -> HeadRankings:
         """An independent uniformly random ranking for every source scale."""
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(seed % (1 << 64))  # a negative seed is a seed too
         pairs = geometry.layers * geometry.heads
         order = np.stack([generator.permutation(pairs) for _ in range(len(geometry.schedule))])
         return cls(geometry.layers, geometry.heads, 0, order)

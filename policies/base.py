@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.errors import BudgetError, PolicyError, StatisticsError
+from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.plan import Plan
 from heatkv.registry import find_policy
@@ -100,10 +100,16 @@ class EvictionPolicy(ABC):
     def plan(self, problem: PlanningProblem) -> Plan:
         """A validated plan. Raises BudgetError when the budget cannot hold the sinks, PlanError when it is exceeded."""
         self.check(problem)
+        try:
+            last_read = self.last_read(problem)
+        except HeatKVError:
+            raise
+        except Exception as error:  # a third party's policy may fail in any way
+            raise PolicyError(f"policy {self.name!r} failed: {type(error).__name__}: {error}") from error
         return Plan(
             policy=self.name,
             geometry=problem.geometry,
-            last_read=self.last_read(problem),
+            last_read=last_read,
             budget=float(problem.share),
             budget_token_heads=problem.budget_token_heads,
             sink_scales=self.sink_scales,

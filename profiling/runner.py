@@ -163,8 +163,13 @@ def latency_row(measured: tuple[Latency, DeviceMemory]) -> dict[str, Any]:
     }
 
 
-def save_results(path: Path, model: ImageModel[Any], settings: Settings, rows: list[dict[str, Any]]) -> None:
-    """Write results.json; figures that were not measured are null."""
+def save_results(
+    path: Path, model: ImageModel[Any], settings: Settings, rows: list[dict[str, Any]], request: dict[str, Any]
+) -> None:
+    """Write results.json; figures that were not measured are null.
+
+    `request` holds what was asked for: seeds, counts, and where statistics came from.
+    """
     write_json(
         path,
         {
@@ -172,6 +177,7 @@ def save_results(path: Path, model: ImageModel[Any], settings: Settings, rows: l
             "version": VERSION,
             "environment": environment(model.device),
             "sampling": settings.to_json(),
+            "request": request,
             "rows": [UNMEASURED | row for row in rows],
         },
         indent=1,

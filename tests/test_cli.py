@@ -102,6 +102,10 @@ def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--policy", "heatkv", "--budget", "10%", "--orders", str(ORDERS)], "12 layers x 6 heads = 72"),
         (["--policy", "heatkv", "--budget", "10%", "--statistics", str(ORDERS)], "not a whole statistics file"),
         (["--policy", "heatkv", "--budget", "10%", "--statistics", "absent"], "cannot read absent"),
+        (["--policy", "streaming", "--budget", "10%", "--cfg", "-1"], "cfg is -1"),
+        (["--policy", "heatkv", "--budget", "10%", "--orders", "a", "--statistics", "b"], "give one of them"),
+        (["--plan", "absent.json", "--sink-scales", "2"], "leave --sink-scales out"),
+        (["--policy", "streaming", "--budget", "10%", "--ratio", "3:"], "cannot read the height/width ratio"),
         (["--bugdet", "10%"], "No such option"),
         (["--seed", "three"], "Invalid value for '--seed'"),
     ],
@@ -164,8 +168,9 @@ def test_calibrate_appends_new_samples(
         (["--samples", "0", "--out", str(tmp_path / "n")], "--samples is 0"),
         (["--append", "--out", str(tmp_path / "n")], "does not exist"),
         (["--out", str(tmp_path / "no" / "n")], "does not exist"),
-        (["--model", "var-d16", "--out", str(tmp_path / "n")], "cannot run it"),
+        (["--model", "var-d16", "--out", str(tmp_path / "n")], "needs its weights"),
         (["--device", "cuda:77", "--out", str(tmp_path / "n")], "cannot be used here"),
+        (["--out", "/proc/n"], "cannot write in the folder /proc"),
         ([], "Missing option '--out'"),
     ):
         assert said in refused(capsys, "calibrate", *arguments)
@@ -181,6 +186,27 @@ def test_statistics_of_other_weights_are_refused(
     other.save(tmp_path / "other.safetensors")
     arguments = ["--policy", "heatkv", "--budget", "20%", "--statistics", str(tmp_path / "other.safetensors")]
     assert "measured on other weights" in refused(capsys, "solve", *arguments)
+
+
+def test_statistics_of_other_guidance_or_precision_are_refused(
+    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--policy", "heatkv", "--budget", "20%", "--statistics", str(statistics_file), "--cfg", "1"]
+    out = ["--label", "cat", "--out", str(tmp_path / "out")]
+    assert "was measured at cfg 3, this run has 1" in refused(capsys, "generate", *arguments, *out)
+    copy = tmp_path / "s.safetensors"
+    copy.write_bytes(statistics_file.read_bytes())
+    half = ["calibrate", "--samples", "1", "--append", "--dtype", "bfloat16", "--out", str(copy)]
+    assert "cannot merge statistics with settings" in refused(capsys, *half)
+
+
+def test_a_negative_seed_is_a_seed(tmp_path: Path) -> None:
+    for seed in (-5, 2**64 - 5, 7):
+        out = ["--seed", str(seed), "--out", str(tmp_path / f"{seed}.json")]
+        assert run(["solve", "--policy", "random", "--budget", "20%", *out]) == 0
+    plans = [Plan.load(tmp_path / f"{seed}.json").last_read for seed in (-5, 2**64 - 5, 7)]
+    assert np.array_equal(plans[0], plans[1])
+    assert not np.array_equal(plans[0], plans[2])
 
 
 def test_generate_writes_a_picture_per_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,8 +240,10 @@ def test_generate_writes_a_picture_per_label(tmp_path: Path, capsys: pytest.Capt
         (["--label", "cat", "--policy", "streaming"], "needs --budget"),
         (["--label", "cat", "--count", "0"], "--count is 0"),
         (["--label", "cat", "--cfg", "-1"], "cfg is -1"),
+        (["--label", "cat", "--prompt", "a cat"], "draws classes, not prompts"),
+        (["--label", "cat", "--device", "meta"], "cannot be used here"),
         (["--label", "cat", "--rows", "3"], "rows=3"),
-        ([], "Missing option '--label'"),
+        ([], "is to draw with --label"),
     ],
 )
 def test_generate_refuses(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,9 +291,9 @@ def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture
         assert name == "full" or row["kl"] > 0
     assert len(rows["random"]["kl_of_draws"]) == 2 == rows["random"]["draws"]
     assert {path.name for path in out.iterdir()} == {
-        "results.json", "statistics.safetensors", "images_30_.png", "images_15_.png", "scas.png",
+        "results.json", "statistics.safetensors", "images_30percent.png", "images_15percent.png", "scas.png",
     }  # fmt: skip
-    for name in ("images_30_.png", "scas.png"):
+    for name in ("images_30percent.png", "scas.png"):
         with Image.open(out / name) as picture:
             assert picture.size[0] > 100
 
@@ -317,7 +345,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Sig
 INTERRUPTED = """
 import os, signal
 import heatkv.calibration
-from heatkv.cli import main
+from heatkv.__main__ import main
 measure, batches = heatkv.calibration.calibrate, []
 def interrupted(*arguments, **options):
     batches.append(1)

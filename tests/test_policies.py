@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from strategies import SEEDS, geometries, live_by_formula, live_table, random_mass, shares, statistics_of
 
 from heatkv import registry
-from heatkv.errors import BudgetError, PolicyError, StatisticsError
+from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.plan import Plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem
@@ -513,3 +513,18 @@ def test_a_class_that_is_no_policy_is_not_registered() -> None:
     with pytest.raises(PolicyError, match=r"has no kind, needs, plan, random, source, summary; subclass"):
         registry.register(Stranger)
     assert "stranger" not in registry.registered_policies()
+
+
+def test_a_policy_that_fails_is_named() -> None:
+    @dataclass(frozen=True)
+    class Boom(EvictionPolicy):
+        name: ClassVar[str] = "boom"
+
+        def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
+            return np.zeros(1, dtype=np.int64) // 0 if problem.seed else [[1], [2, 3]]  # type: ignore[return-value]
+
+    geometry = CacheGeometry(2, 2, 4, ScaleSchedule.square([1, 2, 3]))
+    with pytest.raises(PolicyError, match="policy 'boom' failed: RuntimeWarning"):
+        Boom(sink_scales=0).plan(PlanningProblem(geometry, Budget.parse("50%"), seed=1))
+    with pytest.raises(PlanError, match="no regular array"):
+        Boom(sink_scales=0).plan(PlanningProblem(geometry, Budget.parse("50%")))

@@ -122,10 +122,11 @@ def test_what_the_cpu_cannot_measure_is_none() -> None:
 
 
 def test_results_say_where_they_come_from(emoji: ClassConditionalModel, tmp_path: Path) -> None:
-    save_results(tmp_path / "results.json", emoji, emoji.sampling, [{"policy": "full", "kl": 0.0}])
+    save_results(tmp_path / "results.json", emoji, emoji.sampling, [{"policy": "full", "kl": 0.0}], {"seed": 3})
     told = json.loads((tmp_path / "results.json").read_text())
     assert (told["format"], told["version"]) == ("heatkv-results", 1)
     assert told["rows"][0]["kl"] == 0
+    assert told["request"] == {"seed": 3}
     assert told["rows"][0]["latency_ms"] is None
     assert told["rows"][0]["nvml_bytes"] is None
     assert told["environment"]["device"] == "cpu"

@@ -138,8 +138,8 @@ def load_model(
         raise ModelError(f"unknown dtype {dtype!r}; known: {', '.join(COMPUTE_DTYPES)}")
     try:
         where = torch.device(device)
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=where).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
     compute = COMPUTE_DTYPES[dtype]
     if info.bundled and weights is not None:

@@ -86,7 +86,10 @@ class ClassConditionalModel(ImageModel[int]):
         return str(label)
 
     def begin(self, labels: Sequence[int], settings: Settings) -> Drawing:
-        """Start drawing one image per label."""
+        """Start drawing one image per label. Raises ModelError for what is no class."""
+        for label in labels:
+            if not isinstance(label, int) or not 0 <= label < self.num_classes:
+                raise ModelError(f"{self.name} has no class {label!r}; classes are 0 to {self.num_classes - 1}")
         return Drawing(self, labels, settings)
 
 
