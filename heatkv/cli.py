@@ -205,6 +205,11 @@ def _needs_statistics(names: Sequence[str]) -> bool:
     return any("statistics" in find_policy(name).needs for name in names)  # type: ignore[attr-defined]
 
 
+def _one_ranking(statistics: Path | None, orders: Path | None) -> None:
+    if statistics is not None and orders is not None:
+        raise HeatKVError("--statistics and --orders both rank heads; give one of them")
+
+
 def _nothing_beside_a_plan(budget: str | None, statistics: Path | None, orders: Path | None, sinks: int | None) -> None:
     given = {"--budget": budget, "--statistics": statistics, "--orders": orders, "--sink-scales": sinks}
     for name, value in given.items():
@@ -350,8 +355,7 @@ def solve(
     geometry = info.geometry(size, _ratio(ratio))
     if cfg is not None and not 0 <= cfg <= 100:
         raise HeatKVError(f"cfg is {cfg}; guidance is from 0 to 100")
-    if statistics is not None and orders is not None:
-        raise HeatKVError("--statistics and --orders both rank heads; give one of them")
+    _one_ranking(statistics, orders)
     storage, unguided = _storage(dtype), 1.0 if info.family == "infinity" else 0.0
     guided = cfg is None or cfg != unguided
     rows = rows if rows is not None else (2 if guided else 1)
@@ -416,7 +420,7 @@ def solve(
 def fit(
     memory: Annotated[str, typer.Option("--memory", help="what there is, as 24GiB or 24GB")],
     model: Model = "infinity-2b",
-    batch: Annotated[int, typer.Option("--batch", help="images at once; ignored with --budget")] = 1,
+    batch: Annotated[int | None, typer.Option("--batch", help="images at once (default 1)")] = None,
     budget: Annotated[
         str | None, typer.Option("--budget", help="cache budget: then the largest batch is found")
     ] = None,
@@ -442,8 +446,10 @@ def fit(
             info, images, size=size, ratio=_ratio(ratio), dtype=dtype, guided=guided, text_encoder=text_encoder
         )
 
+    if batch is not None and budget is not None:
+        raise HeatKVError("--batch asks for the largest budget, --budget for the largest batch; give one of them")
     if budget is None:
-        taken = measure(batch)
+        taken = measure(1 if batch is None else batch)
         share = largest_share(taken, available)
     else:
         geometry = info.geometry(size, _ratio(ratio))
@@ -640,10 +646,11 @@ def _check_request(
     names: Sequence[str],
     budgets: Sequence[Budget],
     plans: Sequence[Path],
+    orders: Path | None,
     rows: int,
     sink_scales: int | None,
 ) -> None:
-    """Refuse bad policies, budgets and plans before anything is measured."""
+    """Refuse bad policies, budgets, plans and rankings before anything is measured."""
     texts = [str(budget) for budget in budgets]
     for text in texts:
         if texts.count(text) > 1:
@@ -657,6 +664,7 @@ def _check_request(
                 )
     for path in plans:
         _load_plan(path, model.geometry)
+    _rankings(orders, model.geometry)
 
 
 def _subjects(
@@ -744,6 +752,7 @@ def profile(
     from heatkv.profiling.trace import save_trace
 
     _positive("repeats", repeats)
+    _one_ranking(statistics, orders)
     names = _names(policies, "policy")
     parsed = [Budget.parse(text) for text in _names(budgets, "budget")]
     loaded = _load(model, weights, vae, text_encoder, prompts, size, ratio, dtype, device)
@@ -757,9 +766,8 @@ def profile(
     folder = make_folder(out)
     results = [bytes_row(loaded, subject, rows, _storage_of(loaded)) for subject in subjects]
     request: dict[str, Any] = {"seed": seed, "repeats": repeats}
-    save_results(
-        folder / "results.json", loaded, settings, results, request
-    )  # an interrupt keeps what is known by then
+    # an interrupt keeps what is known by then
+    save_results(folder / "results.json", loaded, settings, results, request)
     times = _measure_latency(loaded, subjects, rows, settings, repeats, seed)
     for subject, row in zip(subjects, results, strict=True):
         row |= times[subject.name]
@@ -830,6 +838,7 @@ def generate(
     from heatkv.profiling.runner import images_of_rows
 
     _positive("count", count)
+    _one_ranking(statistics, orders)
     loaded = _load(model, weights, vae, text_encoder, None, size, ratio, dtype, device)
     settings = _settings(loaded, cfg)
     wanted = _what_to_draw(loaded, label or [], prompt or [], negative)
@@ -933,6 +942,7 @@ def compare(
         ("repeats", repeats),
     ):
         _positive(name, value)
+    _one_ranking(statistics, orders)
     names = _names(policies, "policy")
     parsed = [Budget.parse(text) for text in _names(budgets, "budget")]
     needed = _needs_statistics(names) and orders is None
@@ -941,7 +951,7 @@ def compare(
     rows = rows if rows is not None else settings.rows_per_image
     images_of_rows(rows, settings)
     given = _statistics(statistics, loaded, settings)
-    _check_request(loaded, names, parsed, plan or [], rows, sink_scales)
+    _check_request(loaded, names, parsed, plan or [], orders, rows, sink_scales)
     folder = make_folder(out)
     measured = (
         given if given is not None or not needed else _statistics_of_folder(folder, loaded, samples, seed, settings)
@@ -959,9 +969,8 @@ def compare(
         "repeats": repeats,
         "statistics": None if measured is None else measured.provenance.to_json(),
     }
-    save_results(
-        folder / "results.json", loaded, settings, results, request
-    )  # an interrupt keeps what is known by then
+    # an interrupt keeps what is known by then
+    save_results(folder / "results.json", loaded, settings, results, request)
     times = _measure_latency(loaded, subjects, rows, settings, repeats, seed)
     finished: list[dict[str, Any]] = []
     sheets: dict[str, list[tuple[str, Any]]] = {}

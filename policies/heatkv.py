@@ -39,7 +39,6 @@ def drop_by_rank(problem: PlanningProblem, sink_scales: int, rankings: HeadRanki
     geometry = problem.geometry
     scales = len(geometry.schedule)
     last_read = np.full((geometry.layers, geometry.heads, scales), scales - 1, dtype=np.int64)
-    last_read[:, :, -1] = scales - 1
     if sink_scales >= scales - 1:
         return last_read
     dropped = np.asarray(dropped_pairs(problem, sink_scales))

@@ -137,12 +137,6 @@ class FidelityBench:
         images = [drawn.images for drawn, _ in self._reference if drawn.images is not None]
         return torch.cat(images)[: self.pictures]
 
-    @property
-    def passes(self) -> int:
-        """Images that `compare` draws for one plan, for a progress bar."""
-        free = sum(len(samples) for samples in self._batches if samples.start < self.pictures)
-        return self._batches[-1].stop + free
-
     def compare(self, plan: Plan) -> Fidelity:
         """Fidelity of a plan to the full cache."""
         tokens = self._model.geometry.schedule.tokens

@@ -239,6 +239,7 @@ def test_generate_writes_a_picture_per_label(tmp_path: Path, capsys: pytest.Capt
         (["--label", "dragon"], "no class 'dragon'"),
         (["--label", "cat", "--policy", "streaming"], "needs --budget"),
         (["--label", "cat", "--count", "0"], "--count is 0"),
+        (["--label", "cat", "--orders", "a", "--statistics", "b"], "give one of them"),
         (["--label", "cat", "--cfg", "-1"], "cfg is -1"),
         (["--label", "cat", "--prompt", "a cat"], "draws classes, not prompts"),
         (["--label", "cat", "--device", "meta"], "cannot be used here"),
@@ -319,13 +320,15 @@ def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--images", "0"], "--images is 0"),
         (["--rows", "5"], "rows=5"),
         (["--plan", "absent.json"], "cannot read absent.json"),
+        (["--orders", str(ORDERS)], "12 layers x 6 heads = 72"),
+        (["--orders", "a", "--statistics", "b"], "give one of them"),
     ],
 )
 def test_compare_refuses_before_it_measures(
     arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said in refused(capsys, "compare", *arguments, "--out", str(tmp_path / "out"))
-    assert not (tmp_path / "out" / "statistics.safetensors").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT])

@@ -117,5 +117,7 @@ def test_the_command_answers_both_ways(capsys: pytest.CaptureFixture[str]) -> No
     back = json.loads(capsys.readouterr().out)
     assert back["images"] >= 4
     assert back["total_bytes"] <= 2 << 30
+    assert run(["fit", "--memory", "24GiB", "--batch", "2", "--budget", "10%"]) == 2
+    assert "give one of them" in capsys.readouterr().err
     assert run(["fit", "--model", "infinity-8b", "--memory", "1GiB"]) == 2
     assert "without any cache" in capsys.readouterr().err

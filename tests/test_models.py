@@ -55,7 +55,7 @@ def test_vqvae_configuration_is_read_off_the_tensors() -> None:
     assert vqvae_config(with_encoder, (1, 2, 4)) == config
     assert build_vqvae(with_encoder, (1, 2, 4)).has_encoder
     decoder = build_vqvae(without, (1, 2, 4))
-    with pytest.raises(ValueError, match="without its encoder"):
+    with pytest.raises(ModelError, match="without its encoder"):
         decoder.latent(torch.zeros(1, 3, 16, 16))
 
 

@@ -106,7 +106,6 @@ class Drawing:
         self._input_RNC = transformer.first_input(self._condition)
         self._f_hat: Tensor | None = None
         self.scale = 0
-        self.conditional_logits: Tensor | None = None
 
     def logits(self, cache: Attend) -> Tensor:
         """Guided logits of the running scale, (B, N, V) in fp32."""

@@ -199,10 +199,6 @@ class TextCondition:
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     mask_R11M: Tensor | None
 
-    @property
-    def rows(self) -> int:
-        return self.pooled_RC.shape[0]
-
 
 class Block(nn.Module):
     """Self-attention and feed-forward, modulated by AdaLN, with ungated cross attention between them."""

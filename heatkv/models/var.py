@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from heatkv.errors import ModelError
 from heatkv.schedule import ScaleSchedule
 
 MAX_LOG_SCALE = math.log(100)
@@ -50,7 +51,7 @@ class VARConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+            raise ModelError(f"width {self.width} is not a multiple of {self.heads} heads")
 
     @property
     def head_dim(self) -> int:
@@ -163,10 +164,6 @@ class Condition:
 
     class_RC: Tensor
     modulations: tuple[Tensor, ...]
-
-    @property
-    def rows(self) -> int:
-        return self.class_RC.shape[0]
 
 
 class VAR(nn.Module):

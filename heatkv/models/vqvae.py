@@ -16,6 +16,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from heatkv.errors import ModelError
+
 # Index of the phi convolution for K scales and four shared convolutions. The rule is "nearest tick", but
 # ticks tie exactly for several K and the published weights were trained with one outcome of the rounding.
 _PHI_OF_SCALE: dict[int, tuple[int, ...]] = {
@@ -326,7 +328,7 @@ class MultiScaleQuantizer(nn.Module):
             if scale + 1 < len(self.config.patch_sides):
                 maps.append(self.next_map(f_hat, scale + 1))
         if f_hat is None:
-            raise ValueError("decode_maps needs the codes of at least one scale")
+            raise ModelError("decode_maps needs the codes of at least one scale")
         return f_hat, maps
 
 
@@ -347,7 +349,7 @@ class VQVAE(nn.Module):
     def latent(self, image_B3HW: Tensor) -> Tensor:
         """Image in [-1, 1] to the latent before quantisation, (B, Z, P, P)."""
         if not self.has_encoder:
-            raise ValueError("this VQVAE was built without its encoder; load one that has encoder.* weights")
+            raise ModelError("this VQVAE was built without its encoder; load one that has encoder.* weights")
         out: Tensor = self.quant_conv(self.encoder(image_B3HW))
         return out
 
