@@ -7,7 +7,8 @@ Shapes: R rows, B images (the conditional rows, which come first), H heads, N qu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,33 +26,99 @@ from heatkv.sampling import CommonRandomSampler, Settings
 from heatkv.statistics import Provenance, Statistics
 from heatkv.versions import versions
 
-MAX_BLOCK_LOGITS = 1 << 22
-"""Most logits that exist at a time (16 MiB in fp32)."""
+MAX_BLOCK_NUMBERS = 1 << 22
+"""Most numbers of one kind, such as logits, that exist at a time (16 MiB in fp32)."""
 
 
-def scale_masses(q_BHND: Tensor, keys: list[Tensor]) -> Tensor:
-    """Share of every query's softmax that falls on each source, mean over queries: (B, H, sources), float64.
+@dataclass(frozen=True)
+class SourceReads:
+    """What a scale's queries take from every source, (B, H, S): sums over its queries, float64.
 
-    `keys[s]` is (B, H, M_s, D) and q carries the softmax scale; each query's shares sum to one.
+    `mass` is the share of the softmax. `drop_error`, where values are told, is |F d|^2 with d the change of the
+    head's output when that source alone is dropped (0 for the running scale, which never is) and F the given factor.
     """
-    batch, heads, queries, _ = q_BHND.shape
-    widest = max(k.shape[2] for k in keys)
-    block = max(1, MAX_BLOCK_LOGITS // (batch * heads * widest))
-    total = torch.zeros(batch, heads, len(keys), dtype=torch.float64, device=q_BHND.device)
-    transposed = [k.float().transpose(2, 3) for k in keys]
+
+    mass: Tensor
+    drop_error: Tensor | None
+
+
+def read_sources(
+    q_BHND: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor] = (),
+    factor_HDD: Tensor | None = None,
+) -> SourceReads:
+    """Measure what each query reads from each source, block by block and source by source.
+
+    `keys[s]` and `values[s]` are (B, H, M_s, D), the running scale last; q carries the softmax scale. Dropping source
+    s moves a head's output from o to o_rest, its attention over the rest, so d = p_s (o_s - o_rest), p_s its mass.
+    """
+    batch, heads, queries, dim = q_BHND.shape
+    count = len(keys)
+    widest = max(max(k.shape[2] for k in keys), count * dim if factor_HDD is not None else 1)
+    block = max(1, MAX_BLOCK_NUMBERS // (batch * heads * widest))
+    mass = torch.zeros(batch, heads, count, dtype=torch.float64, device=q_BHND.device)
+    error = torch.zeros_like(mass) if factor_HDD is not None else None
     with torch.autocast(q_BHND.device.type, enabled=False):  # it would round the logits
+        transposed = [k.float().transpose(2, 3) for k in keys]
+        # |F (V p)| = |(F V) p|: the factor is cheapest on the values
+        whitened = [v.float() @ factor_HDD.transpose(1, 2) for v in values] if factor_HDD is not None else []
         for first in range(0, queries, block):
             q = q_BHND[:, :, first : first + block].float()
-            lse_BHNS = torch.stack([torch.logsumexp(q @ k, dim=-1) for k in transposed], dim=-1)
-            total += lse_BHNS.softmax(dim=-1).sum(dim=2, dtype=torch.float64)
-    return total / queries
+            highest, weights, sums = [], [], []
+            for source, k in enumerate(transposed):
+                logits = q @ k
+                highest.append(logits.amax(dim=-1))
+                scores = logits.sub_(highest[-1][..., None]).exp_()
+                weights.append(scores.sum(dim=-1))
+                if whitened:
+                    sums.append(scores @ whitened[source])
+            lse_BHNS = torch.stack(highest, dim=-1) + torch.stack(weights, dim=-1).log()
+            p_BHNS = lse_BHNS.softmax(dim=-1)
+            mass += p_BHNS.sum(dim=2, dtype=torch.float64)
+            if error is not None and count > 1:
+                outputs = [total.div_(weight[..., None]) for total, weight in zip(sums, weights, strict=True)]
+                error += _drop_errors(lse_BHNS, p_BHNS, outputs)
+    return SourceReads(mass, error)
+
+
+def _drop_errors(lse_BHNS: Tensor, p_BHNS: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """Squared change of the output when one source is dropped, summed over queries, (B, H, S) float64.
+
+    `outputs[s]` is the attention over source s alone, (B, H, N, D). What is left is added up from both sides of s
+    and not taken as a difference, which would lose all digits where nearly all mass is on s.
+    """
+    shares = (lse_BHNS - lse_BHNS.amax(dim=-1, keepdim=True)).exp()
+    scaled = [output * share[..., None] for output, share in zip(outputs, shares.unbind(-1), strict=True)]
+    after: list[tuple[Tensor, Tensor]] = [(scaled[-1], shares[..., -1])]
+    for source in range(len(outputs) - 2, 0, -1):
+        after.append((after[-1][0] + scaled[source], after[-1][1] + shares[..., source]))
+    errors = []
+    before: tuple[Tensor, Tensor] | None = None
+    for source, output in enumerate(outputs[:-1]):
+        rest, weight = after.pop()
+        if before is not None:
+            rest, weight = rest + before[0], weight + before[1]
+        rest = rest / weight.clamp(min=torch.finfo(weight.dtype).tiny)[..., None]
+        change = (output - rest).square_().sum(-1) * p_BHNS[..., source].square()
+        errors.append(change.sum(2, dtype=torch.float64))
+        before = (
+            (scaled[source], shares[..., source])
+            if before is None
+            else (before[0] + scaled[source], before[1] + shares[..., source])
+        )
+    return torch.stack([*errors, torch.zeros_like(errors[0])], dim=-1)
 
 
 class MeasuringCache(KVCache):
-    """A full cache that also adds up the attention mass of its first `images` rows, the conditional ones.
+    """A full cache that also adds up what every head reads of every source scale.
 
-    `mass_sum` and `mass_square_sum` are float64 (L, H, T, T) sums over the images drawn since the last reset.
-    Raises PlanError when the plan drops anything, or for more images than rows.
+    The first `images` rows are the conditional ones. Sums over the images since the last reset, float64 (L, H, T, T):
+    `mass_sum` and `mass_square_sum` of the conditional rows' mean attention mass, `all_mass_sum` of the mean over all
+    rows, and, where `output_weights` (one (H, C, D) per layer) are given, `error_sum` of the squared output error of
+    dropping the cell, relative to the residual stream that enters the layer: summed over queries, mean over rows. The
+    model must then tell `see` about every layer before it attends. Raises PlanError when the plan drops anything, or
+    for rows that are not whole images.
     """
 
     def __init__(
@@ -61,12 +128,16 @@ class MeasuringCache(KVCache):
         images: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        output_weights: Sequence[Tensor] = (),
     ) -> None:
         if not plan.had_no_effect():
             raise PlanError(f"the plan of policy {plan.policy!r} drops cells; attention is measured on the full cache")
-        if not 1 <= images <= rows:
+        if not 1 <= images <= rows or rows % images:
             raise PlanError(f"{images} images cannot be measured in {rows} rows")
         self.images = images
+        # |W d| = |R d| with W = QR, and R is small
+        self._factors = [torch.linalg.qr(weight.double()).R.float().to(device) for weight in output_weights]
         super().__init__(plan, rows, dtype, device)
 
     def reset(self) -> None:
@@ -75,17 +146,56 @@ class MeasuringCache(KVCache):
         shape = (geometry.layers, geometry.heads, len(geometry.schedule), len(geometry.schedule))
         self.mass_sum: NDArray[np.float64] = np.zeros(shape)
         self.mass_square_sum: NDArray[np.float64] = np.zeros(shape)
+        self.all_mass_sum: NDArray[np.float64] = np.zeros(shape)
+        self.error_sum: NDArray[np.float64] | None = np.zeros(shape) if self._factors else None
+        self._relative_R: Tensor | None = None
+
+    def sums(self) -> dict[str, NDArray[np.float64]]:
+        """What was added up, by the names that Statistics has for it."""
+        sums = {
+            "mass_sum": self.mass_sum,
+            "mass_square_sum": self.mass_square_sum,
+            "all_mass_sum": self.all_mass_sum,
+        }
+        return sums if self.error_sum is None else sums | {"error_sum": self.error_sum}
+
+    def see(self, layer: int, residual_RNC: Tensor, gate_R1C: Tensor) -> None:
+        """Take what turns a change of this layer's attention output into one relative to its residual stream."""
+        del layer
+        size_R = residual_RNC.double().square().sum(-1).mean(-1)
+        self._relative_R = gate_R1C.double().square().flatten(1).mean(-1) / size_R
 
     def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
         (group,) = step.groups  # a full cache holds the same in every head
-        target, images = self._target, self.images
+        target, rows, images = self._target, self.rows, self.images
         sizes = self.plan.schedule.tokens[:target]
-        held = self.arena_2RPD[0, :images].index_select(1, group.slots_GM.flatten())
-        past = held.view(images, k_RHND.shape[1], -1, k_RHND.shape[3]).split(sizes, dim=2) if sizes else ()
-        mass_BHS = scale_masses(q_RHND[:images], [*past, k_RHND[:images]]).cpu().numpy()
-        self.mass_sum[layer, :, target, : target + 1] += mass_BHS.sum(axis=0)
-        self.mass_square_sum[layer, :, target, : target + 1] += (mass_BHS**2).sum(axis=0)
+        keys, values = [k_RHND], [v_RHND]
+        if sizes:
+            held = self.arena_2RPD.index_select(2, group.slots_GM.flatten())
+            past_k, past_v = held.view(2, rows, k_RHND.shape[1], -1, k_RHND.shape[3])
+            keys, values = [*past_k.split(sizes, dim=2), k_RHND], [*past_v.split(sizes, dim=2), v_RHND]
+        factor = self._factors[layer] if self._factors else None
+        reads = read_sources(q_RHND, keys, values, factor)
+        mass_IBHS = (reads.mass / q_RHND.shape[2]).unflatten(0, (rows // images, images)).cpu().numpy()
+        at = (layer, slice(None), target, slice(target + 1))
+        self.mass_sum[at] += mass_IBHS[0].sum(axis=0)
+        self.mass_square_sum[at] += (mass_IBHS[0] ** 2).sum(axis=0)
+        self.all_mass_sum[at] += mass_IBHS.mean(axis=0).sum(axis=0)
+        if self.error_sum is not None:
+            if self._relative_R is None:
+                raise PlanError("the residual stream was not told before attention; call see() for every layer")
+            assert reads.drop_error is not None
+            error_RHS = reads.drop_error * self._relative_R[:, None, None]
+            self.error_sum[at] += error_RHS.sum(dim=0).cpu().numpy() / (rows // images)
+            self._relative_R = None
         return super()._attention(layer, q_RHND, k_RHND, v_RHND, step)
+
+
+def add_sums(
+    sums: Mapping[str, NDArray[np.float64]], more: Mapping[str, NDArray[np.float64]]
+) -> dict[str, NDArray[np.float64]]:
+    """Entry by entry; nothing measured yet is an empty mapping."""
+    return {name: array + sums[name] if sums else array for name, array in more.items()}
 
 
 def calibrate(
@@ -106,22 +216,22 @@ def calibrate(
     if samples < 1:
         raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
     settings = settings if settings is not None else model.sampling
-    mass_sum, mass_square_sum = None, None
+    adapter, layers = model.adapter, range(model.geometry.layers)
+    weights = [adapter.output_weight(layer) for layer in layers]
+    sums: dict[str, NDArray[np.float64]] = {}
     names: list[str] = []
     for start in range(first_sample, first_sample + samples, batch):
         count = min(batch, first_sample + samples - start)
         labels = model.labels(count, start)
         rows = count * settings.rows_per_image
-        cache = MeasuringCache(model.plan(), rows, count, model.compute_dtype, model.device)
+        cache = MeasuringCache(model.plan(), rows, count, model.compute_dtype, model.device, output_weights=weights)
         sampler = CommonRandomSampler(seed, range(start, start + count), settings)
-        run_scales(model, labels, cache, sampler, settings, decode=False)
-        mass_sum = cache.mass_sum if mass_sum is None else mass_sum + cache.mass_sum
-        mass_square_sum = cache.mass_square_sum if mass_square_sum is None else mass_square_sum + cache.mass_square_sum
+        with adapter.watching(cache.see):
+            run_scales(model, labels, cache, sampler, settings, decode=False)
+        sums = add_sums(sums, cache.sums())
         names += sample_names(model, seed, labels, start)
         if progress is not None:
             progress(len(names))
-    assert mass_sum is not None
-    assert mass_square_sum is not None
     cfg, told = told_settings(settings, model)
     provenance = Provenance(
         model=model.name,
@@ -131,7 +241,7 @@ def calibrate(
         samples=tuple(names),
         versions=versions(),
     )
-    return Statistics(model.geometry.schedule, mass_sum, mass_square_sum, provenance)
+    return Statistics(model.geometry.schedule, provenance=provenance, **sums)
 
 
 def told_settings(settings: Settings, model: ImageModel[Any]) -> tuple[float | None, dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 S-CAS, the scale-dependent cumulative attention score of HeatKV, is the attention mass head (l, h) puts on source scale
 s, averaged over queries, over later target scales (the last included) and over calibration samples.
+The drop error is what the picture's stream loses when one cell is dropped: the squared change of the head's
+contribution, relative to the residual stream that enters the layer.
 Arrays: L layers, H heads, T scales; mass[l, h, t, s] is target scale t looking at source scale s.
 """
 
@@ -25,6 +27,7 @@ from heatkv.geometry import CacheGeometry
 from heatkv.schedule import ScaleSchedule
 
 FORMAT, VERSION = "heatkv-statistics", 1
+_ARRAYS = ("mass_sum", "mass_square_sum", "all_mass_sum", "error_sum")
 _MASS_TOLERANCE = 1e-3  # of the sum over sources, which is 1: bf16 attention rounds
 
 FloatArray = NDArray[np.float64]
@@ -58,43 +61,54 @@ class Provenance:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Sums of attention mass over samples, so that shards merge by addition.
+    """Sums over samples, so that shards merge by addition; float64 (L, H, T, T), entries with s > t are zero.
 
-    `mass_sum` and `mass_square_sum` are float64 (L, H, T, T); entries with s > t are zero.
-    Raises StatisticsError for wrong shapes, values that are not finite or negative, or rows that do not sum to one.
+    `mass_sum` and `mass_square_sum` are of the conditional rows' attention mass, as the paper has it, `all_mass_sum`
+    of the mean over all rows, `error_sum` of the drop error, summed over queries, mean over rows. The last two are
+    None where they were not measured. Raises StatisticsError for wrong shapes, values that are not finite or negative,
+    or masses that do not sum to one.
     """
 
     schedule: ScaleSchedule
     mass_sum: FloatArray
     mass_square_sum: FloatArray
     provenance: Provenance
+    all_mass_sum: FloatArray | None = None
+    error_sum: FloatArray | None = None
 
     def __post_init__(self) -> None:
         scales = len(self.schedule)
-        for name in ("mass_sum", "mass_square_sum"):
-            array = np.array(getattr(self, name), dtype=np.float64)
+        for name, given in self._arrays().items():
+            array = np.array(given, dtype=np.float64)
             if array.ndim != 4 or array.shape[2:] != (scales, scales) or 0 in array.shape:
                 raise StatisticsError(f"{name} has shape {array.shape}; it must be (layers, heads, {scales}, {scales})")
             if not np.isfinite(array).all() or (array < 0).any():
                 layer, head, target, source = (int(i) for i in np.argwhere(~(np.isfinite(array) & (array >= 0)))[0])
                 raise StatisticsError(
                     f"{name} of layer {layer}, head {head}, target {target}, source {source} is "
-                    f"{array[layer, head, target, source]}; attention mass is finite and not negative"
+                    f"{array[layer, head, target, source]}; it must be finite and not negative"
                 )
+            if array.shape != np.shape(self.mass_sum):
+                raise StatisticsError(f"mass_sum is {np.shape(self.mass_sum)}, {name} {array.shape}")
+            if np.triu(array, 1).any():
+                raise StatisticsError(f"{name}: a target scale looks at a later source scale, which does not exist yet")
             array.setflags(write=False)
             object.__setattr__(self, name, array)
-        if self.mass_sum.shape != self.mass_square_sum.shape:
-            raise StatisticsError(f"mass_sum is {self.mass_sum.shape}, mass_square_sum {self.mass_square_sum.shape}")
         if not self.count:
             raise StatisticsError("statistics of no sample say nothing; calibrate with at least one")
         if len(set(self.provenance.samples)) != self.count:
             raise StatisticsError("a calibration sample is counted twice")
-        if np.triu(np.ones((scales, scales), dtype=bool), 1)[None, None].__and__(self.mass_sum > 0).any():
-            raise StatisticsError("a target scale looks at a later source scale, which does not exist yet")
-        with np.errstate(over="ignore"):  # a damaged file may hold numbers whose sum is infinite
-            off = np.abs(self.mass.sum(axis=3) - 1).max()
-        if off > _MASS_TOLERANCE:
-            raise StatisticsError(f"the attention mass of a head sums to 1 +- {off:.3g} over its sources, not to 1")
+        for sums in (self.mass_sum, self.all_mass_sum):
+            if sums is None:
+                continue
+            with np.errstate(over="ignore"):  # a damaged file may hold numbers whose sum is infinite
+                off = np.abs((sums / self.count).sum(axis=3) - 1).max()
+            if off > _MASS_TOLERANCE:
+                raise StatisticsError(f"the attention mass of a head sums to 1 +- {off:.3g} over its sources, not to 1")
+
+    def _arrays(self) -> dict[str, FloatArray]:
+        """What was measured, by the names in files."""
+        return {name: array for name in _ARRAYS if (array := getattr(self, name)) is not None}
 
     @property
     def layers(self) -> int:
@@ -123,6 +137,33 @@ class Statistics:
         variance = (self.mass_square_sum - self.count * self.mass**2) / (self.count - 1)
         spread: FloatArray = np.sqrt(np.maximum(variance, 0))
         return spread
+
+    @property
+    def all_mass(self) -> FloatArray:
+        """Mean attention mass [l, h, t, s] over samples, queries and all rows, the unconditional ones too.
+
+        Raises StatisticsError when it was not measured.
+        """
+        return self._measured("all_mass_sum")
+
+    @property
+    def drop_error(self) -> FloatArray:
+        """Mean over samples and rows of the squared error of dropping cell (l, h, s) for target t, summed over queries:
+        sum_q |W_o^h p_s (o_s - o_rest)|^2 mean(gate^2) / mean |x|^2, x the residual stream entering layer l.
+
+        Raises StatisticsError when it was not measured.
+        """
+        return self._measured("error_sum")
+
+    def _measured(self, name: str) -> FloatArray:
+        sums: FloatArray | None = getattr(self, name)
+        if sums is None:
+            raise StatisticsError(
+                f"these statistics ({self.provenance.model}) lack {name}, which was not measured with them; calibrate "
+                "again with this release"
+            )
+        mean: FloatArray = sums / self.count
+        return mean
 
     @cached_property
     def scas(self) -> FloatArray:
@@ -180,12 +221,13 @@ class Statistics:
         merged = Provenance(
             mine.model, mine.fingerprint, mine.cfg, mine.settings, mine.samples + theirs.samples, mine.versions
         )
-        return Statistics(
-            self.schedule,
-            self.mass_sum + other.mass_sum,
-            self.mass_square_sum + other.mass_square_sum,
-            merged,
-        )
+        arrays, more = self._arrays(), other._arrays()
+        if set(arrays) != set(more):
+            raise StatisticsError(
+                f"cannot merge statistics of {', '.join(arrays)} with those of {', '.join(more)}; calibrate again"
+            )
+        sums = {name: array + more[name] for name, array in arrays.items()}
+        return Statistics(self.schedule, provenance=merged, **sums)
 
     # ------------------------------------------------------------------ files
 
@@ -198,7 +240,7 @@ class Statistics:
         }
         with replacing(path) as temporary:
             save_file(
-                {"mass_sum": self.mass_sum, "mass_square_sum": self.mass_square_sum},
+                self._arrays(),
                 temporary,
                 metadata={"heatkv": json.dumps(header)},
             )
@@ -215,13 +257,12 @@ class Statistics:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             header = check_header(json.loads(text), path, FORMAT, VERSION)
             told = header["provenance"]
-            if set(arrays) != {"mass_sum", "mass_square_sum"}:
-                raise FormatError(f"{path} holds the arrays {sorted(arrays)}, not mass_sum and mass_square_sum")
+            if not {"mass_sum", "mass_square_sum"} <= set(arrays) <= set(_ARRAYS):
+                raise FormatError(f"{path} holds the arrays {sorted(arrays)}; known are {', '.join(_ARRAYS)}")
             return cls(
                 ScaleSchedule.of(header["schedule"]),
-                arrays["mass_sum"],
-                arrays["mass_square_sum"],
-                Provenance(
+                **arrays,
+                provenance=Provenance(
                     model=str(told["model"]),
                     fingerprint=str(told["fingerprint"]),
                     cfg=None if told["cfg"] is None else float(told["cfg"]),

@@ -106,6 +106,10 @@ class EvictionPolicy(ABC):
             raise
         except Exception as error:  # a third party's policy may fail in any way
             raise PolicyError(f"policy {self.name!r} failed: {type(error).__name__}: {error}") from error
+        return self.finish(problem, last_read)
+
+    def finish(self, problem: PlanningProblem, last_read: IntArray, **certificate: float) -> Plan:
+        """The plan with all that it was made for; `certificate` is value, value_bound and gap where they are known."""
         return Plan(
             policy=self.name,
             geometry=problem.geometry,
@@ -115,6 +119,7 @@ class EvictionPolicy(ABC):
             sink_scales=self.sink_scales,
             model=problem.model,
             settings=self.settings(problem),
+            **certificate,
         )
 
     def settings(self, problem: PlanningProblem) -> dict[str, Any]:

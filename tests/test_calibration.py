@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv import calibration
-from heatkv.calibration import MeasuringCache, calibrate, ranking_agreement, scale_masses
+from heatkv.calibration import MeasuringCache, calibrate, ranking_agreement, read_sources
 from heatkv.errors import PlanError, StatisticsError
 from heatkv.generation import run_scales
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -30,11 +30,11 @@ def test_masses_equal_dense_softmax(sizes: list[int], queries: int, block: int, 
     generator = torch.Generator().manual_seed(sum(sizes) * 8 + queries)
     q = torch.randn(2, 3, queries, 4, generator=generator) * sharpness
     keys = [torch.randn(2, 3, size, 4, generator=generator) for size in sizes]
-    before, calibration.MAX_BLOCK_LOGITS = calibration.MAX_BLOCK_LOGITS, block
+    before, calibration.MAX_BLOCK_NUMBERS = calibration.MAX_BLOCK_NUMBERS, block
     try:
-        got = scale_masses(q, keys)
+        got = read_sources(q, keys).mass / queries
     finally:
-        calibration.MAX_BLOCK_LOGITS = before
+        calibration.MAX_BLOCK_NUMBERS = before
     dense = (q.double() @ torch.cat(keys, dim=2).double().transpose(2, 3)).softmax(-1)
     expected = torch.stack([part.sum(-1).mean(-1) for part in dense.split(sizes, dim=-1)], dim=-1)
     assert got.dtype == torch.float64
@@ -116,9 +116,9 @@ def test_masses_are_not_rounded_by_autocast() -> None:
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(1, 2, 5, 8, generator=generator)
     keys = [torch.randn(1, 2, size, 8, generator=generator) for size in (3, 4)]
-    plain = scale_masses(q, keys)
+    plain = read_sources(q, keys).mass
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(scale_masses(q, keys), plain)
+        assert torch.equal(read_sources(q, keys).mass, plain)
 
 
 def test_no_sample_is_refused(emoji: ClassConditionalModel) -> None:

@@ -370,7 +370,7 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert models["infinity-2b"]["full_bytes"] == 6425 * 32 * 16 * 128 * 2 * 4
     assert run(["policies", "--json"]) == 0
     policies = {row["policy"] for row in json.loads(capsys.readouterr().out)}
-    assert policies == {"full", "heatkv", "random", "sliding-window", "streaming"}
+    assert policies == {"full", "heatkv", "heatkv-lp", "random", "sliding-window", "streaming"}
     assert run(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["models with weights"] == "emoji"
     for command in ("doctor", "models", "policies"):

@@ -151,7 +151,7 @@ def scaled(factor: float) -> Callable[[NDArray[np.float64]], None]:
 @pytest.mark.parametrize(
     ("change", "phrase"),
     [
-        (set_to(float("nan"), 1, 2, 3, 0), "layer 1, head 2, target 3, source 0 is nan; attention mass is finite"),
+        (set_to(float("nan"), 1, 2, 3, 0), "layer 1, head 2, target 3, source 0 is nan; it must be finite"),
         (set_to(float("inf"), 0, 1, 2, 1), "layer 0, head 1, target 2, source 1 is inf"),
         (set_to(-0.25, 1, 0, 1, 1), r"layer 1, head 0, target 1, source 1 is -0\.25; .* not negative"),
         (set_to(0.1, 0, 0, 1, 2), "looks at a later source scale, which does not exist yet"),
@@ -260,7 +260,7 @@ def test_the_documented_header_is_enough(tmp_path: Path) -> None:
         (lambda header, _: header["provenance"].update(settings=[1]), FormatError, "not a whole statistics file"),
         (lambda header, _: header["provenance"].update(samples=None), FormatError, "not a whole statistics file"),
         (lambda header, _: header["provenance"].update(samples=["a"]), StatisticsError, "not to 1"),
-        (lambda _, arrays: arrays.pop("mass_square_sum"), FormatError, "not mass_sum and mass_square_sum"),
+        (lambda _, arrays: arrays.pop("mass_square_sum"), FormatError, "known are mass_sum, mass_square_sum"),
         (lambda _, arrays: arrays.update(more=np.zeros(1)), FormatError, r"\['mass_square_sum', 'mass_sum', 'more'\]"),
         (lambda _, arrays: arrays.update(mass_sum=arrays["mass_sum"] / 0.5), StatisticsError, "not to 1"),
         (lambda _, arrays: arrays.update(mass_sum=-arrays["mass_sum"]), StatisticsError, "not negative"),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heatkv.cache import KVCache
-from heatkv.calibration import MeasuringCache
+from heatkv.calibration import MeasuringCache, add_sums
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
@@ -273,7 +273,7 @@ class Attached:
         self._cache: KVCache | None = None
         self._undo: ExitStack | None = None
         self._measured_images = 0
-        self._sums: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+        self._sums: dict[str, NDArray[np.float64]] = {}
         self._begin()
 
     @property
@@ -378,8 +378,7 @@ class Attached:
     def _finish(self, cache: KVCache) -> None:
         if isinstance(cache, MeasuringCache):  # an image that was broken off is not counted
             self._measured_images += cache.images
-            new = (cache.mass_sum, cache.mass_square_sum)
-            self._sums = new if self._sums is None else (self._sums[0] + new[0], self._sums[1] + new[1])
+            self._sums = add_sums(self._sums, cache.sums())
 
     # ------------------------------------------------------------------ what was measured
 
@@ -392,7 +391,7 @@ class Attached:
         """
         if not self._measure:
             raise StatisticsError("nothing is measured; attach with measure=True instead of a policy or a plan")
-        if self._sums is None:
+        if not self._sums:
             raise StatisticsError("no image was drawn to its last scale yet; draw at least 1")
         indices = range(self._first_sample, self._first_sample + self._measured_images)
         provenance = Provenance(
@@ -403,7 +402,7 @@ class Attached:
             samples=tuple(f"{self._seed}:{index}:-" for index in indices),
             versions=versions(),
         )
-        return Statistics(self.plan.schedule, *self._sums, provenance)
+        return Statistics(self.plan.schedule, provenance=provenance, **self._sums)
 
 
 def _attention_fingerprint(found: Iterable[tuple[str, Any]]) -> str:

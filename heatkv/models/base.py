@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from heatkv.geometry import Budget, CacheGeometry
+from heatkv.models.adapter import ModelAdapter
 from heatkv.models.var import Attend
 from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem, make_policy
@@ -56,6 +57,11 @@ class ImageModel(ABC, Generic[Label]):
     @property
     @abstractmethod
     def compute_dtype(self) -> torch.dtype: ...
+
+    @property
+    @abstractmethod
+    def adapter(self) -> ModelAdapter:
+        """The transformer's blocks, for what queries, keys and values do not tell."""
 
     @abstractmethod
     def labels(self, count: int, first: int = 0) -> list[Label]:

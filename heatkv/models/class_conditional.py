@@ -14,6 +14,7 @@ from torch import Tensor
 
 from heatkv.errors import ModelError
 from heatkv.geometry import CacheGeometry
+from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
 from heatkv.models.var import VAR, Attend
 from heatkv.models.vqvae import VQVAE
@@ -64,6 +65,10 @@ class ClassConditionalModel(ImageModel[int]):
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.transformer.compute_dtype
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        return self.transformer.adapter()
 
     @property
     def num_classes(self) -> int:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from heatkv.errors import ModelError
+from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.models.var import MAX_LOG_SCALE, NORM_EPS, Attend, FeedForward, HeadNorm, layer_norm
 from heatkv.schedule import ScaleSchedule
 
@@ -265,6 +266,16 @@ class Infinity(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             yield block
+
+    def adapter(self) -> ModelAdapter:
+        """The view of the blocks for calibration and policies."""
+        return ModelAdapter(
+            tuple(
+                BlockView(block, block.sa.proj, lambda given: given[1].modulations[given[2]][:, 0])
+                for block in self.layers()
+            ),
+            self.config.heads,
+        )
 
     def unconditional(self, positions: int) -> Tensor:
         """The learnt features that stand for a prompt of so many positions, (M, E)."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from heatkv.errors import ModelError
 from heatkv.geometry import CacheGeometry
+from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
 from heatkv.models.bsq import BitwiseVAE, code_values, resize
 from heatkv.models.checkpoint import build_bsq, build_infinity, read_checkpoint
@@ -109,6 +110,10 @@ class TextConditionalModel(ImageModel[Prompt]):
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.transformer.compute_dtype
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        return self.transformer.adapter()
 
     def latent_size(self, scale: int) -> tuple[int, int]:
         """Height and width of a scale on the VAE's grid."""

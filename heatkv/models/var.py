@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heatkv.errors import ModelError
+from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.schedule import ScaleSchedule
 
 MAX_LOG_SCALE = math.log(100)
@@ -208,6 +209,13 @@ class VAR(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             yield block
+
+    def adapter(self) -> ModelAdapter:
+        """The view of the blocks for calibration and policies."""
+        return ModelAdapter(
+            tuple(BlockView(block, block.attn.proj, lambda given: given[1][:, 0]) for block in self.layers()),
+            self.config.heads,
+        )
 
     def condition(self, classes_R: Tensor) -> Condition:
         """Class indices (R,), `num_classes` for "no class", to what the blocks need of them."""
