@@ -1,0 +1,87 @@
+"""`heatkv generate`: images drawn under a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from heatkv.cli.opening import Loaded, open_model, open_only_plan, open_rankings, open_statistics, positive, storage_of
+from heatkv.cli.options import BudgetText, OutFolder, Policy, Ranking, Running, Source, Without
+from heatkv.cli.output import file_name, progress, say
+from heatkv.errors import HeatKVError, ModelError
+from heatkv.files import make_folder, replacing
+from heatkv.geometry import Budget
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.policies.base import PlanningProblem, make_policy
+
+
+def generate(
+    *,
+    out: OutFolder,
+    label: Annotated[list[str] | None, typer.Option("--label", help="class name or number; may be repeated")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="text (Infinity); may be repeated")] = None,
+    negative: Annotated[str | None, typer.Option("--negative", help="negative prompt of all prompts")] = None,
+    source: Annotated[Source, Without("prompts")],
+    policy: Policy = "full",
+    budget: BudgetText = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="plan.json of `heatkv solve`")] = None,
+    ranking: Ranking,
+    count: Annotated[int, typer.Option("--count", help="images per label")] = 1,
+    running: Running,
+) -> None:
+    """Draw images under a budget.
+
+    Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
+    """
+    from heatkv.generation import generate as draw
+    from heatkv.images import image_grid
+    from heatkv.profiling.runner import images_of_rows
+
+    positive(count=count)
+    loaded, settings = open_model(source, running)
+    wanted = _what_to_draw(loaded, label or [], prompt or [], negative)
+    labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
+    batch = min(len(labels), 16 if running.rows is None else images_of_rows(running.rows, settings))
+    held_rows, storage = batch * settings.rows_per_image, storage_of(loaded)
+    if plan is not None:
+        chosen = open_only_plan(plan, loaded.geometry, budget, ranking)
+    else:
+        if budget is None and policy != "full":
+            raise HeatKVError(f"policy {policy!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
+        problem = PlanningProblem(
+            loaded.geometry, Budget.parse(budget or "100%"), open_statistics(ranking.statistics, loaded, settings),
+            open_rankings(ranking.orders, loaded.geometry), running.seed, held_rows, storage, source.model,
+        )  # fmt: skip
+        chosen = make_policy(policy, **ranking.policy_options).plan(problem)
+    folder = make_folder(out)
+    done = 0
+    with progress("drawing", len(labels)) as advance:
+        for first in range(0, len(labels), batch):
+            part = labels[first : first + batch]
+            images = draw(loaded, part, chosen, seed=running.seed, first_sample=first, batch=batch, settings=settings)
+            for index, image in enumerate(images):
+                with replacing(folder / f"{first + index:04d}_{titles[first + index]}.png") as temporary:
+                    image_grid(image[None], 1).save(temporary, format="PNG")
+            done += len(part)
+            advance(len(part))
+    held = chosen.bytes(held_rows, storage) / 2**20
+    say(f"written: {done} images in {folder}; {chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time")
+
+
+def _what_to_draw(model: Loaded, labels: list[str], prompts: list[str], negative: str | None) -> list[tuple[Any, str]]:
+    """(what to draw it from, name for its file) of every label or prompt."""
+    if isinstance(model, ClassConditionalModel):
+        if prompts or negative is not None:
+            raise ModelError(f"{model.name} draws classes, not prompts; name them with --label")
+        if not labels:
+            raise ModelError(f"name what {model.name} is to draw with --label")
+        chosen = [model.label(text) for text in labels]
+        return [(index, model.class_names[index] if model.class_names else str(index)) for index in chosen]
+    if labels:
+        raise ModelError(f"{model.name} draws prompts, not classes; write them with --prompt")
+    if not prompts:
+        raise ModelError(f"write what {model.name} is to draw with --prompt")
+    encoded = model.prompts(prompts, None if negative is None else [negative] * len(prompts))
+    return list(zip(encoded, (file_name(text)[:40] for text in prompts), strict=True))

@@ -1,0 +1,93 @@
+"""What there is: `heatkv doctor`, `heatkv models`, `heatkv policies`."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from heatkv.cli.options import AsJson
+from heatkv.cli.output import pairs, say, show
+from heatkv.models import MODELS
+from heatkv.registry import broken_plugins, registered_policies
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine offers: torch, devices, Triton, NVML, optional extras, models with weights.
+
+    Example: heatkv doctor
+    """
+    import importlib.util
+    from importlib import metadata
+
+    import torch
+
+    from heatkv.profiling.environment import environment
+
+    def extra(package: str, distribution: str, why: str) -> str:
+        if importlib.util.find_spec(package) is None:
+            return f"not installed ({why})"
+        return metadata.version(distribution)
+
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    told = environment(where)
+    mps = torch.backends.mps.is_available()
+    facts = {
+        "heatkv": told["versions"]["heatkv"],
+        "python": told["versions"]["python"],
+        "torch": told["versions"]["torch"],
+        "device": f"{told['device_name']} ({told['device']})",
+        "threads": str(told["threads"]),
+        "1024^3 fp32 product, one thread": f"{told['matrix_product_1024_fp32_one_thread_ms']} ms",
+        "CUDA graphs": "yes" if torch.cuda.is_available() else "no CUDA device",
+        "mps": "yes" if mps else "no",
+        "triton": extra("triton", "triton", "heatkv[triton]"),
+        "NVML": extra("pynvml", "nvidia-ml-py", "heatkv[nvml]"),
+        "torchmetrics": extra("torchmetrics", "torchmetrics", "heatkv[metrics]; SSIM needs it"),
+        "models with weights": ", ".join(info.name for info in MODELS.values() if info.bundled),
+    }
+    show(pairs("heatkv doctor", ("what", "found"), facts), as_json, facts)
+
+
+def models(as_json: AsJson = False) -> None:
+    """The models that can be named: geometry, full cache per image, where weights come from.
+
+    Example: heatkv models
+    """
+    table = Table(
+        "model", "layers", "heads", "head size", "size", "tokens N", "full MiB/image", "weights", title="models"
+    )
+    data = []
+    for info in MODELS.values():
+        geometry = info.geometry()
+        tokens, full = geometry.schedule.cached_tokens, geometry.full_bytes(rows=2, storage="bfloat16")
+        row = {
+            "model": info.name, "layers": info.layers, "heads": info.heads, "head_dim": info.head_dim,
+            "size": info.default_size, "cached_tokens": tokens, "full_bytes": full, "weights": info.weights,
+            "runs_here": info.bundled,
+        }  # fmt: skip
+        data.append(row)
+        table.add_row(
+            info.name, str(info.layers), str(info.heads), str(info.head_dim), info.default_size,
+            str(tokens), f"{full / 2**20:.2f}", info.weights,
+        )  # fmt: skip
+    table.caption = "full cache with guidance (2 rows) in bfloat16"
+    show(table, as_json, data)
+
+
+def policies(as_json: AsJson = False) -> None:
+    """The policies that can be named: kind, what they plan from, one line, source.
+
+    Example: heatkv policies
+    """
+    table = Table("policy", "kind", "needs", "what it does", "source", "from", title="policies")
+    data = []
+    for name, known in registered_policies().items():
+        policy = known.policy
+        row = {
+            "policy": name, "kind": policy.kind, "needs": policy.needs, "summary": policy.summary(),
+            "source": policy.source, "from": known.source,
+        }  # fmt: skip
+        data.append(row)
+        table.add_row(*row.values())
+    show(table, as_json, data)
+    for name, reason in broken_plugins().items():
+        say(f"heatkv: the plug-in {name!r} could not be loaded: {reason}")

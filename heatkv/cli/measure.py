@@ -1,0 +1,229 @@
+"""Policies side by side on one model: `heatkv profile` for memory and time, `heatkv compare` also for what is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from heatkv.cli.calibrate import statistics_of_folder
+from heatkv.cli.opening import open_model, open_plan, open_rankings, open_statistics, parse_names, positive, storage_of
+from heatkv.cli.options import AsJson, Budgets, OutFolder, PlanFiles, Policies, Ranking, Repeats, Running, Source
+from heatkv.cli.output import file_name, progress, say, show
+from heatkv.errors import HeatKVError
+from heatkv.files import make_folder, read_json
+from heatkv.geometry import Budget
+from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.registry import find_policy
+from heatkv.statistics import Statistics
+
+if TYPE_CHECKING:
+    from heatkv.profiling.runner import Subject
+
+DEFAULT_POLICIES = "heatkv,sliding-window,streaming,random"
+DEFAULT_BUDGETS = "50%,30%,20%,10%"
+
+_Rows = list[dict[str, Any]]
+
+
+class _Measurement:
+    """Policies at budgets and finished plans, on a model; names and numbers are read before the model is."""
+
+    def __init__(
+        self,
+        source: Source,
+        policies: str,
+        budgets: str,
+        plans: Sequence[Path] | None,
+        ranking: Ranking,
+        running: Running,
+    ) -> None:
+        from heatkv.profiling.runner import images_of_rows
+
+        self.policies, self.policy_options = parse_names(policies, "policy"), ranking.policy_options
+        self.budgets = [Budget.parse(text) for text in parse_names(budgets, "budget")]
+        unranked = ranking.statistics is None and ranking.orders is None
+        needs = [find_policy(name).needs for name in self.policies]  # type: ignore[attr-defined]
+        self.lacks_statistics = unranked and any("statistics" in need for need in needs)
+        self.model, self.settings = open_model(source, running)
+        self.storage, self.seed = storage_of(self.model), running.seed
+        self.rows = running.rows if running.rows is not None else self.settings.rows_per_image
+        self.batch = images_of_rows(self.rows, self.settings)
+        self.statistics = open_statistics(ranking.statistics, self.model, self.settings)
+        self.plans = [(path, open_plan(path, self.model.geometry)) for path in plans or []]
+        self.rankings = open_rankings(ranking.orders, self.model.geometry)
+
+    def check(self) -> None:
+        """Refuse bad policies and budgets before anything is measured."""
+        texts = [str(budget) for budget in self.budgets]
+        for text in texts:
+            if texts.count(text) > 1:
+                raise HeatKVError(f"budget {text} is named twice")
+        geometry, name_of_model = self.model.geometry, self.model.name
+        problems = [
+            PlanningProblem(geometry, budget, rows=self.rows, storage=self.storage, model=name_of_model)
+            for budget in self.budgets
+        ]
+        for name in self.policies:
+            policy = make_policy(name, **self.policy_options)
+            for problem in problems if name != "full" else ():
+                policy.check(problem)
+
+    def subjects(self, statistics: Statistics | None, draws: int = 1) -> list[Subject]:
+        """Every policy at every budget, and every finished plan."""
+        from heatkv.profiling.runner import Subject, plan_subjects
+
+        subjects = plan_subjects(
+            self.model, self.policies, self.budgets, statistics=statistics, rankings=self.rankings, rows=self.rows,
+            storage=self.storage, seed=self.seed, draws=draws, options=self.policy_options,
+        )  # fmt: skip
+        for path, plan in self.plans:
+            subjects.append(Subject(f"{plan.policy} ({path.name})", f"{plan.budget:.4%}".replace(".0000", ""), (plan,)))
+        taken: set[str] = set()
+        for subject in subjects:
+            if subject.name in taken:
+                raise HeatKVError(f"{subject.name} is named twice")
+            taken.add(subject.name)
+        return subjects
+
+    def bytes_and_times(
+        self, subjects: Sequence[Subject], repeats: int, folder: Path, request: dict[str, Any]
+    ) -> _Rows:
+        """A result row for every subject; bytes are saved before times are taken, so that an interrupt keeps them."""
+        from heatkv.profiling.runner import bytes_row, latency_row, measure_latency
+
+        results = [bytes_row(self.model, subject, self.rows, self.storage) for subject in subjects]
+        self.save(folder, results, request)
+        with progress("timing", len(subjects) * repeats) as advance:
+            measured = measure_latency(
+                self.model, subjects, rows=self.rows, settings=self.settings, repeats=repeats, seed=self.seed,
+                progress=lambda: advance(1),
+            )  # fmt: skip
+        return [row | latency_row(measured[s.name]) for s, row in zip(subjects, results, strict=True)]
+
+    def save(self, folder: Path, results: _Rows, request: dict[str, Any]) -> None:
+        """Write results.json."""
+        from heatkv.profiling.runner import save_results
+
+        save_results(folder / "results.json", self.model, self.settings, results, request)
+
+    def finish(self, folder: Path, results: _Rows, request: dict[str, Any], title: str, as_json: bool) -> None:
+        """Write and show the results."""
+        from heatkv.profiling.report import results_table
+
+        self.save(folder, results, request)
+        show(results_table(results, title), as_json, read_json(folder / "results.json") if as_json else None)
+        say(f"written: {folder}")
+
+
+def profile(
+    *,
+    out: OutFolder,
+    source: Source,
+    policies: Policies = "sliding-window,streaming",
+    budgets: Budgets = DEFAULT_BUDGETS,
+    plan: PlanFiles = None,
+    ranking: Ranking,
+    repeats: Repeats = 10,
+    trace: Annotated[bool, typer.Option("--trace", help="also write a profiler trace (JSON) per policy")] = False,
+    running: Running,
+    as_json: AsJson = False,
+) -> None:
+    """Memory and latency of every policy at every budget.
+
+    Example: heatkv profile --model emoji --policies streaming --budgets 20%,10% --out results/profile
+    """
+    from heatkv.profiling.trace import save_trace
+
+    positive(repeats=repeats)
+    measurement = _Measurement(source, policies, budgets, plan, ranking, running)
+    model = measurement.model
+    subjects = measurement.subjects(measurement.statistics)
+    folder = make_folder(out)
+    request = {"seed": running.seed, "repeats": repeats}
+    results = measurement.bytes_and_times(subjects, repeats, folder, request)
+    if trace:
+        for subject in subjects:
+            path = folder / f"trace_{file_name(subject.name)}.json"
+            save_trace(path, model, subject.plans[0], measurement.batch, measurement.settings)
+    title = f"{model.name}, {measurement.rows} rows, {measurement.storage}, {model.device}"
+    measurement.finish(folder, results, request, title, as_json)
+
+
+def compare(
+    *,
+    out: OutFolder,
+    source: Source,
+    policies: Policies = DEFAULT_POLICIES,
+    budgets: Budgets = DEFAULT_BUDGETS,
+    plan: PlanFiles = None,
+    ranking: Ranking,
+    samples: Annotated[
+        int, typer.Option("--samples", help="images to calibrate on, when no statistics are given")
+    ] = 64,
+    images: Annotated[int, typer.Option("--images", help="images whose logits are compared (KL, top-1)")] = 32,
+    pictures: Annotated[int, typer.Option("--pictures", help="images drawn freely and compared (PSNR, SSIM)")] = 16,
+    draws: Annotated[int, typer.Option("--draws", help="plans of every policy that draws at random")] = 3,
+    repeats: Repeats = 5,
+    running: Running,
+    as_json: AsJson = False,
+) -> None:
+    """The main job: calibrate if needed, plan, draw, measure; a table, results.json and pictures.
+
+    Example: heatkv compare --model emoji --policies heatkv,streaming --budgets 20%,10% --out results/compare
+    """
+    from heatkv.profiling.fidelity import FidelityBench
+    from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
+    from heatkv.profiling.runner import fidelity_row
+
+    positive(samples=samples, images=images, pictures=pictures, draws=draws, repeats=repeats)
+    measurement = _Measurement(source, policies, budgets, plan, ranking, running)
+    measurement.check()
+    model, settings, seed = measurement.model, measurement.settings, running.seed
+    folder = make_folder(out)
+    statistics = measurement.statistics
+    if measurement.lacks_statistics:
+        statistics = statistics_of_folder(folder, model, samples, seed, settings)
+    subjects = measurement.subjects(statistics, draws)
+    request: dict[str, Any] = {
+        "seed": seed, "images": images, "pictures": pictures, "draws": draws, "repeats": repeats,
+        "statistics": None if statistics is None else statistics.provenance.to_json(),
+    }  # fmt: skip
+    results = measurement.bytes_and_times(subjects, repeats, folder, request)
+    finished: list[dict[str, Any]] = []
+    sheets: dict[str, list[tuple[str, Any]]] = {}
+    plans = sum(len(subject.plans) for subject in subjects)
+    passes = images + plans * (images + -(-min(pictures, images) // 16) * 16)
+    try:
+        with progress("comparing", passes) as advance:
+            bench = FidelityBench(
+                model, images=images, pictures=pictures, seed=seed + 1, settings=settings, progress=advance
+            )  # other samples than the calibration's
+            for subject, row in zip(subjects, results, strict=True):
+                figures, details = fidelity_row(bench, subject)
+                finished.append(row | figures)
+                sheets.setdefault(subject.budget, []).append((subject.policy, details.pictures))
+    except KeyboardInterrupt:
+        measurement.save(folder, finished + results[len(finished) :], request)
+        say(f"stopped; {len(finished)} of {len(subjects)} comparisons are kept in {folder / 'results.json'}")
+        raise
+    import torch
+
+    reference = [("full", bench.reference_pictures())]
+    for budget, lines in sheets.items():
+        shown = [(name, torch.cat(parts)) for name, parts in lines if name != "full"]
+        if shown:
+            tag = budget.replace("%", "percent")
+            columns = min(bench.pictures, 12)
+            save_image_sheet(
+                folder / f"images_{tag}.png", reference + shown, columns, f"{model.name}, cache of {budget}"
+            )
+    if statistics is not None:
+        save_scas_heat_map(folder / "scas.png", statistics)
+    title = (
+        f"{model.name}: cache of {measurement.rows} rows in {measurement.storage}, KL and top-1 over {images} images, "
+        f"PSNR and SSIM over {bench.pictures}"
+    )
+    measurement.finish(folder, finished, request, title, as_json)

@@ -1,0 +1,132 @@
+"""From options to what a command works with: a model and its settings, statistics and rankings, policies, plans."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from heatkv.cli.options import Ranking, Running, Source
+from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
+from heatkv.geometry import CacheGeometry
+from heatkv.models import COMPUTE_DTYPES, ModelInfo, load_model
+from heatkv.models.base import ImageModel
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.text_conditional import TextConditionalModel
+from heatkv.plan import Plan
+from heatkv.sampling import Settings
+from heatkv.statistics import HeadRankings, Statistics
+
+Loaded = ClassConditionalModel | TextConditionalModel
+
+
+def positive(**values: int) -> None:
+    """Refuse the first of these options that is below one."""
+    for name, value in values.items():
+        if value < 1:
+            raise HeatKVError(f"--{name} is {value}; it must be at least 1")
+
+
+def parse_names(text: str, what: str) -> list[str]:
+    """Names separated by commas, each once."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise HeatKVError(f"no {what} was named")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise HeatKVError(f"{what} {twice[0]!r} is named twice")
+    return names
+
+
+def parse_ratio(text: str | None) -> float | None:
+    """Height/width as a number or h:w."""
+    if text is None:
+        return None
+    try:
+        height, colon, width = text.partition(":")
+        return float(height) / (float(width) if colon else 1.0)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ScheduleError(f"cannot read the height/width ratio {text!r}; write it as 1.5 or 3:2") from error
+
+
+def known_dtype(dtype: str) -> str:
+    """The name of a type, when it is known."""
+    if dtype not in COMPUTE_DTYPES:
+        near = difflib.get_close_matches(dtype, COMPUTE_DTYPES, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ModelError(f"unknown dtype {dtype!r}{hint} Known: {', '.join(COMPUTE_DTYPES)}")
+    return dtype
+
+
+def open_model(source: Source, running: Running) -> tuple[Loaded, Settings]:
+    """The named model, with the prompts of a file for measurements, and the settings that it draws with."""
+    prompts = () if source.prompts is None else _prompts(source.prompts)
+    model = load_model(
+        source.model, source.weights, vae=source.vae, text_encoder=source.text_encoder, prompts=prompts,
+        size=source.size, ratio=parse_ratio(source.ratio), dtype=known_dtype(running.dtype), device=running.device,
+    )  # fmt: skip
+    return model, model.sampling if running.cfg is None else replace(model.sampling, cfg=running.cfg)
+
+
+def is_guided(info: ModelInfo, cfg: float | None) -> bool:
+    """Whether guidance of that strength takes a second cache row per image."""
+    return cfg is None or cfg != (1.0 if info.family == "infinity" else 0.0)
+
+
+def _prompts(path: Path) -> list[str]:
+    """The lines of a text file, empty ones left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is no UTF-8 text, one prompt a line") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise FormatError(f"{path} holds no prompt; write one a line")
+    return found
+
+
+def open_rankings(path: Path | None, geometry: CacheGeometry) -> HeadRankings | None:
+    """Published rankings from a file, when they are of this geometry."""
+    return None if path is None else HeadRankings.load_orders(path, geometry)
+
+
+def open_statistics(path: Path | None, model: ImageModel[Any], settings: Settings | None = None) -> Statistics | None:
+    """Statistics from a file, when they are of this very model, and of the guidance that it is to run with."""
+    if path is None:
+        return None
+    statistics = Statistics.load(path)
+    statistics.check_geometry(model.geometry)
+    statistics.check_fingerprint(model.fingerprint)
+    measured = statistics.provenance.cfg
+    wanted = None if settings is None else settings.to_json()["cfg"]
+    if measured is not None and wanted is not None and measured != wanted:
+        raise StatisticsError(
+            f"{path} was measured at cfg {measured:g}, this run has {wanted}; calibrate at that, or set --cfg"
+        )
+    return statistics
+
+
+def storage_of(model: ImageModel[Any]) -> str:
+    """The name of the type that the model computes in, which its cache is stored in."""
+    return next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == model.compute_dtype)
+
+
+def open_plan(path: Path, geometry: CacheGeometry) -> Plan:
+    """A finished plan, when it is of this geometry."""
+    plan = Plan.load(path, geometry.head_dim)
+    try:
+        plan.check_geometry(geometry)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+    return plan
+
+
+def open_only_plan(path: Path, geometry: CacheGeometry, budget: str | None, ranking: Ranking) -> Plan:
+    """A finished plan; refuses the options that would have gone into making one."""
+    for name, value in {"budget": budget, **vars(ranking)}.items():
+        if value is not None:
+            raise HeatKVError(f"--plan is a finished plan; leave --{name.replace('_', '-')} out")
+    return open_plan(path, geometry)

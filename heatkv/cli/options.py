@@ -1,0 +1,118 @@
+"""The options that commands share, each written once, and the groups in which several commands take them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from heatkv.errors import HeatKVError
+from heatkv.models import COMPUTE_DTYPES
+
+Model = Annotated[str, typer.Option("--model", help="name of a model, see `heatkv models`")]
+Statistic = Annotated[Path | None, typer.Option("--statistics", help="statistics file of `heatkv calibrate`")]
+Orders = Annotated[Path | None, typer.Option("--orders", help="published ranking file (JSON) instead of statistics")]
+Seed = Annotated[int, typer.Option("--seed", help="seed of samples and random policies")]
+Cfg = Annotated[float | None, typer.Option("--cfg", help="guidance strength; default: the model's; 0 = none")]
+Rows = Annotated[
+    int | None, typer.Option("--rows", help="cache rows; guidance takes two per image (default: one image)")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help=f"compute and storage type: {', '.join(COMPUTE_DTYPES)}")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+PlanFiles = Annotated[list[Path] | None, typer.Option("--plan", help="plan.json of `heatkv solve`; may be repeated")]
+Policy = Annotated[str, typer.Option("--policy", help="name of a policy, see `heatkv policies`")]
+Policies = Annotated[str, typer.Option("--policies", help="names separated by commas, see `heatkv policies`")]
+Budgets = Annotated[str, typer.Option("--budgets", help="separated by commas: 10%, 0.1, 600MiB, 2GB or 650tokens")]
+BudgetText = Annotated[str | None, typer.Option("--budget", help="10%, 0.1, 600MiB, 2GB or 650tokens")]
+SinkScales = Annotated[
+    int | None, typer.Option("--sink-scales", help="first scales that are never dropped; default: the policy's")
+]
+Weights = Annotated[Path | None, typer.Option("--weights", help="weights file or folder, see `heatkv models`")]
+Vae = Annotated[Path | None, typer.Option("--vae", help="its VAE file; default: looked for beside the weights")]
+TextEncoder = Annotated[
+    str | None, typer.Option("--text-encoder", help="T5 encoder: local folder or hub name (Infinity)")
+]
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help="text file, one prompt a line, for measurements (Infinity)")
+]
+Size = Annotated[str | None, typer.Option("--size", help="256, 512 (VAR), 0.06M, 0.25M, 0.60M, 1M (Infinity)")]
+Ratio = Annotated[str | None, typer.Option("--ratio", help="height/width, as 1.5 or 3:2")]
+Repeats = Annotated[int, typer.Option("--repeats", help="timed runs of every policy")]
+OutFolder = Annotated[Path, typer.Option("--out", help="folder to write to")]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model, and where its parts come from."""
+
+    model: Model = "emoji"
+    weights: Weights = None
+    vae: Vae = None
+    text_encoder: TextEncoder = None
+    prompts: Prompts = None
+    size: Size = None
+    ratio: Ratio = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What policies rank heads by, and what they never drop."""
+
+    statistics: Statistic = None
+    orders: Orders = None
+    sink_scales: SinkScales = None
+
+    def __post_init__(self) -> None:
+        if self.statistics is not None and self.orders is not None:
+            raise HeatKVError("--statistics and --orders both rank heads; give one of them")
+
+    @property
+    def policy_options(self) -> dict[str, Any]:
+        """What a policy is made with; an option that was not given is left to the policy."""
+        return {} if self.sink_scales is None else {"sink_scales": self.sink_scales}
+
+
+@dataclass(frozen=True)
+class Running:
+    """How the model runs."""
+
+    seed: Seed = 0
+    cfg: Cfg = None
+    rows: Rows = None
+    dtype: Dtype = "float32"
+    device: Device = "cpu"
+
+
+class Without(str):
+    """In `Annotated[Group, Without(name)]`: the command lacks this option of the group, which keeps its default."""
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """The function as typer is to see it: in the place of a parameter that is a group, a dataclass, its options.
+
+    All parameters are keyword-only, so that a group may follow an option with a default.
+    """
+    groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        group, *notes = get_args(parameter.annotation) or (parameter.annotation,)
+        options = [parameter]
+        if is_dataclass(group):
+            assert isinstance(group, type)
+            options = [o for o in inspect.signature(group, eval_str=True).parameters.values() if o.name not in notes]
+            groups[parameter.name] = group, [option.name for option in options]
+        parameters += [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+
+    @functools.wraps(function)
+    def called(**given: Any) -> None:
+        made = {name: group(**{o: given.pop(o) for o in options}) for name, (group, options) in groups.items()}
+        function(**given, **made)
+
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return called

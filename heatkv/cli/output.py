@@ -1,0 +1,49 @@
+"""What commands tell: results on the output, as a table or JSON; all else, and progress, on the error stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def say(text: str) -> None:
+    """A line for the user, beside the result."""
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+
+
+def show(value: Table | Any, as_json: bool, data: Any) -> None:
+    """The result of a command: `value`, or `data` as JSON."""
+    if as_json:
+        print(json.dumps(data, indent=1))
+    else:
+        console = Console(markup=False)
+        # a pipe has no width of its own, and a table cut to 80 columns loses figures
+        (console if console.is_terminal else Console(markup=False, width=160)).print(value)
+
+
+def pairs(title: str, heads: tuple[str, str], rows: dict[str, str]) -> Table:
+    """A table of two columns."""
+    table = Table(*heads, title=title)
+    for row in rows.items():
+        table.add_row(*row)
+    return table
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on the error stream; the callback is told how much more is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def file_name(text: str) -> str:
+    """The text with nothing in it that a file name cannot hold."""
+    return "".join(c if c.isalnum() else "_" for c in text)
