@@ -104,4 +104,9 @@ def statistics_of(
     told: dict[str, object] = {"model": "tiny", "fingerprint": "0f", "cfg": 1.5, "settings": {"top_k": 10}}
     samples = tuple(f"7:{first_sample + index}:3" for index in range(len(mass)))
     where = Provenance(**{**told, "samples": samples, "versions": {"torch": "2"}, **provenance})  # type: ignore[arg-type]
-    return Statistics(geometry.schedule, mass.sum(axis=0), (mass**2).sum(axis=0), where)
+    # any figures will do for all rows and for errors, as long as they follow from the samples
+    later = np.tril(np.ones(mass.shape[-2:]), -1)
+    return Statistics(
+        geometry.schedule, mass.sum(axis=0), (mass**2).sum(axis=0), where,
+        all_mass_sum=mass.sum(axis=0), error_sum=(mass**3 * later).sum(axis=0),
+    )  # fmt: skip
