@@ -54,6 +54,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 encoder of two layers, 24 channels, with a tokenizer of a few words, as `from_pretrained` reads it."""
+    import tokenizers
+    import transformers
+
+    folder = tmp_path_factory.mktemp("t5")
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4, "red": 5, "dog": 6}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=7, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def emoji() -> ClassConditionalModel:
     """The embedded model, in fp32."""
     return load_model("emoji")

@@ -155,11 +155,15 @@ def load_model(
     if info.family == "var":
         info.schedule(size, ratio)
         return _placed(load_var(info, found, None if vae is None else Path(vae)), compute, where)
+    if prompts and text_encoder is None:
+        raise ModelError(f"turning prompts into features for {name} needs its text encoder; name it (--text-encoder)")
+    found_vae = Path(vae) if vae is not None else find_beside(found, info.vae_files)
+    info.schedule(size, ratio)
     encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
     model = load_infinity(
         info,
         found,
-        Path(vae) if vae is not None else find_beside(found, info.vae_files),
+        found_vae,
         text_encoder=encoder,
         size=size,
         ratio=ratio,
