@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,7 @@ from rich.table import Table
 from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
 from heatkv.files import check_writable, make_folder, read_json
 from heatkv.geometry import Budget, CacheGeometry
-from heatkv.models import COMPUTE_DTYPES, MODELS, load_model, model_info
+from heatkv.models import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_info
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.text_conditional import TextConditionalModel
@@ -28,7 +30,9 @@ from heatkv.plan import Plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy
 from heatkv.registry import broken_plugins, find_policy, registered_policies
 from heatkv.sampling import Settings
+from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Statistics
+from heatkv.versions import versions
 
 app = typer.Typer(
     name="heatkv",
@@ -74,6 +78,21 @@ DEFAULT_POLICIES = "heatkv,sliding-window,streaming,random"
 DEFAULT_BUDGETS = "50%,30%,20%,10%"
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"heatkv {versions()['heatkv']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    pass
+
+
 def _say(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
 
@@ -117,6 +136,23 @@ def _ratio(text: str | None) -> float | None:
         raise ScheduleError(f"cannot read the height/width ratio {text!r}; write it as 1.5 or 3:2") from error
 
 
+def _say_template(model: str, ratio: str | None) -> None:
+    """Say which published height/width is drawn when it is not the one asked for; theirs are cut to 3 decimals."""
+    wanted = _ratio(ratio)
+    if wanted is None or model_info(model).family != "infinity":
+        return
+    taken = ScaleSchedule.infinity_template(wanted)
+    if abs(taken - wanted) > 0.0015:
+        _say(f"no published schedule has height/width {wanted:.4g}; taking the nearest, {taken:.4g}")
+
+
+def _guided(info: ModelInfo, cfg: float | None) -> bool:
+    """Whether unconditional rows run, too."""
+    if cfg is not None and not 0 <= cfg <= 100:
+        raise HeatKVError(f"cfg is {cfg}; guidance is from 0 to 100")
+    return cfg is None or cfg != (1.0 if info.family == "infinity" else 0.0)
+
+
 def _storage(dtype: str) -> str:
     if dtype not in COMPUTE_DTYPES:
         near = difflib.get_close_matches(dtype, COMPUTE_DTYPES, n=1, cutoff=0.4)
@@ -148,9 +184,12 @@ def _load(
     ratio: str | None,
     dtype: str,
     device: str,
+    measuring: bool = True,
 ) -> ClassConditionalModel | TextConditionalModel:
     """The named model, with the prompts of a file for measurements."""
-    return load_model(
+    if measuring and prompts is None and model_info(model).family == "infinity":  # said before anything is loaded
+        raise ModelError(f"measuring {model} needs prompts to draw; name a file of them (--prompts)")
+    loaded = load_model(
         model,
         weights,
         vae=vae,
@@ -161,6 +200,8 @@ def _load(
         dtype=_storage(dtype),
         device=device,
     )
+    _say_template(model, ratio)
+    return loaded
 
 
 def _prompts(path: Path) -> list[str]:
@@ -353,11 +394,9 @@ def solve(
     """
     info = model_info(model)
     geometry = info.geometry(size, _ratio(ratio))
-    if cfg is not None and not 0 <= cfg <= 100:
-        raise HeatKVError(f"cfg is {cfg}; guidance is from 0 to 100")
+    guided = _guided(info, cfg)
     _one_ranking(statistics, orders)
-    storage, unguided = _storage(dtype), 1.0 if info.family == "infinity" else 0.0
-    guided = cfg is None or cfg != unguided
+    storage = _storage(dtype)
     rows = rows if rows is not None else (2 if guided else 1)
     if plan is not None:
         _nothing_beside_a_plan(budget, statistics, orders, sink_scales)
@@ -413,6 +452,7 @@ def solve(
         table.add_row("note", "the plan has no effect: nothing is dropped at this budget")
     if out is not None:
         table.add_row("written", str(out))
+    _say_template(model, ratio)
     _show(table, as_json, facts)
 
 
@@ -422,7 +462,7 @@ def fit(
     model: Model = "infinity-2b",
     batch: Annotated[int | None, typer.Option("--batch", help="images at once (default 1)")] = None,
     budget: Annotated[
-        str | None, typer.Option("--budget", help="cache budget: then the largest batch is found")
+        str | None, typer.Option("--budget", help="cache budget (bytes: of one image): then the largest batch is found")
     ] = None,
     size: Size = None,
     ratio: Ratio = None,
@@ -439,7 +479,7 @@ def fit(
 
     info, available = model_info(model), parse_memory(memory)
     _storage(dtype)
-    guided = cfg is None or cfg != (1.0 if info.family == "infinity" else 0.0)
+    guided = _guided(info, cfg)
 
     def measure(images: int) -> Footprint:
         return footprint(
@@ -456,6 +496,7 @@ def fit(
         share = Budget.parse(budget).share(geometry, 2 if guided else 1, dtype)
         taken = largest_batch(measure, available, share)
     held = int(share * taken.full_cache)
+    percent = f"{math.floor(share * 1000) / 10}%"  # rounded down, so that asked back it fits
     facts = {
         "model": model,
         "memory_bytes": available,
@@ -481,15 +522,20 @@ def fit(
         ("classes or prompts (longest)", taken.prompt),
         ("working memory (peak)", taken.working),
         ("cache, full", taken.full_cache),
-        (f"cache at {float(share):.1%}", held),
+        (f"cache at {percent}", held),
         ("total with that", taken.without_cache + held),
     ):
         table.add_row(name, f"{value / 2**30:.3f}")
-    found = "the full cache fits" if share == 1 else f"the largest budget is {float(share):.1%}"
+    found = "the full cache fits" if share == 1 else f"the largest budget is {percent}"
     table.caption = (
         f"{found if budget is None else f'the largest batch is {taken.images}'}; from shapes, without the driver's own "
         "memory and fragmentation"
     )
+    _say_template(model, ratio)
+    schedule, sinks = info.schedule(size, _ratio(ratio)), make_policy("heatkv").sink_scales
+    least = Fraction(schedule.offsets[min(sinks, len(schedule) - 1)], schedule.cached_tokens)
+    if share < least:
+        _say(f"no policy plans that unless told so: their {sinks} sink scales alone are {float(least):.2%}")
     _show(table, as_json, facts)
 
 
@@ -839,8 +885,10 @@ def generate(
 
     _positive("count", count)
     _one_ranking(statistics, orders)
-    loaded = _load(model, weights, vae, text_encoder, None, size, ratio, dtype, device)
+    loaded = _load(model, weights, vae, text_encoder, None, size, ratio, dtype, device, measuring=False)
     settings = _settings(loaded, cfg)
+    if negative is not None and not settings.guided:
+        raise ModelError(f"--negative takes no part without guidance, and cfg {cfg:g} is none")
     wanted = _what_to_draw(loaded, label or [], prompt or [], negative)
     labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
     batch = min(len(labels), 16 if rows is None else images_of_rows(rows, settings))
@@ -856,17 +904,20 @@ def generate(
         )  # fmt: skip
         chosen = _policy(policy, sink_scales).plan(problem)
     folder = make_folder(out)
-    done = 0
+    done = replaced = 0
     with _progress("drawing", len(labels)) as advance:
         for first in range(0, len(labels), batch):
             part = labels[first : first + batch]
             images = draw(loaded, part, chosen, seed=seed, first_sample=first, batch=batch, settings=settings)
             for index, image in enumerate(images):
-                _save_picture(image_grid(image[None], 1), folder / f"{first + index:04d}_{titles[first + index]}.png")
+                path = folder / f"{first + index:04d}_{titles[first + index]}.png"
+                replaced += path.exists()
+                _save_picture(image_grid(image[None], 1), path)
             done += len(part)
             advance(len(part))
     held = chosen.bytes(batch * settings.rows_per_image, _storage_of(loaded)) / 2**20
-    _say(f"written: {done} images in {folder}; {chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time")
+    where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
+    _say(f"written: {done} images in {where}; {chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time")
 
 
 def _what_to_draw(
@@ -882,7 +933,7 @@ def _what_to_draw(
         return [(index, model.class_names[index] if model.class_names else str(index)) for index in chosen]
     if labels:
         raise ModelError(f"{model.name} draws prompts, not classes; write them with --prompt")
-    if not prompts:
+    if not prompts or not all(text.strip() for text in prompts):
         raise ModelError(f"write what {model.name} is to draw with --prompt")
     encoded = model.prompts(prompts, None if negative is None else [negative] * len(prompts))
     names = ["".join(c if c.isalnum() else "_" for c in text)[:40] for text in prompts]
