@@ -142,8 +142,8 @@ def load_model(
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
     compute = COMPUTE_DTYPES[dtype]
-    if info.bundled and weights is not None:
-        raise ModelError(f"the weights of {name} are in this package; leave --weights out")
+    if info.bundled and (weights is not None or vae is not None):
+        raise ModelError(f"the weights of {name} are in this package; leave --weights and --vae out")
     if info.family == "var" and (text_encoder is not None or prompts):
         raise ModelError(f"{name} draws classes, not prompts; leave the text encoder and prompts out")
     if info.bundled:
