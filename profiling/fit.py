@@ -180,7 +180,7 @@ def parse_memory(text: str) -> int:
 def _ways_out(taken: Footprint) -> str:
     """What a user can do when `taken` is too much."""
     ways = ["lower the batch"] if taken.images > 1 else []
-    ways += ["draw a smaller size", "take a smaller type"]
+    ways += ["draw a smaller size", "take a 16-bit type"]
     if taken.text_encoder:
         ways.append("encode prompts elsewhere (--no-text-encoder)")
     return ", or ".join([", ".join(ways[:-1]), ways[-1]])

@@ -152,7 +152,7 @@ def test_the_budget_found_fits_when_asked_back(capsys: pytest.CaptureFixture[str
         (["--model", "infinity-9b"], "unknown model"),
         (["--model", "infinity-8b", "--memory", "12GiB"], "12.00 GiB do not hold a batch of 1: without any cache it"),
         (["--model", "infinity-8b", "--memory", "12GiB"], "elsewhere (--no-text-encoder)"),
-        (["--model", "var-d30", "--memory", "1GiB"], "draw a smaller size, or take a smaller type"),
+        (["--model", "var-d30", "--memory", "1GiB"], "draw a smaller size, or take a 16-bit type"),
     ],
 )
 def test_the_command_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
