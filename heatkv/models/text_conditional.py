@@ -123,7 +123,9 @@ class TextConditionalModel(ImageModel[Prompt]):
     def prompts(self, texts: Sequence[str], negatives: Sequence[str] | None = None) -> list[Prompt]:
         """Encode texts, each with its negative when `negatives` are given. Raises ModelError without a text encoder."""
         if self.text_encoder is None:
-            raise ModelError(f"{self.name} was loaded without a text encoder; load one, or give text features")
+            raise ModelError(
+                f"{self.name} was loaded without a text encoder; name one (--text-encoder), or give features"
+            )
         if negatives is not None and len(negatives) != len(texts):
             raise ModelError(f"{len(negatives)} negative prompts for {len(texts)} prompts; give one for each")
         features = self.text_encoder.encode([*texts, *(negatives or ())])
