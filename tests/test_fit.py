@@ -165,7 +165,7 @@ def test_the_command_refuses(arguments: list[str], said: str, capsys: pytest.Cap
 
 def test_what_is_less_than_the_sinks_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["fit", "--model", "var-d16", "--memory", "2GiB", "--budget", "1%"]) == 0
-    assert "3 sink scales alone are 3.30%" in capsys.readouterr().err  # 14 of 424 tokens
+    assert "3 sink scales of HeatKV's rule alone are 3.30%" in capsys.readouterr().err  # 14 of 424 tokens
     assert run(["fit", "--memory", "24GiB", "--ratio", "1.4"]) == 0
     assert "height/width 1.4; taking the nearest, 1.333" in capsys.readouterr().err
     assert run(["fit", "--memory", "24GiB", "--ratio", "4:3"]) == 0
