@@ -23,7 +23,7 @@ from heatkv.models.base import ImageModel
 from heatkv.models.bsq import BitwiseVAE, code_values, resize
 from heatkv.models.checkpoint import build_bsq, build_infinity, read_checkpoint
 from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
-from heatkv.models.infinity import Infinity, rotation_table
+from heatkv.models.infinity import Infinity, rotation_angles, rotation_table
 from heatkv.models.text import T5TextEncoder
 from heatkv.models.var import Attend
 from heatkv.sampling import BitSamplingSettings, Settings
@@ -114,6 +114,11 @@ class TextConditionalModel(ImageModel[Prompt]):
     @property
     def adapter(self) -> ModelAdapter:
         return self.transformer.adapter()
+
+    @property
+    def key_angles(self) -> tuple[Tensor, ...]:
+        head_dim, scales = self.transformer.config.head_dim, range(len(self.schedule))
+        return tuple(rotation_angles(self.schedule, scale, head_dim) for scale in scales)
 
     def latent_size(self, scale: int) -> tuple[int, int]:
         """Height and width of a scale on the VAE's grid."""
