@@ -66,6 +66,9 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", help="statistics file to write")],
     source: Source,
     samples: Annotated[int, typer.Option("--samples", help="images to measure, all classes in turn")] = 64,
+    levels: Annotated[
+        bool, typer.Option("--levels", help="also measure what coarser levels cost, for heatkv-mr")
+    ] = False,
     append: Annotated[bool, typer.Option("--append", help="add samples to an existing file")] = False,
     running: Annotated[Running, Without("rows")],
     as_json: AsJson = False,
