@@ -1,9 +1,9 @@
 """Every policy at five budgets on the embedded model: `python benchmarks/fidelity_table.py`.
 
 Calibrates on seed 1000, then compares with the full cache on other seeds: KL of the guided logits under teacher
-forcing, PSNR of pictures drawn freely. Means over images and seeds with 95 % bootstrap intervals (over the images of a
-seed, the same ones for every policy). Writes benchmarks/results/fidelity_table.json after every plan; what it holds already is
-not measured again.
+forcing, PSNR of pictures drawn freely. Means over images and seeds with 95 % bootstrap intervals (over the images of
+a seed, the same ones for every policy). Writes benchmarks/results/fidelity_table.json after every plan; what it holds
+already is not measured again.
 """
 
 from __future__ import annotations

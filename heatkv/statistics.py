@@ -65,9 +65,9 @@ class Statistics:
     """Sums over samples, so that shards merge by addition; float64 (L, H, T, T), entries with s > t are zero.
 
     `mass_sum` and `mass_square_sum` are of the conditional rows' attention mass, as the paper has it, `all_mass_sum`
-    of the mean over all rows, `error_sum` of the drop error, summed over queries, mean over rows; `levels` are the costs of
-    coarser levels. The last three are None where they were not measured. Raises StatisticsError for wrong shapes,
-    values that are not finite or negative, or masses that do not sum to one.
+    of the mean over all rows, `error_sum` of the drop error, summed over queries, mean over rows; `levels` are the
+    costs of coarser levels. The last three are None where they were not measured. Raises StatisticsError for wrong
+    shapes, values that are not finite or negative, or masses that do not sum to one.
     """
 
     schedule: ScaleSchedule
