@@ -25,7 +25,7 @@ from heatkv.profiling.fidelity import FidelityBench
 from heatkv.statistics import Statistics
 
 OUT = Path(__file__).parent / "results" / "fidelity_table.json"
-CALIBRATION_SEED, SEEDS, IMAGES, PICTURES = 1000, (1, 2, 3), 128, 64
+CALIBRATION_SEED, SEEDS, IMAGES = 1000, (1, 2, 3), 48
 BUDGETS = ("50%", "30%", "20%", "10%", "6.5%")
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "heatkv": ("heatkv", {}),
@@ -103,7 +103,7 @@ def main() -> None:
                     if key in rows:
                         continue
                     bench = bench or FidelityBench(
-                        model, images=IMAGES, pictures=PICTURES, seed=seed, settings=model.sampling
+                        model, images=IMAGES, pictures=IMAGES, seed=seed, settings=model.sampling
                     )
                     made = plans(model, measured, name, budget)
                     found = [bench.compare(plan) for plan in made]

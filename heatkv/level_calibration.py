@@ -1,12 +1,12 @@
 """Measuring what coarser cells cost: first the logit biases of pooled keys, then all combinations of levels under them.
 
 Both passes draw with the full cache and work block by block of queries; a full query-by-key matrix never exists.
-Shapes: B rows, H heads, N queries, D head size, V levels, A and C combinations of two groups of sources.
+Shapes: B rows, H heads, N queries, D head size, V levels, I items, K combinations of levels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,18 +84,27 @@ def query_blocks(q_RHND: Tensor, numbers_per_query: int) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True)
-class Item:
-    """A source at one level as one query sees it: softmax weight w (B, H, N) and N - w o (B, H, N, D), relative to the
-    full attention with output o. Sums of items over a combination give the change of the output: sum / sum of w."""
+class Items:
+    """All a query could read, relative to the full attention with output o: for every source at every level its softmax
+    weight w, (B, H, N, I), and moment N - w o, (B, H, N, I, D), N being the weighted sum of values.
+
+    Item 0 is all that is always whole. Sums over the items of a combination give the change of the output: sum of
+    moments / sum of weights.
+    """
 
     weight: Tensor
     moment: Tensor
 
 
 def source_items(
-    q_BHND: Tensor, cells: Sequence[dict[int, tuple[Tensor, Tensor]]], biases: Sequence[dict[int, Tensor]]
-) -> list[dict[int, Item]]:
-    """The items of every source and level, the running scale last; `biases[s][level]` is (H,)."""
+    q_BHND: Tensor,
+    cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]],
+    biases: Sequence[Mapping[int, Tensor]],
+    chosen: Sequence[tuple[int, int]],
+    fixed: Sequence[int],
+) -> Items:
+    """The items of the (source, level) in `chosen`, after one for the sources `fixed` together; `cells[s][level]` are
+    keys and values (B, H, M, D), `biases[s][level]` is (H,)."""
     lse, outputs = [], []
     for levels in cells:
         k, v = levels[0]
@@ -104,39 +113,55 @@ def source_items(
         outputs.append(logits.sub_(lse[-1][..., None]).exp_() @ v)
     total_BHN = torch.logsumexp(torch.stack(lse), dim=0)
     weights = [(source - total_BHN).exp() for source in lse]
-    out_BHND = torch.stack([w[..., None] * o for w, o in zip(weights, outputs, strict=True)]).sum(0)
-    items = []
-    for levels, bias, weight, output in zip(cells, biases, weights, outputs, strict=True):
-        found = {0: Item(weight, weight[..., None] * (output - out_BHND))}
-        for level, (k, v) in levels.items():
-            if level == 0:
-                continue
-            scores = (q_BHND @ k.transpose(2, 3)).add_(bias[level][None, :, None, None] - total_BHN[..., None]).exp_()
-            mass = scores.sum(dim=-1)
-            found[level] = Item(mass, scores @ v - mass[..., None] * out_BHND)
-        items.append(found)
-    return items
+    out_BHND = torch.zeros_like(outputs[0])
+    for weight, output in zip(weights, outputs, strict=True):
+        out_BHND.addcmul_(weight[..., None], output)
+    item_weights = [torch.stack([weights[source] for source in fixed]).sum(0)]
+    moments = [torch.stack([weights[source][..., None] * (outputs[source] - out_BHND) for source in fixed]).sum(0)]
+    for source, level in chosen:
+        if level == 0:
+            item_weights.append(weights[source])
+            moments.append(weights[source][..., None] * (outputs[source] - out_BHND))
+            continue
+        k, v = cells[source][level]
+        shift = biases[source][level][None, :, None] - total_BHN
+        scores = (q_BHND @ k.transpose(2, 3)).add_(shift[..., None]).exp_()
+        item_weights.append(scores.sum(dim=-1))
+        moments.append((scores @ v).addcmul_(item_weights[-1][..., None], out_BHND, value=-1))
+    return Items(torch.stack(item_weights, dim=-1), torch.stack(moments, dim=-2))
 
 
-def combine(groups: Sequence[Sequence[Item]], base: Item | None = None) -> Item:
-    """All combinations of one item from every group, added up: weight (B, H, N, A), moment (B, H, N, A, D); the last
-    group's changes fastest."""
-    weight = None if base is None else base.weight[..., None]
-    moment = None if base is None else base.moment[..., None, :]
-    for group in groups:
-        w = torch.stack([item.weight for item in group], dim=-1)
-        m = torch.stack([item.moment for item in group], dim=-2)
-        weight = w if weight is None else (weight[..., :, None] + w[..., None, :]).flatten(-2)
-        moment = m if moment is None else (moment[..., :, None, :] + m[..., None, :, :]).flatten(-3, -2)
-    assert weight is not None
-    assert moment is not None
-    return Item(weight, moment)
+@dataclass(frozen=True)
+class Combinations:
+    """The items of a target, and which of them every combination holds: `holds` is (items, K) of 0 and 1.
 
+    `pairs` maps the products of items i <= j to the squared sum of every combination, (pairs, K).
+    """
 
-def _added(items: Sequence[Item]) -> Item:
-    return Item(
-        torch.stack([item.weight for item in items]).sum(0), torch.stack([item.moment for item in items]).sum(0)
-    )
+    chosen: tuple[tuple[int, int], ...]
+    fixed: tuple[int, ...]
+    holds: Tensor
+    pairs: Tensor
+
+    @classmethod
+    def of(cls, choices: LevelChoices, target: int, device: torch.device) -> Combinations:
+        joint = choices.joint_sources(target)
+        table = choices.combinations(target)
+        chosen = tuple((source, level) for source in joint for level in choices.of_source(source) if level != NONE)
+        held = [np.ones(len(table)), *(table[:, joint.index(source)] == level for source, level in chosen)]
+        holds = torch.from_numpy(np.stack(held).astype(np.float32)).to(device)
+        first, second = torch.triu_indices(len(holds), len(holds), device=device)
+        twice = torch.where(first == second, 1.0, 2.0)[:, None]
+        fixed = tuple(source for source in range(target + 1) if source not in joint)
+        return cls(chosen, fixed, holds, holds[first] * holds[second] * twice)
+
+    def squared_changes(self, items: Items) -> Tensor:
+        """|change of the output|^2 of every combination, summed over queries, (B, H, K) float64."""
+        first, second = torch.triu_indices(len(self.holds), len(self.holds), device=items.weight.device)
+        products_BHNI = (items.moment @ items.moment.transpose(-1, -2))[..., first, second]
+        weight_BHNK = items.weight @ self.holds
+        change = (products_BHNI @ self.pairs).div_(weight_BHNK.square_())
+        return change.sum(dim=2).double().clamp_(min=0)
 
 
 class ErrorCostCache(LevelCache):
@@ -147,6 +172,7 @@ class ErrorCostCache(LevelCache):
 
     def __init__(self, choices: LevelChoices, log_bias: FloatArray, *arguments: Any, **named: Any) -> None:
         self.log_bias = log_bias
+        self._combinations: tuple[int, Combinations] | None = None
         super().__init__(choices, *arguments, **named)
 
     def reset(self) -> None:
@@ -162,21 +188,24 @@ class ErrorCostCache(LevelCache):
         # |F (V p)| = |(F V) p|: the factor is cheapest on the values
         whitened = [v.float() @ factor.transpose(1, 2) for v in values]
         cells, biases = self.cells_and_biases(layer, keys, whitened)
-        others = self.choices.other_sources(target)
-        for q in query_blocks(q_RHND, numbers_per_query(self.choices, target, cells)):
-            items = source_items(q, cells, biases)
-            costs = _squared_changes(*two_groups(self.choices, target, items))
-            self.joint[target][layer] += _weighted(costs, relative_R) / halves
-            for source in others:
-                whole = items[source][0]
-                for level in self.choices.of_other(source)[1:]:
-                    held = items[source].get(level)
-                    weight = -whole.weight if held is None else held.weight - whole.weight
-                    moment = -whole.moment if held is None else held.moment - whole.moment
-                    change = moment.square().sum(-1) / (1 + weight).clamp(min=1e-6).square()
-                    self.single[layer, :, target, source, level] += (
-                        _weighted(change.sum(2, dtype=torch.float64)[..., None], relative_R)[:, 0] / halves
-                    )
+        combinations = self.combinations(target)
+        alone = [
+            (source, level) for source in self.choices.other_sources(target) for level in self.choices.of_other(source)
+        ]
+        for q in query_blocks(q_RHND, numbers_per_query(combinations, cells)):
+            items = source_items(q, cells, biases, combinations.chosen, combinations.fixed)
+            self.joint[target][layer] += _weighted(combinations.squared_changes(items), relative_R) / halves
+            if alone:
+                held = [cell for cell in alone if cell[1] != NONE]
+                for (source, level), change in single_changes(source_items(q, cells, biases, held, (target,)), alone):
+                    squared = change.square().sum(-1).sum(2, dtype=torch.float64)[..., None]
+                    self.single[layer, :, target, source, level] += _weighted(squared, relative_R)[:, 0] / halves
+
+    def combinations(self, target: int) -> Combinations:
+        """Those of a target; made once and kept for its layers."""
+        if self._combinations is None or self._combinations[0] != target:
+            self._combinations = target, Combinations.of(self.choices, target, self.arena_2RPD.device)
+        return self._combinations[1]
 
     def cells_and_biases(
         self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]
@@ -198,36 +227,28 @@ def empty_costs(layers: int, heads: int, choices: LevelChoices) -> tuple[list[Fl
     return joint, np.zeros((layers, heads, scales, scales, NONE + 1))
 
 
-def numbers_per_query(choices: LevelChoices, target: int, cells: Sequence[dict[int, tuple[Tensor, Tensor]]]) -> int:
-    """The largest result of one query: its logits, or its combinations, or the moments of half of them."""
-    shape, dim = choices.shape(target), cells[0][0][1].shape[-1]
-    cut = (len(shape) + 1) // 2
+def numbers_per_query(combinations: Combinations, cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> int:
+    """The largest result of one query: its logits, its combinations, or the moments or products of its items."""
+    items, count = combinations.holds.shape
     widest = max(levels[0][0].shape[2] for levels in cells)
-    halves = max(int(np.prod(shape[:cut])), int(np.prod(shape[cut:])))
-    return max(widest, int(np.prod(shape)), halves * dim, sum(map(len, cells)) * dim)
+    return max(widest, count, items * max(items, cells[0][0][1].shape[-1]))
 
 
-def two_groups(choices: LevelChoices, target: int, items: Sequence[dict[int, Item]]) -> tuple[Item, Item]:
-    """The combinations of the first half of the joint sources, with all that is whole, and of the second half."""
-    joint = choices.joint_sources(target)
-    fixed = [items[source][0] for source in range(len(items)) if source not in joint]
-    dropped = Item(torch.zeros_like(fixed[0].weight), torch.zeros_like(fixed[0].moment))
-    groups = [[items[source].get(level, dropped) for level in choices.of_source(source)] for source in joint]
-    cut = (len(groups) + 1) // 2
-    second = combine(groups[cut:]) if groups[cut:] else combine([[dropped]])
-    return combine(groups[:cut], base=_added(fixed)), second
-
-
-def _squared_changes(first: Item, second: Item) -> Tensor:
-    """|change|^2 of the output for all combinations of both groups, summed over queries, (B, H, A * C) float64."""
-    # |a + c|^2 as one product: (2a, |a|^2, 1) . (c, 1, |c|^2)
-    ones_A, ones_C = torch.ones_like(first.weight), torch.ones_like(second.weight)
-    squares_A, squares_C = first.moment.square().sum(-1), second.moment.square().sum(-1)
-    left = torch.cat([2 * first.moment, squares_A[..., None], ones_A[..., None]], dim=-1)
-    right = torch.cat([second.moment, ones_C[..., None], squares_C[..., None]], dim=-1)
-    change = left @ right.transpose(-1, -2)
-    weight = first.weight[..., :, None] + second.weight[..., None, :]
-    return change.div_(weight.square_()).sum(dim=2, dtype=torch.float64).clamp_(min=0).flatten(-2)
+def single_changes(items: Items, alone: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Change of the output, (B, H, N, D), when one source is held at one level and all else whole, for the cells of
+    `alone`; those of them that are not NONE are the items from the second on."""
+    at = {cell: index for index, cell in enumerate((cell for cell in alone if cell[1] != NONE), start=1)}
+    for source, level in alone:
+        if level == 0:
+            continue
+        weight = 1 - items.weight[..., at[source, 0]]  # of all others
+        moment = -items.moment[..., at[source, 0], :]
+        if level != NONE:
+            weight, moment = (
+                weight + items.weight[..., at[source, level]],
+                moment + items.moment[..., at[source, level], :],
+            )
+        yield (source, level), moment / weight.clamp(min=1e-6)[..., None]
 
 
 def _weighted(costs_BHK: Tensor, relative_B: Tensor) -> FloatArray:
