@@ -521,7 +521,7 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["doctor", "models", "policies", "calibrate", "solve", "generate", "profile", "compare", "fit"],
+    ["doctor", "models", "policies", "calibrate", "solve", "generate", "profile", "compare", "explain", "fit"],
 )
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
