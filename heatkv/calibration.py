@@ -278,6 +278,14 @@ def sample_names(model: ImageModel[Any], seed: int, labels: Sequence[Any], first
 
 def ranking_agreement(one: Statistics, other: Statistics) -> NDArray[np.float64]:
     """Spearman correlation of the two S-CAS rankings of all heads, per source scale but the last."""
-    pairs = one.layers * one.heads
-    first, second = one.scas.reshape(pairs, -1), other.scas.reshape(pairs, -1)
-    return np.array([stats.spearmanr(first[:, s], second[:, s]).statistic for s in range(first.shape[1] - 1)])
+    return rank_correlation(one.scas, other.scas)
+
+
+def rank_correlation(one_LHS: NDArray[np.float64], other_LHS: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spearman correlation of two scores over all heads, per source scale but the last; NaN where one ranks nothing."""
+    correlations = []
+    for scale in range(one_LHS.shape[2] - 1):
+        one, other = one_LHS[:, :, scale].ravel(), other_LHS[:, :, scale].ravel()
+        constant = np.ptp(one) == 0 or np.ptp(other) == 0
+        correlations.append(np.nan if constant else stats.spearmanr(one, other).statistic)
+    return np.array(correlations)

@@ -35,6 +35,15 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
+def mean_over_targets(values_LHTT: FloatArray) -> FloatArray:
+    """[l, h, s]: mean of values[l, h, t, s] over the later target scales t > s; 0 for the last scale."""
+    layers, heads, scales, _ = values_LHTT.shape
+    mean = np.zeros((layers, heads, scales))
+    for source in range(scales - 1):
+        mean[:, :, source] = values_LHTT[:, :, source + 1 :, source].mean(axis=2)
+    return mean
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Where statistics were measured. All but `samples`, `seed` and `versions` must agree for a merge.
@@ -178,11 +187,7 @@ class Statistics:
     @cached_property
     def scas(self) -> FloatArray:
         """S-CAS [l, h, s]: mean over the later target scales t > s; the last scale, read by nobody, has 0."""
-        scales = len(self.schedule)
-        out = np.zeros((self.layers, self.heads, scales))
-        for source in range(scales - 1):
-            out[:, :, source] = self.mass[:, :, source + 1 :, source].mean(axis=2)
-        return out
+        return mean_over_targets(self.mass)
 
     def gini(self) -> FloatArray:
         """Gini coefficient of S-CAS over all heads, per source scale: 0 = all alike, near 1 = one head does it all."""
