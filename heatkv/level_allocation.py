@@ -349,7 +349,8 @@ def _relaxed(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int,
     if slack(everything) >= 0:
         return _Relaxed(master, pricing, float(everything.cost.sum()), np.zeros(len(capacity.room)), everything)
     master.add(nothing, all_heads)
-    for price in total / capacity.room.max() * 4.0 ** np.arange(-6, 4):  # a first idea of what is worth its tokens
+    # a first idea of what is worth its tokens
+    for price in total / max(capacity.room.max(), 1.0) * 4.0 ** np.arange(-6, 4):
         master.add(pricing.best(np.full((pricing.heads, scales), price))[0], all_heads)
     bound, best_prices = -np.inf, np.zeros(len(capacity.room))
     for _ in range(MAX_ROUNDS):

@@ -511,7 +511,7 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     policies = {row["policy"]: row["options"] for row in json.loads(capsys.readouterr().out)}
     assert {"name": "value", "default": "error", "type": "error or mass"} in policies["heatkv-lp"]
     assert policies["streaming"] == [{"name": "sink_scales", "default": 3, "type": "a whole number"}]
-    assert set(policies) == {"full", "heatkv", "heatkv-lp", "random", "sliding-window", "streaming"}
+    assert set(policies) == {"full", "heatkv", "heatkv-lp", "heatkv-mr", "random", "sliding-window", "streaming"}
     assert run(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["models with weights"] == "emoji"
     for command in ("doctor", "models", "policies"):
