@@ -17,7 +17,7 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp, minimize_scalar
 
 from heatkv.errors import BudgetError, PlanError
-from heatkv.plan import held_after
+from heatkv.plan import held_for_targets
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -137,15 +137,6 @@ def read_value(last_read_LHT: IntArray, value_LHTT: FloatArray) -> float:
     return float(value_LHTT[reads].sum())
 
 
-def tokens_for_targets(last_read_LHT: IntArray, tokens: tuple[int, ...]) -> IntArray:
-    """Past tokens every head holds for every target, (L, H, T)."""
-    scales = len(tokens)
-    targets = np.arange(scales)[:, None]
-    reads = (last_read_LHT[:, :, None, :] >= targets) & (targets > np.arange(scales))
-    held: IntArray = reads @ np.asarray(tokens, dtype=np.int64)
-    return held
-
-
 def _never_cached(layers: int, heads: int, scales: int, sink_scales: int) -> IntArray:
     last_read = np.broadcast_to(np.arange(scales), (layers, heads, scales)).copy()
     last_read[:, :, :sink_scales] = scales - 1
@@ -256,7 +247,7 @@ def _checked_start(value_LHTT: FloatArray, capacity: Capacity, sink_scales: int)
     if total > _LARGEST_SUM:
         raise PlanError(f"the values add up to {total:g}; scale them to a sum below {_LARGEST_SUM:g}")
     start = _never_cached(layers, heads, scales, sink_scales)
-    slack = capacity.slack(capacity.held(tokens_for_targets(start, capacity.tokens)))
+    slack = capacity.slack(capacity.held(held_for_targets([start], [capacity.tokens])))
     if slack.min() < 0:
         raise BudgetError(
             f"the {sink_scales} sink scales alone hold {-slack.min():.0f} token-heads more than there is room for; "
@@ -278,7 +269,7 @@ def fill(last_read_LHT: IntArray, value_LHTT: FloatArray, capacity: Capacity, si
     weight = _scarce(capacity).cumsum()
     source = np.tile(np.arange(scales), layers * heads)
     open_cells = np.flatnonzero((flat < scales - 1) & (source < scales - 1))
-    slack = capacity.slack(capacity.held(tokens_for_targets(last_read, capacity.tokens)))
+    slack = capacity.slack(capacity.held(held_for_targets([last_read], [capacity.tokens])))
     checkpoints = slack[: capacity.groups * (scales - 1) * layers].reshape(capacity.groups, scales - 1, layers)
     of_layer = slack[checkpoints.size :].reshape(layers, scales) if capacity.layer_room is not None else None
     tokens, group_LH = capacity.tokens, capacity.group_LH.reshape(-1)
@@ -362,7 +353,7 @@ class _Program:
         )
         room = sparse.hstack([sparse.csr_array((len(capacity.room), count)), capacity.rows])
         self._limits = sparse.csr_array(sparse.vstack([falling, room]))
-        left = capacity.slack(capacity.held(tokens_for_targets(self.start, capacity.tokens)))
+        left = capacity.slack(capacity.held(held_for_targets([self.start], [capacity.tokens])))
         self._most = np.concatenate([np.zeros(len(falls)), left / self._unit])
         worth = value_LHTT[layer, head, target, source] if count else np.zeros(0)
         self._scale = max(float(worth.max()) / 100, 1e-300) if count else 1.0
@@ -423,7 +414,8 @@ def fit_checkpoints(
     last_read = last_read_LHT.copy()
     layers, heads, scales = last_read.shape
     sizes = np.asarray(tokens, dtype=np.int64)
-    after_LT = held_after(last_read, tokens)
+    held_LT = held_for_targets([last_read], [tokens]).sum(axis=1)
+    after_LT = np.concatenate([held_LT[:, 1:], np.zeros_like(held_LT[:, :1])], axis=1)
     layer_of = np.repeat(np.arange(layers), heads)
     for target in range(scales):
         done = after_LT[:, target].cumsum()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from heatkv.levels import level_tokens
 from heatkv.plan import Plan
 
 Run = tuple[int, int]
@@ -64,43 +65,64 @@ class _FreeSlots:
             self._add(start, size)
 
 
+Cells = tuple[tuple[tuple[tuple[Run, ...], ...], ...], ...]
+"""Runs of every cell, [layer][head][source scale]; empty for a cell that is never held."""
+
+
 @dataclass(frozen=True)
 class ArenaLayout:
-    """Slots of every cached cell; `runs[l][h][s]` is empty for a cell that is never cached.
+    """Slots of every held cell at every level of the plan, fine to coarse: `levels[i][l][h][s]`.
 
     A cell lies in one run where best fit finds room, in several where it does not; tokens fill the runs in order.
     """
 
     slots: int
-    runs: tuple[tuple[tuple[tuple[Run, ...], ...], ...], ...]
+    levels: tuple[Cells, ...]
+
+    @property
+    def runs(self) -> Cells:
+        """Slots of the cells that are held whole."""
+        return self.levels[0]
 
     @classmethod
     def of(cls, plan: Plan) -> ArenaLayout:
         """Lay out a plan in as many slots as its peak, in the order in which a cache runs."""
         layers, heads, scales = plan.last_read.shape
-        tokens, last_read = plan.schedule.tokens, plan.last_read.tolist()
+        tokens = [level_tokens(plan.schedule, level) for level, _ in plan.levels]
+        ends = [last_read.tolist() for _, last_read in plan.levels]
         free = _FreeSlots(plan.peak_token_heads)
-        runs: list[list[list[tuple[Run, ...]]]] = [[[()] * scales for _ in range(heads)] for _ in range(layers)]
+        runs: list[list[list[list[tuple[Run, ...]]]]] = [
+            [[[()] * scales for _ in range(heads)] for _ in range(layers)] for _ in ends
+        ]
         for target in range(scales):
             for layer in range(layers):
+                starting: list[tuple[int, int, int, int]] = []  # (last read, head, source, level)
                 for head in range(heads):
-                    cells, mine = last_read[layer][head], runs[layer][head]
-                    for source in range(target):
-                        if cells[source] == target and mine[source]:
-                            free.give(mine[source])
+                    for source in range(target + 1):
+                        for level, last_read in enumerate(ends):
+                            until = last_read[layer][head][source]
+                            if until > target:
+                                if source == target or (level and ends[level - 1][layer][head][source] == target):
+                                    starting.append((until, head, source, level))
+                                break
+                            if until == target and runs[level][layer][head][source]:
+                                free.give(runs[level][layer][head][source])
                 # cells that go together lie together, so that they leave long free stretches
-                for head in sorted(range(heads), key=lambda head: last_read[layer][head][target]):
-                    if last_read[layer][head][target] > target:
-                        runs[layer][head][target] = free.take(tokens[target])
-        return cls(plan.peak_token_heads, tuple(tuple(tuple(cells) for cells in layer) for layer in runs))
+                starting.sort(key=lambda cell: cell[0])
+                for _, head, source, level in starting:
+                    runs[level][layer][head][source] = free.take(tokens[level][source])
+        frozen = (tuple(tuple(tuple(cells) for cells in layer) for layer in level) for level in runs)
+        return cls(plan.peak_token_heads, tuple(frozen))
+
+    def _cached(self) -> list[tuple[Run, ...]]:
+        return [cell for level in self.levels for layer in level for head in layer for cell in head if cell]
 
     @cached_property
     def cells(self) -> int:
-        """Cells that are cached at all."""
-        return sum(bool(cell) for layer in self.runs for head in layer for cell in head)
+        """Cells that are held at all, once for every level."""
+        return len(self._cached())
 
     @property
     def runs_per_cell(self) -> float:
-        """Mean number of runs of a cached cell; 1 is perfect."""
-        total = sum(len(cell) for layer in self.runs for head in layer for cell in head)
-        return total / self.cells if self.cells else 1.0
+        """Mean number of runs of a held cell; 1 is perfect."""
+        return sum(map(len, self._cached())) / self.cells if self.cells else 1.0

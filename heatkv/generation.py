@@ -66,7 +66,8 @@ class Generator(Generic[Label]):
         plan.check_geometry(model.geometry)
         self.model, self.plan, self.batch = model, plan, batch
         self.settings = settings if settings is not None else model.sampling
-        self.cache = KVCache(plan, batch * self.settings.rows_per_image, model.compute_dtype, model.device)
+        rows = batch * self.settings.rows_per_image
+        self.cache = KVCache(plan, rows, model.compute_dtype, model.device, model.key_angles)
 
     def draw(
         self,

@@ -1,13 +1,15 @@
 """A static plan: which cell (layer, head, source scale) is read until which target scale.
 
 Everything a cache does follows from one array, `last_read[l, h, s]` in s..T-1: the last target scale whose attention
-in layer l reads the cell; s itself means that it is never cached. Arrays: L layers, H heads, T scales.
+in layer l reads the cell; s itself means that it is never cached. A plan may also hold cells at coarser levels, each
+with an array of its own: the last target that reads the cell at that level or a finer one. Arrays: L layers, H heads,
+T scales.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,33 +22,61 @@ from numpy.typing import NDArray
 from heatkv.errors import FormatError, HeatKVError, PlanError
 from heatkv.files import check_header, read_json, write_json
 from heatkv.geometry import CacheGeometry
+from heatkv.levels import FULL, LEVELS, level_tokens, log_counts
 from heatkv.schedule import ScaleSchedule
 
 FORMAT, VERSION = "heatkv-plan", 1
 
 IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
 
 
-def held_after(last_read_LHT: IntArray, tokens: tuple[int, ...]) -> IntArray:
-    """Token-heads every layer holds once it has run target t, shape (L, T)."""
-    layers, _, scales = last_read_LHT.shape
-    held = np.zeros((layers, scales), dtype=np.int64)
-    for target in range(scales):
-        kept_LS = (last_read_LHT[:, :, : target + 1] > target).sum(axis=1)
-        held[:, target] = kept_LS @ np.asarray(tokens[: target + 1], dtype=np.int64)
+@dataclass(frozen=True, eq=False)
+class CoarseCells:
+    """Cells at one coarser level: `last_read` is the last target that reads the cell at this level or a finer one.
+
+    `log_bias[l, h, s]` is added to the logits of the level's tokens, each of which stands for many.
+    """
+
+    level: str
+    last_read: IntArray
+    log_bias: FloatArray
+
+    @classmethod
+    def uncalibrated(cls, level: str, last_read: IntArray, schedule: ScaleSchedule) -> CoarseCells:
+        """With the log of the count as bias."""
+        if level not in LEVELS[1:]:
+            raise PlanError(f"unknown coarse level {level!r}; known: {', '.join(LEVELS[1:])}")
+        bias = np.broadcast_to(log_counts(schedule, level), np.shape(last_read))
+        return cls(level, last_read, bias)
+
+
+def held_for_targets(last_reads: Sequence[IntArray], tokens: Sequence[Sequence[int]]) -> IntArray:
+    """Past tokens that every head holds for every target, (L, H, T), from the last_read and the tokens per scale of
+    every level, fine to coarse."""
+    scales = last_reads[0].shape[2]
+    targets = np.arange(scales)[:, None]
+    past = targets > np.arange(scales)
+    held = np.zeros((*last_reads[0].shape[:2], scales), dtype=np.int64)
+    finer = np.zeros((*held.shape, scales), dtype=bool)
+    for last_read, sizes in zip(last_reads, tokens, strict=True):
+        reads = (last_read[:, :, None, :] >= targets) & past
+        held += (reads & ~finer) @ np.asarray(sizes, dtype=np.int64)
+        finer = reads
     return held
 
 
-def live_token_heads(last_read_LHT: IntArray, tokens: tuple[int, ...]) -> IntArray:
-    """live(t, l), shape (T, L): token-heads in the whole cache after layer l has run target scale t.
+def live_of_held(held_LT: IntArray) -> IntArray:
+    """live(t, l), (T, L), from the token-heads that every layer holds for every target: at a checkpoint the layers up
+    to l already hold what target t+1 needs, the others still what t needs."""
+    next_LT = np.concatenate([held_LT[:, 1:], np.zeros_like(held_LT[:, :1])], axis=1)
+    waiting = held_LT.sum(axis=0) - held_LT.cumsum(axis=0)
+    return np.ascontiguousarray((next_LT.cumsum(axis=0) + waiting).T)
 
-    Layers up to l already hold what target t+1 needs, the others still what t needs.
-    """
-    after_LT = held_after(last_read_LHT, tokens)
-    before_LT = np.concatenate([np.zeros_like(after_LT[:, :1]), after_LT[:, :-1]], axis=1)
-    done = after_LT.cumsum(axis=0)
-    waiting = before_LT.sum(axis=0) - before_LT.cumsum(axis=0)
-    return np.ascontiguousarray((done + waiting).T)
+
+def live_token_heads(last_read_LHT: IntArray, tokens: tuple[int, ...]) -> IntArray:
+    """live(t, l), shape (T, L): token-heads in the whole cache after layer l has run target scale t."""
+    return live_of_held(held_for_targets([last_read_LHT], [tokens]).sum(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,31 +98,14 @@ class Plan:
     value: float | None = None
     value_bound: float | None = None
     gap: float | None = None
+    coarse: tuple[CoarseCells, ...] = ()
 
     def __post_init__(self) -> None:
-        layers, heads, scales = self.geometry.layers, self.geometry.heads, len(self.schedule)
-        try:
-            given = np.asarray(self.last_read)
-        except ValueError as error:
-            raise PlanError(f"last_read is no regular array: {str(error).splitlines()[0]}") from error
-        if given.shape != (layers, heads, scales):
-            raise PlanError(
-                f"last_read has shape {given.shape}; {layers} layers, {heads} heads, {scales} scales need it"
-            )
-        if not np.issubdtype(given.dtype, np.integer):
-            raise PlanError(f"last_read holds {given.dtype} values; it must hold whole numbers")
-        array = given.astype(np.int64)
-        array.setflags(write=False)
+        scales = len(self.schedule)
+        array = self._checked_last_read(self.last_read, "last_read")
         object.__setattr__(self, "last_read", array)
+        object.__setattr__(self, "coarse", self._checked_coarse())
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
-        sources = np.arange(scales)
-        wrong = np.argwhere((array < sources) | (array > scales - 1))
-        if len(wrong):
-            layer, head, source = (int(i) for i in wrong[0])
-            raise PlanError(
-                f"last_read[{layer}][{head}][{source}] is {array[layer, head, source]}; it must be from {source} "
-                f"(never cached) to {scales - 1} (kept to the end)"
-            )
         if not 0 <= self.sink_scales <= scales - 1:
             raise PlanError(f"sink_scales is {self.sink_scales}; {scales} scales allow 0 to {scales - 1}")
         if (array[:, :, : self.sink_scales] != scales - 1).any():
@@ -116,14 +129,87 @@ class Plan:
                 f"is {self.budget_token_heads}"
             )
 
+    def _checked_last_read(self, value: Any, name: str) -> IntArray:
+        layers, heads, scales = self.geometry.layers, self.geometry.heads, len(self.schedule)
+        try:
+            given = np.asarray(value)
+        except ValueError as error:
+            raise PlanError(f"{name} is no regular array: {str(error).splitlines()[0]}") from error
+        if given.shape != (layers, heads, scales):
+            raise PlanError(f"{name} has shape {given.shape}; {layers} layers, {heads} heads, {scales} scales need it")
+        if not np.issubdtype(given.dtype, np.integer):
+            raise PlanError(f"{name} holds {given.dtype} values; it must hold whole numbers")
+        array = given.astype(np.int64)
+        array.setflags(write=False)
+        wrong = np.argwhere((array < np.arange(scales)) | (array > scales - 1))
+        if len(wrong):
+            layer, head, source = (int(i) for i in wrong[0])
+            raise PlanError(
+                f"{name}[{layer}][{head}][{source}] is {array[layer, head, source]}; it must be from {source} "
+                f"(never cached) to {scales - 1} (kept to the end)"
+            )
+        return array
+
+    def _checked_coarse(self) -> tuple[CoarseCells, ...]:
+        """The coarser levels with read-only arrays of their types."""
+        checked: list[CoarseCells] = []
+        finer, finer_name = self.last_read, "last_read"
+        order = [cells.level for cells in self.coarse]
+        if order != [level for level in LEVELS[1:] if level in order]:
+            raise PlanError(f"the coarse levels are {order}; known, and in this order, are {list(LEVELS[1:])}")
+        for cells in self.coarse:
+            name = f"last_read of level {cells.level}"
+            array = self._checked_last_read(cells.last_read, name)
+            if (array < finer).any():
+                layer, head, source = (int(i) for i in np.argwhere(array < finer)[0])
+                raise PlanError(
+                    f"{name}[{layer}][{head}][{source}] is {array[layer, head, source]}, less than that of "
+                    f"{finer_name}, {finer[layer, head, source]}; it counts the finer levels too"
+                )
+            try:
+                bias = np.array(cells.log_bias, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise PlanError(f"log_bias of level {cells.level} is no regular array of numbers") from error
+            if bias.shape != array.shape or not np.isfinite(bias).all():
+                raise PlanError(
+                    f"log_bias of level {cells.level} is of shape {bias.shape}; it must be finite numbers, "
+                    f"{array.shape}"
+                )
+            bias.setflags(write=False)
+            checked.append(CoarseCells(cells.level, array, bias))
+            finer, finer_name = array, f"level {cells.level}"
+        return tuple(checked)
+
     @property
     def schedule(self) -> ScaleSchedule:
         return self.geometry.schedule
 
+    @property
+    def levels(self) -> tuple[tuple[str, IntArray], ...]:
+        """Every level with its last_read, fine to coarse; "full" is always the first."""
+        return ((FULL, self.last_read), *((cells.level, cells.last_read) for cells in self.coarse))
+
+    def level_read(self, target: int) -> IntArray:
+        """At which level target scale `target` reads each cell of earlier scales, (L, H, target): an index into
+        `levels`, or their number where the cell is not read at all."""
+        reads: IntArray = sum(
+            ((last_read[:, :, :target] < target).astype(np.int64) for _, last_read in self.levels),
+            start=np.zeros_like(self.last_read[:, :, :target]),
+        )
+        return reads
+
+    @cached_property
+    def held(self) -> IntArray:
+        """Past tokens that every head holds for every target, (L, H, T)."""
+        arrays = [last_read for _, last_read in self.levels]
+        held = held_for_targets(arrays, [level_tokens(self.schedule, level) for level, _ in self.levels])
+        held.setflags(write=False)
+        return held
+
     @cached_property
     def live(self) -> IntArray:
         """Token-heads held at every checkpoint, shape (T, L)."""
-        live = live_token_heads(self.last_read, self.schedule.tokens)
+        live = live_of_held(self.held.sum(axis=1))
         live.setflags(write=False)
         return live
 
@@ -138,8 +224,8 @@ class Plan:
         return int(target), int(layer)
 
     def reads(self, target: int) -> NDArray[np.bool_]:
-        """Which cells of earlier scales target scale `target` reads, shape (L, H, target)."""
-        return self.last_read[:, :, :target] >= target
+        """Which cells of earlier scales target scale `target` reads, at any level, shape (L, H, target)."""
+        return self.levels[-1][1][:, :, :target] >= target
 
     def had_no_effect(self) -> bool:
         """True when every cell that can be cached is kept to the end, as the full cache does."""
@@ -190,6 +276,11 @@ class Plan:
             if getattr(self, name) is not None:
                 out[name] = getattr(self, name)
         out["last_read"] = self.last_read.tolist()
+        if self.coarse:
+            out["coarse"] = [
+                {"level": cells.level, "last_read": cells.last_read.tolist(), "log_bias": cells.log_bias.tolist()}
+                for cells in self.coarse
+            ]
         return out
 
     @classmethod
@@ -199,10 +290,10 @@ class Plan:
         `head_dim` is the head size of a plan that does not state its own (it only matters for bytes).
         """
         data = check_header(value, source, FORMAT, VERSION)
-        for name in ("coarse", "capacity"):
-            if name in data:
-                raise FormatError(f"{source} holds {name!r}, which this release cannot run")
+        if "capacity" in data:
+            raise FormatError(f"{source} holds 'capacity', which this release cannot run")
         try:
+            schedule = ScaleSchedule.of(_typed(data, "schedule", list))
             plan = cls(
                 policy=_typed(data, "policy", str),
                 settings=_typed(data, "settings", dict),
@@ -211,7 +302,7 @@ class Plan:
                     layers=_typed(data, "layers", int),
                     heads=_typed(data, "heads", int),
                     head_dim=_typed({"head_dim": head_dim} | data, "head_dim", int),
-                    schedule=ScaleSchedule.of(_typed(data, "schedule", list)),
+                    schedule=schedule,
                 ),
                 last_read=_integer_array(data.get("last_read"), "last_read"),
                 sink_scales=_typed(data, "sink_scales", int),
@@ -220,6 +311,7 @@ class Plan:
                 value=_optional_number(data, "value"),
                 value_bound=_optional_number(data, "value_bound"),
                 gap=_optional_number(data, "gap"),
+                coarse=tuple(_coarse_cells(entry, schedule) for entry in _typed({"coarse": []} | data, "coarse", list)),
             )
             told_peak = _typed(data, "peak_token_heads", int)
         except HeatKVError as error:
@@ -245,6 +337,23 @@ def _typed(data: Mapping[str, Any], name: str, kind: Any) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise FormatError(f"{name!r} is {_short(value)}, not of the kind it must be")
     return value
+
+
+def _coarse_cells(entry: Any, schedule: ScaleSchedule) -> CoarseCells:
+    """One entry of "coarse"; without "log_bias" the log of the count is the bias."""
+    if not isinstance(entry, dict):
+        raise FormatError(f"an entry of 'coarse' is {_short(entry)}, not an object")
+    level, last_read = _typed(entry, "level", str), _integer_array(entry.get("last_read"), "last_read of coarse")
+    if last_read.shape[2] != len(schedule):
+        raise PlanError(f"last_read of level {level!r} has {last_read.shape[2]} scales, the schedule {len(schedule)}")
+    if entry.get("log_bias") is None:
+        return CoarseCells.uncalibrated(level, last_read, schedule)
+    bias = _typed(entry, "log_bias", list)
+    try:
+        array = np.array(bias, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise FormatError("'log_bias' is not a regular array of numbers") from error
+    return CoarseCells(level, last_read, array)
 
 
 def _number(data: Mapping[str, Any], name: str) -> float:

@@ -81,10 +81,16 @@ class ScaleSchedule:
         data = _infinity_data()
         if size not in data["sizes"]:
             raise ScheduleError(f"Infinity has no size {size!r}; known: {', '.join(data['sizes'])}")
+        taken = cls.infinity_template(ratio)
+        template = next(entry for entry in data["templates"].values() if entry["h_div_w"] == taken)
+        return cls.of(template["scales"][: data["sizes"][size]])
+
+    @classmethod
+    def infinity_template(cls, ratio: float) -> float:
+        """Height/width of the published template nearest to `ratio`, the first one on ties."""
         if not 0.1 <= ratio <= 10:  # also refuses NaN
             raise ScheduleError(f"height/width ratio {ratio} is outside 0.1 to 10; templates run from 0.333 to 3.0")
-        template = min(data["templates"].values(), key=lambda entry: abs(entry["h_div_w"] - ratio))
-        return cls.of(template["scales"][: data["sizes"][size]])
+        return min(cls.infinity_ratios(), key=lambda own: abs(own - ratio))
 
     @classmethod
     def infinity_sizes(cls) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from heatkv.cache import KVCache
-from heatkv.errors import HeatKVError
+from heatkv.errors import BudgetError, HeatKVError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models import COMPUTE_DTYPES, ModelInfo
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE
@@ -103,7 +103,7 @@ def footprint(
     `text_encoder=False` leaves Infinity's encoder out, for prompts that were encoded before or elsewhere.
     """
     if not 1 <= images <= MOST_IMAGES:
-        raise HeatKVError(f"{images} images at once; it is from 1 to {MOST_IMAGES}")
+        raise HeatKVError(f"a batch of {images}; it is from 1 to {MOST_IMAGES} images")
     compute, rows = COMPUTE_DTYPES[dtype], images * (2 if guided else 1)
     geometry = info.geometry(size, ratio)
     schedule, width = geometry.schedule, info.heads * info.head_dim
@@ -168,10 +168,22 @@ def _live(call: Callable[[], object]) -> int:
 
 def parse_memory(text: str) -> int:
     """Bytes of a size like 24GiB. Raises HeatKVError for anything else."""
-    size = Budget.parse(text)
-    if size.kind != "bytes":
-        raise HeatKVError(f"memory {text!r} is no size; write it as 24GiB or 24GB")
+    try:
+        size = Budget.parse(text)
+    except BudgetError:
+        size = None
+    if size is None or size.kind != "bytes":
+        raise HeatKVError(f"memory {text!r} is no size above zero; write it as 24GiB or 24GB")
     return math.floor(size.amount)
+
+
+def _ways_out(taken: Footprint) -> str:
+    """What a user can do when `taken` is too much."""
+    ways = ["lower the batch"] if taken.images > 1 else []
+    ways += ["draw a smaller size", "take a 16-bit type"]
+    if taken.text_encoder:
+        ways.append("encode prompts elsewhere (--no-text-encoder)")
+    return ", or ".join([", ".join(ways[:-1]), ways[-1]])
 
 
 def largest_share(taken: Footprint, memory: int) -> Fraction:
@@ -179,8 +191,8 @@ def largest_share(taken: Footprint, memory: int) -> Fraction:
     left = memory - taken.without_cache
     if left <= 0:
         raise HeatKVError(
-            f"{memory / 2**30:.2f} GiB do not hold {taken.images} images at once: without any cache they take "
-            f"{taken.without_cache / 2**30:.2f} GiB; lower the batch, take a smaller type, or encode prompts elsewhere"
+            f"{memory / 2**30:.2f} GiB do not hold a batch of {taken.images}: without any cache it takes "
+            f"{taken.without_cache / 2**30:.2f} GiB; {_ways_out(taken)}"
         )
     return min(Fraction(1), Fraction(left, taken.full_cache))
 
@@ -200,7 +212,7 @@ def largest_batch(measure: Callable[[int], Footprint], memory: int, share: Fract
         raise HeatKVError(
             f"{memory / 2**30:.2f} GiB do not hold one image: it takes "
             f"{(needed.without_cache + math.floor(share * needed.full_cache)) / 2**30:.2f} GiB with the cache at "
-            f"{float(share):.1%}"
+            f"{float(share):.1%}; {_ways_out(needed)}"
         )
     low, high = 1, 2
     while high <= MOST_IMAGES and fits(high):

@@ -87,7 +87,7 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, storage: str)
         "budget_bytes": geometry.bytes(plans[0].budget_token_heads, rows, storage),
         "planned_bytes": max(plan.bytes(rows, storage) for plan in plans),
         "allocated_bytes": max(
-            KVCache(plan, rows, model.compute_dtype, model.device).allocated_bytes for plan in plans
+            KVCache(plan, rows, model.compute_dtype, model.device, model.key_angles).allocated_bytes for plan in plans
         ),
         "full_bytes": geometry.full_bytes(rows, storage),
         "had_no_effect": subject.policy != "full" and all(plan.had_no_effect() for plan in plans),

@@ -21,7 +21,7 @@ from heatkv import allocation
 from heatkv.allocation import Allocation, Capacity, allocate, allocate_greedily, fill, price_bound
 from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
-from heatkv.plan import Plan
+from heatkv.plan import Plan, held_for_targets
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP
@@ -380,7 +380,7 @@ def test_rows_are_the_formula_of_the_design(instance: Instance, seed: int) -> No
     layers, heads, scales = capacity.layers, capacity.heads, capacity.scales
     rng = np.random.default_rng(seed)
     last_read = rng.integers(np.arange(scales), scales, (layers, heads, scales))
-    of_heads = allocation.tokens_for_targets(last_read, capacity.tokens)
+    of_heads = held_for_targets([last_read], [capacity.tokens])
     for (l, h, t), held in np.ndenumerate(of_heads):
         assert held == sum(n for s, n in enumerate(capacity.tokens[:t]) if last_read[l, h, s] >= t)
     held_GLT = capacity.held(of_heads)

@@ -67,6 +67,15 @@ def test_solve_knows_other_ratios_and_sinks(tmp_path: Path) -> None:
     assert plan.budget_token_heads == 650 * 40 * 28
 
 
+def test_a_ratio_that_no_template_has_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["solve", "--model", "infinity-2b", "--policy", "streaming", "--budget", "10%", "--json"]
+    for ratio, said in (("1.4", "1.4; taking the nearest, 1.333"), ("4:3", ""), ("0.667", ""), ("7", "the nearest, 3")):
+        assert run([*base, "--ratio", ratio]) == 0
+        out, error = capsys.readouterr()
+        assert json.loads(out)["schedule"]
+        assert (said in error) if said else (error == "")
+
+
 def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     assert run(["solve", "--policy", "streaming", "--budget", "20%", "--out", str(out)]) == 0
@@ -229,7 +238,11 @@ def test_generate_writes_a_picture_per_label(tmp_path: Path, capsys: pytest.Capt
     pictures = [pixels(tmp_path / "new" / "folder" / name) for name in files]
     assert all(picture.shape == (48, 48, 3) for picture in pictures)
     assert not np.array_equal(pictures[0], pictures[1])
+    assert "in place of" not in capsys.readouterr().err
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / files[0]).write_bytes(b"")
     assert run([*arguments, "--rows", "2", "--out", str(tmp_path / "again")]) == 0
+    assert "again (1 in place of older ones)" in capsys.readouterr().err
     assert np.abs(pixels(tmp_path / "again" / files[3]) - pictures[3]).max() <= 1
 
 
@@ -379,11 +392,16 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["doctor", "models", "policies", "calibrate", "solve", "generate", "profile", "compare"]
+    "command", ["doctor", "models", "policies", "calibrate", "solve", "generate", "profile", "compare", "fit"]
 )
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
     assert f"Example: heatkv {command}" in capsys.readouterr().out
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr() == ("heatkv 0.1.0\n", "")
 
 
 def test_unknown_commands_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:

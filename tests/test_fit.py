@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from fractions import Fraction
 
@@ -97,13 +98,13 @@ def test_the_largest_share_and_batch() -> None:
     # 110 + images * (55 + 40) at a tenth of the cache
     for memory in (205, 299, 300, 1060, 9999):
         assert largest_batch(measure, memory, Fraction(1, 10)).images == (memory - 110) // 95
-    with pytest.raises(HeatKVError, match="do not hold one image"):
+    with pytest.raises(HeatKVError, match="do not hold one image: it takes"):
         largest_batch(measure, 204, Fraction(1, 10))
 
 
-@pytest.mark.parametrize("text", ["24", "10%", "lots", "-1GiB"])
+@pytest.mark.parametrize("text", ["24", "10%", "lots", "-1GiB", "0", "0GiB", "5XB", "nan", "", "0.5"])
 def test_memory_is_a_size(text: str) -> None:
-    with pytest.raises(HeatKVError):
+    with pytest.raises(HeatKVError, match=r"^memory '.*' is no size above zero; write it as 24GiB or 24GB$"):
         parse_memory(text)
     assert parse_memory("1.5KiB") == 1536
 
@@ -121,3 +122,51 @@ def test_the_command_answers_both_ways(capsys: pytest.CaptureFixture[str]) -> No
     assert "give one of them" in capsys.readouterr().err
     assert run(["fit", "--model", "infinity-8b", "--memory", "1GiB"]) == 2
     assert "without any cache" in capsys.readouterr().err
+
+
+def test_the_budget_found_fits_when_asked_back(capsys: pytest.CaptureFixture[str]) -> None:
+    for memory in ("24GiB", "25GiB", "26GiB"):
+        asked = ["fit", "--model", "infinity-8b", "--memory", memory]
+        assert run(asked) == 0
+        found = re.search(r"the largest budget is ([0-9.]+)%", capsys.readouterr().out)
+        assert found is not None
+        assert run([*asked, "--budget", f"{found[1]}%", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 1
+        more = f"{float(found[1]) + 0.2:.1f}%"
+        assert run([*asked, "--budget", more]) == 2
+        assert "do not hold one image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch", "0"], "a batch of 0; it is from 1 to 65536 images"),
+        (["--batch", "-3"], "a batch of -3"),
+        (["--cfg", "-1"], "cfg is -1"),
+        (["--cfg", "nan"], "cfg is nan"),
+        (["--size", "2M"], "no size '2M'"),
+        (["--ratio", "20"], "outside 0.1 to 10"),
+        (["--dtype", "int8"], "unknown dtype"),
+        (["--budget", "120%"], "above 100 %"),
+        (["--memory", "5XB"], "memory '5XB' is no size above zero"),
+        (["--model", "infinity-9b"], "unknown model"),
+        (["--model", "infinity-8b", "--memory", "12GiB"], "12.00 GiB do not hold a batch of 1: without any cache it"),
+        (["--model", "infinity-8b", "--memory", "12GiB"], "elsewhere (--no-text-encoder)"),
+        (["--model", "var-d30", "--memory", "1GiB"], "draw a smaller size, or take a 16-bit type"),
+    ],
+)
+def test_the_command_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fit", "--memory", "24GiB", *arguments]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_what_is_less_than_the_sinks_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fit", "--model", "var-d16", "--memory", "2GiB", "--budget", "1%"]) == 0
+    assert "3 sink scales of HeatKV's rule alone are 3.30%" in capsys.readouterr().err  # 14 of 424 tokens
+    assert run(["fit", "--memory", "24GiB", "--ratio", "1.4"]) == 0
+    assert "height/width 1.4; taking the nearest, 1.333" in capsys.readouterr().err
+    assert run(["fit", "--memory", "24GiB", "--ratio", "4:3"]) == 0
+    assert capsys.readouterr().err == ""

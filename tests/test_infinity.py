@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor
 
@@ -762,25 +764,6 @@ def test_a_missing_text_encoder_says_what_to_install(monkeypatch: pytest.MonkeyP
         T5TextEncoder()
 
 
-@pytest.fixture
-def t5_folder(tmp_path: Path) -> Path:
-    """A T5 encoder of two layers with a tokenizer of a few words, as `from_pretrained` reads it."""
-    transformers = pytest.importorskip("transformers", reason="needs the extra heatkv[infinity]")
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4, "red": 5, "dog": 6}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    fast.save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=7, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
-    return tmp_path
-
-
 def test_text_features(t5_folder: Path, tiny: TextConditionalModel) -> None:
     encoder = T5TextEncoder(t5_folder)
     one, long, cut = encoder.encode(["a cat", "a red red dog", "cat " * 600])
@@ -800,9 +783,62 @@ def test_text_features(t5_folder: Path, tiny: TextConditionalModel) -> None:
 
 
 def test_a_folder_without_an_encoder_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="needs the extra heatkv[infinity]")
-    with pytest.raises(ModelError, match="no T5 encoder can be loaded from"):
-        T5TextEncoder(tmp_path)
+    for name in (tmp_path, tmp_path / "absent", "a b"):
+        with pytest.raises(ModelError, match="no T5 encoder can be loaded from"):
+            T5TextEncoder(name)
+
+
+def _without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _changed(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return rewrite
+
+
+QUERY = "encoder.block.1.layer.0.SelfAttention.q.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_without("model.safetensors"), "no file named model.safetensors"),
+        (_without("tokenizer.json"), "holds none of tokenizer.json, spiece.model"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "no T5 encoder can be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
+        (_changed(lambda tensors: tensors.pop(QUERY)), f"{QUERY} is missing"),
+        (_changed(lambda tensors: tensors.update({QUERY: torch.zeros(2, 24)})), f"{QUERY} is of another shape"),
+        (_changed(lambda tensors: tensors.update({"shared.weight": torch.zeros(5, 24)})), "is of another shape"),
+    ],
+)
+def test_a_spoilt_encoder_is_refused_in_silence(
+    tmp_path: Path,
+    t5_folder: Path,
+    spoil: Callable[[Path], None],
+    said: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Where transformers would put random numbers, or know no word, nothing is drawn; the error is all there is."""
+    folder = shutil.copytree(t5_folder, tmp_path / "t5")
+    spoil(folder)
+    with pytest.raises(ModelError, match=re.escape(said)):
+        T5TextEncoder(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_with_more_words_than_the_encoder_is_refused(tmp_path: Path, t5_folder: Path) -> None:
+    folder = shutil.copytree(t5_folder, tmp_path / "t5")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"shared.weight": torch.zeros(5, 24)}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 5}))
+    with pytest.raises(ModelError, match="knows 7 tokens, the encoder 5"):
+        T5TextEncoder(folder)
 
 
 def test_states_are_canonical_already(state: dict[str, Tensor]) -> None:

@@ -225,7 +225,7 @@ def at(value: Any, *path: str | int) -> dict[str, Any]:
         (at(2, "version"), FormatError, "version 2; this release reads version 1"),
         (at(True, "version"), FormatError, "version True"),
         (at("1", "version"), FormatError, "version '1'"),
-        (at([{"level": "mean"}], "coarse"), FormatError, "'coarse', which this release cannot run"),
+        (at([{"level": "mean"}], "coarse"), FormatError, "'last_read of coarse' must be"),
         (at([[[0]]], "capacity"), FormatError, "'capacity', which this release cannot run"),
         (at(2.0, "last_read", 0, 0, 0), FormatError, "'last_read' must be .* whole numbers"),
         (at(True, "last_read", 0, 1, 1), FormatError, "'last_read'"),

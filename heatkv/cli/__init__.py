@@ -10,12 +10,14 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Annotated
 
 import typer
 
 from heatkv.cli.options import command
 from heatkv.cli.output import say
 from heatkv.errors import HeatKVError
+from heatkv.versions import versions
 
 # Command -> its module, in the order of `heatkv --help`.
 COMMANDS = {
@@ -39,6 +41,23 @@ app = typer.Typer(
     help="KV-cache compression for visual autoregressive image models: every head keeps the scales it reads, under a "
     "byte budget that holds.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"heatkv {versions()['heatkv']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    pass
+
+
 for _name, _module in COMMANDS.items():
     app.command(_name)(command(getattr(import_module(f"heatkv.cli.{_module}"), _name.replace("-", "_"))))
 

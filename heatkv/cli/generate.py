@@ -40,7 +40,9 @@ def generate(
     from heatkv.profiling.runner import images_of_rows
 
     positive(count=count)
-    loaded, settings = open_model(source, running)
+    loaded, settings = open_model(source, running, measuring=False)
+    if negative is not None and not settings.guided:
+        raise ModelError(f"--negative takes no part without guidance, and cfg {running.cfg:g} is none")
     wanted = _what_to_draw(loaded, label or [], prompt or [], negative)
     labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
     batch = min(len(labels), 16 if running.rows is None else images_of_rows(running.rows, settings))
@@ -56,18 +58,21 @@ def generate(
         )  # fmt: skip
         chosen = make_policy(policy, **ranking.policy_options).plan(problem)
     folder = make_folder(out)
-    done = 0
+    done = replaced = 0
     with progress("drawing", len(labels)) as advance:
         for first in range(0, len(labels), batch):
             part = labels[first : first + batch]
             images = draw(loaded, part, chosen, seed=running.seed, first_sample=first, batch=batch, settings=settings)
             for index, image in enumerate(images):
-                with replacing(folder / f"{first + index:04d}_{titles[first + index]}.png") as temporary:
+                path = folder / f"{first + index:04d}_{titles[first + index]}.png"
+                replaced += path.exists()
+                with replacing(path) as temporary:
                     image_grid(image[None], 1).save(temporary, format="PNG")
             done += len(part)
             advance(len(part))
     held = chosen.bytes(held_rows, storage) / 2**20
-    say(f"written: {done} images in {folder}; {chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time")
+    where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
+    say(f"written: {done} images in {where}; {chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time")
 
 
 def _what_to_draw(model: Loaded, labels: list[str], prompts: list[str], negative: str | None) -> list[tuple[Any, str]]:
@@ -81,7 +86,7 @@ def _what_to_draw(model: Loaded, labels: list[str], prompts: list[str], negative
         return [(index, model.class_names[index] if model.class_names else str(index)) for index in chosen]
     if labels:
         raise ModelError(f"{model.name} draws prompts, not classes; write them with --prompt")
-    if not prompts:
+    if not prompts or not all(text.strip() for text in prompts):
         raise ModelError(f"write what {model.name} is to draw with --prompt")
     encoded = model.prompts(prompts, None if negative is None else [negative] * len(prompts))
     return list(zip(encoded, (file_name(text)[:40] for text in prompts), strict=True))

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from heatkv.cli.options import Ranking, Running, Source
+from heatkv.cli.output import say
 from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
 from heatkv.geometry import CacheGeometry
-from heatkv.models import COMPUTE_DTYPES, ModelInfo, load_model
+from heatkv.models import COMPUTE_DTYPES, ModelInfo, load_model, model_info
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.plan import Plan
 from heatkv.sampling import Settings
+from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Statistics
 
 Loaded = ClassConditionalModel | TextConditionalModel
@@ -50,6 +52,16 @@ def parse_ratio(text: str | None) -> float | None:
         raise ScheduleError(f"cannot read the height/width ratio {text!r}; write it as 1.5 or 3:2") from error
 
 
+def say_template(model: str, ratio: str | None) -> None:
+    """Say which published height/width is drawn when it is not the one asked for; theirs are cut to 3 decimals."""
+    wanted = parse_ratio(ratio)
+    if wanted is None or model_info(model).family != "infinity":
+        return
+    taken = ScaleSchedule.infinity_template(wanted)
+    if abs(taken - wanted) > 0.0015:
+        say(f"no published schedule has height/width {wanted:.4g}; taking the nearest, {taken:.4g}")
+
+
 def known_dtype(dtype: str) -> str:
     """The name of a type, when it is known."""
     if dtype not in COMPUTE_DTYPES:
@@ -59,18 +71,23 @@ def known_dtype(dtype: str) -> str:
     return dtype
 
 
-def open_model(source: Source, running: Running) -> tuple[Loaded, Settings]:
+def open_model(source: Source, running: Running, measuring: bool = True) -> tuple[Loaded, Settings]:
     """The named model, with the prompts of a file for measurements, and the settings that it draws with."""
+    if measuring and source.prompts is None and model_info(source.model).family == "infinity":
+        raise ModelError(f"measuring {source.model} needs prompts to draw; name a file of them (--prompts)")
     prompts = () if source.prompts is None else _prompts(source.prompts)
     model = load_model(
         source.model, source.weights, vae=source.vae, text_encoder=source.text_encoder, prompts=prompts,
         size=source.size, ratio=parse_ratio(source.ratio), dtype=known_dtype(running.dtype), device=running.device,
     )  # fmt: skip
+    say_template(source.model, source.ratio)
     return model, model.sampling if running.cfg is None else replace(model.sampling, cfg=running.cfg)
 
 
 def is_guided(info: ModelInfo, cfg: float | None) -> bool:
-    """Whether guidance of that strength takes a second cache row per image."""
+    """Whether guidance of that strength takes a second cache row per image. Raises HeatKVError for a bad one."""
+    if cfg is not None and not 0 <= cfg <= 100:
+        raise HeatKVError(f"cfg is {cfg}; guidance is from 0 to 100")
     return cfg is None or cfg != (1.0 if info.family == "infinity" else 0.0)
 
 

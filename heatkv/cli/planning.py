@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from heatkv.cli import options
-from heatkv.cli.opening import is_guided, known_dtype, open_only_plan, open_rankings, parse_ratio
-from heatkv.cli.output import pairs, show
+from heatkv.cli.opening import is_guided, known_dtype, open_only_plan, open_rankings, parse_ratio, say_template
+from heatkv.cli.output import pairs, say, show
 from heatkv.errors import HeatKVError
 from heatkv.geometry import Budget
 from heatkv.models import load_model, model_info
@@ -43,11 +45,10 @@ def solve(
     """
     info = model_info(model)
     geometry = info.geometry(size, parse_ratio(ratio))
-    if cfg is not None and not 0 <= cfg <= 100:
-        raise HeatKVError(f"cfg is {cfg}; guidance is from 0 to 100")
+    guided = is_guided(info, cfg)
     ranking = options.Ranking(statistics, orders, sink_scales)
     storage = known_dtype(dtype)
-    rows = rows if rows is not None else (2 if is_guided(info, cfg) else 1)
+    rows = rows if rows is not None else (2 if guided else 1)
     if plan is not None:
         solved = open_only_plan(plan, geometry, budget, ranking)
     else:
@@ -89,6 +90,7 @@ def solve(
         told["note"] = "the plan has no effect: nothing is dropped at this budget"
     if out is not None:
         told["written"] = str(out)
+    say_template(model, ratio)
     title = f"{solved.policy} at {solved.budget:.4g} of the cache of {model}"
     show(pairs(title, ("what", "value"), told), as_json, facts)
 
@@ -98,7 +100,7 @@ def fit(
     model: options.Model = "infinity-2b",
     batch: Annotated[int | None, typer.Option("--batch", help="images at once (default 1)")] = None,
     budget: Annotated[
-        str | None, typer.Option("--budget", help="cache budget: then the largest batch is found")
+        str | None, typer.Option("--budget", help="cache budget (bytes: of one image): then the largest batch is found")
     ] = None,
     size: options.Size = None,
     ratio: options.Ratio = None,
@@ -131,6 +133,7 @@ def fit(
         taken = largest_batch(measure, available, share)
     held = int(share * taken.full_cache)
     total = taken.without_cache + held
+    percent = f"{math.floor(share * 1000) / 10}%"  # rounded down, so that asked back it fits
     facts = {
         "model": model, "memory_bytes": available, "images": taken.images, "rows": taken.rows, "dtype": dtype,
         "schedule": str(info.schedule(size, shape)), "transformer_bytes": taken.transformer,
@@ -145,14 +148,19 @@ def fit(
         "classes or prompts (longest)": taken.prompt,
         "working memory (peak)": taken.working,
         "cache, full": taken.full_cache,
-        f"cache at {float(share):.1%}": held,
+        f"cache at {percent}": held,
         "total with that": total,
     }
     title = f"{model} in {memory}: {taken.images} at once, {dtype}"
     table = pairs(title, ("what", "GiB"), {name: f"{value / 2**30:.3f}" for name, value in told.items()})
-    found = "the full cache fits" if share == 1 else f"the largest budget is {float(share):.1%}"
+    found = "the full cache fits" if share == 1 else f"the largest budget is {percent}"
     table.caption = (
         f"{found if budget is None else f'the largest batch is {taken.images}'}; from shapes, without the driver's own "
         "memory and fragmentation"
     )
+    say_template(model, ratio)
+    schedule, sinks = info.schedule(size, shape), make_policy("heatkv").sink_scales
+    least = Fraction(schedule.offsets[min(sinks, len(schedule) - 1)], schedule.cached_tokens)
+    if share < least:
+        say(f"the {sinks} sink scales of HeatKV's rule alone are {float(least):.2%}")
     show(table, as_json, facts)

@@ -142,8 +142,8 @@ def load_model(
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
     compute = COMPUTE_DTYPES[dtype]
-    if info.bundled and weights is not None:
-        raise ModelError(f"the weights of {name} are in this package; leave --weights out")
+    if info.bundled and (weights is not None or vae is not None):
+        raise ModelError(f"the weights of {name} are in this package; leave --weights and --vae out")
     if info.family == "var" and (text_encoder is not None or prompts):
         raise ModelError(f"{name} draws classes, not prompts; leave the text encoder and prompts out")
     if info.bundled:
@@ -155,11 +155,15 @@ def load_model(
     if info.family == "var":
         info.schedule(size, ratio)
         return _placed(load_var(info, found, None if vae is None else Path(vae)), compute, where)
+    if prompts and text_encoder is None:
+        raise ModelError(f"turning prompts into features for {name} needs its text encoder; name it (--text-encoder)")
+    found_vae = Path(vae) if vae is not None else find_beside(found, info.vae_files)
+    info.schedule(size, ratio)
     encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
     model = load_infinity(
         info,
         found,
-        Path(vae) if vae is not None else find_beside(found, info.vae_files),
+        found_vae,
         text_encoder=encoder,
         size=size,
         ratio=ratio,

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -23,11 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from heatkv.attention.rotary import rotate, rotation_of
 from heatkv.cache import KVCache
 from heatkv.calibration import MeasuringCache, add_sums
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
+from heatkv.models.infinity import rotation_angles
 from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.schedule import ScaleSchedule
@@ -128,12 +131,6 @@ def _schedule_of(model: Any) -> ScaleSchedule | None:
 # ------------------------------------------------------------------------------------------- one self-attention
 
 
-def _rotate(x_RHND: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
-    """Turn the channel pairs (2j, 2j + 1) by the angle j of every token."""
-    x, y = x_RHND.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((x * cos_ND - y * sin_ND, x * sin_ND + y * cos_ND), dim=-1).flatten(-2)
-
-
 @dataclass(frozen=True)
 class _Call:
     """What a block handed to its self-attention; all but x are Infinity's, None for VAR."""
@@ -224,11 +221,11 @@ class _Layer:
             q = F.normalize(q.float(), dim=-1) * log_scale.clamp(max=float(module.max_scale_mul)).exp()
             k = F.normalize(k.float(), dim=-1)
         if call.rotary_tables is not None:
-            cos_ND, sin_ND = self._angles(call.rotary_tables, call.rotary_key, tokens, q.device)
-            q, k = _rotate(q.float(), cos_ND, sin_ND), _rotate(k.float(), cos_ND, sin_ND)
+            rotation_2NP = self._rotation(call.rotary_tables, call.rotary_key, tokens, q.device)
+            q, k = rotate(q.float(), rotation_2NP), rotate(k.float(), rotation_2NP)
         return (q * module.scale).to(v.dtype), k.to(v.dtype), v
 
-    def _angles(self, tables: Mapping[str, Tensor], key: str, tokens: int, device: torch.device) -> Tensor:
+    def _rotation(self, tables: Mapping[str, Tensor], key: str, tokens: int, device: torch.device) -> Tensor:
         """(2, N, D/2): cos and sin of the running scale, from a table (2, 1, 1, 1, tokens of all scales, D/2)."""
         if key not in tables:
             raise ModelError(f"rope2d_freqs_grid has no table for the schedule {key}")
@@ -238,7 +235,16 @@ class _Layer:
                 f"the rotary table is {tuple(table.shape)}; (2, 1, 1, 1, at least {first + tokens} tokens, "
                 f"{self.module.head_dim // 2}) is needed"
             )
-        return table[:, 0, 0, 0, first : first + tokens].to(device, torch.float32)
+        rotation_2NP = table[:, 0, 0, 0, first : first + tokens].to(device, torch.float32)
+        angles = self.attached.key_angles
+        if self.attached.plan.coarse and angles is not None:
+            known = rotation_of(angles[self.attached._target]).to(device)
+            if not torch.allclose(rotation_2NP, known, atol=0.02):  # room for a table in 16 bits
+                raise ModelError(
+                    "the rotary table is not that of the published Infinity models, so that keys cannot be pooled; "
+                    "attach a plan without coarse levels"
+                )
+        return rotation_2NP
 
 
 # ------------------------------------------------------------------------------------------- all of them
@@ -372,8 +378,16 @@ class Attached:
                 if self._measure:
                     self._cache = MeasuringCache(self.plan, rows, images, dtype, device)
                 else:
-                    self._cache = KVCache(self.plan, rows, dtype, device)
+                    self._cache = KVCache(self.plan, rows, dtype, device, self.key_angles)
         self._rows = rows
+
+    @cached_property
+    def key_angles(self) -> tuple[Tensor, ...] | None:
+        """By which keys are rotated, for pooling them; Infinity's published angles, which its tables are checked by."""
+        if not self._layers[0].passes_schedule:
+            return None
+        schedule, head_dim = self.plan.schedule, self.plan.geometry.head_dim
+        return tuple(rotation_angles(schedule, scale, head_dim) for scale in range(len(schedule)))
 
     def _finish(self, cache: KVCache) -> None:
         if isinstance(cache, MeasuringCache):  # an image that was broken off is not counted

@@ -63,6 +63,11 @@ class ImageModel(ABC, Generic[Label]):
     def adapter(self) -> ModelAdapter:
         """The transformer's blocks, for what queries, keys and values do not tell."""
 
+    @property
+    def key_angles(self) -> tuple[Tensor, ...] | None:
+        """The angles by which keys are rotated, (N, D/2) for every scale; None for a model that rotates none."""
+        return None
+
     @abstractmethod
     def labels(self, count: int, first: int = 0) -> list[Label]:
         """What the samples first, first + 1, ... of a measurement are drawn from."""

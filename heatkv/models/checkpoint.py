@@ -323,6 +323,8 @@ _INNER_NAME = re.compile(r"\.(?:(conv\w*|nin_shortcut)\.conv|(norm\w*)\.norm)\.(
 def bsq_state(content: Mapping[str, Any]) -> State:
     """The encoder's and decoder's tensors in a bitwise VAE file or a trainer file; everything else is left out."""
     flat = _tensors_of(content, [("vae",), ("trainer", "vae_local")], "bitwise VAE")
+    if not any(name.startswith("decoder.") for name in flat):
+        raise ModelError(f"these are no bitwise VAE weights: they have no decoder, but tensors like {next(iter(flat))}")
     return {
         _INNER_NAME.sub(lambda m: f".{m[1] or m[2]}.{m[3]}", name): tensor
         for name, tensor in flat.items()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from heatkv.attention.rotary import rotate, rotation_of
 from heatkv.errors import ModelError
 from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.models.var import MAX_LOG_SCALE, NORM_EPS, Attend, FeedForward, HeadNorm, layer_norm
@@ -80,22 +81,19 @@ def rope_positions(schedule: ScaleSchedule) -> tuple[tuple[tuple[int, ...], tupl
     return tuple((places(height, last_height), places(width, last_width)) for _, height, width in schedule.scales)
 
 
-def rotation_table(schedule: ScaleSchedule, scale: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Cosines and sines of the angles of every token of `scale`, (2, N, P) fp32: rows turn the first half of the pairs,
-    columns the second."""
+def rotation_angles(schedule: ScaleSchedule, scale: int, head_dim: int) -> Tensor:
+    """The angles of every token of `scale`, (N, P) float64: rows turn the first half of the pairs, columns the
+    second."""
     rows, columns = (torch.tensor(places, dtype=torch.float64) for places in rope_positions(schedule)[scale])
     frequencies = 10000.0 ** (torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4)).neg()
     of_rows = (rows[:, None, None] * frequencies).expand(-1, len(columns), -1)
     of_columns = (columns[None, :, None] * frequencies).expand(len(rows), -1, -1)
-    angles_NP = torch.cat([of_rows, of_columns], dim=-1).flatten(0, 1)
-    return torch.stack([angles_NP.cos(), angles_NP.sin()]).float().to(device)
+    return torch.cat([of_rows, of_columns], dim=-1).flatten(0, 1)
 
 
-def rotate(x_ND: Tensor, rotation_2NP: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels by the token's angle; x is (..., N, D) in fp32."""
-    cos_NP, sin_NP = rotation_2NP
-    even, odd = x_ND.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos_NP - odd * sin_NP, even * sin_NP + odd * cos_NP], dim=-1).flatten(-2)
+def rotation_table(schedule: ScaleSchedule, scale: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Cosines and sines of `rotation_angles`, (2, N, P) fp32."""
+    return rotation_of(rotation_angles(schedule, scale, head_dim)).to(device)
 
 
 # ------------------------------------------------------------------------------------------------- attention

@@ -5,22 +5,43 @@ Shapes: M positions of a prompt, its end of sequence included; E channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from heatkv.errors import ModelError
 
 PUBLIC_ENCODER = "google/flan-t5-xl"
 MAX_POSITIONS = 512
+_TOKENIZERS = ("tokenizer.json", "spiece.model")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep progress bars and reports of transformers off the error stream: what matters of them is raised here."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 class T5TextEncoder:
     """Tokenizer and encoder from a local folder or a name on the Hugging Face hub.
 
-    Raises ModelError when transformers is not installed, or `source` holds no T5 encoder.
+    Raises ModelError when transformers is not installed, or `source` holds no whole T5 encoder and tokenizer.
     """
 
     def __init__(
@@ -37,11 +58,30 @@ class T5TextEncoder:
                 f"turning prompts into features needs transformers ({error}); install heatkv[infinity], or give text "
                 "features"
             ) from error
+        folder = Path(source)
+        if not folder.is_dir() and not _HUB_NAME.fullmatch(str(source)):
+            raise ModelError(f"no T5 encoder can be loaded from {source}: it is neither a folder nor a hub name")
+        # without any of these, transformers makes a tokenizer that knows no word
+        if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZERS):
+            raise ModelError(f"no T5 encoder can be loaded from {source}: it holds none of {', '.join(_TOKENIZERS)}")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(source))
-            self._encoder = T5EncoderModel.from_pretrained(str(source), dtype=dtype).eval().to(device)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"no T5 encoder can be loaded from {source}: {str(error).splitlines()[0]}") from error
+            with _quietly():
+                self._tokenizer = AutoTokenizer.from_pretrained(str(source))
+                encoder, told = T5EncoderModel.from_pretrained(
+                    str(source), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                )
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"no T5 encoder can be loaded from {source}: {reason}") from error
+        # transformers would go on with random numbers in their place
+        unfit = {f"{name} is missing" for name in told["missing_keys"]}
+        unfit |= {f"{name} is of another shape" for name, *_ in told["mismatched_keys"]}
+        if unfit:
+            raise ModelError(f"no T5 encoder can be loaded from {source}: {min(unfit)}")
+        known, embedded = len(self._tokenizer), encoder.config.vocab_size
+        if known > embedded:
+            raise ModelError(f"the tokenizer in {source} knows {known} tokens, the encoder {embedded}")
+        self._encoder = encoder.eval().to(device)
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         """Features (M, E) of every text in fp32, cut at 512 positions."""

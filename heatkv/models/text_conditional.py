@@ -23,7 +23,7 @@ from heatkv.models.base import ImageModel
 from heatkv.models.bsq import BitwiseVAE, code_values, resize
 from heatkv.models.checkpoint import build_bsq, build_infinity, read_checkpoint
 from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
-from heatkv.models.infinity import Infinity, rotation_table
+from heatkv.models.infinity import Infinity, rotation_angles, rotation_table
 from heatkv.models.text import T5TextEncoder
 from heatkv.models.var import Attend
 from heatkv.sampling import BitSamplingSettings, Settings
@@ -115,6 +115,11 @@ class TextConditionalModel(ImageModel[Prompt]):
     def adapter(self) -> ModelAdapter:
         return self.transformer.adapter()
 
+    @property
+    def key_angles(self) -> tuple[Tensor, ...]:
+        head_dim, scales = self.transformer.config.head_dim, range(len(self.schedule))
+        return tuple(rotation_angles(self.schedule, scale, head_dim) for scale in scales)
+
     def latent_size(self, scale: int) -> tuple[int, int]:
         """Height and width of a scale on the VAE's grid."""
         _, height, width = self.schedule.scales[scale]
@@ -123,7 +128,9 @@ class TextConditionalModel(ImageModel[Prompt]):
     def prompts(self, texts: Sequence[str], negatives: Sequence[str] | None = None) -> list[Prompt]:
         """Encode texts, each with its negative when `negatives` are given. Raises ModelError without a text encoder."""
         if self.text_encoder is None:
-            raise ModelError(f"{self.name} was loaded without a text encoder; load one, or give text features")
+            raise ModelError(
+                f"{self.name} was loaded without a text encoder; name one (--text-encoder), or give features"
+            )
         if negatives is not None and len(negatives) != len(texts):
             raise ModelError(f"{len(negatives)} negative prompts for {len(texts)} prompts; give one for each")
         features = self.text_encoder.encode([*texts, *(negatives or ())])

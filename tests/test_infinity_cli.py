@@ -1,0 +1,197 @@
+"""Infinity through the command line, from weights, VAE and text encoder in files to pictures, tables and statistics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from heatkv import models
+from heatkv.cli import run
+from heatkv.generation import generate
+from heatkv.models import ModelInfo
+from heatkv.models.bsq import BitwiseVAE, BSQConfig
+from heatkv.models.infinity import Infinity, InfinityConfig
+from heatkv.models.text import T5TextEncoder
+from heatkv.models.text_conditional import SAMPLING, TextConditionalModel
+from heatkv.plan import Plan
+from heatkv.schedule import ScaleSchedule
+from heatkv.statistics import Statistics
+
+CONFIG = InfinityConfig(
+    depth=4, width=64, heads=2, bits=8, mlp_hidden=256, pool_heads=2, text_channels=24, text_positions=20
+)
+TINY = ModelInfo(
+    "infinity-tiny", "infinity", CONFIG.depth, CONFIG.heads, CONFIG.head_dim, "0.06M", "a test",
+    ("tiny.pth",), ("vae.pth",),
+)  # fmt: skip
+STRIDE = 2
+"""Pixels per latent position of the tiny VAE."""
+FULL_BYTES = (1 + 4 + 16 + 36 + 64 + 144) * 4 * 2 * 32 * 2 * 2 * 4
+"""Cached tokens of the square 0.06M schedule, layers, heads, channels, keys and values, guided rows, fp32."""
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Infinity, BitwiseVAE]:
+    """A random transformer and a VAE for it."""
+    torch.manual_seed(5)
+    transformer = Infinity(CONFIG).eval().requires_grad_(False)
+    transformer.head.weight.mul_(4)  # logits that spread as a trained model's do
+    vae = BitwiseVAE(BSQConfig(CONFIG.bits, 32, (1, 1)), encoder=False).eval().requires_grad_(False)
+    return transformer, vae
+
+
+@pytest.fixture(scope="module")
+def weights(parts: tuple[Infinity, BitwiseVAE], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both in files, blocks in chunks of two as published."""
+    folder = tmp_path_factory.mktemp("weights")
+    state = {}
+    for name, tensor in parts[0].state_dict().items():
+        first, _, rest = name.partition(".")
+        if first == "blocks":
+            block, _, rest = rest.partition(".")
+            name = f"block_chunks.{int(block) // 2}.module.{int(block) % 2}.{rest}"
+        state[name] = tensor
+    torch.save(state, folder / "tiny.pth")
+    torch.save({"vae": parts[1].state_dict()}, folder / "vae.pth")
+    return folder
+
+
+@pytest.fixture
+def tiny(weights: Path, t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The options that name model, weights and text encoder; `prompts.txt` lies in the current folder."""
+    monkeypatch.setitem(models.MODELS, TINY.name, TINY)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  a red dog \n")
+    return ["--model", TINY.name, "--weights", str(weights), "--text-encoder", str(t5_folder)]
+
+
+def pixels(path: Path | str) -> NDArray[np.int64]:
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(np.int64)
+
+
+def drawn(
+    parts: tuple[Infinity, BitwiseVAE], t5_folder: Path, ratio: float, texts: list[str], negative: str | None = None
+) -> NDArray[np.int64]:
+    """What the model in memory draws, (B, H, W, 3)."""
+    schedule = ScaleSchedule.infinity("0.06M", ratio)
+    model = TextConditionalModel("tiny", *parts, schedule, SAMPLING, "none", T5TextEncoder(t5_folder))
+    prompts = model.prompts(texts, None if negative is None else [negative] * len(texts))
+    images = generate(model, prompts, model.plan(), seed=3)
+    return (images.permute(0, 2, 3, 1) * 255).round().long().numpy()
+
+
+def test_generate_draws_what_the_model_in_memory_draws(
+    tiny: list[str], parts: tuple[Infinity, BitwiseVAE], t5_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cat, dog = ["--prompt", "a cat"], ["--prompt", "a red dog"]
+    assert run(["generate", *tiny, *cat, *dog, "--seed", "3", "--out", "square"]) == 0
+    wanted = drawn(parts, t5_folder, 1.0, ["a cat", "a red dog"])
+    assert wanted.shape == (2, 16 * STRIDE, 16 * STRIDE, 3)
+    for name, picture in zip(("0000_a_cat", "0001_a_red_dog"), wanted, strict=True):
+        assert np.abs(pixels(f"square/{name}.png") - picture).max() <= 1
+    assert np.abs(wanted[0] - wanted[1]).max() > 30
+
+    capsys.readouterr()
+    tall = ["--negative", "dog", "--ratio", "3:2", "--seed", "3"]
+    assert run(["generate", *tiny, *cat, *tall, "--out", "tall"]) == 0
+    (wanted,) = drawn(parts, t5_folder, 1.5, ["a cat"], "dog")
+    assert wanted.shape == (21 * STRIDE, 14 * STRIDE, 3)
+    assert np.abs(pixels("tall/0000_a_cat.png") - wanted).max() <= 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("written: 1 images in tall; full")
+    assert run(["generate", *tiny, *cat, "--ratio", "1.51", "--out", "tall"]) == 0
+    error = capsys.readouterr().err
+    assert "no published schedule has height/width 1.51; taking the nearest, 1.5\n" in error
+    assert "in tall (1 in place of older ones); full" in error
+
+
+def test_calibrate_solve_and_generate(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    measured = ["--prompts", "prompts.txt", "--out", "s.safetensors"]
+    assert run(["calibrate", *tiny, *measured, "--samples", "2"]) == 0
+    assert run(["calibrate", *tiny, *measured, "--samples", "1", "--append"]) == 0
+    statistics = Statistics.load("s.safetensors")
+    names = [sample.split(":")[2] for sample in statistics.provenance.samples]
+    assert names[0] == names[2] != names[1]  # the two prompts in turn
+    assert statistics.scas.shape == (4, 2, 7)
+    budget = ["--model", TINY.name, "--policy", "heatkv", "--budget", "50%"]
+    assert run(["solve", *budget, "--statistics", "s.safetensors", "--dtype", "float32", "--out", "plan.json"]) == 0
+    plan = Plan.load("plan.json")
+    assert plan.bytes(2, "float32") <= FULL_BYTES / 2
+    cat = ["--prompt", "a cat", "--dtype", "bfloat16"]
+    assert run(["generate", *tiny, *cat, "--plan", "plan.json", "--out", "planned"]) == 0
+    capsys.readouterr()
+    given = ["--statistics", "s.safetensors", *budget[2:]]
+    assert run(["generate", *tiny, *cat, *given, "--out", "solved"]) == 0
+    assert f"the cache took {plan.bytes(2, 'bfloat16') / 2**20:.2f} MiB" in capsys.readouterr().err
+    assert np.array_equal(pixels("planned/0000_a_cat.png"), pixels("solved/0000_a_cat.png"))
+    ratio = ["--ratio", "1.5", "--out", "other"]
+    assert (
+        run(["generate", *tiny, *cat, *given, *ratio])
+        == run(["generate", *tiny, *cat, "--plan", "plan.json", *ratio])
+        == 2
+    )
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ["the model runs 1x1,2x2,3x2," in line for line in lines] == [True, True]
+    assert not Path("other").exists()
+    assert run(["generate", *tiny, "--prompt", "a " * 30, "--out", "long"]) == 2
+    assert "31 positions has no unconditional half: these weights hold 20" in capsys.readouterr().err
+
+
+def test_compare(tiny: list[str]) -> None:
+    small = ["--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1"]
+    asked = ["--prompts", "prompts.txt", "--policies", "heatkv", "--budgets", "50%"]
+    assert run(["compare", *tiny, *small, *asked, "--out", "out"]) == 0
+    full, pruned = json.loads(Path("out/results.json").read_text())["rows"]
+    assert (full["policy"], pruned["policy"]) == ("full", "heatkv")
+    assert full["planned_bytes"] == full["allocated_bytes"] == FULL_BYTES
+    assert pruned["planned_bytes"] == pruned["allocated_bytes"] <= pruned["budget_bytes"] == FULL_BYTES // 2
+    assert full["kl"] == 0 < pruned["kl"]
+    assert {path.name for path in Path("out").iterdir()} == {
+        "results.json", "statistics.safetensors", "images_50percent.png", "scas.png",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "changed", "said"),
+    [
+        ("generate", {}, "is to draw with --prompt"),
+        ("generate", {"--prompt": " "}, "is to draw with --prompt"),
+        ("generate", {"--label": "cat"}, "draws prompts, not classes"),
+        ("generate", {"--prompt": "a", "--negative": "dog", "--cfg": "1"}, "no part without guidance, and cfg 1 is"),
+        ("generate", {"--prompt": "a", "--size": "2M"}, "Infinity has no size '2M'"),
+        ("generate", {"--prompt": "a", "--ratio": "11"}, "is outside 0.1 to 10"),
+        ("generate", {"--prompt": "a", "--text-encoder": None}, "without a text encoder; name one (--text-encoder)"),
+        ("generate", {"--prompt": "a", "--text-encoder": "./absent"}, "neither a folder nor a hub name"),
+        ("generate", {"--prompt": "a", "--text-encoder": "."}, "holds none of tokenizer.json, spiece.model"),
+        ("generate", {"--prompt": "a", "--weights": None}, "infinity-tiny needs its weights"),
+        ("generate", {"--prompt": "a", "--weights": "."}, "holds none of tiny.pth"),
+        ("generate", {"--prompt": "a", "--vae": "{weights}/tiny.pth"}, "they have no decoder, but tensors like"),
+        ("generate", {"--prompt": "a", "--weights": "{weights}/vae.pth", "--vae": "x"}, "they have the entries vae"),
+        ("generate", {"--prompt": "a", "--model": "infinity-2b", "--vae": "{weights}/vae.pth"}, "holds none of inf"),
+        ("calibrate", {}, "needs prompts to draw; name a file of them (--prompts)"),
+        ("compare", {}, "needs prompts to draw; name a file of them (--prompts)"),
+        ("profile", {}, "needs prompts to draw; name a file of them (--prompts)"),
+        ("compare", {"--prompts": "prompts.txt", "--text-encoder": None}, "needs its text encoder"),
+        ("calibrate", {"--prompts": "absent.txt"}, "cannot read absent.txt"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_one_line(
+    command: str, changed: dict[str, str | None], said: str, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, str | None] = dict(zip(tiny[::2], tiny[1::2], strict=True))
+    weights = options["--weights"]
+    options |= {name: value and value.format(weights=weights) for name, value in changed.items()}
+    given = [word for name, value in options.items() if value is not None for word in (name, value)]
+    assert run([command, *given, "--out", "out"]) == 2
+    out, error = capsys.readouterr()
+    (line,) = error.strip().splitlines()
+    assert line.startswith("heatkv: ")
+    assert said in line
+    assert out == ""
+    assert not Path("out").exists()
