@@ -115,15 +115,12 @@ def _drop_errors(lse_BHNS: Tensor, p_BHNS: Tensor, outputs: Sequence[Tensor]) ->
     return torch.stack([*errors, torch.zeros_like(errors[0])], dim=-1)
 
 
-class MeasuringCache(KVCache):
-    """A full cache that also adds up what every head reads of every source scale.
+class ObservingCache(KVCache):
+    """A full cache that lets a subclass see, before every attention, the keys and values of every source.
 
-    The first `images` rows are the conditional ones. Sums over the images since the last reset, float64 (L, H, T, T):
-    `mass_sum` and `mass_square_sum` of the conditional rows' mean attention mass, `all_mass_sum` of the mean over all
-    rows, and, where `output_weights` (one (H, C, D) per layer) are given, `error_sum` of the squared output error of
-    dropping the cell, relative to the residual stream that enters the layer: summed over queries, mean over rows. The
-    model must then tell `see` about every layer before it attends. Raises PlanError when the plan drops anything, or
-    for rows that are not whole images.
+    The first `images` rows are the conditional ones. Where `output_weights` (W_o of every head, one (H, C, D) per
+    layer) are given, the model must tell `see` about every layer before it attends. Raises PlanError when the plan
+    drops anything, or for rows that are not whole images.
     """
 
     def __init__(
@@ -133,6 +130,7 @@ class MeasuringCache(KVCache):
         images: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        key_angles: Sequence[Tensor] | None = None,
         *,
         output_weights: Sequence[Tensor] = (),
     ) -> None:
@@ -142,8 +140,50 @@ class MeasuringCache(KVCache):
             raise PlanError(f"{images} images cannot be measured in {rows} rows")
         self.images = images
         # |W d| = |R d| with W = QR, and R is small
-        self._factors = [torch.linalg.qr(weight.double()).R.float().to(device) for weight in output_weights]
-        super().__init__(plan, rows, dtype, device)
+        self.factors = [torch.linalg.qr(weight.double()).R.float().to(device) for weight in output_weights]
+        super().__init__(plan, rows, dtype, device, key_angles)
+
+    def reset(self) -> None:
+        super().reset()
+        self._relative_R: Tensor | None = None
+
+    def see(self, layer: int, residual_RNC: Tensor, gate_R1C: Tensor) -> None:
+        """Take what turns a change of this layer's attention output into one relative to its residual stream."""
+        del layer
+        size_R = residual_RNC.double().square().sum(-1).mean(-1)
+        self._relative_R = gate_R1C.double().square().flatten(1).mean(-1) / size_R
+
+    def relative(self) -> Tensor:
+        """mean(gate^2) / mean |x|^2 of every row in the running layer, (R,) float64."""
+        if self._relative_R is None:
+            raise PlanError("the residual stream was not told before attention; call see() for every layer")
+        return self._relative_R
+
+    def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+        """What a subclass does with the queries and the (R, H, M, D) of every source, the running scale last."""
+        raise NotImplementedError
+
+    def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
+        (group,) = step.groups  # a full cache holds the same in every head
+        sizes = self.plan.schedule.tokens[: self._target]
+        keys, values = [k_RHND], [v_RHND]
+        if sizes:
+            held = self.arena_2RPD.index_select(2, group.slots_GM.flatten())
+            past_k, past_v = held.view(2, self.rows, k_RHND.shape[1], -1, k_RHND.shape[3])
+            keys, values = [*past_k.split(sizes, dim=2), k_RHND], [*past_v.split(sizes, dim=2), v_RHND]
+        self.observe(layer, q_RHND, keys, values)
+        self._relative_R = None
+        return super()._attention(layer, q_RHND, k_RHND, v_RHND, step)
+
+
+class MeasuringCache(ObservingCache):
+    """Adds up what every head reads of every source scale.
+
+    Sums over the images since the last reset, float64 (L, H, T, T): `mass_sum` and `mass_square_sum` of the conditional
+    rows' mean attention mass, `all_mass_sum` of the mean over all rows, and, where output weights are given,
+    `error_sum` of the squared output error of dropping the cell, relative to the residual stream that enters the layer:
+    summed over queries, mean over rows.
+    """
 
     def reset(self) -> None:
         super().reset()
@@ -152,8 +192,7 @@ class MeasuringCache(KVCache):
         self.mass_sum: NDArray[np.float64] = np.zeros(shape)
         self.mass_square_sum: NDArray[np.float64] = np.zeros(shape)
         self.all_mass_sum: NDArray[np.float64] = np.zeros(shape)
-        self.error_sum: NDArray[np.float64] | None = np.zeros(shape) if self._factors else None
-        self._relative_R: Tensor | None = None
+        self.error_sum: NDArray[np.float64] | None = np.zeros(shape) if self.factors else None
 
     def sums(self) -> dict[str, NDArray[np.float64]]:
         """What was added up, by the names that Statistics has for it."""
@@ -164,36 +203,18 @@ class MeasuringCache(KVCache):
         }
         return sums if self.error_sum is None else sums | {"error_sum": self.error_sum}
 
-    def see(self, layer: int, residual_RNC: Tensor, gate_R1C: Tensor) -> None:
-        """Take what turns a change of this layer's attention output into one relative to its residual stream."""
-        del layer
-        size_R = residual_RNC.double().square().sum(-1).mean(-1)
-        self._relative_R = gate_R1C.double().square().flatten(1).mean(-1) / size_R
-
-    def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
-        (group,) = step.groups  # a full cache holds the same in every head
-        target, rows, images = self._target, self.rows, self.images
-        sizes = self.plan.schedule.tokens[:target]
-        keys, values = [k_RHND], [v_RHND]
-        if sizes:
-            held = self.arena_2RPD.index_select(2, group.slots_GM.flatten())
-            past_k, past_v = held.view(2, rows, k_RHND.shape[1], -1, k_RHND.shape[3])
-            keys, values = [*past_k.split(sizes, dim=2), k_RHND], [*past_v.split(sizes, dim=2), v_RHND]
-        factor = self._factors[layer] if self._factors else None
-        reads = read_sources(q_RHND, keys, values, factor)
-        mass_IBHS = (reads.mass / q_RHND.shape[2]).unflatten(0, (rows // images, images)).cpu().numpy()
+    def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+        halves, images, target = self.rows // self.images, self.images, self._target
+        reads = read_sources(q_RHND, keys, values, self.factors[layer] if self.factors else None)
+        mass_IBHS = (reads.mass / q_RHND.shape[2]).unflatten(0, (halves, images)).cpu().numpy()
         at = (layer, slice(None), target, slice(target + 1))
         self.mass_sum[at] += mass_IBHS[0].sum(axis=0)
         self.mass_square_sum[at] += (mass_IBHS[0] ** 2).sum(axis=0)
         self.all_mass_sum[at] += mass_IBHS.mean(axis=0).sum(axis=0)
         if self.error_sum is not None:
-            if self._relative_R is None:
-                raise PlanError("the residual stream was not told before attention; call see() for every layer")
             assert reads.drop_error is not None
-            error_RHS = reads.drop_error * self._relative_R[:, None, None]
-            self.error_sum[at] += error_RHS.sum(dim=0).cpu().numpy() / (rows // images)
-            self._relative_R = None
-        return super()._attention(layer, q_RHND, k_RHND, v_RHND, step)
+            error_RHS = reads.drop_error * self.relative()[:, None, None]
+            self.error_sum[at] += error_RHS.sum(dim=0).cpu().numpy() / halves
 
 
 def add_sums(
@@ -262,6 +283,14 @@ def sample_names(model: ImageModel[Any], seed: int, labels: Sequence[Any], first
 
 def ranking_agreement(one: Statistics, other: Statistics) -> NDArray[np.float64]:
     """Spearman correlation of the two S-CAS rankings of all heads, per source scale but the last."""
-    pairs = one.layers * one.heads
-    first, second = one.scas.reshape(pairs, -1), other.scas.reshape(pairs, -1)
-    return np.array([stats.spearmanr(first[:, s], second[:, s]).statistic for s in range(first.shape[1] - 1)])
+    return rank_correlation(one.scas, other.scas)
+
+
+def rank_correlation(one_LHS: NDArray[np.float64], other_LHS: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spearman correlation of two scores over all heads, per source scale but the last; NaN where one ranks nothing."""
+    correlations = []
+    for scale in range(one_LHS.shape[2] - 1):
+        one, other = one_LHS[:, :, scale].ravel(), other_LHS[:, :, scale].ravel()
+        constant = np.ptp(one) == 0 or np.ptp(other) == 0
+        correlations.append(np.nan if constant else stats.spearmanr(one, other).statistic)
+    return np.array(correlations)

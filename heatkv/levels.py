@@ -71,3 +71,55 @@ def useful_levels(scale: tuple[int, int, int]) -> tuple[str, ...]:
     if frames * height * width == 1:
         return (FULL,)
     return LEVELS if min(height, width) >= 4 else (FULL, MEAN)
+
+
+NONE = len(LEVELS)
+"""The index, after those of LEVELS, of a cell that is not held."""
+
+
+@dataclass(frozen=True)
+class LevelChoices:
+    """What a plan may choose for one head: a level for every source, jointly for the largest sources of a target.
+
+    The first `sink_scales` scales stay full. The `joint` largest other sources of a target are combined freely; the
+    rest are full, mean or none, each for itself. Levels are indices into LEVELS, or NONE.
+    """
+
+    schedule: ScaleSchedule
+    sink_scales: int = 2
+    joint: int = 5
+
+    def of_source(self, source: int) -> tuple[int, ...]:
+        """The levels of a source, fine to coarse, NONE last."""
+        useful = useful_levels(self.schedule.scales[source])
+        return (*(LEVELS.index(level) for level in useful), NONE)
+
+    def joint_sources(self, target: int) -> tuple[int, ...]:
+        """The largest sources of a target, in order."""
+        free = range(self.sink_scales, target)
+        largest = sorted(free, key=lambda s: (self.schedule.tokens[s], s))[-self.joint :] if self.joint else []
+        return tuple(sorted(largest))
+
+    def other_sources(self, target: int) -> tuple[int, ...]:
+        """The sources that are neither sinks nor among the largest."""
+        joint = self.joint_sources(target)
+        return tuple(source for source in range(self.sink_scales, target) if source not in joint)
+
+    def of_other(self, source: int) -> tuple[int, ...]:
+        """The levels of a source that is not among the largest: a pooled cell has become a mean."""
+        return tuple(level for level in self.of_source(source) if level != LEVELS.index(POOL2))
+
+    def shape(self, target: int) -> tuple[int, ...]:
+        """How many levels every joint source of a target has; their product counts the combinations."""
+        return tuple(len(self.of_source(source)) for source in self.joint_sources(target))
+
+    def combinations(self, target: int) -> IntArray:
+        """The levels of every combination, (combinations, joint sources), the last source's changing fastest."""
+        axes = [self.of_source(source) for source in self.joint_sources(target)]
+        grids = np.meshgrid(*axes, indexing="ij")
+        count = int(np.prod(self.shape(target)))
+        return np.stack([grid.ravel() for grid in grids], axis=-1) if axes else np.zeros((count, 0), dtype=np.int64)
+
+    def tokens(self, source: int) -> IntArray:
+        """Tokens of a source at every level, NONE's 0 last."""
+        return np.array([*(level_tokens(self.schedule, level)[source] for level in LEVELS), 0], dtype=np.int64)

@@ -146,7 +146,7 @@ def _check_cut(top_k: int, top_p: float) -> None:
 def cut_logits(logits_BNV: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits with everything outside top-k, then top-p, at minus infinity; ties at the k-th value survive."""
     if 0 < top_k < logits_BNV.shape[-1]:
-        least = logits_BNV.topk(top_k, dim=-1).values[..., -1:]
+        least = logits_BNV.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
         logits_BNV = logits_BNV.masked_fill(logits_BNV < least, -torch.inf)
     if top_p > 0:
         ascending, order = logits_BNV.sort(dim=-1)

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from heatkv.errors import FormatError, StatisticsError
 from heatkv.files import check_header, read_json, replacing
 from heatkv.geometry import CacheGeometry
+from heatkv.level_statistics import LevelStatistics
 from heatkv.schedule import ScaleSchedule
 
 FORMAT, VERSION = "heatkv-statistics", 1
@@ -32,6 +33,15 @@ _MASS_TOLERANCE = 1e-3  # of the sum over sources, which is 1: bf16 attention ro
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+
+
+def mean_over_targets(values_LHTT: FloatArray) -> FloatArray:
+    """[l, h, s]: mean of values[l, h, t, s] over the later target scales t > s; 0 for the last scale."""
+    layers, heads, scales, _ = values_LHTT.shape
+    mean = np.zeros((layers, heads, scales))
+    for source in range(scales - 1):
+        mean[:, :, source] = values_LHTT[:, :, source + 1 :, source].mean(axis=2)
+    return mean
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,9 @@ class Statistics:
     """Sums over samples, so that shards merge by addition; float64 (L, H, T, T), entries with s > t are zero.
 
     `mass_sum` and `mass_square_sum` are of the conditional rows' attention mass, as the paper has it, `all_mass_sum`
-    of the mean over all rows, `error_sum` of the drop error, summed over queries, mean over rows. The last two are
-    None where they were not measured. Raises StatisticsError for wrong shapes, values that are not finite or negative,
-    or masses that do not sum to one.
+    of the mean over all rows, `error_sum` of the drop error, summed over queries, mean over rows; `levels` are the
+    costs of coarser levels. The last three are None where they were not measured. Raises StatisticsError for wrong
+    shapes, values that are not finite or negative, or masses that do not sum to one.
     """
 
     schedule: ScaleSchedule
@@ -75,6 +85,7 @@ class Statistics:
     provenance: Provenance
     all_mass_sum: FloatArray | None = None
     error_sum: FloatArray | None = None
+    levels: LevelStatistics | None = None
 
     def __post_init__(self) -> None:
         scales = len(self.schedule)
@@ -94,6 +105,14 @@ class Statistics:
                 raise StatisticsError(f"{name}: a target scale looks at a later source scale, which does not exist yet")
             array.setflags(write=False)
             object.__setattr__(self, name, array)
+        if self.levels is not None and (
+            (self.levels.layers, self.levels.heads) != (self.layers, self.heads)
+            or self.levels.choices.schedule != self.schedule
+        ):
+            raise StatisticsError(
+                f"the level costs are of {self.levels.layers} layers x {self.levels.heads} heads and the schedule "
+                f"{self.levels.choices.schedule}, the rest of {self.layers} x {self.heads} and {self.schedule}"
+            )
         if not self.count:
             raise StatisticsError("statistics of no sample say nothing; calibrate with at least one")
         if len(set(self.provenance.samples)) != self.count:
@@ -168,11 +187,7 @@ class Statistics:
     @cached_property
     def scas(self) -> FloatArray:
         """S-CAS [l, h, s]: mean over the later target scales t > s; the last scale, read by nobody, has 0."""
-        scales = len(self.schedule)
-        out = np.zeros((self.layers, self.heads, scales))
-        for source in range(scales - 1):
-            out[:, :, source] = self.mass[:, :, source + 1 :, source].mean(axis=2)
-        return out
+        return mean_over_targets(self.mass)
 
     def gini(self) -> FloatArray:
         """Gini coefficient of S-CAS over all heads, per source scale: 0 = all alike, near 1 = one head does it all."""
@@ -227,7 +242,11 @@ class Statistics:
                 f"cannot merge statistics of {', '.join(arrays)} with those of {', '.join(more)}; calibrate again"
             )
         sums = {name: array + more[name] for name, array in arrays.items()}
-        return Statistics(self.schedule, provenance=merged, **sums)
+        mine_levels, their_levels = self.levels, other.levels
+        levels = mine_levels if mine_levels is not None else their_levels
+        if mine_levels is not None and their_levels is not None:
+            levels = mine_levels.merge(their_levels)
+        return Statistics(self.schedule, provenance=merged, levels=levels, **sums)
 
     # ------------------------------------------------------------------ files
 
@@ -238,9 +257,13 @@ class Statistics:
             "schedule": self.schedule.to_json(),
             "provenance": self.provenance.to_json(),
         }
+        arrays = self._arrays()
+        if self.levels is not None:
+            header["levels"] = self.levels.header()
+            arrays |= self.levels.arrays()
         with replacing(path) as temporary:
             save_file(
-                self._arrays(),
+                arrays,
                 temporary,
                 metadata={"heatkv": json.dumps(header)},
             )
@@ -257,11 +280,16 @@ class Statistics:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             header = check_header(json.loads(text), path, FORMAT, VERSION)
             told = header["provenance"]
+            levels = None
+            if "levels" in header:
+                of_levels = {name: arrays.pop(name) for name in list(arrays) if name.startswith("levels.")}
+                levels = LevelStatistics.from_file(ScaleSchedule.of(header["schedule"]), header["levels"], of_levels)
             if not {"mass_sum", "mass_square_sum"} <= set(arrays) <= set(_ARRAYS):
                 raise FormatError(f"{path} holds the arrays {sorted(arrays)}; known are {', '.join(_ARRAYS)}")
             return cls(
                 ScaleSchedule.of(header["schedule"]),
                 **arrays,
+                levels=levels,
                 provenance=Provenance(
                     model=str(told["model"]),
                     fingerprint=str(told["fingerprint"]),

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
-from heatkv.plan import Plan
+from heatkv.plan import CoarseCells, Plan
 from heatkv.registry import find_policy
 from heatkv.statistics import HeadRankings, Statistics
 
@@ -108,7 +108,13 @@ class EvictionPolicy(ABC):
             raise PolicyError(f"policy {self.name!r} failed: {type(error).__name__}: {error}") from error
         return self.finish(problem, last_read)
 
-    def finish(self, problem: PlanningProblem, last_read: IntArray, **certificate: float) -> Plan:
+    def finish(
+        self,
+        problem: PlanningProblem,
+        last_read: IntArray,
+        coarse: tuple[CoarseCells, ...] = (),
+        **certificate: float,
+    ) -> Plan:
         """The plan with all that it was made for; `certificate` is value, value_bound and gap where they are known."""
         return Plan(
             policy=self.name,
@@ -119,6 +125,7 @@ class EvictionPolicy(ABC):
             sink_scales=self.sink_scales,
             model=problem.model,
             settings=self.settings(problem),
+            coarse=coarse,
             **certificate,
         )
 

@@ -50,6 +50,7 @@ class HeatKVLP(EvictionPolicy):
         if not isinstance(self.ranks, int) or self.ranks < 1 or heads % self.ranks:
             raise PolicyError(f"ranks={self.ranks!r} does not split {heads} heads evenly")
         super().check(problem)
+        self.capacity(problem)  # a bad layer_cap is refused here, before anything is measured
 
     def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
         return self.allocation(problem).last_read

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from heatkv.files import replacing
 from heatkv.images import to_pixels
+from heatkv.profiling.stability import Agreement
 from heatkv.statistics import Statistics
 
 
@@ -58,6 +59,34 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     if any(row["had_no_effect"] for row in rows):
         table.caption = "* had no effect: nothing was dropped at this budget"
     return table
+
+
+def stability_tables(agreements: Sequence[Agreement]) -> list[Table]:
+    """How far rankings and plans of two disjoint halves of the samples agree, a column for every size of a half."""
+    counts = [str(agreement.samples) for agreement in agreements]
+    kinds = [("S-CAS", [a.scas for a in agreements])]
+    if all(a.error is not None for a in agreements):
+        kinds.append(("drop error", [a.error for a in agreements if a.error is not None]))
+    heads = Table(title="rank correlation of heads between halves, by samples per half")
+    plans = Table(title="plans of the two halves, by samples per half")
+    columns = ["source scale", *(f"{kind} {count}" for kind, _ in kinds for count in counts)]
+    for table, names in (
+        (heads, columns),
+        (plans, ["policy", "budget", *(f"{what} {count}" for what in ("overlap", "loss") for count in counts)]),
+    ):
+        for name in names:
+            table.add_column(name, justify="left" if name == "policy" else "right")
+    for scale in range(len(agreements[0].scas)):
+        heads.add_row(str(scale), *(f"{of_scales[scale]:.3f}" for _, found in kinds for of_scales in found))
+    for same in zip(*(agreement.plans for agreement in agreements), strict=True):
+        overlaps, losses = [f"{plan.overlap:.1%}" for plan in same], [f"{plan.loss:.2%}" for plan in same]
+        plans.add_row(same[0].policy, same[0].budget, *overlaps, *losses)
+    measures = {plan.policy: plan.measure for plan in agreements[0].plans}
+    plans.caption = (
+        "overlap: token-time kept by both plans, of that kept by either; loss: value that a plan of one half misses on "
+        f"the other ({', '.join(f'{policy}: {measure}' for policy, measure in measures.items())})"
+    )
+    return [heads, plans]
 
 
 def save_image_sheet(path: Path, lines: Sequence[tuple[str, Any]], columns: int, title: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,12 @@ def plan_subjects(
     storage: str,
     seed: int = 0,
     draws: int = 1,
-    options: dict[str, Any] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Subject]:
-    """A subject for every budget and policy; `full`, whatever the budgets, comes once and first."""
+    """A subject for every budget and policy; `full`, whatever the budgets, comes once and first.
+
+    `options` are what each policy is made with, by its name.
+    """
 
     def problem(budget: Budget, draw: int = 0) -> PlanningProblem:
         return PlanningProblem(model.geometry, budget, statistics, rankings, seed + draw, rows, storage, model.name)
@@ -64,7 +67,7 @@ def plan_subjects(
         for name in policies:
             if name == "full":
                 continue
-            policy = make_policy(name, **(options or {}))
+            policy = make_policy(name, **(options or {}).get(name, {}))
             count = draws if policy.random else 1
             subjects.append(
                 Subject(name, str(budget), tuple(policy.plan(problem(budget, draw)) for draw in range(count)))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,7 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from heatkv.cli import run
+from heatkv.cli.settings import options_of
+from heatkv.errors import PolicyError
 from heatkv.plan import Plan
+from heatkv.policies.windows import Streaming
 from heatkv.statistics import Statistics
 
 ORDERS = Path(__file__).parent / "golden" / "orders" / "2b.json"
@@ -67,6 +73,108 @@ def test_solve_knows_other_ratios_and_sinks(tmp_path: Path) -> None:
     assert plan.budget_token_heads == 650 * 40 * 28
 
 
+def test_solve_says_what_is_certified_and_nothing_where_nothing_is(
+    statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    base = ["solve", "--budget", "20%", "--policy"]
+    assert run([*base, "heatkv-lp", "--statistics", str(statistics_file), "--out", str(out)]) == 0
+    plan, table = Plan.load(out), capsys.readouterr().out
+    assert plan.value is not None
+    assert plan.value_bound is not None
+    for row in (f"value         │ {plan.value:.6g}", f"value at most │ {plan.value_bound:.6g}", "certified gap"):
+        assert row in table
+    assert run(["solve", "--plan", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["value"], told["value_bound"], told["gap"]) == (plan.value, plan.value_bound, plan.gap)
+    assert run([*base, "streaming"]) == 0
+    table = capsys.readouterr().out
+    assert "value at most" not in table
+    assert "gap" not in table
+
+
+def test_options_of_policies_are_set(statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    base = ["solve", "--budget", "20%", "--policy", "heatkv-lp", "--statistics", str(statistics_file)]
+    chosen = ["--set", "value=mass", "--set", "ranks=3", "--set", "layer-cap=25%", "--set", "sink_scales = 2"]
+    assert run([*base, *chosen, "--out", str(out)]) == 0
+    assert dict(Plan.load(out).settings) == {
+        "value": "mass", "ranks": 3, "layer_cap": "25%", "sink_scales": 2, "solver": "lp", "budget": "20%",
+    }  # fmt: skip
+    assert run([*base, "--set", "layer_cap=none", "--set", "solver=greedy", "--out", str(out)]) == 0
+    assert Plan.load(out).settings["layer_cap"] is None
+    draw = ["generate", "--policy", "streaming", "--budget", "20%", "--label", "cat", "--out", str(tmp_path / "out")]
+    assert run([*draw, "--set", "sink_scales=2"]) == 0
+    assert "has no option 'ranks'" in refused(capsys, *draw, "--set", "ranks=2")
+
+
+def test_an_option_goes_to_the_policies_that_have_it(
+    statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["profile", "--policies", "heatkv-lp,streaming", "--budgets", "20%", "--repeats", "1", "--json"]
+    base += ["--statistics", str(statistics_file), "--out", str(tmp_path)]
+    capsys.readouterr()
+    for sinks in (["--sink-scales", "2"], ["--set", "sink_scales=2"]):
+        assert run([*base, *sinks, "--set", "value=mass"]) == 0
+        told = {row["policy"]: row["settings"] for row in json.loads(capsys.readouterr().out)["rows"]}
+        assert (told["heatkv-lp"]["sink_scales"], told["heatkv-lp"]["value"]) == (2, "mass")
+        assert (told["streaming"]["sink_scales"], told["full"]["sink_scales"]) == (2, 0)
+        assert "value" not in told["streaming"]
+    said = refused(capsys, *base, "--set", "window=3")
+    assert "none of these policies has an option 'window'" in said
+    assert "heatkv-lp: sink_scales, value, solver, ranks, layer_cap; streaming: sink_scales" in said
+
+
+@dataclass(frozen=True)
+class Made(Streaming):
+    """A policy with an option of every kind; it is never registered."""
+
+    fast: bool = False
+    share: float = 0.5
+    level: Literal[1, 2, "most"] = "most"
+    most: int | None = None
+    either: str | int = "x"
+    window: tuple[int, ...] = (1, 2)
+    names: dict[str, int] | None = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("fast", "true", True), ("fast", "No", False), ("fast", "1", True), ("share", "1e-3", 0.001),
+        ("share", "3", 3.0), ("level", "2", 2), ("level", "most", "most"), ("most", "7", 7), ("most", "none", None),
+        ("either", "12", 12), ("either", "12%", "12%"), ("sink_scales", "-1", -1),
+    ],
+)  # fmt: skip
+def test_values_are_read_by_the_type_of_the_option(name: str, text: str, value: object) -> None:
+    read = options_of(Made)[name].parse(text, "made")
+    assert (type(read), read) == (type(value), value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("fast", "2", "fast of policy 'made' is true or false, not '2'"),
+        ("share", "inf", "is a number, not 'inf'"),
+        ("share", "half", "is a number, not 'half'"),
+        ("level", "3", "is 1 or 2 or most, not '3'"),
+        ("most", "few", "is a whole number or none, not 'few'"),
+        ("window", "1,2", "option 'window' of policy 'made' can only be set in Python"),
+        ("names", "{}", "option 'names' of policy 'made'"),
+    ],
+)
+def test_values_of_another_type_are_refused(name: str, text: str, said: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(said)):
+        options_of(Made)[name].parse(text, "made")
+
+
+def test_options_are_listed_as_they_are_set() -> None:
+    assert [str(option) for option in options_of(Made).values()] == [
+        "sink_scales=3", "fast=false", "share=0.5", "level=most (1 or 2 or most)", "most=none (a whole number or none)",
+        "either=x", "window=(1, 2)", "names={}",
+    ]  # fmt: skip
+
+
 def test_a_ratio_that_no_template_has_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     base = ["solve", "--model", "infinity-2b", "--policy", "streaming", "--budget", "10%", "--json"]
     for ratio, said in (("1.4", "1.4; taking the nearest, 1.333"), ("4:3", ""), ("0.667", ""), ("7", "the nearest, 3")):
@@ -114,6 +222,21 @@ def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--policy", "streaming", "--budget", "10%", "--cfg", "-1"], "cfg is -1"),
         (["--policy", "heatkv", "--budget", "10%", "--orders", "a", "--statistics", "b"], "give one of them"),
         (["--plan", "absent.json", "--sink-scales", "2"], "leave --sink-scales out"),
+        (["--plan", "absent.json", "--set", "ranks=2"], "leave --set out"),
+        (["--policy", "streaming", "--budget", "10%", "--set", "ranks"], "write it as name=value"),
+        (["--policy", "streaming", "--budget", "10%", "--set", "=2"], "write it as name=value"),
+        (
+            ["--policy", "streaming", "--budget", "10%", "--set", "rnaks=2"],
+            "no option 'rnaks'. Options of streaming: sink_",
+        ),
+        (["--policy", "streaming", "--budget", "10%", "--set", "sinkscales=2"], "did you mean 'sink_scales'?"),
+        (["--policy", "streaming", "--budget", "10%", "--set", "sink_scales=2.5"], "is a whole number, not '2.5'"),
+        (["--policy", "streaming", "--budget", "10%", "--set", "sink_scales=9"], "sink_scales=9 does not fit"),
+        (["--policy", "heatkv-lp", "--budget", "10%", "--set", "value=worth"], "is error or mass, not 'worth'"),
+        (["--policy", "heatkv-lp", "--budget", "10%", "--set", "ranks=4"], "ranks=4 does not split 6 heads"),
+        (["--policy", "heatkv-lp", "--budget", "10%", "--set", "layer_cap=10parsec"], "unknown unit 'parsec'"),
+        (["--policy", "heatkv-lp", "--budget", "10%", "--set", "ranks=2", "--set", "ranks=3"], "'ranks' is set twice"),
+        (["--policy", "streaming", "--budget", "10%", "--sink-scales", "2", "--set", "sink-scales=1"], "is set twice"),
         (["--policy", "streaming", "--budget", "10%", "--ratio", "3:"], "cannot read the height/width ratio"),
         (["--bugdet", "10%"], "No such option"),
         (["--seed", "three"], "Invalid value for '--seed'"),
@@ -335,6 +458,9 @@ def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--plan", "absent.json"], "cannot read absent.json"),
         (["--orders", str(ORDERS)], "12 layers x 6 heads = 72"),
         (["--orders", "a", "--statistics", "b"], "give one of them"),
+        (["--set", "ranks=2"], "none of these policies has an option 'ranks'"),
+        (["--policies", "heatkv-lp", "--set", "ranks=5"], "ranks=5 does not split 6 heads"),
+        (["--policies", "heatkv-lp", "--set", "layer_cap=0.1%"], "layer_cap=0.1% is 1 token-heads, less than the 6"),
     ],
 )
 def test_compare_refuses_before_it_measures(
@@ -382,8 +508,10 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     # 6,425 tokens x 32 x 16 heads x 128 channels x 2 rows x 4 bytes
     assert models["infinity-2b"]["full_bytes"] == 6425 * 32 * 16 * 128 * 2 * 4
     assert run(["policies", "--json"]) == 0
-    policies = {row["policy"] for row in json.loads(capsys.readouterr().out)}
-    assert policies == {"full", "heatkv", "heatkv-lp", "random", "sliding-window", "streaming"}
+    policies = {row["policy"]: row["options"] for row in json.loads(capsys.readouterr().out)}
+    assert {"name": "value", "default": "error", "type": "error or mass"} in policies["heatkv-lp"]
+    assert policies["streaming"] == [{"name": "sink_scales", "default": 3, "type": "a whole number"}]
+    assert set(policies) == {"full", "heatkv", "heatkv-lp", "random", "sliding-window", "streaming"}
     assert run(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["models with weights"] == "emoji"
     for command in ("doctor", "models", "policies"):
@@ -392,7 +520,8 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["doctor", "models", "policies", "calibrate", "solve", "generate", "profile", "compare", "fit"]
+    "command",
+    ["doctor", "models", "policies", "calibrate", "solve", "generate", "profile", "compare", "explain", "fit"],
 )
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0

@@ -14,7 +14,7 @@ from heatkv.models.checkpoint import build_var, build_vqvae, read_safetensors, v
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS
 from heatkv.models.var import VAR, VARConfig
-from heatkv.models.vqvae import VQVAE, VQVAEConfig, phi_index
+from heatkv.models.vqvae import VQVAE, ResidualBlock, Upsample, VQVAEConfig, phi_index
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,24 @@ def test_vqvae_configuration_is_read_off_the_tensors() -> None:
     decoder = build_vqvae(without, (1, 2, 4))
     with pytest.raises(ModelError, match="without its encoder"):
         decoder.latent(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("side", [8, 32])
+def test_upsampling_repeats_every_pixel_then_convolves(side: int) -> None:
+    torch.manual_seed(0)
+    layer, x = Upsample(8).double(), torch.randn(2, 8, side, side + 1, dtype=torch.float64)
+    repeated = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    torch.testing.assert_close(layer(x), layer.conv(repeated), rtol=0, atol=1e-12)
+    layer.to(torch.float32).requires_grad_(False)
+    layer.conv.weight.mul_(2)  # nothing may be kept of the former weights
+    torch.testing.assert_close(layer(x.float()), layer.conv(repeated.float()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [32, 64])
+def test_gradients_pass_through_what_runs_in_place(channels: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 32, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ResidualBlock(32, channels).double(), x, fast_mode=True)
 
 
 def test_weights_that_do_not_fit_are_named() -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "models": "inventory",
     "policies": "inventory",
     "solve": "planning",
+    "explain": "explain",
     "fit": "planning",
     "calibrate": "calibrate",
     "profile": "measure",

@@ -5,33 +5,50 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.table import Table
 
-from heatkv.cli.opening import open_model, open_statistics, positive
+from heatkv.cli.opening import Loaded, open_model, open_statistics, parse_names, positive, storage_of
 from heatkv.cli.options import AsJson, Running, Source, Without
 from heatkv.cli.output import progress, say, show
 from heatkv.errors import FormatError, HeatKVError
 from heatkv.files import check_writable
+from heatkv.geometry import Budget
 from heatkv.models.base import ImageModel
+from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.sampling import Settings
 from heatkv.statistics import Statistics
 
+if TYPE_CHECKING:
+    from heatkv.profiling.stability import Agreement
+
+MOST_AT_ONCE = 16
+"""Images in a batch at most."""
+
+REPORTED_POLICIES = ("heatkv", "heatkv-lp")
+REPORTED_BUDGET = "20%"
+
 
 def _calibrate(
-    model: ImageModel[Any], samples: int, seed: int, settings: Settings, first: int = 0
+    model: ImageModel[Any], batches: Sequence[int], seed: int, settings: Settings, first: int = 0
 ) -> Iterator[Statistics]:
     """Statistics of one batch after another, so that an interrupt loses a batch at most."""
     from heatkv.calibration import calibrate as measure
 
-    batch = min(16, -(-samples // 2))  # two batches at least, so that halves can be compared
-    with progress(f"calibrating {model.name}", samples) as advance:
-        for start in range(first, first + samples, batch):
-            count = min(batch, first + samples - start)
-            yield measure(model, count, seed=seed, first_sample=start, batch=batch, settings=settings)
+    with progress(f"calibrating {model.name}", sum(batches)) as advance:
+        for count in batches:
+            yield measure(model, count, seed=seed, first_sample=first, batch=count, settings=settings)
+            first += count
             advance(count)
+
+
+def _batches(samples: int) -> list[int]:
+    """Batches alike, two at least, so that halves can be compared."""
+    batch = min(MOST_AT_ONCE, -(-samples // 2))
+    return [min(batch, samples - start) for start in range(0, samples, batch)]
 
 
 def _merged(parts: Sequence[Statistics]) -> Statistics:
@@ -66,7 +83,16 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", help="statistics file to write")],
     source: Source,
     samples: Annotated[int, typer.Option("--samples", help="images to measure, all classes in turn")] = 64,
+    levels: Annotated[
+        bool, typer.Option("--levels", help="also measure what coarser levels cost, for heatkv-mr")
+    ] = False,
     append: Annotated[bool, typer.Option("--append", help="add samples to an existing file")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="tell how many samples are enough, from halves of the new ones")
+    ] = False,
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", help="of the plans that --report compares, separated by commas (20%)")
+    ] = None,
     running: Annotated[Running, Without("rows")],
     as_json: AsJson = False,
 ) -> None:
@@ -74,7 +100,15 @@ def calibrate(
 
     Example: heatkv calibrate --model emoji --samples 64 --out statistics.safetensors
     """
+    from heatkv.profiling.report import stability_tables
+    from heatkv.profiling.stability import ENOUGH_LOSS, batch_sizes, enough, verdict
+
     positive(samples=samples)
+    if budgets is not None and not report:
+        raise HeatKVError("--budgets are those of the plans that --report compares; give both or neither")
+    if report and samples < 2:
+        raise HeatKVError("--report compares two halves of the new samples; take at least 2 (--samples)")
+    wanted = [Budget.parse(text) for text in parse_names(budgets or REPORTED_BUDGET, "budget")]
     if out.exists() and not append:
         raise FormatError(f"{out} exists; add samples to it with --append or name another file")
     if append and not out.exists():
@@ -83,13 +117,15 @@ def calibrate(
         raise FormatError(f"the folder {out.parent} does not exist")
     check_writable(out.parent)
     loaded, settings = open_model(source, running)
+    compared = _Compared(loaded, settings, wanted) if report else None
     before = open_statistics(out, loaded) if append else None
     taken = [] if before is None else [s.split(":", 2) for s in before.provenance.samples]
     first = max((int(index) + 1 for given, index, _ in taken if int(given) == running.seed), default=0)
     parts: list[Statistics] = []
     total: Statistics | None = None
     try:
-        for part in _calibrate(loaded, samples, running.seed, settings, first):
+        batches = _batches(samples) if compared is None else batch_sizes(samples, MOST_AT_ONCE)
+        for part in _calibrate(loaded, batches, running.seed, settings, first):
             if before is not None and not parts:
                 before.merge(part)  # refuse before hours are spent
             parts.append(part)
@@ -102,7 +138,39 @@ def calibrate(
     agreement = _agreement(parts)
     gini = total.gini().tolist()
     data = {"out": str(out), "samples": total.count, "gini": gini, "rank_agreement_of_halves": agreement}
-    show(_calibration_table(total, agreement), as_json, data)
+    table = _calibration_table(total, agreement)
+    if compared is None:
+        show(table, as_json, data)
+        return
+    found = compared.agreements(parts)
+    data["report"] = {
+        "halves": [agreement.to_json() for agreement in found],
+        "largest_loss": ENOUGH_LOSS, "enough_samples": enough(found), "verdict": verdict(found),
+    }  # fmt: skip
+    show(Group(table, *stability_tables(found), verdict(found)), as_json, data)
+
+
+class _Compared:
+    """What --report compares: plans of the policies that rank by statistics, at these budgets."""
+
+    def __init__(self, model: Loaded, settings: Settings, budgets: Sequence[Budget]) -> None:
+        self.policies = [make_policy(name) for name in REPORTED_POLICIES]
+        rows, storage = settings.rows_per_image, storage_of(model)
+        self.problems = [PlanningProblem(model.geometry, b, rows=rows, storage=storage) for b in budgets]
+        for policy in self.policies:
+            for problem in self.problems:
+                policy.check(problem)  # before hours are spent
+
+    def agreements(self, parts: Sequence[Statistics]) -> list[Agreement]:
+        from heatkv.profiling.stability import compare_halves, growing_halves
+
+        halves = growing_halves(parts)
+        found = []
+        with progress("comparing halves", len(halves)) as advance:
+            for one, other in halves:
+                found.append(compare_halves(one, other, self.policies, self.problems))
+                advance(1)
+        return found
 
 
 def statistics_of_folder(
@@ -131,7 +199,7 @@ def statistics_of_folder(
         say(f"using {path} ({done} samples)")
         return parts[0]
     try:
-        parts.extend(_calibrate(model, samples - done, seed, settings, first=done))
+        parts.extend(_calibrate(model, _batches(samples - done), seed, settings, first=done))
     finally:
         if parts:
             _merged(parts).save(path)

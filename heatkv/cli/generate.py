@@ -10,6 +10,7 @@ import typer
 from heatkv.cli.opening import Loaded, open_model, open_only_plan, open_rankings, open_statistics, positive, storage_of
 from heatkv.cli.options import BudgetText, OutFolder, Policy, Ranking, Running, Source, Without
 from heatkv.cli.output import file_name, progress, say
+from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError, ModelError
 from heatkv.files import make_folder, replacing
 from heatkv.geometry import Budget
@@ -56,7 +57,7 @@ def generate(
             loaded.geometry, Budget.parse(budget or "100%"), open_statistics(ranking.statistics, loaded, settings),
             open_rankings(ranking.orders, loaded.geometry), running.seed, held_rows, storage, source.model,
         )  # fmt: skip
-        chosen = make_policy(policy, **ranking.policy_options).plan(problem)
+        chosen = make_policy(policy, **policy_options([policy], ranking)[policy]).plan(problem)
     folder = make_folder(out)
     done = replaced = 0
     with progress("drawing", len(labels)) as advance:

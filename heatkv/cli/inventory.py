@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING
+
 from rich.table import Table
 
 from heatkv.cli.options import AsJson
 from heatkv.cli.output import pairs, say, show
+from heatkv.cli.settings import options_of
 from heatkv.models import MODELS
 from heatkv.registry import broken_plugins, registered_policies
 
@@ -74,20 +77,24 @@ def models(as_json: AsJson = False) -> None:
 
 
 def policies(as_json: AsJson = False) -> None:
-    """The policies that can be named: kind, what they plan from, one line, source.
+    """The policies that can be named: kind, what they plan from, one line, options with defaults, source.
 
     Example: heatkv policies
     """
-    table = Table("policy", "kind", "needs", "what it does", "source", "from", title="policies")
+    table = Table("policy", "kind", "needs", "what it does", "options", "source", "from", title="policies")
     data = []
     for name, known in registered_policies().items():
-        policy = known.policy
+        policy, options = known.policy, options_of(known.policy).values()
         row = {
             "policy": name, "kind": policy.kind, "needs": policy.needs, "summary": policy.summary(),
+            "options": [
+                {"name": o.name, "default": None if o.default is MISSING else o.default, "type": o.wanted}
+                for o in options
+            ],
             "source": policy.source, "from": known.source,
         }  # fmt: skip
         data.append(row)
-        table.add_row(*row.values())
+        table.add_row(*(row | {"options": "\n".join(map(str, options))}).values())
     show(table, as_json, data)
     for name, reason in broken_plugins().items():
         say(f"heatkv: the plug-in {name!r} could not be loaded: {reason}")

@@ -12,6 +12,7 @@ from heatkv.cli.calibrate import statistics_of_folder
 from heatkv.cli.opening import open_model, open_plan, open_rankings, open_statistics, parse_names, positive, storage_of
 from heatkv.cli.options import AsJson, Budgets, OutFolder, PlanFiles, Policies, Ranking, Repeats, Running, Source
 from heatkv.cli.output import file_name, progress, say, show
+from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
 from heatkv.files import make_folder, read_json
 from heatkv.geometry import Budget
@@ -42,7 +43,8 @@ class _Measurement:
     ) -> None:
         from heatkv.profiling.runner import images_of_rows
 
-        self.policies, self.policy_options = parse_names(policies, "policy"), ranking.policy_options
+        self.policies = parse_names(policies, "policy")
+        self.policy_options = policy_options(self.policies, ranking)
         self.budgets = [Budget.parse(text) for text in parse_names(budgets, "budget")]
         unranked = ranking.statistics is None and ranking.orders is None
         needs = [find_policy(name).needs for name in self.policies]  # type: ignore[attr-defined]
@@ -67,7 +69,7 @@ class _Measurement:
             for budget in self.budgets
         ]
         for name in self.policies:
-            policy = make_policy(name, **self.policy_options)
+            policy = make_policy(name, **self.policy_options[name])
             for problem in problems if name != "full" else ():
                 policy.check(problem)
 

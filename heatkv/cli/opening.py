@@ -11,7 +11,7 @@ from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
 from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
 from heatkv.geometry import CacheGeometry
-from heatkv.models import COMPUTE_DTYPES, ModelInfo, load_model, model_info
+from heatkv.models import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_info
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.text_conditional import TextConditionalModel
@@ -123,6 +123,14 @@ def open_statistics(path: Path | None, model: ImageModel[Any], settings: Setting
         raise StatisticsError(
             f"{path} was measured at cfg {measured:g}, this run has {wanted}; calibrate at that, or set --cfg"
         )
+    return statistics
+
+
+def statistics_of_model(path: Path, model: str) -> Statistics:
+    """Statistics from a file, for a model that is only named; one whose weights are at hand must be that very one."""
+    statistics = Statistics.load(path)
+    if model in MODELS and MODELS[model].bundled:
+        statistics.check_fingerprint(load_model(model).fingerprint)
     return statistics
 
 

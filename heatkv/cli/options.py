@@ -33,6 +33,10 @@ BudgetText = Annotated[str | None, typer.Option("--budget", help="10%, 0.1, 600M
 SinkScales = Annotated[
     int | None, typer.Option("--sink-scales", help="first scales that are never dropped; default: the policy's")
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="an option of a policy, see `heatkv policies`; may be repeated"),
+]
 Weights = Annotated[Path | None, typer.Option("--weights", help="weights file or folder, see `heatkv models`")]
 Vae = Annotated[Path | None, typer.Option("--vae", help="its VAE file; default: looked for beside the weights")]
 TextEncoder = Annotated[
@@ -62,20 +66,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What policies rank heads by, and what they never drop."""
+    """What policies plan from, and the options they are made with."""
 
     statistics: Statistic = None
     orders: Orders = None
     sink_scales: SinkScales = None
+    set: Set = None
 
     def __post_init__(self) -> None:
         if self.statistics is not None and self.orders is not None:
             raise HeatKVError("--statistics and --orders both rank heads; give one of them")
-
-    @property
-    def policy_options(self) -> dict[str, Any]:
-        """What a policy is made with; an option that was not given is left to the policy."""
-        return {} if self.sink_scales is None else {"sink_scales": self.sink_scales}
 
 
 @dataclass(frozen=True)

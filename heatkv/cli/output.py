@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from heatkv.plan import Plan
+
 
 def say(text: str) -> None:
     """A line for the user, beside the result."""
@@ -33,6 +35,16 @@ def pairs(title: str, heads: tuple[str, str], rows: dict[str, str]) -> Table:
     for row in rows.items():
         table.add_row(*row)
     return table
+
+
+def certificate(plan: Plan) -> dict[str, str]:
+    """What a plan is worth and how far from the best it may be, where its policy told."""
+    shown = {
+        "value": (plan.value, ".6g"),
+        "value at most": (plan.value_bound, ".6g"),
+        "certified gap": (plan.gap, ".3%"),
+    }
+    return {name: format(value, form) for name, (value, form) in shown.items() if value is not None}
 
 
 @contextmanager

@@ -10,27 +10,34 @@ from typing import Annotated
 import typer
 
 from heatkv.cli import options
-from heatkv.cli.opening import is_guided, known_dtype, open_only_plan, open_rankings, parse_ratio, say_template
-from heatkv.cli.output import pairs, say, show
+from heatkv.cli.opening import (
+    is_guided,
+    known_dtype,
+    open_only_plan,
+    open_rankings,
+    parse_ratio,
+    say_template,
+    statistics_of_model,
+)
+from heatkv.cli.output import certificate, pairs, say, show
+from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
 from heatkv.geometry import Budget
-from heatkv.models import load_model, model_info
+from heatkv.models import model_info
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.statistics import Statistics
 
 
 def solve(
+    *,
     model: options.Model = "emoji",
     policy: options.Policy = "heatkv",
     budget: options.BudgetText = None,
-    statistics: options.Statistic = None,
-    orders: options.Orders = None,
+    ranking: options.Ranking,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="check and describe this plan.json instead of solving")
     ] = None,
     size: options.Size = None,
     ratio: options.Ratio = None,
-    sink_scales: options.SinkScales = None,
     rows: options.Rows = None,
     dtype: options.Dtype = "bfloat16",
     cfg: options.Cfg = None,
@@ -46,7 +53,6 @@ def solve(
     info = model_info(model)
     geometry = info.geometry(size, parse_ratio(ratio))
     guided = is_guided(info, cfg)
-    ranking = options.Ranking(statistics, orders, sink_scales)
     storage = known_dtype(dtype)
     rows = rows if rows is not None else (2 if guided else 1)
     if plan is not None:
@@ -56,12 +62,10 @@ def solve(
             raise HeatKVError(
                 "solve needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens (or --plan to check a file)"
             )
-        chosen = make_policy(policy, **ranking.policy_options)
-        loaded = None if statistics is None else Statistics.load(statistics)
-        if loaded is not None and info.bundled:
-            loaded.check_fingerprint(load_model(model).fingerprint)
+        chosen = make_policy(policy, **policy_options([policy], ranking)[policy])
+        loaded = None if ranking.statistics is None else statistics_of_model(ranking.statistics, model)
         problem = PlanningProblem(
-            geometry, Budget.parse(budget), loaded, open_rankings(orders, geometry), seed, rows, storage, model
+            geometry, Budget.parse(budget), loaded, open_rankings(ranking.orders, geometry), seed, rows, storage, model
         )
         solved = chosen.plan(problem)
     if out is not None:
@@ -74,8 +78,9 @@ def solve(
         "peak_token_heads": solved.peak_token_heads, "peak_over_budget": share,
         "peak_checkpoint": {"scale": target, "layer": layer}, "full_token_heads": geometry.full_token_heads,
         "planned_bytes": solved.bytes(rows, storage), "full_bytes": geometry.full_bytes(rows, storage),
-        "rows": rows, "dtype": storage, "sink_scales": solved.sink_scales, "gap": solved.gap,
-        "had_no_effect": solved.had_no_effect(), "out": None if out is None else str(out),
+        "rows": rows, "dtype": storage, "sink_scales": solved.sink_scales, "value": solved.value,
+        "value_bound": solved.value_bound, "gap": solved.gap, "had_no_effect": solved.had_no_effect(),
+        "out": None if out is None else str(out),
     }  # fmt: skip
     held, full = solved.bytes(rows, storage) / 2**20, geometry.full_bytes(rows, storage) / 2**20
     told = {
@@ -84,7 +89,7 @@ def solve(
         "at": f"after layer {layer} of scale {target}",
         "bytes": f"{held:.2f} MiB of {full:.2f} MiB ({rows} rows, {storage})",
         "sink scales": str(solved.sink_scales),
-        "certified gap": "none: this policy solves no program" if solved.gap is None else f"{solved.gap:.3%}",
+        **certificate(solved),
     }
     if solved.had_no_effect():
         told["note"] = "the plan has no effect: nothing is dropped at this budget"

@@ -1,0 +1,143 @@
+"""`heatkv explain`: what a plan keeps, where and when, and what its budget is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Group
+
+from heatkv.cli import options
+from heatkv.cli.opening import statistics_of_model
+from heatkv.cli.output import certificate, pairs, progress, say, show
+from heatkv.errors import StatisticsError
+from heatkv.files import make_folder
+from heatkv.levels import FULL, level_tokens
+from heatkv.models import MODELS
+from heatkv.plan import Plan
+
+if TYPE_CHECKING:
+    from heatkv.profiling.explain import Worth
+
+UNTOLD = ("format", "version", "head_dim", "last_read", "coarse")
+"""What of a plan's file is not repeated."""
+
+
+def explain(
+    *,
+    plan: Annotated[Path, typer.Argument(help="plan.json of `heatkv solve`")],
+    statistics: options.Statistic = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder to draw charts to, as PNG")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Say what a plan keeps of every scale and layer and how full the cache gets; with statistics, what room is worth.
+
+    Example: heatkv explain plan.json --statistics statistics.safetensors --out charts
+    """
+    from heatkv.profiling import explain as explaining
+    from heatkv.profiling import plan_report as report
+
+    told = Plan.load(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
+    worth = None if statistics is None else _worth(told, statistics)
+    last_reads = [last_read for _, last_read in told.levels]
+    tokens = [level_tokens(told.schedule, level) for level, _ in told.levels]
+    scales, heads = explaining.kept_of_scales(last_reads, tokens), explaining.kept_of_heads(told.held, tokens[0])
+    names = [f"{h}x{w}" if t == 1 else f"{t}x{h}x{w}" for t, h, w in told.schedule.scales]
+    files = [] if out is None else _draw(told, scales, heads, names, make_folder(out))
+    shown: list[Any] = [
+        _summary(told),
+        report.scales_table(told.levels, scales, names),
+        report.layers_table(heads),
+        report.use_table(told.live, told.budget_token_heads, names),
+    ]
+    if worth is not None:
+        shown += [report.worth_table(worth), *report.worth_lines(worth)]
+    ends, served = explaining.ends_of_cells(last_reads[-1]), explaining.reads_of_scales(last_reads)
+    facts = {
+        **{name: value for name, value in told.to_json().items() if name not in UNTOLD},
+        "slack_token_heads": told.budget_token_heads - told.peak_token_heads,
+        "source_scales": [
+            {"kept_token_time": share, "never_cached": never, "dropped_early": early, "to_the_end": whole}
+            for share, (never, early, whole) in zip(scales.tolist(), ends.tolist(), strict=True)
+        ],
+        "reads_of_source_scales": {
+            level: shares for (level, _), shares in zip(told.levels, served.tolist(), strict=True)
+        },
+        "layers": [{"kept_token_time": float(np.mean(of_heads)), "of_heads": of_heads} for of_heads in heads.tolist()],
+        "live_token_heads": told.live.tolist(),
+        "worth": None if worth is None else _worth_facts(worth),
+        "files": [str(file) for file in files],
+    }
+    show(Group(*shown), as_json, facts)
+    if files:
+        say(f"written: {', '.join(str(file) for file in files)}")
+
+
+def _draw(plan: Plan, scales: Any, heads: Any, names: list[str], folder: Path) -> list[Path]:
+    """All charts of a plan, with a heat map for every level."""
+    from heatkv.profiling import plan_report as report
+    from heatkv.profiling.explain import full_use
+
+    title = f"{plan.policy} at {plan.budget:.4g} of the cache of {plan.model or 'a model'}"
+    files = []
+    for level, last_read in plan.levels:
+        coarse = level != FULL
+        files.append(folder / (f"last_read_{level}.png" if coarse else "last_read.png"))
+        report.save_last_read(files[-1], last_read, names, f"{title}, {level} or finer" if coarse else title)
+    files += [folder / "kept.png", folder / "cache_use.png"]
+    report.save_kept(files[-2], scales, heads, names, title)
+    report.save_use(files[-1], plan.live, full_use(plan), plan.budget_token_heads, names, title)
+    return files
+
+
+def _worth(plan: Plan, path: Path) -> Worth:
+    """The plan judged by statistics of the model that it was made for."""
+    from heatkv.profiling.explain import worth_of
+
+    statistics = statistics_of_model(path, plan.model)
+    measured = statistics.provenance.model
+    # other names may be of the same model: attached, it has that of its class
+    if plan.model != measured and {plan.model, measured} <= set(MODELS):
+        raise StatisticsError(f"{path} was measured on {measured}, the plan is for {plan.model}; calibrate that model")
+    with progress("pricing the budget", 1):
+        return worth_of(plan, statistics)
+
+
+def _summary(plan: Plan) -> Any:
+    target, layer = plan.peak_checkpoint
+    slack = plan.budget_token_heads - plan.peak_token_heads
+    full = plan.geometry.full_token_heads
+    facts = {
+        "model": f"{plan.model or 'not told'}, {plan.geometry.layers} layers x {plan.geometry.heads} heads",
+        "schedule": str(plan.schedule),
+        "settings": ", ".join(f"{name}={value}" for name, value in plan.settings.items()) or "none",
+        "sink scales": str(plan.sink_scales),
+        "budget": f"{plan.budget_token_heads} of {full} token-heads ({plan.budget:.4%})",
+        "peak": f"{plan.peak_token_heads} token-heads after layer {layer} of scale {target}",
+        "slack": f"{slack} token-heads ({slack / max(plan.budget_token_heads, 1):.2%} of the budget)",
+        **certificate(plan),
+    }
+    if plan.had_no_effect():
+        facts["note"] = "the plan has no effect: nothing is dropped"
+    return pairs(f"plan of {plan.policy}", ("what", "value"), facts)
+
+
+def _worth_facts(worth: Worth) -> dict[str, Any]:
+    return {
+        "measure": worth.measure,
+        "value": worth.value,
+        "value_bound": worth.bound,
+        "full_value": worth.full,
+        "value_per_token_head": worth.price,
+        "change_of_bound_by_one_percent_of_budget": worth.change(0.01),
+        "binding_checkpoints": [
+            {"group": int(g), "scale": int(t), "layer": int(l), "price": float(worth.price_GTL[g, t, l])}
+            for g, t, l in np.argwhere(worth.price_GTL)
+        ],
+        "binding_layer_caps": [
+            {"layer": int(l), "scale": int(t), "price": float(worth.cap_price_LT[l, t])}
+            for l, t in np.argwhere(worth.cap_price_LT)
+        ],
+    }

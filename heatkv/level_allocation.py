@@ -1,0 +1,396 @@
+"""The best plan with levels for a budget: column generation over whole paths of every head.
+
+A path says at which level one head holds each source for every target; levels only fall. A master program mixes paths
+within the capacity; its prices say what a token costs, and exact dynamic programming finds the best path of every head
+under them. Arrays: P heads of the model (L x H), T targets, K combinations of a target, S sources; costs are those of
+LevelStatistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+
+from heatkv.allocation import Capacity
+from heatkv.errors import BudgetError, PlanError
+from heatkv.level_statistics import LevelStatistics
+from heatkv.levels import LEVELS, NONE
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+MAX_ROUNDS = 80
+TOLERANCE = 5e-4
+"""Rounds end when the master program is this close to its bound, as a share of it."""
+NEARBY = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5)
+MAX_SWEEPS, MAX_KICKS = 2, 100
+GOAL = 2.5e-3
+"""A whole plan this close to the bound is good enough."""
+
+
+@dataclass(frozen=True, eq=False)
+class LevelAllocation:
+    """The plan `level[l, h, t, s]` (NONE where not held), its cost, and a bound that no plan can be below."""
+
+    level: IntArray
+    cost: float
+    bound: float
+    row_prices: FloatArray
+
+    @property
+    def gap(self) -> float:
+        """Share of the cost that a better plan could save at most; 0 is proven optimal."""
+        return max(0.0, (self.cost - self.bound) / self.cost) if self.cost > 0 else 0.0
+
+    def last_reads(self) -> list[IntArray]:
+        """`last_read` of every level, fine to coarse."""
+        scales = self.level.shape[2]
+        past = np.arange(scales)[:, None] > np.arange(scales)
+        return [np.arange(scales) + (past & (self.level <= index)).sum(axis=2) for index in range(len(LEVELS))]
+
+
+@dataclass(frozen=True, eq=False)
+class _Paths:
+    """One path per head: levels (P, T, S), cost (P,), tokens held for every target (P, T)."""
+
+    level: NDArray[np.int8]
+    cost: FloatArray
+    tokens: IntArray
+
+
+class _Pricing:
+    """Exact dynamic programming over targets, for all heads at once."""
+
+    def __init__(self, statistics: LevelStatistics, levels: tuple[int, ...]) -> None:
+        self.choices = choices = statistics.choices
+        self.scales = len(choices.schedule)
+        self.heads = statistics.layers * statistics.heads
+        self.tokens = [choices.tokens(source) for source in range(self.scales)]
+        self.sinks = choices.sink_scales
+        self.sink_tokens = [sum(choices.schedule.tokens[: min(self.sinks, target)]) for target in range(self.scales)]
+        self.first = self.sinks + 1
+        self.table = [choices.combinations(target) for target in range(self.scales)]
+        forbidden = [~np.isin(table, (*levels, NONE)).all(axis=1) for table in self.table]
+        self.joint = []
+        self.single: list[dict[int, FloatArray]] = []
+        for target in range(self.scales):
+            cost = statistics.joint[target].reshape(self.heads, -1).copy()
+            cost[:, forbidden[target]] = np.inf
+            self.joint.append(cost)
+            of_target = {}
+            for source in choices.other_sources(target):
+                alone = statistics.single[:, :, target, source].reshape(self.heads, -1).copy()
+                allowed = [level for level in choices.of_other(source) if level in (*levels, NONE)]
+                alone[:, [level for level in range(NONE + 1) if level not in allowed]] = np.inf
+                of_target[source] = alone
+            self.single.append(of_target)
+        self.joint_tokens = [
+            sum((self.tokens[s][table[:, i]] for i, s in enumerate(choices.joint_sources(t))), np.zeros(len(table)))
+            for t, table in enumerate(self.table)
+        ]
+
+    def best(self, price_PT: FloatArray) -> tuple[_Paths, FloatArray]:
+        """The paths that are cheapest with tokens at these prices, and their cost with the tokens, (P,)."""
+        joint, alone = self._backward(price_PT)
+        paths = self._forward(joint, alone)
+        return paths, paths.cost + (paths.tokens * price_PT).sum(axis=1)
+
+    def _backward(self, price_PT: FloatArray) -> tuple[list[FloatArray], list[dict[int, FloatArray]]]:
+        """Cost to go from every combination of every target, and from every level of a source that is alone."""
+        scales = self.scales
+        joint: list[FloatArray] = [np.zeros((self.heads, 1))] * scales
+        alone: list[dict[int, FloatArray]] = [{} for _ in range(scales + 1)]
+        for target in range(scales - 1, self.first - 1, -1):
+            price = price_PT[:, target, None]
+            for source, cost in self.single[target].items():
+                to_go = cost + price * self.tokens[source]
+                if target + 1 < scales:
+                    to_go = to_go + _from_here(alone[target + 1][source])
+                alone[target][source] = to_go
+            value = self.joint[target] + price * self.joint_tokens[target]
+            if target + 1 < scales:
+                value = value + self._continue(target, joint[target + 1], alone[target + 1])
+            joint[target] = value
+        return joint, alone
+
+    def _continue(self, target: int, next_PK: FloatArray, alone: dict[int, FloatArray]) -> FloatArray:
+        """Cheapest continuation from every combination of `target` into the next target, (P, K)."""
+        choices = self.choices
+        now, then = choices.joint_sources(target), choices.joint_sources(target + 1)
+        value = next_PK.reshape(self.heads, *choices.shape(target + 1))
+        if target in then:  # the new source starts at any level
+            value = value.min(axis=1 + then.index(target))
+        extra = np.zeros((self.heads, 1)) if target in then else alone[target].min(axis=1, keepdims=True)
+        for axis in range(1, value.ndim):  # the others may only fall
+            value = np.flip(np.minimum.accumulate(np.flip(value, axis), axis=axis), axis)
+        for axis, source in enumerate(now, start=1):
+            if source not in then:
+                levels = list(choices.of_source(source))
+                leaving = _from_here(alone[source])[:, levels]
+                shape = [1] * (len(now) + 1)
+                shape[0], shape[axis] = self.heads, len(levels)
+                value = np.expand_dims(value, axis) + leaving.reshape(shape)
+        return np.broadcast_to(value, (self.heads, *choices.shape(target))).reshape(self.heads, -1) + extra
+
+    def _forward(self, joint: list[FloatArray], alone: list[dict[int, FloatArray]]) -> _Paths:
+        """Follow the cheapest choices from the first target on."""
+        heads, scales = np.arange(self.heads), self.scales
+        level = np.full((self.heads, scales, scales), NONE, dtype=np.int8)
+        cost, tokens = np.zeros(self.heads), np.zeros((self.heads, scales), dtype=np.int64)
+        for target in range(scales):
+            level[:, target, : min(self.sinks, target)] = 0
+            tokens[:, target] = self.sink_tokens[target]
+            if target < self.first:
+                continue
+            sources = self.choices.joint_sources(target)
+            before = level[:, target - 1]
+            possible = np.ones((self.heads, len(self.table[target])), dtype=bool)
+            for axis, source in enumerate(sources):
+                if source < target - 1:
+                    possible &= self.table[target][:, axis] >= before[:, source, None]
+            chosen = np.where(possible, joint[target], np.inf).argmin(axis=1)
+            level[:, target, list(sources)] = self.table[target][chosen]
+            cost += self.joint[target][heads, chosen]
+            tokens[:, target] += self.joint_tokens[target][chosen].astype(np.int64)
+            for source, costs in self.single[target].items():
+                to_go = alone[target][source]
+                if source < target - 1:
+                    to_go = np.where(np.arange(NONE + 1) >= before[:, source, None], to_go, np.inf)
+                picked = to_go.argmin(axis=1)
+                level[:, target, source] = picked
+                cost += costs[heads, picked]
+                tokens[:, target] += self.tokens[source][picked]
+        return _Paths(level, cost, tokens)
+
+
+def _from_here(to_go_PV: FloatArray) -> FloatArray:
+    """Cheapest cost to go from a level when it may first fall."""
+    return np.minimum.accumulate(to_go_PV[:, ::-1], axis=1)[:, ::-1]
+
+
+class _Master:
+    """The columns found so far, and the program that mixes them within the capacity."""
+
+    def __init__(self, capacity: Capacity, heads: int, scale: float) -> None:
+        self.capacity, self.heads, self.scale = capacity, heads, scale
+        self.unit = float(max(capacity.tokens))
+        self.paths: list[_Paths] = []
+        self.head: list[IntArray] = []
+
+    def add(self, paths: _Paths, which: IntArray) -> None:
+        """Columns of the heads `which`."""
+        self.paths.append(_Paths(paths.level[which], paths.cost[which], paths.tokens[which]))
+        self.head.append(which)
+
+    def _program(self) -> tuple[FloatArray, sparse.csr_array, FloatArray, sparse.csr_array, FloatArray]:
+        """Costs, equalities and limits over the columns and the token-heads held by every layer."""
+        capacity, scales = self.capacity, self.capacity.scales
+        head = np.concatenate(self.head)
+        cost = np.concatenate([paths.cost for paths in self.paths]) / self.scale
+        tokens = np.concatenate([paths.tokens for paths in self.paths])
+        count, sums = len(head), capacity.groups * capacity.layers * scales
+        one_each = sparse.csr_array((np.ones(count), (head, np.arange(count))), shape=(self.heads, count + sums))
+        held = -column_use(capacity, head, tokens).T / self.unit
+        equal = sparse.vstack([one_each, sparse.hstack([held, sparse.eye_array(sums)])], format="csr")
+        limits = sparse.hstack([sparse.csr_array((len(capacity.room), count)), capacity.rows], format="csr")
+        right = np.concatenate([np.ones(self.heads), np.zeros(sums)])
+        return np.concatenate([cost, np.zeros(sums)]), equal, right, limits, capacity.room / self.unit
+
+    def relax(self) -> tuple[float, FloatArray, FloatArray]:
+        """Cost of the best mix, the prices of the capacity's rows, and the shares of the columns."""
+        cost, equal, right, limits, room = self._program()
+        solved = linprog(cost, A_ub=limits, b_ub=room, A_eq=equal, b_eq=right, bounds=(0, None), method="highs-ds")
+        if solved.x is None:
+            raise PlanError(f"the solver found no plan: {solved.message}")
+        prices = np.maximum(-solved.ineqlin.marginals, 0) * self.scale / self.unit
+        return (
+            solved.fun * self.scale,
+            prices,
+            solved.x[: -self.capacity.groups * self.capacity.layers * self.capacity.scales],
+        )
+
+    def columns(self) -> tuple[IntArray, _Paths]:
+        """The head of every column, and all columns."""
+        return np.concatenate(self.head), _Paths(
+            np.concatenate([paths.level for paths in self.paths]),
+            np.concatenate([paths.cost for paths in self.paths]),
+            np.concatenate([paths.tokens for paths in self.paths]),
+        )
+
+    def whole(self, allowed: IntArray) -> IntArray | None:
+        """A cheap choice of one of the allowed columns per head, as indices into them all; None when none was found."""
+        capacity = self.capacity
+        head, columns = self.columns()
+        use = capacity.rows @ column_use(capacity, head[allowed], columns.tokens[allowed]).T / self.unit
+        count = len(allowed)
+        one_each = sparse.csr_array((np.ones(count), (head[allowed], np.arange(count))), shape=(self.heads, count))
+        solved = milp(
+            columns.cost[allowed] / self.scale,
+            integrality=np.ones(count),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(sparse.csr_array(use), -np.inf, capacity.room / self.unit),
+            ],
+            options={"mip_rel_gap": GOAL, "node_limit": 5},
+        )
+        if solved.x is None:
+            return None
+        chosen = allowed[solved.x > 0.5]
+        return chosen[np.argsort(head[chosen], kind="stable")]
+
+
+def column_use(capacity: Capacity, head_C: IntArray, tokens_CT: IntArray) -> sparse.csr_array:
+    """Token-heads that a column adds to every (group, layer, target), (C, G * L * T)."""
+    scales = capacity.scales
+    holder = capacity.index_LH.reshape(-1)[head_C][:, None] * scales + np.arange(scales)
+    columns = np.repeat(np.arange(len(head_C)), scales)
+    return sparse.csr_array(
+        (tokens_CT.ravel().astype(np.float64), (columns, holder.ravel())),
+        shape=(len(head_C), capacity.groups * capacity.layers * scales),
+    )
+
+
+class _Rounding:
+    """One column per head, made to fit and then improved by exchanging one head's column at a time."""
+
+    def __init__(self, capacity: Capacity, head_C: IntArray, columns: _Paths) -> None:
+        self.capacity, self.head_C, self.columns = capacity, head_C, columns
+
+    def run(self, chosen_P: IntArray) -> IntArray | None:
+        """None when no exchange makes it fit."""
+        capacity, columns = self.capacity, self.columns
+        scales = capacity.scales
+        chosen = chosen_P.copy()
+        slack = capacity.slack(capacity.held(columns.tokens[chosen].reshape(capacity.layers, capacity.heads, scales)))
+        for _ in range(20 * len(chosen)):
+            more_tokens = columns.tokens - columns.tokens[chosen[self.head_C]]
+            more_cost = columns.cost - columns.cost[chosen[self.head_C]]
+            broken = slack.min() < 0
+            candidates = np.flatnonzero((more_tokens < 0).any(axis=1) if broken else more_cost < 0)
+            if not len(candidates):
+                return None if broken else chosen
+            use = column_use(capacity, self.head_C[candidates], more_tokens[candidates])
+            change = (use @ capacity.rows.T).toarray()
+            after = slack - change
+            if broken:
+                relief = np.minimum(slack, 0).sum() - np.minimum(after, 0).sum(axis=1)
+                useful = relief < 0
+                if not useful.any():
+                    return None
+                worth = np.where(useful, -relief / np.maximum(more_cost[candidates], 1e-12 * columns.cost.max()), -1)
+                best = int(worth.argmax())
+            else:
+                fits = after.min(axis=1) >= 0
+                if not fits.any():
+                    return chosen
+                best = int(np.where(fits, more_cost[candidates], np.inf).argmin())
+            column = candidates[best]
+            chosen[self.head_C[column]] = column
+            slack = after[best]
+        return None if slack.min() < 0 else chosen
+
+    def kick(self, chosen: IntArray, regret_C: FloatArray, bound: float) -> IntArray:
+        """Force one column after another into the plan, those first that cost the least under the prices, and keep
+        what gets cheaper once it fits again, until the plan is close to the bound."""
+        cost = float(self.columns.cost[chosen].sum())
+        for _ in range(MAX_SWEEPS):
+            before = cost
+            for column in np.argsort(regret_C, kind="stable")[:MAX_KICKS]:
+                if cost - bound <= GOAL * cost or bound + regret_C[column] >= cost:
+                    break
+                if chosen[self.head_C[column]] == column:
+                    continue
+                forced = chosen.copy()
+                forced[self.head_C[column]] = column
+                plan = self.run(forced)
+                if plan is not None and self.columns.cost[plan].sum() < cost:
+                    chosen, cost = plan, float(self.columns.cost[plan].sum())
+            if cost == before:
+                break
+        return chosen
+
+
+def allocate_levels(
+    statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...] = tuple(range(len(LEVELS)))
+) -> LevelAllocation:
+    """The cheapest plan within the capacity that uses these levels (indices into LEVELS, 0 among them).
+
+    Raises BudgetError when the sinks alone do not fit.
+    """
+    scales = capacity.scales
+    pricing = _Pricing(statistics, levels)
+    total = sum(float(joint[:, -1].sum()) for joint in pricing.joint)  # the last combination holds nothing
+    scale = total / 100 if total > 0 else 1.0
+    shape = (capacity.layers, capacity.heads, scales)
+
+    def held(tokens_PT: IntArray) -> IntArray:
+        return capacity.held(tokens_PT.reshape(shape))
+
+    nothing, _ = pricing.best(np.full((pricing.heads, scales), 1e30))
+    slack = capacity.slack(held(nothing.tokens))
+    if slack.min() < 0:
+        raise BudgetError(
+            f"the {statistics.choices.sink_scales} sink scales alone hold {-slack.min():.0f} token-heads more than "
+            "there is room for; raise the budget or the cap"
+        )
+    everything, _ = pricing.best(np.zeros((pricing.heads, scales)))
+    if capacity.slack(held(everything.tokens)).min() >= 0:
+        cost = float(everything.cost.sum())
+        return LevelAllocation(
+            everything.level.reshape(*shape, scales).astype(np.int64), cost, cost, np.zeros(len(capacity.room))
+        )
+    master, all_heads = _Master(capacity, pricing.heads, scale), np.arange(pricing.heads)
+    master.add(nothing, all_heads)
+    for price in total / capacity.room.max() * 4.0 ** np.arange(-6, 4):  # a first idea of what is worth its tokens
+        master.add(pricing.best(np.full((pricing.heads, scales), price))[0], all_heads)
+    bound, best_prices = -np.inf, np.zeros(len(capacity.room))
+    for _ in range(MAX_ROUNDS):
+        mixed, prices, _ = master.relax()
+        token_price = capacity.token_prices(prices).reshape(pricing.heads, scales)
+        paths, reduced = pricing.best(token_price)
+        lagrangian = float(reduced.sum() - prices @ capacity.room)
+        if lagrangian > bound:
+            bound, best_prices = lagrangian, prices
+        if mixed - bound <= TOLERANCE * max(mixed, 0.0) + 1e-12 * scale:
+            break
+        master.add(paths, all_heads)
+    shares = master.relax()[2]
+    token_price = capacity.token_prices(best_prices).reshape(pricing.heads, scales)
+    for factor in NEARBY:  # finer steps to exchange when the mix is rounded
+        master.add(pricing.best(token_price * factor)[0], all_heads)
+    shares = np.concatenate([shares, np.zeros(len(NEARBY) * pricing.heads)])
+    return _integral(master, pricing, capacity, bound, best_prices, shares)
+
+
+def _integral(
+    master: _Master, pricing: _Pricing, capacity: Capacity, bound: float, prices: FloatArray, shares_C: FloatArray
+) -> LevelAllocation:
+    """A whole plan from the master program's mix: rounded and improved, then a small program over what is left."""
+    head, columns = master.columns()
+    rounding = _Rounding(capacity, head, columns)
+    order = np.lexsort((shares_C, head))  # of every head the column with the largest share comes last
+    largest = order[np.flatnonzero(np.append(head[order][1:] != head[order][:-1], True))]
+    nothing = np.arange(pricing.heads)  # the first columns, which always fit
+    found = [plan for plan in (rounding.run(largest), rounding.run(nothing)) if plan is not None]
+    best = min(found, key=lambda plan: columns.cost[plan].sum())
+    token_price = capacity.token_prices(prices).reshape(pricing.heads, capacity.scales)
+    priced = columns.cost + (columns.tokens * token_price[head]).sum(axis=1)
+    # a plan with a column costs at least so much more than the bound
+    regret = priced - pricing.best(token_price)[1][head]
+    best = rounding.kick(best, regret, bound)
+    cost = float(columns.cost[best].sum())
+    if cost - bound > GOAL * cost:
+        allowed = bound + regret <= cost  # no other column can be part of a cheaper plan
+        allowed[best] = True
+        whole = master.whole(np.flatnonzero(allowed))
+        if whole is not None and columns.cost[whole].sum() < cost:
+            improved = rounding.run(whole)
+            best = whole if improved is None else improved
+            cost = float(columns.cost[best].sum())
+    shape = (capacity.layers, capacity.heads, capacity.scales, capacity.scales)
+    return LevelAllocation(columns.level[best].reshape(shape).astype(np.int64), cost, min(bound, cost), prices)

@@ -1,0 +1,339 @@
+"""Measuring what coarser cells cost: first the logit biases of pooled keys, then all combinations of levels under them.
+
+Both passes draw with the full cache and work block by block of queries; a full query-by-key matrix never exists.
+Shapes: B rows, H heads, N queries, D head size, V levels, I items, K combinations of levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from heatkv.attention.pooling import pooled_cells
+from heatkv.calibration import MAX_BLOCK_NUMBERS, ObservingCache, sample_names
+from heatkv.errors import StatisticsError
+from heatkv.generation import run_scales
+from heatkv.level_statistics import LevelStatistics, calibrated_bias
+from heatkv.levels import LEVELS, NONE, LevelChoices
+from heatkv.models.base import ImageModel
+from heatkv.sampling import CommonRandomSampler, Settings
+
+FloatArray = NDArray[np.float64]
+
+
+class LevelCache(ObservingCache):
+    """What both passes need: the cells of every source, pooled to every level it may be held at."""
+
+    def __init__(self, choices: LevelChoices, *arguments: Any, **named: Any) -> None:
+        self.choices = choices
+        super().__init__(*arguments, **named)
+
+    def pooled(self, source: int, k_BHMD: Tensor, v_BHMD: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of a source at its levels, by level index, fp32; NONE is left out."""
+        angles = None if self.key_angles is None else self.key_angles[source]
+        return {
+            level: pooled_cells(k_BHMD, v_BHMD, self.plan.schedule.scales[source], LEVELS[level], angles)
+            for level in self.choices.of_source(source)
+            if level != NONE
+        }
+
+
+class BiasCache(LevelCache):
+    """First pass: attention mass on whole cells, and on their pooled keys without a bias, over all later queries.
+
+    `whole` is (L, H, T) and `pooled_mass` (L, H, T, V), float64 sums over queries and rows, both relative to the full
+    attention's denominator.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        geometry = self.plan.geometry
+        shape = (geometry.layers, geometry.heads, len(geometry.schedule))
+        self.whole: FloatArray = np.zeros(shape)
+        self.pooled_mass: FloatArray = np.zeros((*shape, len(LEVELS)))
+
+    def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+        target = self._target
+        levels = [self.pooled(source, keys[source], values[source]) for source in range(target)]
+        widest = max(k.shape[2] for k in keys)
+        for q in query_blocks(q_RHND, widest):
+            lse_BHNS = torch.stack([torch.logsumexp(q @ k.float().transpose(2, 3), -1) for k in keys], dim=-1)
+            total_BHN = torch.logsumexp(lse_BHNS, dim=-1)
+            shares = (lse_BHNS - total_BHN[..., None]).exp().sum(dim=(0, 2), dtype=torch.float64)
+            self.whole[layer, :, :target] += shares[:, :target].cpu().numpy()
+            for source, cells in enumerate(levels):
+                for level, (k, _) in cells.items():
+                    lse_BHN = torch.logsumexp(q @ k.transpose(2, 3), -1)
+                    share = (lse_BHN - total_BHN).exp().sum(dim=(0, 2), dtype=torch.float64)
+                    self.pooled_mass[layer, :, source, level] += share.cpu().numpy()
+
+
+def query_blocks(q_RHND: Tensor, numbers_per_query: int) -> Iterator[Tensor]:
+    """The queries in fp32, so many at a time that none of their results is large."""
+    rows, heads, queries, _ = q_RHND.shape
+    block = max(1, MAX_BLOCK_NUMBERS // (rows * heads * numbers_per_query))
+    with torch.autocast(q_RHND.device.type, enabled=False):  # it would round the logits
+        for first in range(0, queries, block):
+            yield q_RHND[:, :, first : first + block].float()
+
+
+@dataclass(frozen=True)
+class Items:
+    """All a query could read, relative to the full attention with output o: for every source at every level its softmax
+    weight w, (B, H, N, I), and moment N - w o, (B, H, N, I, D), N being the weighted sum of values.
+
+    Item 0 is all that is always whole. Sums over the items of a combination give the change of the output: sum of
+    moments / sum of weights.
+    """
+
+    weight: Tensor
+    moment: Tensor
+
+
+def source_items(
+    q_BHND: Tensor,
+    cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]],
+    biases: Sequence[Mapping[int, Tensor]],
+    chosen: Sequence[tuple[int, int]],
+    fixed: Sequence[int],
+) -> Items:
+    """The items of the (source, level) in `chosen`, after one for the sources `fixed` together; `cells[s][level]` are
+    keys and values (B, H, M, D), `biases[s][level]` is (H,)."""
+    lse, outputs = [], []
+    for levels in cells:
+        k, v = levels[0]
+        logits = q_BHND @ k.transpose(2, 3)
+        lse.append(torch.logsumexp(logits, dim=-1))
+        outputs.append(logits.sub_(lse[-1][..., None]).exp_() @ v)
+    total_BHN = torch.logsumexp(torch.stack(lse), dim=0)
+    weights = [(source - total_BHN).exp() for source in lse]
+    out_BHND = torch.zeros_like(outputs[0])
+    for weight, output in zip(weights, outputs, strict=True):
+        out_BHND.addcmul_(weight[..., None], output)
+    item_weights = [torch.stack([weights[source] for source in fixed]).sum(0)]
+    moments = [torch.stack([weights[source][..., None] * (outputs[source] - out_BHND) for source in fixed]).sum(0)]
+    for source, level in chosen:
+        if level == 0:
+            item_weights.append(weights[source])
+            moments.append(weights[source][..., None] * (outputs[source] - out_BHND))
+            continue
+        k, v = cells[source][level]
+        shift = biases[source][level][None, :, None] - total_BHN
+        scores = (q_BHND @ k.transpose(2, 3)).add_(shift[..., None]).exp_()
+        item_weights.append(scores.sum(dim=-1))
+        moments.append((scores @ v).addcmul_(item_weights[-1][..., None], out_BHND, value=-1))
+    return Items(torch.stack(item_weights, dim=-1), torch.stack(moments, dim=-2))
+
+
+@dataclass(frozen=True)
+class Combinations:
+    """The items of a target, and which of them every combination holds: `holds` is (items, K) of 0 and 1.
+
+    `pairs` maps the products of items i <= j to the squared sum of every combination, (pairs, K).
+    """
+
+    chosen: tuple[tuple[int, int], ...]
+    fixed: tuple[int, ...]
+    holds: Tensor
+    pairs: Tensor
+
+    @classmethod
+    def of(cls, choices: LevelChoices, target: int, device: torch.device) -> Combinations:
+        joint = choices.joint_sources(target)
+        table = choices.combinations(target)
+        chosen = tuple((source, level) for source in joint for level in choices.of_source(source) if level != NONE)
+        held = [np.ones(len(table)), *(table[:, joint.index(source)] == level for source, level in chosen)]
+        holds = torch.from_numpy(np.stack(held).astype(np.float32)).to(device)
+        first, second = torch.triu_indices(len(holds), len(holds), device=device)
+        twice = torch.where(first == second, 1.0, 2.0)[:, None]
+        fixed = tuple(source for source in range(target + 1) if source not in joint)
+        return cls(chosen, fixed, holds, holds[first] * holds[second] * twice)
+
+    def squared_changes(self, items: Items) -> Tensor:
+        """|change of the output|^2 of every combination, summed over queries, (B, H, K) float64."""
+        first, second = torch.triu_indices(len(self.holds), len(self.holds), device=items.weight.device)
+        products_BHNI = (items.moment @ items.moment.transpose(-1, -2))[..., first, second]
+        weight_BHNK = items.weight @ self.holds
+        change = (products_BHNI @ self.pairs).div_(weight_BHNK.square_())
+        return change.sum(dim=2).double().clamp_(min=0)
+
+
+class ErrorCostCache(LevelCache):
+    """Second pass: the relative squared output error of every combination of levels, under the given biases.
+
+    `joint[t]` is (L, H, combinations), `single` (L, H, T, T, V + 1): sums over queries and images, mean over rows.
+    """
+
+    def __init__(self, choices: LevelChoices, log_bias: FloatArray, *arguments: Any, **named: Any) -> None:
+        self.log_bias = log_bias
+        self._combinations: tuple[int, Combinations] | None = None
+        super().__init__(choices, *arguments, **named)
+
+    def reset(self) -> None:
+        super().reset()
+        geometry = self.plan.geometry
+        self.joint, self.single = empty_costs(geometry.layers, geometry.heads, self.choices)
+
+    def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+        target, halves = self._target, self.rows // self.images
+        if target <= self.choices.sink_scales:
+            return
+        relative_R, factor = self.relative(), self.factors[layer]
+        # |F (V p)| = |(F V) p|: the factor is cheapest on the values
+        whitened = [v.float() @ factor.transpose(1, 2) for v in values]
+        cells, biases = self.cells_and_biases(layer, keys, whitened)
+        combinations = self.combinations(target)
+        alone = [
+            (source, level) for source in self.choices.other_sources(target) for level in self.choices.of_other(source)
+        ]
+        for q in query_blocks(q_RHND, numbers_per_query(combinations, cells)):
+            items = source_items(q, cells, biases, combinations.chosen, combinations.fixed)
+            self.joint[target][layer] += _weighted(combinations.squared_changes(items), relative_R) / halves
+            if alone:
+                held = [cell for cell in alone if cell[1] != NONE]
+                for (source, level), change in single_changes(source_items(q, cells, biases, held, (target,)), alone):
+                    squared = change.square().sum(-1).sum(2, dtype=torch.float64)[..., None]
+                    self.single[layer, :, target, source, level] += _weighted(squared, relative_R)[:, 0] / halves
+
+    def combinations(self, target: int) -> Combinations:
+        """Those of a target; made once and kept for its layers."""
+        if self._combinations is None or self._combinations[0] != target:
+            self._combinations = target, Combinations.of(self.choices, target, self.arena_2RPD.device)
+        return self._combinations[1]
+
+    def cells_and_biases(
+        self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> tuple[list[dict[int, tuple[Tensor, Tensor]]], list[dict[int, Tensor]]]:
+        """Every source at its levels, sinks and the running scale whole, with the bias of every level, (H,)."""
+        cells, biases = [], []
+        for source, (k, v) in enumerate(zip(keys, values, strict=True)):
+            free = self.choices.sink_scales <= source < self._target
+            cells.append(self.pooled(source, k, v) if free else {0: (k.float(), v.float())})
+            bias = self.log_bias[layer, :, source]
+            biases.append({level: torch.from_numpy(bias[:, level]).to(k.device).float() for level in cells[-1]})
+        return cells, biases
+
+
+def empty_costs(layers: int, heads: int, choices: LevelChoices) -> tuple[list[FloatArray], FloatArray]:
+    """Zeros for the joint costs of every target, and for single costs."""
+    scales = len(choices.schedule)
+    joint = [np.zeros((layers, heads, int(np.prod(choices.shape(target))))) for target in range(scales)]
+    return joint, np.zeros((layers, heads, scales, scales, NONE + 1))
+
+
+def numbers_per_query(combinations: Combinations, cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> int:
+    """The largest result of one query: its logits, its combinations, or the moments or products of its items."""
+    items, count = combinations.holds.shape
+    widest = max(levels[0][0].shape[2] for levels in cells)
+    return max(widest, count, items * max(items, cells[0][0][1].shape[-1]))
+
+
+def single_changes(items: Items, alone: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Change of the output, (B, H, N, D), when one source is held at one level and all else whole, for the cells of
+    `alone`; those of them that are not NONE are the items from the second on."""
+    at = {cell: index for index, cell in enumerate((cell for cell in alone if cell[1] != NONE), start=1)}
+    for source, level in alone:
+        if level == 0:
+            continue
+        weight = 1 - items.weight[..., at[source, 0]]  # of all others
+        moment = -items.moment[..., at[source, 0], :]
+        if level != NONE:
+            weight, moment = (
+                weight + items.weight[..., at[source, level]],
+                moment + items.moment[..., at[source, level], :],
+            )
+        yield (source, level), moment / weight.clamp(min=1e-6)[..., None]
+
+
+def _weighted(costs_BHK: Tensor, relative_B: Tensor) -> FloatArray:
+    """Sum over rows, each with its weight, (H, K)."""
+    return np.asarray((costs_BHK.double() * relative_B[:, None, None]).sum(dim=0).cpu().numpy())
+
+
+def _batches(first: int, samples: int, batch: int) -> Iterator[range]:
+    for start in range(first, first + samples, batch):
+        yield range(start, min(start + batch, first + samples))
+
+
+def calibrate_biases(
+    model: ImageModel[Any],
+    choices: LevelChoices,
+    samples: int = 16,
+    *,
+    seed: int = 0,
+    batch: int = 16,
+    settings: Settings | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> FloatArray:
+    """The logit bias of every pooled cell, (L, H, T, levels), from samples 0, 1, ... of the seed."""
+    settings = settings if settings is not None else model.sampling
+    whole: FloatArray | None = None
+    pooled: FloatArray | None = None
+    for indices in _batches(0, samples, batch):
+        rows = len(indices) * settings.rows_per_image
+        cache = BiasCache(
+            choices, model.plan(), rows, len(indices), model.compute_dtype, model.device, model.key_angles
+        )
+        labels, sampler = model.labels(len(indices), indices.start), CommonRandomSampler(seed, indices, settings)
+        run_scales(model, labels, cache, sampler, settings, decode=False)
+        whole = cache.whole if whole is None else whole + cache.whole
+        pooled = cache.pooled_mass if pooled is None else pooled + cache.pooled_mass
+        if progress is not None:
+            progress(len(indices))
+    if whole is None or pooled is None:
+        raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
+    return calibrated_bias(choices.schedule, whole, pooled)
+
+
+def calibrate_levels(
+    model: ImageModel[Any],
+    samples: int = 32,
+    *,
+    log_bias: FloatArray | None = None,
+    bias_samples: int = 16,
+    sink_scales: int = 2,
+    seed: int = 0,
+    first_sample: int = 0,
+    batch: int = 16,
+    settings: Settings | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> LevelStatistics:
+    """Level costs over `samples` images drawn with the full cache, under `log_bias` or biases measured first.
+
+    `first_sample` numbers the first one, so that disjoint sets can be measured under the same biases and merged.
+    """
+    settings = settings if settings is not None else model.sampling
+    if samples < 1:
+        raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
+    geometry = model.geometry
+    choices = LevelChoices(geometry.schedule, sink_scales)
+    of_bias: tuple[str, ...] = ()
+    if log_bias is None:
+        log_bias = calibrate_biases(
+            model, choices, bias_samples, seed=seed, batch=batch, settings=settings, progress=progress
+        )
+        of_bias = tuple(sample_names(model, seed, model.labels(bias_samples, 0), 0))
+    weights = [model.adapter.output_weight(layer) for layer in range(geometry.layers)]
+    joint, single = empty_costs(geometry.layers, geometry.heads, choices)
+    names: list[str] = []
+    for indices in _batches(first_sample, samples, batch):
+        count = len(indices)
+        cache = ErrorCostCache(
+            choices, log_bias, model.plan(), count * settings.rows_per_image, count, model.compute_dtype, model.device,
+            model.key_angles, output_weights=weights,
+        )  # fmt: skip
+        labels, sampler = model.labels(count, indices.start), CommonRandomSampler(seed, indices, settings)
+        with model.adapter.watching(cache.see):
+            run_scales(model, labels, cache, sampler, settings, decode=False)
+        joint = [total + part for total, part in zip(joint, cache.joint, strict=True)]
+        single = single + cache.single
+        names += sample_names(model, seed, labels, indices.start)
+        if progress is not None:
+            progress(count)
+    return LevelStatistics(choices, "error", log_bias, tuple(joint), single, tuple(names), of_bias)
