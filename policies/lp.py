@@ -72,7 +72,7 @@ class HeatKVLP(EvictionPolicy):
         capacity, values = self.capacity(problem), self.values(statistics)
         if self.solver == "greedy":
             return allocate_greedily(values, capacity, self.sink_scales)
-        candidates = ()
+        candidates: tuple[NDArray[np.int64], ...] = ()
         if self.ranks == 1 and self.layer_cap is None:  # the paper's rule knows neither
             candidates = (drop_by_rank(problem, self.sink_scales, HeadRankings.from_scores(statistics.scas)),)
         return allocate(values, capacity, self.sink_scales, candidates)
