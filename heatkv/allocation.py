@@ -3,7 +3,7 @@
 `allocate` solves a linear program over all cells: whether target t still reads cell (l, h, s), non-increasing in t, one
 capacity row per checkpoint. Its bound certifies how far the integral plan can be from the best one. Arrays: L layers,
 H heads, T scales, G groups of heads that share one room; value[l, h, t, s] is what it is worth that target t reads
-source s.
+source s, which is finite and not negative.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ FloatArray = NDArray[np.float64]
 
 EXACT_VARIABLES = 200
 """Up to so many variables a fractional optimum is solved again in whole numbers, to the end."""
+
+_LARGEST_SUM = 1e300  # of all values; prices times room must stay finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +173,8 @@ def allocate(
     """The plan worth most within the capacity, from the linear program, rounded down and refilled.
 
     `candidates` are feasible plans; the result is never worth less than any of them. Small instances that the program
-    leaves fractional are solved in whole numbers. Raises BudgetError when the sinks alone do not fit.
+    leaves fractional are solved in whole numbers. Raises BudgetError when the sinks alone do not fit, PlanError for
+    values of the wrong shape, not finite, negative, or too large to add up.
     """
     program = _Program(value_LHTT, capacity, sink_scales)
     if program.variables == 0:
@@ -196,25 +199,29 @@ def allocate(
 def allocate_greedily(value_LHTT: FloatArray, capacity: Capacity, sink_scales: int) -> Allocation:
     """A good plan in a fraction of the time: cells in the order of value per token and target while they fit.
 
-    The bound prices the end of every scale that a full cache would overfill alike.
+    The bound prices the end of every scale that a full cache would overfill alike. Raises as `allocate` does.
     """
-    layers, heads, scales = capacity.layers, capacity.heads, capacity.scales
-    start = _never_cached(layers, heads, scales, sink_scales)
-    _check_sinks(start, capacity, sink_scales)
+    layers, scales = capacity.layers, capacity.scales
+    start = _checked_start(value_LHTT, capacity, sink_scales)
     plan = fill(start, value_LHTT, capacity, sink_scales)
     scarce = np.repeat(_scarce(capacity)[1:], layers).reshape(scales - 1, layers)
     scarce[:, :-1] = 0
     unit = np.zeros(len(capacity.room))
     unit[: capacity.groups * scales * layers - capacity.groups * layers] = np.tile(scarce.ravel(), capacity.groups)
-    highest = float(np.max(value_LHTT / np.asarray(capacity.tokens))) or 1.0
+    highest = float(np.max(value_LHTT / np.asarray(capacity.tokens)))
 
     def bound(log_price: float) -> float:
         return price_bound(value_LHTT, capacity, sink_scales, unit * np.exp(log_price))
 
-    limits = (np.log(highest) - 25, np.log(highest))
-    found = minimize_scalar(bound, bounds=limits, method="bounded", options={"maxiter": 12})
+    prices = np.zeros_like(unit)  # right where everything fits
+    lowest_bound = price_bound(value_LHTT, capacity, sink_scales, prices)
+    if highest > 0:
+        limits = (np.log(highest) - 25, np.log(highest))
+        found = minimize_scalar(bound, bounds=limits, method="bounded", options={"maxiter": 12})
+        if found.fun < lowest_bound:
+            lowest_bound, prices = float(found.fun), unit * np.exp(found.x)
     value = read_value(plan, value_LHTT)
-    return Allocation(plan, value, max(float(found.fun), value), unit * np.exp(found.x))
+    return Allocation(plan, value, max(lowest_bound, value), prices)
 
 
 def _scarce(capacity: Capacity) -> FloatArray:
@@ -223,13 +230,30 @@ def _scarce(capacity: Capacity) -> FloatArray:
     return np.where(before > sum(capacity.room_G), 1.0, 1e-3)
 
 
-def _check_sinks(start_LHT: IntArray, capacity: Capacity, sink_scales: int) -> None:
-    slack = capacity.slack(capacity.held(held_for_targets([start_LHT], [capacity.tokens])))
+def _checked_start(value_LHTT: FloatArray, capacity: Capacity, sink_scales: int) -> IntArray:
+    """The plan of the sinks alone, when they fit and the values can be planned with."""
+    layers, heads, scales = capacity.layers, capacity.heads, capacity.scales
+    if value_LHTT.shape != (layers, heads, scales, scales):
+        raise PlanError(f"values have shape {value_LHTT.shape}; the cache needs {(layers, heads, scales, scales)}")
+    wrong = np.argwhere(~(np.isfinite(value_LHTT) & (value_LHTT >= 0)))
+    if len(wrong):
+        layer, head, target, source = (int(i) for i in wrong[0])
+        raise PlanError(
+            f"the value of layer {layer}, head {head}, target {target}, source {source} is "
+            f"{value_LHTT[layer, head, target, source]}; it must be finite and not negative"
+        )
+    with np.errstate(over="ignore"):
+        total = float(value_LHTT.sum())
+    if total > _LARGEST_SUM:
+        raise PlanError(f"the values add up to {total:g}; scale them to a sum below {_LARGEST_SUM:g}")
+    start = _never_cached(layers, heads, scales, sink_scales)
+    slack = capacity.slack(capacity.held(held_for_targets([start], [capacity.tokens])))
     if slack.min() < 0:
         raise BudgetError(
             f"the {sink_scales} sink scales alone hold {-slack.min():.0f} token-heads more than there is room for; "
             "raise the budget or the cap, or keep fewer sink scales"
         )
+    return start
 
 
 def fill(last_read_LHT: IntArray, value_LHTT: FloatArray, capacity: Capacity, sink_scales: int) -> IntArray:
@@ -268,8 +292,6 @@ def fill(last_read_LHT: IntArray, value_LHTT: FloatArray, capacity: Capacity, si
         return last_read
     cell_of, to_of, slope_of = (np.concatenate([part[i] for part in segments]) for i in range(3))
     for at in np.lexsort((to_of, -slope_of)):
-        if slope_of[at] < 0:
-            break
         cell, to = int(cell_of[at]), int(to_of[at])
         pair, size = cell // scales, tokens[cell % scales]
         layer, room = pair // heads, checkpoints[group_LH[pair]]
@@ -295,13 +317,8 @@ class _Program:
 
     def __init__(self, value_LHTT: FloatArray, capacity: Capacity, sink_scales: int) -> None:
         layers, heads, scales = capacity.layers, capacity.heads, capacity.scales
-        if value_LHTT.shape != (layers, heads, scales, scales):
-            raise PlanError(f"values have shape {value_LHTT.shape}; the cache needs {(layers, heads, scales, scales)}")
-        if not np.isfinite(value_LHTT).all():
-            raise PlanError("a value is not finite")
         self.capacity = capacity
-        self.start = _never_cached(layers, heads, scales, sink_scales)
-        _check_sinks(self.start, capacity, sink_scales)
+        self.start = _checked_start(value_LHTT, capacity, sink_scales)
         layer, head, source, target = (
             axis.ravel()
             for axis in np.meshgrid(
@@ -339,7 +356,7 @@ class _Program:
         left = capacity.slack(capacity.held(held_for_targets([self.start], [capacity.tokens])))
         self._most = np.concatenate([np.zeros(len(falls)), left / self._unit])
         worth = value_LHTT[layer, head, target, source] if count else np.zeros(0)
-        self._scale = max(float(np.abs(worth).max()) / 100, 1e-300) if count else 1.0
+        self._scale = max(float(worth.max()) / 100, 1e-300) if count else 1.0
         self._cost = np.concatenate([-worth / self._scale, np.zeros(sums)])
         self._upper = np.concatenate([np.ones(count), np.full(sums, np.inf)])
 

@@ -29,6 +29,8 @@ from heatkv.versions import versions
 MAX_BLOCK_NUMBERS = 1 << 22
 """Most numbers of one kind, such as logits, that exist at a time (16 MiB in fp32)."""
 
+_FAR = 40.0  # in logits: e^-40 of a number does not show in its fp32 sum with it, and is far from underflow itself
+
 
 @dataclass(frozen=True)
 class SourceReads:
@@ -88,7 +90,10 @@ def _drop_errors(lse_BHNS: Tensor, p_BHNS: Tensor, outputs: Sequence[Tensor]) ->
     `outputs[s]` is the attention over source s alone, (B, H, N, D). What is left is added up from both sides of s
     and not taken as a difference, which would lose all digits where nearly all mass is on s.
     """
-    shares = (lse_BHNS - lse_BHNS.amax(dim=-1, keepdim=True)).exp()
+    # one source may lead by so much that the others' shares would be 0 in fp32; e^-_FAR is as good as 0 beside it
+    second = lse_BHNS.topk(2, dim=-1).values[..., 1:]
+    near = torch.minimum(lse_BHNS, second + _FAR)
+    shares = (near - near.amax(dim=-1, keepdim=True)).exp()
     scaled = [output * share[..., None] for output, share in zip(outputs, shares.unbind(-1), strict=True)]
     after: list[tuple[Tensor, Tensor]] = [(scaled[-1], shares[..., -1])]
     for source in range(len(outputs) - 2, 0, -1):
@@ -99,7 +104,7 @@ def _drop_errors(lse_BHNS: Tensor, p_BHNS: Tensor, outputs: Sequence[Tensor]) ->
         rest, weight = after.pop()
         if before is not None:
             rest, weight = rest + before[0], weight + before[1]
-        rest = rest / weight.clamp(min=torch.finfo(weight.dtype).tiny)[..., None]
+        rest = rest / weight[..., None]
         change = (output - rest).square_().sum(-1) * p_BHNS[..., source].square()
         errors.append(change.sum(2, dtype=torch.float64))
         before = (

@@ -37,8 +37,8 @@ class ModelAdapter:
 
     def output_weight(self, layer: int) -> Tensor:
         """W_o of every head, (H, C, D): head h adds gate * (W_o[h] @ its output) to the residual stream."""
-        weight: Tensor = self.blocks[layer].projection.weight
-        return weight.detach().unflatten(1, (self.heads, -1)).permute(1, 0, 2)
+        weight: Tensor = self.blocks[layer].projection.weight.detach().unflatten(1, (self.heads, -1))
+        return weight.permute(1, 0, 2)
 
     @contextmanager
     def watching(self, watch: Watch) -> Iterator[None]:

@@ -1,0 +1,151 @@
+"""The view of a model's blocks: what it says a head adds to the residual stream, and hooks that do not stay."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_infinity import features
+from test_infinity import make as make_infinity
+from torch import Tensor, nn
+
+from heatkv import calibration
+from heatkv.calibration import calibrate
+from heatkv.models.adapter import ModelAdapter
+from heatkv.models.base import ImageModel
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.text_conditional import Prompt, TextConditionalModel
+
+
+@pytest.fixture(scope="module")
+def infinity() -> TextConditionalModel:
+    examples = (Prompt(features(7)), Prompt(features(4)))
+    return dataclasses.replace(make_infinity(), examples=examples)
+
+
+class OneHead:
+    """Attention that gives nothing but a random output of one head in one layer."""
+
+    def __init__(self, layer: int, head: int) -> None:
+        self.layer, self.head = layer, head
+        self.out = Tensor()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        full = torch.zeros_like(q)
+        if layer == self.layer:
+            self.out = torch.randn(q[:, self.head].shape, generator=torch.Generator().manual_seed(0))
+            full[:, self.head] = self.out
+        return full
+
+
+class Nothing:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.zeros_like(q)
+
+
+def silence(block: nn.Module) -> None:
+    """Leave only self-attention, so that a block adds to its input what that adds."""
+    for name, parameter in block.named_parameters():
+        if name.startswith(("ffn.fc2", "ca.proj")):
+            parameter.data.zero_()
+
+
+def check_contributions(model: ImageModel[Any], transformer: nn.Module) -> None:
+    """A head adds gate * (W_o @ its output) to the stream that enters its layer."""
+    for block in transformer.blocks:  # type: ignore[union-attr]
+        silence(block)
+    adapter: ModelAdapter = model.adapter
+    for layer, head in ((0, 0), (1, model.geometry.heads - 1)):
+        weight = adapter.output_weight(layer)
+        assert weight.shape == (
+            model.geometry.heads,
+            model.geometry.head_dim * model.geometry.heads,
+            model.geometry.head_dim,
+        )
+        after: list[Tensor] = []
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def keep(_: nn.Module, __: Any, out: Tensor, after: list[Tensor] = after) -> None:
+            after.append(out)
+
+        def watch(at: int, x: Tensor, gate: Tensor, seen: dict[int, tuple[Tensor, Tensor]] = seen) -> None:
+            seen[at] = (x, gate)
+
+        hook = adapter.blocks[layer].block.register_forward_hook(keep)
+        attend = OneHead(layer, head)
+        with torch.inference_mode():
+            for cache in (attend, Nothing()):
+                drawing = model.begin(model.labels(2), model.sampling)
+                with adapter.watching(watch):
+                    drawing.logits(cache)
+        hook.remove()
+        assert sorted(seen) == list(range(model.geometry.layers))
+        x, gate = seen[layer]
+        added = gate * (attend.out @ weight[head].T)
+        assert added.abs().max() > 0.01
+        torch.testing.assert_close(after[0] - after[1], added, rtol=1e-3, atol=1e-4)
+        bias = adapter.blocks[layer].projection.bias
+        torch.testing.assert_close(after[1], x + gate * bias, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_the_embedded_model_adds_what_the_view_says(emoji: ClassConditionalModel) -> None:
+    transformer = copy.deepcopy(emoji.transformer)
+    check_contributions(dataclasses.replace(emoji, transformer=transformer), transformer)
+
+
+def test_a_head_of_infinity_adds_what_the_view_says(infinity: TextConditionalModel) -> None:
+    transformer = copy.deepcopy(infinity.transformer)
+    check_contributions(dataclasses.replace(infinity, transformer=transformer), transformer)
+
+
+def hooks(model: ImageModel[Any]) -> int:
+    return sum(len(view.block._forward_pre_hooks) for view in model.adapter.blocks)
+
+
+def test_hooks_are_there_only_inside_the_block(emoji: ClassConditionalModel) -> None:
+    with emoji.adapter.watching(lambda *_: None):
+        assert hooks(emoji) == emoji.geometry.layers
+        with emoji.adapter.watching(lambda *_: None):  # a policy may watch while statistics are measured
+            assert hooks(emoji) == 2 * emoji.geometry.layers
+        assert hooks(emoji) == emoji.geometry.layers
+    assert hooks(emoji) == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+def test_hooks_do_not_outlive_an_error(
+    emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    with pytest.raises(type(error)), emoji.adapter.watching(fail):
+        emoji.begin([0], emoji.sampling).logits(Nothing())
+    assert hooks(emoji) == 0
+    monkeypatch.setattr(calibration, "run_scales", lambda *_, **__: fail())
+    with pytest.raises(type(error)):
+        calibrate(emoji, 1)
+    assert hooks(emoji) == 0
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_hooks_that_cannot_all_be_set_are_taken_back(emoji: ClassConditionalModel, broken: int) -> None:
+    class Sealed(nn.Module):
+        def register_forward_pre_hook(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("sealed")
+
+    views = list(emoji.adapter.blocks)
+    views[broken] = dataclasses.replace(views[broken], block=Sealed())
+    with pytest.raises(RuntimeError, match="sealed"), ModelAdapter(tuple(views), emoji.geometry.heads).watching(print):
+        pass
+    assert hooks(emoji) == 0
+
+
+def test_weights_follow_the_type_they_run_in_and_cannot_be_trained_by_mistake(emoji: ClassConditionalModel) -> None:
+    transformer = copy.deepcopy(emoji.transformer).requires_grad_(True).set_compute_dtype(torch.bfloat16)
+    weight: Callable[[int], Tensor] = transformer.adapter().output_weight
+    assert weight(0).dtype == torch.bfloat16
+    assert not weight(0).requires_grad
