@@ -62,7 +62,8 @@ def level_tokens(schedule: ScaleSchedule, level: str) -> tuple[int, ...]:
 
 def log_counts(schedule: ScaleSchedule, level: str) -> FloatArray:
     """Log of how many tokens a token of the level stands for on average, per scale: the bias without calibration."""
-    return np.log(np.asarray(schedule.tokens) / np.asarray(level_tokens(schedule, level)))
+    logs: FloatArray = np.log(np.asarray(schedule.tokens) / np.asarray(level_tokens(schedule, level)))
+    return logs
 
 
 def useful_levels(scale: tuple[int, int, int]) -> tuple[str, ...]:
