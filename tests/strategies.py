@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
 
 from heatkv.geometry import CacheGeometry
 from heatkv.level_statistics import LevelStatistics
@@ -70,6 +72,40 @@ def level_live_table(plan: Plan) -> list[list[int]]:
         ]
         for t in range(scales)
     ]
+
+
+def members(scale: tuple[int, int, int], level: str) -> list[list[int]]:
+    """Which tokens every token of a level stands for, frame by frame, row by row."""
+    frames, height, width = scale
+    if level == "full":
+        return [[token] for token in range(frames * height * width)]
+    if level == "mean":
+        return [list(range(frames * height * width))]
+    return [
+        [
+            (f * height + r) * width + c
+            for r in range(height)
+            for c in range(width)
+            if (r // 2, c // 2) == (block_r, block_c)
+        ]
+        for f in range(frames)
+        for block_r in range((height + 1) // 2)
+        for block_c in range((width + 1) // 2)
+    ]
+
+
+def pooled(x_RHND: Tensor, scale: tuple[int, int, int], level: str, angles_NP: Tensor | None = None) -> Tensor:
+    """Plain means over the members in float64; with angles, of the unrotated pairs, turned to the mean angle."""
+    x = x_RHND.double()
+    blocks = members(scale, level)
+    if angles_NP is None:
+        return torch.stack([x[..., block, :].mean(dim=-2) for block in blocks], dim=-2)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    angles = angles_NP.double()
+    straight = pairs * torch.polar(torch.ones_like(angles), -angles)
+    mean_angles = torch.stack([angles[block].mean(dim=0) for block in blocks])
+    means = torch.stack([straight[..., block, :].mean(dim=-2) for block in blocks], dim=-2)
+    return torch.view_as_real(means * torch.polar(torch.ones_like(mean_angles), mean_angles)).flatten(-2)
 
 
 @st.composite
