@@ -30,7 +30,7 @@ from heatkv.level_calibration import (
     source_items,
 )
 from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import NONE, LevelChoices
+from heatkv.levels import LevelChoices
 from heatkv.models.base import ImageModel
 from heatkv.sampling import CommonRandomSampler, Settings
 
@@ -97,10 +97,10 @@ class FisherCostCache(LevelCostCache):
             for draw in range(draws):
                 along_BHNI = (items.moment @ gradient[draw][..., None])[..., 0]
                 changes = (along_BHNI @ combinations.holds).mul_(scale_BHNK)
+                changes[..., 0] = 0  # all is whole; rounding may say otherwise
                 joint_GBHK[draw] += changes.sum(dim=2, dtype=torch.float64)
             if alone:
-                held = [cell for cell in alone if cell[1] != NONE]
-                for cell, change in single_changes(source_items(q, cells, biases, held, (target,)), alone):
+                for cell, change in single_changes(q, cells, biases, alone):
                     single_AGBH[alone.index(cell)] += (change * gradient).sum(dim=(-2, -1), dtype=torch.float64)
         self.joint[target][layer] += self._expected(joint_GBHK).cpu().numpy()
         for index, (source, level) in enumerate(alone):

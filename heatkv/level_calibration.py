@@ -26,6 +26,12 @@ from heatkv.sampling import CommonRandomSampler, Settings
 
 FloatArray = NDArray[np.float64]
 
+_FAR = 30.0
+"""In logits: e^-30 of a number does not show in its fp32 sum with it, and its square is far from underflow."""
+
+_LEAST = 1e-15
+"""The least weight of what is always held: where all else is dropped, its square must not be 0 in fp32."""
+
 
 class LevelCache(ObservingCache):
     """What both passes need: the cells of every source, pooled to every level it may be held at."""
@@ -65,12 +71,13 @@ class BiasCache(LevelCache):
         for q in query_blocks(q_RHND, widest):
             lse_BHNS = torch.stack([torch.logsumexp(q @ k.float().transpose(2, 3), -1) for k in keys], dim=-1)
             total_BHN = torch.logsumexp(lse_BHNS, dim=-1)
-            shares = (lse_BHNS - total_BHN[..., None]).exp().sum(dim=(0, 2), dtype=torch.float64)
+            # in float64, since a rotated mean may lead by more than fp32 can hold
+            shares = (lse_BHNS - total_BHN[..., None]).double().exp().sum(dim=(0, 2))
             self.whole[layer, :, :target] += shares[:, :target].cpu().numpy()
             for source, cells in enumerate(levels):
                 for level, (k, _) in cells.items():
                     lse_BHN = torch.logsumexp(q @ k.transpose(2, 3), -1)
-                    share = (lse_BHN - total_BHN).exp().sum(dim=(0, 2), dtype=torch.float64)
+                    share = (lse_BHN - total_BHN).double().exp().sum(dim=(0, 2))
                     self.pooled_mass[layer, :, source, level] += share.cpu().numpy()
 
 
@@ -96,6 +103,13 @@ class Items:
     moment: Tensor
 
 
+def _attention(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of the logits, (B, H, N), and the attention over these keys alone, (B, H, N, D)."""
+    logits = q_BHND @ k_BHMD.transpose(2, 3)
+    lse = torch.logsumexp(logits, dim=-1)
+    return lse, logits.sub_(lse[..., None]).exp_() @ v_BHMD
+
+
 def source_items(
     q_BHND: Tensor,
     cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]],
@@ -107,27 +121,31 @@ def source_items(
     keys and values (B, H, M, D), `biases[s][level]` is (H,)."""
     lse, outputs = [], []
     for levels in cells:
-        k, v = levels[0]
-        logits = q_BHND @ k.transpose(2, 3)
-        lse.append(torch.logsumexp(logits, dim=-1))
-        outputs.append(logits.sub_(lse[-1][..., None]).exp_() @ v)
+        of_source, output = _attention(q_BHND, *levels[0])
+        lse.append(of_source)
+        outputs.append(output)
+    # one source may lead by so much that the weights of all others would be 0
+    far_BHN = torch.stack(lse).topk(2, dim=0).values[1] + _FAR
+    lse = [torch.minimum(source, far_BHN) for source in lse]
     total_BHN = torch.logsumexp(torch.stack(lse), dim=0)
     weights = [(source - total_BHN).exp() for source in lse]
     out_BHND = torch.zeros_like(outputs[0])
     for weight, output in zip(weights, outputs, strict=True):
         out_BHND.addcmul_(weight[..., None], output)
-    item_weights = [torch.stack([weights[source] for source in fixed]).sum(0)]
-    moments = [torch.stack([weights[source][..., None] * (outputs[source] - out_BHND) for source in fixed]).sum(0)]
+    fixed_lse_BHN = torch.logsumexp(torch.stack([lse[source] for source in fixed]), dim=0)
+    fixed_BHND = torch.zeros_like(out_BHND)
+    for source in fixed:
+        fixed_BHND.addcmul_((lse[source] - fixed_lse_BHN).exp_()[..., None], outputs[source])
+    item_weights = [(fixed_lse_BHN - total_BHN).exp_().clamp_(min=_LEAST)]
+    moments = [item_weights[0][..., None] * (fixed_BHND - out_BHND)]
     for source, level in chosen:
-        if level == 0:
-            item_weights.append(weights[source])
-            moments.append(weights[source][..., None] * (outputs[source] - out_BHND))
-            continue
-        k, v = cells[source][level]
-        shift = biases[source][level][None, :, None] - total_BHN
-        scores = (q_BHND @ k.transpose(2, 3)).add_(shift[..., None]).exp_()
-        item_weights.append(scores.sum(dim=-1))
-        moments.append((scores @ v).addcmul_(item_weights[-1][..., None], out_BHND, value=-1))
+        weight, output = weights[source], outputs[source]
+        if level != 0:
+            of_level, output = _attention(q_BHND, *cells[source][level])
+            shift = biases[source][level][None, :, None] - total_BHN
+            weight = (of_level + shift).clamp_(max=_FAR).exp_()  # a mean may lead by more yet
+        item_weights.append(weight)
+        moments.append(weight[..., None] * (output - out_BHND))
     return Items(torch.stack(item_weights, dim=-1), torch.stack(moments, dim=-2))
 
 
@@ -161,6 +179,7 @@ class Combinations:
         products_BHNI = (items.moment @ items.moment.transpose(-1, -2))[..., first, second]
         weight_BHNK = items.weight @ self.holds
         change = (products_BHNI @ self.pairs).div_(weight_BHNK.square_())
+        change[..., 0] = 0  # all is whole; rounding may say otherwise
         return change.sum(dim=2).double().clamp_(min=0)
 
 
@@ -213,15 +232,15 @@ class ErrorCostCache(LevelCostCache):
             return
         relative_R, factor = self.relative(), self.factors[layer]
         # |F (V p)| = |(F V) p|: the factor is cheapest on the values
-        whitened = [v.float() @ factor.transpose(1, 2) for v in values]
+        with torch.autocast(q_RHND.device.type, enabled=False):
+            whitened = [v.float() @ factor.transpose(1, 2) for v in values]
         cells, biases = self.cells_and_biases(target, layer, keys, whitened)
         combinations, alone = self.combinations(target), self.alone(target)
-        held = [cell for cell in alone if cell[1] != NONE]
         for q in query_blocks(q_RHND, numbers_per_query(combinations, cells)):
             items = source_items(q, cells, biases, combinations.chosen, combinations.fixed)
             self.joint[target][layer] += _weighted(combinations.squared_changes(items), relative_R) / halves
             if alone:
-                for (source, level), change in single_changes(source_items(q, cells, biases, held, (target,)), alone):
+                for (source, level), change in single_changes(q, cells, biases, alone):
                     squared = change.square().sum(-1).sum(2, dtype=torch.float64)[..., None]
                     self.single[layer, :, target, source, level] += _weighted(squared, relative_R)[:, 0] / halves
 
@@ -236,25 +255,36 @@ def empty_costs(layers: int, heads: int, choices: LevelChoices) -> tuple[list[Fl
 def numbers_per_query(combinations: Combinations, cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> int:
     """The largest result of one query: its logits, its combinations, or the moments or products of its items."""
     items, count = combinations.holds.shape
+    items = max(items, len(cells) + len(LEVELS) * (len(combinations.fixed) - 1))  # of the single changes
     widest = max(levels[0][0].shape[2] for levels in cells)
     return max(widest, count, items * max(items, cells[0][0][1].shape[-1]))
 
 
-def single_changes(items: Items, alone: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+def single_changes(
+    q_BHND: Tensor,
+    cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]],
+    biases: Sequence[Mapping[int, Tensor]],
+    alone: Sequence[tuple[int, int]],
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Change of the output, (B, H, N, D), when one source is held at one level and all else whole, for the cells of
-    `alone`; those of them that are not NONE are the items from the second on."""
-    at = {cell: index for index, cell in enumerate((cell for cell in alone if cell[1] != NONE), start=1)}
+    `alone`."""
+    target = len(cells) - 1
+    coarse = [cell for cell in alone if cell[1] not in (0, NONE)]
+    items = source_items(q_BHND, cells, biases, [*((source, 0) for source in range(target)), *coarse], (target,))
+    sources = sorted({source for source, _ in alone})
+    # what is left is added up and not taken as a difference, which would lose all digits where the source leads
+    others = torch.ones(len(sources), target + 1, device=q_BHND.device)
+    others[range(len(sources)), [1 + source for source in sources]] = 0
+    weight_BHNS = items.weight[..., : target + 1] @ others.mT
+    moment_BHNSD = others @ items.moment[..., : target + 1, :]
     for source, level in alone:
         if level == 0:
             continue
-        weight = 1 - items.weight[..., at[source, 0]]  # of all others
-        moment = -items.moment[..., at[source, 0], :]
+        weight, moment = weight_BHNS[..., sources.index(source)], moment_BHNSD[..., sources.index(source), :]
         if level != NONE:
-            weight, moment = (
-                weight + items.weight[..., at[source, level]],
-                moment + items.moment[..., at[source, level], :],
-            )
-        yield (source, level), moment / weight.clamp(min=1e-6)[..., None]
+            item = target + 1 + coarse.index((source, level))
+            weight, moment = weight + items.weight[..., item], moment + items.moment[..., item, :]
+        yield (source, level), moment / weight[..., None]
 
 
 def _weighted(costs_BHK: Tensor, relative_B: Tensor) -> FloatArray:

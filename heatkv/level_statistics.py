@@ -5,6 +5,7 @@ Arrays: L layers, H heads, T scales; levels are indices into LEVELS with NONE af
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +37,20 @@ def calibrated_bias(schedule: ScaleSchedule, whole_LHT: FloatArray, pooled_LHTV:
     return bias
 
 
+def _fixed(array: FloatArray) -> FloatArray:
+    """A copy that nobody can change."""
+    copy = np.array(array, dtype=np.float64)
+    copy.setflags(write=False)
+    return copy
+
+
+def _count(header: Mapping[str, Any], name: str) -> int:
+    value = header[name]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, not a whole number")
+    return value
+
+
 @dataclass(frozen=True, eq=False)
 class LevelStatistics:
     """Costs of holding cells at coarser levels, summed over samples, under frozen biases.
@@ -55,6 +70,9 @@ class LevelStatistics:
     bias_samples: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        for name in ("log_bias", "single_sum"):
+            object.__setattr__(self, name, _fixed(getattr(self, name)))
+        object.__setattr__(self, "joint_sum", tuple(_fixed(joint) for joint in self.joint_sum))
         scales = len(self.choices.schedule)
         layers, heads = np.shape(self.log_bias)[:2] if np.ndim(self.log_bias) == 4 else (0, 0)
         expected = {
@@ -68,7 +86,7 @@ class LevelStatistics:
         arrays = {"log_bias": self.log_bias, "single_sum": self.single_sum}
         for target, joint in enumerate(self.joint_sum):
             arrays[f"joint_sum {target}"] = joint
-            expected[f"joint_sum {target}"] = (layers, heads, int(np.prod(self.choices.shape(target))))
+            expected[f"joint_sum {target}"] = (layers, heads, math.prod(self.choices.shape(target)))
         for name, array in arrays.items():
             if np.shape(array) != expected[name] or not layers * heads:
                 raise StatisticsError(f"level costs: {name} has shape {np.shape(array)}, not {expected[name]}")
@@ -143,7 +161,7 @@ class LevelStatistics:
         """From what `header` and `arrays` gave. Raises KeyError, TypeError, ValueError or StatisticsError."""
         joint = tuple(arrays[f"levels.joint_sum.{target}"] for target in range(len(schedule)))
         return cls(
-            LevelChoices(schedule, int(header["sink_scales"]), int(header["joint"])),
+            LevelChoices(schedule, _count(header, "sink_scales"), _count(header, "joint")),
             str(header["cost"]),
             arrays["levels.log_bias"],
             joint,

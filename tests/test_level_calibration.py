@@ -1,0 +1,669 @@
+"""Biases and joint costs of levels against dense attention in float64, one combination after the other.
+
+Shapes: R rows (conditional halves first), H heads, N queries, M keys, D head size, C width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from strategies import SEEDS, pooled, schedules
+from test_infinity import features
+from test_infinity import make as make_infinity
+from torch import Tensor
+
+from heatkv import level_calibration
+from heatkv.errors import StatisticsError
+from heatkv.fisher_calibration import DRAWS, FisherCostCache, _drawn_log_likelihoods, calibrate_fisher
+from heatkv.generation import run_scales
+from heatkv.geometry import CacheGeometry
+from heatkv.level_calibration import BiasCache, ErrorCostCache, LevelCostCache, calibrate_biases, calibrate_levels
+from heatkv.level_statistics import LevelStatistics, calibrated_bias
+from heatkv.levels import LEVELS, NONE, LevelChoices, log_counts, useful_levels
+from heatkv.models.base import ImageModel
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.class_conditional import fingerprint as fingerprint_of
+from heatkv.models.text_conditional import Prompt
+from heatkv.models.var import VAR, VARConfig
+from heatkv.models.vqvae import VQVAE, VQVAEConfig
+from heatkv.plan import Plan
+from heatkv.sampling import CommonRandomSampler, SamplingSettings
+from heatkv.schedule import ScaleSchedule
+
+FloatArray = NDArray[np.float64]
+Cell = tuple[int, int]
+"""A source and the level it is held at."""
+
+# ---------------------------------------------------------------------- the oracle
+
+
+class Dense:
+    """What one layer reads at one target, by plain softmax in float64 over all that is held."""
+
+    def __init__(
+        self,
+        schedule: ScaleSchedule,
+        q: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        bias_HTV: FloatArray,
+        angles: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.q, self.target = q.double(), len(keys) - 1
+        self.bias = torch.from_numpy(np.asarray(bias_HTV))
+        self.cells: dict[Cell, tuple[Tensor, Tensor]] = {}
+        for s, (k, v) in enumerate(zip(keys, values, strict=True)):
+            for index, level in enumerate(LEVELS):
+                told = None if angles is None else angles[s]
+                of_scale = schedule.scales[s]
+                self.cells[s, index] = pooled(k, of_scale, level, told), pooled(v, of_scale, level)
+        self.out = self.attention({})
+
+    def logits(self, source: int, level: int, biased: bool = True) -> Tensor:
+        plain = self.q @ self.cells[source, level][0].mT
+        return plain + self.bias[:, source, level][:, None, None] * (level > 0 and biased)
+
+    def attention(self, held: dict[int, int]) -> Tensor:
+        """Output (R, H, N, D) with the sources in `held` at their levels and all others whole."""
+        levels = [(s, held.get(s, 0)) for s in range(self.target + 1)]
+        read = [cell for cell in levels if cell[1] != NONE]
+        logits = torch.cat([self.logits(*cell) for cell in read], dim=-1)
+        return logits.softmax(-1) @ torch.cat([self.cells[cell][1] for cell in read], dim=-2)
+
+    def change(self, held: dict[int, int]) -> Tensor:
+        return self.attention(held) - self.out
+
+    def masses(self) -> tuple[Tensor, Tensor]:
+        """Over all queries and rows: (H, S) of whole cells, and (H, S, V) of pooled keys without a bias, in units of
+        every query's full softmax."""
+        total = torch.cat([self.logits(s, 0) for s in range(self.target + 1)], dim=-1).exp().sum(-1, keepdim=True)
+        by_level = [
+            [(self.logits(s, v, biased=False).exp() / total).sum((0, 2, 3)) for v in range(len(LEVELS))]
+            for s in range(self.target)
+        ]
+        pooled_HSV = torch.stack([torch.stack(levels, dim=-1) for levels in by_level], dim=1)
+        return pooled_HSV[..., 0], pooled_HSV
+
+
+def combinations(choices: LevelChoices, target: int, most: int | None = None) -> list[tuple[int, dict[int, int]]]:
+    """(index, levels of the joint sources): all of them, or some chosen at random with the first and the last."""
+    table = choices.combinations(target)
+    which = np.arange(len(table))
+    if most is not None and len(which) > most:
+        inner = np.random.default_rng(target).choice(which[1:-1], most - 2, replace=False)
+        which = np.array([0, *sorted(inner), len(table) - 1])
+    sources = choices.joint_sources(target)
+    return [(int(i), dict(zip(sources, table[i].tolist(), strict=True))) for i in which]
+
+
+def biases_of(schedule: ScaleSchedule, layers: int, heads: int, seed: int = 0) -> FloatArray:
+    """Near the log of the count, 0 for whole cells."""
+    bias = np.stack([log_counts(schedule, level) for level in LEVELS], axis=-1)
+    bias = bias + np.random.default_rng(seed).normal(0, 0.3, (layers, heads, *bias.shape))
+    bias[..., 0] = 0
+    return bias
+
+
+# ---------------------------------------------------------------------- caches on made-up queries, keys and values
+
+
+@dataclasses.dataclass
+class Case:
+    """A made-up run of two layers and two heads, with two images of two halves."""
+
+    schedule: ScaleSchedule
+    choices: LevelChoices
+    bias: FloatArray
+    reads: list[list[tuple[Tensor, Tensor, Tensor]]]
+    weights: list[Tensor]
+    angles: list[Tensor] | None
+
+    @classmethod
+    def of(
+        cls, schedule: ScaleSchedule, choices: LevelChoices, seed: int, sharpness: float = 1.0, rotates: bool = False
+    ) -> Case:
+        generator = torch.Generator().manual_seed(seed)
+        layers, heads, dim = 2, 2, 4
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        reads = [
+            [
+                (draw(4, heads, n, dim) * sharpness, draw(4, heads, n, dim), draw(4, heads, n, dim))
+                for _ in range(layers)
+            ]
+            for n in schedule.tokens
+        ]
+        angles = (
+            [torch.rand(n, dim // 2, generator=generator).double() * 9 for n in schedule.tokens] if rotates else None
+        )
+        return cls(
+            schedule, choices, biases_of(schedule, layers, heads, seed), reads,
+            [draw(heads, 7, dim) for _ in range(layers)], angles,
+        )  # fmt: skip
+
+    @property
+    def plan(self) -> Plan:
+        geometry = CacheGeometry(2, 2, 4, self.schedule)
+        whole = np.full((2, 2, len(self.schedule)), len(self.schedule) - 1)
+        return Plan("full", geometry, whole, 1.0, geometry.full_token_heads, 0)
+
+    def dense(self, target: int, layer: int) -> Dense:
+        past = [self.reads[s][layer] for s in range(target + 1)]
+        return Dense(
+            self.schedule, past[-1][0], [k for _, k, _ in past], [v for *_, v in past], self.bias[layer], self.angles
+        )
+
+    def seen(self, target: int, layer: int) -> tuple[Tensor, Tensor]:
+        """Some residual stream (R, N, C) and gate (R, 1, C)."""
+        generator = torch.Generator().manual_seed(10 * target + layer)
+        return (
+            torch.randn(4, self.schedule.tokens[target], 7, generator=generator) * 3,
+            torch.randn(4, 1, 7, generator=generator),
+        )
+
+    def alone(self, target: int) -> list[Cell]:
+        return [(s, level) for s in self.choices.other_sources(target) for level in self.choices.of_other(s)]
+
+    def run(self, cache: ErrorCostCache | BiasCache) -> None:
+        for target, scale in enumerate(self.reads):
+            for layer, qkv in enumerate(scale):
+                cache.see(layer, *self.seen(target, layer))
+                cache.attend(layer, *qkv)
+
+    def error_cache(self) -> ErrorCostCache:
+        cache = ErrorCostCache(
+            self.choices, self.bias, self.plan, 4, 2, key_angles=self.angles, output_weights=self.weights
+        )
+        self.run(cache)
+        return cache
+
+    def check_errors(self, cache: LevelCostCache, most: int | None = None, rtol: float = 2e-3) -> None:
+        """Every cost against |W (o^c - o)|^2 mean(gate^2) / mean |x|^2: sum over queries and images, mean of halves."""
+        for target, layer in np.ndindex(len(self.schedule), 2):
+            if target <= self.choices.sink_scales:
+                assert not cache.joint[target].any()
+                assert not cache.single[:, :, target].any()
+                continue
+            oracle, (x, gate) = self.dense(target, layer), self.seen(target, layer)
+            relative = gate.double().square().mean((1, 2)) / x.double().square().sum(-1).mean(1)
+
+            def cost(
+                held: dict[int, int], oracle: Dense = oracle, layer: int = layer, relative: Tensor = relative
+            ) -> FloatArray:
+                moved = oracle.change(held) @ self.weights[layer].double().mT
+                return np.asarray((moved.square().sum((2, 3)) * relative[:, None]).sum(0) / 2)
+
+            size = (
+                ((oracle.out @ self.weights[layer].double().mT).square().sum((2, 3)) * relative[:, None]).sum(0).max()
+            )
+            atol = 2e-6 * float(size)  # of what the outputs themselves amount to
+            for index, held in combinations(self.choices, target, most):
+                np.testing.assert_allclose(
+                    cache.joint[target][layer, :, index], cost(held), rtol=rtol, atol=atol, err_msg=f"{held}"
+                )
+            assert (cache.joint[target][layer, :, 0] == 0).all()  # nothing changes where all is whole
+            measured = np.zeros_like(cache.single[layer, :, target])
+            for source, level in self.alone(target):
+                measured[:, source, level] = cost({source: level})
+            np.testing.assert_allclose(cache.single[layer, :, target], measured, rtol=rtol, atol=atol)
+
+
+# other sources than the joint ones, odd sides, frames, and a scale smaller than the one before
+LONG = ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4), (2, 3), (5, 4), (2, 4, 4), (3, 3)])
+CASES = [
+    (ScaleSchedule.square((1, 2, 3, 4, 5)), LevelChoices(ScaleSchedule.square((1, 2, 3, 4, 5)))),
+    (LONG, LevelChoices(LONG, 1, 2)),
+    (LONG, LevelChoices(LONG, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("schedule", "choices"), CASES, ids=["joint", "others", "alone"])
+@pytest.mark.parametrize("rotates", [False, True])
+def test_error_costs_equal_dense_attention(schedule: ScaleSchedule, choices: LevelChoices, rotates: bool) -> None:
+    case = Case.of(schedule, choices, 3, 1.0, rotates)
+    case.check_errors(case.error_cache(), 40)
+
+
+@pytest.mark.parametrize("lead", [5.0, 15.0, 40.0, 90.0, 200.0])
+@pytest.mark.parametrize("winner", [0, 2, 4, 5, 7])
+def test_error_costs_where_one_source_has_nearly_all_mass(winner: int, lead: float) -> None:
+    """Its logits lead by so much that all others have e^-lead of the mass; without it they are what is read."""
+    case = Case.of(LONG, LevelChoices(LONG, 1, 2), 4)
+    for source, scale in enumerate(case.reads):
+        for q, k, _ in scale:
+            q[..., -1], k[..., -1] = lead, float(source == winner)
+    case.check_errors(case.error_cache(), 12, rtol=5e-3)
+
+
+@pytest.mark.parametrize("lead", [30.0, 90.0])
+def test_error_costs_where_all_that_is_always_held_is_hardly_read(lead: float) -> None:
+    """The joint sources share the mass; where they are dropped, the rest is so light that its square is 0 in fp32."""
+    case = Case.of(LONG, LevelChoices(LONG, 1, 3), 4)
+    for source, scale in enumerate(case.reads):
+        for q, k, _ in scale:
+            q[..., -1], k[..., -1] = lead, float(source in (3, 5, 6))
+    cache = case.error_cache()
+    assert all(np.isfinite(joint).all() for joint in cache.joint)
+    if lead == 30.0:
+        case.check_errors(cache, 12, rtol=5e-3)
+
+
+@pytest.mark.parametrize(("schedule", "choices"), CASES, ids=["joint", "others", "alone"])
+def test_fisher_costs_equal_dense_attention(schedule: ScaleSchedule, choices: LevelChoices) -> None:
+    """(sum over queries and both halves of gradient * change)^2, mean over draws, summed over images."""
+    case = Case.of(schedule, choices, 5, 1.0, rotates=True)
+    cache = FisherCostCache(choices, case.bias, case.plan, 4, 2, key_angles=case.angles)
+    generator, draws, gradients = torch.Generator().manual_seed(1), 3, []
+    for target, scale in enumerate(case.reads):
+        for layer, qkv in enumerate(scale):
+            cache.attend(layer, *qkv)
+        gradients.append([[torch.randn(q.shape, generator=generator) for q, *_ in scale] for _ in range(draws)])
+        cache.price(target, gradients[-1])
+    for target, layer in np.ndindex(len(schedule), 2):
+        if target <= choices.sink_scales:
+            assert not cache.joint[target].any()
+            continue
+        oracle = case.dense(target, layer)
+
+        def cost(held: dict[int, int], oracle: Dense = oracle, target: int = target, layer: int = layer) -> FloatArray:
+            along = [(gradients[target][i][layer].double() * oracle.change(held)).sum((2, 3)) for i in range(draws)]
+            of_images = torch.stack([rows[:2] + rows[2:] for rows in along])  # rows i and i + 2 are of image i
+            return np.asarray(of_images.square().mean(0).sum(0))
+
+        whole = cost(dict.fromkeys(range(choices.sink_scales, target), NONE)).max()
+        for index, held in combinations(choices, target, 40):
+            np.testing.assert_allclose(cache.joint[target][layer, :, index], cost(held), rtol=2e-3, atol=1e-5 * whole)
+        assert (cache.joint[target][layer, :, 0] == 0).all()
+        measured = np.zeros_like(cache.single[layer, :, target])
+        for source, level in case.alone(target):
+            measured[:, source, level] = cost({source: level})
+        np.testing.assert_allclose(cache.single[layer, :, target], measured, rtol=2e-3, atol=1e-5 * whole)
+
+
+@pytest.mark.parametrize("rotates", [False, True])
+def test_biases_equal_dense_attention(rotates: bool) -> None:
+    case = Case.of(LONG, LevelChoices(LONG), 6, 1.5, rotates)
+    cache = BiasCache(case.choices, case.plan, 4, 2, key_angles=case.angles)
+    case.run(cache)
+    scales = len(LONG)
+    whole, means = np.zeros((2, 2, scales)), np.zeros((2, 2, scales, len(LEVELS)))
+    for target, layer in np.ndindex(scales, 2):
+        if target:
+            whole_HS, pooled_HSV = case.dense(target, layer).masses()
+            whole[layer, :, :target] += whole_HS.numpy()
+            means[layer, :, :target] += pooled_HSV.numpy()
+    bias = calibrated_bias(LONG, cache.whole, cache.pooled_mass)
+    for s, scale in enumerate(LONG.scales[:-1]):
+        for index, level in enumerate(LEVELS):
+            if level in useful_levels(scale) and s < scales - 1:
+                expected = np.log(whole[:, :, s] / means[:, :, s, index])
+                np.testing.assert_allclose(bias[:, :, s, index], expected, rtol=0, atol=2e-5)
+                if index:
+                    assert np.abs(expected - log_counts(LONG, level)[s]).max() > 0.01  # not just the count
+            else:  # nothing was measured
+                np.testing.assert_allclose(bias[:, :, s, index], log_counts(LONG, level)[s])
+    assert (bias[..., 0] == 0).all()
+
+
+def test_biases_where_nothing_was_read() -> None:
+    schedule = ScaleSchedule.square((1, 4, 5))
+    whole, means = np.ones((1, 1, 3)), np.ones((1, 1, 3, 3)) * 0.25
+    whole[0, 0, 2], means[0, 0, 1, 1] = 0, 0
+    bias = calibrated_bias(schedule, whole, means)
+    assert bias[0, 0, 1].tolist() == pytest.approx([0, np.log(4), np.log(4)])  # by count; by mass
+    assert bias[0, 0, 2].tolist() == pytest.approx([0, np.log(25 / 9), np.log(25)])
+
+
+@settings(max_examples=15)
+@given(
+    schedule=schedules(min_scales=3, max_scales=7, max_side=5),
+    sinks=st.integers(0, 2),
+    joint=st.integers(0, 4),
+    seed=SEEDS,
+)
+def test_any_schedule_can_be_measured(schedule: ScaleSchedule, sinks: int, joint: int, seed: int) -> None:
+    case = Case.of(schedule, LevelChoices(schedule, sinks, joint), seed)
+    case.check_errors(case.error_cache(), 8)
+
+
+def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case.of(LONG, LevelChoices(LONG, 1, 3), 8)
+
+    def measured() -> list[FloatArray]:
+        biases, errors = BiasCache(case.choices, case.plan, 4, 2), case.error_cache()
+        fisher = FisherCostCache(case.choices, case.bias, case.plan, 4, 2)
+        case.run(biases)
+        for target, scale in enumerate(case.reads):
+            for layer, qkv in enumerate(scale):
+                fisher.attend(layer, *qkv)
+            fisher.price(target, [[q + v for q, _, v in scale]])
+        return [biases.whole, biases.pooled_mass, errors.single, fisher.single, *errors.joint, *fisher.joint]
+
+    at_once = measured()
+    blocks: list[int] = []
+    original = level_calibration.query_blocks
+
+    def counted(*arguments: Any) -> Iterator[Tensor]:
+        for block in original(*arguments):
+            blocks.append(block.shape[2])
+            yield block
+
+    monkeypatch.setattr(level_calibration, "MAX_BLOCK_NUMBERS", 9_000)
+    monkeypatch.setattr(level_calibration, "query_blocks", counted)
+    for one, other in zip(measured(), at_once, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * max(other.max(), 1e-9))
+    assert 1 <= min(blocks) < max(LONG.tokens)
+
+
+def test_costs_are_not_rounded_by_autocast() -> None:
+    case = Case.of(LONG, LevelChoices(LONG, 1, 3), 8)
+    plain = case.error_cache()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = case.error_cache()
+    assert np.array_equal(cache.single, plain.single)
+    assert all(np.array_equal(one, other) for one, other in zip(cache.joint, plain.joint, strict=True))
+
+
+# ---------------------------------------------------------------------- whole models
+
+SIDES = (1, 1, 2, 2, 3, 4, 4, 5, 4)  # at the last target source 2 is none of the five largest
+
+
+def tiny_var() -> ClassConditionalModel:
+    """Random weights, with attention and gates far from uniform."""
+    torch.manual_seed(7)
+    transformer = VAR(VARConfig(SIDES, 2, 32, 2, num_classes=5, vocab_size=32, z_channels=8)).eval()
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if "scale_mul" in name:
+                parameter.add_(torch.rand_like(parameter) * 2)
+            elif parameter.ndim >= 2:
+                parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
+    vqvae = VQVAE(VQVAEConfig(SIDES, 32, 8, 32, (1,)), encoder=False).eval()
+    for module in (transformer, vqvae):
+        module.requires_grad_(False)
+    settings = SamplingSettings(cfg=2.0, ramp=True, top_k=10)
+    return ClassConditionalModel("tiny", transformer, vqvae, settings, fingerprint_of(transformer))
+
+
+@pytest.fixture(scope="module")
+def var() -> ClassConditionalModel:
+    return tiny_var()
+
+
+@pytest.fixture(scope="module")
+def infinity() -> ImageModel[Any]:
+    schedule = ScaleSchedule.of([(1, 1), (2, 2), (3, 2), (4, 5), (6, 4)])
+    model = make_infinity(schedule=schedule)
+    return dataclasses.replace(model, examples=(Prompt(features(7)), Prompt(features(4), features(9))))
+
+
+@pytest.fixture(params=["var", "infinity"])
+def model(request: pytest.FixtureRequest) -> ImageModel[Any]:
+    found: ImageModel[Any] = request.getfixturevalue(request.param)
+    return found
+
+
+class Recorder:
+    """Dense attention that keeps what every layer reads at every target, and what enters the layer."""
+
+    def __init__(self) -> None:
+        self.reads: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self.relative: dict[int, list[Tensor]] = {}
+
+    def see(self, layer: int, x: Tensor, gate: Tensor) -> None:
+        told = gate.double().square().mean((1, 2)) / x.double().square().sum(-1).mean(1)
+        self.relative.setdefault(layer, []).append(told)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.reads.setdefault(layer, []).append((q, k, v))
+        past = self.reads[layer]
+        scores = q @ torch.cat([k for _, k, _ in past], dim=2).mT
+        return scores.softmax(-1) @ torch.cat([v for *_, v in past], dim=2)
+
+    def dense(self, model: ImageModel[Any], bias: FloatArray, target: int, layer: int) -> Dense:
+        past = self.reads[layer][: target + 1]
+        schedule = model.geometry.schedule
+        return Dense(
+            schedule, past[-1][0], [k for _, k, _ in past], [v for *_, v in past], bias[layer], model.key_angles
+        )
+
+
+def recorded(model: ImageModel[Any], images: int, seed: int, first: int = 0) -> Recorder:
+    recorder = Recorder()
+    sampler = CommonRandomSampler(seed, range(first, first + images), model.sampling)
+    with model.adapter.watching(recorder.see):
+        run_scales(model, model.labels(images, first), recorder, sampler, model.sampling, decode=False)
+    return recorder
+
+
+def check_biases(model: ImageModel[Any], layers: Sequence[int]) -> None:
+    schedule = model.geometry.schedule
+    bias, recorder = calibrate_biases(model, LevelChoices(schedule), 3, seed=5, batch=2), recorded(model, 3, 5)
+    for layer in layers:
+        whole, means = np.zeros(bias.shape[1:3]), np.zeros(bias.shape[1:])
+        for target in range(1, len(schedule)):
+            whole_HS, pooled_HSV = recorder.dense(model, bias, target, layer).masses()
+            whole[:, :target] += whole_HS.numpy()
+            means[:, :target] += pooled_HSV.numpy()
+        for s in range(len(schedule) - 1):
+            for level in useful_levels(schedule.scales[s])[1:]:
+                v = LEVELS.index(level)
+                np.testing.assert_allclose(bias[layer, :, s, v], np.log(whole[:, s] / means[:, s, v]), atol=2e-4)
+
+
+def check_error_costs(model: ImageModel[Any], layers: Sequence[int], targets: Sequence[int], most: int) -> None:
+    """What two images cost, in all heads of these layers, for up to `most` combinations of a target."""
+    geometry = model.geometry
+    bias = biases_of(geometry.schedule, geometry.layers, geometry.heads)
+    measured = calibrate_levels(model, 2, log_bias=bias, seed=5, first_sample=1, batch=2)
+    assert np.array_equal(measured.log_bias, bias)
+    assert [name.split(":")[:2] for name in measured.samples] == [["5", "1"], ["5", "2"]]
+    recorder, choices = recorded(model, 2, 5, first=1), measured.choices
+    halves = model.sampling.rows_per_image
+    for layer in layers:
+        weights = model.adapter.output_weight(layer).double()
+        for target in targets:
+            oracle, relative = recorder.dense(model, bias, target, layer), recorder.relative[layer][target]
+
+            def cost(
+                held: dict[int, int], oracle: Dense = oracle, weights: Tensor = weights, relative: Tensor = relative
+            ) -> FloatArray:
+                moved = oracle.change(held) @ weights.mT
+                return np.asarray((moved.square().sum((2, 3)) * relative[:, None]).sum(0) / halves / 2)
+
+            atol = 1e-5 * cost(dict.fromkeys(range(2, target), NONE)).max()
+            for index, held in combinations(choices, target, most):
+                np.testing.assert_allclose(measured.joint[target][layer, :, index], cost(held), rtol=5e-3, atol=atol)
+            for source in choices.other_sources(target):
+                for level in choices.of_other(source):
+                    np.testing.assert_allclose(
+                        measured.single[layer, :, target, source, level], cost({source: level}), rtol=5e-3, atol=atol
+                    )
+
+
+def test_biases_of_a_model(model: ImageModel[Any]) -> None:
+    check_biases(model, range(model.geometry.layers))
+
+
+def test_error_costs_of_a_model(model: ImageModel[Any]) -> None:
+    last = len(model.geometry.schedule) - 1
+    check_error_costs(model, range(model.geometry.layers), range(3, last + 1), 30)
+    if last == 8:
+        assert LevelChoices(model.geometry.schedule).other_sources(last) == (2,)
+
+
+def test_level_costs_of_the_embedded_model(emoji: ClassConditionalModel) -> None:
+    check_error_costs(emoji, (0, 7), (3, 5), 8)
+
+
+def test_biases_of_the_embedded_model(emoji: ClassConditionalModel) -> None:
+    check_biases(emoji, (6,))
+
+
+class Perturbed:
+    """Dense attention with a nudge along given changes of heads' outputs, by one number per image and change."""
+
+    def __init__(self, images: int, target: int, changes: dict[tuple[int, int, int], Tensor]) -> None:
+        self.target, self.images, self.changes = target, images, changes
+        self.past: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.nudge = {key: torch.zeros(images, requires_grad=True) for key in changes}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        past = self.past.setdefault(layer, [])
+        keys, values = (torch.cat([*(pair[i] for pair in past), x], dim=2) for i, x in ((0, k), (1, v)))
+        out = (q @ keys.mT).softmax(-1) @ values
+        if len(past) == self.target:
+            for (of_layer, head, index), change in self.changes.items():
+                if of_layer == layer:
+                    of_rows = self.nudge[of_layer, head, index].repeat(len(q) // self.images)
+                    one_head = torch.zeros_like(out)
+                    one_head[:, head] = change.float()
+                    out = out + of_rows[:, None, None, None] * one_head
+        past.append((k.detach(), v.detach()))
+        return out
+
+
+def check_fisher_costs(model: ImageModel[Any], targets: Sequence[int], most: int) -> None:
+    """The change of the drawn tokens' log-likelihood along a change of one head's output, squared."""
+    geometry = model.geometry
+    bias = biases_of(geometry.schedule, geometry.layers, geometry.heads)
+    measured = calibrate_fisher(model, 2, log_bias=bias, seed=5, first_sample=1, batch=2)
+    recorder, choices = recorded(model, 2, 5, first=1), measured.choices
+    for target in targets:
+        cells = [held for _, held in combinations(choices, target, most)]
+        which = [index for index, _ in combinations(choices, target, most)]
+        for source in choices.other_sources(target):
+            cells += [{source: level} for level in choices.of_other(source)]
+        oracles = [recorder.dense(model, bias, target, layer) for layer in range(geometry.layers)]
+        changes = {
+            (layer, head, i): oracle.change(held)[:, head]
+            for layer, oracle in enumerate(oracles)
+            for head in range(geometry.heads)
+            for i, held in enumerate(cells)
+        }
+        cache = Perturbed(2, target, changes)
+        sampler, drawing = (
+            CommonRandomSampler(5, (1, 2), model.sampling),
+            model.begin(model.labels(2, 1), model.sampling),
+        )
+        for scale in range(target + 1):
+            logits = drawing.logits(cache)
+            if scale < target:
+                drawing.accept(sampler.choose(scale, logits))
+        likelihoods = _drawn_log_likelihoods(logits, 5, (1, 2), target)
+        assert len(likelihoods) == DRAWS
+        slopes = [torch.autograd.grad(x, list(cache.nudge.values()), retain_graph=True) for x in likelihoods]
+        costs = {
+            key: np.mean([float(slope[i].double().square().sum()) for slope in slopes]) / 2
+            for i, key in enumerate(cache.nudge)
+        }
+        atol = 1e-5 * max(costs.values())
+        for (layer, head, i), cost in costs.items():
+            if i < len(which):
+                got = measured.joint[target][layer, head, which[i]]
+            else:
+                ((source, level),) = cells[i].items()
+                got = measured.single[layer, head, target, source, level]
+            assert got == pytest.approx(cost, rel=1e-2, abs=atol)
+        assert atol > 0
+
+
+def test_fisher_costs_of_a_model(model: ImageModel[Any]) -> None:
+    last = len(model.geometry.schedule) - 1
+    check_fisher_costs(model, (3, last), 12)
+
+
+def test_fisher_costs_of_the_embedded_model(emoji: ClassConditionalModel) -> None:
+    check_fisher_costs(emoji, (3,), 4)
+
+
+def test_fisher_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([0.0, 1.0, -2.0, 2.5])
+    p = logits.softmax(-1)
+    drawn = _drawn_log_likelihoods(logits.expand(2, 20_000, 4), 3, (4, 5), 1)
+    assert len({float(x) for x in drawn}) == DRAWS
+    mean = sum(float(x) for x in drawn) / (DRAWS * 40_000)
+    assert mean == pytest.approx(float((p * p.log()).sum()), abs=0.01)  # 160,000 draws of spread 1.1 or so
+    # a sample's draws are its own, whatever stands beside it, and differ from scale to scale
+    some = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0))
+    together = _drawn_log_likelihoods(some, 3, (4, 5, 6), 1)
+    one_by_one = [_drawn_log_likelihoods(some[i : i + 1], 3, (4 + i,), 1) for i in range(3)]
+    for draw, total in enumerate(together):
+        assert float(total) == pytest.approx(sum(float(x[draw]) for x in one_by_one), rel=1e-5)
+    assert float(_drawn_log_likelihoods(some, 3, (4, 5, 6), 2)[0]) != pytest.approx(float(together[0]), rel=1e-4)
+
+
+MEASURES = pytest.mark.parametrize("measure", [calibrate_levels, calibrate_fisher])
+
+
+def check_alike(one: LevelStatistics, other: LevelStatistics, rtol: float) -> None:
+    assert one.samples == other.samples
+    np.testing.assert_allclose(one.log_bias, other.log_bias, rtol=0, atol=rtol)
+    largest = max(joint.max() for joint in other.joint_sum)
+    for a, b in zip([*one.joint_sum, one.single_sum], [*other.joint_sum, other.single_sum], strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-3 * rtol * largest)
+
+
+@MEASURES
+def test_costs_do_not_depend_on_the_batch(measure: Any, var: ClassConditionalModel) -> None:
+    whole, one_by_one = (measure(var, 3, bias_samples=2, seed=4, batch=batch) for batch in (3, 1))
+    check_alike(one_by_one, whole, 1e-3)
+    assert whole.bias_samples == ("4:0:0", "4:1:1")
+
+
+@MEASURES
+def test_shards_under_equal_biases_merge_to_one_run(measure: Any, var: ClassConditionalModel) -> None:
+    bias = biases_of(var.geometry.schedule, 2, 2)
+    whole = measure(var, 2, log_bias=bias, seed=4, batch=1)
+    parts = [measure(var, 1, log_bias=bias, seed=4, first_sample=i) for i in range(2)]
+    merged = parts[0].merge(parts[1])
+    assert merged.samples == whole.samples == ("4:0:0", "4:1:1")
+    assert merged.single_sum.tobytes() == whole.single_sum.tobytes()
+    assert [x.tobytes() for x in merged.joint_sum] == [x.tobytes() for x in whole.joint_sum]
+    assert merged.cost == parts[0].cost
+    assert np.array_equal(merged.joint[5], (parts[0].joint[5] + parts[1].joint[5]) / 2)
+
+
+def test_what_cannot_be_merged(var: ClassConditionalModel) -> None:
+    bias = biases_of(var.geometry.schedule, 2, 2)
+    one, other = (calibrate_levels(var, 1, log_bias=bias, first_sample=i) for i in (0, 1))
+    with pytest.raises(StatisticsError, match="measured under different biases"):
+        one.merge(dataclasses.replace(other, log_bias=bias + 1e-9))
+    with pytest.raises(StatisticsError, match="kind 'error' and 'fisher'"):
+        one.merge(dataclasses.replace(other, cost="fisher"))
+    with pytest.raises(StatisticsError, match="or of other choices of levels"):
+        one.merge(calibrate_levels(var, 1, log_bias=bias, first_sample=1, sink_scales=3))
+    with pytest.raises(StatisticsError, match=r"1 samples are in both level costs \(for instance 0:0:0\)"):
+        one.merge(one)
+
+
+@MEASURES
+def test_no_sample_is_refused(measure: Any, var: ClassConditionalModel) -> None:
+    with pytest.raises(StatisticsError, match="0 samples say nothing"):
+        measure(var, 0)
+    with pytest.raises(StatisticsError, match="0 samples say nothing"):
+        measure(var, 1, bias_samples=0)
+
+
+def test_more_sinks_leave_less_to_choose(var: ClassConditionalModel) -> None:
+    bias = biases_of(var.geometry.schedule, 2, 2)
+    default, other = (calibrate_levels(var, 1, log_bias=bias, sink_scales=sinks) for sinks in (2, 4))
+    assert other.choices == LevelChoices(var.geometry.schedule, 4)
+    # with scales 2 and 3 whole the costs are those of the combinations that hold them whole
+    target = 6
+    table = default.choices.combinations(target)
+    whole = (table[:, :2] == 0).all(axis=1)  # of sources 2 to 5, which are all joint
+    np.testing.assert_allclose(
+        other.joint[target], default.joint[target][:, :, whole], rtol=1e-3, atol=1e-6 * default.joint[target].max()
+    )
