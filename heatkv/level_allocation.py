@@ -240,8 +240,9 @@ class _Master:
         )
         if solved.x is None:
             return None
-        chosen = allowed[solved.x > 0.5]
-        return chosen[np.argsort(head[chosen], kind="stable")]
+        chosen: IntArray = allowed[solved.x > 0.5]
+        by_head: IntArray = chosen[np.argsort(head[chosen], kind="stable")]
+        return by_head
 
 
 def column_use(capacity: Capacity, head_C: IntArray, tokens_CT: IntArray) -> sparse.csr_array:

@@ -62,7 +62,8 @@ def level_tokens(schedule: ScaleSchedule, level: str) -> tuple[int, ...]:
 
 def log_counts(schedule: ScaleSchedule, level: str) -> FloatArray:
     """Log of how many tokens a token of the level stands for on average, per scale: the bias without calibration."""
-    return np.log(np.asarray(schedule.tokens) / np.asarray(level_tokens(schedule, level)))
+    whole = np.asarray(schedule.tokens, dtype=np.float64)
+    return np.asarray(np.log(whole / np.asarray(level_tokens(schedule, level))))
 
 
 def useful_levels(scale: tuple[int, int, int]) -> tuple[str, ...]:

@@ -48,8 +48,8 @@ def group_heads(
         if biased:
             assert bias_of_head is not None
             bias = torch.from_numpy(np.stack([bias_of_head[head] for head in heads])).float().to(device)
-        slots = torch.from_numpy(np.stack([slots_of_head[head] for head in heads])).to(device)
-        groups.append(HeadGroup(torch.tensor(heads, device=device), slots, len(heads) == len(slots_of_head), bias))
+        slots_GM = torch.from_numpy(np.stack([slots_of_head[head] for head in heads])).to(device)
+        groups.append(HeadGroup(torch.tensor(heads, device=device), slots_GM, len(heads) == len(slots_of_head), bias))
     return tuple(groups)
 
 
