@@ -104,8 +104,8 @@ class KVCache:
             key = (source, held, wanted)
             if key not in reductions:
                 angles = None if self.key_angles is None else self.key_angles[source]
-                before, after = plan.levels[held][0], plan.levels[wanted][0]
-                reductions[key] = Reduction.of(plan.schedule.scales[source], before, after, device, angles)
+                finer, coarser = plan.levels[held][0], plan.levels[wanted][0]
+                reductions[key] = Reduction.of(plan.schedule.scales[source], finer, coarser, device, angles)
             return reductions[key]
 
         def slots(layer: int, head: int, source: int, level: int) -> IntArray:

@@ -271,7 +271,7 @@ def calibrate(
         samples=tuple(names),
         versions=versions(),
     )
-    return Statistics(model.geometry.schedule, provenance=provenance, **sums)  # type: ignore[arg-type]
+    return Statistics(model.geometry.schedule, provenance=provenance, levels=None, **sums)
 
 
 def told_settings(settings: Settings, model: ImageModel[Any]) -> tuple[float | None, dict[str, Any]]:

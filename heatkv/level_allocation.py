@@ -241,8 +241,8 @@ class _Master:
         if solved.x is None:
             return None
         chosen: IntArray = allowed[solved.x > 0.5]
-        by_head: IntArray = chosen[np.argsort(head[chosen], kind="stable")]
-        return by_head
+        of_heads: IntArray = chosen[np.argsort(head[chosen], kind="stable")]
+        return of_heads
 
 
 def column_use(capacity: Capacity, head_C: IntArray, tokens_CT: IntArray) -> sparse.csr_array:
@@ -350,7 +350,8 @@ def _relaxed(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int,
     if slack(everything) >= 0:
         return _Relaxed(master, pricing, float(everything.cost.sum()), np.zeros(len(capacity.room)), everything)
     master.add(nothing, all_heads)
-    for price in total / capacity.room.max() * 4.0 ** np.arange(-6, 4):  # a first idea of what is worth its tokens
+    # a first idea of what is worth its tokens
+    for price in total / max(capacity.room.max(), 1.0) * 4.0 ** np.arange(-6, 4):
         master.add(pricing.best(np.full((pricing.heads, scales), price))[0], all_heads)
     bound, best_prices = -np.inf, np.zeros(len(capacity.room))
     for _ in range(MAX_ROUNDS):

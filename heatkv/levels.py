@@ -42,28 +42,37 @@ class Blocks:
 def blocks(scale: tuple[int, int, int], level: str) -> Blocks:
     """The blocks of a scale (t, h, w) at a level; frames are pooled one by one, the mean is over all of them."""
     frames, height, width = scale
+    _check_level(level)
     if level == FULL:
         return Blocks(tuple(range(frames * height * width)))
     if level == MEAN:
         return Blocks((0,) * (frames * height * width))
-    if level != POOL2:
-        raise ValueError(f"unknown level {level!r}; known: {', '.join(LEVELS)}")
     rows, columns = -(-height // 2), -(-width // 2)
     frame, row, column = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
     of = (frame * rows + row // 2) * columns + column // 2
     return Blocks(tuple(of.reshape(-1).tolist()))
 
 
+def _check_level(level: str) -> None:
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; known: {', '.join(LEVELS)}")
+
+
 @cache
 def level_tokens(schedule: ScaleSchedule, level: str) -> tuple[int, ...]:
     """Tokens of every scale at a level."""
-    return tuple(blocks(scale, level).count for scale in schedule.scales)
+    _check_level(level)
+    if level == FULL:
+        return schedule.tokens
+    if level == MEAN:
+        return (1,) * len(schedule)
+    return tuple(frames * -(-height // 2) * -(-width // 2) for frames, height, width in schedule.scales)
 
 
 def log_counts(schedule: ScaleSchedule, level: str) -> FloatArray:
     """Log of how many tokens a token of the level stands for on average, per scale: the bias without calibration."""
-    whole = np.asarray(schedule.tokens, dtype=np.float64)
-    return np.asarray(np.log(whole / np.asarray(level_tokens(schedule, level))))
+    logs: FloatArray = np.log(np.asarray(schedule.tokens) / np.asarray(level_tokens(schedule, level)))
+    return logs
 
 
 def useful_levels(scale: tuple[int, int, int]) -> tuple[str, ...]:
@@ -89,6 +98,10 @@ class LevelChoices:
     schedule: ScaleSchedule
     sink_scales: int = 2
     joint: int = 5
+
+    def __post_init__(self) -> None:
+        if self.sink_scales < 0 or self.joint < 0:
+            raise ValueError(f"sink_scales={self.sink_scales} and joint={self.joint} cannot be below 0")
 
     def of_source(self, source: int) -> tuple[int, ...]:
         """The levels of a source, fine to coarse, NONE last."""

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
 
 from heatkv.geometry import CacheGeometry
+from heatkv.level_statistics import LevelStatistics
+from heatkv.levels import LEVELS, NONE, LevelChoices, log_counts
 from heatkv.plan import Plan
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Provenance, Statistics
@@ -37,6 +41,71 @@ def live_table(last_read: Nested, tokens: Sequence[int]) -> list[list[int]]:
         [live_by_formula(last_read, tokens, target, layer) for layer in range(len(last_read))]
         for target in range(len(tokens))
     ]
+
+
+def tokens_at(level: str, scale: tuple[int, int, int]) -> int:
+    """Tokens of a scale at a level, worked out anew."""
+    frames, height, width = scale
+    return {
+        "full": frames * height * width,
+        "pool2": frames * ((height + 1) // 2) * ((width + 1) // 2),
+        "mean": 1,
+    }[level]
+
+
+def level_live_table(plan: Plan) -> list[list[int]]:
+    """live(t, l) of a plan with levels, cell by cell: a cell is held at the finest level that the reader may read."""
+    layers, heads, scales = plan.last_read.shape
+    ends = [(level, last_read.tolist()) for level, last_read in plan.levels]
+
+    def held(l: int, h: int, reader: int) -> int:
+        tokens = 0
+        for s in range(min(reader, scales)):
+            levels = [level for level, last_read in ends if last_read[l][h][s] >= reader]
+            tokens += tokens_at(levels[0], plan.schedule.scales[s]) if levels else 0
+        return tokens
+
+    return [
+        [
+            sum(held(l, h, t + 1 if l <= layer else t) for l in range(layers) for h in range(heads))
+            for layer in range(layers)
+        ]
+        for t in range(scales)
+    ]
+
+
+def members(scale: tuple[int, int, int], level: str) -> list[list[int]]:
+    """Which tokens every token of a level stands for, frame by frame, row by row."""
+    frames, height, width = scale
+    if level == "full":
+        return [[token] for token in range(frames * height * width)]
+    if level == "mean":
+        return [list(range(frames * height * width))]
+    return [
+        [
+            (f * height + r) * width + c
+            for r in range(height)
+            for c in range(width)
+            if (r // 2, c // 2) == (block_r, block_c)
+        ]
+        for f in range(frames)
+        for block_r in range((height + 1) // 2)
+        for block_c in range((width + 1) // 2)
+    ]
+
+
+def pooled(x_RHND: Tensor, scale: tuple[int, int, int], level: str, angles_NP: Tensor | None = None) -> Tensor:
+    """Plain means over the members in float64; with angles, of the unrotated pairs, turned to the mean angle."""
+    x = x_RHND.double()
+    blocks = members(scale, level)
+    if angles_NP is None:
+        return torch.stack([x[..., block, :].mean(dim=-2) for block in blocks], dim=-2)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    angles = angles_NP.double()
+    straight = pairs * torch.polar(torch.ones_like(angles), -angles)
+    mean_angles = torch.stack([angles[block].mean(dim=0) for block in blocks])
+    means = torch.stack([straight[..., block, :].mean(dim=-2) for block in blocks], dim=-2)
+    return torch.view_as_real(means * torch.polar(torch.ones_like(mean_angles), mean_angles)).flatten(-2)
 
 
 @st.composite
@@ -97,10 +166,37 @@ def random_mass(geometry: CacheGeometry, count: int, seed: int) -> NDArray[np.fl
     return normal
 
 
+def level_statistics_of(
+    geometry: CacheGeometry, mass: NDArray[np.float64], samples: tuple[str, ...], sink_scales: int = 2, joint: int = 5
+) -> LevelStatistics:
+    """Level costs of explicit samples: what combinations lose of the mass adds up before it is squared."""
+    choices = LevelChoices(geometry.schedule, sink_scales, joint)
+    scales = len(geometry.schedule)
+    lost = mass[..., None] * np.array([0.0, 0.3, 0.6, 1.0])  # per sample, layer, head, target, source and level
+    sums = []
+    for target in range(scales):
+        table = choices.combinations(target)
+        parts = [lost[:, :, :, target, s][..., table[:, i]] for i, s in enumerate(choices.joint_sources(target))]
+        of_samples = sum(parts, np.zeros((*mass.shape[:3], len(table)))) ** 2
+        sums.append(of_samples.sum(axis=0))
+    bias = np.stack([log_counts(geometry.schedule, level) for level in LEVELS], axis=-1)
+    single = (lost**2).sum(axis=0)
+    assert single.shape[-1] == NONE + 1
+    return LevelStatistics(
+        choices, "error", np.broadcast_to(bias, (geometry.layers, geometry.heads, *bias.shape)).copy(), tuple(sums),
+        single, samples, samples[:1],
+    )  # fmt: skip
+
+
 def statistics_of(
-    geometry: CacheGeometry, mass: NDArray[np.float64], first_sample: int = 0, **provenance: object
+    geometry: CacheGeometry,
+    mass: NDArray[np.float64],
+    first_sample: int = 0,
+    sink_scales: int | None = 2,
+    **provenance: object,
 ) -> Statistics:
-    """Statistics of explicit samples, as a calibration sums them up."""
+    """Statistics of explicit samples, as a calibration sums them up, with level costs for so many sink scales, or
+    without."""
     told: dict[str, object] = {"model": "tiny", "fingerprint": "0f", "cfg": 1.5, "settings": {"top_k": 10}}
     samples = tuple(f"7:{first_sample + index}:3" for index in range(len(mass)))
     where = Provenance(**{**told, "samples": samples, "versions": {"torch": "2"}, **provenance})  # type: ignore[arg-type]
@@ -109,4 +205,5 @@ def statistics_of(
     return Statistics(
         geometry.schedule, mass.sum(axis=0), (mass**2).sum(axis=0), where,
         all_mass_sum=mass.sum(axis=0), error_sum=(mass**3 * later).sum(axis=0),
+        levels=None if sink_scales is None else level_statistics_of(geometry, mass, samples, sink_scales),
     )  # fmt: skip

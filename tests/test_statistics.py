@@ -26,7 +26,8 @@ GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (2, 
 
 
 def small(count: int = 3, seed: int = 0, first_sample: int = 0, **provenance: object) -> Statistics:
-    return statistics_of(GEOMETRY, random_mass(GEOMETRY, count, seed), first_sample, **provenance)
+    """Without level costs, which have tests of their own."""
+    return statistics_of(GEOMETRY, random_mass(GEOMETRY, count, seed), first_sample, None, **provenance)
 
 
 # ---------------------------------------------------------------------- what follows from the sums
@@ -131,7 +132,7 @@ def test_what_cannot_be_merged() -> None:
 def changed(change: Callable[[NDArray[np.float64]], None]) -> Statistics:
     mass = random_mass(GEOMETRY, 1, 0)
     change(mass)
-    return statistics_of(GEOMETRY, mass)
+    return statistics_of(GEOMETRY, mass, sink_scales=None)
 
 
 def set_to(value: float, *index: int) -> Callable[[NDArray[np.float64]], None]:

@@ -416,7 +416,7 @@ class Attached:
             samples=tuple(f"{self._seed}:{index}:-" for index in indices),
             versions=versions(),
         )
-        return Statistics(self.plan.schedule, provenance=provenance, **self._sums)  # type: ignore[arg-type]
+        return Statistics(self.plan.schedule, provenance=provenance, levels=None, **self._sums)
 
 
 def _attention_fingerprint(found: Iterable[tuple[str, Any]]) -> str:
