@@ -159,18 +159,22 @@ class ObservingCache(KVCache):
             raise PlanError("the residual stream was not told before attention; call see() for every layer")
         return self._relative_R
 
+    def sources(self, target: int, layer: int, k_RHND: Tensor, v_RHND: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of every source of `target`, the given ones of the target itself last."""
+        (group,) = self._steps[target][layer].groups  # a full cache holds the same in every head
+        sizes = self.plan.schedule.tokens[:target]
+        if not sizes:
+            return [k_RHND], [v_RHND]
+        held = self.arena_2RPD.index_select(2, group.slots_GM.flatten())
+        past_k, past_v = held.view(2, self.rows, k_RHND.shape[1], -1, k_RHND.shape[3])
+        return [*past_k.split(sizes, dim=2), k_RHND], [*past_v.split(sizes, dim=2), v_RHND]
+
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
         """What a subclass does with the queries and the (R, H, M, D) of every source, the running scale last."""
         raise NotImplementedError
 
     def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
-        (group,) = step.groups  # a full cache holds the same in every head
-        sizes = self.plan.schedule.tokens[: self._target]
-        keys, values = [k_RHND], [v_RHND]
-        if sizes:
-            held = self.arena_2RPD.index_select(2, group.slots_GM.flatten())
-            past_k, past_v = held.view(2, self.rows, k_RHND.shape[1], -1, k_RHND.shape[3])
-            keys, values = [*past_k.split(sizes, dim=2), k_RHND], [*past_v.split(sizes, dim=2), v_RHND]
+        keys, values = self.sources(self._target, layer, k_RHND, v_RHND)
         self.observe(layer, q_RHND, keys, values)
         self._relative_R = None
         return super()._attention(layer, q_RHND, k_RHND, v_RHND, step)

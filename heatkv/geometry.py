@@ -79,16 +79,17 @@ _HOW = "write it as 10%, 0.1, 600MiB, 2GB or 650tokens"
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the cache may be held at any moment: a share, mean tokens per head, or bytes.
+    """How much of the cache may be held at any moment: a share, mean tokens per head, or bytes; or `auto`, what a
+    policy chooses by the fidelity it is asked for.
 
     `amount` is exact, so that a budget written as 0.1 means one tenth and not the nearest float.
     """
 
-    kind: Literal["share", "tokens", "bytes"]
+    kind: Literal["share", "tokens", "bytes", "auto"]
     amount: Fraction
 
     def __post_init__(self) -> None:
-        if self.kind not in ("share", "tokens", "bytes"):
+        if self.kind not in ("share", "tokens", "bytes", "auto"):
             raise BudgetError(f"unknown kind of budget {self.kind!r}; {_HOW}")
         if self.amount <= 0:
             raise BudgetError(f"budget {self} is not above zero; {_HOW}")
@@ -102,6 +103,8 @@ class Budget:
             return text
         if isinstance(text, Fraction):
             return cls("share", text)
+        if str(text).strip().lower() == "auto":
+            return cls("auto", Fraction(1))
         match = _BUDGET.fullmatch(str(text))
         if match is None:
             raise BudgetError(f"cannot read the budget {text!r}; {_HOW}")
@@ -126,6 +129,11 @@ class Budget:
         """b, the exact share of the full cache. Raises BudgetError when it is above the full cache."""
         if self.kind == "share":
             return self.amount
+        if self.kind == "auto":
+            raise BudgetError(
+                "budget auto is for policies that choose it by a predicted KL, such as heatkv-mr with cost=fisher and "
+                f"max_kl; otherwise {_HOW}"
+            )
         if self.kind == "tokens":
             share = self.amount / geometry.schedule.cached_tokens
             limit = f"{geometry.schedule.cached_tokens} tokens per head"
@@ -141,6 +149,8 @@ class Budget:
         return math.floor(self.share(geometry, rows, storage) * geometry.full_token_heads)
 
     def __str__(self) -> str:
+        if self.kind == "auto":
+            return "auto"
         if self.kind == "share":
             return f"{_number(self.amount * 100, 6)}%"
         if self.kind == "tokens":

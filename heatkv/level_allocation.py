@@ -225,7 +225,7 @@ class _Master:
         """A cheap choice of one of the allowed columns per head, as indices into them all; None when none was found."""
         capacity = self.capacity
         head, columns = self.columns()
-        use = capacity.rows @ column_use(capacity, head[allowed], columns.tokens[allowed]).T / self.unit
+        use = capacity.rows @ column_use(capacity, head[allowed], columns.tokens[allowed]).T
         count = len(allowed)
         one_each = sparse.csr_array((np.ones(count), (head[allowed], np.arange(count))), shape=(self.heads, count))
         solved = milp(
@@ -234,9 +234,9 @@ class _Master:
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(one_each, 1, 1),
-                LinearConstraint(sparse.csr_array(use), -np.inf, capacity.room / self.unit),
+                LinearConstraint(sparse.csr_array(use), -np.inf, capacity.room),
             ],
-            options={"mip_rel_gap": GOAL, "node_limit": 5},
+            options={"mip_rel_gap": GOAL, "node_limit": 5, "presolve": False},
         )
         if solved.x is None:
             return None
@@ -315,56 +315,81 @@ class _Rounding:
         return chosen
 
 
-def allocate_levels(
-    statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...] = tuple(range(len(LEVELS)))
-) -> LevelAllocation:
-    """The cheapest plan within the capacity that uses these levels (indices into LEVELS, 0 among them).
+@dataclass(frozen=True, eq=False)
+class _Relaxed:
+    """The master program at its optimum, or the cheapest plan of all where that fits the capacity."""
 
-    Raises BudgetError when the sinks alone do not fit.
-    """
+    master: _Master
+    pricing: _Pricing
+    bound: float
+    row_prices: FloatArray
+    unlimited: _Paths | None = None
+
+
+def _relaxed(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...]) -> _Relaxed:
+    """Generate columns until the master program is at its bound. Raises BudgetError when the sinks do not fit."""
     scales = capacity.scales
     pricing = _Pricing(statistics, levels)
     total = sum(float(joint[:, -1].sum()) for joint in pricing.joint)  # the last combination holds nothing
     scale = total / 100 if total > 0 else 1.0
     shape = (capacity.layers, capacity.heads, scales)
+    all_heads = np.arange(pricing.heads)
 
-    def held(tokens_PT: IntArray) -> IntArray:
-        return capacity.held(tokens_PT.reshape(shape))
+    def slack(paths: _Paths) -> float:
+        return float(capacity.slack(capacity.held(paths.tokens.reshape(shape))).min())
 
     nothing, _ = pricing.best(np.full((pricing.heads, scales), 1e30))
-    slack = capacity.slack(held(nothing.tokens))
-    if slack.min() < 0:
+    if slack(nothing) < 0:
         raise BudgetError(
-            f"the {statistics.choices.sink_scales} sink scales alone hold {-slack.min():.0f} token-heads more than "
+            f"the {statistics.choices.sink_scales} sink scales alone hold {-slack(nothing):.0f} token-heads more than "
             "there is room for; raise the budget or the cap"
         )
+    master = _Master(capacity, pricing.heads, scale)
     everything, _ = pricing.best(np.zeros((pricing.heads, scales)))
-    if capacity.slack(held(everything.tokens)).min() >= 0:
-        cost = float(everything.cost.sum())
-        return LevelAllocation(
-            everything.level.reshape(*shape, scales).astype(np.int64), cost, cost, np.zeros(len(capacity.room))
-        )
-    master, all_heads = _Master(capacity, pricing.heads, scale), np.arange(pricing.heads)
+    if slack(everything) >= 0:
+        return _Relaxed(master, pricing, float(everything.cost.sum()), np.zeros(len(capacity.room)), everything)
     master.add(nothing, all_heads)
     for price in total / capacity.room.max() * 4.0 ** np.arange(-6, 4):  # a first idea of what is worth its tokens
         master.add(pricing.best(np.full((pricing.heads, scales), price))[0], all_heads)
     bound, best_prices = -np.inf, np.zeros(len(capacity.room))
     for _ in range(MAX_ROUNDS):
         mixed, prices, _ = master.relax()
-        token_price = capacity.token_prices(prices).reshape(pricing.heads, scales)
-        paths, reduced = pricing.best(token_price)
+        paths, reduced = pricing.best(capacity.token_prices(prices).reshape(pricing.heads, scales))
         lagrangian = float(reduced.sum() - prices @ capacity.room)
         if lagrangian > bound:
             bound, best_prices = lagrangian, prices
         if mixed - bound <= TOLERANCE * max(mixed, 0.0) + 1e-12 * scale:
             break
         master.add(paths, all_heads)
+    return _Relaxed(master, pricing, bound, best_prices)
+
+
+ALL_LEVELS = tuple(range(len(LEVELS)))
+
+
+def cost_bound(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...] = ALL_LEVELS) -> float:
+    """What no plan within the capacity costs less than; the best plan is little above it. Quicker than a plan."""
+    return _relaxed(statistics, capacity, levels).bound
+
+
+def allocate_levels(
+    statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...] = ALL_LEVELS
+) -> LevelAllocation:
+    """The cheapest plan within the capacity that uses these levels (indices into LEVELS, 0 among them).
+
+    Raises BudgetError when the sinks alone do not fit.
+    """
+    relaxed = _relaxed(statistics, capacity, levels)
+    master, pricing, scales = relaxed.master, relaxed.pricing, capacity.scales
+    if relaxed.unlimited is not None:
+        level = relaxed.unlimited.level.reshape(capacity.layers, capacity.heads, scales, scales).astype(np.int64)
+        return LevelAllocation(level, relaxed.bound, relaxed.bound, relaxed.row_prices)
     shares = master.relax()[2]
-    token_price = capacity.token_prices(best_prices).reshape(pricing.heads, scales)
+    token_price = capacity.token_prices(relaxed.row_prices).reshape(pricing.heads, scales)
     for factor in NEARBY:  # finer steps to exchange when the mix is rounded
-        master.add(pricing.best(token_price * factor)[0], all_heads)
+        master.add(pricing.best(token_price * factor)[0], np.arange(pricing.heads))
     shares = np.concatenate([shares, np.zeros(len(NEARBY) * pricing.heads)])
-    return _integral(master, pricing, capacity, bound, best_prices, shares)
+    return _integral(master, pricing, capacity, relaxed.bound, relaxed.row_prices, shares)
 
 
 def _integral(

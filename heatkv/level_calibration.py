@@ -164,10 +164,10 @@ class Combinations:
         return change.sum(dim=2).double().clamp_(min=0)
 
 
-class ErrorCostCache(LevelCache):
-    """Second pass: the relative squared output error of every combination of levels, under the given biases.
+class LevelCostCache(LevelCache):
+    """What second passes share: costs of every combination of levels under the given biases, summed over images.
 
-    `joint[t]` is (L, H, combinations), `single` (L, H, T, T, V + 1): sums over queries and images, mean over rows.
+    `joint[t]` is (L, H, combinations), `single` (L, H, T, T, V + 1).
     """
 
     def __init__(self, choices: LevelChoices, log_bias: FloatArray, *arguments: Any, **named: Any) -> None:
@@ -180,6 +180,33 @@ class ErrorCostCache(LevelCache):
         geometry = self.plan.geometry
         self.joint, self.single = empty_costs(geometry.layers, geometry.heads, self.choices)
 
+    def combinations(self, target: int) -> Combinations:
+        """Those of a target; made once and kept for its layers."""
+        if self._combinations is None or self._combinations[0] != target:
+            self._combinations = target, Combinations.of(self.choices, target, self.arena_2RPD.device)
+        return self._combinations[1]
+
+    def alone(self, target: int) -> list[tuple[int, int]]:
+        """Every (source, level) of the sources that are not combined."""
+        others = self.choices.other_sources(target)
+        return [(source, level) for source in others for level in self.choices.of_other(source)]
+
+    def cells_and_biases(
+        self, target: int, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> tuple[list[dict[int, tuple[Tensor, Tensor]]], list[dict[int, Tensor]]]:
+        """Every source at its levels, sinks and the running scale whole, with the bias of every level, (H,)."""
+        cells, biases = [], []
+        for source, (k, v) in enumerate(zip(keys, values, strict=True)):
+            free = self.choices.sink_scales <= source < target
+            cells.append(self.pooled(source, k, v) if free else {0: (k.float(), v.float())})
+            bias = self.log_bias[layer, :, source]
+            biases.append({level: torch.from_numpy(bias[:, level]).to(k.device).float() for level in cells[-1]})
+        return cells, biases
+
+
+class ErrorCostCache(LevelCostCache):
+    """Second pass: the squared output error relative to the residual stream, summed over queries, mean over rows."""
+
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
         target, halves = self._target, self.rows // self.images
         if target <= self.choices.sink_scales:
@@ -187,37 +214,16 @@ class ErrorCostCache(LevelCache):
         relative_R, factor = self.relative(), self.factors[layer]
         # |F (V p)| = |(F V) p|: the factor is cheapest on the values
         whitened = [v.float() @ factor.transpose(1, 2) for v in values]
-        cells, biases = self.cells_and_biases(layer, keys, whitened)
-        combinations = self.combinations(target)
-        alone = [
-            (source, level) for source in self.choices.other_sources(target) for level in self.choices.of_other(source)
-        ]
+        cells, biases = self.cells_and_biases(target, layer, keys, whitened)
+        combinations, alone = self.combinations(target), self.alone(target)
+        held = [cell for cell in alone if cell[1] != NONE]
         for q in query_blocks(q_RHND, numbers_per_query(combinations, cells)):
             items = source_items(q, cells, biases, combinations.chosen, combinations.fixed)
             self.joint[target][layer] += _weighted(combinations.squared_changes(items), relative_R) / halves
             if alone:
-                held = [cell for cell in alone if cell[1] != NONE]
                 for (source, level), change in single_changes(source_items(q, cells, biases, held, (target,)), alone):
                     squared = change.square().sum(-1).sum(2, dtype=torch.float64)[..., None]
                     self.single[layer, :, target, source, level] += _weighted(squared, relative_R)[:, 0] / halves
-
-    def combinations(self, target: int) -> Combinations:
-        """Those of a target; made once and kept for its layers."""
-        if self._combinations is None or self._combinations[0] != target:
-            self._combinations = target, Combinations.of(self.choices, target, self.arena_2RPD.device)
-        return self._combinations[1]
-
-    def cells_and_biases(
-        self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]
-    ) -> tuple[list[dict[int, tuple[Tensor, Tensor]]], list[dict[int, Tensor]]]:
-        """Every source at its levels, sinks and the running scale whole, with the bias of every level, (H,)."""
-        cells, biases = [], []
-        for source, (k, v) in enumerate(zip(keys, values, strict=True)):
-            free = self.choices.sink_scales <= source < self._target
-            cells.append(self.pooled(source, k, v) if free else {0: (k.float(), v.float())})
-            bias = self.log_bias[layer, :, source]
-            biases.append({level: torch.from_numpy(bias[:, level]).to(k.device).float() for level in cells[-1]})
-        return cells, biases
 
 
 def empty_costs(layers: int, heads: int, choices: LevelChoices) -> tuple[list[FloatArray], FloatArray]:

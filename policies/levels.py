@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heatkv.allocation import Capacity
 from heatkv.errors import PolicyError
-from heatkv.level_allocation import LevelAllocation, allocate_levels
+from heatkv.geometry import Budget
+from heatkv.level_allocation import LevelAllocation, allocate_levels, cost_bound
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS
 from heatkv.plan import CoarseCells, Plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem
 from heatkv.registry import register
 
+KL_OF_PREDICTION = 0.7
+"""Half the Fisher costs per token are this share of the measured KL, or more."""
+
+BUDGET_STEPS = 1000
+"""A budget that is chosen by its predicted KL is found to this part of the full cache."""
+
 
 @register
 @dataclass(frozen=True)
 class HeatKVLevels(EvictionPolicy):
-    """Holds cells whole, pooled 2x2, as one mean token or not at all, so that the joint output error is smallest.
+    """Holds cells whole, pooled 2x2, as one mean token or not at all, so that the joint error is smallest.
 
-    `levels` are those it may use, joined by "+"; "full" alone only drops cells. Sinks are two scales here, since the
-    third is small enough to be priced like the others.
+    `cost` is "error", the squared output error relative to the residual stream, or "fisher", the expected change of the
+    log-likelihood, whose prediction of the KL lets `max_kl` choose the smallest budget when that is "auto". `levels`
+    are those it may use, joined by "+"; "full" alone only drops cells. Sinks are two scales here, since the third is
+    small enough to be priced like the others.
     """
 
     name: ClassVar[str] = "heatkv-mr"
@@ -32,12 +43,24 @@ class HeatKVLevels(EvictionPolicy):
     source: ClassVar[str] = "HeatKV multi-resolution; column generation (Gilmore and Gomory 1961)"
 
     sink_scales: int = 2
+    cost: Literal["error", "fisher"] = "error"
     levels: str = "full+pool2+mean"
+    max_kl: float | None = None
 
     def check(self, problem: PlanningProblem) -> None:
         chosen = self.levels.split("+")
         if chosen[0] != "full" or any(level not in LEVELS for level in chosen):
             raise PolicyError(f"levels={self.levels!r}; it must be full, joined by + with any of {LEVELS[1:]}")
+        if self.cost not in ("error", "fisher"):
+            raise PolicyError(f"cost={self.cost!r} is unknown to policy {self.name!r}; known: error, fisher")
+        if problem.budget.kind == "auto":
+            if self.cost != "fisher" or self.max_kl is None:
+                raise PolicyError("budget auto needs cost=fisher, which predicts the KL, and max_kl, its bound")
+            if not 0 < self.max_kl < math.inf:
+                raise PolicyError(f"max_kl={self.max_kl} is no KL divergence above 0, in nats per token")
+            problem = replace(problem, budget=Budget.parse(1.0))
+        elif self.max_kl is not None:
+            raise PolicyError(f"max_kl chooses the budget; it goes with budget auto, not with {problem.budget}")
         super().check(problem)
 
     def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
@@ -45,25 +68,63 @@ class HeatKVLevels(EvictionPolicy):
 
     def plan(self, problem: PlanningProblem) -> Plan:
         self.check(problem)
+        settings: dict[str, Any] = {}
+        if problem.budget.kind == "auto":
+            problem = replace(problem, budget=self.smallest_budget(problem))
+            settings["budget"] = "auto"
         allocation, log_bias = self.allocation(problem), self.statistics(problem).log_bias
+        if self.cost == "fisher":
+            settings["predicted_kl"] = self._kl(problem, allocation.cost)
         whole, *coarser = allocation.last_reads()
         finer, coarse = whole, []
         for index, last_read in enumerate(coarser, start=1):
             if (last_read > finer).any():  # a level that no cell is held at is left out
                 coarse.append(CoarseCells(LEVELS[index], last_read, log_bias[..., index]))
             finer = last_read
-        return self.finish(
+        plan = self.finish(
             problem, whole, tuple(coarse), value=-allocation.cost, value_bound=-allocation.bound, gap=allocation.gap
         )
+        return replace(plan, settings={**plan.settings, **settings})
+
+    def _kl(self, problem: PlanningProblem, cost: float) -> float:
+        """KL(full || plan) in nats per token that Fisher costs foretell."""
+        return cost / 2 / problem.geometry.schedule.total_tokens / KL_OF_PREDICTION
+
+    def smallest_budget(self, problem: PlanningProblem) -> Budget:
+        """The smallest share whose predicted KL is at most `max_kl`, in steps of the full cache."""
+        assert self.max_kl is not None
+        schedule = problem.geometry.schedule
+        low = math.ceil(BUDGET_STEPS * Fraction(schedule.offsets[self.sink_scales], schedule.cached_tokens))
+        high = BUDGET_STEPS  # the full cache costs nothing
+        statistics = self.statistics(problem)
+
+        def at(step: int) -> PlanningProblem:
+            return replace(problem, budget=Budget("share", Fraction(step, BUDGET_STEPS)))
+
+        while low < high:  # by the bound, which is quicker than a plan and hardly below it
+            middle = (low + high) // 2
+            bound = cost_bound(statistics, self.capacity(at(middle)), self.allowed)
+            if self._kl(problem, bound) <= self.max_kl:
+                high = middle
+            else:
+                low = middle + 1
+        while high < BUDGET_STEPS and self._kl(problem, self.allocation(at(high)).cost) > self.max_kl:
+            high += 1
+        return at(high).budget
 
     def statistics(self, problem: PlanningProblem) -> LevelStatistics:
-        """The level costs, measured with this number of sinks."""
+        """The level costs, measured with this number of sinks and of this kind."""
         if problem.statistics is None or problem.statistics.levels is None:
             raise PolicyError(
-                f"policy {self.name!r} needs statistics with level costs (heatkv calibrate --levels, then --statistics "
-                "FILE)"
+                f"policy {self.name!r} needs statistics with level costs (heatkv calibrate --levels {self.cost}, then "
+                "--statistics FILE)"
             )
         levels = problem.statistics.levels
+        if levels.cost != self.cost:
+            raise PolicyError(
+                f"the level costs are of the kind {levels.cost!r}; set cost={levels.cost} or calibrate with --levels "
+                f"{self.cost}"
+            )
         if levels.choices.sink_scales != self.sink_scales:
             raise PolicyError(
                 f"the level costs were measured with sink_scales={levels.choices.sink_scales}, the policy has "
@@ -73,9 +134,14 @@ class HeatKVLevels(EvictionPolicy):
 
     def allocation(self, problem: PlanningProblem) -> LevelAllocation:
         """The plan with its cost, its bound and the prices of the checkpoints."""
+        return allocate_levels(self.statistics(problem), self.capacity(problem), self.allowed)
+
+    def capacity(self, problem: PlanningProblem) -> Capacity:
+        """The budget at every checkpoint."""
         geometry = problem.geometry
-        capacity = Capacity.shared(
-            geometry.layers, geometry.heads, geometry.schedule.tokens, problem.budget_token_heads
-        )
-        allowed = tuple(LEVELS.index(level) for level in LEVELS if level in self.levels.split("+"))
-        return allocate_levels(self.statistics(problem), capacity, allowed)
+        return Capacity.shared(geometry.layers, geometry.heads, geometry.schedule.tokens, problem.budget_token_heads)
+
+    @property
+    def allowed(self) -> tuple[int, ...]:
+        """Indices of the levels it may use."""
+        return tuple(LEVELS.index(level) for level in LEVELS if level in self.levels.split("+"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +15,11 @@ from rich.table import Table
 from heatkv.cli.opening import Loaded, open_model, open_statistics, parse_names, positive, storage_of
 from heatkv.cli.options import AsJson, Running, Source, Without
 from heatkv.cli.output import progress, say, show
-from heatkv.errors import FormatError, HeatKVError
+from heatkv.errors import FormatError, HeatKVError, StatisticsError
 from heatkv.files import check_writable
 from heatkv.geometry import Budget
+from heatkv.level_statistics import COSTS
+from heatkv.levels import LevelChoices
 from heatkv.models.base import ImageModel
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.sampling import Settings
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 MOST_AT_ONCE = 16
 """Images in a batch at most."""
+
+LEVEL_SAMPLES = 32
+"""Images that level costs are measured on."""
 
 REPORTED_POLICIES = ("heatkv", "heatkv-lp")
 REPORTED_BUDGET = "20%"
@@ -49,6 +55,47 @@ def _batches(samples: int) -> list[int]:
     """Batches alike, two at least, so that halves can be compared."""
     batch = min(MOST_AT_ONCE, -(-samples // 2))
     return [min(batch, samples - start) for start in range(0, samples, batch)]
+
+
+def _with_levels(
+    statistics: Statistics,
+    out: Path,
+    model: ImageModel[Any],
+    cost: str,
+    samples: int,
+    seed: int,
+    settings: Settings,
+) -> Statistics:
+    """The statistics with the costs of so many more images; saved batch by batch, so that an interrupt loses one."""
+    from heatkv.calibration import sample_names
+    from heatkv.fisher_calibration import calibrate_fisher
+    from heatkv.level_calibration import calibrate_biases, calibrate_levels
+
+    measure, at_once = (calibrate_fisher, 4) if cost == "fisher" else (calibrate_levels, MOST_AT_ONCE)
+    before = statistics.levels
+    if before is not None and before.cost != cost:
+        raise StatisticsError(f"{out} has level costs of the kind {before.cost!r}; measure {cost!r} into another file")
+    taken = [] if before is None else [name.split(":", 2) for name in before.samples]
+    first = max((int(index) + 1 for given, index, _ in taken if int(given) == seed), default=0)
+    log_bias = None if before is None else before.log_bias
+    bias_samples = 16 if before is None else 0
+    with progress(f"level costs of {model.name}", bias_samples + samples) as advance:
+        of_bias = () if before is None else before.bias_samples
+        if log_bias is None:
+            choices = LevelChoices(model.geometry.schedule)
+            log_bias = calibrate_biases(model, choices, bias_samples, seed=seed, settings=settings, progress=advance)
+            of_bias = tuple(sample_names(model, seed, model.labels(bias_samples, 0), 0))
+        for start in range(first, first + samples, at_once):
+            count = min(at_once, first + samples - start)
+            part = measure(
+                model, count, log_bias=log_bias, seed=seed, first_sample=start, batch=count, settings=settings,
+                progress=advance,
+            )  # fmt: skip
+            part = replace(part, bias_samples=of_bias)
+            before = part if before is None else before.merge(part)
+            statistics = replace(statistics, levels=before)
+            statistics.save(out)
+    return statistics
 
 
 def _merged(parts: Sequence[Statistics]) -> Statistics:
@@ -84,8 +131,9 @@ def calibrate(
     source: Source,
     samples: Annotated[int, typer.Option("--samples", help="images to measure, all classes in turn")] = 64,
     levels: Annotated[
-        bool, typer.Option("--levels", help="also measure what coarser levels cost, for heatkv-mr")
-    ] = False,
+        str | None, typer.Option("--levels", help="also measure what coarser levels cost (heatkv-mr): error or fisher")
+    ] = None,
+    level_samples: Annotated[int, typer.Option("--level-samples", help="images to measure levels on")] = LEVEL_SAMPLES,
     append: Annotated[bool, typer.Option("--append", help="add samples to an existing file")] = False,
     report: Annotated[
         bool, typer.Option("--report", help="tell how many samples are enough, from halves of the new ones")
@@ -104,6 +152,9 @@ def calibrate(
     from heatkv.profiling.stability import ENOUGH_LOSS, batch_sizes, enough, verdict
 
     positive(samples=samples)
+    positive(level_samples=level_samples)
+    if levels is not None and levels not in COSTS:
+        raise HeatKVError(f"--levels is {levels!r}; level costs are of the kinds {' and '.join(COSTS)}")
     if budgets is not None and not report:
         raise HeatKVError("--budgets are those of the plans that --report compares; give both or neither")
     if report and samples < 2:
@@ -135,6 +186,8 @@ def calibrate(
             total.save(out)
             say(f"{out}: {total.count} samples")
     assert total is not None
+    if levels is not None:
+        total = _with_levels(total, out, loaded, levels, level_samples, running.seed, settings)
     agreement = _agreement(parts)
     gini = total.gini().tolist()
     data = {"out": str(out), "samples": total.count, "gini": gini, "rank_agreement_of_halves": agreement}
@@ -174,9 +227,17 @@ class _Compared:
 
 
 def statistics_of_folder(
-    folder: Path, model: ImageModel[Any], samples: int, seed: int, settings: Settings
+    folder: Path,
+    model: ImageModel[Any],
+    samples: int,
+    seed: int,
+    settings: Settings,
+    levels: str | None = None,
 ) -> Statistics:
-    """The folder's own statistics: those of an earlier run as far as they fit, the rest measured now."""
+    """The folder's own statistics: those of an earlier run as far as they fit, the rest measured now.
+
+    `levels` is the kind of level costs that are wanted, too.
+    """
     from heatkv.calibration import sample_names, told_settings
 
     path = folder / "statistics.safetensors"
@@ -197,7 +258,7 @@ def statistics_of_folder(
     done = sum(part.count for part in parts)
     if done == samples:
         say(f"using {path} ({done} samples)")
-        return parts[0]
+        return _levels_of_folder(parts[0], path, model, levels, seed, settings)
     try:
         parts.extend(_calibrate(model, _batches(samples - done), seed, settings, first=done))
     finally:
@@ -210,4 +271,23 @@ def statistics_of_folder(
             f"calibrated on {samples} samples; head rankings of two halves agree by {mean:.2f} "
             f"(Spearman, mean over scales; worst {worst:.2f})"
         )
-    return _merged(parts)
+    return _levels_of_folder(_merged(parts), path, model, levels, seed, settings)
+
+
+def _levels_of_folder(
+    statistics: Statistics,
+    path: Path,
+    model: ImageModel[Any],
+    cost: str | None,
+    seed: int,
+    settings: Settings,
+) -> Statistics:
+    """With level costs of 32 images of that kind, those that the folder has as far as they fit."""
+    if cost is None:
+        return statistics
+    found = statistics.levels
+    if found is not None and found.cost != cost:
+        say(f"measuring levels again: {path} has costs of the kind {found.cost}")
+        statistics, found = replace(statistics, levels=None), None
+    missing = LEVEL_SAMPLES - (0 if found is None else len(found.samples))
+    return _with_levels(statistics, path, model, cost, missing, seed, settings) if missing > 0 else statistics

@@ -49,6 +49,12 @@ class _Measurement:
         unranked = ranking.statistics is None and ranking.orders is None
         needs = [find_policy(name).needs for name in self.policies]  # type: ignore[attr-defined]
         self.lacks_statistics = unranked and any("statistics" in need for need in needs)
+        kinds = {
+            getattr(make_policy(name, **self.policy_options[name]), "cost", "error")
+            for name, need in zip(self.policies, needs, strict=True)
+            if "levels" in need
+        }
+        self.levels = next(iter(kinds), None)
         self.model, self.settings = open_model(source, running)
         self.storage, self.seed = storage_of(self.model), running.seed
         self.rows = running.rows if running.rows is not None else self.settings.rows_per_image
@@ -187,7 +193,7 @@ def compare(
     folder = make_folder(out)
     statistics = measurement.statistics
     if measurement.lacks_statistics:
-        statistics = statistics_of_folder(folder, model, samples, seed, settings)
+        statistics = statistics_of_folder(folder, model, samples, seed, settings, measurement.levels)
     subjects = measurement.subjects(statistics, draws)
     request: dict[str, Any] = {
         "seed": seed, "images": images, "pictures": pictures, "draws": draws, "repeats": repeats,
