@@ -33,9 +33,10 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming": ("streaming", {}),
     "random": ("random", {}),
     "heatkv-lp, mass": ("heatkv-lp", {"value": "mass"}),
-    "heatkv-lp, error": ("heatkv-lp", {}),
-    "heatkv-mr, drop only": ("heatkv-mr", {"levels": "full"}),
+    "heatkv-lp, error": ("heatkv-lp", {"value": "error"}),
+    "heatkv-lp": ("heatkv-lp", {}),
     "heatkv-mr": ("heatkv-mr", {}),
+    "heatkv-mr, fisher": ("heatkv-mr", {"cost": "fisher"}),
 }
 
 

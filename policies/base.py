@@ -93,6 +93,11 @@ class EvictionPolicy(ABC):
 
     sink_scales: int = 3
 
+    @property
+    def level_cost(self) -> str | None:
+        """The kind of level costs that the statistics must have for it, if any."""
+        return None
+
     @abstractmethod
     def last_read(self, problem: PlanningProblem) -> IntArray:
         """`last_read[l, h, s]` of the plan; the base class checks it against the budget."""

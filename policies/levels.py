@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.allocation import Capacity
 from heatkv.errors import PolicyError
 from heatkv.geometry import Budget
 from heatkv.level_allocation import LevelAllocation, allocate_levels, cost_bound
-from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS
-from heatkv.plan import CoarseCells, Plan
-from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.lp import SolvedPolicy
 from heatkv.registry import register
 
 KL_OF_PREDICTION = 0.7
@@ -29,7 +28,7 @@ BUDGET_STEPS = 1000
 
 @register
 @dataclass(frozen=True)
-class HeatKVLevels(EvictionPolicy):
+class HeatKVLevels(SolvedPolicy):
     """Holds cells whole, pooled 2x2, as one mean token or not at all, so that the joint error is smallest.
 
     `cost` is "error", the squared output error relative to the residual stream, or "fisher", the expected change of the
@@ -42,7 +41,6 @@ class HeatKVLevels(EvictionPolicy):
     needs: ClassVar[str] = "statistics with levels"
     source: ClassVar[str] = "HeatKV multi-resolution; column generation (Gilmore and Gomory 1961)"
 
-    sink_scales: int = 2
     cost: Literal["error", "fisher"] = "error"
     levels: str = "full+pool2+mean"
     max_kl: float | None = None
@@ -72,18 +70,10 @@ class HeatKVLevels(EvictionPolicy):
         if problem.budget.kind == "auto":
             problem = replace(problem, budget=self.smallest_budget(problem))
             settings["budget"] = "auto"
-        allocation, log_bias = self.allocation(problem), self.statistics(problem).log_bias
+        allocation = self.allocation(problem)
         if self.cost == "fisher":
             settings["predicted_kl"] = self._kl(problem, allocation.cost)
-        whole, *coarser = allocation.last_reads()
-        finer, coarse = whole, []
-        for index, last_read in enumerate(coarser, start=1):
-            if (last_read > finer).any():  # a level that no cell is held at is left out
-                coarse.append(CoarseCells(LEVELS[index], last_read, log_bias[..., index]))
-            finer = last_read
-        plan = self.finish(
-            problem, whole, tuple(coarse), value=-allocation.cost, value_bound=-allocation.bound, gap=allocation.gap
-        )
+        plan = self.finish_levels(problem, allocation)
         return replace(plan, settings={**plan.settings, **settings})
 
     def _kl(self, problem: PlanningProblem, cost: float) -> float:
@@ -96,7 +86,7 @@ class HeatKVLevels(EvictionPolicy):
         schedule = problem.geometry.schedule
         low = math.ceil(BUDGET_STEPS * Fraction(schedule.offsets[self.sink_scales], schedule.cached_tokens))
         high = BUDGET_STEPS  # the full cache costs nothing
-        statistics = self.statistics(problem)
+        statistics = self.level_statistics(problem, self.cost)
 
         def at(step: int) -> PlanningProblem:
             return replace(problem, budget=Budget("share", Fraction(step, BUDGET_STEPS)))
@@ -112,34 +102,13 @@ class HeatKVLevels(EvictionPolicy):
             high += 1
         return at(high).budget
 
-    def statistics(self, problem: PlanningProblem) -> LevelStatistics:
-        """The level costs, measured with this number of sinks and of this kind."""
-        if problem.statistics is None or problem.statistics.levels is None:
-            raise PolicyError(
-                f"policy {self.name!r} needs statistics with level costs (heatkv calibrate --levels {self.cost}, then "
-                "--statistics FILE)"
-            )
-        levels = problem.statistics.levels
-        if levels.cost != self.cost:
-            raise PolicyError(
-                f"the level costs are of the kind {levels.cost!r}; set cost={levels.cost} or calibrate with --levels "
-                f"{self.cost}"
-            )
-        if levels.choices.sink_scales != self.sink_scales:
-            raise PolicyError(
-                f"the level costs were measured with sink_scales={levels.choices.sink_scales}, the policy has "
-                f"sink_scales={self.sink_scales}; measure them with that number"
-            )
-        return levels
-
     def allocation(self, problem: PlanningProblem) -> LevelAllocation:
         """The plan with its cost, its bound and the prices of the checkpoints."""
-        return allocate_levels(self.statistics(problem), self.capacity(problem), self.allowed)
+        return allocate_levels(self.level_statistics(problem, self.cost), self.capacity(problem), self.allowed)
 
-    def capacity(self, problem: PlanningProblem) -> Capacity:
-        """The budget at every checkpoint."""
-        geometry = problem.geometry
-        return Capacity.shared(geometry.layers, geometry.heads, geometry.schedule.tokens, problem.budget_token_heads)
+    @property
+    def level_cost(self) -> str:
+        return self.cost
 
     @property
     def allowed(self) -> tuple[int, ...]:

@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from heatkv.allocation import Allocation, Capacity, allocate, allocate_greedily
 from heatkv.errors import BudgetError, PolicyError
 from heatkv.geometry import Budget, CacheGeometry
-from heatkv.plan import Plan
+from heatkv.level_allocation import LevelAllocation, allocate_levels
+from heatkv.level_statistics import LevelStatistics
+from heatkv.levels import FULL, LEVELS
+from heatkv.plan import CoarseCells, Plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem
 from heatkv.policies.heatkv import drop_by_rank
 from heatkv.registry import register
@@ -20,66 +23,44 @@ from heatkv.statistics import HeadRankings, Statistics
 FloatArray = NDArray[np.float64]
 
 
-@register
 @dataclass(frozen=True)
-class HeatKVLP(EvictionPolicy):
-    """Keeps the cells that are worth most within the budget, by linear programming, with a proven gap.
+class SolvedPolicy(EvictionPolicy):
+    """What policies share that solve a program for the budget.
 
-    `value` is what keeping a cell for a target scale is worth: "error", the squared output error of dropping it,
-    relative to the residual stream; or "mass", the attention mass on it over all rows. `solver` is "lp", or "greedy"
-    (value per token). With `ranks`, the heads of a layer are split over so many devices, in order, and each stays
-    within its equal part of the budget. `layer_cap` is a budget that no single layer may exceed. Only the first scale
-    is protected by default: what a sink is worth is measured as well.
+    With `ranks`, the heads of a layer are split over so many devices, in order, and each stays within its equal part of
+    the budget. `layer_cap` is a budget that no single layer may exceed.
     """
 
-    name: ClassVar[str] = "heatkv-lp"
-    needs: ClassVar[str] = "statistics"
-    source: ClassVar[str] = "HeatKV; allocation by HiGHS (Huangfu and Hall 2018)"
-
-    sink_scales: int = 1
-    value: Literal["error", "mass"] = "error"
-    solver: Literal["lp", "greedy"] = "lp"
+    sink_scales: int = 2
     ranks: int = 1
     layer_cap: str | None = None
 
     def check(self, problem: PlanningProblem) -> None:
-        for name, value, known in (("value", self.value, ("error", "mass")), ("solver", self.solver, ("lp", "greedy"))):
-            if value not in known:
-                raise PolicyError(f"{name}={value!r} is unknown to policy {self.name!r}; known: {', '.join(known)}")
         heads = problem.geometry.heads
         if not isinstance(self.ranks, int) or self.ranks < 1 or heads % self.ranks:
             raise PolicyError(f"ranks={self.ranks!r} does not split {heads} heads evenly")
         super().check(problem)
-        self.capacity(problem)  # a bad layer_cap is refused here, before anything is measured
+        self.capacity(problem)
 
-    def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
-        return self.allocation(problem).last_read
-
-    def plan(self, problem: PlanningProblem) -> Plan:
-        self.check(problem)
-        allocation = self.allocation(problem)
-        return self.finish(
-            problem, allocation.last_read, value=allocation.value, value_bound=allocation.bound, gap=allocation.gap
-        )
-
-    def allocation(self, problem: PlanningProblem) -> Allocation:
-        """The plan with its value, its bound and the prices of the checkpoints."""
-        statistics = problem.statistics
-        if statistics is None:
+    def level_statistics(self, problem: PlanningProblem, cost: str) -> LevelStatistics:
+        """The level costs, measured with this number of sinks and of this kind. Raises PolicyError."""
+        levels = None if problem.statistics is None else problem.statistics.levels
+        if levels is None:
             raise PolicyError(
-                f"policy {self.name!r} needs statistics of this model (heatkv calibrate, then --statistics FILE)"
+                f"policy {self.name!r} needs statistics with level costs (heatkv calibrate --levels {cost}, then "
+                "--statistics FILE)"
             )
-        capacity, values = self.capacity(problem), self.values(statistics)
-        if self.solver == "greedy":
-            return allocate_greedily(values, capacity, self.sink_scales)
-        candidates: tuple[NDArray[np.int64], ...] = ()
-        if self.ranks == 1 and self.layer_cap is None:  # the paper's rule knows neither
-            candidates = (drop_by_rank(problem, self.sink_scales, HeadRankings.from_scores(statistics.scas)),)
-        return allocate(values, capacity, self.sink_scales, candidates)
-
-    def values(self, statistics: Statistics) -> FloatArray:
-        """value[l, h, t, s] of every cell for every target."""
-        return statistics.drop_error if self.value == "error" else statistics.all_mass
+        if levels.cost != cost:
+            raise PolicyError(
+                f"the level costs are of the kind {levels.cost!r}; policy {self.name!r} was to use {cost!r}: calibrate "
+                f"with --levels {cost}, or choose the other kind"
+            )
+        if levels.choices.sink_scales != self.sink_scales:
+            raise PolicyError(
+                f"the level costs were measured with sink_scales={levels.choices.sink_scales}, the policy has "
+                f"sink_scales={self.sink_scales}; set that number"
+            )
+        return levels
 
     def capacity(self, problem: PlanningProblem) -> Capacity:
         """The budget, split over the ranks, and the cap on single layers."""
@@ -98,3 +79,85 @@ class HeatKVLP(EvictionPolicy):
                     f"{self.sink_scales} sink scales in one layer; raise it or set sink_scales lower"
                 )
         return Capacity(tokens, group_LH, (room,) * self.ranks, layer_room)
+
+    def finish_levels(self, problem: PlanningProblem, allocation: LevelAllocation) -> Plan:
+        """The plan of an allocation with levels; its value is minus its cost."""
+        whole, *coarser = allocation.last_reads()
+        finer, coarse = whole, []
+        for index, last_read in enumerate(coarser, start=1):
+            if (last_read > finer).any():  # a level that no cell is held at is left out
+                assert problem.statistics is not None
+                assert problem.statistics.levels is not None
+                log_bias = problem.statistics.levels.log_bias[..., index]
+                coarse.append(CoarseCells(LEVELS[index], last_read, log_bias))
+            finer = last_read
+        return self.finish(
+            problem, whole, tuple(coarse), value=-allocation.cost, value_bound=-allocation.bound, gap=allocation.gap
+        )
+
+
+@register
+@dataclass(frozen=True)
+class HeatKVLP(SolvedPolicy):
+    """Keeps the cells that are worth most within the budget, by linear programming, with a proven gap.
+
+    `value` is what keeping cells for a target scale is worth: "joint", the squared output error of dropping any
+    combination of a head's cells, relative to the residual stream; "error", the same for one cell at a time; or "mass",
+    the attention mass over all rows. `solver` is "lp", or "greedy" (value per token; not for joint errors). Sinks are
+    two scales here, since the third is small enough to be priced like the others.
+    """
+
+    name: ClassVar[str] = "heatkv-lp"
+    needs: ClassVar[str] = "statistics, with levels for value=joint"
+    source: ClassVar[str] = "HeatKV; allocation by HiGHS (Huangfu and Hall 2018)"
+
+    value: Literal["joint", "error", "mass"] = "joint"
+    solver: Literal["lp", "greedy"] = "lp"
+
+    @property
+    def level_cost(self) -> str | None:
+        return "error" if self.value == "joint" else None
+
+    def check(self, problem: PlanningProblem) -> None:
+        for name, value, known in (
+            ("value", self.value, ("joint", "error", "mass")),
+            ("solver", self.solver, ("lp", "greedy")),
+        ):
+            if value not in known:
+                raise PolicyError(f"{name}={value!r} is unknown to policy {self.name!r}; known: {', '.join(known)}")
+        if self.value == "joint" and self.solver == "greedy":
+            raise PolicyError("solver=greedy adds up single cells; set value=error or value=mass")
+        super().check(problem)
+
+    def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
+        return self.plan(problem).last_read
+
+    def plan(self, problem: PlanningProblem) -> Plan:
+        self.check(problem)
+        if self.value == "joint":
+            return self.finish_levels(problem, self.joint_allocation(problem))
+        found = self.allocation(problem)
+        return self.finish(problem, found.last_read, value=found.value, value_bound=found.bound, gap=found.gap)
+
+    def joint_allocation(self, problem: PlanningProblem) -> LevelAllocation:
+        """The plan that drops cells only, by their joint errors."""
+        return allocate_levels(self.level_statistics(problem, "error"), self.capacity(problem), (LEVELS.index(FULL),))
+
+    def allocation(self, problem: PlanningProblem) -> Allocation:
+        """The plan by values of single cells, with its value, its bound and the prices of the checkpoints."""
+        statistics = problem.statistics
+        if statistics is None:
+            raise PolicyError(
+                f"policy {self.name!r} needs statistics of this model (heatkv calibrate, then --statistics FILE)"
+            )
+        capacity, values = self.capacity(problem), self.values(statistics)
+        if self.solver == "greedy":
+            return allocate_greedily(values, capacity, self.sink_scales)
+        candidates: tuple[NDArray[np.int64], ...] = ()
+        if self.ranks == 1 and self.layer_cap is None:  # the paper's rule knows neither
+            candidates = (drop_by_rank(problem, self.sink_scales, HeadRankings.from_scores(statistics.scas)),)
+        return allocate(values, capacity, self.sink_scales, candidates)
+
+    def values(self, statistics: Statistics) -> FloatArray:
+        """value[l, h, t, s] of every cell by itself for every target; of joint errors that of the cell alone."""
+        return statistics.all_mass if self.value == "mass" else statistics.drop_error

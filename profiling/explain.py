@@ -148,10 +148,12 @@ def worth_of(plan: Plan, statistics: Statistics) -> Worth:
 def _program(plan: Plan, statistics: Statistics) -> HeatKVLP:
     """The program that judges a plan."""
     if plan.policy != HeatKVLP.name:
-        return HeatKVLP(plan.sink_scales, "mass" if statistics.error_sum is None else "error")
+        return HeatKVLP(sink_scales=plan.sink_scales, value="mass" if statistics.error_sum is None else "error")
     known = {field.name for field in fields(HeatKVLP)}
     settings: dict[str, Any] = {name: value for name, value in plan.settings.items() if name in known}
     program = replace(HeatKVLP(**settings), sink_scales=plan.sink_scales, solver="lp")
+    if program.value == "joint":  # joint errors have no price per cell
+        program = replace(program, value="error")
     if program.layer_cap is not None and Budget.parse(program.layer_cap).kind == "bytes":
         raise PolicyError(
             f"the plan's layer_cap={program.layer_cap} depends on rows and storage type, which a plan does not tell; "

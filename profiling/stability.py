@@ -118,7 +118,7 @@ def compare_halves(
 def _values(policy: EvictionPolicy, one: Statistics, other: Statistics) -> tuple[str, FloatArray, FloatArray]:
     """What the policy plans by, and that of every cell for every target on either half."""
     if isinstance(policy, HeatKVLP):
-        measure = "drop error" if policy.value == "error" else "mass of all rows"
+        measure = "mass of all rows" if policy.value == "mass" else "drop error"
         return measure, policy.values(one), policy.values(other)
     return "mass", one.mass, other.mass
 

@@ -34,7 +34,7 @@ MOST_AT_ONCE = 16
 LEVEL_SAMPLES = 32
 """Images that level costs are measured on."""
 
-REPORTED_POLICIES = ("heatkv", "heatkv-lp")
+REPORTED_POLICIES: dict[str, dict[str, Any]] = {"heatkv": {}, "heatkv-lp": {"value": "error"}}
 REPORTED_BUDGET = "20%"
 
 
@@ -207,7 +207,7 @@ class _Compared:
     """What --report compares: plans of the policies that rank by statistics, at these budgets."""
 
     def __init__(self, model: Loaded, settings: Settings, budgets: Sequence[Budget]) -> None:
-        self.policies = [make_policy(name) for name in REPORTED_POLICIES]
+        self.policies = [make_policy(name, **options) for name, options in REPORTED_POLICIES.items()]
         rows, storage = settings.rows_per_image, storage_of(model)
         self.problems = [PlanningProblem(model.geometry, b, rows=rows, storage=storage) for b in budgets]
         for policy in self.policies:

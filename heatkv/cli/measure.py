@@ -49,12 +49,11 @@ class _Measurement:
         unranked = ranking.statistics is None and ranking.orders is None
         needs = [find_policy(name).needs for name in self.policies]  # type: ignore[attr-defined]
         self.lacks_statistics = unranked and any("statistics" in need for need in needs)
-        kinds = {
-            getattr(make_policy(name, **self.policy_options[name]), "cost", "error")
-            for name, need in zip(self.policies, needs, strict=True)
-            if "levels" in need
-        }
-        self.levels = next(iter(kinds), None)
+        made = [make_policy(name, **self.policy_options[name]) for name in self.policies]
+        kinds = sorted({policy.level_cost for policy in made if policy.level_cost is not None})
+        if len(kinds) > 1:
+            raise HeatKVError(f"these policies need level costs of the kinds {' and '.join(kinds)}; compare them apart")
+        self.levels = kinds[0] if kinds else None
         self.model, self.settings = open_model(source, running)
         self.storage, self.seed = storage_of(self.model), running.seed
         self.rows = running.rows if running.rows is not None else self.settings.rows_per_image
