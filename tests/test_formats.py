@@ -76,7 +76,7 @@ def statistics() -> Statistics:
 @pytest.fixture(scope="module")
 def plan(statistics: Statistics) -> Plan:
     """A plan with every optional field."""
-    made = HeatKVLP().plan(PlanningProblem(GEOMETRY, Budget.parse("50%"), statistics, model="tiny"))
+    made = HeatKVLP(value="error").plan(PlanningProblem(GEOMETRY, Budget.parse("50%"), statistics, model="tiny"))
     bias = np.random.default_rng(1).normal(size=made.last_read.shape)
     return dataclasses.replace(made, coarse=(CoarseCells("mean", made.last_read, bias),))
 
