@@ -31,12 +31,12 @@ BUDGET_STEPS = 1000
 class HeatKVLevels(SolvedPolicy):
     """Holds cells whole, pooled 2x2, as one mean token or not at all, so that the joint error is smallest.
 
-    `cost` is "error", the squared output error relative to the residual stream, or "fisher", the expected change of the
-    log-likelihood, whose prediction of the KL lets `max_kl` choose the smallest budget when that is "auto". `levels`
-    are those it may use, joined by "+"; "full" alone only drops cells. With `compensation`, what draws under the plan
-    first fits corrections of the outputs of heads with reduced cells: a "constant", or a "linear" map of output and
-    query, 2 d^2 + d parameters for every head and target (d the head size), which are told beside the cache. Sinks are two scales here, since the third is
-    small enough to be priced like the others.
+    `cost` is "error", the squared output error relative to the residual stream, or "fisher", the expected change of
+    the log-likelihood, whose prediction of the KL lets `max_kl` choose the smallest budget when that is "auto".
+    `levels` are those it may use, joined by "+"; "full" alone only drops cells. With `compensation`, what draws under
+    the plan first fits corrections of the outputs of heads with reduced cells: a "constant", or a "linear" map of
+    output and query, 2 d^2 + d parameters for every head and target (d the head size), which are told beside the
+    cache. Sinks are two scales here, since the third is small enough to be priced like the others.
     """
 
     name: ClassVar[str] = "heatkv-mr"
