@@ -47,6 +47,10 @@ class CoarseCells:
         """With the log of the count as bias."""
         if level not in LEVELS[1:]:
             raise PlanError(f"unknown coarse level {level!r}; known: {', '.join(LEVELS[1:])}")
+        if np.shape(last_read)[-1:] != (len(schedule),):
+            raise PlanError(
+                f"last_read of level {level!r} has shape {np.shape(last_read)}; the schedule has {len(schedule)} scales"
+            )
         bias = np.broadcast_to(log_counts(schedule, level), np.shape(last_read))
         return cls(level, last_read, bias)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from heatkv.geometry import CacheGeometry
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS, NONE, LevelChoices, log_counts
-from heatkv.plan import Plan
+from heatkv.plan import CoarseCells, Plan
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Provenance, Statistics
 
@@ -150,6 +151,24 @@ def plans(draw: st.DrawFn, max_side: int = 4) -> Plan:
         model="tiny",
         settings={"budget": f"{held} token-heads", "sink_scales": sink_scales},
     )
+
+
+@st.composite
+def level_plans(draw: st.DrawFn, max_side: int = 5, head_dim: int = 4) -> Plan:
+    """Any valid plan with one or both coarser levels, with biases of any size, some of them zero."""
+    geometry = draw(geometries(max_side=max_side, head_dim=head_dim))
+    sink_scales = draw(st.integers(0, len(geometry.schedule) - 1))
+    finer = last_read = draw(last_reads(geometry, sink_scales))
+    rng = np.random.default_rng(draw(SEEDS))
+    coarse = []
+    for level in draw(st.sampled_from([("pool2",), ("mean",), ("pool2", "mean")])):
+        finer = np.maximum(finer, draw(last_reads(geometry)))
+        bias = rng.normal(0, 1.5, finer.shape) * (rng.random(finer.shape) < 0.8)
+        coarse.append(CoarseCells(level, finer, bias))
+    most = geometry.full_token_heads
+    full = Plan("drawn", geometry, last_read, 1.0, most, sink_scales, coarse=tuple(coarse))
+    held = draw(st.integers(max(map(max, level_live_table(full))), most))
+    return replace(full, budget=max(held, 1) / most, budget_token_heads=held, model="tiny", settings={"a": 1})
 
 
 def shares(lowest: Fraction = Fraction(1, 200)) -> st.SearchStrategy[Fraction]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import live_table, plans, shares
+from strategies import level_live_table, level_plans, live_table, plans, shares, tokens_at
 
 from heatkv.arena import ArenaLayout
 from heatkv.geometry import Budget, CacheGeometry
@@ -26,38 +26,49 @@ def check_layout(plan: Plan) -> ArenaLayout:
     """Run the plan in the cache's order over an array that says which cell owns every slot."""
     layout = ArenaLayout.of(plan)
     layers, heads, scales = plan.last_read.shape
-    tokens, last_read = plan.schedule.tokens, plan.last_read.tolist()
-    live = live_table(last_read, tokens) if layers * heads <= 64 else plan.live.tolist()
+    ends = [last_read.tolist() for _, last_read in plan.levels]
+    live = plan.live.tolist()
+    if layers * heads <= 64:
+        live = level_live_table(plan) if plan.coarse else live_table(ends[0], plan.schedule.tokens)
     assert layout.slots == max(map(max, live)) == plan.peak_token_heads
-    assert (len(layout.runs), len(layout.runs[0]), len(layout.runs[0][0])) == (layers, heads, scales)
+    assert len(layout.levels) == len(ends)
+    for cells in layout.levels:
+        assert (len(cells), len(cells[0]), len(cells[0][0])) == (layers, heads, scales)
+
+    def read_at(l: int, h: int, s: int, t: int) -> int | None:
+        """The level at which target t reads a cell."""
+        return (
+            next((i for i, last_read in enumerate(ends) if last_read[l][h][s] >= t), None) if s < t < scales else None
+        )
 
     free = -1
-    owner = np.full(layout.slots, free)
+    owner, placed = np.full(layout.slots, free), set()
     for t in range(scales):
         for l in range(layers):
-            cells = [
-                (h, s, (l * heads + h) * scales + s, layout.runs[l][h][s]) for h in range(heads) for s in range(t + 1)
-            ]
-            # every cell that target t reads is still there, whole
-            for h, s, name, runs in cells:
-                if s < t and last_read[l][h][s] >= t:
+            starting = []
+            for h, s in np.ndindex(heads, t + 1):
+                now, then, name = read_at(l, h, s, t), read_at(l, h, s, t + 1), (l * heads + h) * scales + s
+                if now is not None:  # every cell that target t reads is still there, whole
+                    runs = layout.levels[now][l][h][s]
                     assert all((owner[first : first + size] == name).all() for first, size in runs)
-                    assert sum(size for _, size in runs) == tokens[s]
-            for h, s, name, _ in cells:
-                if last_read[l][h][s] == t:
-                    owner[owner == name] = free
-            for h, s, name, runs in cells:
-                if s == t and last_read[l][h][s] > t:
-                    assert sum(size for _, size in runs) == tokens[s]
-                    for first, size in runs:
-                        assert size > 0
-                        assert 0 <= first <= first + size <= layout.slots
-                        assert (owner[first : first + size] == free).all()
-                        owner[first : first + size] = name
-                elif s == t:
-                    assert runs == ()
+                    assert sum(size for _, size in runs) == tokens_at(plan.levels[now][0], plan.schedule.scales[s])
+                    if then != now:
+                        owner[owner == name] = free
+                if then is not None and then != now:
+                    starting.append((then, h, s, name))
+            for then, h, s, name in starting:  # all that go have gone by now
+                runs = layout.levels[then][l][h][s]
+                placed.add((then, l, h, s))
+                assert sum(size for _, size in runs) == tokens_at(plan.levels[then][0], plan.schedule.scales[s])
+                for first, size in runs:
+                    assert size > 0
+                    assert 0 <= first <= first + size <= layout.slots
+                    assert (owner[first : first + size] == free).all()
+                    owner[first : first + size] = name
             assert (owner != free).sum() == live[t][l]
     assert (owner == free).all()
+    for i, l, h, s in np.ndindex(len(ends), layers, heads, scales):
+        assert bool(layout.levels[i][l][h][s]) == ((i, l, h, s) in placed)
     return layout
 
 
@@ -69,6 +80,18 @@ def test_no_two_live_cells_share_a_slot(plan: Plan) -> None:
     assert layout.cells == len(cached) == (plan.last_read > np.arange(len(plan.schedule)))[:, :, :-1].sum()
     if cached:
         assert layout.runs_per_cell == sum(map(len, cached)) / len(cached)
+
+
+@settings(max_examples=200)
+@given(plan=level_plans())
+def test_cells_at_coarser_levels_share_no_slot_either(plan: Plan) -> None:
+    layout = check_layout(plan)
+    pieces = [
+        runs for level in layout.levels for heads in level for cells in heads for runs in cells if runs
+    ]  # a cell counts once for every level it is held at
+    assert layout.cells == len(pieces)
+    if pieces:
+        assert layout.runs_per_cell == sum(map(len, pieces)) / len(pieces)
 
 
 @settings(max_examples=30)
