@@ -959,10 +959,11 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     page = (HERE.parent / "docs" / "attach.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {"var": make_var(sides=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16))}
     for code in blocks:
         exec(code, names)
     assert isinstance(names["attached"], Attached)
     assert names["statistics"].count == 8
+    assert len(names["statistics"].levels.samples) == 8
     assert tuple(names["images"].shape[:2]) == (2, 3)
