@@ -32,8 +32,8 @@ REPEATS, SEED = 5, 0
 MODELS = ("infinity-2b", "infinity-8b", "var-d30")
 BUDGETS = ("5%", "10%", "20%")
 POLICIES: dict[str, EvictionPolicy] = {
-    "lp": HeatKVLP(),
-    "greedy": HeatKVLP(solver="greedy"),
+    "lp": HeatKVLP(sink_scales=1, value="error"),
+    "greedy": HeatKVLP(sink_scales=1, value="error", solver="greedy"),
     "rule": HeatKV(),
 }
 TARGET_SECONDS = {"infinity-2b": 1.0, "infinity-8b": 3.0}

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from heatkv.calibration import calibrate
+from heatkv.compensation import compensation_of
 from heatkv.files import read_json, write_json
+from heatkv.fisher_calibration import calibrate_fisher
 from heatkv.level_calibration import calibrate_levels
 from heatkv.models import load_model
 from heatkv.plan import Plan
@@ -33,19 +36,31 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming": ("streaming", {}),
     "random": ("random", {}),
     "heatkv-lp, mass": ("heatkv-lp", {"value": "mass"}),
-    "heatkv-lp, error": ("heatkv-lp", {"value": "error"}),
+    "heatkv-lp, single error, 1 sink": ("heatkv-lp", {"value": "error", "sink_scales": 1}),
     "heatkv-lp": ("heatkv-lp", {}),
     "heatkv-mr": ("heatkv-mr", {}),
+    "heatkv-mr, constant": ("heatkv-mr", {"compensation": "constant"}),
+    "heatkv-mr, linear": ("heatkv-mr", {"compensation": "linear"}),
     "heatkv-mr, fisher": ("heatkv-mr", {"cost": "fisher"}),
+    "heatkv-mr, fisher, linear": ("heatkv-mr", {"cost": "fisher", "compensation": "linear"}),
 }
 
 
-def statistics(model: Any) -> Statistics:
-    """Attention and drop errors of 64 samples, level costs of 32, biases of 16."""
-    from dataclasses import replace
-
-    measured = calibrate(model, 64, seed=CALIBRATION_SEED)
-    return replace(measured, levels=calibrate_levels(model, 32, seed=CALIBRATION_SEED))
+def statistics(model: Any, cost: str, kept: Path) -> Statistics:
+    """Attention and drop errors of 64 samples, level costs of 32, biases of 16; measured once and kept beside OUT."""
+    path = kept.with_suffix(f".{cost}.safetensors")
+    if not path.exists():
+        if cost == "error":
+            measured, levels = (
+                calibrate(model, 64, seed=CALIBRATION_SEED),
+                calibrate_levels(model, 32, seed=CALIBRATION_SEED),
+            )
+        else:
+            measured = statistics(model, "error", kept)
+            assert measured.levels is not None
+            levels = calibrate_fisher(model, 32, log_bias=measured.levels.log_bias, seed=CALIBRATION_SEED)
+        replace(measured, levels=levels).save(path)
+    return Statistics.load(path)
 
 
 def plans(model: Any, measured: Statistics, name: str, budget: str) -> list[Plan]:
@@ -93,9 +108,6 @@ def main() -> None:
     rows: dict[str, Any] = read_json(out)["rows"] if out.exists() else {}
     if not arguments.report:
         model = load_model("emoji")
-        kept = out.with_suffix(".safetensors")
-        measured = Statistics.load(kept) if kept.exists() else statistics(model)
-        measured.save(kept)
         for seed in arguments.seeds:
             bench = None
             for budget in BUDGETS:
@@ -106,12 +118,15 @@ def main() -> None:
                     bench = bench or FidelityBench(
                         model, images=IMAGES, pictures=IMAGES, seed=seed, settings=model.sampling
                     )
+                    measured = statistics(model, POLICIES[name][1].get("cost", "error"), out)
                     made = plans(model, measured, name, budget)
-                    found = [bench.compare(plan) for plan in made]
+                    fitted = [compensation_of(model, plan, seed=CALIBRATION_SEED) for plan in made]
+                    found = [bench.compare(*pair) for pair in zip(made, fitted, strict=True)]
                     rows[key] = {
                         "name": name, "budget": budget, "seed": seed,
                         "peak_over_budget": max(plan.peak_token_heads / plan.budget_token_heads for plan in made),
-                        "gap": made[0].gap,
+                        "gap": made[0].gap, "predicted_kl": made[0].settings.get("predicted_kl"),
+                        "compensation_bytes": 0 if fitted[0] is None else fitted[0].bytes,
                         "kl": np.mean([x.kl_of_images() for x in found], axis=0).round(6).tolist(),
                         "psnr_db": np.mean([np.concatenate(x.psnr_db) for x in found], axis=0).round(3).tolist(),
                     }  # fmt: skip

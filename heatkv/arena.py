@@ -7,9 +7,12 @@ assigned once: nothing moves during generation, and the arena is exactly as larg
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+import numpy as np
 
 from heatkv.levels import level_tokens
 from heatkv.plan import Plan
@@ -89,27 +92,27 @@ class ArenaLayout:
         """Lay out a plan in as many slots as its peak, in the order in which a cache runs."""
         layers, heads, scales = plan.last_read.shape
         tokens = [level_tokens(plan.schedule, level) for level, _ in plan.levels]
-        ends = [last_read.tolist() for _, last_read in plan.levels]
         free = _FreeSlots(plan.peak_token_heads)
         runs: list[list[list[list[tuple[Run, ...]]]]] = [
-            [[[()] * scales for _ in range(heads)] for _ in range(layers)] for _ in ends
+            [[[()] * scales for _ in range(heads)] for _ in range(layers)] for _ in plan.levels
         ]
+        # a cell is held at a level from when the finer ones end, or it is drawn, until its own last target
+        starting: dict[tuple[int, int], list[tuple[int, int, int, int]]] = defaultdict(list)
+        ending: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
+        finer = np.broadcast_to(np.arange(scales), plan.last_read.shape)
+        for level, (_, last_read) in enumerate(plan.levels):
+            held = np.argwhere(last_read > finer)
+            starts, ends = (array[tuple(held.T)].tolist() for array in (finer, last_read))
+            for (layer, head, source), start, end in zip(held.tolist(), starts, ends, strict=True):
+                starting[start, layer].append((end, head, source, level))
+                ending[end, layer].append((head, source, level))
+            finer = last_read
         for target in range(scales):
             for layer in range(layers):
-                starting: list[tuple[int, int, int, int]] = []  # (last read, head, source, level)
-                for head in range(heads):
-                    for source in range(target + 1):
-                        for level, last_read in enumerate(ends):
-                            until = last_read[layer][head][source]
-                            if until > target:
-                                if source == target or (level and ends[level - 1][layer][head][source] == target):
-                                    starting.append((until, head, source, level))
-                                break
-                            if until == target and runs[level][layer][head][source]:
-                                free.give(runs[level][layer][head][source])
+                for head, source, level in ending[target, layer]:
+                    free.give(runs[level][layer][head][source])
                 # cells that go together lie together, so that they leave long free stretches
-                starting.sort(key=lambda cell: cell[0])
-                for _, head, source, level in starting:
+                for _, head, source, level in sorted(starting[target, layer]):
                     runs[level][layer][head][source] = free.take(tokens[level][source])
         frozen = (tuple(tuple(tuple(cells) for cells in layer) for layer in level) for level in runs)
         return cls(plan.peak_token_heads, tuple(frozen))

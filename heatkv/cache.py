@@ -6,7 +6,7 @@ Shapes: R rows, H heads, N tokens of the running scale, D head size, P arena slo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,8 @@ class KVCache:
     Dropping is free: a slot whose last reader is done is overwritten by its next owner. Slots are read only after
     they were written for the running images, so neither a pad nor a leftover can be seen.
     `key_angles` are, for models that rotate keys, the angles of every token, (N, D/2) per scale; a plan with coarse
-    cells needs them to pool. Raises PlanError when it is called in another order or with another shape than the plan's.
+    cells needs them to pool. `correct(target, layer, q, out)` may change what attention gives. Raises PlanError when
+    it is called in another order or with another shape than the plan's.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         key_angles: Sequence[Tensor] | None = None,
+        correct: Callable[[int, int, Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         if rows < 1:
             raise PlanError(f"rows is {rows}; a cache has at least 1 row")
         self.plan = plan
         self.rows = rows
         self.key_angles = key_angles
+        self._correct = correct
         self.layout = ArenaLayout.of(plan)
         self.arena_2RPD = torch.empty(
             (2, rows, self.layout.slots, plan.geometry.head_dim), dtype=dtype, device=torch.device(device)
@@ -184,6 +187,8 @@ class KVCache:
                 )
         step = self._steps[self._target][layer]
         out = self._attention(layer, q_RHND, k_RHND, v_RHND, step)
+        if self._correct is not None:
+            out = self._correct(self._target, layer, q_RHND, out)
         self._keep(k_RHND, v_RHND, step)
         self._next_layer += 1
         if self._next_layer == geometry.layers:

@@ -169,6 +169,10 @@ class ObservingCache(KVCache):
         past_k, past_v = held.view(2, self.rows, k_RHND.shape[1], -1, k_RHND.shape[3])
         return [*past_k.split(sizes, dim=2), k_RHND], [*past_v.split(sizes, dim=2), v_RHND]
 
+    def sums(self) -> dict[str, NDArray[np.float64]]:
+        """What was added up over the images since the last reset, by name."""
+        raise NotImplementedError
+
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
         """What a subclass does with the queries and the (R, H, M, D) of every source, the running scale last."""
         raise NotImplementedError

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from heatkv.cache import KVCache
+from heatkv.compensation import Compensation
 from heatkv.errors import ModelError
 from heatkv.models.base import ImageModel
 from heatkv.models.var import Attend
@@ -62,12 +63,20 @@ def run_scales(
 class Generator(Generic[Label]):
     """Draws batches of one size under one plan, with one cache for all of them."""
 
-    def __init__(self, model: ImageModel[Label], plan: Plan, batch: int, settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        model: ImageModel[Label],
+        plan: Plan,
+        batch: int,
+        settings: Settings | None = None,
+        compensation: Compensation | None = None,
+    ) -> None:
         plan.check_geometry(model.geometry)
         self.model, self.plan, self.batch = model, plan, batch
         self.settings = settings if settings is not None else model.sampling
         rows = batch * self.settings.rows_per_image
-        self.cache = KVCache(plan, rows, model.compute_dtype, model.device, model.key_angles)
+        correct = None if compensation is None else compensation.apply
+        self.cache = KVCache(plan, rows, model.compute_dtype, model.device, model.key_angles, correct)
 
     def draw(
         self,
@@ -97,6 +106,7 @@ def generate(
     first_sample: int = 0,
     batch: int = 16,
     settings: Settings | None = None,
+    compensation: Compensation | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Images (B, 3, H, W) in [0, 1], one per label, in batches; `progress` is told how many are done.
@@ -112,7 +122,7 @@ def generate(
     for first in range(0, len(labels), batch):
         part = list(labels[first : first + batch])
         if generator is None or generator.batch != len(part):
-            generator = Generator(model, plan, len(part), settings)
+            generator = Generator(model, plan, len(part), settings, compensation)
         drawn = generator.draw(part, seed, range(first_sample + first, first_sample + first + len(part)))
         assert drawn.images is not None
         images.append(drawn.images)

@@ -64,6 +64,9 @@ class BiasCache(LevelCache):
         self.whole: FloatArray = np.zeros(shape)
         self.pooled_mass: FloatArray = np.zeros((*shape, len(LEVELS)))
 
+    def sums(self) -> dict[str, FloatArray]:
+        return {"whole": self.whole, "pooled_mass": self.pooled_mass}
+
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
         target = self._target
         levels = [self.pooled(source, keys[source], values[source]) for source in range(target)]
@@ -198,6 +201,9 @@ class LevelCostCache(LevelCache):
         super().reset()
         geometry = self.plan.geometry
         self.joint, self.single = empty_costs(geometry.layers, geometry.heads, self.choices)
+
+    def sums(self) -> dict[str, FloatArray]:
+        return {"single": self.single} | {f"joint.{target}": joint for target, joint in enumerate(self.joint)}
 
     def combinations(self, target: int) -> Combinations:
         """Those of a target; made once and kept for its layers."""

@@ -159,7 +159,11 @@ class LevelStatistics:
         cls, schedule: ScaleSchedule, header: Mapping[str, Any], arrays: Mapping[str, FloatArray]
     ) -> LevelStatistics:
         """From what `header` and `arrays` gave. Raises KeyError, TypeError, ValueError or StatisticsError."""
-        joint = tuple(arrays[f"levels.joint_sum.{target}"] for target in range(len(schedule)))
+        names = [f"levels.joint_sum.{target}" for target in range(len(schedule))]
+        unknown = set(arrays) - {"levels.log_bias", "levels.single_sum", *names}
+        if unknown:
+            raise StatisticsError(f"level costs: the array {min(unknown)} is unknown")
+        joint = tuple(arrays[name] for name in names)
         return cls(
             LevelChoices(schedule, _count(header, "sink_scales"), _count(header, "joint")),
             str(header["cost"]),

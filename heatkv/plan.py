@@ -352,12 +352,7 @@ def _coarse_cells(entry: Any, schedule: ScaleSchedule) -> CoarseCells:
         raise PlanError(f"last_read of level {level!r} has {last_read.shape[2]} scales, the schedule {len(schedule)}")
     if entry.get("log_bias") is None:
         return CoarseCells.uncalibrated(level, last_read, schedule)
-    bias = _typed(entry, "log_bias", list)
-    try:
-        array = np.array(bias, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise FormatError("'log_bias' is not a regular array of numbers") from error
-    return CoarseCells(level, last_read, array)
+    return CoarseCells(level, last_read, _float_array(_typed(entry, "log_bias", list), "log_bias"))
 
 
 def _number(data: Mapping[str, Any], name: str) -> float:
@@ -386,6 +381,18 @@ def _integer_array(value: Any, name: str) -> IntArray:
     if not whole or any(isinstance(cell, bool) for heads in value for cells in heads for cell in cells):
         raise FormatError(f"{name!r} must be [layers][heads][scales] whole numbers, not {_short(value)}")
     return array
+
+
+def _float_array(value: Any, name: str) -> FloatArray:
+    """Nested lists of numbers to an array; texts, booleans and ragged lists are refused."""
+    try:
+        array = np.array(value)
+    except (ValueError, OverflowError) as error:
+        raise FormatError(f"{name!r} is not a regular array of numbers: {error}") from error
+    numbers = array.ndim == 3 and array.dtype.kind in "if"
+    if not numbers or any(isinstance(cell, bool) for heads in value for cells in heads for cell in cells):
+        raise FormatError(f"{name!r} must be [layers][heads][scales] numbers, not {_short(value)}")
+    return array.astype(np.float64)
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,10 @@ class Statistics:
                 f"the statistics were measured on other weights ({self.provenance.model}, fingerprint "
                 f"{self.provenance.fingerprint}; the model's is {fingerprint}); calibrate this model"
             )
+
+    def with_levels(self, levels: LevelStatistics | None) -> Statistics:
+        """The same with these level costs. Raises StatisticsError when they are of another geometry."""
+        return replace(self, levels=levels)
 
     def merge(self, other: Statistics) -> Statistics:
         """Both sample sets as one. Raises StatisticsError when they were not measured alike or share a sample."""

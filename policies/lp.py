@@ -42,13 +42,13 @@ class SolvedPolicy(EvictionPolicy):
         super().check(problem)
         self.capacity(problem)
 
-    def level_statistics(self, problem: PlanningProblem, cost: str) -> LevelStatistics:
+    def level_statistics(self, problem: PlanningProblem, cost: str, otherwise: str = "") -> LevelStatistics:
         """The level costs, measured with this number of sinks and of this kind. Raises PolicyError."""
         levels = None if problem.statistics is None else problem.statistics.levels
         if levels is None:
             raise PolicyError(
                 f"policy {self.name!r} needs statistics with level costs (heatkv calibrate --levels {cost}, then "
-                "--statistics FILE)"
+                f"--statistics FILE){otherwise}"
             )
         if levels.cost != cost:
             raise PolicyError(
@@ -141,7 +141,11 @@ class HeatKVLP(SolvedPolicy):
 
     def joint_allocation(self, problem: PlanningProblem) -> LevelAllocation:
         """The plan that drops cells only, by their joint errors."""
-        return allocate_levels(self.level_statistics(problem, "error"), self.capacity(problem), (LEVELS.index(FULL),))
+        return allocate_levels(
+            self.level_statistics(problem, "error", "; value=error needs none"),
+            self.capacity(problem),
+            (LEVELS.index(FULL),),
+        )
 
     def allocation(self, problem: PlanningProblem) -> Allocation:
         """The plan by values of single cells, with its value, its bound and the prices of the checkpoints."""

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from heatkv.compensation import Compensation
 from heatkv.generation import Drawn, Generator
 from heatkv.images import to_pixels
 from heatkv.models.base import ImageModel
@@ -125,10 +126,11 @@ class FidelityBench:
     def _labels(self, samples: range) -> list[Any]:
         return self._model.labels(len(samples), samples.start)
 
-    def _generators(self, plan: Plan) -> list[tuple[range, Generator[Any]]]:
+    def _generators(self, plan: Plan, compensation: Compensation | None = None) -> list[tuple[range, Generator[Any]]]:
         """Every batch with its generator; equal batches share one, and so one cache."""
         by_size = {
-            len(samples): Generator(self._model, plan, len(samples), self._settings) for samples in self._batches
+            len(samples): Generator(self._model, plan, len(samples), self._settings, compensation)
+            for samples in self._batches
         }
         return [(samples, by_size[len(samples)]) for samples in self._batches]
 
@@ -137,11 +139,13 @@ class FidelityBench:
         images = [drawn.images for drawn, _ in self._reference if drawn.images is not None]
         return torch.cat(images)[: self.pictures]
 
-    def compare(self, plan: Plan) -> Fidelity:
-        """Fidelity of a plan to the full cache."""
+    def compare(self, plan: Plan, compensation: Compensation | None = None) -> Fidelity:
+        """Fidelity of a plan, with its corrections if any, to the full cache."""
         tokens = self._model.geometry.schedule.tokens
         result = Fidelity(tokens, self._reference[0][1][0].shape[1] // tokens[0])
-        for (samples, generator), (drawn, reference) in zip(self._generators(plan), self._reference, strict=True):
+        for (samples, generator), (drawn, reference) in zip(
+            self._generators(plan, compensation), self._reference, strict=True
+        ):
             kl: list[Tensor] = []
             agree: list[Tensor] = []
 

@@ -22,19 +22,13 @@ def _number(value: float | None, form: str, missing: str = "-") -> str:
 def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """The comparison as a table; "-" is a figure that was not measured."""
     table = Table(title=title)
+    corrected = any(row.get("compensation_bytes") for row in rows)
+    foretold = any(row.get("predicted_kl") is not None for row in rows)
     for name in (
-        "policy",
-        "budget",
-        "budget MiB",
-        "planned MiB",
-        "allocated MiB",
-        "of full",
-        "ms",
-        "KL",
-        "top-1",
-        "PSNR dB",
-        "SSIM",
-    ):
+        "policy", "budget", "budget MiB", "planned MiB", "allocated MiB", "of full",
+        *(["corrections MiB"] if corrected else []), "ms", "KL", *(["foretold KL"] if foretold else []),
+        "top-1", "PSNR dB", "SSIM",
+    ):  # fmt: skip
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     previous = None
     for row in rows:
@@ -50,8 +44,10 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             f"{row['planned_bytes'] / 2**20:.3f}",
             f"{row['allocated_bytes'] / 2**20:.3f}",
             f"{row['allocated_bytes'] / row['full_bytes']:.1%}",
+            *([f"{row.get('compensation_bytes', 0) / 2**20:.3f}"] if corrected else []),
             _number(time["median"] if time else None, ".1f"),
             _number(row.get("kl"), ".4f"),
+            *([_number(row.get("predicted_kl"), ".4f")] if foretold else []),
             _number(row.get("top1_agreement"), ".1%"),
             _number(row.get("psnr_db"), ".2f"),
             _number(row.get("ssim"), ".3f"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from heatkv.cache import KVCache
+from heatkv.compensation import Compensation, compensation_of
 from heatkv.errors import HeatKVError
 from heatkv.files import write_json
 from heatkv.generation import Generator
@@ -29,11 +30,23 @@ FORMAT, VERSION = "heatkv-results", 1
 
 @dataclass(frozen=True)
 class Subject:
-    """One line of a comparison: a policy at a budget, with several plans when the policy draws at random."""
+    """One line of a comparison: a policy at a budget, with several plans when the policy draws at random.
+
+    `compensations` are the corrections of every plan, where its settings ask for some.
+    """
 
     policy: str
     budget: str
     plans: tuple[Plan, ...]
+    compensations: tuple[Compensation | None, ...] = (None,)
+
+    @classmethod
+    def of(
+        cls, policy: str, budget: str, plans: Sequence[Plan], model: ImageModel[Any], seed: int, settings: Settings
+    ) -> Subject:
+        """With the corrections that the plans ask for, fitted now."""
+        fitted = tuple(compensation_of(model, plan, seed=seed, settings=settings) for plan in plans)
+        return cls(policy, budget, tuple(plans), fitted)
 
     @property
     def name(self) -> str:
@@ -52,11 +65,13 @@ def plan_subjects(
     seed: int = 0,
     draws: int = 1,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: Settings | None = None,
 ) -> list[Subject]:
     """A subject for every budget and policy; `full`, whatever the budgets, comes once and first.
 
-    `options` are what each policy is made with, by its name.
+    `options` are what each policy is made with, by its name; `settings` how images are drawn, for corrections.
     """
+    settings = settings if settings is not None else model.sampling
 
     def problem(budget: Budget, draw: int = 0) -> PlanningProblem:
         return PlanningProblem(model.geometry, budget, statistics, rankings, seed + draw, rows, storage, model.name)
@@ -69,9 +84,8 @@ def plan_subjects(
                 continue
             policy = make_policy(name, **(options or {}).get(name, {}))
             count = draws if policy.random else 1
-            subjects.append(
-                Subject(name, str(budget), tuple(policy.plan(problem(budget, draw)) for draw in range(count)))
-            )
+            plans = [policy.plan(problem(budget, draw)) for draw in range(count)]
+            subjects.append(Subject.of(name, str(budget), plans, model, seed, settings))
     return subjects
 
 
@@ -93,6 +107,8 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, storage: str)
             KVCache(plan, rows, model.compute_dtype, model.device, model.key_angles).allocated_bytes for plan in plans
         ),
         "full_bytes": geometry.full_bytes(rows, storage),
+        "compensation_bytes": max(0 if fitted is None else fitted.bytes for fitted in subject.compensations),
+        "predicted_kl": plans[0].settings.get("predicted_kl"),
         "had_no_effect": subject.policy != "full" and all(plan.had_no_effect() for plan in plans),
         "draws": len(plans),
     }
@@ -117,7 +133,7 @@ def measure_latency(
     """Time of drawing `rows` rows of images, decode included, for every subject in turns; its first plan is taken."""
     batch = images_of_rows(rows, settings)
     labels = model.labels(batch)
-    generators = {s.name: Generator(model, s.plans[0], batch, settings) for s in subjects}
+    generators = {s.name: Generator(model, s.plans[0], batch, settings, s.compensations[0]) for s in subjects}
     calls = {name: (lambda g=generator: g.draw(labels, seed)) for name, generator in generators.items()}
     times = measure_interleaved(calls, model.device, repeats, progress)
     return {name: (times[name], measure_device(call, model.device)) for name, call in calls.items()}
@@ -133,7 +149,7 @@ def images_of_rows(rows: int, settings: Settings) -> int:
 
 def fidelity_row(bench: FidelityBench, subject: Subject) -> tuple[dict[str, Any], Fidelity]:
     """Fidelity figures of a subject, means over its plans, and the details of its first plan."""
-    results = [bench.compare(plan) for plan in subject.plans]
+    results = [bench.compare(*pair) for pair in zip(subject.plans, subject.compensations, strict=True)]
     return {
         "images": len(results[0].kl_of_images()),
         "kl": float(np.mean([result.kl() for result in results])),

@@ -513,6 +513,11 @@ def test_the_same_problem_has_the_same_answer(solve: Any, instance: Instance) ->
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
 
 
+def lp(**options: Any) -> HeatKVLP:
+    """The policy by values of single cells, with one sink scale unless told."""
+    return HeatKVLP(**{"value": "error", "sink_scales": 1, **options})
+
+
 def heavy_statistics(geometry: CacheGeometry, seed: int) -> Statistics:
     """Heads that look back very differently, as trained ones do."""
     mass = random_mass(geometry, 2, seed) ** 6
@@ -539,14 +544,14 @@ def test_never_worse_than_heatkvs_rule(value: Any, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):
             patch.setattr(allocation, "EXACT_VARIABLES", 0)
-        ours = HeatKVLP(sink_scales=sinks, value=value).plan(problem)
+        ours = lp(sink_scales=sinks, value=value).plan(problem)
     rule = HeatKV(sink_scales=sinks).plan(problem)
     assert ours.value == pytest.approx(value_of(ours, statistics, value), rel=1e-12)
     assert ours.value >= value_of(rule, statistics, value) * (1 - 1e-12)
     assert ours.value_bound is not None
     # a budget too small for any cell leaves nothing to gain
     assert ours.gap == pytest.approx(1 - ours.value / ours.value_bound if ours.value_bound else 0, abs=1e-12)
-    greedy = HeatKVLP(sink_scales=sinks, value=value, solver="greedy").plan(problem)
+    greedy = lp(sink_scales=sinks, value=value, solver="greedy").plan(problem)
     assert greedy.value is not None
     assert greedy.value <= ours.value_bound * (1 + 1e-9)
     assert greedy.value_bound is not None
@@ -570,7 +575,7 @@ def test_the_rule_is_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = CacheGeometry(2, 4, 4, SQUARE)
     problem = PlanningProblem(geometry, Budget.parse("30%"), heavy_statistics(geometry, 0))
     for options in ({}, {"ranks": 2}, {"layer_cap": "50%"}):
-        HeatKVLP(sink_scales=2, **options).plan(problem)  # type: ignore[arg-type]
+        lp(sink_scales=2, **options).plan(problem)
     (rule,), *others = given_plans
     assert np.array_equal(rule, HeatKV(sink_scales=2).plan(problem).last_read)
     assert others == [(), ()]
@@ -585,7 +590,7 @@ def test_every_rank_keeps_its_part_of_the_budget(solver: Any, data: st.DataObjec
     geometry = CacheGeometry(data.draw(st.integers(1, 3)), ranks * data.draw(st.integers(1, 2)), 4, schedule)
     share = data.draw(shares(Fraction(schedule.tokens[0], schedule.cached_tokens)))
     statistics = heavy_statistics(geometry, data.draw(SEEDS))
-    plan = HeatKVLP(ranks=ranks, solver=solver).plan(PlanningProblem(geometry, Budget("share", share), statistics))
+    plan = lp(ranks=ranks, solver=solver).plan(PlanningProblem(geometry, Budget("share", share), statistics))
     each = geometry.heads // ranks
     most = math.floor(math.floor(share * geometry.full_token_heads) / ranks)
     for rank in range(ranks):
@@ -603,9 +608,7 @@ def test_every_layer_keeps_its_cap(solver: Any, data: st.DataObject) -> None:
     least = Fraction(tokens[0], sum(tokens[:-1]))
     share, cap = data.draw(shares(least)), data.draw(st.integers(math.ceil(least * 100), 100))
     statistics = heavy_statistics(geometry, data.draw(SEEDS))
-    plan = HeatKVLP(layer_cap=f"{cap}%", solver=solver).plan(
-        PlanningProblem(geometry, Budget("share", share), statistics)
-    )
+    plan = lp(layer_cap=f"{cap}%", solver=solver).plan(PlanningProblem(geometry, Budget("share", share), statistics))
     most = Fraction(cap, 100) * sum(tokens[:-1]) * geometry.heads
     assert max(map(max, held_by_layer(plan.last_read, tokens))) <= most
     assert plan.settings["layer_cap"] == f"{cap}%"
@@ -616,7 +619,7 @@ def test_a_cap_in_bytes_counts_rows_and_storage() -> None:
     statistics = heavy_statistics(geometry, 0)
     for rows, storage, most in ((1, "bfloat16", 44), (2, "bfloat16", 22), (2, "float32", 11)):
         problem = PlanningProblem(geometry, Budget.parse("60%"), statistics, rows=rows, storage=storage)
-        plan = HeatKVLP(layer_cap=f"{44 * 16}B").plan(problem)
+        plan = lp(layer_cap=f"{44 * 16}B").plan(problem)
         held = max(map(max, held_by_layer(plan.last_read, SQUARE.tokens)))
         assert most - min(SQUARE.tokens) * 3 < held <= most
 
@@ -624,7 +627,7 @@ def test_a_cap_in_bytes_counts_rows_and_storage() -> None:
 def test_a_cap_can_cost_value_and_never_helps() -> None:
     geometry = CacheGeometry(4, 2, 4, SQUARE)
     problem = PlanningProblem(geometry, Budget.parse("30%"), heavy_statistics(geometry, 3))
-    found = [HeatKVLP(layer_cap=cap).allocation(problem) for cap in (None, "100%", "60%", "40%", "20%")]
+    found = [lp(layer_cap=cap).allocation(problem) for cap in (None, "100%", "60%", "40%", "20%")]
     assert found[0].bound == pytest.approx(found[1].bound)
     for looser, tighter in itertools.pairwise(found[1:]):
         assert tighter.bound <= looser.bound * (1 + 1e-9)
@@ -637,21 +640,22 @@ def test_sinks_against_budgets_and_caps() -> None:
     problem = PlanningProblem(geometry, Budget.parse("14tokens"), statistics)
     below = PlanningProblem(geometry, Budget.parse("13.9tokens"), statistics)
     for solver in ("lp", "greedy"):
-        plan = HeatKVLP(sink_scales=3, solver=solver, layer_cap="14tokens", ranks=2).plan(problem)  # type: ignore[arg-type]
+        plan = lp(sink_scales=3, solver=solver, layer_cap="14tokens", ranks=2).plan(problem)
         assert plan.peak_token_heads == 8 * 14
         with pytest.raises(BudgetError, match=r"the 3 sink scales; raise it or set sink_scales=2"):
-            HeatKVLP(sink_scales=3, solver=solver).plan(below)  # type: ignore[arg-type]
+            lp(sink_scales=3, solver=solver).plan(below)
         with pytest.raises(
             BudgetError, match=r"layer_cap=13\.9tokens is 55 token-heads, less than the 56 of the 3 sink"
         ):
-            HeatKVLP(sink_scales=3, solver=solver, layer_cap="13.9tokens").plan(problem)  # type: ignore[arg-type]
+            lp(sink_scales=3, solver=solver, layer_cap="13.9tokens").plan(problem)
 
 
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
-        ({"value": "loss"}, "value='loss' is unknown to policy 'heatkv-lp'; known: error, mass"),
+        ({"value": "loss"}, "value='loss' is unknown to policy 'heatkv-lp'; known: joint, error, mass"),
         ({"solver": "exact"}, "solver='exact' is unknown"),
+        ({"value": "joint", "solver": "greedy"}, "solver=greedy adds up single cells; set value=error or value=mass"),
         ({"ranks": 0}, "ranks=0 does not split 4 heads evenly"),
         ({"ranks": 3}, "ranks=3 does not split 4 heads"),
         ({"ranks": 2.0}, r"ranks=2\.0"),
@@ -661,9 +665,9 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], phrase: 
     geometry = CacheGeometry(2, 4, 4, SQUARE)
     problem = PlanningProblem(geometry, Budget.parse("50%"), heavy_statistics(geometry, 0))
     with pytest.raises(PolicyError, match=phrase):
-        HeatKVLP(**options).plan(problem)
+        lp(**options).plan(problem)
     with pytest.raises(BudgetError, match="cannot read the budget 'much'"):
-        HeatKVLP(layer_cap="much").plan(problem)
+        lp(layer_cap="much").plan(problem)
 
 
 def test_statistics_without_errors_are_refused() -> None:
@@ -673,4 +677,4 @@ def test_statistics_without_errors_are_refused() -> None:
     problem = PlanningProblem(geometry, Budget.parse("50%"), old)
     for value, missing in (("error", "error_sum"), ("mass", "all_mass_sum")):
         with pytest.raises(StatisticsError, match=f"lack {missing}, which was not measured with them; calibrate again"):
-            HeatKVLP(value=value).plan(problem)  # type: ignore[arg-type]
+            lp(value=value).plan(problem)

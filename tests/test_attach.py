@@ -24,6 +24,8 @@ import heatkv
 from heatkv.calibration import calibrate
 from heatkv.errors import BudgetError, HeatKVError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
 from heatkv.geometry import CacheGeometry
+from heatkv.level_calibration import calibrate_biases, calibrate_levels
+from heatkv.levels import LevelChoices
 from heatkv.models.attach import Attached
 from heatkv.models.checkpoint import build_var, build_vqvae
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
@@ -823,9 +825,56 @@ def test_measuring_equals_calibrating_our_own_model(find: Find) -> None:
     np.testing.assert_allclose(statistics.spread, expected.spread, atol=1e-5)
     assert expected.spread.max() > 1e-3
 
+    assert statistics.error_sum is not None
+    np.testing.assert_allclose(statistics.error_sum, expected.error_sum, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(statistics.all_mass_sum, expected.all_mass_sum, atol=1e-5)
+
     # each is good for the model it was measured on, ours also for another implementation of the same weights
     for known in (statistics, expected):
         assert heatkv.attach(model, "heatkv", "80%", statistics=known, sink_scales=1).plan.policy == "heatkv"
+
+
+@pytest.mark.parametrize("name", ["var_tiny_saln", "var_tiny_10s"])  # shared AdaLN and one of each block's own
+def test_level_costs_equal_those_of_our_own_model(find: Find, name: str) -> None:
+    folder, told = find(name)
+    own, model = own_model(folder, told), golden_var(folder, told)
+
+    def draw() -> None:
+        for labels in ([0, 1], [2]):
+            model.autoregressive_infer_cfg(len(labels), labels, cfg=1.5, top_k=1)
+
+    with heatkv.attach(model, measure="biases") as attached:
+        draw()
+    log_bias = attached.log_bias()
+    expected_bias = calibrate_biases(own, LevelChoices(own.geometry.schedule), 3, batch=2)
+    np.testing.assert_allclose(log_bias, expected_bias, atol=1e-4)
+    assert np.abs(log_bias[..., 1:]).max() > 0.5
+    with heatkv.attach(model, measure="levels", log_bias=expected_bias) as attached:
+        draw()
+    levels, expected = attached.level_statistics(), calibrate_levels(own, 3, log_bias=expected_bias, batch=2)
+    assert levels.samples == ("0:0:-", "0:1:-", "0:2:-")
+    for mine, theirs in zip(levels.joint_sum, expected.joint_sum, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=5e-3, atol=1e-6 * max(theirs.max(), 1e-9))
+    np.testing.assert_allclose(levels.single_sum, expected.single_sum, rtol=5e-3, atol=1e-6)
+
+    # and a plan made from them runs
+    with heatkv.attach(model, measure=True) as attached:
+        draw()
+    whole = attached.statistics(cfg=1.5).with_levels(levels)
+    with heatkv.attach(model, "heatkv-mr", "50%", statistics=whole) as attached:
+        draw()
+    assert attached.cache.allocated_bytes > 0
+    assert attached.plan.coarse
+
+
+def test_measuring_levels_asks_for_what_it_needs(kind: Any) -> None:
+    model, _, schedule = kind
+    with pytest.raises(PolicyError, match="go together"):
+        heatkv.attach(model, measure="levels", schedule=schedule)
+    with pytest.raises(PolicyError, match="measure='colour' is unknown"):
+        heatkv.attach(model, measure="colour", schedule=schedule)  # type: ignore[arg-type]
+    with pytest.raises(StatisticsError, match="attach with measure='biases'"):
+        heatkv.attach(model, measure=True, schedule=schedule).log_bias()
 
 
 def test_statistics_of_other_weights_are_refused(kind: Any, tmp_path: Path) -> None:
@@ -910,10 +959,11 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     page = (HERE.parent / "docs" / "attach.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {"var": make_var(sides=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16))}
     for code in blocks:
         exec(code, names)
     assert isinstance(names["attached"], Attached)
     assert names["statistics"].count == 8
+    assert len(names["statistics"].levels.samples) == 8
     assert tuple(names["images"].shape[:2]) == (2, 3)

@@ -78,7 +78,9 @@ def test_solve_says_what_is_certified_and_nothing_where_nothing_is(
 ) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--budget", "20%", "--policy"]
-    assert run([*base, "heatkv-lp", "--statistics", str(statistics_file), "--out", str(out)]) == 0
+    assert (
+        run([*base, "heatkv-lp", "--set", "value=error", "--statistics", str(statistics_file), "--out", str(out)]) == 0
+    )
     plan, table = Plan.load(out), capsys.readouterr().out
     assert plan.value is not None
     assert plan.value_bound is not None
@@ -101,7 +103,8 @@ def test_options_of_policies_are_set(statistics_file: Path, tmp_path: Path, caps
     assert dict(Plan.load(out).settings) == {
         "value": "mass", "ranks": 3, "layer_cap": "25%", "sink_scales": 2, "solver": "lp", "budget": "20%",
     }  # fmt: skip
-    assert run([*base, "--set", "layer_cap=none", "--set", "solver=greedy", "--out", str(out)]) == 0
+    greedy = ["--set", "layer_cap=none", "--set", "value=error", "--set", "solver=greedy"]
+    assert run([*base, *greedy, "--out", str(out)]) == 0
     assert Plan.load(out).settings["layer_cap"] is None
     draw = ["generate", "--policy", "streaming", "--budget", "20%", "--label", "cat", "--out", str(tmp_path / "out")]
     assert run([*draw, "--set", "sink_scales=2"]) == 0
@@ -122,7 +125,7 @@ def test_an_option_goes_to_the_policies_that_have_it(
         assert "value" not in told["streaming"]
     said = refused(capsys, *base, "--set", "window=3")
     assert "none of these policies has an option 'window'" in said
-    assert "heatkv-lp: sink_scales, value, solver, ranks, layer_cap; streaming: sink_scales" in said
+    assert "heatkv-lp: sink_scales, ranks, layer_cap, value, solver; streaming: sink_scales" in said
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,10 @@ def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--policy", "streaming", "--budget", "10%", "--set", "sinkscales=2"], "did you mean 'sink_scales'?"),
         (["--policy", "streaming", "--budget", "10%", "--set", "sink_scales=2.5"], "is a whole number, not '2.5'"),
         (["--policy", "streaming", "--budget", "10%", "--set", "sink_scales=9"], "sink_scales=9 does not fit"),
-        (["--policy", "heatkv-lp", "--budget", "10%", "--set", "value=worth"], "is error or mass, not 'worth'"),
+        (
+            ["--policy", "heatkv-lp", "--budget", "10%", "--set", "value=worth"],
+            "is joint or error or mass, not 'worth'",
+        ),
         (["--policy", "heatkv-lp", "--budget", "10%", "--set", "ranks=4"], "ranks=4 does not split 6 heads"),
         (["--policy", "heatkv-lp", "--budget", "10%", "--set", "layer_cap=10parsec"], "unknown unit 'parsec'"),
         (["--policy", "heatkv-lp", "--budget", "10%", "--set", "ranks=2", "--set", "ranks=3"], "'ranks' is set twice"),
@@ -460,7 +466,7 @@ def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--orders", "a", "--statistics", "b"], "give one of them"),
         (["--set", "ranks=2"], "none of these policies has an option 'ranks'"),
         (["--policies", "heatkv-lp", "--set", "ranks=5"], "ranks=5 does not split 6 heads"),
-        (["--policies", "heatkv-lp", "--set", "layer_cap=0.1%"], "layer_cap=0.1% is 1 token-heads, less than the 6"),
+        (["--policies", "heatkv-lp", "--set", "layer_cap=0.1%"], "layer_cap=0.1% is 1 token-heads, less than the 30"),
     ],
 )
 def test_compare_refuses_before_it_measures(
@@ -509,7 +515,7 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert models["infinity-2b"]["full_bytes"] == 6425 * 32 * 16 * 128 * 2 * 4
     assert run(["policies", "--json"]) == 0
     policies = {row["policy"]: row["options"] for row in json.loads(capsys.readouterr().out)}
-    assert {"name": "value", "default": "error", "type": "error or mass"} in policies["heatkv-lp"]
+    assert {"name": "value", "default": "joint", "type": "joint or error or mass"} in policies["heatkv-lp"]
     assert policies["streaming"] == [{"name": "sink_scales", "default": 3, "type": "a whole number"}]
     assert set(policies) == {"full", "heatkv", "heatkv-lp", "heatkv-mr", "random", "sliding-window", "streaming"}
     assert run(["doctor", "--json"]) == 0

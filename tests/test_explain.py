@@ -93,7 +93,10 @@ def test_a_bar_is_empty_for_nothing_only() -> None:
 def judged(geometry: CacheGeometry, held: int, statistics: Statistics, **options: Any) -> tuple[Plan, Plan]:
     """Plans of the rule and of the program with so many token-heads."""
     problem = PlanningProblem(geometry, Budget("share", Fraction(held, geometry.full_token_heads)), statistics)
-    rule, best = make_policy("heatkv", sink_scales=1), make_policy("heatkv-lp", **options)
+    rule, best = (
+        make_policy("heatkv", sink_scales=1),
+        make_policy("heatkv-lp", **{"value": "error", "sink_scales": 1, **options}),
+    )
     return rule.plan(problem), best.plan(problem)
 
 
@@ -190,7 +193,7 @@ def solved(folder: Path, *arguments: str) -> Path:
 
 
 def test_explain_tells_and_draws(tmp_path: Path, emoji_statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = solved(tmp_path, "--policy", "heatkv-lp", "--statistics", str(emoji_statistics))
+    path = solved(tmp_path, "--policy", "heatkv-lp", "--set", "value=error", "--statistics", str(emoji_statistics))
     plan = Plan.load(path)
     capsys.readouterr()
     out = tmp_path / "new" / "charts"

@@ -217,6 +217,13 @@ def at(value: Any, *path: str | int) -> dict[str, Any]:
     return told
 
 
+def mean_level(bias: Any) -> dict[str, Any]:
+    """The valid plan with a coarser level, whose first bias is `bias`."""
+    biases: list[Any] = [[[0.5] * 3 for _ in range(2)] for _ in range(2)]
+    biases[0][0][0] = bias
+    return at([{"level": "mean", "last_read": LAST_READ, "log_bias": biases}], "coarse")
+
+
 @pytest.mark.parametrize(
     ("told", "error", "phrase"),
     [
@@ -226,6 +233,12 @@ def at(value: Any, *path: str | int) -> dict[str, Any]:
         (at(True, "version"), FormatError, "version True"),
         (at("1", "version"), FormatError, "version '1'"),
         (at([{"level": "mean"}], "coarse"), FormatError, "'last_read of coarse' must be"),
+        (mean_level("0.5"), FormatError, "'log_bias' must be .* numbers, not"),
+        (mean_level(True), FormatError, "'log_bias' must be .* numbers, not"),
+        (mean_level(None), FormatError, "'log_bias' must be .* numbers, not"),
+        (mean_level([0.5]), FormatError, "'log_bias' is not a regular array of numbers"),
+        (mean_level(10**400), FormatError, "'log_bias' must be .* numbers, not"),
+        (mean_level(float("nan")), PlanError, "log_bias of level mean .* finite numbers"),
         (at([[[0]]], "capacity"), FormatError, "'capacity', which this release cannot run"),
         (at(2.0, "last_read", 0, 0, 0), FormatError, "'last_read' must be .* whole numbers"),
         (at(True, "last_read", 0, 1, 1), FormatError, "'last_read'"),

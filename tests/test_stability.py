@@ -31,7 +31,7 @@ from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Provenance, Statistics, mean_over_targets
 
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
-POLICIES = [make_policy("heatkv", sink_scales=1), make_policy("heatkv-lp")]
+POLICIES = [make_policy("heatkv", sink_scales=1), make_policy("heatkv-lp", sink_scales=1, value="error")]
 
 
 @given(geometry=geometries(min_scales=4), seed=SEEDS, budget=st.sampled_from(["40%", "70%", "100%"]))
@@ -82,7 +82,7 @@ def test_loss_and_overlap_of_two_heads_that_change_places() -> None:
         error[0, :, 1, 0] = errors
         halves.append(of(mass, error, pair))
     problem = PlanningProblem(CacheGeometry(1, 2, 4, pair), Budget.parse("50%"))
-    found = compare_halves(halves[0], halves[1], [make_policy("heatkv-lp", sink_scales=0)], [problem])
+    found = compare_halves(halves[0], halves[1], [make_policy("heatkv-lp", sink_scales=0, value="error")], [problem])
     assert found.error == pytest.approx([-1])
     assert np.isnan(found.scas).all()  # all heads alike: no ranking to agree on
     (plan,) = found.plans

@@ -249,6 +249,9 @@ def test_the_documented_header_is_enough(tmp_path: Path) -> None:
     [
         (lambda header, _: header.update(format="heatkv-plan"), FormatError, "format 'heatkv-plan', not"),
         (lambda header, _: header.update(version=2), FormatError, "version 2; this release reads version 1"),
+        (lambda header, _: header.update(version=True), FormatError, "version True; this release reads version 1"),
+        (lambda header, _: header.update(version="1"), FormatError, "version '1'; this release reads version 1"),
+        (lambda header, _: header.pop("version"), FormatError, "version None; this release reads version 1"),
         (lambda header, _: header.pop("provenance"), FormatError, "provenance"),
         (lambda header, _: header.pop("schedule"), FormatError, "schedule"),
         (lambda header, _: header.update(schedule=[[1, 1]]), ScheduleError, "at least 2 scales"),

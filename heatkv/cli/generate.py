@@ -36,6 +36,7 @@ def generate(
 
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
+    from heatkv.compensation import compensation_of
     from heatkv.generation import generate as draw
     from heatkv.images import image_grid
     from heatkv.profiling.runner import images_of_rows
@@ -58,12 +59,16 @@ def generate(
             open_rankings(ranking.orders, loaded.geometry), running.seed, held_rows, storage, source.model,
         )  # fmt: skip
         chosen = make_policy(policy, **policy_options([policy], ranking)[policy]).plan(problem)
+    compensation = compensation_of(loaded, chosen, seed=running.seed, settings=settings)
     folder = make_folder(out)
     done = replaced = 0
     with progress("drawing", len(labels)) as advance:
         for first in range(0, len(labels), batch):
             part = labels[first : first + batch]
-            images = draw(loaded, part, chosen, seed=running.seed, first_sample=first, batch=batch, settings=settings)
+            images = draw(
+                loaded, part, chosen, seed=running.seed, first_sample=first, batch=batch, settings=settings,
+                compensation=compensation,
+            )  # fmt: skip
             for index, image in enumerate(images):
                 path = folder / f"{first + index:04d}_{titles[first + index]}.png"
                 replaced += path.exists()
@@ -73,7 +78,9 @@ def generate(
             advance(len(part))
     held = chosen.bytes(held_rows, storage) / 2**20
     where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
-    say(f"written: {done} images in {where}; {chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time")
+    extra = "" if compensation is None else f" and its corrections {compensation.bytes / 2**20:.2f} MiB"
+    took = f"{chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time{extra}"
+    say(f"written: {done} images in {where}; {took}")
 
 
 def _what_to_draw(model: Loaded, labels: list[str], prompts: list[str], negative: str | None) -> list[tuple[Any, str]]:

@@ -84,10 +84,11 @@ class _Measurement:
 
         subjects = plan_subjects(
             self.model, self.policies, self.budgets, statistics=statistics, rankings=self.rankings, rows=self.rows,
-            storage=self.storage, seed=self.seed, draws=draws, options=self.policy_options,
+            storage=self.storage, seed=self.seed, draws=draws, options=self.policy_options, settings=self.settings,
         )  # fmt: skip
         for path, plan in self.plans:
-            subjects.append(Subject(f"{plan.policy} ({path.name})", f"{plan.budget:.4%}".replace(".0000", ""), (plan,)))
+            title, budget = f"{plan.policy} ({path.name})", f"{plan.budget:.4%}".replace(".0000", "")
+            subjects.append(Subject.of(title, budget, [plan], self.model, self.seed, self.settings))
         taken: set[str] = set()
         for subject in subjects:
             if subject.name in taken:

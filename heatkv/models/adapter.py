@@ -46,8 +46,15 @@ class ModelAdapter:
         with ExitStack() as undo:
             for layer, view in enumerate(self.blocks):
 
-                def see(_: nn.Module, arguments: Sequence[Any], layer: int = layer, view: BlockView = view) -> None:
-                    watch(layer, arguments[0], view.gate(arguments))
+                def see(
+                    _: nn.Module,
+                    positional: Sequence[Any],
+                    named: dict[str, Any],
+                    layer: int = layer,
+                    view: BlockView = view,
+                ) -> None:
+                    given = (*positional, *named.values())
+                    watch(layer, given[0], view.gate(given))
 
-                undo.callback(view.block.register_forward_pre_hook(see).remove)
+                undo.callback(view.block.register_forward_pre_hook(see, with_kwargs=True).remove)
             yield

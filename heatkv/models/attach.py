@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,9 +26,13 @@ from torch.nn import functional as F
 
 from heatkv.attention.rotary import rotate, rotation_of
 from heatkv.cache import KVCache
-from heatkv.calibration import MeasuringCache, add_sums
+from heatkv.calibration import MeasuringCache, ObservingCache, add_sums
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
+from heatkv.level_calibration import BiasCache, ErrorCostCache
+from heatkv.level_statistics import LevelStatistics, calibrated_bias
+from heatkv.levels import LevelChoices
+from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
 from heatkv.models.infinity import rotation_angles
 from heatkv.plan import Plan
@@ -36,6 +40,9 @@ from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Provenance, Statistics
 from heatkv.versions import versions
+
+FloatArray = NDArray[np.float64]
+Measured = Literal["mass", "biases", "levels"]
 
 _PLACES = "model.unregistered_blocks[i], model.block_chunks[a].module[b] and model.blocks[i]"
 _NEEDED = (
@@ -112,6 +119,36 @@ def _check_module(where: str, module: Any) -> None:
     parameters = list(inspect.signature(module.forward).parameters.values())
     if len(parameters) < 2 or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise ModelError(f"the forward of {name} is not forward(x, attn_bias, ...) with named arguments")
+
+
+def _gate_of(where: str, block: Any) -> Callable[[Sequence[Any]], Tensor] | None:
+    """How to find the AdaLN factor on the attention branch, (R, 1, C), among the arguments of a block; None when the
+    block has neither `ada_lin` nor `ada_gss`."""
+    shared, own = getattr(block, "ada_gss", None), getattr(block, "ada_lin", None)
+    if not isinstance(shared, Tensor) and not isinstance(own, nn.Module):
+        return None
+
+    def gate(given: Sequence[Any]) -> Tensor:
+        for value in given[1:]:
+            if isinstance(shared, Tensor) and isinstance(value, Tensor) and value.ndim == 4 and value.shape[2] == 6:
+                return (value + shared)[:, :, 0]
+            if isinstance(own, nn.Module) and isinstance(value, Tensor) and value.ndim == 2:
+                vectors: Tensor = own(value)
+                return vectors.view(len(value), 1, 6, -1)[:, :, 0]
+        raise ModelError(f"{where} was called without the condition that its AdaLN is made from; HeatKV looks for it")
+
+    return gate
+
+
+def _adapter(found: Sequence[tuple[str, Any]], blocks: Sequence[tuple[str, Any]], heads: int) -> ModelAdapter | None:
+    """The view of the blocks, None when one of them does not show its gate or its projection."""
+    gates = [_gate_of(where, block) for where, block in blocks]
+    views = [
+        BlockView(block, module.proj, gate)
+        for (_, block), (_, module), gate in zip(blocks, found, gates, strict=True)
+        if gate is not None and isinstance(module.proj, nn.Linear) and isinstance(block, nn.Module)
+    ]
+    return ModelAdapter(tuple(views), heads) if len(views) == len(found) else None
 
 
 def _schedule_of(model: Any) -> ScaleSchedule | None:
@@ -265,7 +302,9 @@ class Attached:
         plan: Plan,
         *,
         guided: bool,
-        measure: bool,
+        measure: Measured | None,
+        adapter: ModelAdapter | None,
+        log_bias: FloatArray | None,
         most_bytes: int | None,
         seed: int,
         first_sample: int,
@@ -274,12 +313,14 @@ class Attached:
         self._name = type(model).__name__
         self._layers = [_Layer(self, index, where, module) for index, (where, module) in enumerate(found)]
         self._guided, self._measure, self._most_bytes = guided, measure, most_bytes
+        self._adapter, self._log_bias = adapter, log_bias
+        self._choices = LevelChoices(plan.schedule)
         self._seed, self._first_sample = seed, first_sample
         self._fingerprint = _attention_fingerprint(found) if measure else ""
         self._cache: KVCache | None = None
         self._undo: ExitStack | None = None
         self._measured_images = 0
-        self._sums: dict[str, NDArray[np.float64]] = {}
+        self._sums: dict[str, FloatArray] = {}
         self._begin()
 
     @property
@@ -295,6 +336,8 @@ class Attached:
         with ExitStack() as undo:
             for layer in self._layers:
                 layer.put_on(undo)
+            if self._measure is not None and self._adapter is not None:
+                undo.enter_context(self._adapter.watching(self._see))
             self._undo = undo.pop_all()
         return self
 
@@ -310,6 +353,7 @@ class Attached:
     def _begin(self) -> None:
         """New images: the rows are known when their first scale arrives."""
         self._target, self._next_layer, self._rows = 0, 0, 0
+        self._seen: tuple[int, Tensor, Tensor] | None = None
 
     def _check(self, layer: _Layer, call: _Call) -> None:
         """Raise unless this call is the next one of the plan."""
@@ -375,11 +419,32 @@ class Attached:
             self._cache = old = None  # frees the old arena first
             # a tensor made in inference mode could not be written to outside of it, by the next image
             with torch.inference_mode(False):
-                if self._measure:
-                    self._cache = MeasuringCache(self.plan, rows, images, dtype, device)
+                if self._measure is not None:
+                    self._cache = self._observing(self._measure, rows, images, dtype, device)
                 else:
                     self._cache = KVCache(self.plan, rows, dtype, device, self.key_angles)
+        if isinstance(self._cache, ObservingCache) and self._seen is not None:
+            self._cache.see(*self._seen)  # the first layer was told of before the cache was at its start
         self._rows = rows
+
+    def _see(self, layer: int, residual_RNC: Tensor, gate_R1C: Tensor) -> None:
+        """Pass on what a block was given, to the cache once there is one."""
+        self._seen = (layer, residual_RNC.detach(), gate_R1C.detach())
+        if isinstance(self._cache, ObservingCache) and self._cache.rows == len(residual_RNC):
+            self._cache.see(*self._seen)
+
+    def _observing(
+        self, measure: Measured, rows: int, images: int, dtype: torch.dtype, device: torch.device
+    ) -> ObservingCache:
+        """The cache that measures what was asked for."""
+        given = (self.plan, rows, images, dtype, device, self.key_angles)
+        weights = [] if self._adapter is None else list(map(self._adapter.output_weight, range(len(self._layers))))
+        if measure == "biases":
+            return BiasCache(self._choices, *given)
+        if measure == "levels":
+            assert self._log_bias is not None
+            return ErrorCostCache(self._choices, self._log_bias, *given, output_weights=weights)
+        return MeasuringCache(*given, output_weights=weights)
 
     @cached_property
     def key_angles(self) -> tuple[Tensor, ...] | None:
@@ -390,7 +455,7 @@ class Attached:
         return tuple(rotation_angles(schedule, scale, head_dim) for scale in range(len(schedule)))
 
     def _finish(self, cache: KVCache) -> None:
-        if isinstance(cache, MeasuringCache):  # an image that was broken off is not counted
+        if isinstance(cache, ObservingCache):  # an image that was broken off is not counted
             self._measured_images += cache.images
             self._sums = add_sums(self._sums, cache.sums())
 
@@ -403,20 +468,43 @@ class Attached:
         that differ in it are not merged. Samples are named seed:index:- with the index from `first_sample` on.
         Raises StatisticsError when nothing was measured.
         """
-        if not self._measure:
-            raise StatisticsError("nothing is measured; attach with measure=True instead of a policy or a plan")
-        if not self._sums:
-            raise StatisticsError("no image was drawn to its last scale yet; draw at least 1")
-        indices = range(self._first_sample, self._first_sample + self._measured_images)
+        sums, samples = self._measured("mass")
         provenance = Provenance(
             model=self._name,
             fingerprint=self._fingerprint,
             cfg=cfg,
             settings={"guided": self._guided, **(settings or {})},
-            samples=tuple(f"{self._seed}:{index}:-" for index in indices),
+            samples=samples,
             versions=versions(),
         )
-        return Statistics(self.plan.schedule, provenance=provenance, levels=None, **self._sums)
+        return Statistics(self.plan.schedule, provenance=provenance, levels=None, **sums)
+
+    def log_bias(self) -> FloatArray:
+        """Logit biases of pooled cells over all images so far, for `attach(..., measure="biases")`: what
+        `attach(..., measure="levels", log_bias=...)` measures costs under. Raises StatisticsError when nothing was
+        measured."""
+        sums, _ = self._measured("biases")
+        return calibrated_bias(self.plan.schedule, sums["whole"], sums["pooled_mass"])
+
+    def level_statistics(self) -> LevelStatistics:
+        """Level costs over all images so far, for `attach(..., measure="levels", log_bias=...)`, to be put beside the
+        statistics with `statistics.with_levels(...)`. Raises StatisticsError when nothing was measured."""
+        sums, samples = self._measured("levels")
+        assert self._log_bias is not None
+        joint = tuple(sums[f"joint.{target}"] for target in range(len(self.plan.schedule)))
+        return LevelStatistics(self._choices, "error", self._log_bias, joint, sums["single"], samples, ())
+
+    def _measured(self, what: Measured) -> tuple[dict[str, FloatArray], tuple[str, ...]]:
+        """The sums and the names of the samples."""
+        if self._measure != what:
+            wanted = {"mass": "True"}.get(what, repr(what))
+            raise StatisticsError(
+                f"nothing of this kind is measured; attach with measure={wanted} instead of a policy or a plan"
+            )
+        if not self._sums:
+            raise StatisticsError("no image was drawn to its last scale yet; draw at least 1")
+        indices = range(self._first_sample, self._first_sample + self._measured_images)
+        return self._sums, tuple(f"{self._seed}:{index}:-" for index in indices)
 
 
 def _attention_fingerprint(found: Iterable[tuple[str, Any]]) -> str:
@@ -434,7 +522,8 @@ def attach(
     budget: str | float | Budget | None = None,
     *,
     plan: Plan | None = None,
-    measure: bool = False,
+    measure: bool | Measured = False,
+    log_bias: FloatArray | None = None,
     statistics: Statistics | None = None,
     schedule: ScaleSchedule | None = None,
     guided: bool = True,
@@ -446,7 +535,8 @@ def attach(
     """A context manager that puts HeatKV under the self-attention of `model` and restores it at the end.
 
     What is kept: a `policy` with its `budget`, `statistics` and `options` (such as sink_scales), as in `model.plan`;
-    or a finished `plan`; or, with `measure`, everything, while `Attached.statistics` is measured as `calibrate` does.
+    or a finished `plan`; or, with `measure`, everything, while `Attached.statistics` is measured as `calibrate` does
+    ("mass", or True), or `Attached.log_bias` ("biases"), or `Attached.level_statistics` under that bias ("levels").
     `schedule` is needed where the model does not tell it: VAR does, in `patch_nums` or `lvl_1L`; Infinity needs it
     unless the plan or the statistics bring it. `guided` says that rows are doubled, conditional half first. `rows`
     (default: those of one image) only matters for a budget in bytes; `seed` and `first_sample` name the samples.
@@ -454,7 +544,8 @@ def attach(
     Raises ModelError for a model that is not recognised, PlanError, StatisticsError, PolicyError, BudgetError or
     ScheduleError for what does not fit it.
     """
-    found = [_self_attention(where, block) for where, block in _blocks(model)]
+    blocks = list(_blocks(model))
+    found = [_self_attention(where, block) for where, block in blocks]
     name = type(model).__name__
     if not found:
         raise ModelError(
@@ -473,6 +564,14 @@ def attach(
             "say what to keep, one of: policy= with budget=, plan=, or measure=True"
             + (f"; not {' and '.join(ways)} together" if ways else "")
         )
+    measured: Measured | None = "mass" if measure is True else (measure or None)
+    if measured not in (None, "mass", "biases", "levels"):
+        raise PolicyError(f"measure={measure!r} is unknown; known: True, 'mass', 'biases', 'levels'")
+    adapter = _adapter(found, blocks, found[0][1].num_heads) if measured is not None else None
+    if measured == "levels" and adapter is None:
+        raise ModelError(f"the blocks of {name} have no ada_lin or ada_gss, or no linear proj; level costs need them")
+    if (measured == "levels") != (log_bias is not None):
+        raise PolicyError('measure="levels" and log_bias= go together; measure="biases" gives log_bias()')
     if policy is None and (budget is not None or statistics is not None or options):
         extra = [*(["budget"] if budget is not None else []), *(["statistics"] if statistics is not None else [])]
         raise PolicyError(f"{', '.join([*extra, *options])} only go with policy=, not with {ways[0]}=")
@@ -513,7 +612,9 @@ def attach(
         found,
         plan,
         guided=guided,
-        measure=measure,
+        measure=measured,
+        adapter=adapter,
+        log_bias=log_bias,
         most_bytes=math.floor(parsed.amount) if parsed is not None and parsed.kind == "bytes" else None,
         seed=seed,
         first_sample=first_sample,

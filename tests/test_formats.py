@@ -1,0 +1,179 @@
+"""docs/formats.md names every field there is, and its lines of Python read the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from strategies import random_mass, statistics_of
+from test_layer_budgets import FILE as BUDGETS
+from test_layer_budgets import SMALL
+from test_statistics import PAIRS
+
+from heatkv.errors import FormatError, StatisticsError
+from heatkv.geometry import Budget, CacheGeometry
+from heatkv.layer_budgets import LayerBudgets
+from heatkv.level_statistics import LevelStatistics
+from heatkv.levels import LEVELS, LevelChoices
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.plan import CoarseCells, Plan
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.lp import HeatKVLP
+from heatkv.profiling.fidelity import FidelityBench
+from heatkv.profiling.runner import bytes_row, fidelity_row, latency_row, measure_latency, plan_subjects, save_results
+from heatkv.schedule import ScaleSchedule
+from heatkv.statistics import HeadRankings, Statistics
+
+TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4)]))
+
+
+def section(title: str) -> str:
+    (found,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
+    return str(found)
+
+
+def fields(title: str, head: str) -> set[str]:
+    """The names in the first column of the table that starts with `head`."""
+    (table,) = re.findall(rf"^\| {head} \|.*?(?=\n\n)", section(title), re.DOTALL | re.MULTILINE)
+    return {name for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+
+
+def run_lines(title: str) -> dict[str, Any]:
+    """What the section's lines of Python give, run where the files are."""
+    (code,) = re.findall(r"```python\n(.*?)```", section(title), re.DOTALL)
+    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 3
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names
+
+
+def levels_of(geometry: CacheGeometry) -> LevelStatistics:
+    """Any costs of the right shapes."""
+    rng = np.random.default_rng(0)
+    choices = LevelChoices(geometry.schedule, sink_scales=1, joint=2)
+    shape, scales = (geometry.layers, geometry.heads), len(geometry.schedule)
+    joint = tuple(rng.random((*shape, len(choices.combinations(target)))) for target in range(scales))
+    single = rng.random((*shape, scales, scales, len(LEVELS) + 1))
+    return LevelStatistics(
+        choices, "error", rng.normal(size=(*shape, scales, len(LEVELS))), joint, single, ("a",), ("b",)
+    )
+
+
+@pytest.fixture(scope="module")
+def statistics() -> Statistics:
+    plain = statistics_of(GEOMETRY, random_mass(GEOMETRY, 3, 0))
+    return dataclasses.replace(plain, levels=levels_of(GEOMETRY))
+
+
+@pytest.fixture(scope="module")
+def plan(statistics: Statistics) -> Plan:
+    """A plan with every optional field."""
+    made = HeatKVLP(value="error").plan(PlanningProblem(GEOMETRY, Budget.parse("50%"), statistics, model="tiny"))
+    bias = np.random.default_rng(1).normal(size=made.last_read.shape)
+    return dataclasses.replace(made, coarse=(CoarseCells("mean", made.last_read, bias),))
+
+
+def test_plans(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fields("plan.json", "field") == set(plan.to_json())
+    monkeypatch.chdir(tmp_path)
+    plan.save("plan.json")
+    names = run_lines("plan.json")
+    assert np.array_equal(names["last_read"], plan.last_read)
+    for target in range(len(GEOMETRY.schedule)):
+        assert np.array_equal(names["reads"](target), plan.reads(target))
+
+
+def test_plans_with_certificate_and_levels_are_equal_bit_for_bit(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+    assert again == plan
+    for name in ("value", "value_bound", "gap"):
+        assert getattr(again, name).hex() == getattr(plan, name).hex()
+    (cells,), (loaded,) = plan.coarse, again.coarse
+    assert loaded.log_bias.tobytes() == cells.log_bias.tobytes()
+    assert loaded.last_read.tobytes() == cells.last_read.tobytes()
+
+
+def test_statistics(statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    statistics.save("statistics.safetensors")
+    with safe_open("statistics.safetensors", framework="numpy") as file:
+        arrays = {re.sub(r"sum\.\d+$", "sum.t", name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["heatkv"])
+    assert fields("statistics.safetensors", "array") == set(arrays)
+    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float64)}
+    assert fields("statistics.safetensors", "header field") == set(header)
+    text = section("statistics.safetensors")
+    for name in (*header["provenance"], *header["levels"]):
+        assert f"`{name}`" in text
+    names = run_lines("statistics.safetensors")
+    assert np.array_equal(names["mass"], statistics.mass)
+
+
+def test_statistics_are_equal_bit_for_bit(statistics: Statistics, tmp_path: Path) -> None:
+    statistics.save(tmp_path / "s.safetensors")
+    again = Statistics.load(tmp_path / "s.safetensors")
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "s.safetensors").read_bytes()
+    for name in ("mass_sum", "mass_square_sum", "all_mass_sum", "error_sum"):
+        assert getattr(again, name).tobytes() == getattr(statistics, name).tobytes()
+    assert again.levels is not None
+    assert statistics.levels is not None
+    for name, array in statistics.levels.arrays().items():
+        assert again.levels.arrays()[name].tobytes() == array.tobytes()
+    assert again.levels.header() == statistics.levels.header()
+    assert again.provenance == statistics.provenance
+
+
+@pytest.mark.parametrize("name", ["levels.more", "levels.joint_sum.9", "more"])
+def test_unknown_arrays_are_refused(statistics: Statistics, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "s.safetensors"
+    statistics.save(path)
+    with safe_open(path, framework="numpy") as file:
+        metadata, arrays = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(arrays | {name: np.zeros(1)}, path, metadata=metadata)
+    with pytest.raises((FormatError, StatisticsError), match=name):
+        Statistics.load(path)
+
+
+def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (full,) = plan_subjects(emoji, [], [], statistics=None, rows=2, storage="float32")
+    row = bytes_row(emoji, full, 2, "float32")
+    row |= latency_row(measure_latency(emoji, [full], rows=2, settings=emoji.sampling, repeats=1)[full.name])
+    bench = FidelityBench(emoji, images=1, pictures=1, seed=0, settings=emoji.sampling)
+    row |= fidelity_row(bench, full)[0]
+    monkeypatch.chdir(tmp_path)
+    save_results(Path("results.json"), emoji, emoji.sampling, [row], {"seed": 0})
+    told = json.loads(Path("results.json").read_text())
+    assert fields("results.json", "field") == set(told)
+    assert fields("results.json", "field of a row") == set(told["rows"][0])
+    assert run_lines("results.json")["kl"] == {("full", "100%"): 0}
+
+
+def test_rankings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("2b.json").write_text(json.dumps([PAIRS, PAIRS[::-1]]))
+    names = run_lines("Published rankings of heads")
+    rankings = HeadRankings.load_orders("2b.json", GEOMETRY)
+    assert np.array_equal(names["layer"] * 3 + names["head"], rankings.order)
+    assert rankings.first_scale == 1  # the last of two is of scale T-2 = 2
+
+
+def test_layer_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = next(iter(BUDGETS.values()))
+    named = {re.sub(r"\d+", "l", name) for name in entry}
+    assert fields("Published budgets of layers", "field of an entry") == named
+    monkeypatch.chdir(tmp_path)
+    Path("budgets.json").write_text(json.dumps(BUDGETS))
+    names = run_lines("Published budgets of layers")
+    assert np.array_equal(names["tokens"], LayerBudgets.load("budgets.json", SMALL).tokens)
