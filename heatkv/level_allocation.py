@@ -93,6 +93,13 @@ class _Pricing:
             for t, table in enumerate(self.table)
         ]
 
+    @property
+    def prohibitive(self) -> float:
+        """A price per token that no saving is worth."""
+        costs = [*self.joint, *(cost for of_target in self.single for cost in of_target.values())]
+        highest = [np.where(np.isfinite(cost), cost, 0).max() for cost in costs]
+        return 1.0 + 2.0 * float(np.sum(highest))
+
     def best(self, price_PT: FloatArray) -> tuple[_Paths, FloatArray]:
         """The paths that are cheapest with tokens at these prices, and their cost with the tokens, (P,)."""
         joint, alone = self._backward(price_PT)
@@ -331,7 +338,9 @@ def _relaxed(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int,
     """Generate columns until the master program is at its bound. Raises BudgetError when the sinks do not fit."""
     scales = capacity.scales
     pricing = _Pricing(statistics, levels)
-    total = sum(float(joint[:, -1].sum()) for joint in pricing.joint)  # the last combination holds nothing
+    # the last combination holds nothing, like the last level of what is alone
+    total = sum(float(joint[:, -1].sum()) for joint in pricing.joint)
+    total += sum(float(cost[:, NONE].sum()) for of_target in pricing.single for cost in of_target.values())
     scale = total / 100 if total > 0 else 1.0
     shape = (capacity.layers, capacity.heads, scales)
     all_heads = np.arange(pricing.heads)
@@ -339,7 +348,7 @@ def _relaxed(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int,
     def slack(paths: _Paths) -> float:
         return float(capacity.slack(capacity.held(paths.tokens.reshape(shape))).min())
 
-    nothing, _ = pricing.best(np.full((pricing.heads, scales), 1e30))
+    nothing, _ = pricing.best(np.full((pricing.heads, scales), pricing.prohibitive))
     if slack(nothing) < 0:
         raise BudgetError(
             f"the {statistics.choices.sink_scales} sink scales alone hold {-slack(nothing):.0f} token-heads more than "
@@ -377,10 +386,25 @@ def cost_bound(statistics: LevelStatistics, capacity: Capacity, levels: tuple[in
 def allocate_levels(
     statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...] = ALL_LEVELS
 ) -> LevelAllocation:
-    """The cheapest plan within the capacity that uses these levels (indices into LEVELS, 0 among them).
+    """The cheapest plan within the capacity that uses these levels (indices into LEVELS, 0 among them), never dearer
+    than the one that only drops cells.
 
     Raises BudgetError when the sinks alone do not fit.
     """
+    found = _allocate(statistics, capacity, levels)
+    whole_only = _Pricing(statistics, (0,))
+    token_price = capacity.token_prices(found.row_prices).reshape(whole_only.heads, capacity.scales)
+    least = float(whole_only.best(token_price)[1].sum() - found.row_prices @ capacity.room)
+    if tuple(levels) == (0,) or least >= found.cost:  # no plan that only drops cells costs less than that
+        return found
+    dropping = _allocate(statistics, capacity, (0,))
+    if dropping.cost >= found.cost:
+        return found
+    return LevelAllocation(dropping.level, dropping.cost, min(found.bound, dropping.cost), found.row_prices)
+
+
+def _allocate(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...]) -> LevelAllocation:
+    """The cheapest plan that was found with these levels."""
     relaxed = _relaxed(statistics, capacity, levels)
     master, pricing, scales = relaxed.master, relaxed.pricing, capacity.scales
     if relaxed.unlimited is not None:
@@ -415,9 +439,8 @@ def _integral(
         allowed = bound + regret <= cost  # no other column can be part of a cheaper plan
         allowed[best] = True
         whole = master.whole(np.flatnonzero(allowed))
+        whole = None if whole is None else rounding.run(whole)  # the solver may exceed a room by its tolerance
         if whole is not None and columns.cost[whole].sum() < cost:
-            improved = rounding.run(whole)
-            best = whole if improved is None else improved
-            cost = float(columns.cost[best].sum())
+            best, cost = whole, float(columns.cost[whole].sum())
     shape = (capacity.layers, capacity.heads, capacity.scales, capacity.scales)
     return LevelAllocation(columns.level[best].reshape(shape).astype(np.int64), cost, min(bound, cost), prices)
