@@ -89,7 +89,8 @@ class HeatKVLevels(SolvedPolicy):
         """The smallest share whose predicted KL is at most `max_kl`, in steps of the full cache."""
         assert self.max_kl is not None
         schedule = problem.geometry.schedule
-        low = math.ceil(BUDGET_STEPS * Fraction(schedule.offsets[self.sink_scales], schedule.cached_tokens))
+        sinks = Fraction(schedule.offsets[self.sink_scales], schedule.cached_tokens)
+        low = max(1, math.ceil(BUDGET_STEPS * sinks))
         high = BUDGET_STEPS  # the full cache costs nothing
         statistics = self.level_statistics(problem, self.cost)
 
@@ -103,7 +104,9 @@ class HeatKVLevels(SolvedPolicy):
                 high = middle
             else:
                 low = middle + 1
-        while high < BUDGET_STEPS and self._kl(problem, self.allocation(at(high)).cost) > self.max_kl:
+        while (predicted := self._kl(problem, self.allocation(at(high)).cost)) > self.max_kl:
+            if high == BUDGET_STEPS:  # only a cap on layers keeps the whole cache from costing nothing
+                raise PolicyError(f"no budget reaches max_kl={self.max_kl}: the whole cache has {predicted:.3g}")
             high += 1
         return at(high).budget
 

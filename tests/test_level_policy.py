@@ -1,0 +1,164 @@
+"""heatkv-mr: budgets chosen by the KL they foretell, its options, and what its plans hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import SEEDS, level_live_table, random_mass, statistics_of
+
+from heatkv.errors import BudgetError, PolicyError
+from heatkv.geometry import Budget, CacheGeometry
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.schedule import ScaleSchedule
+from heatkv.statistics import Statistics
+
+SCHEDULE = ScaleSchedule.square((1, 2, 3, 4, 5))
+GEOMETRY = CacheGeometry(3, 4, 4, SCHEDULE)  # N = 30, 55 tokens in all; two sinks are 5 tokens
+
+
+def measured(seed: int = 0, cost: str = "fisher", sinks: int = 2) -> Statistics:
+    found = statistics_of(GEOMETRY, random_mass(GEOMETRY, 2, seed), sink_scales=sinks)
+    assert found.levels is not None
+    bias = np.random.default_rng(seed).normal(size=found.levels.log_bias.shape)
+    return dataclasses.replace(found, levels=dataclasses.replace(found.levels, cost=cost, log_bias=bias))
+
+
+def plan(budget: Any, statistics: Statistics, **options: Any) -> Plan:
+    kind = statistics.levels.cost if statistics.levels is not None else "error"
+    problem = PlanningProblem(GEOMETRY, Budget.parse(budget), statistics)
+    return make_policy("heatkv-mr", **{"cost": kind, **options}).plan(problem)
+
+
+# ---------------------------------------------------------------------- budgets chosen by their KL
+
+
+def foretold(made: Plan) -> float:
+    """Half the costs per token, as a share of 0.7 of the KL."""
+    assert made.value is not None
+    return -made.value / 2 / 55 / 0.7
+
+
+@settings(max_examples=12)
+@given(max_kl=st.floats(1e-4, 0.3), seed=SEEDS)
+def test_auto_is_the_smallest_budget_within_the_kl(max_kl: float, seed: int) -> None:
+    statistics = measured(seed)
+    made = plan("auto", statistics, max_kl=max_kl)
+    assert made.settings["predicted_kl"] == pytest.approx(foretold(made), rel=1e-12)
+    assert made.settings["predicted_kl"] <= max_kl
+    assert (made.settings["budget"], made.settings["max_kl"]) == ("auto", max_kl)
+    steps = Fraction(made.budget).limit_denominator(1000) * 1000
+    assert steps.denominator == 1
+    assert made.budget_token_heads == steps * 360 // 1000
+    assert max(map(max, level_live_table(made))) <= made.budget_token_heads
+    if Fraction(int(steps) - 1, 1000) >= Fraction(5, 30):
+        below = plan(Fraction(int(steps) - 1, 1000), statistics)
+        assert below.settings["predicted_kl"] > max_kl
+        assert below.settings["predicted_kl"] == pytest.approx(foretold(below), rel=1e-12)
+    else:  # the sinks need that much
+        assert steps == 167
+    again = plan(Fraction(int(steps), 1000), statistics)
+    assert again.last_read.tolist() == made.last_read.tolist()
+    assert again.settings["predicted_kl"] == made.settings["predicted_kl"]
+
+
+def test_the_ends_of_auto() -> None:
+    assert plan("auto", measured(), max_kl=1e9).budget == 0.167
+    assert plan("auto", measured(), max_kl=1e-300).had_no_effect()
+    without_sinks = plan("auto", measured(sinks=0), max_kl=1e9, sink_scales=0)
+    assert without_sinks.budget == 0.001
+    assert without_sinks.peak_token_heads == 0
+
+
+def test_a_cap_on_layers_can_make_a_kl_unreachable() -> None:
+    with pytest.raises(PolicyError, match=r"no budget reaches max_kl=1e-06: the whole cache has 0\.\d+"):
+        plan("auto", measured(), max_kl=1e-6, layer_cap="30%")
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "phrase"),
+    [
+        ("auto", {"cost": "error", "max_kl": 0.1}, "budget auto needs cost=fisher, .* and max_kl"),
+        ("auto", {}, "budget auto needs cost=fisher, .* and max_kl"),
+        ("auto", {"max_kl": 0.0}, r"max_kl=0\.0 is no KL divergence above 0"),
+        ("auto", {"max_kl": -1.0}, r"max_kl=-1\.0 is no KL"),
+        ("auto", {"max_kl": float("nan")}, "max_kl=nan is no KL"),
+        ("auto", {"max_kl": float("inf")}, "max_kl=inf is no KL"),
+        ("30%", {"max_kl": 0.1}, "max_kl chooses the budget; it goes with budget auto, not with 30%"),
+        ("30%", {"levels": "pool2"}, "levels='pool2'; it must be full, joined by"),
+        ("30%", {"levels": ""}, "levels=''; it must be full"),
+        ("30%", {"levels": "full+pool3"}, r"levels='full\+pool3'"),
+        ("30%", {"cost": "mass"}, "cost='mass' is unknown to policy 'heatkv-mr'; known: error, fisher"),
+        ("30%", {"cost": "error"}, "the level costs are of the kind 'fisher'; .* was to use 'error'"),
+        ("30%", {"sink_scales": 1}, "measured with sink_scales=2, the policy has sink_scales=1"),
+        ("30%", {"ranks": 3}, "ranks=3 does not split 4 heads evenly"),
+    ],
+)
+def test_options_that_do_not_fit(budget: str, options: dict[str, Any], phrase: str) -> None:
+    with pytest.raises(PolicyError, match=phrase):
+        plan(budget, measured(), **options)
+
+
+def test_what_it_needs() -> None:
+    statistics = measured()
+    for given_statistics in (None, dataclasses.replace(statistics, levels=None)):
+        problem = PlanningProblem(GEOMETRY, Budget.parse("30%"), given_statistics)
+        with pytest.raises(PolicyError, match=r"needs statistics with level costs \(heatkv calibrate --levels fisher"):
+            make_policy("heatkv-mr", cost="fisher").plan(problem)
+
+
+@pytest.mark.parametrize(("budget", "options"), [("16%", {}), ("auto", {"max_kl": 0.1, "layer_cap": "16%"})])
+def test_sinks_that_do_not_fit(budget: str, options: dict[str, Any]) -> None:
+    with pytest.raises(BudgetError, match="sink scales"):
+        plan(budget, measured(), **options)
+
+
+# ---------------------------------------------------------------------- plans
+
+
+@settings(max_examples=10)
+@given(budget=st.fractions(Fraction(1, 5), 1, max_denominator=50), seed=SEEDS)
+def test_more_levels_are_worth_more(budget: Fraction, seed: int) -> None:
+    statistics = measured(seed, "error")
+    dropping = plan(budget, statistics, levels="full")
+    assert dropping.coarse == ()
+    assert "predicted_kl" not in dropping.settings
+    only = make_policy("heatkv-lp").plan(PlanningProblem(GEOMETRY, Budget("share", budget), statistics))
+    assert only.last_read.tolist() == dropping.last_read.tolist()
+    assert only.value == dropping.value
+    assert statistics.levels is not None
+    for levels, known in (("full+mean", ["mean"]), ("full+mean+pool2", ["pool2", "mean"])):
+        made = plan(budget, statistics, levels=levels)
+        assert made.value is not None
+        assert made.value_bound is not None
+        assert dropping.value is not None
+        assert dropping.value <= made.value <= made.value_bound <= 0
+        assert [cells.level for cells in made.coarse] == [level for level in known if level in dict(made.levels)]
+        finer = made.last_read
+        for cells in made.coarse:
+            index = {"pool2": 1, "mean": 2}[cells.level]
+            assert np.array_equal(cells.log_bias, statistics.levels.log_bias[..., index])
+            assert (cells.last_read > finer).any()  # a level that no cell is held at is left out
+            finer = cells.last_read
+        assert max(map(max, level_live_table(made))) <= int(budget * 360)
+
+
+def test_every_rank_keeps_to_its_part() -> None:
+    made = plan("30%", measured(), ranks=2)
+    for heads in (slice(0, 2), slice(2, 4)):
+        coarse = tuple(
+            dataclasses.replace(x, last_read=x.last_read[:, heads], log_bias=x.log_bias[:, heads]) for x in made.coarse
+        )
+        half = Plan("half", CacheGeometry(3, 2, 4, SCHEDULE), made.last_read[:, heads], 1.0, 180, 2, coarse=coarse)
+        assert max(map(max, level_live_table(half))) <= 108 // 2
+
+
+def test_no_layer_holds_more_than_its_cap() -> None:
+    made = plan("50%", measured(), layer_cap="40%")
+    assert made.held.sum(axis=1).max() <= 48 < plan("50%", measured()).held.sum(axis=1).max()
