@@ -60,6 +60,11 @@ def check_writable(folder: Path) -> None:
         raise FormatError(f"cannot write in the folder {folder}: {error.strerror or error}") from error
 
 
+def file_name(text: str) -> str:
+    """The text with nothing in it that a file name cannot hold."""
+    return "".join(c if c.isalnum() else "_" for c in text)
+
+
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
     """Write `value` as JSON, whole or not at all; NaN and infinity are refused."""
     with replacing(path) as temporary:

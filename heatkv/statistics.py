@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as safetensors_bytes
 
 from heatkv.errors import FormatError, StatisticsError
 from heatkv.files import check_header, read_json, replacing
@@ -266,11 +266,7 @@ class Statistics:
             header["levels"] = self.levels.header()
             arrays |= self.levels.arrays()
         with replacing(path) as temporary:
-            save_file(
-                arrays,
-                temporary,
-                metadata={"heatkv": json.dumps(header)},
-            )
+            temporary.write_bytes(safetensors_bytes(arrays, metadata={"heatkv": json.dumps(header)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -49,13 +49,21 @@ def certificate(plan: Plan) -> dict[str, str]:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on the error stream; the callback is told how much more is done."""
+    """Progress on the error stream, as a bar, or in a log as a line for every tenth; the callback is told how much
+    more is done."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            before, done = done, done + count
+            if 10 * done // total > 10 * before // total:
+                say(f"{what}: {done} of {total}")
+
+        yield advance
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
-
-
-def file_name(text: str) -> str:
-    """The text with nothing in it that a file name cannot hold."""
-    return "".join(c if c.isalnum() else "_" for c in text)
