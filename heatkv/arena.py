@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
+from heatkv.capacities import CapacityPlan
 from heatkv.levels import level_tokens
 from heatkv.plan import Plan
 
@@ -129,3 +131,48 @@ class ArenaLayout:
     def runs_per_cell(self) -> float:
         """Mean number of runs of a held cell; 1 is perfect."""
         return sum(map(len, self._cached())) / self.cells if self.cells else 1.0
+
+
+@dataclass(frozen=True)
+class CapacityLayout:
+    """Slots of every head while every target runs: `places[t][l][h]`, in the order of the tokens they hold.
+
+    Where heads share, a layer has one list for all of them, as if it were one head.
+    """
+
+    slots: int
+    places: tuple[tuple[tuple[NDArray[np.int64], ...], ...], ...]
+
+    @classmethod
+    def of(cls, plan: CapacityPlan) -> CapacityLayout:
+        """Lay out a plan in as many slots as its peak, in the order in which a cache runs.
+
+        A head that grows keeps its slots and gets more, one that shrinks keeps its first ones.
+        """
+        counts = plan.capacity.sum(axis=1, keepdims=True) if plan.shared else plan.capacity
+        layers, holders, scales = counts.shape
+        free = _FreeSlots(plan.peak_token_heads)
+        none = np.zeros(0, dtype=np.int64)
+        now = [[none] * holders for _ in range(layers)]
+        places = [tuple(tuple(layer) for layer in now)]
+        for target in range(scales - 1):
+            for layer in range(layers):
+                wanted = counts[layer, :, target + 1].tolist()
+                for holder, count in enumerate(wanted):
+                    held = now[layer][holder]
+                    if len(held) > count:
+                        free.give(_runs(held[count:]))
+                        now[layer][holder] = held[:count]
+                for holder, count in enumerate(wanted):
+                    held = now[layer][holder]
+                    if len(held) < count:
+                        taken = free.take(count - len(held))
+                        now[layer][holder] = np.concatenate([held, *(np.arange(a, a + n) for a, n in taken)])
+            places.append(tuple(tuple(layer) for layer in now))
+        return cls(plan.peak_token_heads, tuple(places))
+
+
+def _runs(slots: NDArray[np.int64]) -> list[Run]:
+    """The stretches of neighbouring slots."""
+    pieces = np.split(slots, np.flatnonzero(np.diff(slots) != 1) + 1)
+    return [(int(piece[0]), len(piece)) for piece in pieces]

@@ -6,6 +6,7 @@ Shapes: R rows, H heads, N tokens of the running scale, D head size, P arena slo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from heatkv.attention.pooling import Reduction
 from heatkv.attention.ragged import HeadGroup, group_heads, ragged_attention
 from heatkv.errors import PlanError
 from heatkv.levels import level_tokens
-from heatkv.plan import Plan
+from heatkv.plan import CachePlan, Plan
 
 IntArray = NDArray[np.int64]
 
@@ -47,15 +48,87 @@ class LayerStep:
     pooled_held: Pooling | None
 
 
-class KVCache:
-    """Keys and values that a plan keeps, for `rows` rows of images drawn together.
+class ArenaCache(ABC):
+    """What every cache is: one arena for all layers, and the order in which a model calls it.
 
     A model calls `attend(layer, q, k, v)`, layer by layer and scale by scale; the cache counts the scales itself.
-    Dropping is free: a slot whose last reader is done is overwritten by its next owner. Slots are read only after
-    they were written for the running images, so neither a pad nor a leftover can be seen.
-    `key_angles` are, for models that rotate keys, the angles of every token, (N, D/2) per scale; a plan with coarse
-    cells needs them to pool. `correct(target, layer, q, out)` may change what attention gives. Raises PlanError when
-    it is called in another order or with another shape than the plan's.
+    Slots are read only after they were written for the running images, so neither a pad nor a leftover can be seen.
+    `correct(target, layer, q, out)` may change what attention gives. Raises PlanError when it is called in another
+    order or with another shape than the plan's.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        slots: int,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        correct: Callable[[int, int, Tensor, Tensor], Tensor] | None,
+    ) -> None:
+        if rows < 1:
+            raise PlanError(f"rows is {rows}; a cache has at least 1 row")
+        self.geometry = plan.geometry
+        self.rows = rows
+        self._correct = correct
+        shape = (2, rows, slots, plan.geometry.head_dim)
+        self.arena_2RPD = torch.empty(shape, dtype=dtype, device=torch.device(device))
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the real storage of all that is held."""
+        return self.arena_2RPD.untyped_storage().nbytes()
+
+    def reset(self) -> None:
+        """Start the next images; nothing needs clearing."""
+        self._target, self._next_layer = 0, 0
+
+    def skip_to_last_scale(self) -> None:
+        """Act as if all scales but the last had run, to measure the last one; what is held is not defined."""
+        self._target, self._next_layer = len(self.geometry.schedule) - 1, 0
+
+    def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
+        """Attention over what the plan still holds plus the current scale; then drop, then write what is kept.
+
+        q, k, v are (R, H, N, D) in one dtype, q already scaled, k as it is to be cached (normalised, rotated).
+        Returns (R, H, N, D).
+        """
+        geometry = self.geometry
+        if layer != self._next_layer or self._target >= len(geometry.schedule):
+            raise PlanError(
+                f"attend was called for layer {layer} when layer {self._next_layer} of scale {self._target} was due; "
+                "call reset() before new images"
+            )
+        expected = (self.rows, geometry.heads, geometry.schedule.tokens[self._target], geometry.head_dim)
+        for name, x in (("q", q_RHND), ("k", k_RHND), ("v", v_RHND)):
+            if x.shape != expected:
+                raise PlanError(
+                    f"{name} of layer {layer}, scale {self._target} is {tuple(x.shape)}; the plan needs (rows, heads, "
+                    f"tokens, head_dim) = {expected}"
+                )
+        out = self._run(layer, q_RHND, k_RHND, v_RHND)
+        self._next_layer += 1
+        if self._next_layer == geometry.layers:
+            self._target, self._next_layer = self._target + 1, 0
+        return out
+
+    @abstractmethod
+    def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
+        """What `attend` gives, after which the cache holds what the next target reads."""
+
+    def _corrected(self, layer: int, q_RHND: Tensor, out_RHND: Tensor) -> Tensor:
+        return out_RHND if self._correct is None else self._correct(self._target, layer, q_RHND, out_RHND)
+
+    def _write(self, slots: Tensor, k_RPD: Tensor, v_RPD: Tensor) -> None:
+        for store_RPD, x_RPD in zip(self.arena_2RPD, (k_RPD, v_RPD), strict=True):
+            store_RPD.index_copy_(1, slots, x_RPD.to(store_RPD.dtype))
+
+
+class KVCache(ArenaCache):
+    """Keys and values that a static plan keeps, for `rows` rows of images drawn together.
+
+    Dropping is free: a slot whose last reader is done is overwritten by its next owner. `key_angles` are, for models
+    that rotate keys, the angles of every token, (N, D/2) per scale; a plan with coarse cells needs them to pool.
     """
 
     def __init__(
@@ -67,31 +140,12 @@ class KVCache:
         key_angles: Sequence[Tensor] | None = None,
         correct: Callable[[int, int, Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        if rows < 1:
-            raise PlanError(f"rows is {rows}; a cache has at least 1 row")
         self.plan = plan
-        self.rows = rows
         self.key_angles = key_angles
-        self._correct = correct
         self.layout = ArenaLayout.of(plan)
-        self.arena_2RPD = torch.empty(
-            (2, rows, self.layout.slots, plan.geometry.head_dim), dtype=dtype, device=torch.device(device)
-        )
+        super().__init__(plan, self.layout.slots, rows, dtype, device, correct)
         self._steps = self._prepare()
         self.reset()
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes of the arena's real storage."""
-        return self.arena_2RPD.untyped_storage().nbytes()
-
-    def reset(self) -> None:
-        """Start the next images; nothing needs clearing."""
-        self._target, self._next_layer = 0, 0
-
-    def skip_to_last_scale(self) -> None:
-        """Act as if all scales but the last had run, to measure the last one; what is held is not defined."""
-        self._target, self._next_layer = len(self.plan.schedule) - 1, 0
 
     def _prepare(self) -> list[list[LayerStep]]:
         plan, device = self.plan, self.arena_2RPD.device
@@ -166,33 +220,10 @@ class KVCache:
         parts = [np.full(sizes[i][s], self.plan.coarse[i - 1].log_bias[layer, head, s] if i else 0.0) for s, i in held]
         return np.concatenate([np.zeros(0), *parts])
 
-    def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
-        """Attention over what the plan still holds plus the current scale; then drop, then write what is kept.
-
-        q, k, v are (R, H, N, D) in one dtype, q already scaled, k as it is to be cached (normalised, rotated).
-        Returns (R, H, N, D).
-        """
-        geometry = self.plan.geometry
-        if layer != self._next_layer or self._target >= len(self.plan.schedule):
-            raise PlanError(
-                f"attend was called for layer {layer} when layer {self._next_layer} of scale {self._target} was due; "
-                "call reset() before new images"
-            )
-        expected = (self.rows, geometry.heads, self.plan.schedule.tokens[self._target], geometry.head_dim)
-        for name, x in (("q", q_RHND), ("k", k_RHND), ("v", v_RHND)):
-            if x.shape != expected:
-                raise PlanError(
-                    f"{name} of layer {layer}, scale {self._target} is {tuple(x.shape)}; the plan needs (rows, heads, "
-                    f"tokens, head_dim) = {expected}"
-                )
+    def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         step = self._steps[self._target][layer]
-        out = self._attention(layer, q_RHND, k_RHND, v_RHND, step)
-        if self._correct is not None:
-            out = self._correct(self._target, layer, q_RHND, out)
+        out = self._corrected(layer, q_RHND, self._attention(layer, q_RHND, k_RHND, v_RHND, step))
         self._keep(k_RHND, v_RHND, step)
-        self._next_layer += 1
-        if self._next_layer == geometry.layers:
-            self._target, self._next_layer = self._target + 1, 0
         return out
 
     def _keep(self, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> None:
@@ -210,9 +241,8 @@ class KVCache:
             whole = len(step.kept_heads) == k_RHND.shape[1]
             k, v = (x if whole else x.index_select(1, step.kept_heads) for x in (k_RHND, v_RHND))
             writes.append((step.kept_slots, k.flatten(1, 2), v.flatten(1, 2)))
-        for slots, *made_2RPD in writes:
-            for store_RPD, x_RPD in zip(self.arena_2RPD, made_2RPD, strict=True):
-                store_RPD.index_copy_(1, slots, x_RPD.to(store_RPD.dtype))
+        for slots, k, v in writes:
+            self._write(slots, k, v)
 
     def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
         return ragged_attention(q_RHND, k_RHND, v_RHND, self.arena_2RPD, step.groups)

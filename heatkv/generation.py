@@ -6,6 +6,7 @@ Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from heatkv.cache import KVCache
 from heatkv.compensation import Compensation
 from heatkv.errors import ModelError
 from heatkv.models.base import ImageModel
 from heatkv.models.var import Attend
-from heatkv.plan import Plan
+from heatkv.plan import CachePlan
 from heatkv.sampling import CommonRandomSampler, Sampler, Settings
+from heatkv.selecting_cache import SelectingCache, open_cache
 
 Label = TypeVar("Label")
 """What one image is drawn from: a class, or a prompt."""
@@ -66,7 +67,7 @@ class Generator(Generic[Label]):
     def __init__(
         self,
         model: ImageModel[Label],
-        plan: Plan,
+        plan: CachePlan,
         batch: int,
         settings: Settings | None = None,
         compensation: Compensation | None = None,
@@ -76,7 +77,9 @@ class Generator(Generic[Label]):
         self.settings = settings if settings is not None else model.sampling
         rows = batch * self.settings.rows_per_image
         correct = None if compensation is None else compensation.apply
-        self.cache = KVCache(plan, rows, model.compute_dtype, model.device, model.key_angles, correct)
+        self.cache = open_cache(
+            plan, rows, model.compute_dtype, model.device, model.key_angles, correct, model.adapter.query_weight
+        )
 
     def draw(
         self,
@@ -94,13 +97,15 @@ class Generator(Generic[Label]):
         if sampler is None:
             sampler = CommonRandomSampler(seed, range(self.batch) if samples is None else samples, self.settings)
         self.cache.reset()
-        return run_scales(self.model, labels, self.cache, sampler, self.settings, observe, decode)
+        wants = isinstance(self.cache, SelectingCache) and self.cache.wants_input
+        with self.model.adapter.telling_inputs(self.cache.see_input) if wants else nullcontext():
+            return run_scales(self.model, labels, self.cache, sampler, self.settings, observe, decode)
 
 
 def generate(
     model: ImageModel[Label],
     labels: Sequence[Label],
-    plan: Plan,
+    plan: CachePlan,
     *,
     seed: int = 0,
     first_sample: int = 0,

@@ -9,7 +9,9 @@ T scales.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -83,8 +85,120 @@ def live_token_heads(last_read_LHT: IntArray, tokens: tuple[int, ...]) -> IntArr
     return live_of_held(held_for_targets([last_read_LHT], [tokens]).sum(axis=1))
 
 
+class CachePlan(ABC):
+    """What every plan is: a promise how much a cache holds at any checkpoint, and what it was made for.
+
+    Subclasses are frozen dataclasses that say what is held; `check_budget` belongs into their `__post_init__`.
+    """
+
+    policy: str
+    geometry: CacheGeometry
+    budget: float
+    budget_token_heads: int
+    model: str
+    settings: Mapping[str, Any]
+
+    @property
+    @abstractmethod
+    def held(self) -> IntArray:
+        """Past tokens that every head holds for every target, (L, H, T)."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """As plan.json has it."""
+
+    @abstractmethod
+    def had_no_effect(self) -> bool:
+        """True when everything that can be cached is kept to the end, as the full cache does."""
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return self.geometry.schedule
+
+    @cached_property
+    def live(self) -> IntArray:
+        """Token-heads held at every checkpoint, shape (T, L)."""
+        live = live_of_held(self.held.sum(axis=1))
+        live.setflags(write=False)
+        return live
+
+    @cached_property
+    def peak_token_heads(self) -> int:
+        return int(self.live.max())
+
+    @property
+    def peak_checkpoint(self) -> tuple[int, int]:
+        """(target scale, layer) of the first checkpoint that holds the peak."""
+        target, layer = np.unravel_index(int(self.live.argmax()), self.live.shape)
+        return int(target), int(layer)
+
+    def bytes(self, rows: int, storage: str) -> int:
+        """Bytes the plan's peak takes with this many rows and this storage type."""
+        return self.geometry.bytes(self.peak_token_heads, rows, storage)
+
+    def check_budget(self) -> None:
+        """Raise PlanError when a checkpoint holds more than the budget, or the budget is none."""
+        if not 0 < self.budget <= 1:
+            raise PlanError(f"budget is {self.budget}; it must be a share above 0 and at most 1")
+        if not 0 <= self.budget_token_heads <= self.geometry.full_token_heads:
+            raise PlanError(
+                f"budget_token_heads is {self.budget_token_heads}; it must be from 0 to the full cache of "
+                f"{self.geometry.full_token_heads}"
+            )
+        if self.budget_token_heads > self.budget * self.geometry.full_token_heads * (1 + 1e-9):
+            raise PlanError(
+                f"budget_token_heads is {self.budget_token_heads}, more than {self.budget:.6g} of the full cache of "
+                f"{self.geometry.full_token_heads}"
+            )
+        if self.peak_token_heads > self.budget_token_heads:
+            target, layer = self.peak_checkpoint
+            raise PlanError(
+                f"the plan holds {self.peak_token_heads} token-heads after layer {layer} of scale {target}; the budget "
+                f"is {self.budget_token_heads}"
+            )
+
+    def check_geometry(self, geometry: CacheGeometry) -> None:
+        """Raise PlanError unless the plan was made for a model of this geometry and schedule."""
+        mine = self.geometry
+        if (mine.layers, mine.heads) != (geometry.layers, geometry.heads):
+            raise PlanError(
+                f"the plan is for {mine.layers} layers x {mine.heads} heads, the model has {geometry.layers} x "
+                f"{geometry.heads}; solve a plan for this model"
+            )
+        if mine.schedule != geometry.schedule:
+            raise PlanError(
+                f"the plan is for the schedule {mine.schedule}, the model runs {geometry.schedule}; solve a plan for it"
+            )
+
+    def _common_json(self) -> dict[str, Any]:
+        """The fields that every plan.json has."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "policy": self.policy,
+            "settings": dict(self.settings),
+            "model": self.model,
+            "schedule": self.schedule.to_json(),
+            "layers": self.geometry.layers,
+            "heads": self.geometry.heads,
+            "head_dim": self.geometry.head_dim,
+            "budget": self.budget,
+            "budget_token_heads": self.budget_token_heads,
+            "peak_token_heads": self.peak_token_heads,
+        }
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, self.to_json())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CachePlan) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash((self.policy, self.model, self.held.tobytes()))
+
+
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(CachePlan):
     """An immutable, validated static plan with what it was made for.
 
     Raises PlanError when `last_read` has the wrong shape or a value outside s..T-1, when a sink cell is not kept to
@@ -114,24 +228,7 @@ class Plan:
             raise PlanError(f"sink_scales is {self.sink_scales}; {scales} scales allow 0 to {scales - 1}")
         if (array[:, :, : self.sink_scales] != scales - 1).any():
             raise PlanError(f"a cell of the first {self.sink_scales} scales, the sinks, is dropped before the end")
-        if not 0 < self.budget <= 1:
-            raise PlanError(f"budget is {self.budget}; it must be a share above 0 and at most 1")
-        if not 0 <= self.budget_token_heads <= self.geometry.full_token_heads:
-            raise PlanError(
-                f"budget_token_heads is {self.budget_token_heads}; it must be from 0 to the full cache of "
-                f"{self.geometry.full_token_heads}"
-            )
-        if self.budget_token_heads > self.budget * self.geometry.full_token_heads * (1 + 1e-9):
-            raise PlanError(
-                f"budget_token_heads is {self.budget_token_heads}, more than {self.budget:.6g} of the full cache of "
-                f"{self.geometry.full_token_heads}"
-            )
-        if self.peak_token_heads > self.budget_token_heads:
-            target, layer = self.peak_checkpoint
-            raise PlanError(
-                f"the plan holds {self.peak_token_heads} token-heads after layer {layer} of scale {target}; the budget "
-                f"is {self.budget_token_heads}"
-            )
+        self.check_budget()
 
     def _checked_last_read(self, value: Any, name: str) -> IntArray:
         layers, heads, scales = self.geometry.layers, self.geometry.heads, len(self.schedule)
@@ -185,10 +282,6 @@ class Plan:
         return tuple(checked)
 
     @property
-    def schedule(self) -> ScaleSchedule:
-        return self.geometry.schedule
-
-    @property
     def levels(self) -> tuple[tuple[str, IntArray], ...]:
         """Every level with its last_read, fine to coarse; "full" is always the first."""
         return ((FULL, self.last_read), *((cells.level, cells.last_read) for cells in self.coarse))
@@ -210,72 +303,18 @@ class Plan:
         held.setflags(write=False)
         return held
 
-    @cached_property
-    def live(self) -> IntArray:
-        """Token-heads held at every checkpoint, shape (T, L)."""
-        live = live_of_held(self.held.sum(axis=1))
-        live.setflags(write=False)
-        return live
-
-    @cached_property
-    def peak_token_heads(self) -> int:
-        return int(self.live.max())
-
-    @property
-    def peak_checkpoint(self) -> tuple[int, int]:
-        """(target scale, layer) of the first checkpoint that holds the peak."""
-        target, layer = np.unravel_index(int(self.live.argmax()), self.live.shape)
-        return int(target), int(layer)
-
     def reads(self, target: int) -> NDArray[np.bool_]:
         """Which cells of earlier scales target scale `target` reads, at any level, shape (L, H, target)."""
         return self.levels[-1][1][:, :, :target] >= target
 
     def had_no_effect(self) -> bool:
-        """True when every cell that can be cached is kept to the end, as the full cache does."""
         return bool((self.last_read == len(self.schedule) - 1).all())
-
-    def bytes(self, rows: int, storage: str) -> int:
-        """Bytes the plan's peak takes with this many rows and this storage type."""
-        return self.geometry.bytes(self.peak_token_heads, rows, storage)
-
-    def check_geometry(self, geometry: CacheGeometry) -> None:
-        """Raise PlanError unless the plan was made for a model of this geometry and schedule."""
-        mine = self.geometry
-        if (mine.layers, mine.heads) != (geometry.layers, geometry.heads):
-            raise PlanError(
-                f"the plan is for {mine.layers} layers x {mine.heads} heads, the model has {geometry.layers} x "
-                f"{geometry.heads}; solve a plan for this model"
-            )
-        if mine.schedule != geometry.schedule:
-            raise PlanError(
-                f"the plan is for the schedule {mine.schedule}, the model runs {geometry.schedule}; solve a plan for it"
-            )
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Plan) and self.to_json() == other.to_json()
-
-    def __hash__(self) -> int:
-        return hash((self.policy, self.model, self.last_read.tobytes()))
 
     # ------------------------------------------------------------------ files
 
     def to_json(self) -> dict[str, Any]:
-        out: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "policy": self.policy,
-            "settings": dict(self.settings),
-            "model": self.model,
-            "schedule": self.schedule.to_json(),
-            "layers": self.geometry.layers,
-            "heads": self.geometry.heads,
-            "head_dim": self.geometry.head_dim,
-            "sink_scales": self.sink_scales,
-            "budget": self.budget,
-            "budget_token_heads": self.budget_token_heads,
-            "peak_token_heads": self.peak_token_heads,
-        }
+        out = self._common_json()
+        out["sink_scales"] = self.sink_scales
         for name in ("value", "value_bound", "gap"):
             if getattr(self, name) is not None:
                 out[name] = getattr(self, name)
@@ -295,40 +334,22 @@ class Plan:
         """
         data = check_header(value, source, FORMAT, VERSION)
         if "capacity" in data:
-            raise FormatError(f"{source} holds 'capacity', which this release cannot run")
-        try:
-            schedule = ScaleSchedule.of(_typed(data, "schedule", list))
+            raise FormatError(f"{source} holds 'capacity': it is of a dynamic policy, read it with load_plan")
+        with named(source):
             plan = cls(
-                policy=_typed(data, "policy", str),
-                settings=_typed(data, "settings", dict),
-                model=_typed(data, "model", str),
-                geometry=CacheGeometry(
-                    layers=_typed(data, "layers", int),
-                    heads=_typed(data, "heads", int),
-                    head_dim=_typed({"head_dim": head_dim} | data, "head_dim", int),
-                    schedule=schedule,
-                ),
-                last_read=_integer_array(data.get("last_read"), "last_read"),
-                sink_scales=_typed(data, "sink_scales", int),
-                budget=_number(data, "budget"),
-                budget_token_heads=_typed(data, "budget_token_heads", int),
+                **common_fields(data, head_dim),
+                last_read=integer_array(data.get("last_read"), "last_read"),
+                sink_scales=typed(data, "sink_scales", int),
                 value=_optional_number(data, "value"),
                 value_bound=_optional_number(data, "value_bound"),
                 gap=_optional_number(data, "gap"),
-                coarse=tuple(_coarse_cells(entry, schedule) for entry in _typed({"coarse": []} | data, "coarse", list)),
+                coarse=tuple(
+                    _coarse_cells(entry, ScaleSchedule.of(data["schedule"]))
+                    for entry in typed({"coarse": []} | data, "coarse", list)
+                ),
             )
-            told_peak = _typed(data, "peak_token_heads", int)
-        except HeatKVError as error:
-            raise type(error)(f"{source}: {error}") from error
-        if told_peak != plan.peak_token_heads:
-            raise PlanError(
-                f"{source}: peak_token_heads says {told_peak}, last_read gives {plan.peak_token_heads}; the file was "
-                "changed by hand"
-            )
+            check_peak(data, plan, "last_read")
         return plan
-
-    def save(self, path: str | Path) -> None:
-        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path, head_dim: int | None = None) -> Plan:
@@ -336,9 +357,45 @@ class Plan:
         return cls.from_json(read_json(path), path, head_dim)
 
 
-def _typed(data: Mapping[str, Any], name: str, kind: Any) -> Any:
+@contextmanager
+def named(source: str | Path) -> Iterator[None]:
+    """Errors inside the block begin with the file's name."""
+    try:
+        yield
+    except HeatKVError as error:
+        raise type(error)(f"{source}: {error}") from error
+
+
+def common_fields(data: Mapping[str, Any], head_dim: int | None) -> dict[str, Any]:
+    """What every plan is made with, from a parsed plan.json; `head_dim` is for files that do not state it."""
+    return {
+        "policy": typed(data, "policy", str),
+        "settings": typed(data, "settings", dict),
+        "model": typed(data, "model", str),
+        "geometry": CacheGeometry(
+            layers=typed(data, "layers", int),
+            heads=typed(data, "heads", int),
+            head_dim=typed({"head_dim": head_dim} | data, "head_dim", int),
+            schedule=ScaleSchedule.of(typed(data, "schedule", list)),
+        ),
+        "budget": _number(data, "budget"),
+        "budget_token_heads": typed(data, "budget_token_heads", int),
+    }
+
+
+def check_peak(data: Mapping[str, Any], plan: CachePlan, name: str) -> None:
+    """Raise PlanError when the file states another peak than its array `name` has."""
+    told = typed(data, "peak_token_heads", int)
+    if told != plan.peak_token_heads:
+        raise PlanError(
+            f"peak_token_heads says {told}, {name} gives {plan.peak_token_heads}; the file was changed by hand"
+        )
+
+
+def typed(data: Mapping[str, Any], name: str, kind: Any) -> Any:
+    """The field of this name. Raises FormatError when it is missing or of another type."""
     value = data.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise FormatError(f"{name!r} is {_short(value)}, not of the kind it must be")
     return value
 
@@ -347,16 +404,16 @@ def _coarse_cells(entry: Any, schedule: ScaleSchedule) -> CoarseCells:
     """One entry of "coarse"; without "log_bias" the log of the count is the bias."""
     if not isinstance(entry, dict):
         raise FormatError(f"an entry of 'coarse' is {_short(entry)}, not an object")
-    level, last_read = _typed(entry, "level", str), _integer_array(entry.get("last_read"), "last_read of coarse")
+    level, last_read = typed(entry, "level", str), integer_array(entry.get("last_read"), "last_read of coarse")
     if last_read.shape[2] != len(schedule):
         raise PlanError(f"last_read of level {level!r} has {last_read.shape[2]} scales, the schedule {len(schedule)}")
     if entry.get("log_bias") is None:
         return CoarseCells.uncalibrated(level, last_read, schedule)
-    return CoarseCells(level, last_read, _float_array(_typed(entry, "log_bias", list), "log_bias"))
+    return CoarseCells(level, last_read, _float_array(typed(entry, "log_bias", list), "log_bias"))
 
 
 def _number(data: Mapping[str, Any], name: str) -> float:
-    value = _typed(data, name, (int, float))
+    value = typed(data, name, (int, float))
     try:
         number = float(value)
     except OverflowError:
@@ -370,7 +427,7 @@ def _optional_number(data: Mapping[str, Any], name: str) -> float | None:
     return None if data.get(name) is None else _number(data, name)
 
 
-def _integer_array(value: Any, name: str) -> IntArray:
+def integer_array(value: Any, name: str) -> IntArray:
     """Nested lists of whole numbers to an array; floats, booleans and ragged lists are refused."""
     try:
         array = np.array(value)

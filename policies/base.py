@@ -5,7 +5,7 @@ entry point in the group `heatkv.policies`) with a dataclass like
 
     @register
     @dataclass(frozen=True)
-    class KeepNothing(EvictionPolicy):
+    class KeepNothing(StaticPolicy):
         '''Only the sink scales are cached.'''
 
         name: ClassVar[str] = "keep-nothing"
@@ -13,7 +13,8 @@ entry point in the group `heatkv.policies`) with a dataclass like
         def last_read(self, problem: PlanningProblem) -> IntArray:
             return self.never_cached(problem)
 
-and it is listed, profiled, tested and documented by that alone.
+and it is listed, profiled, tested and documented by that alone. Policies that choose tokens while images are drawn
+are in `policies/dynamic.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
-from heatkv.plan import CoarseCells, Plan
+from heatkv.plan import CachePlan, CoarseCells, Plan
 from heatkv.registry import find_policy
 from heatkv.statistics import HeadRankings, Statistics
 
@@ -77,13 +78,10 @@ class PlanningProblem:
 
 @dataclass(frozen=True)
 class EvictionPolicy(ABC):
-    """A static policy: it decides before the first image which cell lives until when.
-
-    `sink_scales` is how many of the first scales are never dropped (HeatKV's paper: 3).
-    """
+    """What every policy is: a frozen dataclass with a name that turns a problem into a plan."""
 
     name: ClassVar[str]
-    kind: ClassVar[Literal["static"]] = "static"
+    kind: ClassVar[Literal["static", "dynamic"]]
     needs: ClassVar[str] = "nothing"
     """What it plans from, for the table of policies: nothing, or statistics or rankings."""
     source: ClassVar[str] = ""
@@ -91,12 +89,42 @@ class EvictionPolicy(ABC):
     random: ClassVar[bool] = False
     """True when the plan depends on the seed, so that a comparison must average several draws."""
 
-    sink_scales: int = 3
-
     @property
     def level_cost(self) -> str | None:
         """The kind of level costs that the statistics must have for it, if any."""
         return None
+
+    @abstractmethod
+    def plan(self, problem: PlanningProblem) -> CachePlan:
+        """A validated plan within the budget. Raises BudgetError, PolicyError or PlanError."""
+
+    def check(self, problem: PlanningProblem) -> None:  # noqa: B027 - most have nothing to refuse
+        """Raise when the budget or an option cannot be, before anything is measured for it."""
+
+    def settings(self, problem: PlanningProblem) -> dict[str, Any]:
+        """Everything that decided the plan beside geometry and budget."""
+        settings = dataclasses.asdict(self)
+        settings["budget"] = str(problem.budget)
+        if self.random:
+            settings["seed"] = problem.seed
+        return settings
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the docstring."""
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+@dataclass(frozen=True)
+class StaticPolicy(EvictionPolicy):
+    """A policy that decides before the first image which cell lives until when.
+
+    `sink_scales` is how many of the first scales are never dropped (HeatKV's paper: 3).
+    """
+
+    kind: ClassVar[Literal["static", "dynamic"]] = "static"
+
+    sink_scales: int = 3
 
     @abstractmethod
     def last_read(self, problem: PlanningProblem) -> IntArray:
@@ -134,14 +162,6 @@ class EvictionPolicy(ABC):
             **certificate,
         )
 
-    def settings(self, problem: PlanningProblem) -> dict[str, Any]:
-        """Everything that decided the plan beside geometry and budget."""
-        settings = dataclasses.asdict(self)
-        settings["budget"] = str(problem.budget)
-        if self.random:
-            settings["seed"] = problem.seed
-        return settings
-
     def check(self, problem: PlanningProblem) -> None:
         """Raise when the sinks alone exceed the budget, or their number does not fit the schedule."""
         schedule = problem.geometry.schedule
@@ -173,11 +193,6 @@ class EvictionPolicy(ABC):
         last_read = np.broadcast_to(np.arange(scales), (geometry.layers, geometry.heads, scales)).copy()
         last_read[:, :, : self.sink_scales] = scales - 1
         return last_read
-
-    @classmethod
-    def summary(cls) -> str:
-        """The first line of the docstring."""
-        return (cls.__doc__ or "").strip().split("\n")[0]
 
 
 def make_policy(name: str, **options: Any) -> EvictionPolicy:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from heatkv.allocation import fit_checkpoints
 from heatkv.errors import PolicyError
-from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
 from heatkv.statistics import HeadRankings
 
@@ -56,7 +56,7 @@ def drop_by_rank(problem: PlanningProblem, sink_scales: int, rankings: HeadRanki
 
 @register
 @dataclass(frozen=True)
-class HeatKV(EvictionPolicy):
+class HeatKV(StaticPolicy):
     """Drops, for every source scale alike, as many heads as needed: those that look back at it least.
 
     Rankings are ascending in S-CAS, the attention mass a head puts on the scale; ties by head, then layer.
@@ -81,7 +81,7 @@ class HeatKV(EvictionPolicy):
 
 @register
 @dataclass(frozen=True)
-class Random(EvictionPolicy):
+class Random(StaticPolicy):
     """The control: HeatKV's rule with a random ranking per source scale, to fill the budget in the same shape."""
 
     name: ClassVar[str] = "random"

@@ -15,7 +15,7 @@ from heatkv.level_allocation import LevelAllocation, allocate_levels
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import FULL, LEVELS
 from heatkv.plan import CoarseCells, Plan
-from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import drop_by_rank
 from heatkv.registry import register
 from heatkv.statistics import HeadRankings, Statistics
@@ -24,7 +24,7 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class SolvedPolicy(EvictionPolicy):
+class SolvedPolicy(StaticPolicy):
     """What policies share that solve a program for the budget.
 
     With `ranks`, the heads of a layer are split over so many devices, in order, and each stays within its equal part of

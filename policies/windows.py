@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from heatkv.allocation import fit_checkpoints
 from heatkv.errors import BudgetError
-from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
 
 IntArray = NDArray[np.int64]
 
 
-def recent_scales(policy: EvictionPolicy, problem: PlanningProblem) -> IntArray:
+def recent_scales(policy: StaticPolicy, problem: PlanningProblem) -> IntArray:
     """`last_read` that keeps the sinks and, for every target, the most recent scales that fill the budget.
 
     Complete scales from the newest backwards while they fit in every head, then as many heads of the next one as still
@@ -43,7 +43,7 @@ def recent_scales(policy: EvictionPolicy, problem: PlanningProblem) -> IntArray:
 
 @register
 @dataclass(frozen=True)
-class Full(EvictionPolicy):
+class Full(StaticPolicy):
     """Keeps everything to the end: the reference that every policy is measured against."""
 
     name: ClassVar[str] = "full"
@@ -64,7 +64,7 @@ class Full(EvictionPolicy):
 
 @register
 @dataclass(frozen=True)
-class SlidingWindow(EvictionPolicy):
+class SlidingWindow(StaticPolicy):
     """Keeps the most recent scales, in whole cells, as many as fill the budget; no sinks."""
 
     name: ClassVar[str] = "sliding-window"
@@ -78,7 +78,7 @@ class SlidingWindow(EvictionPolicy):
 
 @register
 @dataclass(frozen=True)
-class Streaming(EvictionPolicy):
+class Streaming(StaticPolicy):
     """Keeps the sink scales and the most recent scales, in whole cells, as many as fill the budget."""
 
     name: ClassVar[str] = "streaming"

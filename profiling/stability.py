@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from heatkv.allocation import read_value
 from heatkv.calibration import rank_correlation
-from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.policies.lp import HeatKVLP
 from heatkv.statistics import Statistics, mean_over_targets
 
@@ -98,7 +98,7 @@ def _doubled(count: int) -> bool:
 
 
 def compare_halves(
-    one: Statistics, other: Statistics, policies: Sequence[EvictionPolicy], problems: Sequence[PlanningProblem]
+    one: Statistics, other: Statistics, policies: Sequence[StaticPolicy], problems: Sequence[PlanningProblem]
 ) -> Agreement:
     """What two sets of as many samples agree on: rankings, and the plans of every policy for every problem."""
     error = None
@@ -115,7 +115,7 @@ def compare_halves(
     return Agreement(one.count, rank_correlation(one.scas, other.scas), error, tuple(plans))
 
 
-def _values(policy: EvictionPolicy, one: Statistics, other: Statistics) -> tuple[str, FloatArray, FloatArray]:
+def _values(policy: StaticPolicy, one: Statistics, other: Statistics) -> tuple[str, FloatArray, FloatArray]:
     """What the policy plans by, and that of every cell for every target on either half."""
     if isinstance(policy, HeatKVLP):
         measure = "mass of all rows" if policy.value == "mass" else "drop error"

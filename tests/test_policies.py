@@ -33,7 +33,7 @@ from heatkv import registry
 from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.plan import Plan
-from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import HeatKV, Random
 from heatkv.policies.windows import Full, SlidingWindow, Streaming
 from heatkv.schedule import ScaleSchedule
@@ -419,7 +419,7 @@ def test_streaming_without_sinks_is_the_sliding_window(geometry: CacheGeometry, 
 
 
 @dataclass(frozen=True)
-class KeepNothing(EvictionPolicy):
+class KeepNothing(StaticPolicy):
     """Only the sink scales are cached."""
 
     name: ClassVar[str] = "keep-nothing"
@@ -530,7 +530,7 @@ def test_a_class_that_is_no_policy_is_not_registered() -> None:
 
 def test_a_policy_that_fails_is_named() -> None:
     @dataclass(frozen=True)
-    class Boom(EvictionPolicy):
+    class Boom(StaticPolicy):
         name: ClassVar[str] = "boom"
 
         def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:

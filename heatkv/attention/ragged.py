@@ -58,18 +58,12 @@ def ragged_attention(
 ) -> Tensor:
     """softmax(q [held, k]^T + bias) [held, v] per head, over the held tokens and the whole current scale; scale 1."""
     out_RHND = torch.empty_like(q_RHND) if len(groups) > 1 else None
-    rows, _, tokens, dim = q_RHND.shape
+    tokens = q_RHND.shape[2]
     for group in groups:
-        q, k, v = q_RHND, k_RHND, v_RHND
-        if not group.all_heads:
-            q, k, v = (x.index_select(1, group.heads) for x in (q, k, v))
-        count, held = group.slots_GM.shape
+        q, k, v = with_held(group, q_RHND, k_RHND, v_RHND, arena_2RPD)
         mask = None
-        if held:
-            past = arena_2RPD.index_select(2, group.slots_GM.flatten()).view(2, rows, count, held, dim)
-            k, v = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
-            if group.bias_GM is not None:
-                mask = F.pad(group.bias_GM, (0, tokens))[None, :, None].to(q.dtype).expand(rows, -1, tokens, -1)
+        if group.bias_GM is not None:
+            mask = F.pad(group.bias_GM, (0, tokens))[None, :, None].to(q.dtype).expand(len(q), -1, tokens, -1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         if out_RHND is None:
             return out
@@ -77,3 +71,17 @@ def ragged_attention(
     if out_RHND is None:
         raise ValueError("attention over no head")
     return out_RHND
+
+
+def with_held(
+    group: HeadGroup, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, arena_2RPD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The queries of a group's heads, and their keys and values with what they hold in front."""
+    q, k, v = q_RHND, k_RHND, v_RHND
+    if not group.all_heads:
+        q, k, v = (x.index_select(1, group.heads) for x in (q, k, v))
+    count, held = group.slots_GM.shape
+    if held:
+        past = arena_2RPD.index_select(2, group.slots_GM.flatten()).view(2, len(q), count, held, q.shape[3])
+        k, v = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
+    return q, k, v

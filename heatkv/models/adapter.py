@@ -18,12 +18,14 @@ Watch = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class BlockView:
-    """One transformer block: the module, its attention's output projection, and where its gate comes from.
+    """One transformer block: the module, its attention with the output projection, and where its gate comes from.
 
-    `gate` finds the AdaLN factor on the attention branch, (R, 1, C), among the arguments of the block's forward.
+    `attention` has `mat_qkv`, whose first rows make the queries, and in this package's models `qkv(input, ...)`. `gate`
+    finds the AdaLN factor on the attention branch, (R, 1, C), among the arguments of the block's forward.
     """
 
     block: nn.Module
+    attention: Any
     projection: nn.Linear
     gate: Callable[[Sequence[Any]], Tensor]
 
@@ -39,6 +41,27 @@ class ModelAdapter:
         """W_o of every head, (H, C, D): head h adds gate * (W_o[h] @ its output) to the residual stream."""
         weight: Tensor = self.blocks[layer].projection.weight.detach().unflatten(1, (self.heads, -1))
         return weight.permute(1, 0, 2)
+
+    def query_weight(self, layer: int) -> Tensor:
+        """W_q of every head, (H, D, C); queries are made from it without bias, norm and rotation yet."""
+        weight: Tensor = self.blocks[layer].attention.mat_qkv.weight.detach()
+        return weight[: len(weight) // 3].unflatten(0, (self.heads, -1))
+
+    @contextmanager
+    def telling_inputs(self, see_input: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Inside the block, `see_input` is called with every layer and its attention's input, (R, N, C), before it
+        runs."""
+        with ExitStack() as undo:
+            for layer, view in enumerate(self.blocks):
+                make = view.attention.qkv
+
+                def told(u_RNC: Tensor, *more: Any, layer: int = layer, make: Any = make) -> Any:
+                    see_input(layer, u_RNC)
+                    return make(u_RNC, *more)
+
+                view.attention.qkv = told
+                undo.callback(delattr, view.attention, "qkv")  # the method of the class shows again
+            yield
 
     @contextmanager
     def watching(self, watch: Watch) -> Iterator[None]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heatkv.attention.rotary import rotate, rotation_of
-from heatkv.cache import KVCache
+from heatkv.cache import ArenaCache
 from heatkv.calibration import MeasuringCache, ObservingCache, add_sums
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
@@ -144,7 +144,7 @@ def _adapter(found: Sequence[tuple[str, Any]], blocks: Sequence[tuple[str, Any]]
     """The view of the blocks, None when one of them does not show its gate or its projection."""
     gates = [_gate_of(where, block) for where, block in blocks]
     views = [
-        BlockView(block, module.proj, gate)
+        BlockView(block, module, module.proj, gate)
         for (_, block), (_, module), gate in zip(blocks, found, gates, strict=True)
         if gate is not None and isinstance(module.proj, nn.Linear) and isinstance(block, nn.Module)
     ]
@@ -317,14 +317,14 @@ class Attached:
         self._choices = LevelChoices(plan.schedule)
         self._seed, self._first_sample = seed, first_sample
         self._fingerprint = _attention_fingerprint(found) if measure else ""
-        self._cache: KVCache | None = None
+        self._cache: ArenaCache | None = None
         self._undo: ExitStack | None = None
         self._measured_images = 0
         self._sums: dict[str, FloatArray] = {}
         self._begin()
 
     @property
-    def cache(self) -> KVCache:
+    def cache(self) -> ArenaCache:
         """The cache of the latest images. Raises ModelError before the first ones."""
         if self._cache is None:
             raise ModelError("there is no cache before the model has drawn its first scale; draw an image first")
@@ -454,7 +454,7 @@ class Attached:
         schedule, head_dim = self.plan.schedule, self.plan.geometry.head_dim
         return tuple(rotation_angles(schedule, scale, head_dim) for scale in range(len(schedule)))
 
-    def _finish(self, cache: KVCache) -> None:
+    def _finish(self, cache: ArenaCache) -> None:
         if isinstance(cache, ObservingCache):  # an image that was broken off is not counted
             self._measured_images += cache.images
             self._sums = add_sums(self._sums, cache.sums())

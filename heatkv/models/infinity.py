@@ -269,7 +269,7 @@ class Infinity(nn.Module):
         """The view of the blocks for calibration and policies."""
         return ModelAdapter(
             tuple(
-                BlockView(block, block.sa.proj, lambda given: given[1].modulations[given[2]][:, 0])
+                BlockView(block, block.sa, block.sa.proj, lambda given: given[1].modulations[given[2]][:, 0])
                 for block in self.layers()
             ),
             self.config.heads,

@@ -213,7 +213,9 @@ class VAR(nn.Module):
     def adapter(self) -> ModelAdapter:
         """The view of the blocks for calibration and policies."""
         return ModelAdapter(
-            tuple(BlockView(block, block.attn.proj, lambda given: given[1][:, 0]) for block in self.layers()),
+            tuple(
+                BlockView(block, block.attn, block.attn.proj, lambda given: given[1][:, 0]) for block in self.layers()
+            ),
             self.config.heads,
         )
 

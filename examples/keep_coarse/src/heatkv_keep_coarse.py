@@ -8,13 +8,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
 
 
 @register
 @dataclass(frozen=True)
-class KeepCoarse(EvictionPolicy):
+class KeepCoarse(StaticPolicy):
     """Keeps the coarsest scales that fit in the budget in every head, from the first image token to the last."""
 
     name: ClassVar[str] = "keep-coarse"

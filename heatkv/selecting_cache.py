@@ -1,0 +1,309 @@
+"""The cache of a dynamic policy: every head keeps the tokens that score highest, as many as its plan says.
+
+Which tokens they are is each row's own affair; how many, and in which slots of the one arena, is fixed beforehand.
+Shapes: R rows, H heads of a group, N tokens of the running scale, C candidates (held, then new), D head size, M tokens
+that are kept, P arena slots, X carried numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heatkv.arena import CapacityLayout
+from heatkv.attention.ragged import HeadGroup, with_held
+from heatkv.cache import ArenaCache, KVCache
+from heatkv.capacities import CapacityPlan
+from heatkv.errors import PlanError, PolicyError
+from heatkv.plan import CachePlan, Plan
+from heatkv.policies.base import make_policy
+from heatkv.policies.dynamic import Candidates, DynamicPolicy
+
+Correct = Callable[[int, int, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SelectingStep:
+    """Heads of a layer that hold, and are to keep, equally many tokens: where they are, and where they go, (H, M)."""
+
+    group: HeadGroup
+    heads: tuple[int, ...]
+    kept_slots_HM: Tensor
+
+
+class SelectingCache(ArenaCache):
+    """Keys and values of the tokens that a dynamic policy scores highest, for `rows` rows of images drawn together.
+
+    `query_weight(layer)` gives W_q of every head, (H, D, W), for policies that want it. Raises PolicyError when the
+    policy's scores are not of the candidates' shape or not numbers.
+    """
+
+    def __init__(
+        self,
+        plan: CapacityPlan,
+        policy: DynamicPolicy,
+        rows: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        correct: Correct | None = None,
+        query_weight: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        if (plan.shared and not policy.shared) or plan.carried not in (0, policy.carried):
+            raise PlanError(f"the plan was not made by policy {policy.name!r}; solve one with it")
+        self.plan, self.policy = plan, policy
+        self._query_weight = query_weight
+        self.layout = CapacityLayout.of(plan)
+        super().__init__(plan, self.layout.slots, rows, dtype, device, correct)
+        on = self.arena_2RPD.device
+        self._carried_RPX = torch.empty((rows, self.layout.slots, plan.carried), device=on) if plan.carried else None
+        heads = plan.geometry.heads if plan.shared else 0
+        self._counts_LRH = torch.zeros((plan.geometry.layers, rows, heads), dtype=torch.int32, device=on)
+        self._steps = [] if plan.shared else self._prepare()
+        self.reset()
+
+    @property
+    def allocated_bytes(self) -> int:
+        held = [self._counts_LRH] if self._carried_RPX is None else [self._counts_LRH, self._carried_RPX]
+        return super().allocated_bytes + sum(x.untyped_storage().nbytes() for x in held)
+
+    @property
+    def wants_input(self) -> bool:
+        """Whether the model must call `see_input` before every `attend`."""
+        return self.policy.wants_input and not self.plan.had_no_effect()
+
+    def reset(self) -> None:
+        super().reset()
+        self._input_RNW: Tensor | None = None
+        self._counts_LRH.zero_()
+
+    def see_input(self, layer: int, attention_input_RNW: Tensor) -> None:
+        """What the next layer's queries, keys and values are made from."""
+        del layer
+        self._input_RNW = attention_input_RNW
+
+    def _next_slots(self, target: int, layer: int) -> Sequence[np.ndarray]:
+        """Where what is kept for the next target goes."""
+        places = self.layout.places
+        return (
+            places[target + 1][layer] if target + 1 < len(places) else [np.zeros(0, dtype=np.int64)] * len(places[0][0])
+        )
+
+    def _prepare(self) -> list[list[tuple[SelectingStep, ...]]]:
+        """The steps of every target and layer."""
+        device = self.arena_2RPD.device
+        steps = []
+        for target, of_layers in enumerate(self.layout.places):
+            row = []
+            for layer, of_heads in enumerate(of_layers):
+                then = self._next_slots(target, layer)
+                alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+                for head, slots in enumerate(of_heads):
+                    alike[len(slots), len(then[head])].append(head)
+                row.append(
+                    tuple(
+                        SelectingStep(
+                            HeadGroup(
+                                torch.tensor(heads, device=device),
+                                torch.from_numpy(np.stack([of_heads[head] for head in heads])).to(device),
+                                len(heads) == len(of_heads),
+                            ),
+                            tuple(heads),
+                            torch.from_numpy(np.stack([then[head] for head in heads])).to(device),
+                        )
+                        for heads in alike.values()
+                    )
+                )
+            steps.append(row)
+        return steps
+
+    def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
+        if self.plan.shared:
+            return self._run_shared(layer, q_RHND, k_RHND, v_RHND)
+        steps = self._steps[self._target][layer]
+        out_RHND = torch.empty_like(q_RHND) if len(steps) > 1 else None
+        writes = []
+        for step in steps:
+            q, k, v = with_held(step.group, q_RHND, k_RHND, v_RHND, self.arena_2RPD)
+            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+            if step.kept_slots_HM.shape[1]:
+                writes.append(self._chosen(layer, step, q, k, v))
+            if out_RHND is None:
+                out_RHND = out
+            else:
+                out_RHND.index_copy_(1, step.group.heads, out)
+        assert out_RHND is not None
+        out_RHND = self._corrected(layer, q_RHND, out_RHND)
+        for slots, k, v, carried in writes:  # after all are chosen: heads may take over each other's slots
+            self._write(slots, k, v)
+            if carried is not None and self._carried_RPX is not None:
+                self._carried_RPX.index_copy_(1, slots, carried)
+        return out_RHND
+
+    def _chosen(
+        self, layer: int, step: SelectingStep, q_RHND: Tensor, k_RHCD: Tensor, v_RHCD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Slots, keys, values and carried numbers to write, (P,), (R, P, D) twice, (R, P, X)."""
+        held, kept = step.group.slots_GM.shape[1], step.kept_slots_HM.shape[1]
+        carried = None
+        if self._carried_RPX is not None:
+            past = self._carried_RPX.index_select(1, step.group.slots_GM.flatten())
+            carried = F.pad(past.unflatten(1, (len(step.heads), held)), (0, 0, 0, q_RHND.shape[2]))
+        if kept == k_RHCD.shape[2]:
+            # all stay, and what is held stays where it is
+            if carried is None:
+                k, v = k_RHCD[:, :, held:], v_RHCD[:, :, held:]
+                return step.kept_slots_HM[:, held:].flatten(), k.flatten(1, 2), v.flatten(1, 2), None
+            carried = self._carry(self._seen(layer, step.heads, kept, held, q_RHND, k_RHCD, v_RHCD, None, carried))
+            return step.kept_slots_HM.flatten(), k_RHCD.flatten(1, 2), v_RHCD.flatten(1, 2), carried.flatten(1, 2)
+        seen = self._seen(layer, step.heads, kept, held, q_RHND, k_RHCD, v_RHCD, None, carried)
+        if carried is not None:
+            seen = dataclasses.replace(seen, carried_RHCX=self._carry(seen))
+        best_RHM = self._scores(seen).topk(kept, dim=-1, sorted=False).indices.sort(dim=-1).values
+        parts = [k_RHCD, v_RHCD, *([] if seen.carried_RHCX is None else [seen.carried_RHCX])]
+        k, v, *more = (x.gather(2, best_RHM[..., None].expand(-1, -1, -1, x.shape[3])).flatten(1, 2) for x in parts)
+        return step.kept_slots_HM.flatten(), k, v, more[0] if more else None
+
+    def _seen(
+        self,
+        layer: int,
+        heads: tuple[int, ...],
+        capacity: int,
+        held: int,
+        q_RHND: Tensor,
+        k_RHCD: Tensor,
+        v_RHCD: Tensor,
+        valid_RHC: Tensor | None,
+        carried_RHCX: Tensor | None,
+    ) -> Candidates:
+        weight = None
+        if self.policy.wants_input:
+            if self._input_RNW is None:
+                raise PlanError("the attention's input was not told; call see_input() before every attend()")
+            assert self._query_weight is not None
+            weight = self._query_weight(layer)[list(heads)]
+        return Candidates(
+            layer=layer, target=self._target, heads=heads, schedule=self.geometry.schedule, capacity=capacity,
+            held=held, q_RHND=q_RHND, k_RHCD=k_RHCD, v_RHCD=v_RHCD, valid_RHC=valid_RHC, carried_RHCX=carried_RHCX,
+            attention_input_RNW=self._input_RNW, query_weight_HDW=weight,
+        )  # fmt: skip
+
+    def _scores(self, seen: Candidates) -> Tensor:
+        scores = self._guarded("score", self.policy.score, seen)
+        if scores.shape != seen.k_RHCD.shape[:3]:
+            raise PolicyError(
+                f"policy {self.policy.name!r} scored {tuple(scores.shape)}; (rows, heads, candidates) are "
+                f"{tuple(seen.k_RHCD.shape[:3])}"
+            )
+        if scores.device.type == "cpu" and scores.isnan().any():  # elsewhere looking would wait for the device
+            raise PolicyError(f"policy {self.policy.name!r} gave scores that are not numbers")
+        return scores if seen.valid_RHC is None else scores.masked_fill(~seen.valid_RHC, -torch.inf)
+
+    def _carry(self, seen: Candidates) -> Tensor:
+        carried = self._guarded("carry", self.policy.carry, seen)
+        wanted = (*seen.k_RHCD.shape[:3], self.plan.carried)
+        if carried.shape != wanted:
+            raise PolicyError(f"policy {self.policy.name!r} carries {tuple(carried.shape)}; it must be {wanted}")
+        return carried
+
+    def _guarded(self, name: str, method: Callable[[Candidates], Tensor], seen: Candidates) -> Tensor:
+        try:
+            return method(seen)
+        except Exception as error:  # a third party's policy may fail in any way
+            raise PolicyError(
+                f"{name} of policy {self.policy.name!r} failed in layer {seen.layer} of scale {seen.target}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    # ------------------------------------------------------------------ heads that share
+
+    def _run_shared(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
+        """As `_run`, where every row gives every head of the layer its own number of places.
+
+        What is held lies head by head; it is read into places of equal length, whose first ones may hold nothing.
+        """
+        (places,), (then,) = self.layout.places[self._target][layer], self._next_slots(self._target, layer)
+        _, heads, tokens, dim = q_RHND.shape
+        counts_RH = self._counts_LRH[layer].long()
+        widest = min(self.geometry.schedule.offsets[self._target], len(places))
+        valid_RHC, slots_RHM = None, None
+        k, v = k_RHND, v_RHND
+        if widest:
+            ends_RH1 = counts_RH.cumsum(dim=1)[..., None]
+            at_RHM = ends_RH1 - widest + torch.arange(widest, device=q_RHND.device)
+            held_RHM = at_RHM >= ends_RH1 - counts_RH[..., None]
+            slots_RHM = torch.from_numpy(places).to(q_RHND.device)[at_RHM.clamp(min=0)]
+            where = slots_RHM.flatten(1)[..., None].expand(-1, -1, dim)
+            past_k, past_v = (store.gather(1, where).unflatten(1, (heads, widest)) for store in self.arena_2RPD)
+            k, v = torch.cat([past_k.to(k.dtype), k], dim=2), torch.cat([past_v.to(v.dtype), v], dim=2)
+            valid_RHC = F.pad(held_RHM, (0, tokens), value=True)
+        mask = None if valid_RHC is None else valid_RHC[:, :, None].expand(-1, -1, tokens, -1)
+        out_RHND = F.scaled_dot_product_attention(q_RHND, k, v, attn_mask=mask, scale=1.0)
+        out_RHND = self._corrected(layer, q_RHND, out_RHND)
+        if len(then):
+            self._keep_shared(
+                layer, torch.from_numpy(then).to(q_RHND.device), widest, slots_RHM, q_RHND, k, v, valid_RHC
+            )
+        return out_RHND
+
+    def _keep_shared(
+        self,
+        layer: int,
+        then_P: Tensor,
+        held: int,
+        slots_RHM: Tensor | None,
+        q_RHND: Tensor,
+        k_RHCD: Tensor,
+        v_RHCD: Tensor,
+        valid_RHC: Tensor | None,
+    ) -> None:
+        rows, heads, _, _ = k_RHCD.shape
+        carried = None
+        if self._carried_RPX is not None:
+            carried = k_RHCD.new_zeros((rows, heads, k_RHCD.shape[2], self.plan.carried), dtype=torch.float32)
+            if slots_RHM is not None:
+                where = slots_RHM.flatten(1)[..., None].expand(-1, -1, self.plan.carried)
+                carried[:, :, :held] = self._carried_RPX.gather(1, where).unflatten(1, (heads, held))
+        mean = len(then_P) // heads
+        seen = self._seen(layer, tuple(range(heads)), mean, held, q_RHND, k_RHCD, v_RHCD, valid_RHC, carried)
+        if carried is not None:
+            seen = dataclasses.replace(seen, carried_RHCX=self._carry(seen))
+        best = self._scores(seen).flatten(1).topk(len(then_P), dim=-1, sorted=False).indices.sort(dim=-1).values
+        parts = [k_RHCD, v_RHCD, *([] if seen.carried_RHCX is None else [seen.carried_RHCX])]
+        chosen = [x.flatten(1, 2).gather(1, best[..., None].expand(-1, -1, x.shape[3])) for x in parts]
+        self._write(then_P, chosen[0], chosen[1])
+        if self._carried_RPX is not None:
+            self._carried_RPX.index_copy_(1, then_P, chosen[2])
+        of_head = torch.div(best, k_RHCD.shape[2], rounding_mode="floor")
+        self._counts_LRH[layer] = F.one_hot(of_head, heads).sum(dim=1).to(torch.int32)
+
+
+def open_cache(
+    plan: CachePlan,
+    rows: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    key_angles: Sequence[Tensor] | None = None,
+    correct: Correct | None = None,
+    query_weight: Callable[[int], Tensor] | None = None,
+) -> KVCache | SelectingCache:
+    """The cache that a plan describes. Raises PolicyError when the policy of a dynamic plan is not known here."""
+    if isinstance(plan, CapacityPlan):
+        return SelectingCache(plan, policy_of(plan), rows, dtype, device, correct, query_weight)
+    assert isinstance(plan, Plan)
+    return KVCache(plan, rows, dtype, device, key_angles, correct)
+
+
+def policy_of(plan: CapacityPlan) -> DynamicPolicy:
+    """The policy that a dynamic plan was made by, with its settings. Raises PolicyError."""
+    policy = make_policy(plan.policy)
+    if not isinstance(policy, DynamicPolicy):
+        raise PolicyError(f"the plan has capacities, but policy {plan.policy!r} is no dynamic one")
+    names = {field.name for field in dataclasses.fields(policy) if field.init}
+    return dataclasses.replace(policy, **{name: value for name, value in plan.settings.items() if name in names})

@@ -1,0 +1,109 @@
+"""Policies that keep the tokens which the most recent queries attend to: SnapKV, and PyramidKV over the layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from heatkv.capacities import available_tokens
+from heatkv.errors import PolicyError
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.dynamic import Candidates, DynamicPolicy
+from heatkv.registry import register
+
+IntArray = NDArray[np.int64]
+
+
+@register
+@dataclass(frozen=True)
+class SnapKV(DynamicPolicy):
+    """The tokens that the last queries of a scale attend to most, averaged over neighbours, and those queries' own.
+
+    Published for language models: `window` 64 (papers also 16 and 32), average pooling of width `kernel` 5 along the
+    sequence, padding counted; the window's own tokens are kept. Queries of one scale see each other, so there is no
+    causal mask in the window (chosen); it is the last tokens of the running scale, as many as it has (chosen), and of
+    them the last ones where not all may be kept.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    source: ClassVar[str] = "SnapKV (Li et al. 2024)"
+
+    window: int = 64
+    kernel: int = 5
+
+    def check(self, problem: PlanningProblem) -> None:
+        super().check(problem)
+        if not isinstance(self.window, int) or self.window < 1:
+            raise PolicyError(f"window={self.window!r} must be a whole number of queries, at least 1")
+        if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
+            raise PolicyError(f"kernel={self.kernel!r} must be an odd whole number")
+
+    def score(self, seen: Candidates) -> Tensor:
+        window = min(self.window, seen.new)
+        received = seen.received(slice(seen.new - window, None))
+        before = seen.count - window
+        score = received.new_full(received.shape, math.inf)
+        score[..., :before] = F.avg_pool1d(received[..., :before].flatten(0, 1), self.kernel, 1, self.kernel // 2).view(
+            *received.shape[:2], before
+        )
+        if window > seen.capacity:
+            score[..., : seen.count - seen.capacity] = 0
+        return score
+
+
+@register
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV with more tokens in early layers: capacities fall linearly with depth, by a factor of `beta` at most.
+
+    Published for language models: beta 20, and SnapKV's numbers. With m tokens on average, w the window and T tokens
+    there are: lo = (m - w) / beta, hi = 2 (m - w) - lo, or where hi > T - w, hi = T - w, lo = 2 (m - w) - hi; layer l
+    keeps w + hi - l (hi - lo) / (L - 1). Rounded so that the mean is exactly m (chosen).
+    """
+
+    name: ClassVar[str] = "pyramidkv"
+    source: ClassVar[str] = "PyramidKV (Cai et al. 2024)"
+
+    beta: float = 20.0
+
+    def check(self, problem: PlanningProblem) -> None:
+        super().check(problem)
+        if not self.beta >= 1:
+            raise PolicyError(f"beta={self.beta!r} must be at least 1")
+
+    def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
+        geometry = problem.geometry
+        available = available_tokens(geometry)
+        tokens = (0, *geometry.schedule.tokens)
+        of_layers = np.stack(
+            [
+                self._of_layers(geometry.layers, mean, int(t), min(self.window, n))
+                for t, n in zip(available, tokens, strict=False)
+            ],
+            axis=1,
+        )
+        # what a layer has dropped for one target it lacks for the next
+        for target in range(1, len(available)):
+            of_layers[:, target] = np.minimum(of_layers[:, target], of_layers[:, target - 1] + tokens[target])
+        return np.broadcast_to(of_layers[:, None], (geometry.layers, geometry.heads, len(available))).copy()
+
+    def _of_layers(self, layers: int, mean: int, available: int, window: int) -> IntArray:
+        if available <= mean or layers == 1:
+            return np.full(layers, min(mean, available), dtype=np.int64)
+        window = min(window, mean)
+        low = (mean - window) / self.beta
+        high = 2 * (mean - window) - low
+        if high > available - window:
+            high = available - window
+            low = 2 * (mean - window) - high
+        exact = window + high - np.arange(layers) * (high - low) / (layers - 1)
+        whole = np.floor(exact + 1e-9).astype(np.int64)
+        for layer in np.argsort(whole - exact, kind="stable")[: mean * layers - int(whole.sum())]:
+            whole[layer] += 1
+        return np.clip(whole, 0, available)
