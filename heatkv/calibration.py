@@ -258,7 +258,9 @@ def calibrate(
         count = min(batch, first_sample + samples - start)
         labels = model.labels(count, start)
         rows = count * settings.rows_per_image
-        cache = MeasuringCache(model.plan(), rows, count, model.compute_dtype, model.device, output_weights=weights)
+        cache = MeasuringCache(
+            model.full_plan(), rows, count, model.compute_dtype, model.device, output_weights=weights
+        )
         sampler = CommonRandomSampler(seed, range(start, start + count), settings)
         with adapter.watching(cache.see):
             run_scales(model, labels, cache, sampler, settings, decode=False)

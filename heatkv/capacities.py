@@ -90,7 +90,7 @@ class CapacityPlan(CachePlan):
         self.check_budget()
 
     @cached_property
-    def held(self) -> IntArray:  # type: ignore[override]
+    def held(self) -> IntArray:
         return self.capacity
 
     def had_no_effect(self) -> bool:

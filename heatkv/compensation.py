@@ -18,7 +18,7 @@ from torch import Tensor
 from heatkv.cache import KVCache, LayerStep
 from heatkv.errors import PolicyError
 from heatkv.models.base import ImageModel
-from heatkv.plan import Plan
+from heatkv.plan import CachePlan, Plan
 from heatkv.sampling import CommonRandomSampler, Settings
 
 KINDS = ("constant", "linear")
@@ -134,7 +134,7 @@ def fit_compensation(
         raise PolicyError(f"compensation={kind!r} is unknown; known: {', '.join(KINDS)}")
     settings = settings if settings is not None else model.sampling
     labels, rows = model.labels(samples), samples * settings.rows_per_image
-    full = _Recording(model.plan(), rows, model.compute_dtype, model.device, model.key_angles)
+    full = _Recording(model.full_plan(), rows, model.compute_dtype, model.device, model.key_angles)
     fitting = _Fitting(kind, plan, rows, model.compute_dtype, model.device, model.key_angles)
     sampler = CommonRandomSampler(seed, range(samples), settings)
     with torch.inference_mode():
@@ -151,10 +151,10 @@ def fit_compensation(
 
 
 def compensation_of(
-    model: ImageModel[Any], plan: Plan, *, seed: int = 0, settings: Settings | None = None
+    model: ImageModel[Any], plan: CachePlan, *, seed: int = 0, settings: Settings | None = None
 ) -> Compensation | None:
     """The corrections that the plan's settings ask for, fitted now; None for a plan without."""
     kind = plan.settings.get("compensation")
-    if kind in (None, "none"):
+    if kind in (None, "none") or not isinstance(plan, Plan):  # only static plans are corrected
         return None
     return fit_compensation(model, plan, kind, seed=seed, settings=settings)

@@ -163,7 +163,7 @@ def calibrate_fisher(
         indices = range(start, min(start + batch, first_sample + samples))
         labels, sampler = model.labels(len(indices), start), CommonRandomSampler(seed, indices, settings)
         cache = FisherCostCache(
-            choices, log_bias, model.plan(), len(indices) * settings.rows_per_image, len(indices),
+            choices, log_bias, model.full_plan(), len(indices) * settings.rows_per_image, len(indices),
             model.compute_dtype, model.device, model.key_angles,
         )  # fmt: skip
         with torch.no_grad():

@@ -6,7 +6,7 @@ Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -97,8 +97,9 @@ class Generator(Generic[Label]):
         if sampler is None:
             sampler = CommonRandomSampler(seed, range(self.batch) if samples is None else samples, self.settings)
         self.cache.reset()
-        wants = isinstance(self.cache, SelectingCache) and self.cache.wants_input
-        with self.model.adapter.telling_inputs(self.cache.see_input) if wants else nullcontext():
+        with ExitStack() as watched:
+            if isinstance(self.cache, SelectingCache) and self.cache.wants_input:
+                watched.enter_context(self.model.adapter.telling_inputs(self.cache.see_input))
             return run_scales(self.model, labels, self.cache, sampler, self.settings, observe, decode)
 
 

@@ -320,7 +320,7 @@ def calibrate_biases(
     for indices in _batches(0, samples, batch):
         rows = len(indices) * settings.rows_per_image
         cache = BiasCache(
-            choices, model.plan(), rows, len(indices), model.compute_dtype, model.device, model.key_angles
+            choices, model.full_plan(), rows, len(indices), model.compute_dtype, model.device, model.key_angles
         )
         labels, sampler = model.labels(len(indices), indices.start), CommonRandomSampler(seed, indices, settings)
         run_scales(model, labels, cache, sampler, settings, decode=False)
@@ -367,8 +367,8 @@ def calibrate_levels(
     for indices in _batches(first_sample, samples, batch):
         count = len(indices)
         cache = ErrorCostCache(
-            choices, log_bias, model.plan(), count * settings.rows_per_image, count, model.compute_dtype, model.device,
-            model.key_angles, output_weights=weights,
+            choices, log_bias, model.full_plan(), count * settings.rows_per_image, count, model.compute_dtype,
+            model.device, model.key_angles, output_weights=weights,
         )  # fmt: skip
         labels, sampler = model.labels(count, indices.start), CommonRandomSampler(seed, indices, settings)
         with model.adapter.watching(cache.see):

@@ -375,7 +375,7 @@ def common_fields(data: Mapping[str, Any], head_dim: int | None) -> dict[str, An
         "geometry": CacheGeometry(
             layers=typed(data, "layers", int),
             heads=typed(data, "heads", int),
-            head_dim=typed({"head_dim": head_dim} | data, "head_dim", int),
+            head_dim=typed({"head_dim": head_dim, **data}, "head_dim", int),
             schedule=ScaleSchedule.of(typed(data, "schedule", list)),
         ),
         "budget": _number(data, "budget"),

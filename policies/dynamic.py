@@ -64,6 +64,13 @@ class Candidates:
         """N."""
         return self.q_RHND.shape[2]
 
+    @property
+    def index_RHC(self) -> Tensor:
+        """How many tokens of the head come before each candidate, (R, H, C) or a shape that broadcasts to it."""
+        if self.valid_RHC is None:
+            return torch.arange(self.count, device=self.k_RHCD.device)
+        return self.valid_RHC.cumsum(dim=-1) - 1
+
     def no_scores(self) -> Tensor:
         """Zeros, (R, H, C) fp32, to start from."""
         return torch.zeros(self.k_RHCD.shape[:3], device=self.k_RHCD.device)
@@ -96,12 +103,21 @@ class DynamicPolicy(EvictionPolicy):
     """
 
     kind: ClassVar[Literal["static", "dynamic"]] = "dynamic"
-    shared: ClassVar[bool] = False
-    """True when the heads of a layer share their capacity: the best scores of all heads are kept."""
-    carried: ClassVar[int] = 0
-    """How many numbers go with every held token, computed by `carry`; their bytes count against the budget."""
-    wants_input: ClassVar[bool] = False
-    """True when `score` needs the attention's input and the query weights."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether the heads of a layer share their capacity: the best scores of all heads are kept."""
+        return False
+
+    @property
+    def carried(self) -> int:
+        """How many numbers go with every held token, computed by `carry`; their bytes count against the budget."""
+        return 0
+
+    @property
+    def wants_input(self) -> bool:
+        """Whether `score` needs the attention's input and the query weights."""
+        return False
 
     @abstractmethod
     def score(self, seen: Candidates) -> Tensor:
@@ -161,6 +177,10 @@ class DynamicPolicy(EvictionPolicy):
                 high = mean
         if found is None:
             raise BudgetError(f"budget {problem.budget} is too small for policy {self.name!r}; raise it")
+        # what is left is less than one token per head: whole layers get one more, as many as there is room for
+        spare = (room - int(live_of_held(found.sum(axis=1)).max())) // problem.geometry.heads
+        found = found.copy()
+        found[:spare] = np.minimum(found[:spare] + 1, available_tokens(problem.geometry))
         return found
 
     def _finish(self, problem: PlanningProblem, capacity: IntArray, everything: bool = False) -> CapacityPlan:

@@ -27,10 +27,13 @@ class H2O(DynamicPolicy):
 
     name: ClassVar[str] = "h2o"
     source: ClassVar[str] = "H2O (Zhang et al. 2023)"
-    carried: ClassVar[int] = 1
 
     recent: float = 0.5
     mean_per_scale: bool = True
+
+    @property
+    def carried(self) -> int:
+        return 1
 
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)

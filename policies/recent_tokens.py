@@ -47,8 +47,8 @@ class StreamingTokens(SlidingWindowTokens):
 
     def score(self, seen: Candidates) -> Tensor:
         score = super().score(seen)
+        index = seen.index_RHC
         offsets = seen.schedule.offsets
         sinks = offsets[min(3, len(seen.schedule))] if self.sink_tokens is None else self.sink_tokens
-        # the cache holds its tokens in sequence order, the first ones still in front
-        score[..., :sinks] = seen.count + sinks - score[..., :sinks]
-        return score
+        # a head holds its tokens in sequence order, and the first ones are never dropped
+        return torch.where(index < sinks, 2 * seen.count - index, score)

@@ -21,7 +21,7 @@ from heatkv.compensation import Compensation
 from heatkv.generation import Drawn, Generator
 from heatkv.images import to_pixels
 from heatkv.models.base import ImageModel
-from heatkv.plan import Plan
+from heatkv.plan import CachePlan
 from heatkv.sampling import CommonRandomSampler, RecordedTokens, Settings
 
 ROUNDING_MSE = 1 / (12 * 255**2)
@@ -112,7 +112,7 @@ class FidelityBench:
         self.pictures = min(pictures, images)
         self._batches = [range(first, min(first + batch, images)) for first in range(0, images, batch)]
         self._reference: list[tuple[Drawn, list[Tensor]]] = []
-        for samples, generator in self._generators(model.plan()):
+        for samples, generator in self._generators(model.full_plan()):
             logits: list[Tensor] = []
             drawn = generator.draw(
                 self._labels(samples),
@@ -126,7 +126,9 @@ class FidelityBench:
     def _labels(self, samples: range) -> list[Any]:
         return self._model.labels(len(samples), samples.start)
 
-    def _generators(self, plan: Plan, compensation: Compensation | None = None) -> list[tuple[range, Generator[Any]]]:
+    def _generators(
+        self, plan: CachePlan, compensation: Compensation | None = None
+    ) -> list[tuple[range, Generator[Any]]]:
         """Every batch with its generator; equal batches share one, and so one cache."""
         by_size = {
             len(samples): Generator(self._model, plan, len(samples), self._settings, compensation)
@@ -139,7 +141,7 @@ class FidelityBench:
         images = [drawn.images for drawn, _ in self._reference if drawn.images is not None]
         return torch.cat(images)[: self.pictures]
 
-    def compare(self, plan: Plan, compensation: Compensation | None = None) -> Fidelity:
+    def compare(self, plan: CachePlan, compensation: Compensation | None = None) -> Fidelity:
         """Fidelity of a plan, with its corrections if any, to the full cache."""
         tokens = self._model.geometry.schedule.tokens
         result = Fidelity(tokens, self._reference[0][1][0].shape[1] // tokens[0])

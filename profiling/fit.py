@@ -26,7 +26,8 @@ from heatkv.models.infinity import INFINITY_2B, INFINITY_8B, Infinity, rotation_
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
 from heatkv.plan import Plan
-from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.windows import Full
 from heatkv.profiling.ledger import FusedAttention, TensorLedger
 from heatkv.schedule import ScaleSchedule
 
@@ -73,7 +74,7 @@ def _bytes(module: nn.Module) -> int:
 def _last_scale_cache(geometry: CacheGeometry, rows: int, dtype: torch.dtype) -> KVCache:
     """A cache of one layer, without storage, that is due to run the last scale with everything held."""
     one_layer = replace(geometry, layers=1)
-    plan: Plan = make_policy("full").plan(PlanningProblem(one_layer, Budget.parse("100%")))
+    plan: Plan = Full().plan(PlanningProblem(one_layer, Budget.parse("100%")))
     cache = KVCache(plan, rows, dtype, "meta")
     cache.skip_to_last_scale()
     return cache

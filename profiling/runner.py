@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from heatkv.cache import KVCache
 from heatkv.compensation import Compensation, compensation_of
 from heatkv.errors import HeatKVError
 from heatkv.generation import Generator
 from heatkv.geometry import Budget
 from heatkv.models.base import ImageModel
-from heatkv.plan import Plan
+from heatkv.plan import CachePlan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.fidelity import Fidelity, FidelityBench
 from heatkv.profiling.latency import Latency, measure_interleaved
 from heatkv.profiling.memory import DeviceMemory, measure_device
 from heatkv.sampling import Settings
+from heatkv.selecting_cache import open_cache
 from heatkv.statistics import HeadRankings, Statistics
 
 
@@ -32,12 +32,12 @@ class Subject:
 
     policy: str
     budget: str
-    plans: tuple[Plan, ...]
+    plans: tuple[CachePlan, ...]
     compensations: tuple[Compensation | None, ...] = (None,)
 
     @classmethod
     def of(
-        cls, policy: str, budget: str, plans: Sequence[Plan], model: ImageModel[Any], seed: int, settings: Settings
+        cls, policy: str, budget: str, plans: Sequence[CachePlan], model: ImageModel[Any], seed: int, settings: Settings
     ) -> Subject:
         """With the corrections that the plans ask for, fitted now."""
         fitted = tuple(compensation_of(model, plan, seed=seed, settings=settings) for plan in plans)
@@ -99,7 +99,8 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, storage: str)
         "budget_bytes": geometry.bytes(plans[0].budget_token_heads, rows, storage),
         "planned_bytes": max(plan.bytes(rows, storage) for plan in plans),
         "allocated_bytes": max(
-            KVCache(plan, rows, model.compute_dtype, model.device, model.key_angles).allocated_bytes for plan in plans
+            open_cache(plan, rows, model.compute_dtype, model.device, model.key_angles).allocated_bytes
+            for plan in plans
         ),
         "full_bytes": geometry.full_bytes(rows, storage),
         "compensation_bytes": max(0 if fitted is None else fitted.bytes for fitted in subject.compensations),

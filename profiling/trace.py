@@ -10,11 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 from heatkv.files import replacing
 from heatkv.generation import Generator
 from heatkv.models.base import ImageModel
-from heatkv.plan import Plan
+from heatkv.plan import CachePlan
 from heatkv.sampling import Settings
 
 
-def save_trace(path: Path, model: ImageModel[Any], plan: Plan, batch: int, settings: Settings) -> None:
+def save_trace(path: Path, model: ImageModel[Any], plan: CachePlan, batch: int, settings: Settings) -> None:
     """Draw `batch` images under the profiler and write a Chrome trace; ranges are named `scale N` and `decode`."""
     generator, labels = Generator(model, plan, batch, settings), model.labels(batch)
     generator.draw(labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from heatkv.cache import KVCache
+from heatkv.capacities import CapacityPlan
 from heatkv.generation import Generator
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models import infinity
@@ -24,10 +25,13 @@ from heatkv.models.emoji.train import TeacherForcing, forced_logits
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem
+from heatkv.policies.dynamic import Candidates
 from heatkv.policies.heatkv import HeatKV
+from heatkv.policies.scalekv import ScaleKV, ScaleKVFixed
 from heatkv.policies.windows import Full
 from heatkv.sampling import BitSamplingSettings, PublicSampler, RecordedTokens, SamplingSettings
 from heatkv.schedule import ScaleSchedule
+from heatkv.selecting_cache import SelectingCache
 from heatkv.statistics import HeadRankings
 
 HERE = Path(__file__).parent
@@ -372,6 +376,98 @@ def check_bit_sampler(path: Path, told: dict[str, Any]) -> None:
                 assert torch.equal(sampler.choose(0, expected["logits_in"]).to(torch.uint8), expected[name])
 
 
+# -------------------------------------------------------------------------------------------------- ScaleKV
+
+
+def check_selection(path: Path, told: dict[str, Any]) -> None:
+    """The positions that are left after every scale, when keys and queries are given."""
+    expected = tensors(path.parent, told["files"])
+    schedule = ScaleSchedule.infinity("1M", 1.0)
+    assert [side * side for _, side, _ in schedule.scales] == told["scale_sizes"]
+    keys = expected["initial_keys"]
+    positions = torch.arange(keys.shape[2]).expand(keys.shape[:3])
+    scale = told["start_scale"]
+    while f"scale{scale}.keys" in expected:
+        new, held = expected[f"scale{scale}.keys"], keys.shape[2]
+        keys = torch.cat([keys, new], dim=2)
+        places = torch.arange(schedule.offsets[scale], schedule.offsets[scale + 1])
+        positions = torch.cat([positions, places.expand(new.shape[:3])], dim=2)
+        capacity = told["capacities_for_next_scale"][str(scale + 2)]
+        heads = tuple(range(told["heads"]))
+        queries = expected[f"scale{scale}.queries"]
+        seen = Candidates(0, scale, heads, schedule, capacity, held, queries, keys, keys)
+        best = ScaleKVFixed().score(seen).topk(capacity).indices.sort().values
+        positions, keys = positions.gather(2, best), keys.gather(2, best[..., None].expand(-1, -1, -1, keys.shape[3]))
+        assert torch.equal(positions, expected[f"scale{scale}.kept_positions"].long())
+        scale += 1
+    assert scale == told["start_scale"] + 3
+
+
+@dataclass(frozen=True)
+class Positioned(ScaleKV):
+    """ScaleKV whose tokens carry their positions in the sequence."""
+
+    @property
+    def carried(self) -> int:
+        return 1
+
+    def carry(self, seen: Candidates) -> Tensor:
+        assert seen.carried_RHCX is not None
+        positions = seen.carried_RHCX.clone()
+        offsets = seen.schedule.offsets
+        positions[:, :, seen.held :, 0] = torch.arange(offsets[seen.target], offsets[seen.target + 1]).float()
+        return positions
+
+
+class PositionedCache(SelectingCache):
+    """Also tells the positions that every layer holds after every scale."""
+
+    def held_positions(self, layer: int) -> Tensor:
+        assert self._carried_RPX is not None
+        places = self.layout.places[self._target][layer]
+        return torch.stack([self._carried_RPX[:, torch.from_numpy(slots), 0] for slots in places], dim=1).long()
+
+
+def check_scalekv(path: Path, told: dict[str, Any]) -> None:
+    """A whole image on recorded bits under the published capacities, selected as published."""
+    model_path, expected = model_set(path, told), tensors(path.parent, told["files"])
+    run = told["run"] | {"neg_lens": []}
+    model = infinity_model(model_path, json.loads(model_path.read_text()), run, told["scale_schedule"])
+    geometry, schedule = model.geometry, model.schedule
+    available = np.array(schedule.offsets[: len(schedule)])
+    capacity = np.broadcast_to(available, (geometry.layers, geometry.heads, len(schedule))).copy()
+    for scale, of_kinds in told["capacities"].items():
+        if scale != "drafters":
+            large, small = of_kinds
+            capacity[..., int(scale) - 1] = small
+            capacity[told["capacities"]["drafters"], :, int(scale) - 1] = large
+    plan = CapacityPlan("scalekv", geometry, capacity, 1.0, geometry.full_token_heads, carried=1)
+    prompts, settings = prompts_of(run, expected), model.sampling
+    cache = PositionedCache(plan, Positioned(drafters="0"), 2, query_weight=model.adapter.query_weight)
+    drawing = model.begin(prompts, settings)
+    compared = 0
+    with model.adapter.telling_inputs(cache.see_input):
+        for scale in range(len(schedule)):
+            rotation = infinity.rotation_table(schedule, scale, model.transformer.config.head_dim)
+            hidden = model.transformer.hidden(drawing._input_RNC, drawing._condition, rotation, cache)
+            logits = model.transformer.logits(hidden, drawing._condition)
+            every = max(1, schedule.tokens[scale] // 1024)
+            for name, got, limit in (
+                ("logits_cond", logits[:1], HALF_LOGITS),
+                ("logits_cfg", settings.guide(logits, scale, len(schedule)), GUIDED_LOGITS),
+            ):
+                if f"scale{scale}.{name}" in expected:
+                    close(got[:, ::every], expected[f"scale{scale}.{name}"], limit)
+                    compared += 1
+            for layer in range(geometry.layers):
+                if f"scale{scale}.layer{layer}.kept_positions" in expected:
+                    kept = expected[f"scale{scale}.layer{layer}.kept_positions"].long()
+                    assert torch.equal(cache.held_positions(layer), kept)
+                    compared += 1
+            drawing.accept(recorded_bits(model, expected, scale))
+    assert compared == sum("logits" in name or "kept" in name for name in expected)
+
+
 def test_golden(golden_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = json.loads(golden_file.read_text())
     if "removed_per_ranking" in told:
@@ -384,6 +480,10 @@ def test_golden(golden_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check_infinity(golden_file, told, monkeypatch)
     elif "last_read" in told:
         check_infinity_run(*pruned_infinity(golden_file, told))
+    elif "capacities_for_next_scale" in told:
+        check_selection(golden_file, told)
+    elif "capacities" in told:
+        check_scalekv(golden_file, told)
     elif "cases" in told:
         check_rotation(golden_file, told)
     elif told["what"].startswith("two-way sampling"):

@@ -15,6 +15,7 @@ from heatkv.errors import HeatKVError, ModelError
 from heatkv.files import file_name, make_folder, replacing
 from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.plan import CachePlan
 from heatkv.policies.base import PlanningProblem, make_policy
 
 
@@ -50,7 +51,7 @@ def generate(
     batch = min(len(labels), 16 if running.rows is None else images_of_rows(running.rows, settings))
     held_rows, storage = batch * settings.rows_per_image, storage_of(loaded)
     if plan is not None:
-        chosen = open_only_plan(plan, loaded.geometry, source.model, budget, ranking)
+        chosen: CachePlan = open_only_plan(plan, loaded.geometry, source.model, budget, ranking)
     else:
         if budget is None and policy != "full":
             raise HeatKVError(f"policy {policy!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from heatkv.capacities import load_plan
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
 from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
@@ -15,7 +16,7 @@ from heatkv.models import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_i
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.text_conditional import TextConditionalModel
-from heatkv.plan import Plan
+from heatkv.plan import CachePlan
 from heatkv.sampling import Settings
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Statistics
@@ -139,12 +140,12 @@ def storage_of(model: ImageModel[Any]) -> str:
     return next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == model.compute_dtype)
 
 
-def open_plan(path: Path, geometry: CacheGeometry, model: str) -> Plan:
+def open_plan(path: Path, geometry: CacheGeometry, model: str) -> CachePlan:
     """A finished plan, when it is of this geometry and of no other model that has a name here.
 
     Attached models have names of their own, those of their classes.
     """
-    plan = Plan.load(path, geometry.head_dim)
+    plan = load_plan(path, geometry.head_dim)
     try:
         plan.check_geometry(geometry)
     except PlanError as error:
@@ -154,7 +155,7 @@ def open_plan(path: Path, geometry: CacheGeometry, model: str) -> Plan:
     return plan
 
 
-def open_only_plan(path: Path, geometry: CacheGeometry, model: str, budget: str | None, ranking: Ranking) -> Plan:
+def open_only_plan(path: Path, geometry: CacheGeometry, model: str, budget: str | None, ranking: Ranking) -> CachePlan:
     """A finished plan; refuses the options that would have gone into making one."""
     for name, value in {"budget": budget, **vars(ranking)}.items():
         if value is not None:

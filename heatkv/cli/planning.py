@@ -24,7 +24,9 @@ from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
 from heatkv.geometry import Budget
 from heatkv.models import model_info
+from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.policies.heatkv import HeatKV
 
 
 def solve(
@@ -56,7 +58,7 @@ def solve(
     storage = known_dtype(dtype)
     rows = rows if rows is not None else (2 if guided else 1)
     if plan is not None:
-        solved = open_only_plan(plan, geometry, model, budget, ranking)
+        solved: CachePlan = open_only_plan(plan, geometry, model, budget, ranking)
     else:
         if budget is None:
             raise HeatKVError(
@@ -70,6 +72,7 @@ def solve(
         solved = chosen.plan(problem)
     if out is not None:
         solved.save(out)
+    static = solved if isinstance(solved, Plan) else None
     target, layer = solved.peak_checkpoint
     share = solved.peak_token_heads / max(solved.budget_token_heads, 1)
     facts = {
@@ -78,9 +81,9 @@ def solve(
         "peak_token_heads": solved.peak_token_heads, "peak_over_budget": share,
         "peak_checkpoint": {"scale": target, "layer": layer}, "full_token_heads": geometry.full_token_heads,
         "planned_bytes": solved.bytes(rows, storage), "full_bytes": geometry.full_bytes(rows, storage),
-        "rows": rows, "dtype": storage, "sink_scales": solved.sink_scales, "value": solved.value,
-        "value_bound": solved.value_bound, "gap": solved.gap, "had_no_effect": solved.had_no_effect(),
-        "out": None if out is None else str(out),
+        "rows": rows, "dtype": storage, "sink_scales": static and static.sink_scales, "value": static and static.value,
+        "value_bound": static and static.value_bound, "gap": static and static.gap,
+        "had_no_effect": solved.had_no_effect(), "out": None if out is None else str(out),
     }  # fmt: skip
     held, full = solved.bytes(rows, storage) / 2**20, geometry.full_bytes(rows, storage) / 2**20
     told = {
@@ -88,8 +91,7 @@ def solve(
         "peak": f"{solved.peak_token_heads} of {solved.budget_token_heads} token-heads ({share:.2%} of the budget)",
         "at": f"after layer {layer} of scale {target}",
         "bytes": f"{held:.2f} MiB of {full:.2f} MiB ({rows} rows, {storage})",
-        "sink scales": str(solved.sink_scales),
-        **certificate(solved),
+        **({} if static is None else {"sink scales": str(static.sink_scales), **certificate(static)}),
     }
     if solved.had_no_effect():
         told["note"] = "the plan has no effect: nothing is dropped at this budget"
@@ -164,7 +166,7 @@ def fit(
         "memory and fragmentation"
     )
     say_template(model, ratio)
-    schedule, sinks = info.schedule(size, shape), make_policy("heatkv").sink_scales
+    schedule, sinks = info.schedule(size, shape), HeatKV().sink_scales
     least = Fraction(schedule.offsets[min(sinks, len(schedule) - 1)], schedule.cached_tokens)
     if share < least:
         say(f"the {sinks} sink scales of HeatKV's rule alone are {float(least):.2%}")

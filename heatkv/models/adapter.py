@@ -45,7 +45,8 @@ class ModelAdapter:
     def query_weight(self, layer: int) -> Tensor:
         """W_q of every head, (H, D, C); queries are made from it without bias, norm and rotation yet."""
         weight: Tensor = self.blocks[layer].attention.mat_qkv.weight.detach()
-        return weight[: len(weight) // 3].unflatten(0, (self.heads, -1))
+        of_heads: Tensor = weight[: len(weight) // 3].unflatten(0, (self.heads, -1))
+        return of_heads
 
     @contextmanager
     def telling_inputs(self, see_input: Callable[[int, Tensor], None]) -> Iterator[None]:

@@ -35,9 +35,10 @@ from heatkv.levels import LevelChoices
 from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
 from heatkv.models.infinity import rotation_angles
-from heatkv.plan import Plan
+from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.schedule import ScaleSchedule
+from heatkv.selecting_cache import SelectingCache, open_cache
 from heatkv.statistics import Provenance, Statistics
 from heatkv.versions import versions
 
@@ -215,7 +216,7 @@ class _Layer:
         q, k, v = self._qkv(call)
         if v.requires_grad and torch.is_grad_enabled():
             raise ModelError("an attached model only draws; call it under torch.no_grad() or torch.inference_mode()")
-        out_RHND = self.attached._attend(self, q, k, v)
+        out_RHND = self.attached._attend(self, call.x_RNC, q, k, v)
         out: Tensor = self.module.proj(out_RHND.transpose(1, 2).flatten(2))
         dropped: Tensor = self.module.proj_drop(out)
         return dropped
@@ -274,7 +275,8 @@ class _Layer:
             )
         rotation_2NP = table[:, 0, 0, 0, first : first + tokens].to(device, torch.float32)
         angles = self.attached.key_angles
-        if self.attached.plan.coarse and angles is not None:
+        plan = self.attached.plan
+        if isinstance(plan, Plan) and plan.coarse and angles is not None:
             known = rotation_of(angles[self.attached._target]).to(device)
             if not torch.allclose(rotation_2NP, known, atol=0.02):  # room for a table in 16 bits
                 raise ModelError(
@@ -299,7 +301,7 @@ class Attached:
         self,
         model: Any,
         found: list[tuple[str, Any]],
-        plan: Plan,
+        plan: CachePlan,
         *,
         guided: bool,
         measure: Measured | None,
@@ -386,10 +388,12 @@ class Attached:
         if self._rows and rows != self._rows:
             raise PlanError(f"{rows} rows arrived at scale {self._target}; these images began with {self._rows}")
 
-    def _attend(self, layer: _Layer, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
+    def _attend(self, layer: _Layer, x_RNC: Tensor, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         if not self._rows:
             self._prepare(v_RHND)
         cache = self.cache
+        if isinstance(cache, SelectingCache):
+            cache.see_input(layer.index, x_RNC)
         out_RHND = cache.attend(layer.index, q_RHND, k_RHND, v_RHND)
         self._next_layer += 1
         if self._next_layer == len(self._layers):
@@ -410,7 +414,7 @@ class Attached:
         if old is not None and (old.rows, old.arena_2RPD.dtype, old.arena_2RPD.device) == (rows, dtype, device):
             old.reset()
         else:
-            needed = self.plan.geometry.head_dim * 2 * dtype.itemsize * rows * self.plan.peak_token_heads
+            needed = self.plan.bytes(rows, str(dtype).removeprefix("torch."))
             if self._most_bytes is not None and needed > self._most_bytes:
                 raise BudgetError(
                     f"{rows} rows in {dtype} need {needed} bytes, the budget is {self._most_bytes}; attach with "
@@ -422,10 +426,18 @@ class Attached:
                 if self._measure is not None:
                     self._cache = self._observing(self._measure, rows, images, dtype, device)
                 else:
-                    self._cache = KVCache(self.plan, rows, dtype, device, self.key_angles)
+                    self._cache = open_cache(
+                        self.plan, rows, dtype, device, self.key_angles, query_weight=self._query_weight
+                    )
         if isinstance(self._cache, ObservingCache) and self._seen is not None:
             self._cache.see(*self._seen)  # the first layer was told of before the cache was at its start
         self._rows = rows
+
+    def _query_weight(self, layer: int) -> Tensor:
+        """W_q of every head of a layer, (H, D, C)."""
+        weight: Tensor = self._layers[layer].module.mat_qkv.weight.detach()
+        of_heads: Tensor = weight[: len(weight) // 3].unflatten(0, (self.plan.geometry.heads, -1))
+        return of_heads
 
     def _see(self, layer: int, residual_RNC: Tensor, gate_R1C: Tensor) -> None:
         """Pass on what a block was given, to the cache once there is one."""
@@ -437,6 +449,7 @@ class Attached:
         self, measure: Measured, rows: int, images: int, dtype: torch.dtype, device: torch.device
     ) -> ObservingCache:
         """The cache that measures what was asked for."""
+        assert isinstance(self.plan, Plan)
         given = (self.plan, rows, images, dtype, device, self.key_angles)
         weights = [] if self._adapter is None else list(map(self._adapter.output_weight, range(len(self._layers))))
         if measure == "biases":
@@ -521,7 +534,7 @@ def attach(
     policy: str | None = None,
     budget: str | float | Budget | None = None,
     *,
-    plan: Plan | None = None,
+    plan: CachePlan | None = None,
     measure: bool | Measured = False,
     log_bias: FloatArray | None = None,
     statistics: Statistics | None = None,

@@ -15,8 +15,9 @@ from torch import Tensor
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.var import Attend
-from heatkv.plan import Plan
+from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.policies.windows import Full
 from heatkv.sampling import Settings
 from heatkv.statistics import Statistics
 
@@ -89,7 +90,7 @@ class ImageModel(ABC, Generic[Label]):
         rows: int | None = None,
         seed: int = 0,
         **options: Any,
-    ) -> Plan:
+    ) -> CachePlan:
         """A plan of the named policy for this model; `options` are the policy's own, such as sink_scales.
 
         `rows` (default: those of one image) only matters for a budget in bytes. Raises StatisticsError when the
@@ -107,3 +108,7 @@ class ImageModel(ABC, Generic[Label]):
             model=self.name,
         )
         return make_policy(policy, **options).plan(problem)
+
+    def full_plan(self) -> Plan:
+        """The plan that keeps everything."""
+        return Full().plan(PlanningProblem(self.geometry, Budget.parse("100%"), model=self.name))

@@ -1,0 +1,173 @@
+"""ScaleKV: much memory for a few drafter layers, little for the refiners, tokens chosen by a spread-out window."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from heatkv.capacities import available_tokens
+from heatkv.errors import PolicyError
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.dynamic import Candidates, DynamicPolicy
+from heatkv.registry import register
+from heatkv.schedule import ScaleSchedule
+
+IntArray = NDArray[np.int64]
+
+PUBLISHED_MEAN = 650
+"""Mean tokens per head that the published tables were made for."""
+PUBLISHED: dict[int, tuple[tuple[int, ...], dict[int, tuple[int, int]]]] = {
+    32: ((0, 23), {8: (920, 632), 9: (1490, 594), 10: (2510, 526), 11: (4100, 420), 12: (6385, 465)}),
+    40: ((0, 1, 2), {8: (909, 629), 9: (1464, 584), 10: (2463, 503), 11: (4054, 374), 12: (6200, 200)}),
+}
+"""By layers (Infinity-2B, -8B): the drafters, and capacities (drafter, refiner) for a target scale, counted from 0. The
+last row of 2B has the first drafter only."""
+
+_WINDOW, _POOL, _MARGIN = 16, 5, 0.005
+_DRAFTERS = 0.07
+"""Share of drafters where none are published: between the 2 of 32 and 3 of 40 that are."""
+
+
+def _drafters_of(published: tuple[int, ...], layers: int, target: int) -> tuple[int, ...]:
+    return published[:1] if layers == 32 and target == 12 else published
+
+
+@register
+@dataclass(frozen=True)
+class ScaleKV(DynamicPolicy):
+    """Drafter layers keep nearly everything, refiners share the rest; a head keeps what 16 spread-out queries match.
+
+    A scale's window is the centres of 4 x 4 patches of its grid (for non-square grids, too: chosen), or the last 16
+    tokens where a side is below 4. The window is kept, and those tokens whose key has the largest sum of dot products
+    with the window's queries, after max pooling of width 5 along the sequence: no softmax. As published, those
+    queries are made anew from the attention's input by the weight alone, without bias, norm, temperature or rotation.
+
+    Capacities: for Infinity's square 1M schedule the published tables, which were made for 650 tokens on average but
+    peak higher while layers change one after another, scaled until every checkpoint fits. Otherwise (chosen) drafters
+    keep 99.5 % of what there is, refiners what is left of the mean, and at least a quarter of it; drafters are 7 % of
+    the layers, those with the most attention on earlier scales. `drafters` names them instead, as "0,23".
+    """
+
+    name: ClassVar[str] = "scalekv"
+    needs: ClassVar[str] = "statistics, but for Infinity's square 1M schedule"
+    source: ClassVar[str] = "ScaleKV (Li et al. 2025)"
+
+    drafters: str | None = None
+
+    @property
+    def wants_input(self) -> bool:
+        return True
+
+    def check(self, problem: PlanningProblem) -> None:
+        super().check(problem)
+        self._drafters(problem)
+
+    def _published(self, problem: PlanningProblem) -> bool:
+        return problem.geometry.layers in PUBLISHED and problem.geometry.schedule == ScaleSchedule.infinity("1M", 1.0)
+
+    def _drafters(self, problem: PlanningProblem) -> tuple[int, ...]:
+        layers = problem.geometry.layers
+        if self.drafters is not None:
+            try:
+                named = tuple(sorted({int(layer) for layer in str(self.drafters).split(",")}))
+            except ValueError as error:
+                raise PolicyError(f"drafters={self.drafters!r}; write layers as 0,23") from error
+            if not named or not 0 <= named[0] <= named[-1] < layers - 1 + (len(named) < layers):
+                raise PolicyError(f"drafters={self.drafters!r} are not some of the layers 0 to {layers - 1}")
+            return named
+        if self._published(problem):
+            return PUBLISHED[layers][0]
+        if problem.statistics is None:
+            raise PolicyError(
+                f"policy {self.name!r} needs statistics to tell drafters (heatkv calibrate, then --statistics FILE), "
+                "or their layers (--set drafters=0,1)"
+            )
+        targets = np.arange(1, len(problem.geometry.schedule))
+        mass = problem.statistics.mass
+        past_L = 1 - mass[:, :, targets, targets].mean(axis=(1, 2))
+        count = max(1, round(_DRAFTERS * layers))
+        return tuple(sorted(np.argsort(-past_L, kind="stable")[:count].tolist()))
+
+    def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
+        geometry = problem.geometry
+        layers, available = geometry.layers, available_tokens(geometry)
+        tokens = (0, *geometry.schedule.tokens)
+        named = self._drafters(problem)
+        of_layers = np.zeros((layers, len(available)), dtype=np.int64)
+        for target, there_are in enumerate(available.tolist()):
+            drafters = named
+            if there_are <= mean:
+                large = small = there_are
+            elif self.drafters is None and self._published(problem) and target in PUBLISHED[layers][1]:
+                large, small = (math.floor(c * mean / PUBLISHED_MEAN) for c in PUBLISHED[layers][1][target])
+                drafters = _drafters_of(named, layers, target)
+            else:
+                large, small = self._solved(layers, len(named), there_are, mean)
+            of_layers[:, target] = min(small, there_are)
+            of_layers[list(drafters), target] = min(large, there_are)
+            if target:
+                # what a layer has dropped for one target it lacks for the next
+                of_layers[:, target] = np.minimum(of_layers[:, target], of_layers[:, target - 1] + tokens[target])
+        return np.broadcast_to(of_layers[:, None], (layers, geometry.heads, len(available))).copy()
+
+    @staticmethod
+    def _solved(layers: int, drafters: int, available: int, mean: int) -> tuple[int, int]:
+        """Capacities of drafters and refiners with this mean over the layers."""
+        refiners, least = layers - drafters, mean // 4
+        large = min(math.floor((1 - _MARGIN) * available), (layers * mean - refiners * least) // drafters)
+        large = max(large, mean)
+        return large, (layers * mean - drafters * large) // refiners if refiners else mean
+
+    def score(self, seen: Candidates) -> Tensor:
+        window = _window(seen).to(seen.k_RHCD.device)
+        queries_RHWD = self.queries(seen, window[window >= seen.held] - seen.held)
+        score = torch.einsum("rhwd,rhcd->rhc", queries_RHWD.float(), seen.k_RHCD.float())
+        score /= math.sqrt(seen.k_RHCD.shape[3])
+        if seen.valid_RHC is not None:
+            score = score.masked_fill(~seen.valid_RHC, -math.inf)
+        score[..., window] = -math.inf
+        score = F.max_pool1d(score.flatten(0, 1), _POOL, 1, _POOL // 2).view_as(score)
+        score[..., window] = -math.inf
+        # pooling makes neighbours equal: which of them stays is what `topk` gives, asked as the published code asks it
+        best = score.topk(min(seen.capacity, seen.count) - min(len(window), seen.capacity), dim=-1).indices
+        kept = score.scatter(-1, best, math.inf)
+        kept[..., window[: seen.capacity]] = math.inf
+        return kept
+
+    def queries(self, seen: Candidates, window: Tensor) -> Tensor:
+        """The window's queries that keys are matched with, (R, H, W, D)."""
+        assert seen.attention_input_RNW is not None
+        assert seen.query_weight_HDW is not None
+        at = seen.attention_input_RNW[:, window].to(seen.query_weight_HDW.dtype)
+        return torch.einsum("rwc,hdc->rhwd", at, seen.query_weight_HDW)
+
+
+@register
+@dataclass(frozen=True)
+class ScaleKVFixed(ScaleKV):
+    """ScaleKV that matches keys with the true queries: with bias, norm, temperature and rotation."""
+
+    name: ClassVar[str] = "scalekv-fixed"
+
+    @property
+    def wants_input(self) -> bool:
+        return False
+
+    def queries(self, seen: Candidates, window: Tensor) -> Tensor:
+        return seen.q_RHND[:, :, window]
+
+
+def _window(seen: Candidates) -> Tensor:
+    """Candidates of the window, in order."""
+    _, height, width = seen.schedule.scales[seen.target]
+    if min(height, width) < 4:
+        return torch.arange(max(0, seen.count - _WINDOW), seen.count)
+    rows, columns = ([a * (side // 4) + (side // 4 - 1) // 2 for a in range(4)] for side in (height, width))
+    return torch.tensor(sorted({row * width + column for row in rows for column in columns})) + seen.held
