@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
+from torch.nn import functional as F
 
 from heatkv.cache import KVCache, LayerStep
 from heatkv.errors import PlanError, StatisticsError
@@ -28,6 +29,9 @@ from heatkv.versions import versions
 
 MAX_BLOCK_NUMBERS = 1 << 22
 """Most numbers of one kind, such as logits, that exist at a time (16 MiB in fp32)."""
+
+CONCENTRATION_QUERIES = 64
+"""Queries of a scale, evenly spaced, that tell how unevenly keys are attended to."""
 
 _FAR = 40.0  # in logits: e^-40 of a number does not show in its fp32 sum with it, and is far from underflow itself
 
@@ -115,6 +119,37 @@ def _drop_errors(lse_BHNS: Tensor, p_BHNS: Tensor, outputs: Sequence[Tensor]) ->
     return torch.stack([*errors, torch.zeros_like(errors[0])], dim=-1)
 
 
+def concentration(q_BHND: Tensor, k_BHMD: Tensor) -> Tensor:
+    """Variance over keys of the mean probability they receive, relative to the square of its mean, (B, H) float64.
+
+    The mean is over at most 64 queries, evenly spaced.
+    """
+    batch, heads, keys, _ = k_BHMD.shape
+    q_BHND = q_BHND[:, :, :: -(-q_BHND.shape[2] // CONCENTRATION_QUERIES)]
+    block = max(1, MAX_BLOCK_NUMBERS // (batch * heads * keys))
+    received_BHM = torch.zeros(batch, heads, keys, dtype=torch.float64, device=k_BHMD.device)
+    with torch.autocast(q_BHND.device.type, enabled=False):
+        k_BHDM = k_BHMD.float().transpose(2, 3)
+        for q in q_BHND.split(block, dim=2):
+            received_BHM += (q.float() @ k_BHDM).softmax(dim=-1).sum(dim=2, dtype=torch.float64)
+    received_BHM /= q_BHND.shape[2]
+    return (received_BHM.square().sum(dim=-1) * k_BHMD.shape[2] - 1).clamp(min=0)
+
+
+def similarity(
+    before_BHMD: Tensor, now_BHND: Tensor, before: tuple[int, int, int], now: tuple[int, int, int]
+) -> Tensor:
+    """Cosine between what a scale has, as one vector per head, and the scale before resized to its grid, (B, H)."""
+    batch, heads, _, dim = now_BHND.shape
+    frames, height, width = before
+    grid = before_BHMD.float().transpose(2, 3).reshape(batch * heads * dim, frames, height, width)
+    resized = F.interpolate(grid, size=now[1:], mode="bilinear", align_corners=False)
+    if frames != now[0]:
+        resized = resized.mean(dim=1, keepdim=True).expand(-1, now[0], -1, -1)
+    resized_BHX = resized.reshape(batch, heads, -1)
+    return F.cosine_similarity(resized_BHX, now_BHND.float().transpose(2, 3).reshape(batch, heads, -1), dim=-1)
+
+
 class ObservingCache(KVCache):
     """A full cache that lets a subclass see, before every attention, the keys and values of every source.
 
@@ -190,7 +225,8 @@ class MeasuringCache(ObservingCache):
     Sums over the images since the last reset, float64 (L, H, T, T): `mass_sum` and `mass_square_sum` of the conditional
     rows' mean attention mass, `all_mass_sum` of the mean over all rows, and, where output weights are given,
     `error_sum` of the squared output error of dropping the cell, relative to the residual stream that enters the layer:
-    summed over queries, mean over rows.
+    summed over queries, mean over rows. `concentration_sum` (L, H, T) and `similarity_sum` (L, T) are of the
+    conditional rows.
     """
 
     def reset(self) -> None:
@@ -201,6 +237,8 @@ class MeasuringCache(ObservingCache):
         self.mass_square_sum: NDArray[np.float64] = np.zeros(shape)
         self.all_mass_sum: NDArray[np.float64] = np.zeros(shape)
         self.error_sum: NDArray[np.float64] | None = np.zeros(shape) if self.factors else None
+        self.concentration_sum: NDArray[np.float64] = np.zeros((*shape[:2], shape[3]))
+        self.similarity_sum: NDArray[np.float64] = np.zeros((shape[0], shape[3]))
 
     def sums(self) -> dict[str, NDArray[np.float64]]:
         """What was added up, by the names that Statistics has for it."""
@@ -208,6 +246,8 @@ class MeasuringCache(ObservingCache):
             "mass_sum": self.mass_sum,
             "mass_square_sum": self.mass_square_sum,
             "all_mass_sum": self.all_mass_sum,
+            "concentration_sum": self.concentration_sum,
+            "similarity_sum": self.similarity_sum,
         }
         return sums if self.error_sum is None else sums | {"error_sum": self.error_sum}
 
@@ -215,6 +255,13 @@ class MeasuringCache(ObservingCache):
         halves, images, target = self.rows // self.images, self.images, self._target
         reads = read_sources(q_RHND, keys, values, self.factors[layer] if self.factors else None)
         mass_IBHS = (reads.mass / q_RHND.shape[2]).unflatten(0, (halves, images)).cpu().numpy()
+        of_images = slice(images)
+        k_BHMD = torch.cat([k[of_images] for k in keys], dim=2)
+        self.concentration_sum[layer, :, target] += concentration(q_RHND[of_images], k_BHMD).sum(dim=0).cpu().numpy()
+        if target:
+            sides = [self.plan.schedule.scales[scale] for scale in (target - 1, target)]
+            alike = [similarity(x[target - 1][of_images], x[target][of_images], *sides) for x in (keys, values)]
+            self.similarity_sum[layer, target] += float(torch.stack(alike).mean(dim=(0, 2)).sum())
         at = (layer, slice(None), target, slice(target + 1))
         self.mass_sum[at] += mass_IBHS[0].sum(axis=0)
         self.mass_square_sum[at] += (mass_IBHS[0] ** 2).sum(axis=0)

@@ -189,9 +189,10 @@ class SelectingCache(ArenaCache):
             assert self._query_weight is not None
             weight = self._query_weight(layer)[list(heads)]
         return Candidates(
-            layer=layer, target=self._target, heads=heads, schedule=self.geometry.schedule, capacity=capacity,
-            held=held, q_RHND=q_RHND, k_RHCD=k_RHCD, v_RHCD=v_RHCD, valid_RHC=valid_RHC, carried_RHCX=carried_RHCX,
-            attention_input_RNW=self._input_RNW, query_weight_HDW=weight,
+            layer=layer, target=self._target, heads=heads, heads_of_layer=self.geometry.heads,
+            schedule=self.geometry.schedule, capacity=capacity, held=held, q_RHND=q_RHND, k_RHCD=k_RHCD, v_RHCD=v_RHCD,
+            valid_RHC=valid_RHC, carried_RHCX=carried_RHCX, attention_input_RNW=self._input_RNW,
+            query_weight_HDW=weight,
         )  # fmt: skip
 
     def _scores(self, seen: Candidates) -> Tensor:
@@ -203,6 +204,10 @@ class SelectingCache(ArenaCache):
             )
         if scores.device.type == "cpu" and scores.isnan().any():  # elsewhere looking would wait for the device
             raise PolicyError(f"policy {self.policy.name!r} gave scores that are not numbers")
+        return self._of_valid(seen, scores)
+
+    @staticmethod
+    def _of_valid(seen: Candidates, scores: Tensor) -> Tensor:
         return scores if seen.valid_RHC is None else scores.masked_fill(~seen.valid_RHC, -torch.inf)
 
     def _carry(self, seen: Candidates) -> Tensor:
@@ -274,7 +279,9 @@ class SelectingCache(ArenaCache):
         seen = self._seen(layer, tuple(range(heads)), mean, held, q_RHND, k_RHCD, v_RHCD, valid_RHC, carried)
         if carried is not None:
             seen = dataclasses.replace(seen, carried_RHCX=self._carry(seen))
-        best = self._scores(seen).flatten(1).topk(len(then_P), dim=-1, sorted=False).indices.sort(dim=-1).values
+        everything = len(then_P) == len(self.layout.places[self._target][layer][0]) + heads * q_RHND.shape[2]
+        scores = self._of_valid(seen, seen.no_scores()) if everything else self._scores(seen)
+        best = scores.flatten(1).topk(len(then_P), dim=-1, sorted=False).indices.sort(dim=-1).values
         parts = [k_RHCD, v_RHCD, *([] if seen.carried_RHCX is None else [seen.carried_RHCX])]
         chosen = [x.flatten(1, 2).gather(1, best[..., None].expand(-1, -1, x.shape[3])) for x in parts]
         self._write(then_P, chosen[0], chosen[1])

@@ -29,6 +29,7 @@ from heatkv.schedule import ScaleSchedule
 
 FORMAT, VERSION = "heatkv-statistics", 1
 _ARRAYS = ("mass_sum", "mass_square_sum", "all_mass_sum", "error_sum")
+_OF_TARGETS = ("concentration_sum", "similarity_sum")
 _MASS_TOLERANCE = 1e-3  # of the sum over sources, which is 1: bf16 attention rounds
 
 FloatArray = NDArray[np.float64]
@@ -75,7 +76,9 @@ class Statistics:
 
     `mass_sum` and `mass_square_sum` are of the conditional rows' attention mass, as the paper has it, `all_mass_sum`
     of the mean over all rows, `error_sum` of the drop error, summed over queries, mean over rows; `levels` are the
-    costs of coarser levels. The last three are None where they were not measured. Raises StatisticsError for wrong
+    costs of coarser levels. `concentration_sum` (L, H, T) is of how unevenly a scale's queries attend to the keys,
+    `similarity_sum` (L, T) of how much its keys and values are like those of the scale before. The last five are None
+    where they were not measured. Raises StatisticsError for wrong
     shapes, values that are not finite or negative, or masses that do not sum to one.
     """
 
@@ -86,10 +89,15 @@ class Statistics:
     all_mass_sum: FloatArray | None = None
     error_sum: FloatArray | None = None
     levels: LevelStatistics | None = None
+    concentration_sum: FloatArray | None = None
+    similarity_sum: FloatArray | None = None
 
     def __post_init__(self) -> None:
         scales = len(self.schedule)
         for name, given in self._arrays().items():
+            if name in _OF_TARGETS:
+                self._check_of_targets(name, given)
+                continue
             array = np.array(given, dtype=np.float64)
             if array.ndim != 4 or array.shape[2:] != (scales, scales) or 0 in array.shape:
                 raise StatisticsError(f"{name} has shape {array.shape}; it must be (layers, heads, {scales}, {scales})")
@@ -127,7 +135,19 @@ class Statistics:
 
     def _arrays(self) -> dict[str, FloatArray]:
         """What was measured, by the names in files."""
-        return {name: array for name in _ARRAYS if (array := getattr(self, name)) is not None}
+        names = (*_ARRAYS, *_OF_TARGETS)
+        return {name: array for name in names if (array := getattr(self, name)) is not None}
+
+    def _check_of_targets(self, name: str, given: FloatArray) -> None:
+        array = np.array(given, dtype=np.float64)
+        of_heads = name == "concentration_sum"
+        wanted = (self.layers, *((self.heads,) if of_heads else ()), len(self.schedule))
+        if array.shape != wanted:
+            raise StatisticsError(f"{name} has shape {array.shape}; it must be {wanted}")
+        if not np.isfinite(array).all() or (of_heads and (array < 0).any()):
+            raise StatisticsError(f"{name} must be finite{' and not negative' if of_heads else ''}")
+        array.setflags(write=False)
+        object.__setattr__(self, name, array)
 
     @property
     def layers(self) -> int:
@@ -173,6 +193,24 @@ class Statistics:
         Raises StatisticsError when it was not measured.
         """
         return self._measured("error_sum")
+
+    @property
+    def concentration(self) -> FloatArray:
+        """How unevenly target t's queries attend to the keys, [l, h, t]: the variance over keys of the mean probability
+        they receive, relative to the square of its mean; 0 where all receive the same. Mean over samples.
+
+        Raises StatisticsError when it was not measured.
+        """
+        return self._measured("concentration_sum")
+
+    @property
+    def similarity(self) -> FloatArray:
+        """Cosine between the keys of target t and those of the scale before, resized to its grid, and of the values
+        alike, [l, t]; mean over heads, samples and both. 0 for the first scale.
+
+        Raises StatisticsError when it was not measured.
+        """
+        return self._measured("similarity_sum")
 
     def _measured(self, name: str) -> FloatArray:
         sums: FloatArray | None = getattr(self, name)
@@ -284,8 +322,9 @@ class Statistics:
             if "levels" in header:
                 of_levels = {name: arrays.pop(name) for name in list(arrays) if name.startswith("levels.")}
                 levels = LevelStatistics.from_file(ScaleSchedule.of(header["schedule"]), header["levels"], of_levels)
-            if not {"mass_sum", "mass_square_sum"} <= set(arrays) <= set(_ARRAYS):
-                raise FormatError(f"{path} holds the arrays {sorted(arrays)}; known are {', '.join(_ARRAYS)}")
+            known = (*_ARRAYS, *_OF_TARGETS)
+            if not {"mass_sum", "mass_square_sum"} <= set(arrays) <= set(known):
+                raise FormatError(f"{path} holds the arrays {sorted(arrays)}; known are {', '.join(known)}")
             return cls(
                 ScaleSchedule.of(header["schedule"]),
                 **arrays,

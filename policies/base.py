@@ -103,7 +103,10 @@ class EvictionPolicy(ABC):
 
     def settings(self, problem: PlanningProblem) -> dict[str, Any]:
         """Everything that decided the plan beside geometry and budget."""
-        settings = dataclasses.asdict(self)
+        settings = {
+            name: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+            for name, value in dataclasses.asdict(self).items()
+        }
         settings["budget"] = str(problem.budget)
         if self.random:
             settings["seed"] = problem.seed

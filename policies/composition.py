@@ -67,6 +67,11 @@ class Wrapper(DynamicPolicy):
         super().check(problem)
         self.inner.check(problem)
 
+    def resolved(self, problem: PlanningProblem) -> DynamicPolicy:
+        inner = self.inner.resolved(problem)
+        told = [f"{field.name}={getattr(inner, field.name)!r}" for field in dataclasses.fields(inner)]
+        return self if inner == self.inner else dataclasses.replace(self, base=":".join([inner.name, *told]))
+
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
         return self.inner.capacities(problem, mean)
 

@@ -34,15 +34,16 @@ class Candidates:
 
     The first `held` of the C candidates come from the cache, in sequence order, the last N are the running scale's own.
     `k`, `v` are (R, H, C, D) as they are cached; `q` (R, H, N, D) carries the softmax scale. `heads` are the indices of
-    the H heads, `capacity` is how many tokens each keeps (their mean where heads share). `valid` is None, or false for
-    places that hold nothing, which come first. `carried` is (R, H, C, numbers), what `carry` gave when a token was last
-    a candidate, 0 for new ones. `attention_input` (R, N, W) and `query_weight` (H, D, W) are there for policies with
-    `wants_input`. Nothing of it may be changed.
+    the H heads, of `heads_of_layer`; `capacity` is how many tokens each keeps (their mean where heads share). `valid`
+    is None, or false for places that hold nothing, which come first. `carried` is (R, H, C, numbers), what `carry` gave
+    when a token was last a candidate, 0 for new ones. `attention_input` (R, N, W) and `query_weight` (H, D, W) are
+    there for policies with `wants_input`. Nothing of it may be changed.
     """
 
     layer: int
     target: int
     heads: tuple[int, ...]
+    heads_of_layer: int
     schedule: ScaleSchedule
     capacity: int
     held: int
@@ -146,6 +147,15 @@ class DynamicPolicy(EvictionPolicy):
         Raises BudgetError when not one token per head fits, PlanError when a subclass's capacities are impossible.
         """
         self.check(problem)
+        return self.resolved(problem)._plan(problem)
+
+    def resolved(self, problem: PlanningProblem) -> DynamicPolicy:
+        """The policy with what it takes from the problem, such as classes of heads, written into its options: a plan
+        must tell all that its scores depend on."""
+        del problem
+        return self
+
+    def _plan(self, problem: PlanningProblem) -> CapacityPlan:
         geometry = problem.geometry
         full = np.broadcast_to(available_tokens(geometry), (geometry.layers, geometry.heads, len(geometry.schedule)))
         if problem.share == 1:  # nothing is ever dropped, so nothing need be carried
@@ -176,7 +186,11 @@ class DynamicPolicy(EvictionPolicy):
             else:
                 high = mean
         if found is None:
-            raise BudgetError(f"budget {problem.budget} is too small for policy {self.name!r}; raise it")
+            least = int(live_of_held(np.asarray(self.capacities(problem, 1)).sum(axis=1)).max())
+            raise BudgetError(
+                f"policy {self.name!r} keeps {least} token-heads at least; budget {problem.budget} has room for "
+                f"{room}: raise it"
+            )
         # what is left is less than one token per head: whole layers get one more, as many as there is room for
         spare = (room - int(live_of_held(found.sum(axis=1)).max())) // problem.geometry.heads
         found = found.copy()

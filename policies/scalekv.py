@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -68,6 +68,11 @@ class ScaleKV(DynamicPolicy):
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
         self._drafters(problem)
+
+    def resolved(self, problem: PlanningProblem) -> ScaleKV:
+        if self._published(problem):
+            return self
+        return replace(self, drafters=",".join(map(str, self._drafters(problem))))
 
     def _published(self, problem: PlanningProblem) -> bool:
         return problem.geometry.layers in PUBLISHED and problem.geometry.schedule == ScaleSchedule.infinity("1M", 1.0)

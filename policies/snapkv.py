@@ -49,9 +49,9 @@ class SnapKV(DynamicPolicy):
         received = seen.received(slice(seen.new - window, None))
         before = seen.count - window
         score = received.new_full(received.shape, math.inf)
-        score[..., :before] = F.avg_pool1d(received[..., :before].flatten(0, 1), self.kernel, 1, self.kernel // 2).view(
-            *received.shape[:2], before
-        )
+        if before:
+            pooled = F.avg_pool1d(received[..., :before].flatten(0, 1), self.kernel, 1, self.kernel // 2)
+            score[..., :before] = pooled.view(*received.shape[:2], before)
         if window > seen.capacity:
             score[..., : seen.count - seen.capacity] = 0
         return score

@@ -395,7 +395,7 @@ def check_selection(path: Path, told: dict[str, Any]) -> None:
         capacity = told["capacities_for_next_scale"][str(scale + 2)]
         heads = tuple(range(told["heads"]))
         queries = expected[f"scale{scale}.queries"]
-        seen = Candidates(0, scale, heads, schedule, capacity, held, queries, keys, keys)
+        seen = Candidates(0, scale, heads, len(heads), schedule, capacity, held, queries, keys, keys)
         best = ScaleKVFixed().score(seen).topk(capacity).indices.sort().values
         positions, keys = positions.gather(2, best), keys.gather(2, best[..., None].expand(-1, -1, -1, keys.shape[3]))
         assert torch.equal(positions, expected[f"scale{scale}.kept_positions"].long())

@@ -1,0 +1,95 @@
+"""Whole scales, more of them in layers whose keys and values change most; after AMS-KV, whose code is not public."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from heatkv.errors import PolicyError
+from heatkv.plan import live_of_held
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.dynamic import Candidates, DynamicPolicy
+from heatkv.policies.grid import positions, recency
+from heatkv.registry import register
+
+IntArray = NDArray[np.int64]
+
+
+@register
+@dataclass(frozen=True)
+class AmsKvLike(DynamicPolicy):
+    """The first scales and the most recent ones; layers whose keys and values change most keep more recent ones.
+
+    A re-implementation of the idea only. The first `condensed` scales (2, an example of the paper's) always stay.
+    Similarity of a layer (chosen): the mean over scales from the fourth on of the cosine between a scale's keys, and
+    values, and those of the scale before, resized. The lower half of the layers keeps the larger number of recent
+    scales. Both are the largest that fit the budget, the smaller one first; where not even one does, a regular
+    sub-grid of the latest is kept, with as many tokens as fit. Every token carries its place, 4 bytes.
+    """
+
+    name: ClassVar[str] = "ams-kv-like"
+    needs: ClassVar[str] = "statistics"
+    source: ClassVar[str] = "after AMS-KV (AAAI 2026); own constants"
+
+    condensed: int = 2
+
+    @property
+    def carried(self) -> int:
+        return 1
+
+    def check(self, problem: PlanningProblem) -> None:
+        super().check(problem)
+        scales = len(problem.geometry.schedule)
+        condensed: Any = self.condensed
+        if not isinstance(condensed, int) or not 0 <= condensed < scales:
+            raise PolicyError(f"condensed={condensed!r} must be a number of scales from 0 to {scales - 1}")
+        if problem.statistics is None:
+            raise PolicyError(
+                f"policy {self.name!r} needs statistics to tell kinds of layers (heatkv calibrate, then "
+                "--statistics FILE)"
+            )
+
+    def _with(self, problem: PlanningProblem, few: int, many: int) -> IntArray:
+        """Capacities with so many recent scales in either half of the layers."""
+        assert problem.statistics is not None
+        geometry = problem.geometry
+        scales = len(geometry.schedule)
+        first = min(3, scales - 1)
+        similar_L = problem.statistics.similarity[:, first:].mean(axis=1)
+        demanding = np.argsort(similar_L, kind="stable")[: geometry.layers // 2]
+        recent = np.full(geometry.layers, few)
+        recent[demanding] = many
+        held = np.zeros((geometry.layers, scales), dtype=np.int64)
+        for target in range(scales):
+            for scale, tokens in enumerate(geometry.schedule.tokens[:target]):
+                held[:, target] += np.where((scale < self.condensed) | (scale >= target - recent), tokens, 0)
+        return np.broadcast_to(held[:, None], (geometry.layers, geometry.heads, scales)).copy()
+
+    def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
+        """One recent scale in all layers, as much of it as the mean allows."""
+        return np.minimum(self._with(problem, 1, 1), mean)
+
+    def _largest(self, problem: PlanningProblem, room: int, most: int) -> IntArray:
+        scales = len(problem.geometry.schedule)
+
+        def fits(few: int, many: int) -> bool:
+            return int(live_of_held(self._with(problem, few, many).sum(axis=1)).max()) <= room
+
+        few = max((a for a in range(1, scales) if fits(a, a)), default=0)
+        if not few:
+            return super()._largest(problem, room, most)
+        return self._with(problem, few, max(a for a in range(few, scales) if fits(few, a)))
+
+    def carry(self, seen: Candidates) -> Tensor:
+        return positions(seen)
+
+    def score(self, seen: Candidates) -> Tensor:
+        assert seen.carried_RHCX is not None
+        places = seen.carried_RHCX[..., 0].long()
+        near = recency(seen.schedule).to(places.device)[places]
+        return near.masked_fill(places < seen.schedule.offsets[self.condensed], math.inf)

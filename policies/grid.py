@@ -1,0 +1,44 @@
+"""What policies share that keep tokens by where they are: positions carried along, and regular sub-grids of scales."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from heatkv.policies.dynamic import Candidates
+from heatkv.schedule import ScaleSchedule
+
+
+def positions(seen: Candidates) -> Tensor:
+    """The place in the whole sequence of every candidate, (R, H, C, 1), from what was carried."""
+    assert seen.carried_RHCX is not None
+    first = seen.schedule.offsets[seen.target]
+    places = seen.carried_RHCX.clone()
+    places[:, :, seen.held :, 0] = torch.arange(first, first + seen.new, device=places.device).float()
+    return places
+
+
+@cache
+def recency(schedule: ScaleSchedule) -> Tensor:
+    """A score for every token of the sequence: later scales first, and within a scale regular sub-grids, the coarsest
+    first, so that whatever is kept of a scale is spread over it."""
+    scores = []
+    for scale, (frames, height, width) in enumerate(schedule.scales):
+        row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+        finest = max(height, width).bit_length()
+        fineness = np.minimum(_trailing_zeros(row, finest), _trailing_zeros(column, finest))
+        # tokens of one sub-grid in order of their rows, spread by a large step, rather than the upper ones first
+        order = (row * width + column) * 0.618034 % 1
+        scores.append(np.tile((scale * 64 + fineness + order).reshape(-1), frames))
+    return torch.from_numpy(np.concatenate(scores)).float()
+
+
+def _trailing_zeros(numbers: np.ndarray, most: int) -> np.ndarray:
+    """How often each number is divisible by two; `most` for 0."""
+    zeros = np.zeros_like(numbers)
+    for power in range(1, most + 1):
+        zeros += numbers % (1 << power) == 0
+    return zeros
