@@ -77,7 +77,7 @@ def test_the_ends_of_auto() -> None:
 
 
 def test_a_cap_on_layers_can_make_a_kl_unreachable() -> None:
-    with pytest.raises(PolicyError, match=r"no budget reaches max_kl=1e-06: the whole cache has 0\.\d+"):
+    with pytest.raises(PolicyError, match=r"max_kl=1e-06: under layer_cap=30% the largest has 0\.\d+; raise"):
         plan("auto", measured(), max_kl=1e-6, layer_cap="30%")
 
 
