@@ -49,7 +49,7 @@ class HeatKVLevels(SolvedPolicy):
     compensation: Literal["none", "constant", "linear"] = "none"
 
     def check(self, problem: PlanningProblem) -> None:
-        chosen = self.levels.split("+")
+        chosen = str(self.levels).split("+")
         if chosen[0] != "full" or any(level not in LEVELS for level in chosen):
             raise PolicyError(f"levels={self.levels!r}; it must be full, joined by + with any of {LEVELS[1:]}")
         if self.cost not in ("error", "fisher"):
