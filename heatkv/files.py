@@ -41,16 +41,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def make_folder(path: str | Path) -> Path:
-    """Create a folder and its parents, or say in one line why that cannot be."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FormatError(f"cannot create the folder {path}: {error.strerror or error}") from error
-    return path
-
-
 def check_writable(folder: Path) -> None:
     """Raise FormatError when no file can be made in `folder`, before hours are spent on what is to go there."""
     try:

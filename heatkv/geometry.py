@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from functools import cached_property
@@ -82,48 +82,50 @@ class Budget:
     """How much of the cache may be held at any moment: a share, mean tokens per head, or bytes; or `auto`, what a
     policy chooses by the fidelity it is asked for.
 
-    `amount` is exact, so that a budget written as 0.1 means one tenth and not the nearest float.
+    `amount` is exact, so that a budget written as 0.1 means one tenth and not the nearest float. `name` is what
+    messages call it; other limits are written alike.
     """
 
     kind: Literal["share", "tokens", "bytes", "auto"]
     amount: Fraction
+    name: str = field(default="budget", compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in ("share", "tokens", "bytes", "auto"):
             raise BudgetError(f"unknown kind of budget {self.kind!r}; {_HOW}")
         if self.amount <= 0:
-            raise BudgetError(f"budget {self} is not above zero; {_HOW}")
+            raise BudgetError(f"{self.name} {self} is not above zero; {_HOW}")
         if self.kind == "share" and self.amount > 1:
-            raise BudgetError(f"budget {self} is above 100 %, the full cache; {_HOW}")
+            raise BudgetError(f"{self.name} {self} is above 100 %, the full cache; {_HOW}")
 
     @classmethod
-    def parse(cls, text: str | float | Fraction | Budget) -> Budget:
+    def parse(cls, text: str | float | Fraction | Budget, name: str = "budget") -> Budget:
         """Read `10%`, `0.1`, `600MiB`, `2GB`, `650tokens`; a bare number is a share. Raises BudgetError."""
         if isinstance(text, Budget):
             return text
         if isinstance(text, Fraction):
-            return cls("share", text)
+            return cls("share", text, name)
         if str(text).strip().lower() == "auto":
-            return cls("auto", Fraction(1))
+            return cls("auto", Fraction(1), name)
         match = _BUDGET.fullmatch(str(text))
         if match is None:
-            raise BudgetError(f"cannot read the budget {text!r}; {_HOW}")
+            raise BudgetError(f"cannot read the {name} {text!r}; {_HOW}")
         try:
             number = Fraction(Decimal(match[1]))
         except (InvalidOperation, ValueError, OverflowError) as error:
-            raise BudgetError(f"cannot read the budget {text!r}; {_HOW}") from error
+            raise BudgetError(f"cannot read the {name} {text!r}; {_HOW}") from error
         unit = match[2].lower()
         if unit == "":
             if number > 1:
-                raise BudgetError(f"budget {text} is above 1, the full cache; did you mean {text}%? Otherwise {_HOW}")
-            return cls("share", number)
+                raise BudgetError(f"{name} {text} is above 1, the full cache; did you mean {text}%? Otherwise {_HOW}")
+            return cls("share", number, name)
         if unit == "%":
-            return cls("share", number / 100)
+            return cls("share", number / 100, name)
         if unit in ("token", "tokens"):
-            return cls("tokens", number)
+            return cls("tokens", number, name)
         if unit in _UNITS:
-            return cls("bytes", number * _UNITS[unit])
-        raise BudgetError(f"budget {text!r} has the unknown unit {match[2]!r}; {_HOW}")
+            return cls("bytes", number * _UNITS[unit], name)
+        raise BudgetError(f"{name} {text!r} has the unknown unit {match[2]!r}; {_HOW}")
 
     def share(self, geometry: CacheGeometry, rows: int = 1, storage: str = "bfloat16") -> Fraction:
         """b, the exact share of the full cache. Raises BudgetError when it is above the full cache."""
@@ -141,7 +143,7 @@ class Budget:
             share = self.amount / geometry.full_bytes(rows, storage)
             limit = f"{geometry.full_bytes(rows, storage)} bytes with {rows} rows in {storage}"
         if share > 1:
-            raise BudgetError(f"budget {self} is above the full cache of {limit}; use 100% to keep everything")
+            raise BudgetError(f"{self.name} {self} is above the full cache of {limit}; use 100% to keep everything")
         return share
 
     def token_heads(self, geometry: CacheGeometry, rows: int = 1, storage: str = "bfloat16") -> int:

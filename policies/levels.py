@@ -49,7 +49,7 @@ class HeatKVLevels(SolvedPolicy):
     compensation: Literal["none", "constant", "linear"] = "none"
 
     def check(self, problem: PlanningProblem) -> None:
-        chosen = self.levels.split("+")
+        chosen = str(self.levels).split("+")
         if chosen[0] != "full" or any(level not in LEVELS for level in chosen):
             raise PolicyError(f"levels={self.levels!r}; it must be full, joined by + with any of {LEVELS[1:]}")
         if self.cost not in ("error", "fisher"):
@@ -106,7 +106,10 @@ class HeatKVLevels(SolvedPolicy):
                 low = middle + 1
         while (predicted := self._kl(problem, self.allocation(at(high)).cost)) > self.max_kl:
             if high == BUDGET_STEPS:  # only a cap on layers keeps the whole cache from costing nothing
-                raise PolicyError(f"no budget reaches max_kl={self.max_kl}: the whole cache has {predicted:.3g}")
+                raise PolicyError(
+                    f"no budget reaches max_kl={self.max_kl}: under layer_cap={self.layer_cap} the largest has "
+                    f"{predicted:.3g}; raise layer_cap or max_kl"
+                )
             high += 1
         return at(high).budget
 
@@ -120,5 +123,5 @@ class HeatKVLevels(SolvedPolicy):
 
     @property
     def allowed(self) -> tuple[int, ...]:
-        """Indices of the levels it may use."""
+        """Indices of the levels that its option names."""
         return tuple(LEVELS.index(level) for level in LEVELS if level in self.levels.split("+"))

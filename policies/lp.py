@@ -35,6 +35,11 @@ class SolvedPolicy(EvictionPolicy):
     ranks: int = 1
     layer_cap: str | None = None
 
+    @property
+    def allowed(self) -> tuple[int, ...]:
+        """Indices of the levels it may use: whole cells only, unless a policy says otherwise."""
+        return (LEVELS.index(FULL),)
+
     def check(self, problem: PlanningProblem) -> None:
         heads = problem.geometry.heads
         if not isinstance(self.ranks, int) or self.ranks < 1 or heads % self.ranks:
@@ -71,7 +76,10 @@ class SolvedPolicy(EvictionPolicy):
         layer_room = None
         if self.layer_cap is not None:
             layer = CacheGeometry(1, geometry.heads, geometry.head_dim, geometry.schedule)
-            layer_room = Budget.parse(self.layer_cap).token_heads(layer, problem.rows, problem.storage)
+            cap = Budget.parse(self.layer_cap, "layer_cap")
+            if cap.kind == "auto":
+                raise PolicyError("layer_cap=auto: only the budget can be auto; write the cap as 10%, 0.1 or 650tokens")
+            layer_room = cap.token_heads(layer, problem.rows, problem.storage)
             sinks = geometry.heads * geometry.schedule.offsets[self.sink_scales]
             if layer_room < sinks:
                 raise BudgetError(
@@ -144,7 +152,7 @@ class HeatKVLP(SolvedPolicy):
         return allocate_levels(
             self.level_statistics(problem, "error", "; value=error needs none"),
             self.capacity(problem),
-            (LEVELS.index(FULL),),
+            self.allowed,
         )
 
     def allocation(self, problem: PlanningProblem) -> Allocation:

@@ -429,7 +429,7 @@ def test_generate_refuses(arguments: list[str], said: str, tmp_path: Path, capsy
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("mine")
-    assert "cannot create the folder" in refused(capsys, "generate", "--label", "cat", "--out", str(tmp_path / "out"))
+    assert "is a file; name another" in refused(capsys, "generate", "--label", "cat", "--out", str(tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -9,10 +9,10 @@ import typer
 
 from heatkv.cli.opening import Loaded, open_model, open_only_plan, open_rankings, open_statistics, positive, storage_of
 from heatkv.cli.options import BudgetText, OutFolder, Policy, Ranking, Running, Source, Without
-from heatkv.cli.output import progress, say
+from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError, ModelError
-from heatkv.files import file_name, make_folder, replacing
+from heatkv.files import file_name, replacing
 from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.policies.base import PlanningProblem, make_policy

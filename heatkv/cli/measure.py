@@ -12,10 +12,10 @@ import typer
 from heatkv.cli.calibrate import statistics_of_folder
 from heatkv.cli.opening import open_model, open_plan, open_rankings, open_statistics, parse_names, positive, storage_of
 from heatkv.cli.options import AsJson, Budgets, OutFolder, PlanFiles, Policies, Ranking, Repeats, Running, Source
-from heatkv.cli.output import progress, say, show
+from heatkv.cli.output import make_folder, progress, say, show
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
-from heatkv.files import file_name, make_folder, read_json
+from heatkv.files import file_name, read_json
 from heatkv.geometry import Budget
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.registry import find_policy
