@@ -18,6 +18,7 @@ from torch import Tensor
 
 from heatkv.cache import LayerStep
 from heatkv.calibration import sample_names
+from heatkv.checks import whole
 from heatkv.errors import StatisticsError
 from heatkv.level_calibration import (
     Combinations,
@@ -31,7 +32,7 @@ from heatkv.level_calibration import (
 )
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LevelChoices
-from heatkv.models.base import ImageModel
+from heatkv.models.base import ImageModel, checked_run
 from heatkv.sampling import CommonRandomSampler, Settings
 
 FloatArray = NDArray[np.float64]
@@ -148,10 +149,10 @@ def calibrate_fisher(
     progress: Callable[[int], None] | None = None,
 ) -> LevelStatistics:
     """Fisher costs over `samples` images, as `calibrate_levels` measures relative errors."""
-    settings = settings if settings is not None else model.sampling
-    if samples < 1:
-        raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
+    seed, first_sample, batch, settings = checked_run(model, seed, first_sample, batch, settings, progress)
+    samples = whole(samples, "samples", StatisticsError, 1)
     geometry = model.geometry
+    sink_scales = whole(sink_scales, "sink_scales", StatisticsError, 0, len(geometry.schedule) - 1)
     choices = LevelChoices(geometry.schedule, sink_scales)
     of_bias: tuple[str, ...] = ()
     if log_bias is None:

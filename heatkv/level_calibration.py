@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv.attention.pooling import pooled_cells
-from heatkv.calibration import MAX_BLOCK_NUMBERS, ObservingCache, sample_names
+from heatkv.calibration import MAX_BLOCK_NUMBERS, ObservingCache, add_sums, sample_names
+from heatkv.checks import whole
 from heatkv.errors import StatisticsError
 from heatkv.generation import run_scales
 from heatkv.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.levels import LEVELS, NONE, LevelChoices
-from heatkv.models.base import ImageModel
+from heatkv.models.base import ImageModel, checked_run
 from heatkv.sampling import CommonRandomSampler, Settings
 
 FloatArray = NDArray[np.float64]
@@ -313,10 +314,13 @@ def calibrate_biases(
     settings: Settings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FloatArray:
-    """The logit bias of every pooled cell, (L, H, T, levels), from samples 0, 1, ... of the seed."""
-    settings = settings if settings is not None else model.sampling
-    whole: FloatArray | None = None
-    pooled: FloatArray | None = None
+    """The logit bias of every pooled cell, (L, H, T, levels), from samples 0, 1, ... of the seed.
+
+    Raises StatisticsError for fewer than one sample.
+    """
+    seed, _, batch, settings = checked_run(model, seed, 0, batch, settings, progress)
+    samples = whole(samples, "samples", StatisticsError, 1)
+    sums: dict[str, FloatArray] = {}
     for indices in _batches(0, samples, batch):
         rows = len(indices) * settings.rows_per_image
         cache = BiasCache(
@@ -324,13 +328,10 @@ def calibrate_biases(
         )
         labels, sampler = model.labels(len(indices), indices.start), CommonRandomSampler(seed, indices, settings)
         run_scales(model, labels, cache, sampler, settings, decode=False)
-        whole = cache.whole if whole is None else whole + cache.whole
-        pooled = cache.pooled_mass if pooled is None else pooled + cache.pooled_mass
+        sums = add_sums(sums, cache.sums())
         if progress is not None:
             progress(len(indices))
-    if whole is None or pooled is None:
-        raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
-    return calibrated_bias(choices.schedule, whole, pooled)
+    return calibrated_bias(choices.schedule, sums["whole"], sums["pooled_mass"])
 
 
 def calibrate_levels(
@@ -350,10 +351,10 @@ def calibrate_levels(
 
     `first_sample` numbers the first one, so that disjoint sets can be measured under the same biases and merged.
     """
-    settings = settings if settings is not None else model.sampling
-    if samples < 1:
-        raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
+    seed, first_sample, batch, settings = checked_run(model, seed, first_sample, batch, settings, progress)
+    samples = whole(samples, "samples", StatisticsError, 1)
     geometry = model.geometry
+    sink_scales = whole(sink_scales, "sink_scales", StatisticsError, 0, len(geometry.schedule) - 1)
     choices = LevelChoices(geometry.schedule, sink_scales)
     of_bias: tuple[str, ...] = ()
     if log_bias is None:

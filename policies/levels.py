@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.checks import as_number, of_kind, shown
 from heatkv.errors import PolicyError
 from heatkv.geometry import Budget
 from heatkv.level_allocation import LevelAllocation, allocate_levels, cost_bound
@@ -49,9 +50,10 @@ class HeatKVLevels(SolvedPolicy):
     compensation: Literal["none", "constant", "linear"] = "none"
 
     def check(self, problem: PlanningProblem) -> None:
-        chosen = str(self.levels).split("+")
+        of_kind(problem, PlanningProblem, "problem", PolicyError, "give a PlanningProblem, or use model.plan")
+        chosen = self.levels.split("+") if isinstance(self.levels, str) else [""]
         if chosen[0] != "full" or any(level not in LEVELS for level in chosen):
-            raise PolicyError(f"levels={self.levels!r}; it must be full, joined by + with any of {LEVELS[1:]}")
+            raise PolicyError(f"levels={shown(self.levels)}; it must be full, joined by + with any of {LEVELS[1:]}")
         if self.cost not in ("error", "fisher"):
             raise PolicyError(f"cost={self.cost!r} is unknown to policy {self.name!r}; known: error, fisher")
         if self.compensation not in ("none", "constant", "linear"):
@@ -59,8 +61,8 @@ class HeatKVLevels(SolvedPolicy):
         if problem.budget.kind == "auto":
             if self.cost != "fisher" or self.max_kl is None:
                 raise PolicyError("budget auto needs cost=fisher, which predicts the KL, and max_kl, its bound")
-            if not 0 < self.max_kl < math.inf:
-                raise PolicyError(f"max_kl={self.max_kl} is no KL divergence above 0, in nats per token")
+            if not 0 < as_number(self.max_kl) < math.inf:
+                raise PolicyError(f"max_kl={shown(self.max_kl)} is no KL divergence above 0, in nats per token")
             problem = replace(problem, budget=Budget.parse(1.0))
         elif self.max_kl is not None:
             raise PolicyError(f"max_kl chooses the budget; it goes with budget auto, not with {problem.budget}")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heatkv.allocation import Allocation, Capacity, allocate, allocate_greedily
+from heatkv.checks import as_whole, shown
 from heatkv.errors import BudgetError, PolicyError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.level_allocation import LevelAllocation, allocate_levels
@@ -41,10 +42,10 @@ class SolvedPolicy(EvictionPolicy):
         return (LEVELS.index(FULL),)
 
     def check(self, problem: PlanningProblem) -> None:
-        heads = problem.geometry.heads
-        if not isinstance(self.ranks, int) or self.ranks < 1 or heads % self.ranks:
-            raise PolicyError(f"ranks={self.ranks!r} does not split {heads} heads evenly")
         super().check(problem)
+        heads = problem.geometry.heads
+        if as_whole(self.ranks) is None or self.ranks < 1 or heads % self.ranks:
+            raise PolicyError(f"ranks={shown(self.ranks)} does not split {heads} heads evenly")
         self.capacity(problem)
 
     def level_statistics(self, problem: PlanningProblem, cost: str, otherwise: str = "") -> LevelStatistics:
