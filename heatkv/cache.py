@@ -92,10 +92,6 @@ class KVCache:
         """Start the next images; nothing needs clearing."""
         self._target, self._next_layer = 0, 0
 
-    def skip_to_last_scale(self) -> None:
-        """Act as if all scales but the last had run, to measure the last one; what is held is not defined."""
-        self._target, self._next_layer = len(self.plan.schedule) - 1, 0
-
     def _prepare(self) -> list[list[LayerStep]]:
         plan, device = self.plan, self.arena_2RPD.device
         layers, heads = plan.geometry.layers, range(plan.geometry.heads)

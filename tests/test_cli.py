@@ -97,6 +97,31 @@ def test_solve_says_what_is_certified_and_nothing_where_nothing_is(
     assert "gap" not in table
 
 
+def test_a_budget_that_is_chosen_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    statistics = tmp_path / "fisher.safetensors"
+    asked = ["--samples", "2", "--levels", "fisher", "--level-samples", "1", "--out", str(statistics)]
+    assert run(["calibrate", *asked]) == 0
+    out = tmp_path / "plan.json"
+    solve = ["solve", "--policy", "heatkv-mr", "--set", "cost=fisher", "--statistics", str(statistics)]
+    chosen = [*solve, "--set", "max_kl=0.05", "--budget", "auto", "--out", str(out)]
+    capsys.readouterr()
+    assert run([*chosen, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["budget_asked"] == "auto"
+    assert 0 < told["predicted_kl"] <= 0.05
+    for command in (chosen, ["solve", "--plan", str(out)]):
+        assert run(command) == 0
+        shown = capsys.readouterr().out
+        assert f"{told['budget']:.1%}, the smallest with a foretold KL of at most 0.05" in shown
+        assert f"{told['predicted_kl']:.4g} nats per token" in shown
+    assert run([*solve, "--budget", "20%"]) == 0
+    shown = capsys.readouterr().out
+    assert "foretold KL" in shown
+    assert "the smallest" not in shown
+    assert run(["solve", "--policy", "streaming", "--budget", "20%"]) == 0
+    assert "foretold KL" not in capsys.readouterr().out
+
+
 def test_options_of_policies_are_set(statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--budget", "20%", "--policy", "heatkv-lp", "--statistics", str(statistics_file)]
@@ -247,7 +272,26 @@ def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--policy", "streaming", "--budget", "10%", "--sink-scales", "9"], "sink_scales=9"),
         (["--policy", "streaming", "--budget", "10%", "--ratio", "1.5"], "square images only"),
         (["--policy", "streaming", "--budget", "10%", "--ratio", "wide"], "cannot read the height/width ratio"),
-        (["--policy", "streaming", "--budget", "10%", "--size", "1M"], "48 px only"),
+        (["--policy", "streaming", "--budget", "10%", "--size", "1M"], "emoji is published for 48, not 1M; leave"),
+        (
+            ["--model", "var-d30", "--policy", "streaming", "--budget", "10%", "--size", "1M"],
+            "VAR has no 1M px schedule",
+        ),
+        (
+            ["--model", "var-d30", "--policy", "streaming", "--budget", "10%", "--size", "512"],
+            "var-d30 is published for 256, not 512; use var-d36 for 512",
+        ),
+        (
+            ["--model", "var-d36", "--policy", "streaming", "--budget", "10%", "--size", "1024"],
+            "var-d36 is published for 512, not 1024; leave the size out",
+        ),
+        (
+            ["--model", "infinity-8b-512", "--policy", "streaming", "--budget", "10%", "--size", "0.60M"],
+            "published for 0.25M, not 0.60M; use infinity-8b for 0.60M",
+        ),
+        (["--policy", "streaming", "--budget", "10%", "--device", "gpu"], "unknown device 'gpu'; write cpu, cuda"),
+        (["--policy", "streaming", "--budget", "1e-9"], "is below 14/230 = 6.09%, the 3 sink scales"),
+        (["--policy", "streaming", "--budget", "1e999"], "above 1, the full cache"),
         (["--policy", "streaming", "--budget", "10%", "--dtype", "int3"], "unknown dtype"),
         (["--policy", "streaming", "--budget", "1MiB", "--rows", "0"], "rows is 0"),
         (["--policy", "streaming", "--budget", "10%", "--out", "/nonexistent/plan.json"], "cannot write"),
@@ -714,6 +758,11 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     models = {row["model"]: row for row in json.loads(capsys.readouterr().out)}
     # 6,425 tokens x 32 x 16 heads x 128 channels x 2 rows x 4 bytes
     assert models["infinity-2b"]["full_bytes"] == 6425 * 32 * 16 * 128 * 2 * 4
+    assert models["infinity-2b"]["schedule"] == "1,2,4,6,8,12,16,20,24,32,40,48,64"
+    sizes = {name: [entry["size"] for entry in row["sizes"]] for name, row in models.items()}
+    assert sizes["infinity-8b"] == ["1M", "0.60M", "0.25M", "0.06M"]
+    assert (sizes["infinity-8b-512"], sizes["var-d16"], sizes["var-d36"]) == (["0.25M"], ["256"], ["512"])
+    assert [entry["cached_tokens"] for entry in models["infinity-2b"]["sizes"]] == [6425, 4121, 1497, 265]
     assert run(["policies", "--json"]) == 0
     policies = {row["policy"]: row["options"] for row in json.loads(capsys.readouterr().out)}
     assert {"name": "value", "default": "joint", "type": "joint or error or mass"} in policies["heatkv-lp"]

@@ -212,7 +212,7 @@ def calibrate(
     show(Group(table, *stability_tables(found), verdict(found)), as_json, data)
 
 
-def _to_be_continued(path: Path, model: Loaded, settings: Settings, levels: str | None) -> Statistics:
+def _to_be_continued(path: Path, model: ImageModel[Any], settings: Settings, levels: str | None) -> Statistics:
     """Statistics that this run can add to. Raises StatisticsError when it cannot, before anything is measured."""
     from heatkv.calibration import told_settings
 

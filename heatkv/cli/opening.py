@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
 from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
@@ -69,6 +71,14 @@ def known_dtype(dtype: str) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ModelError(f"unknown dtype {dtype!r}{hint} Known: {', '.join(COMPUTE_DTYPES)}")
     return dtype
+
+
+def check_device(name: str) -> None:
+    """Refuse what is no name of a device, where only that matters."""
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {name!r}; write cpu, cuda, cuda:1 or mps") from error
 
 
 def open_model(source: Source, running: Running, measuring: bool = True) -> tuple[Loaded, Settings]:

@@ -35,7 +35,8 @@ COMPUTE_DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Geometry of a named model. `default_size` is the pixel size its weights were trained for.
+    """Geometry of a named model. `default_size` is the pixel size its weights were trained for; the public code runs
+    them at `smaller_sizes` as well, largest first.
 
     `weights` says where weights come from, `files` and `vae_files` what they are called; `bundled` that they ship with
     this package.
@@ -51,21 +52,35 @@ class ModelInfo:
     files: tuple[str, ...] = ()
     vae_files: tuple[str, ...] = ()
     bundled: bool = False
+    smaller_sizes: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return self.default_size, *self.smaller_sizes
 
     def schedule(self, size: str | None = None, ratio: float | None = None) -> ScaleSchedule:
         """The schedule for a size ("256", "1M", ...) and a height/width ratio; None takes the model's own.
 
-        Raises ScheduleError for what the family does not have.
+        Raises ScheduleError for what the family or this model does not have.
         """
+        wanted = self.default_size if size is None else size
         if self.family == "infinity":
-            return ScaleSchedule.infinity(size or self.default_size, 1.0 if ratio is None else ratio)
-        if ratio is not None and as_number(ratio) != 1:
+            schedule = ScaleSchedule.infinity(wanted, 1.0 if ratio is None else ratio)
+        elif ratio is not None and as_number(ratio) != 1:
             raise ScheduleError(f"{self.name} draws square images only; leave the ratio out")
-        if self.bundled:
-            if size not in (None, self.default_size):
-                raise ScheduleError(f"{self.name} draws {self.default_size} px only; leave the size out")
-            return VAR_CONFIG.schedule
-        return ScaleSchedule.var(size or self.default_size)
+        else:
+            wanted = str(wanted).removesuffix("px")
+            schedule = VAR_CONFIG.schedule if self.bundled else ScaleSchedule.var(wanted)
+        if wanted not in self.sizes:
+            fitting = [
+                info
+                for info in MODELS.values()
+                if info.family == self.family and wanted in info.sizes and not self.bundled
+            ]
+            near = min(fitting, key=lambda info: abs(info.layers - self.layers), default=None)
+            way_out = "leave the size out" if near is None else f"use {near.name} for {wanted}"
+            raise ScheduleError(f"{self.name} is published for {' and '.join(self.sizes)}, not {wanted}; {way_out}")
+        return schedule
 
     def geometry(self, size: str | None = None, ratio: float | None = None) -> CacheGeometry:
         return CacheGeometry(self.layers, self.heads, self.head_dim, self.schedule(size, ratio))
@@ -93,6 +108,8 @@ def _infinity(name: str, layers: int, heads: int, size: str, stem: str, suffix: 
 _EMOJI = ModelInfo(
     "emoji", "var", VAR_CONFIG.depth, VAR_CONFIG.heads, VAR_CONFIG.head_dim, "48", "in this package", bundled=True
 )
+_SMALLER = ScaleSchedule.infinity_sizes()[-2::-1]
+"""Smaller sizes than 1M."""
 
 MODELS: dict[str, ModelInfo] = {
     info.name: info
@@ -100,8 +117,8 @@ MODELS: dict[str, ModelInfo] = {
         _EMOJI,
         *(_var(depth, "256") for depth in (16, 20, 24, 30)),
         _var(36, "512"),
-        _infinity("infinity-2b", 32, 16, "1M", "infinity_2b_reg", ".pth", _D32_VAE),
-        _infinity("infinity-8b", 40, 28, "1M", "infinity_8b_weights", "/", _D56_VAE),
+        replace(_infinity("infinity-2b", 32, 16, "1M", "infinity_2b_reg", ".pth", _D32_VAE), smaller_sizes=_SMALLER),
+        replace(_infinity("infinity-8b", 40, 28, "1M", "infinity_8b_weights", "/", _D56_VAE), smaller_sizes=_SMALLER),
         _infinity("infinity-8b-512", 40, 28, "0.25M", "infinity_8b_512x512_weights", "/", _D56_VAE),
     )
 }
@@ -140,6 +157,7 @@ def load_model(
     """
     info = model_info(name)
     check_texts(prompts)
+    info.schedule(size, ratio)  # refuse a bad one before any file is read
     if not isinstance(dtype, str) or dtype not in COMPUTE_DTYPES:
         raise ModelError(f"unknown dtype {shown(dtype)}; known: {', '.join(COMPUTE_DTYPES)}")
     try:
@@ -153,18 +171,15 @@ def load_model(
     if info.family == "var" and (text_encoder is not None or prompts):
         raise ModelError(f"{name} draws classes, not prompts; leave the text encoder and prompts out")
     if info.bundled:
-        info.schedule(size, ratio)
         return _placed(load_emoji(), compute, where)
     if weights is None:
         raise ModelError(f"{name} needs its weights, {info.weights}: name the file or its folder (--weights)")
     found = find_weights(weights, info.files)
     if info.family == "var":
-        info.schedule(size, ratio)
         return _placed(load_var(info, found, None if vae is None else as_path(vae)), compute, where)
     if prompts and text_encoder is None:
         raise ModelError(f"turning prompts into features for {name} needs its text encoder; name it (--text-encoder)")
     found_vae = as_path(vae) if vae is not None else find_beside(found, info.vae_files)
-    info.schedule(size, ratio)
     encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
     model = load_infinity(
         info,
