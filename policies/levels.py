@@ -61,16 +61,20 @@ class HeatKVLevels(SolvedPolicy):
                 raise PolicyError("budget auto needs cost=fisher, which predicts the KL, and max_kl, its bound")
             if not 0 < self.max_kl < math.inf:
                 raise PolicyError(f"max_kl={self.max_kl} is no KL divergence above 0, in nats per token")
-            problem = replace(problem, budget=Budget.parse(1.0))
         elif self.max_kl is not None:
             raise PolicyError(f"max_kl chooses the budget; it goes with budget auto, not with {problem.budget}")
         super().check(problem)
+
+    def rooms(self, problem: PlanningProblem) -> dict[str, Fraction]:
+        if problem.budget.kind == "auto":  # it takes what the sinks need
+            problem = replace(problem, budget=Budget.parse(1.0))
+        return super().rooms(problem)
 
     def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
         return self.allocation(problem).last_reads()[0]
 
     def plan(self, problem: PlanningProblem) -> Plan:
-        self.check(problem)
+        self.check_all(problem)
         settings: dict[str, Any] = {}
         if problem.budget.kind == "auto":
             problem = replace(problem, budget=self.smallest_budget(problem))
@@ -92,14 +96,14 @@ class HeatKVLevels(SolvedPolicy):
         sinks = Fraction(schedule.offsets[self.sink_scales], schedule.cached_tokens)
         low = max(1, math.ceil(BUDGET_STEPS * sinks))
         high = BUDGET_STEPS  # the full cache costs nothing
-        statistics = self.level_statistics(problem, self.cost)
+        statistics = self.level_statistics(problem)
 
         def at(step: int) -> PlanningProblem:
             return replace(problem, budget=Budget("share", Fraction(step, BUDGET_STEPS)))
 
         while low < high:  # by the bound, which is quicker than a plan and hardly below it
             middle = (low + high) // 2
-            bound = cost_bound(statistics, self.capacity(at(middle)), self.allowed)
+            bound = cost_bound(statistics, self.capacity(at(middle)), self.allowed, self.sink_scales)
             if self._kl(problem, bound) <= self.max_kl:
                 high = middle
             else:
@@ -112,7 +116,8 @@ class HeatKVLevels(SolvedPolicy):
 
     def allocation(self, problem: PlanningProblem) -> LevelAllocation:
         """The plan with its cost, its bound and the prices of the checkpoints."""
-        return allocate_levels(self.level_statistics(problem, self.cost), self.capacity(problem), self.allowed)
+        statistics, capacity = self.level_statistics(problem), self.capacity(problem)
+        return allocate_levels(statistics, capacity, self.allowed, self.sink_scales)
 
     @property
     def level_cost(self) -> str:

@@ -127,7 +127,7 @@ def worth_of(plan: Plan, statistics: Statistics) -> Worth:
     program = _program(plan, statistics)
     share = Fraction(plan.budget_token_heads, plan.geometry.full_token_heads)
     problem = PlanningProblem(plan.geometry, Budget("share", share), statistics)
-    program.check(problem)
+    program.check_all(problem)
     values, capacity = program.values(statistics), program.capacity(problem)
     prices = program.allocation(problem).row_prices
     prices = np.where(prices > _NO_PRICE * prices.max(initial=0.0), prices, 0.0)

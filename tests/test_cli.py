@@ -466,7 +466,7 @@ def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--orders", "a", "--statistics", "b"], "give one of them"),
         (["--set", "ranks=2"], "none of these policies has an option 'ranks'"),
         (["--policies", "heatkv-lp", "--set", "ranks=5"], "ranks=5 does not split 6 heads"),
-        (["--policies", "heatkv-lp", "--set", "layer_cap=0.1%"], "layer_cap=0.1% is 1 token-heads, less than the 30"),
+        (["--policies", "heatkv-lp", "--set", "layer_cap=0.1%"], "layer_cap=0.1% is below 5/230 = 2.18%, the 2 sink"),
     ],
 )
 def test_compare_refuses_before_it_measures(

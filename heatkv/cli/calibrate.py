@@ -213,6 +213,7 @@ class _Compared:
         for policy in self.policies:
             for problem in self.problems:
                 policy.check(problem)  # before hours are spent
+                policy.check_sinks(problem)
 
     def agreements(self, parts: Sequence[Statistics]) -> list[Agreement]:
         from heatkv.profiling.stability import compare_halves, growing_halves

@@ -70,13 +70,22 @@ class _Measurement:
                 raise HeatKVError(f"budget {text} is named twice")
         geometry, name_of_model = self.model.geometry, self.model.name
         problems = [
-            PlanningProblem(geometry, budget, rows=self.rows, storage=self.storage, model=name_of_model)
+            PlanningProblem(
+                geometry,
+                budget,
+                self.statistics,
+                self.rankings,
+                rows=self.rows,
+                storage=self.storage,
+                model=name_of_model,
+            )
             for budget in self.budgets
         ]
         for name in self.policies:
             policy = make_policy(name, **self.policy_options[name])
             for problem in problems if name != "full" else ():
                 policy.check(problem)
+                policy.check_sinks(problem)
 
     def subjects(self, statistics: Statistics | None, draws: int = 1) -> list[Subject]:
         """Every policy at every budget, and every finished plan."""
