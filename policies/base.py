@@ -152,10 +152,10 @@ class EvictionPolicy(ABC):
             settings["seed"] = problem.seed
         return settings
 
-    def check(self, problem: PlanningProblem) -> None:
+    def check(self, problem: PlanningProblem) -> None:  # noqa: B027 - most policies have nothing to add
         """Raise for options that do not fit each other or the problem; needs nothing that is measured."""
 
-    def check_measured(self, problem: PlanningProblem) -> None:
+    def check_measured(self, problem: PlanningProblem) -> None:  # noqa: B027
         """Raise when what it plans from is missing, or was measured for something else."""
 
     def check_sinks(self, problem: PlanningProblem) -> None:

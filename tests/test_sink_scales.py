@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -17,8 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, level_live_table, random_mass, statistics_of
 
+from heatkv.cli import run
 from heatkv.errors import BudgetError, HeatKVError, PolicyError
 from heatkv.geometry import Budget, CacheGeometry
+from heatkv.models import load_model
 from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.schedule import ScaleSchedule
@@ -184,8 +185,8 @@ def test_advice_that_is_taken_works(attempt: Attempt) -> None:
     [
         (
             Attempt("heatkv-mr", {}, Budget.parse("5%"), 2),
-            "budget 0.05 (5%) is below 5/30 = 16.67%, the 2 sink scales; raise it or measure anew with heatkv calibrate "
-            "--levels error --sink-scales 1 and set sink_scales=1",
+            "budget 0.05 (5%) is below 5/30 = 16.67%, the 2 sink scales; raise it or measure anew with heatkv "
+            "calibrate --levels error --sink-scales 1 and set sink_scales=1",
         ),
         (
             Attempt("heatkv-lp", {"value": "error"}, Budget.parse("1%"), 2),
@@ -198,14 +199,14 @@ def test_advice_that_is_taken_works(attempt: Attempt) -> None:
         ),
         (
             Attempt("heatkv", {"sink_scales": 2}, Budget.parse("5%"), None, 1),
-            "sink_scales=2 is below the 3 first scales, which the rankings leave out; set sink_scales=3 and raise budget "
-            "0.05 (5%) to 14/30 = 46.67%, or plan from statistics, which rank every scale (heatkv calibrate, then "
-            "--statistics FILE), with sink_scales=1",
+            "sink_scales=2 is below the 3 first scales, which the rankings leave out; set sink_scales=3 and raise "
+            "budget 0.05 (5%) to 14/30 = 46.67%, or plan from statistics, which rank every scale (heatkv calibrate, "
+            "then --statistics FILE), with sink_scales=1",
         ),
         (
             Attempt("heatkv-mr", {"layer_cap": "10%"}, Budget.parse("12%"), 2),
-            "budget 0.12 (12%) and layer_cap=10% are below 5/30 = 16.67%, the 2 sink scales; raise them or measure anew "
-            "with heatkv calibrate --levels error --sink-scales 1 and set sink_scales=1",
+            "budget 0.12 (12%) and layer_cap=10% are below 5/30 = 16.67%, the 2 sink scales; raise them or measure "
+            "anew with heatkv calibrate --levels error --sink-scales 1 and set sink_scales=1",
         ),
     ],
 )  # fmt: skip
@@ -213,3 +214,94 @@ def test_what_is_said(attempt: Attempt, said: str) -> None:
     with pytest.raises((BudgetError, PolicyError)) as caught:
         attempt.plan()
     assert str(caught.value) == said
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert run(arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize("cost", ["error", "fisher"])
+def test_calibrate_measures_with_so_many_sinks(
+    cost: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heatkv.cli.calibrate.BIAS_SAMPLES", 1)
+    path = tmp_path / "s.safetensors"
+    measure = ["calibrate", "--samples", "1", "--levels", cost, "--level-samples", "1", "--out", str(path)]
+    assert run([*measure, "--sink-scales", "1"]) == 0
+    levels = Statistics.load(path).levels
+    assert levels is not None
+    assert levels.choices.sink_scales == 1
+    assert run([*measure, "--append"]) == 0  # with the file's own number
+    levels = Statistics.load(path).levels
+    assert levels is not None
+    assert (levels.choices.sink_scales, levels.samples) == (1, ("0:0:0", "0:1:1"))
+    assert levels.bias_samples == ("0:0:0",)
+    solve = ["solve", "--policy", "heatkv-mr", "--set", f"cost={cost}", "--statistics", str(path), "--budget"]
+    for sinks, budget in (("1", "1%"), ("3", "20%")):
+        assert run([*solve, budget, "--sink-scales", sinks]) == 0
+    said = refused(capsys, *solve, "1%", "--sink-scales", "0")
+    assert said.endswith(f"heatkv calibrate --levels {cost} --sink-scales 0 and set sink_scales=0")
+    assert "raise it or set sink_scales=1" in refused(capsys, *solve, "1%")
+
+
+def test_calibrate_refuses_other_sinks_before_it_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.safetensors"
+    model = load_model("emoji")
+    given = model.geometry
+    statistics = statistics_of(given, random_mass(given, 1, 0), model=model.name, fingerprint=model.fingerprint)
+    statistics.save(path)
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing may be measured")
+
+    monkeypatch.setattr("heatkv.calibration.calibrate", never)
+    append = ["calibrate", "--append", "--out", str(path), "--levels"]
+    assert "has level costs with sink_scales=2, not 3; leave --sink-scales out, or measure into another file" in (
+        refused(capsys, *append, "error", "--sink-scales", "3")
+    )
+    assert "has level costs of the kind 'error'; measure 'fisher' into another file" in (
+        refused(capsys, *append, "fisher")
+    )
+    fresh = ["calibrate", "--out", str(tmp_path / "n"), "--sink-scales"]
+    assert "does not fit level costs of a schedule of 8 scales: 0 to 7" in (
+        refused(capsys, *fresh, "8", "--levels", "error")
+    )
+    assert "--sink-scales are those of level costs; give --levels too" in refused(capsys, *fresh, "1")
+
+
+def test_compare_measures_with_the_sinks_of_its_policies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BIAS_SAMPLES", "LEVEL_SAMPLES"):
+        monkeypatch.setattr(f"heatkv.cli.calibrate.{name}", 1)
+    few = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1", "--out", str(tmp_path)]
+    for sinks, measured_with in (("3", 2), ("0", 0), ("1", 0)):
+        command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", "--sink-scales", sinks, *few]
+        assert run(command) == 0
+        levels = Statistics.load(tmp_path / "statistics.safetensors").levels
+        assert levels is not None
+        assert levels.choices.sink_scales == measured_with
+        again = "measuring levels again" in capsys.readouterr().err
+        assert again == (sinks == "0")
+
+
+def test_compare_advises_by_the_statistics_that_it_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, path = load_model("emoji"), tmp_path / "s.safetensors"
+    mass = random_mass(model.geometry, 1, 0)
+    told = model.sampling.to_json()["cfg"]
+    statistics_of(model.geometry, mass, model=model.name, fingerprint=model.fingerprint, cfg=told).save(path)
+    command = ["compare", "--policies", "heatkv-mr", "--budgets", "1%", "--statistics", str(path)]
+    said = refused(capsys, *command, "--out", str(tmp_path / "out"))
+    assert said.endswith(
+        "raise it or measure anew with heatkv calibrate --levels error --sink-scales 1 and set sink_scales=1"
+    )

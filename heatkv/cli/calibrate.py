@@ -19,7 +19,7 @@ from heatkv.errors import FormatError, HeatKVError, StatisticsError
 from heatkv.files import check_writable
 from heatkv.geometry import Budget
 from heatkv.level_statistics import COSTS
-from heatkv.levels import LevelChoices
+from heatkv.levels import SINK_SCALES
 from heatkv.models.base import ImageModel
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.sampling import Settings
@@ -33,6 +33,9 @@ MOST_AT_ONCE = 16
 
 LEVEL_SAMPLES = 32
 """Images that level costs are measured on."""
+
+BIAS_SAMPLES = 16
+"""Images that the biases of level costs are measured on."""
 
 REPORTED_POLICIES: dict[str, dict[str, Any]] = {"heatkv": {}, "heatkv-lp": {"value": "error"}}
 REPORTED_BUDGET = "20%"
@@ -57,43 +60,52 @@ def _batches(samples: int) -> list[int]:
     return [min(batch, samples - start) for start in range(0, samples, batch)]
 
 
+def _level_sinks(before: Statistics | None, out: Path, model: ImageModel[Any], cost: str, wanted: int | None) -> int:
+    """The sinks that level costs are to be measured with: the file's own where it has such costs, and no others."""
+    from heatkv.level_calibration import level_choices
+
+    found = None if before is None else before.levels
+    if found is None:
+        return level_choices(model.geometry.schedule, SINK_SCALES if wanted is None else wanted).sink_scales
+    if found.cost != cost:
+        raise StatisticsError(f"{out} has level costs of the kind {found.cost!r}; measure {cost!r} into another file")
+    sinks = found.choices.sink_scales
+    if wanted not in (None, sinks):
+        raise StatisticsError(
+            f"{out} has level costs with sink_scales={sinks}, not {wanted}; leave --sink-scales out, or measure into "
+            "another file"
+        )
+    return sinks
+
+
 def _with_levels(
     statistics: Statistics,
     out: Path,
     model: ImageModel[Any],
     cost: str,
+    sink_scales: int,
     samples: int,
     seed: int,
     settings: Settings,
 ) -> Statistics:
     """The statistics with the costs of so many more images; saved batch by batch, so that an interrupt loses one."""
-    from heatkv.calibration import sample_names
     from heatkv.fisher_calibration import calibrate_fisher
-    from heatkv.level_calibration import calibrate_biases, calibrate_levels
+    from heatkv.level_calibration import calibrate_levels
 
-    measure, at_once = (calibrate_fisher, 4) if cost == "fisher" else (calibrate_levels, MOST_AT_ONCE)
-    before = statistics.levels
-    if before is not None and before.cost != cost:
-        raise StatisticsError(f"{out} has level costs of the kind {before.cost!r}; measure {cost!r} into another file")
-    taken = [] if before is None else [name.split(":", 2) for name in before.samples]
+    measure = calibrate_fisher if cost == "fisher" else calibrate_levels
+    found = statistics.levels
+    taken = [] if found is None else [name.split(":", 2) for name in found.samples]
     first = max((int(index) + 1 for given, index, _ in taken if int(given) == seed), default=0)
-    log_bias = None if before is None else before.log_bias
-    bias_samples = 16 if before is None else 0
-    with progress(f"level costs of {model.name}", bias_samples + samples) as advance:
-        of_bias = () if before is None else before.bias_samples
-        if log_bias is None:
-            choices = LevelChoices(model.geometry.schedule)
-            log_bias = calibrate_biases(model, choices, bias_samples, seed=seed, settings=settings, progress=advance)
-            of_bias = tuple(sample_names(model, seed, model.labels(bias_samples, 0), 0))
-        for start in range(first, first + samples, at_once):
-            count = min(at_once, first + samples - start)
+    of_bias = BIAS_SAMPLES if found is None else 0
+    with progress(f"level costs of {model.name}", of_bias + samples) as advance:
+        for start in range(first, first + samples, measure.batch):
             part = measure(
-                model, count, log_bias=log_bias, seed=seed, first_sample=start, batch=count, settings=settings,
+                model, min(measure.batch, first + samples - start), log_bias=None if found is None else found.log_bias,
+                bias_samples=BIAS_SAMPLES, sink_scales=sink_scales, seed=seed, first_sample=start, settings=settings,
                 progress=advance,
             )  # fmt: skip
-            part = replace(part, bias_samples=of_bias)
-            before = part if before is None else before.merge(part)
-            statistics = replace(statistics, levels=before)
+            found = part if found is None else found.merge(part)
+            statistics = replace(statistics, levels=found)
             statistics.save(out)
     return statistics
 
@@ -134,6 +146,14 @@ def calibrate(
         str | None, typer.Option("--levels", help="also measure what coarser levels cost (heatkv-mr): error or fisher")
     ] = None,
     level_samples: Annotated[int, typer.Option("--level-samples", help="images to measure levels on")] = LEVEL_SAMPLES,
+    sink_scales: Annotated[
+        int | None,
+        typer.Option(
+            "--sink-scales",
+            help="first scales that level costs take as whole, the fewest that plans from them can have; default: "
+            f"{SINK_SCALES}, or the file's with --append",
+        ),
+    ] = None,
     append: Annotated[bool, typer.Option("--append", help="add samples to an existing file")] = False,
     report: Annotated[
         bool, typer.Option("--report", help="tell how many samples are enough, from halves of the new ones")
@@ -155,6 +175,8 @@ def calibrate(
     positive(level_samples=level_samples)
     if levels is not None and levels not in COSTS:
         raise HeatKVError(f"--levels is {levels!r}; level costs are of the kinds {' and '.join(COSTS)}")
+    if sink_scales is not None and levels is None:
+        raise HeatKVError("--sink-scales are those of level costs; give --levels too, or leave it out")
     if budgets is not None and not report:
         raise HeatKVError("--budgets are those of the plans that --report compares; give both or neither")
     if report and samples < 2:
@@ -170,6 +192,7 @@ def calibrate(
     loaded, settings = open_model(source, running)
     compared = _Compared(loaded, settings, wanted) if report else None
     before = open_statistics(out, loaded) if append else None
+    sinks = 0 if levels is None else _level_sinks(before, out, loaded, levels, sink_scales)
     taken = [] if before is None else [s.split(":", 2) for s in before.provenance.samples]
     first = max((int(index) + 1 for given, index, _ in taken if int(given) == running.seed), default=0)
     parts: list[Statistics] = []
@@ -187,7 +210,7 @@ def calibrate(
             say(f"{out}: {total.count} samples")
     assert total is not None
     if levels is not None:
-        total = _with_levels(total, out, loaded, levels, level_samples, running.seed, settings)
+        total = _with_levels(total, out, loaded, levels, sinks, level_samples, running.seed, settings)
     agreement = _agreement(parts)
     gini = total.gini().tolist()
     data = {"out": str(out), "samples": total.count, "gini": gini, "rank_agreement_of_halves": agreement}
@@ -234,10 +257,11 @@ def statistics_of_folder(
     seed: int,
     settings: Settings,
     levels: str | None = None,
+    sink_scales: int = SINK_SCALES,
 ) -> Statistics:
     """The folder's own statistics: those of an earlier run as far as they fit, the rest measured now.
 
-    `levels` is the kind of level costs that are wanted, too.
+    `levels` is the kind of level costs that are wanted, too, `sink_scales` the fewest sinks of plans from them.
     """
     from heatkv.calibration import sample_names, told_settings
 
@@ -259,7 +283,7 @@ def statistics_of_folder(
     done = sum(part.count for part in parts)
     if done == samples:
         say(f"using {path} ({done} samples)")
-        return _levels_of_folder(parts[0], path, model, levels, seed, settings)
+        return _levels_of_folder(parts[0], path, model, levels, sink_scales, seed, settings)
     try:
         parts.extend(_calibrate(model, _batches(samples - done), seed, settings, first=done))
     finally:
@@ -272,7 +296,7 @@ def statistics_of_folder(
             f"calibrated on {samples} samples; head rankings of two halves agree by {mean:.2f} "
             f"(Spearman, mean over scales; worst {worst:.2f})"
         )
-    return _levels_of_folder(_merged(parts), path, model, levels, seed, settings)
+    return _levels_of_folder(_merged(parts), path, model, levels, sink_scales, seed, settings)
 
 
 def _levels_of_folder(
@@ -280,6 +304,7 @@ def _levels_of_folder(
     path: Path,
     model: ImageModel[Any],
     cost: str | None,
+    sink_scales: int,
     seed: int,
     settings: Settings,
 ) -> Statistics:
@@ -287,8 +312,14 @@ def _levels_of_folder(
     if cost is None:
         return statistics
     found = statistics.levels
-    if found is not None and found.cost != cost:
-        say(f"measuring levels again: {path} has costs of the kind {found.cost}")
+    if found is not None and (found.cost != cost or found.choices.sink_scales > sink_scales):
+        say(
+            f"measuring levels again: {path} has costs of the kind {found.cost} with "
+            f"sink_scales={found.choices.sink_scales}"
+        )
         statistics, found = replace(statistics, levels=None), None
     missing = LEVEL_SAMPLES - (0 if found is None else len(found.samples))
-    return _with_levels(statistics, path, model, cost, missing, seed, settings) if missing > 0 else statistics
+    if missing <= 0:
+        return statistics
+    sinks = min(sink_scales, SINK_SCALES) if found is None else found.choices.sink_scales
+    return _with_levels(statistics, path, model, cost, sinks, missing, seed, settings)

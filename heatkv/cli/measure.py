@@ -16,6 +16,7 @@ from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
 from heatkv.files import make_folder, read_json
 from heatkv.geometry import Budget
+from heatkv.levels import SINK_SCALES
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.registry import find_policy
 from heatkv.statistics import Statistics
@@ -54,6 +55,7 @@ class _Measurement:
         if len(kinds) > 1:
             raise HeatKVError(f"these policies need level costs of the kinds {' and '.join(kinds)}; compare them apart")
         self.levels = kinds[0] if kinds else None
+        self.level_sinks = min((p.sink_scales for p in made if p.level_cost is not None), default=SINK_SCALES)
         self.model, self.settings = open_model(source, running)
         self.storage, self.seed = storage_of(self.model), running.seed
         self.rows = running.rows if running.rows is not None else self.settings.rows_per_image
@@ -202,7 +204,9 @@ def compare(
     folder = make_folder(out)
     statistics = measurement.statistics
     if measurement.lacks_statistics:
-        statistics = statistics_of_folder(folder, model, samples, seed, settings, measurement.levels)
+        statistics = statistics_of_folder(
+            folder, model, samples, seed, settings, measurement.levels, measurement.level_sinks
+        )
     subjects = measurement.subjects(statistics, draws)
     request: dict[str, Any] = {
         "seed": seed, "images": images, "pictures": pictures, "draws": draws, "repeats": repeats,
