@@ -63,6 +63,42 @@ def test_solve_equals_the_golden_schedule(tmp_path: Path, name: str, capsys: pyt
     assert told["planned_bytes"] == golden["peak_tokens"] * 128 * 2 * 2 * 2
 
 
+INFINITY = ["solve", "--policy", "heatkv", "--budget", "20%"]
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "scales"),
+    [("8b-512", [], 10), ("8b", ["--size", "0.60M"], 12), ("2b", ["--size", "0.06M"], 7)],
+)
+@pytest.mark.parametrize("sinks", ["2", "3", "4"])
+def test_orders_of_another_number_of_scales_are_refused(
+    model: str, more: list[str], scales: int, sinks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    orders = ORDERS.with_name(f"{model[:2]}.json")
+    arguments = ["--model", f"infinity-{model}", "--orders", str(orders), "--sink-scales", sinks, *more]
+    said = refused(capsys, *INFINITY, *arguments)
+    if scales < 10:  # there are more rankings than cached scales
+        assert "has 9 rankings; the schedule caches 6 scales" in said
+    else:
+        assert "has 9 rankings, which are those of a schedule of 13 scales" in said
+        assert f"this one has {scales} scales: plan from statistics of it (heatkv calibrate" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "more"), [("2b", ["--ratio", "3:2"]), ("2b", ["--ratio", "1:2"]), ("8b-512", ["--size", "1M"])]
+)
+def test_orders_of_another_schedule_are_taken_with_a_note(
+    model: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--model", f"infinity-{model[:2]}", "--orders", str(ORDERS.with_name(f"{model[:2]}.json"))]
+    for sinks in ("3", "4"):  # a scale more that is never dropped needs no other rankings
+        assert run([*INFINITY, *own, "--sink-scales", sinks]) == 0
+        assert capsys.readouterr().err == ""
+    assert run([*INFINITY, "--model", f"infinity-{model}", *own[2:], *more]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "scale by scale from the last cached one backwards; heatkv calibrate measures this one" in line
+
+
 def test_solve_knows_other_ratios_and_sinks(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--model", "infinity-8b", "--policy", "streaming", "--budget", "650tokens", "--out", str(out)]

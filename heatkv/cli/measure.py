@@ -62,7 +62,7 @@ class _Measurement:
         self.batch = images_of_rows(self.rows, self.settings)
         self.statistics = open_statistics(ranking.statistics, self.model, self.settings)
         self.plans = [(path, open_plan(path, self.model.geometry)) for path in plans or []]
-        self.rankings = open_rankings(ranking.orders, self.model.geometry)
+        self.rankings = open_rankings(ranking.orders, self.model.geometry, source.model)
 
     def check(self) -> None:
         """Refuse bad policies and budgets before anything is measured."""
