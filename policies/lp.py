@@ -43,6 +43,8 @@ class SolvedPolicy(EvictionPolicy):
         heads = problem.geometry.heads
         if not isinstance(self.ranks, int) or self.ranks < 1 or heads % self.ranks:
             raise PolicyError(f"ranks={self.ranks!r} does not split {heads} heads evenly")
+        if self.layer_cap is not None:
+            Budget.parse(self.layer_cap)  # raises for what cannot be read
 
     def check_measured(self, problem: PlanningProblem) -> None:
         if self.level_cost is not None:
