@@ -115,7 +115,8 @@ class Budget:
         unit = match[2].lower()
         if unit == "":
             if number > 1:
-                raise BudgetError(f"budget {text} is above 1, the full cache; did you mean {text}%? Otherwise {_HOW}")
+                hint = f"did you mean {text}%? Otherwise {_HOW}" if number <= 100 else _HOW
+                raise BudgetError(f"budget {text} is above 1, the full cache; {hint}")
             return cls("share", number)
         if unit == "%":
             return cls("share", number / 100)

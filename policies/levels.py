@@ -36,7 +36,8 @@ class HeatKVLevels(SolvedPolicy):
     `levels` are those it may use, joined by "+"; "full" alone only drops cells. With `compensation`, what draws under
     the plan first fits corrections of the outputs of heads with reduced cells: a "constant", or a "linear" map of
     output and query, 2 d^2 + d parameters for every head and target (d the head size), which are told beside the
-    cache. Sinks are two scales here, since the third is small enough to be priced like the others.
+    cache. Sinks are two scales here, since the third is small enough to be priced like the others; any number goes that
+    the level costs were measured with, or more.
     """
 
     name: ClassVar[str] = "heatkv-mr"

@@ -124,7 +124,8 @@ class HeatKVLP(SolvedPolicy):
     `value` is what keeping cells for a target scale is worth: "joint", the squared output error of dropping any
     combination of a head's cells, relative to the residual stream; "error", the same for one cell at a time; or "mass",
     the attention mass over all rows. `solver` is "lp", or "greedy" (value per token; not for joint errors). Sinks are
-    two scales here, since the third is small enough to be priced like the others.
+    two scales here, since the third is small enough to be priced like the others; with joint errors, no fewer than the
+    level costs were measured with.
     """
 
     name: ClassVar[str] = "heatkv-lp"

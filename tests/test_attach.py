@@ -857,6 +857,10 @@ def test_level_costs_equal_those_of_our_own_model(find: Find, name: str) -> None
         np.testing.assert_allclose(mine, theirs, rtol=5e-3, atol=1e-6 * max(theirs.max(), 1e-9))
     np.testing.assert_allclose(levels.single_sum, expected.single_sum, rtol=5e-3, atol=1e-6)
 
+    with heatkv.attach(model, measure="levels", log_bias=expected_bias, sink_scales=1) as attached:
+        draw()
+    assert attached.level_statistics().choices == LevelChoices(own.geometry.schedule, 1)
+
     # and a plan made from them runs
     with heatkv.attach(model, measure=True) as attached:
         draw()
@@ -871,6 +875,8 @@ def test_measuring_levels_asks_for_what_it_needs(kind: Any) -> None:
     model, _, schedule = kind
     with pytest.raises(PolicyError, match="go together"):
         heatkv.attach(model, measure="levels", schedule=schedule)
+    with pytest.raises(PolicyError, match="sink_scales only go with policy="):
+        heatkv.attach(model, measure="biases", schedule=schedule, sink_scales=1)
     with pytest.raises(PolicyError, match="measure='colour' is unknown"):
         heatkv.attach(model, measure="colour", schedule=schedule)  # type: ignore[arg-type]
     with pytest.raises(StatisticsError, match="attach with measure='biases'"):

@@ -241,6 +241,7 @@ def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--policy", "streaming", "--budget", "1%"], "is below 14/230 = 6.09%, the 3 sink scales"),
         (["--policy", "streaming", "--budget", "150%"], "above 100 %"),
         (["--policy", "streaming", "--budget", "10"], "did you mean 10%?"),
+        (["--policy", "streaming", "--budget", "150"], "budget 150 is above 1, the full cache; write it as 10%"),
         (["--policy", "streaming", "--budget", "5GiB"], "above the full cache"),
         (["--policy", "streaming", "--budget", "0"], "not above zero"),
         (["--policy", "streaming", "--budget", "-5%"], "cannot read the budget"),
