@@ -563,7 +563,8 @@ def test_a_budget_in_bytes_holds_or_is_refused() -> None:
         ({"measure": True, "sink_scales": 2}, PolicyError, "sink_scales only go with policy="),
         ({"policy": "heatkv"}, BudgetError, "policy 'heatkv' needs a budget"),
         ({"policy": "hetakv", "budget": "10%"}, PolicyError, "did you mean 'heatkv'"),
-        ({"policy": "heatkv", "budget": "11%"}, HeatKVError, "sink scales"),
+        ({"policy": "heatkv", "budget": "11%"}, PolicyError, "needs statistics of this model"),
+        ({"policy": "streaming", "budget": "11%"}, BudgetError, "sink scales"),
         ({"policy": "streaming", "budget": "50%", "nonsense": 1}, PolicyError, "nonsense"),
     ],
 )

@@ -574,7 +574,7 @@ def attach(
         raise ModelError(f"the blocks of {name} have no ada_lin or ada_gss, or no linear proj; level costs need them")
     if (measured == "levels") != (log_bias is not None):
         raise PolicyError('measure="levels" and log_bias= go together; measure="biases" gives log_bias()')
-    level_sinks = options.pop("sink_scales", SINK_SCALES) if measured == "levels" else SINK_SCALES
+    level_sinks = options.pop("sink_scales", SINK_SCALES) if measured == "levels" else 0  # biases need none
     if policy is None and (budget is not None or statistics is not None or options):
         extra = [*(["budget"] if budget is not None else []), *(["statistics"] if statistics is not None else [])]
         raise PolicyError(f"{', '.join([*extra, *options])} only go with policy=, not with {ways[0]}=")
