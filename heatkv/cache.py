@@ -17,6 +17,7 @@ from torch import Tensor
 from heatkv.arena import ArenaLayout, Run
 from heatkv.attention.pooling import Reduction
 from heatkv.attention.ragged import HeadGroup, group_heads, ragged_attention
+from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import PlanError
 from heatkv.levels import level_tokens
 from heatkv.plan import Plan
@@ -54,8 +55,8 @@ class KVCache:
     Dropping is free: a slot whose last reader is done is overwritten by its next owner. Slots are read only after
     they were written for the running images, so neither a pad nor a leftover can be seen.
     `key_angles` are, for models that rotate keys, the angles of every token, (N, D/2) per scale; a plan with coarse
-    cells needs them to pool. `correct(target, layer, q, out)` may change what attention gives. Raises PlanError when
-    it is called in another order or with another shape than the plan's.
+    cells needs them to pool. `correct(target, layer, q, out)` may change what attention gives. Raises PlanError for
+    arguments of the wrong kind, and when it is called in another order or with another shape than the plan's.
     """
 
     def __init__(
@@ -67,15 +68,17 @@ class KVCache:
         key_angles: Sequence[Tensor] | None = None,
         correct: Callable[[int, int, Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        if rows < 1:
-            raise PlanError(f"rows is {rows}; a cache has at least 1 row")
+        of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
+        of_kind(dtype, torch.dtype, "dtype", PlanError, "give a type of torch, such as torch.float32")
+        if key_angles is not None and (not isinstance(key_angles, Sequence) or len(key_angles) != len(plan.schedule)):
+            raise PlanError(f"key_angles is {shown(key_angles)}; give one tensor (N, D/2) per scale, or none")
         self.plan = plan
-        self.rows = rows
+        self.rows = whole(rows, "rows", PlanError, 1)
         self.key_angles = key_angles
         self._correct = correct
         self.layout = ArenaLayout.of(plan)
         self.arena_2RPD = torch.empty(
-            (2, rows, self.layout.slots, plan.geometry.head_dim), dtype=dtype, device=torch.device(device)
+            (2, self.rows, self.layout.slots, plan.geometry.head_dim), dtype=dtype, device=torch.device(device)
         )
         self._steps = self._prepare()
         self.reset()
@@ -170,7 +173,7 @@ class KVCache:
         """Attention over what the plan still holds plus the current scale; then drop, then write what is kept.
 
         q, k, v are (R, H, N, D) in one dtype, q already scaled, k as it is to be cached (normalised, rotated).
-        Returns (R, H, N, D).
+        Returns (R, H, N, D). Raises PlanError for another layer than the next, another shape, or several dtypes.
         """
         geometry = self.plan.geometry
         if layer != self._next_layer or self._target >= len(self.plan.schedule):
@@ -179,7 +182,11 @@ class KVCache:
                 "call reset() before new images"
             )
         expected = (self.rows, geometry.heads, self.plan.schedule.tokens[self._target], geometry.head_dim)
-        for name, x in (("q", q_RHND), ("k", k_RHND), ("v", v_RHND)):
+        for name, x in (("v", v_RHND), ("q", q_RHND), ("k", k_RHND)):
+            if not isinstance(x, Tensor):
+                raise PlanError(f"{name} of layer {layer}, scale {self._target} is {shown(x)}; it must be a tensor")
+            if x.dtype != v_RHND.dtype:
+                raise PlanError(f"{name} is of {x.dtype}, v of {v_RHND.dtype}; give q, k and v in one type")
             if x.shape != expected:
                 raise PlanError(
                     f"{name} of layer {layer}, scale {self._target} is {tuple(x.shape)}; the plan needs (rows, heads, "

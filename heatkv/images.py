@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-_GAP = 2
+GAP = 2
+"""Pixels between the images of a grid."""
 
 
 def to_pixels(images_B3HW: Tensor) -> Tensor:
@@ -20,8 +21,8 @@ def image_grid(images_B3HW: Tensor, columns: int, enlarge: int = 1) -> Image.Ima
     pixels = pixels.repeat_interleave(enlarge, dim=1).repeat_interleave(enlarge, dim=2)
     count, height, width, _ = pixels.shape
     rows = -(-count // columns)
-    sheet = torch.full((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), 255, dtype=torch.uint8)
+    sheet = torch.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, dtype=torch.uint8)
     for index, image in enumerate(pixels):
-        top, left = index // columns * (height + _GAP), index % columns * (width + _GAP)
+        top, left = index // columns * (height + GAP), index % columns * (width + GAP)
         sheet[top : top + height, left : left + width] = image
     return Image.fromarray(sheet.numpy())

@@ -16,9 +16,9 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from heatkv.allocation import Capacity
-from heatkv.errors import BudgetError, PlanError, StatisticsError
+from heatkv.errors import PlanError, StatisticsError
 from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import LEVELS, NONE
+from heatkv.levels import LEVELS, NONE, LevelChoices
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -342,26 +342,25 @@ class _Relaxed:
     unlimited: _Paths | None = None
 
 
+def _under_prices(pricing: _Pricing, capacity: Capacity, row_prices: FloatArray) -> tuple[_Paths, float]:
+    """The cheapest paths under prices of the capacity's rows, and the bound these give: no plan costs less."""
+    paths, reduced = pricing.best(capacity.token_prices(row_prices).reshape(pricing.heads, capacity.scales))
+    return paths, float(reduced.sum() - row_prices @ capacity.room)
+
+
 def _relaxed(pricing: _Pricing, capacity: Capacity) -> _Relaxed:
     """Generate columns until the master program is at its bound. Raises BudgetError when the sinks do not fit."""
     scales = capacity.scales
     shape = (capacity.layers, capacity.heads, scales)
     all_heads = np.arange(pricing.heads)
 
-    def slack(paths: _Paths) -> float:
-        return float(capacity.slack(capacity.held(paths.tokens.reshape(shape))).min())
-
     nothing, _ = pricing.best(np.full((pricing.heads, scales), pricing.prohibitive))
-    if slack(nothing) < 0:
-        raise BudgetError(
-            f"the {pricing.sinks} sink scales alone hold {-slack(nothing):.0f} token-heads more than "
-            "there is room for; raise the budget or the cap"
-        )
+    capacity.check_sinks(capacity.held(nothing.tokens.reshape(shape)), pricing.sinks)
     total = float(nothing.cost.sum())
     scale = total / 100 if total > 0 else 1.0
     master = _Master(capacity, pricing.heads, scale)
     everything, _ = pricing.best(np.zeros((pricing.heads, scales)))
-    if slack(everything) >= 0:
+    if capacity.slack(capacity.held(everything.tokens.reshape(shape))).min() >= 0:
         return _Relaxed(master, float(everything.cost.sum()), np.zeros(len(capacity.room)), everything)
     master.add(nothing, all_heads)
     # a first idea of what is worth its tokens
@@ -370,8 +369,7 @@ def _relaxed(pricing: _Pricing, capacity: Capacity) -> _Relaxed:
     bound, best_prices = -np.inf, np.zeros(len(capacity.room))
     for _ in range(MAX_ROUNDS):
         mixed, prices, _ = master.relax()
-        paths, reduced = pricing.best(capacity.token_prices(prices).reshape(pricing.heads, scales))
-        lagrangian = float(reduced.sum() - prices @ capacity.room)
+        paths, lagrangian = _under_prices(pricing, capacity, prices)
         if lagrangian > bound:
             bound, best_prices = lagrangian, prices
         if mixed - bound <= TOLERANCE * max(mixed, 0.0) + 1e-12 * scale:
@@ -400,6 +398,67 @@ def cost_bound(
     return _relaxed(_priced(statistics, levels, sink_scales), capacity).bound
 
 
+def capacity_prices(
+    statistics: LevelStatistics,
+    capacity: Capacity,
+    levels: tuple[int, ...] = ALL_LEVELS,
+    sink_scales: int | None = None,
+) -> FloatArray:
+    """Dual prices of the capacity's rows, in cost per token-head, at the bound of `cost_bound`."""
+    return _relaxed(_priced(statistics, levels, sink_scales), capacity).row_prices
+
+
+def level_price_bound(
+    statistics: LevelStatistics,
+    capacity: Capacity,
+    levels: tuple[int, ...],
+    row_prices: FloatArray,
+    sink_scales: int | None = None,
+) -> float:
+    """No plan costs less, whatever the prices (>= 0): every head takes its cheapest path, and room earns its price."""
+    return _under_prices(_priced(statistics, levels, sink_scales), capacity, row_prices)[1]
+
+
+def level_cost(statistics: LevelStatistics, level_LHTS: IntArray) -> float:
+    """Cost of any plan `level[l, h, t, s]` that keeps the sinks whole.
+
+    A level that a source has no cost for counts as one of as many tokens, with which it is the same. Raises PlanError
+    where there is none.
+    """
+    choices = statistics.choices
+    layer, head = np.indices(level_LHTS.shape[:2])
+    cost = 0.0
+    for target in range(choices.sink_scales + 1, len(choices.schedule)):
+        combination = np.zeros_like(layer)
+        for source in choices.joint_sources(target):
+            known = choices.of_source(source)
+            level_LH = _priced_level(choices, known, target, source, level_LHTS[:, :, target, source])
+            combination = combination * len(known) + np.searchsorted(known, level_LH)
+        cost += float(statistics.joint[target][layer, head, combination].sum())
+        for source in choices.other_sources(target):
+            known = choices.of_other(source)
+            level_LH = _priced_level(choices, known, target, source, level_LHTS[:, :, target, source])
+            cost += float(statistics.single[layer, head, target, source, level_LH].sum())
+    return cost
+
+
+def _priced_level(
+    choices: LevelChoices, known: tuple[int, ...], target: int, source: int, level_LH: IntArray
+) -> IntArray:
+    """The levels, all of them known ones."""
+    tokens = choices.tokens(source)
+    same = [next((other for other in known if tokens[other] == held), -1) for held in tokens]
+    found = np.where(np.isin(level_LH, known), level_LH, np.array(same)[level_LH])
+    if (found < 0).any():
+        layer, head = (int(i) for i in np.argwhere(found < 0)[0])
+        raise PlanError(
+            f"layer {layer}, head {head} holds source {source} at level {LEVELS[level_LH[layer, head]]} for target "
+            f"{target}, which the level costs do not price; known there: "
+            f"{', '.join(LEVELS[level] for level in known if level != NONE)}"
+        )
+    return found
+
+
 def allocate_levels(
     statistics: LevelStatistics,
     capacity: Capacity,
@@ -413,10 +472,10 @@ def allocate_levels(
     for fewer, and BudgetError when the sinks alone do not fit.
     """
     found = _allocate(_priced(statistics, levels, sink_scales), capacity)
+    if tuple(levels) == (0,):
+        return found
     whole_only = _priced(statistics, (0,), sink_scales)
-    token_price = capacity.token_prices(found.row_prices).reshape(whole_only.heads, capacity.scales)
-    least = float(whole_only.best(token_price)[1].sum() - found.row_prices @ capacity.room)
-    if tuple(levels) == (0,) or least >= found.cost:  # no plan that only drops cells costs less than that
+    if _under_prices(whole_only, capacity, found.row_prices)[1] >= found.cost:
         return found
     dropping = _allocate(whole_only, capacity)
     if dropping.cost >= found.cost:

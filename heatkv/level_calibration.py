@@ -17,11 +17,12 @@ from torch import Tensor
 
 from heatkv.attention.pooling import pooled_cells
 from heatkv.calibration import MAX_BLOCK_NUMBERS, ObservingCache, add_sums, sample_names
+from heatkv.checks import as_whole, shown, whole
 from heatkv.errors import StatisticsError
 from heatkv.generation import run_scales
 from heatkv.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.levels import LEVELS, NONE, SINK_SCALES, LevelChoices
-from heatkv.models.base import ImageModel
+from heatkv.models.base import ImageModel, checked_run
 from heatkv.sampling import CommonRandomSampler, Settings
 from heatkv.schedule import ScaleSchedule
 
@@ -323,10 +324,13 @@ def calibrate_biases(
     settings: Settings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FloatArray:
-    """The logit bias of every pooled cell, (L, H, T, levels), from samples 0, 1, ... of the seed."""
-    settings = settings if settings is not None else model.sampling
-    whole: FloatArray | None = None
-    pooled: FloatArray | None = None
+    """The logit bias of every pooled cell, (L, H, T, levels), from samples 0, 1, ... of the seed.
+
+    Raises StatisticsError for fewer than one sample.
+    """
+    seed, _, batch, settings = checked_run(model, seed, 0, batch, settings, progress)
+    samples = whole(samples, "samples", StatisticsError, 1)
+    sums: dict[str, FloatArray] = {}
     for indices in _batches(0, samples, batch):
         rows = len(indices) * settings.rows_per_image
         cache = BiasCache(
@@ -334,23 +338,21 @@ def calibrate_biases(
         )
         labels, sampler = model.labels(len(indices), indices.start), CommonRandomSampler(seed, indices, settings)
         run_scales(model, labels, cache, sampler, settings, decode=False)
-        whole = cache.whole if whole is None else whole + cache.whole
-        pooled = cache.pooled_mass if pooled is None else pooled + cache.pooled_mass
+        sums = add_sums(sums, cache.sums())
         if progress is not None:
             progress(len(indices))
-    if whole is None or pooled is None:
-        raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
-    return calibrated_bias(choices.schedule, whole, pooled)
+    return calibrated_bias(choices.schedule, sums["whole"], sums["pooled_mass"])
 
 
 def level_choices(schedule: ScaleSchedule, sink_scales: int) -> LevelChoices:
     """What plans may choose from when so many first scales stay whole. Raises StatisticsError for a bad number."""
-    most = len(schedule) - 1
-    if not 0 <= sink_scales <= most:
+    sinks, most = as_whole(sink_scales), len(schedule) - 1
+    if sinks is None or not 0 <= sinks <= most:
         raise StatisticsError(
-            f"sink_scales={sink_scales} does not fit level costs of a schedule of {len(schedule)} scales: 0 to {most}"
+            f"sink_scales={shown(sink_scales)} does not fit level costs of a schedule of {len(schedule)} scales: 0 to "
+            f"{most}"
         )
-    return LevelChoices(schedule, sink_scales)
+    return LevelChoices(schedule, sinks)
 
 
 @dataclass(frozen=True)
@@ -410,20 +412,19 @@ class LevelCalibration:
         numbers the first image, so that disjoint sets can be measured under the same biases and merged. Raises
         StatisticsError for fewer than one sample, or sinks that the schedule does not have.
         """
-        settings = settings if settings is not None else model.sampling
-        if samples < 1:
-            raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
+        at_once, at_once_for_biases = (self.batch, BIAS_BATCH) if batch is None else (batch, batch)
+        seed, first_sample, at_once, settings = checked_run(model, seed, first_sample, at_once, settings, progress)
+        samples = whole(samples, "samples", StatisticsError, 1)
         choices = level_choices(model.geometry.schedule, sink_scales)
         of_bias: tuple[str, ...] = ()
         if log_bias is None:
-            at_once = BIAS_BATCH if batch is None else batch
             log_bias = calibrate_biases(
-                model, choices, bias_samples, seed=seed, batch=at_once, settings=settings, progress=progress
+                model, choices, bias_samples, seed=seed, batch=at_once_for_biases, settings=settings, progress=progress
             )
             of_bias = tuple(sample_names(model, seed, model.labels(bias_samples, 0), 0))
         sums: dict[str, FloatArray] = {}
         names: list[str] = []
-        for indices in _batches(first_sample, samples, self.batch if batch is None else batch):
+        for indices in _batches(first_sample, samples, at_once):
             drawn = CostBatch(model, choices, log_bias, indices, seed, settings)
             sums = add_sums(sums, self.draw(drawn).sums())
             names += sample_names(model, seed, drawn.labels, indices.start)

@@ -13,7 +13,7 @@ entry point in the group `heatkv.policies`) with a dataclass like
         def last_read(self, problem: PlanningProblem) -> IntArray:
             return self.never_cached(problem)
 
-and it is listed, profiled, tested and documented by that alone.
+and it is listed, profiled, tested and documented by that alone. A name is lower-case letters, digits and hyphens.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.checks import as_whole, of_kind, shown, whole
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry
+from heatkv.geometry import Budget, CacheGeometry, storage_bytes
 from heatkv.plan import CoarseCells, Plan
 from heatkv.registry import find_policy
 from heatkv.statistics import HeadRankings, Statistics
@@ -41,7 +42,9 @@ IntArray = NDArray[np.int64]
 class PlanningProblem:
     """What a policy may know: the cache's geometry, the budget, and measured statistics or published rankings.
 
-    `rows` and `storage` turn a budget in bytes into token-heads; `seed` is for policies that draw at random.
+    `rows` and `storage` turn a budget in bytes into token-heads; `seed` is for policies that draw at random. Raises
+    PolicyError for what is of the wrong kind, BudgetError for an unknown storage type, and StatisticsError for
+    statistics or rankings of another geometry.
     """
 
     geometry: CacheGeometry
@@ -54,8 +57,19 @@ class PlanningProblem:
     model: str = ""
 
     def __post_init__(self) -> None:
+        of_kind(self.geometry, CacheGeometry, "geometry", PolicyError, "give that of a model: model.geometry")
+        of_kind(self.budget, Budget, "budget", PolicyError, "make one with Budget.parse")
+        of_kind(self.model, str, "model", PolicyError, "give its name as text")
+        storage_bytes(self.storage)
+        object.__setattr__(self, "seed", whole(self.seed, "seed", PolicyError))
+        object.__setattr__(self, "rows", whole(self.rows, "rows", BudgetError, 1))
         if self.statistics is not None:
+            way_out = "load statistics with Statistics.load, or calibrate the model"
+            of_kind(self.statistics, Statistics, "statistics", StatisticsError, way_out)
             self.statistics.check_geometry(self.geometry)
+        if self.rankings is not None:
+            way_out = "load rankings with HeadRankings.load_orders"
+            of_kind(self.rankings, HeadRankings, "rankings", StatisticsError, way_out)
         if self.rankings is not None and (self.rankings.layers, self.rankings.heads) != (
             self.geometry.layers,
             self.geometry.heads,
@@ -89,7 +103,9 @@ class FewestSinks:
 class EvictionPolicy(ABC):
     """A static policy: it decides before the first image which cell lives until when.
 
-    `sink_scales` is how many of the first scales are never dropped (HeatKV's paper: 3).
+    `sink_scales` is how many of the first scales are never dropped (HeatKV's paper: 3). A subclass gives `last_read`;
+    `plan` raises PolicyError for options that are wrong, BudgetError for a budget that cannot be kept, and PlanError
+    for a `last_read` that is no plan.
     """
 
     name: ClassVar[str]
@@ -146,7 +162,10 @@ class EvictionPolicy(ABC):
 
     def settings(self, problem: PlanningProblem) -> dict[str, Any]:
         """Everything that decided the plan beside geometry and budget."""
-        settings = dataclasses.asdict(self)
+        settings = {
+            name: value if (number := as_whole(value)) is None else number  # numpy's integers are none in JSON
+            for name, value in dataclasses.asdict(self).items()
+        }
         settings["budget"] = str(problem.budget)
         if self.random:
             settings["seed"] = problem.seed
@@ -161,7 +180,7 @@ class EvictionPolicy(ABC):
     def check_sinks(self, problem: PlanningProblem) -> None:
         """Raise when the sinks alone exceed the budget, or their number fits neither the schedule nor what was
         measured."""
-        schedule, sinks = problem.geometry.schedule, self.sink_scales
+        schedule, sinks = problem.geometry.schedule, as_whole(self.sink_scales)
         rooms, fewest, most = self.rooms(problem), self.fewest_sinks(problem), len(schedule) - 1
         fitting = max(n for n in range(most + 1) if schedule.offsets[n] <= min(rooms.values()))
 
@@ -176,10 +195,10 @@ class EvictionPolicy(ABC):
         more = ""
         if fewest.count > fitting:
             more = f" and raise {' and '.join(too_small(fewest.count))} to {share(fewest.count)}"
-        if not isinstance(sinks, int) or not 0 <= sinks <= most:
+        if sinks is None or not 0 <= sinks <= most:
             raise PolicyError(
-                f"sink_scales={sinks} does not fit a schedule of {len(schedule)} scales: {fewest.count} to "
-                f"{most if more else fitting}{more}"
+                f"sink_scales={shown(self.sink_scales)} does not fit a schedule of {len(schedule)} scales: "
+                f"{fewest.count} to {most if more else fitting}{more}"
             )
         if sinks < fewest.count:
             raise PolicyError(
@@ -196,6 +215,7 @@ class EvictionPolicy(ABC):
 
     def check_all(self, problem: PlanningProblem) -> None:
         """All that can be told before planning."""
+        of_kind(problem, PlanningProblem, "problem", PolicyError, "give a PlanningProblem, or use model.plan")
         self.check(problem)
         self.check_measured(problem)
         self.check_sinks(problem)
@@ -224,11 +244,16 @@ class EvictionPolicy(ABC):
 
 
 def make_policy(name: str, **options: Any) -> EvictionPolicy:
-    """The named policy with these options. Raises PolicyError for an unknown name or option."""
+    """The named policy with these options, the fields of its class, such as sink_scales.
+
+    Raises PolicyError for an unknown name or option; what an option may be, the policy checks when it plans.
+    """
     cls = find_policy(name)
     try:
         policy = cls(**options)
-    except TypeError as error:
+    except HeatKVError:
+        raise
+    except Exception as error:  # a third party's policy may fail in any way
         raise PolicyError(f"policy {name!r}: {error}") from error
     if not isinstance(policy, EvictionPolicy):
         raise PolicyError(f"policy {name!r} is no EvictionPolicy")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.checks import as_number, shown
 from heatkv.errors import PolicyError
 from heatkv.geometry import Budget
 from heatkv.level_allocation import LevelAllocation, allocate_levels, cost_bound
@@ -43,6 +44,7 @@ class HeatKVLevels(SolvedPolicy):
     name: ClassVar[str] = "heatkv-mr"
     needs: ClassVar[str] = "statistics with levels"
     source: ClassVar[str] = "HeatKV multi-resolution; column generation (Gilmore and Gomory 1961)"
+    with_other_levels: ClassVar[str] = ", or set cost={0}"
 
     cost: Literal["error", "fisher"] = "error"
     levels: str = "full+pool2+mean"
@@ -50,9 +52,9 @@ class HeatKVLevels(SolvedPolicy):
     compensation: Literal["none", "constant", "linear"] = "none"
 
     def check(self, problem: PlanningProblem) -> None:
-        chosen = self.levels.split("+")
+        chosen = self.levels.split("+") if isinstance(self.levels, str) else [""]
         if chosen[0] != "full" or any(level not in LEVELS for level in chosen):
-            raise PolicyError(f"levels={self.levels!r}; it must be full, joined by + with any of {LEVELS[1:]}")
+            raise PolicyError(f"levels={shown(self.levels)}; it must be full, joined by + with any of {LEVELS[1:]}")
         if self.cost not in ("error", "fisher"):
             raise PolicyError(f"cost={self.cost!r} is unknown to policy {self.name!r}; known: error, fisher")
         if self.compensation not in ("none", "constant", "linear"):
@@ -60,8 +62,8 @@ class HeatKVLevels(SolvedPolicy):
         if problem.budget.kind == "auto":
             if self.cost != "fisher" or self.max_kl is None:
                 raise PolicyError("budget auto needs cost=fisher, which predicts the KL, and max_kl, its bound")
-            if not 0 < self.max_kl < math.inf:
-                raise PolicyError(f"max_kl={self.max_kl} is no KL divergence above 0, in nats per token")
+            if not 0 < as_number(self.max_kl) < math.inf:
+                raise PolicyError(f"max_kl={shown(self.max_kl)} is no KL divergence above 0, in nats per token")
         elif self.max_kl is not None:
             raise PolicyError(f"max_kl chooses the budget; it goes with budget auto, not with {problem.budget}")
         super().check(problem)
@@ -111,7 +113,10 @@ class HeatKVLevels(SolvedPolicy):
                 low = middle + 1
         while (predicted := self._kl(problem, self.allocation(at(high)).cost)) > self.max_kl:
             if high == BUDGET_STEPS:  # only a cap on layers keeps the whole cache from costing nothing
-                raise PolicyError(f"no budget reaches max_kl={self.max_kl}: the whole cache has {predicted:.3g}")
+                raise PolicyError(
+                    f"no budget reaches max_kl={self.max_kl}: under layer_cap={self.layer_cap} the largest has "
+                    f"{predicted:.3g}; raise layer_cap or max_kl"
+                )
             high += 1
         return at(high).budget
 
@@ -126,5 +131,5 @@ class HeatKVLevels(SolvedPolicy):
 
     @property
     def allowed(self) -> tuple[int, ...]:
-        """Indices of the levels it may use."""
+        """Indices of the levels that its option names."""
         return tuple(LEVELS.index(level) for level in LEVELS if level in self.levels.split("+"))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heatkv.allocation import Allocation, Capacity, allocate, allocate_greedily
+from heatkv.checks import as_whole, shown
 from heatkv.errors import PolicyError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.level_allocation import LevelAllocation, allocate_levels
@@ -35,16 +36,32 @@ class SolvedPolicy(EvictionPolicy):
     without_levels: ClassVar[str] = ""
     """How to plan without level costs, where it can."""
 
+    with_other_levels: ClassVar[str] = ""
+    """How to plan from level costs of another kind, `{0}`, where it can."""
+
     sink_scales: int = SINK_SCALES
     ranks: int = 1
     layer_cap: str | None = None
 
+    @property
+    def allowed(self) -> tuple[int, ...]:
+        """Indices of the levels it may use: whole cells only, unless a policy says otherwise."""
+        return (LEVELS.index(FULL),)
+
     def check(self, problem: PlanningProblem) -> None:
         heads = problem.geometry.heads
-        if not isinstance(self.ranks, int) or self.ranks < 1 or heads % self.ranks:
-            raise PolicyError(f"ranks={self.ranks!r} does not split {heads} heads evenly")
-        if self.layer_cap is not None:
-            Budget.parse(self.layer_cap)  # raises for what cannot be read
+        if as_whole(self.ranks) is None or self.ranks < 1 or heads % self.ranks:
+            raise PolicyError(f"ranks={shown(self.ranks)} does not split {heads} heads evenly")
+        self.cap()
+
+    def cap(self) -> Budget | None:
+        """`layer_cap`, read. Raises BudgetError for what cannot be read, PolicyError for auto."""
+        if self.layer_cap is None:
+            return None
+        cap = Budget.parse(self.layer_cap, "layer_cap")
+        if cap.kind == "auto":
+            raise PolicyError("layer_cap=auto: only the budget can be auto; write the cap as 10%, 0.1 or 650tokens")
+        return cap
 
     def check_measured(self, problem: PlanningProblem) -> None:
         if self.level_cost is not None:
@@ -63,8 +80,8 @@ class SolvedPolicy(EvictionPolicy):
 
     def rooms(self, problem: PlanningProblem) -> dict[str, Fraction]:
         rooms = super().rooms(problem)
-        if self.layer_cap is not None:
-            share = Budget.parse(self.layer_cap).share(_one_layer(problem), problem.rows, problem.storage)
+        if (cap := self.cap()) is not None:
+            share = cap.share(_one_layer(problem), problem.rows, problem.storage)
             rooms[f"layer_cap={self.layer_cap}"] = share * problem.geometry.schedule.cached_tokens
         return rooms
 
@@ -72,15 +89,14 @@ class SolvedPolicy(EvictionPolicy):
         """The level costs, of the kind it plans by. Raises PolicyError."""
         cost, levels = self.level_cost, None if problem.statistics is None else problem.statistics.levels
         if levels is None:
-            sinks = f" --sink-scales {self.sink_scales}" if self.sink_scales in range(SINK_SCALES) else ""
             raise PolicyError(
-                f"policy {self.name!r} needs statistics with level costs (heatkv calibrate --levels {cost}{sinks}, "
+                f"policy {self.name!r} needs statistics with level costs ({how_to_measure(cost, self.sink_scales)}, "
                 f"then --statistics FILE){self.without_levels}"
             )
         if levels.cost != cost:
             raise PolicyError(
-                f"the level costs are of the kind {levels.cost!r}; policy {self.name!r} was to use {cost!r}: calibrate "
-                f"with --levels {cost}, or choose the other kind"
+                f"the level costs are of the kind {levels.cost!r}; policy {self.name!r} was to use {cost!r}: measure "
+                f"them with {how_to_measure(cost, self.sink_scales)}{self.with_other_levels.format(levels.cost)}"
             )
         return levels
 
@@ -91,8 +107,7 @@ class SolvedPolicy(EvictionPolicy):
         group_LH = np.tile(np.arange(geometry.heads) * self.ranks // geometry.heads, (geometry.layers, 1))
         room = problem.budget_token_heads // self.ranks
         layer_room = None
-        if self.layer_cap is not None:
-            cap = Budget.parse(self.layer_cap)
+        if (cap := self.cap()) is not None:
             layer_room = cap.token_heads(_one_layer(problem), problem.rows, problem.storage)
         return Capacity(tokens, group_LH, (room,) * self.ranks, layer_room)
 
@@ -110,6 +125,12 @@ class SolvedPolicy(EvictionPolicy):
         return self.finish(
             problem, whole, tuple(coarse), value=-allocation.cost, value_bound=-allocation.bound, gap=allocation.gap
         )
+
+
+def how_to_measure(cost: str | None, sink_scales: int) -> str:
+    """The command that measures level costs of this kind for plans with so many sinks."""
+    fewer = as_whole(sink_scales) in range(SINK_SCALES)
+    return f"heatkv calibrate --levels {cost}{f' --sink-scales {sink_scales}' if fewer else ''}"
 
 
 def _one_layer(problem: PlanningProblem) -> CacheGeometry:
@@ -132,6 +153,7 @@ class HeatKVLP(SolvedPolicy):
     needs: ClassVar[str] = "statistics, with levels for value=joint"
     source: ClassVar[str] = "HeatKV; allocation by HiGHS (Huangfu and Hall 2018)"
     without_levels: ClassVar[str] = "; value=error needs none"
+    with_other_levels: ClassVar[str] = without_levels
 
     value: Literal["joint", "error", "mass"] = "joint"
     solver: Literal["lp", "greedy"] = "lp"
@@ -163,8 +185,8 @@ class HeatKVLP(SolvedPolicy):
 
     def joint_allocation(self, problem: PlanningProblem) -> LevelAllocation:
         """The plan that drops cells only, by their joint errors."""
-        whole_only, capacity = (LEVELS.index(FULL),), self.capacity(problem)
-        return allocate_levels(self.level_statistics(problem), capacity, whole_only, self.sink_scales)
+        costs, capacity = self.level_statistics(problem), self.capacity(problem)
+        return allocate_levels(costs, capacity, self.allowed, self.sink_scales)
 
     def check_measured(self, problem: PlanningProblem) -> None:
         super().check_measured(problem)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,20 +11,16 @@ import numpy as np
 from heatkv.cache import KVCache
 from heatkv.compensation import Compensation, compensation_of
 from heatkv.errors import HeatKVError
-from heatkv.files import write_json
 from heatkv.generation import Generator
 from heatkv.geometry import Budget
 from heatkv.models.base import ImageModel
 from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling.environment import environment
 from heatkv.profiling.fidelity import Fidelity, FidelityBench
 from heatkv.profiling.latency import Latency, measure_interleaved
 from heatkv.profiling.memory import DeviceMemory, measure_device
 from heatkv.sampling import Settings
 from heatkv.statistics import HeadRankings, Statistics
-
-FORMAT, VERSION = "heatkv-results", 1
 
 
 @dataclass(frozen=True)
@@ -147,6 +142,12 @@ def images_of_rows(rows: int, settings: Settings) -> int:
     return images
 
 
+FIDELITY = (
+    "images", "kl", "kl_per_scale", "kl_of_draws", "top1_agreement", "pictures", "psnr_db", "ssim",
+)  # fmt: skip
+"""What `fidelity_row` measures."""
+
+
 def fidelity_row(bench: FidelityBench, subject: Subject) -> tuple[dict[str, Any], Fidelity]:
     """Fidelity figures of a subject, means over its plans, and the details of its first plan."""
     results = [bench.compare(*pair) for pair in zip(subject.plans, subject.compensations, strict=True)]
@@ -167,11 +168,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(present)) if len(present) == len(values) else None
 
 
-UNMEASURED: dict[str, Any] = dict.fromkeys(
-    ("device_peak_bytes", "nvml_bytes", "latency_ms", "graph_latency_ms", "kl", "top1_agreement", "psnr_db", "ssim")
-)
-
-
 def latency_row(measured: tuple[Latency, DeviceMemory]) -> dict[str, Any]:
     """Latency and device memory as fields of a result row."""
     times, memory = measured
@@ -180,24 +176,3 @@ def latency_row(measured: tuple[Latency, DeviceMemory]) -> dict[str, Any]:
         "device_peak_bytes": memory.peak_bytes,
         "nvml_bytes": memory.nvml_bytes,
     }
-
-
-def save_results(
-    path: Path, model: ImageModel[Any], settings: Settings, rows: list[dict[str, Any]], request: dict[str, Any]
-) -> None:
-    """Write results.json; figures that were not measured are null.
-
-    `request` holds what was asked for: seeds, counts, and where statistics came from.
-    """
-    write_json(
-        path,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "environment": environment(model.device),
-            "sampling": settings.to_json(),
-            "request": request,
-            "rows": [UNMEASURED | row for row in rows],
-        },
-        indent=1,
-    )

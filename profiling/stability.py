@@ -152,8 +152,9 @@ def verdict(agreements: Sequence[Agreement], limit: float = ENOUGH_LOSS) -> str:
     found = enough(agreements, limit)
     count = max(a.samples for a in agreements) if found is None else found
     worst = max((plan for a in agreements if a.samples == count for plan in a.plans), key=lambda plan: plan.loss)
+    samples, others = ("1 sample is", "another one") if count == 1 else (f"{count} samples are", f"{count} others")
     return (
-        f"{count} samples are {'not enough' if found is None else 'enough'}: a plan made on {count} loses "
-        f"{'' if found is None else 'at most '}{worst.loss:.2%} of the value on {count} others ({worst.policy} at "
+        f"{samples} {'not enough' if found is None else 'enough'}: a plan made on {count} loses "
+        f"{'' if found is None else 'at most '}{worst.loss:.2%} of the value on {others} ({worst.policy} at "
         f"{worst.budget}); the rule is less than {limit:.0%} with every policy and budget, from there on"
     )

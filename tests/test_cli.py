@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from heatkv.cli import run
+from heatkv.cli.output import progress
 from heatkv.cli.settings import options_of
 from heatkv.errors import PolicyError
 from heatkv.plan import Plan
 from heatkv.policies.windows import Streaming
+from heatkv.profiling.runner import FIDELITY
 from heatkv.statistics import Statistics
 
 ORDERS = Path(__file__).parent / "golden" / "orders" / "2b.json"
@@ -223,6 +225,37 @@ def test_a_ratio_that_no_template_has_is_said(capsys: pytest.CaptureFixture[str]
         assert (said in error) if said else (error == "")
 
 
+def test_a_plan_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    assert run(["solve", "--policy", "streaming", "--budget", "20%", "--out", str(path)]) == 0
+    given = {
+        "solve": [],
+        "generate": ["--label", "cat", "--out", str(tmp_path / "out")],
+        "profile": ["--out", str(tmp_path / "out")],
+    }
+    told = json.loads(path.read_text())
+    for model, fits in (("var-d16", False), ("emoji", True), ("a third party's", True)):
+        path.write_text(json.dumps(told | {"model": model}))
+        for command, options in given.items():
+            if fits:
+                assert run(["solve", "--plan", str(path)]) == 0
+            else:
+                said = refused(capsys, command, "--plan", str(path), *options)
+                assert f"{path} was made for var-d16, not for emoji" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_in_a_log_is_a_line_for_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("counting", 25) as advance:
+        for _ in range(5):
+            advance(5)
+    assert capsys.readouterr().err.splitlines() == [f"counting: {done} of 25" for done in (5, 10, 15, 20, 25)]
+    with progress("counting", 100) as advance:
+        for _ in range(100):
+            advance(1)
+    assert capsys.readouterr().err.splitlines() == [f"counting: {done} of 100" for done in range(10, 101, 10)]
+
+
 def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     assert run(["solve", "--policy", "streaming", "--budget", "20%", "--out", str(out)]) == 0
@@ -335,9 +368,11 @@ def test_calibrate_appends_new_samples(
     assert Statistics.load(path).provenance.samples == ("0:0:0", "0:1:1", "0:2:2", "0:3:3")
     before = path.read_bytes()
     assert "exists; add samples to it with --append" in refused(capsys, "calibrate", "--out", str(path))
-    assert "cannot merge statistics with cfg" in refused(
-        capsys, "calibrate", "--samples", "1", "--cfg", "1", "--append", "--out", str(path)
-    )
+    for other, said in (
+        (["--cfg", "1"], "was measured at cfg 3, this run has 1"),
+        (["--dtype", "bfloat16"], "was measured with dtype=float32, this run has dtype=bfloat16"),
+    ):
+        assert said in refused(capsys, "calibrate", "--samples", "1", *other, "--append", "--out", str(path))
     assert path.read_bytes() == before
     for arguments, said in (
         (["--samples", "0", "--out", str(tmp_path / "n")], "--samples is 0"),
@@ -346,6 +381,8 @@ def test_calibrate_appends_new_samples(
         (["--model", "var-d16", "--out", str(tmp_path / "n")], "needs its weights"),
         (["--device", "cuda:77", "--out", str(tmp_path / "n")], "cannot be used here"),
         (["--out", "/proc/n"], "cannot write in the folder /proc"),
+        (["--level-samples", "4", "--out", str(tmp_path / "n")], "say which to measure with --levels"),
+        (["--levels", "error", "--level-samples", "0", "--out", str(tmp_path / "n")], "--level-samples is 0"),
         ([], "Missing option '--out'"),
     ):
         assert said in refused(capsys, "calibrate", *arguments)
@@ -363,16 +400,12 @@ def test_statistics_of_other_weights_are_refused(
     assert "measured on other weights" in refused(capsys, "solve", *arguments)
 
 
-def test_statistics_of_other_guidance_or_precision_are_refused(
+def test_statistics_of_other_guidance_are_refused(
     tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--policy", "heatkv", "--budget", "20%", "--statistics", str(statistics_file), "--cfg", "1"]
     out = ["--label", "cat", "--out", str(tmp_path / "out")]
     assert "was measured at cfg 3, this run has 1" in refused(capsys, "generate", *arguments, *out)
-    copy = tmp_path / "s.safetensors"
-    copy.write_bytes(statistics_file.read_bytes())
-    half = ["calibrate", "--samples", "1", "--append", "--dtype", "bfloat16", "--out", str(copy)]
-    assert "cannot merge statistics with settings" in refused(capsys, *half)
 
 
 def test_a_negative_seed_is_a_seed(tmp_path: Path) -> None:
@@ -433,7 +466,7 @@ def test_generate_refuses(arguments: list[str], said: str, tmp_path: Path, capsy
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("mine")
-    assert "cannot create the folder" in refused(capsys, "generate", "--label", "cat", "--out", str(tmp_path / "out"))
+    assert "is a file; name another" in refused(capsys, "generate", "--label", "cat", "--out", str(tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -472,19 +505,187 @@ def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(rows["random"]["kl_of_draws"]) == 2 == rows["random"]["draws"]
     assert {path.name for path in out.iterdir()} == {
         "results.json", "statistics.safetensors", "images_30percent.png", "images_15percent.png", "scas.png",
+        "pictures",
     }  # fmt: skip
     for name in ("images_30percent.png", "scas.png"):
         with Image.open(out / name) as picture:
             assert picture.size[0] > 100
 
-    # a second run finds the statistics and gives the same figures
-    measured = (out / "statistics.safetensors").stat().st_mtime_ns
-    assert run([*arguments, "--out", str(out)]) == 0
-    assert (out / "statistics.safetensors").stat().st_mtime_ns == measured
-    again = {row["policy"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
-    assert all(
-        again[name]["kl"] == row["kl"] and again[name]["psnr_db"] == row["psnr_db"] for name, row in rows.items()
+    # elsewhere, with the same statistics, it gives the same figures
+    again = [*arguments, "--out", str(tmp_path / "again")]
+    assert run([*again, "--statistics", str(out / "statistics.safetensors")]) == 0
+    for row in rows_of(tmp_path / "again"):
+        assert {name: row[name] for name in FIDELITY} == {name: rows[row["policy"]][name] for name in FIDELITY}
+
+
+def rows_of(folder: Path, name: str = "results.json") -> list[dict[str, Any]]:
+    rows = json.loads((folder / name).read_text())["rows"]
+    assert isinstance(rows, list)
+    return rows
+
+
+def test_a_used_folder_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["compare", *SMALL, "--budgets", "30%", "--out", str(out)]
+    assert run([*arguments, "--policies", "heatkv,random"]) == 0
+    first, measured = rows_of(out), (out / "statistics.safetensors").read_bytes()
+    sheet = (out / "images_30percent.png").read_bytes()
+    capsys.readouterr()
+
+    # the same again takes all comparisons from there; the sheet shows the pictures of the earlier run
+    assert run([*arguments, "--policies", "heatkv,random"]) == 0
+    assert "3 of 3 comparisons were made before" in capsys.readouterr().err
+    assert [{name: row[name] for name in FIDELITY} for row in rows_of(out)] == [
+        {name: row[name] for name in FIDELITY} for row in first
+    ]
+    assert (out / "statistics.safetensors").read_bytes() == measured
+    assert (out / "images_30percent.png").read_bytes() == sheet
+    assert not list(out.glob("results.[0-9]*.json"))
+
+    # other policies: the earlier rows are kept, and serve
+    assert run([*arguments, "--policies", "heatkv,streaming"]) == 0
+    said = capsys.readouterr().err
+    assert "2 of 3 comparisons were made before" in said
+    assert f"they are in {out / 'results.1.json'} now" in said.replace("\n", " ")
+    assert {row["policy"]: row["kl"] for row in rows_of(out, "results.1.json")} == {
+        row["policy"]: row["kl"] for row in first
+    }
+    # times alone lose none of it, and other seeds, counts or precision are other comparisons
+    assert run(["profile", "--policies", "heatkv", "--statistics", str(out / "statistics.safetensors"), *arguments[-2:],
+                "--budgets", "30%", "--repeats", "1"]) == 0  # fmt: skip
+    assert rows_of(out)[1]["kl"] is None
+    assert {row["policy"] for row in rows_of(out, "results.2.json")} == {"full", "heatkv", "streaming"}
+    capsys.readouterr()
+    assert run([*arguments, "--policies", "random", "--images", "3"]) == 0
+    assert "were made before" not in capsys.readouterr().err
+
+    # a picture that is missing, damaged or of another run is drawn again
+    pictures = out / "pictures"
+    (pictures / "heatkv_30percent.png").write_bytes((pictures / "random_30percent.png").read_bytes())
+    (pictures / "full_100percent.png").write_bytes(b"none")
+    assert run([*arguments, "--policies", "heatkv,random"]) == 0
+    assert "were made before" not in capsys.readouterr().err
+    assert (out / "images_30percent.png").read_bytes() == sheet
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.partial.json", "statistics.safetensors"])
+@pytest.mark.parametrize("content", ['{"format": "mine"}', '{"format": "heatkv-results", "version": 1}', "{"])
+def test_compare_replaces_no_foreign_file(
+    name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(content)
+    said = refused(capsys, "compare", *SMALL, "--policies", "heatkv", "--budgets", "30%", "--out", str(tmp_path))
+    assert str(tmp_path / name) in said
+    assert "write to another folder (--out)" in said
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--samples", "1"], "holds 2 other samples than the 1 of this run; plan from it with --statistics"),
+        (["--seed", "1"], "holds 2 other samples than the 2 of this run; plan from it with --statistics"),
+        (["--cfg", "1"], "was measured at cfg 3, this run has 1"),
+        (["--dtype", "bfloat16"], "was measured with dtype=float32, this run has dtype=bfloat16"),
+    ],
+)
+def test_compare_replaces_no_other_statistics(
+    arguments: list[str], said: str, statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "statistics.safetensors"
+    path.write_bytes(statistics_file.read_bytes())
+    given = ["--samples", "2", "--policies", "heatkv", "--budgets", "30%", *arguments, "--out", str(tmp_path)]
+    told = refused(capsys, "compare", *given)
+    assert said in told
+    assert "write to another folder (--out)" in told
+    assert path.read_bytes() == statistics_file.read_bytes()
+
+
+def test_a_killed_comparison_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed while the third subject is compared: the first two are kept, and a new run takes them."""
+    arguments = ["compare", *SMALL, "--policies", "heatkv,streaming", "--budgets", "30%", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", KILLED, *arguments]
+    process = subprocess.run(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    kept = rows_of(tmp_path, "results.partial.json")
+    assert [row["kl"] is None for row in kept] == [False, False, True]
+    assert all(row["latency_ms"] is not None for row in kept)
+    assert not (tmp_path / "results.json").exists()
+    # another run in between loses nothing of it
+    assert run(["profile", "--policies", "streaming", *arguments[-4:], "--repeats", "1"]) == 0
+    capsys.readouterr()
+    assert run(arguments) == 0
+    assert "2 of 3 comparisons were made before" in capsys.readouterr().err
+    assert [row["kl"] for row in rows_of(tmp_path)[:2]] == [row["kl"] for row in kept[:2]]
+    assert rows_of(tmp_path)[2]["kl"] > 0
+    assert not (tmp_path / "results.partial.json").exists()
+
+
+KILLED = """
+import os, signal
+from heatkv.profiling.fidelity import FidelityBench
+from heatkv.__main__ import main
+compare, compared = FidelityBench.compare, []
+def killed(self, *arguments):
+    compared.append(1)
+    if len(compared) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return compare(self, *arguments)
+FidelityBench.compare = killed
+main()
+"""
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("heatkv.profiling.runner.measure_latency", interrupted)
+    arguments = ["compare", *SMALL, "--policies", "streaming", "--budgets", "30%", "--out", str(tmp_path)]
+    assert run(arguments) == 130
+    assert f"{tmp_path / 'results.partial.json'}; the same command goes on from there" in capsys.readouterr().err
+    assert [row["allocated_bytes"] > 0 for row in rows_of(tmp_path, "results.partial.json")] == [True, True]
+
+
+def test_a_refused_comparison_leaves_no_folder(
+    statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--policies", "heatkv-mr", "--statistics", str(statistics_file), "--out", str(tmp_path / "out")]
+    assert "level costs" in refused(capsys, "compare", *given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["calibrate", "--samples", "1"], ["solve", "--policy", "streaming", "--budget", "9%"]]
+)
+def test_a_full_disk_is_said_and_leaves_nothing(command: list[str], tmp_path: Path) -> None:
+    """The largest file that may be written is smaller than the result."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
+        "from heatkv.__main__ import main; main()"
     )
+    given = [sys.executable, "-c", code, *command, "--out", str(tmp_path / "result")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(given, capture_output=True, text=True, env=environment, timeout=120)
+    assert (process.returncode, process.stdout) == (2, ""), process.stderr
+    assert process.stderr.splitlines()[-1] == f"heatkv: cannot write {tmp_path / 'result'}: File too large"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["policies"], ["policies", "--json"], ["--help"], ["models", "--help"]])
+def test_an_output_that_takes_no_more(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "heatkv", *arguments]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert process.returncode == 2
+    assert process.stderr == "heatkv: cannot go on: [Errno 28] No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` leaves it
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from heatkv.plan import CoarseCells, Plan
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import HeatKVLP
 from heatkv.profiling.fidelity import FidelityBench
-from heatkv.profiling.runner import bytes_row, fidelity_row, latency_row, measure_latency, plan_subjects, save_results
+from heatkv.profiling.results import ResultsFolder, comparison_digest
+from heatkv.profiling.runner import bytes_row, fidelity_row, latency_row, measure_latency, plan_subjects
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Statistics
 
@@ -148,12 +149,13 @@ def test_unknown_arrays_are_refused(statistics: Statistics, tmp_path: Path, name
 
 def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (full,) = plan_subjects(emoji, [], [], statistics=None, rows=2, storage="float32")
-    row = bytes_row(emoji, full, 2, "float32")
+    digest = comparison_digest(emoji, emoji.sampling, full, seed=0, images=1, pictures=1)
+    row = {"comparison": digest} | bytes_row(emoji, full, 2, "float32")
     row |= latency_row(measure_latency(emoji, [full], rows=2, settings=emoji.sampling, repeats=1)[full.name])
     bench = FidelityBench(emoji, images=1, pictures=1, seed=0, settings=emoji.sampling)
     row |= fidelity_row(bench, full)[0]
     monkeypatch.chdir(tmp_path)
-    save_results(Path("results.json"), emoji, emoji.sampling, [row], {"seed": 0})
+    assert ResultsFolder(Path(), emoji, emoji.sampling, {"seed": 0}).finish([row]) is None
     told = json.loads(Path("results.json").read_text())
     assert fields("results.json", "field") == set(told)
     assert fields("results.json", "field of a row") == set(told["rows"][0])

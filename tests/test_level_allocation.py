@@ -19,8 +19,16 @@ from strategies import SEEDS, tokens_at
 
 from heatkv import level_allocation
 from heatkv.allocation import Capacity
-from heatkv.errors import BudgetError, StatisticsError
-from heatkv.level_allocation import LevelAllocation, _Pricing, allocate_levels, cost_bound
+from heatkv.errors import BudgetError, PlanError, StatisticsError
+from heatkv.level_allocation import (
+    LevelAllocation,
+    _Pricing,
+    allocate_levels,
+    capacity_prices,
+    cost_bound,
+    level_cost,
+    level_price_bound,
+)
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS, NONE, LevelChoices
 from heatkv.schedule import ScaleSchedule
@@ -279,15 +287,21 @@ def test_more_sinks_than_the_costs_have(
     found, best = allocate_levels(stats, capacity, levels, sinks), optimum(stats, capacity, levels, sinks)
     check_plan(stats, capacity, found, levels, sinks)
     assert found.bound - 1e-9 <= best <= found.cost + 1e-9
-    assert cost_bound(stats, capacity, levels, sinks) <= best + 1e-9
+    bound = cost_bound(stats, capacity, levels, sinks)
+    assert bound <= best + 1e-9
+    assert level_cost(stats, found.level) == pytest.approx(found.cost, rel=1e-9, abs=1e-12)
+    prices = capacity_prices(stats, capacity, levels, sinks)
+    assert level_price_bound(stats, capacity, levels, prices, sinks) == pytest.approx(bound, rel=1e-9, abs=1e-12)
     too_little = dataclasses.replace(capacity, room_G=(least - 1,))
-    with pytest.raises(BudgetError, match=f"the {sinks} sink scales alone hold 1 token-heads more than there is room"):
-        allocate_levels(stats, too_little, levels, sinks)
+    said = f"the {sinks} sink scales alone hold 1 token-heads more than the budget's room of {least - 1};"
+    for call in (allocate_levels, capacity_prices):
+        with pytest.raises(BudgetError, match=said):
+            call(stats, too_little, levels, sinks)
 
 
 def test_fewer_sinks_than_the_costs_have() -> None:
     stats = statistics(MORE, 2, 2, 4, 2)
-    for call in (allocate_levels, cost_bound):
+    for call in (allocate_levels, cost_bound, capacity_prices):
         with pytest.raises(StatisticsError, match="hold for 2 sink scales or more, not for 1"):
             call(stats, shared(stats, 30), sink_scales=1)
 
@@ -353,6 +367,50 @@ def test_pricing_finds_the_cheapest_of_all_paths(
             assert found.cost[head] == pytest.approx(costs_of(stats, level[None], 0, head)[0])
 
 
+@pytest.mark.parametrize(("schedule", "sinks", "joint"), PRICED)
+def test_the_cost_of_any_plan(schedule: ScaleSchedule, sinks: int, joint: int) -> None:
+    stats = statistics(schedule, 2, 2, 2, sinks, joint, "any")
+    paths, rng = all_paths(stats.choices), np.random.default_rng(4)
+    for _ in range(20):
+        chosen = rng.integers(len(paths), size=(2, 2))
+        expected = sum(costs_of(stats, paths[chosen[l, h], None], l, h)[0] for l, h in np.ndindex(2, 2))
+        assert level_cost(stats, paths[chosen]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_levels_of_as_many_tokens_cost_the_same_and_others_are_refused() -> None:
+    stats = statistics(FEW, 1, 1, 2, 1, 1, "any")  # the last target combines the 16 tokens only
+    level = all_paths(stats.choices)[:1].copy()[None]
+    level[..., 2:, 1], level[..., 3, 2] = LEVELS.index("mean"), NONE
+    pooled = level.copy()
+    pooled[..., 2:, 1] = LEVELS.index("pool2")  # of 1 x 2 tokens
+    assert level_cost(stats, pooled) == level_cost(stats, level)
+    stats = statistics(MORE, 1, 1, 2, 0, 1, "any")
+    single = all_paths(stats.choices)[:1].copy()[None]
+    assert (single[..., 2, :2] == 0).all()
+    mean = single.copy()
+    mean[..., 2:, 1] = LEVELS.index("mean")  # of 1 token
+    assert level_cost(stats, mean) == level_cost(stats, single)
+    schedule = ScaleSchedule.of([(1, 1), (4, 4), (4, 4), (4, 4), (5, 5)])
+    stats = statistics(schedule, 1, 1, 1, 1, 1)
+    alone = all_paths(stats.choices)[:1].copy()[None]
+    alone[..., 2:, 1] = LEVELS.index("pool2")
+    phrase = "layer 0, head 0 holds source 1 at level pool2 for target 3, which .* known there: full, mean"
+    with pytest.raises(PlanError, match=phrase):
+        level_cost(stats, alone)
+
+
+@settings(max_examples=20)
+@given(problem=problems(), seed=SEEDS)
+def test_no_plan_is_below_the_bound_of_any_prices(problem: tuple[LevelStatistics, Capacity], seed: int) -> None:
+    stats, capacity = problem
+    rng = np.random.default_rng(seed)
+    prices = rng.random(len(capacity.room)) * (rng.random(len(capacity.room)) < 0.3) * 10.0 ** rng.integers(-3, 1)
+    for levels in ((0, 1, 2), (0,)):
+        assert level_price_bound(stats, capacity, levels, prices) <= optimum(stats, capacity, levels) + 1e-9
+        best = level_price_bound(stats, capacity, levels, capacity_prices(stats, capacity, levels))
+        assert best == pytest.approx(cost_bound(stats, capacity, levels), rel=1e-9, abs=1e-12)
+
+
 def test_paths_of_the_oracle() -> None:
     """One source of 16 tokens for one target, and one of 2 for two: 4 levels, and 6 falling pairs of 3."""
     assert len(all_paths(LevelChoices(FEW, 1))) == 4 * 6
@@ -397,13 +455,13 @@ def test_the_size_of_costs_does_not_matter(size: float, joint: int) -> None:
 
 def test_sinks_that_do_not_fit() -> None:
     stats = statistics(MORE, 2, 2, 4, 2)
-    for capacity in (
-        shared(stats, 7),  # two sinks in four heads are 8
-        Capacity(MORE.tokens, np.array([[0, 1]] * 2), (4, 3)),
-        Capacity(MORE.tokens, np.zeros((2, 2), dtype=np.int64), (100,), 3),
+    for capacity, room in (
+        (shared(stats, 7), "than the budget's room of 7"),  # two sinks in four heads are 8
+        (Capacity(MORE.tokens, np.array([[0, 1]] * 2), (4, 3)), "than the budget's room of 3"),
+        (Capacity(MORE.tokens, np.zeros((2, 2), dtype=np.int64), (100,), 3), "than a layer's cap of 3"),
     ):
-        for call in (allocate_levels, cost_bound):
-            with pytest.raises(BudgetError, match="the 2 sink scales alone hold 1 token-heads more than there is room"):
+        for call in (allocate_levels, cost_bound, capacity_prices):
+            with pytest.raises(BudgetError, match=f"the 2 sink scales alone hold 1 token-heads more {room}"):
                 call(stats, capacity)
     found = allocate_levels(stats, shared(stats, 8))
     assert (found.last_reads()[2][:, :, 2:] == np.arange(2, 5)).all()  # nothing but the sinks fits

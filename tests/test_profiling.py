@@ -20,7 +20,8 @@ from heatkv.profiling.environment import environment
 from heatkv.profiling.fidelity import FidelityBench, kl_divergence, psnr, ssim
 from heatkv.profiling.latency import Latency, measure_interleaved
 from heatkv.profiling.memory import measure_device, nvml_process_bytes
-from heatkv.profiling.runner import bytes_row, fidelity_row, images_of_rows, plan_subjects, save_results
+from heatkv.profiling.results import ResultsFolder
+from heatkv.profiling.runner import bytes_row, fidelity_row, images_of_rows, plan_subjects
 from heatkv.profiling.trace import save_trace
 from heatkv.sampling import SamplingSettings
 
@@ -122,7 +123,8 @@ def test_what_the_cpu_cannot_measure_is_none() -> None:
 
 
 def test_results_say_where_they_come_from(emoji: ClassConditionalModel, tmp_path: Path) -> None:
-    save_results(tmp_path / "results.json", emoji, emoji.sampling, [{"policy": "full", "kl": 0.0}], {"seed": 3})
+    results = ResultsFolder(tmp_path, emoji, emoji.sampling, {"seed": 3})
+    results.finish([{"comparison": "1", "policy": "full", "kl": 0.0}])
     told = json.loads((tmp_path / "results.json").read_text())
     assert (told["format"], told["version"]) == ("heatkv-results", 1)
     assert told["rows"][0]["kl"] == 0

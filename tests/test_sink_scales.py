@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, level_live_table, random_mass, statistics_of
 
+from heatkv.calibration import told_settings
 from heatkv.cli import run
 from heatkv.errors import BudgetError, HeatKVError, PolicyError
 from heatkv.geometry import Budget, CacheGeometry
@@ -226,6 +227,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("nothing may be measured")
+
+
 @pytest.mark.parametrize("cost", ["error", "fisher"])
 def test_calibrate_measures_with_so_many_sinks(
     cost: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -255,13 +260,9 @@ def test_calibrate_refuses_other_sinks_before_it_measures(
 ) -> None:
     path = tmp_path / "s.safetensors"
     model = load_model("emoji")
-    given = model.geometry
-    statistics = statistics_of(given, random_mass(given, 1, 0), model=model.name, fingerprint=model.fingerprint)
-    statistics.save(path)
-
-    def never(*_: Any, **__: Any) -> Any:
-        raise AssertionError("nothing may be measured")
-
+    cfg, told = told_settings(model.sampling, model)
+    found = {"model": model.name, "fingerprint": model.fingerprint, "cfg": cfg, "settings": told}
+    statistics_of(model.geometry, random_mass(model.geometry, 1, 0), **found).save(path)
     monkeypatch.setattr("heatkv.calibration.calibrate", never)
     append = ["calibrate", "--append", "--out", str(path), "--levels"]
     assert "has level costs with sink_scales=2, not 3; leave --sink-scales out, or measure into another file" in (
@@ -274,7 +275,7 @@ def test_calibrate_refuses_other_sinks_before_it_measures(
     assert "does not fit level costs of a schedule of 8 scales: 0 to 7" in (
         refused(capsys, *fresh, "8", "--levels", "error")
     )
-    assert "--sink-scales are those of level costs; give --levels too" in refused(capsys, *fresh, "1")
+    assert "--sink-scales are those of level costs; say which to measure with --levels" in refused(capsys, *fresh, "1")
 
 
 def test_compare_measures_with_the_sinks_of_its_policies(
@@ -282,15 +283,34 @@ def test_compare_measures_with_the_sinks_of_its_policies(
 ) -> None:
     for name in ("BIAS_SAMPLES", "LEVEL_SAMPLES"):
         monkeypatch.setattr(f"heatkv.cli.calibrate.{name}", 1)
-    few = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1", "--out", str(tmp_path)]
-    for sinks, measured_with in (("3", 2), ("0", 0), ("1", 0)):
-        command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", "--sink-scales", sinks, *few]
-        assert run(command) == 0
-        levels = Statistics.load(tmp_path / "statistics.safetensors").levels
+    few = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1"]
+    command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", *few]
+
+    def sinks_of_costs(folder: Path, sinks: str) -> int:
+        assert run([*command, "--sink-scales", sinks, "--out", str(folder)]) == 0
+        levels = Statistics.load(folder / "statistics.safetensors").levels
         assert levels is not None
-        assert levels.choices.sink_scales == measured_with
-        again = "measuring levels again" in capsys.readouterr().err
-        assert again == (sinks == "0")
+        return levels.choices.sink_scales
+
+    assert sinks_of_costs(tmp_path / "few", "0") == 0
+    assert sinks_of_costs(tmp_path / "few", "3") == 0  # they hold for more
+    assert sinks_of_costs(tmp_path / "many", "3") == 2
+    # costs that do not fit are not replaced, and nothing is measured beside them
+    path = tmp_path / "many" / "statistics.safetensors"
+    before = path.read_bytes()
+    monkeypatch.setattr("heatkv.calibration.calibrate", never)
+    for arguments, said in (
+        (["--sink-scales", "1"], "costs for plans with sink_scales=2 or more, this run has 1; write to another folder"),
+        (
+            ["--policies", "heatkv-mr", "--set", "cost=fisher"],
+            "costs of the kind 'error', not 'fisher'; write to",
+        ),
+    ):
+        # more samples are asked for, which would be measured first
+        told = refused(capsys, *command, "--samples", "2", *arguments, "--out", str(path.parent))
+        assert f"{path} has level {said}" in told
+        assert told.endswith("(--out)")
+        assert path.read_bytes() == before
 
 
 def test_compare_advises_by_the_statistics_that_it_was_given(

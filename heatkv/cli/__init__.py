@@ -73,7 +73,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     try:
         outcome = app(args=list(arguments), prog_name="heatkv", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may have been closed before we began
+            sys.stdout.flush()
         if outcome == 130:
             say("heatkv: stopped")
         return outcome if isinstance(outcome, int) else 0
@@ -83,9 +84,13 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         say("heatkv: stopped")
         return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit):  # the reader of our output has seen enough; rich exits for that
+        _discard_output()
         return 0
+    except OSError as error:
+        _discard_output()
+        say(f"heatkv: cannot go on: {error}")
+        return 2
     except Exception as error:
         message = _usage_message(error)
         if message is None:
@@ -93,3 +98,9 @@ def run(arguments: Sequence[str]) -> int:
         if message:
             say(f"heatkv: {' '.join(message.split())}")
         return 2
+
+
+def _discard_output() -> None:
+    """What the output still holds would fail again when Python ends."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -18,7 +18,7 @@ from heatkv.cli.output import progress, say, show
 from heatkv.errors import FormatError, HeatKVError, StatisticsError
 from heatkv.files import check_writable
 from heatkv.geometry import Budget
-from heatkv.level_statistics import COSTS
+from heatkv.level_statistics import COSTS, LevelStatistics
 from heatkv.levels import SINK_SCALES
 from heatkv.models.base import ImageModel
 from heatkv.policies.base import PlanningProblem, make_policy
@@ -42,16 +42,32 @@ REPORTED_BUDGET = "20%"
 
 
 def _calibrate(
-    model: ImageModel[Any], batches: Sequence[int], seed: int, settings: Settings, first: int = 0
-) -> Iterator[Statistics]:
-    """Statistics of one batch after another, so that an interrupt loses a batch at most."""
+    model: ImageModel[Any],
+    batches: Sequence[int],
+    seed: int,
+    settings: Settings,
+    first: int,
+    before: Statistics | None,
+    path: Path,
+) -> list[Statistics]:
+    """Statistics of every batch. With those of `before` they are saved after each, so that an interrupt loses one."""
     from heatkv.calibration import calibrate as measure
 
-    with progress(f"calibrating {model.name}", sum(batches)) as advance:
-        for count in batches:
-            yield measure(model, count, seed=seed, first_sample=first, batch=count, settings=settings)
-            first += count
-            advance(count)
+    parts: list[Statistics] = []
+    total = before
+    try:
+        with progress(f"calibrating {model.name}", sum(batches)) as advance:
+            for count in batches:
+                part = measure(model, count, seed=seed, first_sample=first, batch=count, settings=settings)
+                total = part if total is None else total.merge(part)
+                total.save(path)
+                parts.append(part)
+                first += count
+                advance(count)
+    finally:
+        if parts and total is not None:
+            say(f"{path}: {total.count} samples")
+    return parts
 
 
 def _batches(samples: int) -> list[int]:
@@ -145,7 +161,9 @@ def calibrate(
     levels: Annotated[
         str | None, typer.Option("--levels", help="also measure what coarser levels cost (heatkv-mr): error or fisher")
     ] = None,
-    level_samples: Annotated[int, typer.Option("--level-samples", help="images to measure levels on")] = LEVEL_SAMPLES,
+    level_samples: Annotated[
+        int | None, typer.Option("--level-samples", help=f"images to measure levels on (default {LEVEL_SAMPLES})")
+    ] = None,
     sink_scales: Annotated[
         int | None,
         typer.Option(
@@ -171,12 +189,16 @@ def calibrate(
     from heatkv.profiling.report import stability_tables
     from heatkv.profiling.stability import ENOUGH_LOSS, batch_sizes, enough, verdict
 
-    positive(samples=samples)
-    positive(level_samples=level_samples)
+    level_images = LEVEL_SAMPLES if level_samples is None else level_samples
+    positive(samples=samples, level_samples=level_images)
     if levels is not None and levels not in COSTS:
         raise HeatKVError(f"--levels is {levels!r}; level costs are of the kinds {' and '.join(COSTS)}")
-    if sink_scales is not None and levels is None:
-        raise HeatKVError("--sink-scales are those of level costs; give --levels too, or leave it out")
+    for name, value in (("level-samples", level_samples), ("sink-scales", sink_scales)):
+        if levels is None and value is not None:
+            raise HeatKVError(
+                f"--{name} are those of level costs; say which to measure with --levels error or fisher, or leave it "
+                "out"
+            )
     if budgets is not None and not report:
         raise HeatKVError("--budgets are those of the plans that --report compares; give both or neither")
     if report and samples < 2:
@@ -191,26 +213,15 @@ def calibrate(
     check_writable(out.parent)
     loaded, settings = open_model(source, running)
     compared = _Compared(loaded, settings, wanted) if report else None
-    before = open_statistics(out, loaded) if append else None
+    before = _to_be_continued(out, loaded, settings) if append else None
     sinks = 0 if levels is None else _level_sinks(before, out, loaded, levels, sink_scales)
     taken = [] if before is None else [s.split(":", 2) for s in before.provenance.samples]
     first = max((int(index) + 1 for given, index, _ in taken if int(given) == running.seed), default=0)
-    parts: list[Statistics] = []
-    total: Statistics | None = None
-    try:
-        batches = _batches(samples) if compared is None else batch_sizes(samples, MOST_AT_ONCE)
-        for part in _calibrate(loaded, batches, running.seed, settings, first):
-            if before is not None and not parts:
-                before.merge(part)  # refuse before hours are spent
-            parts.append(part)
-    finally:
-        if parts:
-            total = _merged(parts if before is None else [before, *parts])
-            total.save(out)
-            say(f"{out}: {total.count} samples")
-    assert total is not None
+    batches = _batches(samples) if compared is None else batch_sizes(samples, MOST_AT_ONCE)
+    parts = _calibrate(loaded, batches, running.seed, settings, first, before, out)
+    total = _merged(parts if before is None else [before, *parts])
     if levels is not None:
-        total = _with_levels(total, out, loaded, levels, sinks, level_samples, running.seed, settings)
+        total = _with_levels(total, out, loaded, levels, sinks, level_images, running.seed, settings)
     agreement = _agreement(parts)
     gini = total.gini().tolist()
     data = {"out": str(out), "samples": total.count, "gini": gini, "rank_agreement_of_halves": agreement}
@@ -224,6 +235,21 @@ def calibrate(
         "largest_loss": ENOUGH_LOSS, "enough_samples": enough(found), "verdict": verdict(found),
     }  # fmt: skip
     show(Group(table, *stability_tables(found), verdict(found)), as_json, data)
+
+
+def _to_be_continued(path: Path, model: ImageModel[Any], settings: Settings) -> Statistics:
+    """Statistics that this run can add to. Raises StatisticsError when it cannot, before anything is measured."""
+    from heatkv.calibration import told_settings
+
+    found = open_statistics(path, model, settings)
+    assert found is not None
+    cfg, told = told_settings(settings, model)
+    measured, wanted = {"cfg": found.provenance.cfg, **found.provenance.settings}, {"cfg": cfg, **told}
+    if measured != wanted:
+        differing = [name for name in wanted if measured.get(name) != wanted[name]]
+        this, that = (", ".join(f"{name}={told.get(name)}" for name in differing) for told in (measured, wanted))
+        raise StatisticsError(f"{path} was measured with {this}, this run has {that}")
+    return found
 
 
 class _Compared:
@@ -263,32 +289,18 @@ def statistics_of_folder(
 
     `levels` is the kind of level costs that are wanted, too, `sink_scales` the fewest sinks of plans from them.
     """
-    from heatkv.calibration import sample_names, told_settings
+    from heatkv.calibration import sample_names
 
     path = folder / "statistics.safetensors"
-    wanted = sample_names(model, seed, model.labels(samples), 0)
-    parts: list[Statistics] = []
-    if path.exists():
-        try:
-            found = open_statistics(path, model)
-            assert found is not None
-            if (found.provenance.cfg, found.provenance.settings) == told_settings(settings, model) and list(
-                found.provenance.samples
-            ) == wanted[: found.count]:
-                parts.append(found)
-            else:
-                say(f"measuring again: {path} was measured with other samples or guidance")
-        except HeatKVError as error:
-            say(f"measuring again: {error}")
-    done = sum(part.count for part in parts)
-    if done == samples:
+    names = sample_names(model, seed, model.labels(samples), 0)
+    before = _found_in_folder(path, model, settings, names, levels, sink_scales)
+    done = 0 if before is None else before.count
+    if before is not None and done == samples:
         say(f"using {path} ({done} samples)")
-        return _levels_of_folder(parts[0], path, model, levels, sink_scales, seed, settings)
-    try:
-        parts.extend(_calibrate(model, _batches(samples - done), seed, settings, first=done))
-    finally:
-        if parts:
-            _merged(parts).save(path)
+        return _levels_of_folder(before, path, model, levels, sink_scales, seed, settings)
+    parts = _calibrate(model, _batches(samples - done), seed, settings, done, before, path)
+    if before is not None:
+        parts.insert(0, before)
     agreement = _agreement(parts)
     if agreement is not None:
         worst, mean = min(agreement), sum(agreement) / len(agreement)
@@ -297,6 +309,45 @@ def statistics_of_folder(
             f"(Spearman, mean over scales; worst {worst:.2f})"
         )
     return _levels_of_folder(_merged(parts), path, model, levels, sink_scales, seed, settings)
+
+
+def _found_in_folder(
+    path: Path,
+    model: ImageModel[Any],
+    settings: Settings,
+    samples: list[str],
+    levels: str | None,
+    sink_scales: int,
+) -> Statistics | None:
+    """An earlier run's statistics when these samples begin with theirs, or continue them; None when there are none.
+
+    Raises StatisticsError for others, and for level costs that are not wanted: they are not replaced.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = _to_be_continued(path, model, settings)
+        if levels is not None and found.levels is not None:
+            _check_level_costs(found.levels, path, levels, sink_scales)
+    except HeatKVError as error:
+        raise type(error)(f"{error}; write to another folder (--out)") from error
+    if list(found.provenance.samples) != samples[: found.count]:
+        raise StatisticsError(
+            f"{path} holds {found.count} other samples than the {len(samples)} of this run; plan from it with "
+            f"--statistics {path}, or write to another folder (--out)"
+        )
+    return found
+
+
+def _check_level_costs(found: LevelStatistics, path: Path, cost: str, sink_scales: int) -> None:
+    """Raise StatisticsError unless they are of this kind and hold for plans with so many sinks."""
+    if found.cost != cost:
+        raise StatisticsError(f"{path} has level costs of the kind {found.cost!r}, not {cost!r}")
+    sinks = found.choices.sink_scales
+    if sinks > sink_scales:
+        raise StatisticsError(
+            f"{path} has level costs for plans with sink_scales={sinks} or more, this run has {sink_scales}"
+        )
 
 
 def _levels_of_folder(
@@ -312,12 +363,6 @@ def _levels_of_folder(
     if cost is None:
         return statistics
     found = statistics.levels
-    if found is not None and (found.cost != cost or found.choices.sink_scales > sink_scales):
-        say(
-            f"measuring levels again: {path} has costs of the kind {found.cost} with "
-            f"sink_scales={found.choices.sink_scales}"
-        )
-        statistics, found = replace(statistics, levels=None), None
     missing = LEVEL_SAMPLES - (0 if found is None else len(found.samples))
     if missing <= 0:
         return statistics

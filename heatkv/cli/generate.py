@@ -9,10 +9,10 @@ import typer
 
 from heatkv.cli.opening import Loaded, open_model, open_only_plan, open_rankings, open_statistics, positive, storage_of
 from heatkv.cli.options import BudgetText, OutFolder, Policy, Ranking, Running, Source, Without
-from heatkv.cli.output import file_name, progress, say
+from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError, ModelError
-from heatkv.files import make_folder, replacing
+from heatkv.files import file_name, replacing
 from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.policies.base import PlanningProblem, make_policy
@@ -50,7 +50,7 @@ def generate(
     batch = min(len(labels), 16 if running.rows is None else images_of_rows(running.rows, settings))
     held_rows, storage = batch * settings.rows_per_image, storage_of(loaded)
     if plan is not None:
-        chosen = open_only_plan(plan, loaded.geometry, budget, ranking)
+        chosen = open_only_plan(plan, loaded.geometry, source.model, budget, ranking)
     else:
         if budget is None and policy != "full":
             raise HeatKVError(f"policy {policy!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +12,10 @@ import typer
 from heatkv.cli.calibrate import statistics_of_folder
 from heatkv.cli.opening import open_model, open_plan, open_rankings, open_statistics, parse_names, positive, storage_of
 from heatkv.cli.options import AsJson, Budgets, OutFolder, PlanFiles, Policies, Ranking, Repeats, Running, Source
-from heatkv.cli.output import file_name, progress, say, show
+from heatkv.cli.output import make_folder, progress, say, show
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
-from heatkv.files import make_folder, read_json
+from heatkv.files import file_name, read_json
 from heatkv.geometry import Budget
 from heatkv.levels import SINK_SCALES
 from heatkv.policies.base import PlanningProblem, make_policy
@@ -22,6 +23,7 @@ from heatkv.registry import find_policy
 from heatkv.statistics import Statistics
 
 if TYPE_CHECKING:
+    from heatkv.profiling.results import ResultsFolder
     from heatkv.profiling.runner import Subject
 
 DEFAULT_POLICIES = "heatkv,sliding-window,streaming,random"
@@ -61,7 +63,7 @@ class _Measurement:
         self.rows = running.rows if running.rows is not None else self.settings.rows_per_image
         self.batch = images_of_rows(self.rows, self.settings)
         self.statistics = open_statistics(ranking.statistics, self.model, self.settings)
-        self.plans = [(path, open_plan(path, self.model.geometry)) for path in plans or []]
+        self.plans = [(path, open_plan(path, self.model.geometry, source.model)) for path in plans or []]
         self.rankings = open_rankings(ranking.orders, self.model.geometry, source.model)
 
     def check(self) -> None:
@@ -107,34 +109,54 @@ class _Measurement:
             taken.add(subject.name)
         return subjects
 
+    def digests(self, subjects: Sequence[Subject], images: int, pictures: int) -> list[str]:
+        """What every subject's fidelity follows from; its images are other samples than the calibration's."""
+        from heatkv.profiling.results import comparison_digest
+
+        return [
+            comparison_digest(self.model, self.settings, s, seed=self.seed + 1, images=images, pictures=pictures)
+            for s in subjects
+        ]
+
     def bytes_and_times(
-        self, subjects: Sequence[Subject], repeats: int, folder: Path, request: dict[str, Any]
+        self, subjects: Sequence[Subject], digests: Sequence[str], repeats: int, results: ResultsFolder
     ) -> _Rows:
         """A result row for every subject; bytes are saved before times are taken, so that an interrupt keeps them."""
         from heatkv.profiling.runner import bytes_row, latency_row, measure_latency
 
-        results = [bytes_row(self.model, subject, self.rows, self.storage) for subject in subjects]
-        self.save(folder, results, request)
+        rows = [
+            {"comparison": digest} | bytes_row(self.model, subject, self.rows, self.storage)
+            for subject, digest in zip(subjects, digests, strict=True)
+        ]
+        results.save(rows)
         with progress("timing", len(subjects) * repeats) as advance:
             measured = measure_latency(
                 self.model, subjects, rows=self.rows, settings=self.settings, repeats=repeats, seed=self.seed,
                 progress=lambda: advance(1),
             )  # fmt: skip
-        return [row | latency_row(measured[s.name]) for s, row in zip(subjects, results, strict=True)]
+        return [row | latency_row(measured[s.name]) for s, row in zip(subjects, rows, strict=True)]
 
-    def save(self, folder: Path, results: _Rows, request: dict[str, Any]) -> None:
-        """Write results.json."""
-        from heatkv.profiling.runner import save_results
 
-        save_results(folder / "results.json", self.model, self.settings, results, request)
+@contextmanager
+def _told_when_stopped(results: ResultsFolder) -> Iterator[None]:
+    """An interrupt says where what was measured is, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if results.partial.exists():
+            say(f"what was measured so far is in {results.partial}; the same command goes on from there")
+        raise
 
-    def finish(self, folder: Path, results: _Rows, request: dict[str, Any], title: str, as_json: bool) -> None:
-        """Write and show the results."""
-        from heatkv.profiling.report import results_table
 
-        self.save(folder, results, request)
-        show(results_table(results, title), as_json, read_json(folder / "results.json") if as_json else None)
-        say(f"written: {folder}")
+def _finish(results: ResultsFolder, rows: _Rows, title: str, as_json: bool) -> None:
+    """Write and show the results."""
+    from heatkv.profiling.report import results_table
+
+    moved = results.finish(rows)
+    if moved is not None:
+        say(f"{results.path} held other results; they are in {moved} now")
+    show(results_table(rows, title), as_json, read_json(results.path) if as_json else None)
+    say(f"written: {results.path.parent}")
 
 
 def profile(
@@ -154,6 +176,7 @@ def profile(
 
     Example: heatkv profile --model emoji --policies streaming --budgets 20%,10% --out results/profile
     """
+    from heatkv.profiling.results import ResultsFolder
     from heatkv.profiling.trace import save_trace
 
     positive(repeats=repeats)
@@ -161,14 +184,15 @@ def profile(
     model = measurement.model
     subjects = measurement.subjects(measurement.statistics)
     folder = make_folder(out)
-    request = {"seed": running.seed, "repeats": repeats}
-    results = measurement.bytes_and_times(subjects, repeats, folder, request)
-    if trace:
-        for subject in subjects:
-            path = folder / f"trace_{file_name(subject.name)}.json"
-            save_trace(path, model, subject.plans[0], measurement.batch, measurement.settings)
+    results = ResultsFolder(folder, model, measurement.settings, {"seed": running.seed, "repeats": repeats})
+    with _told_when_stopped(results):
+        rows = measurement.bytes_and_times(subjects, measurement.digests(subjects, 0, 0), repeats, results)
+        if trace:
+            for subject in subjects:
+                path = folder / f"trace_{file_name(subject.name)}.json"
+                save_trace(path, model, subject.plans[0], measurement.batch, measurement.settings)
     title = f"{model.name}, {measurement.rows} rows, {measurement.storage}, {model.device}"
-    measurement.finish(folder, results, request, title, as_json)
+    _finish(results, rows, title, as_json)
 
 
 def compare(
@@ -193,58 +217,84 @@ def compare(
 
     Example: heatkv compare --model emoji --policies heatkv,streaming --budgets 20%,10% --out results/compare
     """
-    from heatkv.profiling.fidelity import FidelityBench
     from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
-    from heatkv.profiling.runner import fidelity_row
+    from heatkv.profiling.results import ResultsFolder, check_replaceable
 
     positive(samples=samples, images=images, pictures=pictures, draws=draws, repeats=repeats)
+    pictures = min(pictures, images)
+    check_replaceable(out)
     measurement = _Measurement(source, policies, budgets, plan, ranking, running)
     measurement.check()
     model, settings, seed = measurement.model, measurement.settings, running.seed
-    folder = make_folder(out)
     statistics = measurement.statistics
     if measurement.lacks_statistics:
+        folder = make_folder(out)
         statistics = statistics_of_folder(
             folder, model, samples, seed, settings, measurement.levels, measurement.level_sinks
         )
     subjects = measurement.subjects(statistics, draws)
+    folder = make_folder(out)
     request: dict[str, Any] = {
         "seed": seed, "images": images, "pictures": pictures, "draws": draws, "repeats": repeats,
         "statistics": None if statistics is None else statistics.provenance.to_json(),
     }  # fmt: skip
-    results = measurement.bytes_and_times(subjects, repeats, folder, request)
-    finished: list[dict[str, Any]] = []
+    results = ResultsFolder(folder, model, settings, request, pictures)
+    with _told_when_stopped(results):
+        digests = measurement.digests(subjects, images, pictures)
+        rows = measurement.bytes_and_times(subjects, digests, repeats, results)
+        drawn = _compare_all(measurement, subjects, rows, results, images, pictures)
     sheets: dict[str, list[tuple[str, Any]]] = {}
-    plans = sum(len(subject.plans) for subject in subjects)
-    passes = images + plans * (images + -(-min(pictures, images) // 16) * 16)
-    try:
-        with progress("comparing", passes) as advance:
-            bench = FidelityBench(
-                model, images=images, pictures=pictures, seed=seed + 1, settings=settings, progress=advance
-            )  # other samples than the calibration's
-            for subject, row in zip(subjects, results, strict=True):
-                figures, details = fidelity_row(bench, subject)
-                finished.append(row | figures)
-                sheets.setdefault(subject.budget, []).append((subject.policy, details.pictures))
-    except KeyboardInterrupt:
-        measurement.save(folder, finished + results[len(finished) :], request)
-        say(f"stopped; {len(finished)} of {len(subjects)} comparisons are kept in {folder / 'results.json'}")
-        raise
-    import torch
-
-    reference = [("full", bench.reference_pictures())]
+    for subject, of_subject in zip(subjects, drawn, strict=True):
+        if subject.policy != "full":
+            sheets.setdefault(subject.budget, []).append((subject.policy, of_subject))
     for budget, lines in sheets.items():
-        shown = [(name, torch.cat(parts)) for name, parts in lines if name != "full"]
-        if shown:
-            tag = budget.replace("%", "percent")
-            columns = min(bench.pictures, 12)
-            save_image_sheet(
-                folder / f"images_{tag}.png", reference + shown, columns, f"{model.name}, cache of {budget}"
-            )
+        path = folder / f"images_{budget.replace('%', 'percent')}.png"
+        title = f"{model.name}, cache of {budget}"
+        save_image_sheet(path, [("full", drawn[0]), *lines], min(pictures, 12), title)
     if statistics is not None:
         save_scas_heat_map(folder / "scas.png", statistics)
     title = (
         f"{model.name}: cache of {measurement.rows} rows in {measurement.storage}, KL and top-1 over {images} images, "
-        f"PSNR and SSIM over {bench.pictures}"
+        f"PSNR and SSIM over {pictures}"
     )
-    measurement.finish(folder, finished, request, title, as_json)
+    _finish(results, rows, title, as_json)
+
+
+def _compare_all(
+    measurement: _Measurement,
+    subjects: Sequence[Subject],
+    rows: _Rows,
+    results: ResultsFolder,
+    images: int,
+    pictures: int,
+) -> list[Any]:
+    """Add to every row how far its subject is from the full cache, saving each; the pictures of every subject."""
+    import torch
+
+    from heatkv.profiling.fidelity import FidelityBench
+    from heatkv.profiling.runner import fidelity_row
+
+    found = [results.earlier(subject, row["comparison"]) for subject, row in zip(subjects, rows, strict=True)]
+    kept = sum(earlier is not None for earlier in found)
+    if kept:
+        say(f"{kept} of {len(subjects)} comparisons were made before: taken from {results.path.parent}")
+    drawn: list[Any] = []
+    bench = None
+    missing = [subject for subject, earlier in zip(subjects, found, strict=True) if earlier is None]
+    of_plan = images + min(images, -(-pictures // 16) * 16)
+    with progress("comparing", (images if missing else 0) + of_plan * sum(len(s.plans) for s in missing)) as advance:
+        for index, (subject, earlier) in enumerate(zip(subjects, found, strict=True)):
+            if earlier is not None:
+                figures, of_subject = earlier
+            else:
+                bench = bench or FidelityBench(
+                    measurement.model, images=images, pictures=pictures, seed=measurement.seed + 1,
+                    settings=measurement.settings, progress=advance,
+                )  # fmt: skip
+                figures, details = fidelity_row(bench, subject)
+                of_subject = torch.cat(details.pictures)
+                results.save_pictures(subject, rows[index]["comparison"], of_subject)
+            rows[index] |= figures
+            drawn.append(of_subject)
+            results.save(rows)
+    return drawn

@@ -27,7 +27,7 @@ def positive(**values: int) -> None:
     """Refuse the first of these options that is below one."""
     for name, value in values.items():
         if value < 1:
-            raise HeatKVError(f"--{name} is {value}; it must be at least 1")
+            raise HeatKVError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 def parse_names(text: str, what: str) -> list[str]:
@@ -149,19 +149,24 @@ def storage_of(model: ImageModel[Any]) -> str:
     return next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == model.compute_dtype)
 
 
-def open_plan(path: Path, geometry: CacheGeometry) -> Plan:
-    """A finished plan, when it is of this geometry."""
+def open_plan(path: Path, geometry: CacheGeometry, model: str) -> Plan:
+    """A finished plan, when it is of this geometry and of no other model that has a name here.
+
+    Attached models have names of their own, those of their classes.
+    """
     plan = Plan.load(path, geometry.head_dim)
     try:
         plan.check_geometry(geometry)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
+    if plan.model != model and plan.model in MODELS:
+        raise PlanError(f"{path} was made for {plan.model}, not for {model}; name that model (--model) or solve again")
     return plan
 
 
-def open_only_plan(path: Path, geometry: CacheGeometry, budget: str | None, ranking: Ranking) -> Plan:
+def open_only_plan(path: Path, geometry: CacheGeometry, model: str, budget: str | None, ranking: Ranking) -> Plan:
     """A finished plan; refuses the options that would have gone into making one."""
     for name, value in {"budget": budget, **vars(ranking)}.items():
         if value is not None:
             raise HeatKVError(f"--plan is a finished plan; leave --{name.replace('_', '-')} out")
-    return open_plan(path, geometry)
+    return open_plan(path, geometry, model)

@@ -56,7 +56,7 @@ def solve(
     storage = known_dtype(dtype)
     rows = rows if rows is not None else (2 if guided else 1)
     if plan is not None:
-        solved = open_only_plan(plan, geometry, budget, ranking)
+        solved = open_only_plan(plan, geometry, model, budget, ranking)
     else:
         if budget is None:
             raise HeatKVError(

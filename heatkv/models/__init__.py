@@ -10,14 +10,16 @@ from typing import Literal
 
 import torch
 
+from heatkv.checks import as_number, shown
 from heatkv.errors import ModelError, ScheduleError
+from heatkv.files import as_path
 from heatkv.geometry import CacheGeometry
 from heatkv.models.checkpoint import SHARDED, build_var, build_vqvae, read_checkpoint, var_state, vqvae_state
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
 from heatkv.models.emoji import VAR_CONFIG
 from heatkv.models.emoji import load as load_emoji
 from heatkv.models.text import T5TextEncoder
-from heatkv.models.text_conditional import TextConditionalModel, load_infinity
+from heatkv.models.text_conditional import TextConditionalModel, check_texts, load_infinity
 from heatkv.sampling import SamplingSettings
 from heatkv.schedule import ScaleSchedule
 
@@ -57,7 +59,7 @@ class ModelInfo:
         """
         if self.family == "infinity":
             return ScaleSchedule.infinity(size or self.default_size, 1.0 if ratio is None else ratio)
-        if ratio not in (None, 1.0):
+        if ratio is not None and as_number(ratio) != 1:
             raise ScheduleError(f"{self.name} draws square images only; leave the ratio out")
         if self.bundled:
             if size not in (None, self.default_size):
@@ -107,6 +109,8 @@ MODELS: dict[str, ModelInfo] = {
 
 def model_info(name: str) -> ModelInfo:
     """The named model. Raises ModelError with a suggestion when there is none."""
+    if not isinstance(name, str):
+        raise ModelError(f"the model is {shown(name)}; give its name, one of {', '.join(MODELS)}")
     if name in MODELS:
         return MODELS[name]
     near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
@@ -126,20 +130,22 @@ def load_model(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
 ) -> ClassConditionalModel | TextConditionalModel:
-    """A model ready to draw, its blocks' matrices in `dtype`.
+    """A model ready to draw, its blocks' matrices in `dtype`: "float32", "bfloat16" or "float16".
 
     `emoji` needs nothing else. VAR and Infinity need `weights`: the public file (or sharded folder), or a folder that
     holds it; the `vae` is looked for beside it unless given. Infinity draws the published schedule of `size` and
     `ratio`, and turns text into features with `text_encoder`, a local folder or a hub name; `prompts` are what
-    measurements draw. Nothing in a weights file is executed. Raises ModelError, FormatError or ScheduleError.
+    measurements draw. Nothing in a weights file is executed. Raises ModelError for an unknown name, type or device and
+    for weights of another model, FormatError for an unreadable file, ScheduleError for an unknown size or ratio.
     """
     info = model_info(name)
-    if dtype not in COMPUTE_DTYPES:
-        raise ModelError(f"unknown dtype {dtype!r}; known: {', '.join(COMPUTE_DTYPES)}")
+    check_texts(prompts)
+    if not isinstance(dtype, str) or dtype not in COMPUTE_DTYPES:
+        raise ModelError(f"unknown dtype {shown(dtype)}; known: {', '.join(COMPUTE_DTYPES)}")
     try:
         where = torch.device(device)
         torch.empty(1, device=where).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ModelError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
     compute = COMPUTE_DTYPES[dtype]
     if info.bundled and (weights is not None or vae is not None):
@@ -154,10 +160,10 @@ def load_model(
     found = find_weights(weights, info.files)
     if info.family == "var":
         info.schedule(size, ratio)
-        return _placed(load_var(info, found, None if vae is None else Path(vae)), compute, where)
+        return _placed(load_var(info, found, None if vae is None else as_path(vae)), compute, where)
     if prompts and text_encoder is None:
         raise ModelError(f"turning prompts into features for {name} needs its text encoder; name it (--text-encoder)")
-    found_vae = Path(vae) if vae is not None else find_beside(found, info.vae_files)
+    found_vae = as_path(vae) if vae is not None else find_beside(found, info.vae_files)
     info.schedule(size, ratio)
     encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
     model = load_infinity(
@@ -181,7 +187,7 @@ def _placed(model: ClassConditionalModel, dtype: torch.dtype, device: torch.devi
 
 def find_weights(path: str | Path, names: Sequence[str]) -> Path:
     """`path` itself when it is a file or a sharded folder, else the first of `names` inside it."""
-    path = Path(path)
+    path = as_path(path)
     if not path.is_dir():
         return path
     if any((path / name).exists() for name in SHARDED):

@@ -27,11 +27,12 @@ from torch.nn import functional as F
 from heatkv.attention.rotary import rotate, rotation_of
 from heatkv.cache import KVCache
 from heatkv.calibration import MeasuringCache, ObservingCache, add_sums
+from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.level_calibration import BiasCache, ErrorCostCache, level_choices
 from heatkv.level_statistics import LevelStatistics, calibrated_bias
-from heatkv.levels import SINK_SCALES
+from heatkv.levels import LEVELS, SINK_SCALES
 from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
 from heatkv.models.infinity import rotation_angles
@@ -467,8 +468,10 @@ class Attached:
 
         `cfg` and `settings` (such as top_k) say how the images were drawn; HeatKV cannot see that, but statistics
         that differ in it are not merged. Samples are named seed:index:- with the index from `first_sample` on.
-        Raises StatisticsError when nothing was measured.
+        Raises StatisticsError when nothing was measured, or for settings that are no dictionary.
         """
+        if settings is not None:
+            of_kind(settings, Mapping, "settings", StatisticsError, 'give a dictionary, such as {"top_k": 900}')
         sums, samples = self._measured("mass")
         provenance = Provenance(
             model=self._name,
@@ -544,8 +547,21 @@ def attach(
     (default: those of one image) only matters for a budget in bytes; `seed` and `first_sample` name the samples.
 
     Raises ModelError for a model that is not recognised, PlanError, StatisticsError, PolicyError, BudgetError or
-    ScheduleError for what does not fit it.
+    ScheduleError for what does not fit it, or is of the wrong kind.
     """
+    if not isinstance(measure, bool | str):
+        raise PolicyError(f"measure={shown(measure)} is unknown; known: True, 'mass', 'biases', 'levels'")
+    if policy is not None:
+        of_kind(policy, str, "policy", PolicyError, "give its name; `heatkv policies` lists them")
+    if plan is not None:
+        of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
+    if statistics is not None:
+        way_out = "load statistics with Statistics.load, or measure them with measure=True"
+        of_kind(statistics, Statistics, "statistics", StatisticsError, way_out)
+    if schedule is not None:
+        of_kind(schedule, ScaleSchedule, "schedule", ScheduleError, "make one, for instance ScaleSchedule.var(256)")
+    of_kind(guided, bool, "guided", ModelError, "it is True or False: whether rows are doubled")
+    seed, first_sample = whole(seed, "seed", ModelError), whole(first_sample, "first_sample", ModelError)
     blocks = list(_blocks(model))
     found = [_self_attention(where, block) for where, block in blocks]
     name = type(model).__name__
@@ -589,6 +605,10 @@ def attach(
             'ScaleSchedule.infinity("1M", 1.0)'
         )
     geometry = CacheGeometry(len(found), heads, head_dim, schedule)
+    if log_bias is not None:
+        shape = (geometry.layers, geometry.heads, len(schedule), len(LEVELS))
+        if not isinstance(log_bias, np.ndarray) or log_bias.shape != shape or log_bias.dtype.kind != "f":
+            raise StatisticsError(f"log_bias is {shown(log_bias)}; it must be an array {shape}, as log_bias() gives it")
 
     parsed = None if budget is None else Budget.parse(budget)
     if plan is not None:
@@ -603,8 +623,8 @@ def attach(
             raise BudgetError(f"policy {policy!r} needs a budget; write it as 10%, 0.1, 600MiB, 2GB or 650tokens")
         # statistics of this package's own model with the same weights name all of them, those measured here the
         # attention's only
-        whole = fingerprint(model) if isinstance(model, nn.Module) else None
-        if statistics is not None and statistics.provenance.fingerprint != whole:
+        all_weights = fingerprint(model) if isinstance(model, nn.Module) else None
+        if statistics is not None and statistics.provenance.fingerprint != all_weights:
             statistics.check_fingerprint(_attention_fingerprint(found))
         storage = str(found[0][1].mat_qkv.weight.dtype).removeprefix("torch.")
         rows = rows if rows is not None else (2 if guided else 1)

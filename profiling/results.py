@@ -1,0 +1,160 @@
+"""The folder of a run: results.json and the pictures behind it, saved so that an interrupt loses little and no earlier
+result is lost.
+
+While a run lasts its rows are in `results.partial.json`. Files with other rows than a new run's are kept under a
+number. A comparison that any of them holds, of the very same plans, samples and settings, is taken from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from heatkv.calibration import sample_names
+from heatkv.errors import FormatError
+from heatkv.files import check_header, file_name, read_json, replacing, write_json
+from heatkv.images import GAP, image_grid
+from heatkv.models.base import ImageModel
+from heatkv.profiling.environment import device_name, environment
+from heatkv.profiling.runner import FIDELITY, Subject
+from heatkv.sampling import Settings
+
+FORMAT, VERSION = "heatkv-results", 1
+
+UNMEASURED: dict[str, Any] = dict.fromkeys(
+    ("device_peak_bytes", "nvml_bytes", "latency_ms", "graph_latency_ms", "kl", "top1_agreement", "psnr_db", "ssim")
+)
+
+Rows = Sequence[dict[str, Any]]
+
+
+def comparison_digest(
+    model: ImageModel[Any], settings: Settings, subject: Subject, *, seed: int, images: int, pictures: int
+) -> str:
+    """Names all that the fidelity of a subject follows from: weights, plans, samples, and where it is computed."""
+    told = {
+        "fingerprint": model.fingerprint,
+        "dtype": str(model.compute_dtype),
+        "device": [model.device.type, device_name(model.device)],
+        "torch": torch.__version__,
+        "sampling": settings.to_json(),
+        "plans": [plan.to_json() for plan in subject.plans],
+        "samples": sample_names(model, seed, model.labels(images), 0) if images else [],
+        "seed": seed,
+        "pictures": pictures,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_results(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results.json. Raises FormatError when it is none."""
+    rows = check_header(read_json(path), path, FORMAT, VERSION).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise FormatError(f"{path} is not a whole {FORMAT} file: its rows are no list of objects")
+    return rows
+
+
+class ResultsFolder:
+    """Where a run writes. `request` holds what was asked for: seeds, counts, and where statistics came from.
+
+    Raises FormatError when what is to be replaced at the end is not a results.json of ours.
+    """
+
+    def __init__(
+        self, folder: Path, model: ImageModel[Any], settings: Settings, request: dict[str, Any], pictures: int = 0
+    ) -> None:
+        self.path, self.partial = folder / "results.json", folder / "results.partial.json"
+        self._model, self._settings, self._request, self._pictures = model, settings, request, pictures
+        self._environment: dict[str, Any] | None = None
+        self._earlier = {row.get("comparison"): row for row in check_replaceable(folder) if row.get("kl") is not None}
+
+    def earlier(self, subject: Subject, digest: str) -> tuple[dict[str, Any], Tensor] | None:
+        """Fidelity figures of this very comparison and its pictures, when an earlier run left them whole."""
+        row = self._earlier.get(digest)
+        if row is None or not row.keys() >= set(FIDELITY):
+            return None
+        pictures = self._load_pictures(subject, digest)
+        return None if pictures is None else ({name: row[name] for name in FIDELITY}, pictures)
+
+    def _pictures_path(self, subject: Subject) -> Path:
+        name = file_name(subject.name.replace("%", "percent"))
+        return self.path.parent / "pictures" / f"{name}.png"
+
+    def save_pictures(self, subject: Subject, digest: str, pictures_B3HW: Tensor) -> None:
+        """The pictures of a subject in one row; the file tells which comparison they are of."""
+        path = self._pictures_path(subject)
+        path.parent.mkdir(exist_ok=True)
+        told = PngImagePlugin.PngInfo()
+        told.add_text("heatkv", digest)
+        with replacing(path) as temporary:
+            image_grid(pictures_B3HW, len(pictures_B3HW)).save(temporary, format="PNG", pnginfo=told)
+
+    def _load_pictures(self, subject: Subject, digest: str) -> Tensor | None:
+        try:
+            with Image.open(self._pictures_path(subject)) as file:
+                if file.info.get("heatkv") != digest:
+                    return None
+                row = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
+                row = row.view(file.height, file.width, 3)
+        except (OSError, ValueError, SyntaxError):  # Pillow's errors for files that are missing, damaged or no PNG
+            return None
+        width, rest = divmod(row.shape[1] + GAP, self._pictures)
+        if rest:
+            return None
+        starts = range(0, row.shape[1], width)
+        images = torch.stack([row[:, start : start + width - GAP] for start in starts])
+        return images.permute(0, 3, 1, 2).float() / 255
+
+    def save(self, rows: Rows) -> None:
+        """What is measured so far."""
+        self._set_aside(self.partial, rows)
+        write_json(self.partial, self._told(rows), indent=1)
+
+    def finish(self, rows: Rows) -> Path | None:
+        """Write results.json. An earlier one that holds anything else is kept: its new path, if there is one."""
+        moved = self._set_aside(self.path, rows)
+        write_json(self.path, self._told(rows), indent=1)
+        self.partial.unlink(missing_ok=True)
+        return moved
+
+    def _set_aside(self, path: Path, rows: Rows) -> Path | None:
+        """Rename the file when it holds rows that are not among these; its new path, if so."""
+        if not path.exists() or {row.get("comparison") for row in load_results(path)} <= {
+            r["comparison"] for r in rows
+        }:
+            return None
+        taken = (path.with_name(f"results.{number}.json") for number in itertools.count(1))
+        free = next(candidate for candidate in taken if not candidate.exists())
+        path.rename(free)
+        return free
+
+    def _told(self, rows: Rows) -> dict[str, Any]:
+        if self._environment is None:
+            self._environment = environment(self._model.device)
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "environment": self._environment,
+            "sampling": self._settings.to_json(),
+            "request": self._request,
+            "rows": [UNMEASURED | row for row in rows],
+        }
+
+
+def check_replaceable(folder: Path) -> list[dict[str, Any]]:
+    """The rows of all results in a folder. Raises FormatError, naming the way out, for files that are none of ours."""
+    rows = []
+    for path in sorted(folder.glob("results*.json")):
+        try:
+            rows += load_results(path)
+        except FormatError as error:
+            raise FormatError(f"{error}; move it away or write to another folder (--out)") from error
+    return rows
