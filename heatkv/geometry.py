@@ -124,9 +124,8 @@ class Budget:
         unit = match[2].lower()
         if unit == "":
             if number > 1:
-                raise BudgetError(
-                    f"{name} {match[1]} is above 1, the full cache; did you mean {match[1]}%? Otherwise {_HOW}"
-                )
+                hint = f"did you mean {match[1]}%? Otherwise {_HOW}" if number <= 100 else _HOW
+                raise BudgetError(f"{name} {match[1]} is above 1, the full cache; {hint}")
             return cls("share", number, name)
         if unit == "%":
             return cls("share", number / 100, name)

@@ -16,7 +16,7 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from heatkv.allocation import Capacity
-from heatkv.errors import PlanError
+from heatkv.errors import PlanError, StatisticsError
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS, NONE, LevelChoices
 
@@ -63,29 +63,38 @@ class _Paths:
 
 
 class _Pricing:
-    """Exact dynamic programming over targets, for all heads at once."""
+    """Exact dynamic programming over targets, for all heads at once.
 
-    def __init__(self, statistics: LevelStatistics, levels: tuple[int, ...]) -> None:
+    Sinks beyond those of the costs are sources that may only be full.
+    """
+
+    def __init__(self, statistics: LevelStatistics, levels: tuple[int, ...], sink_scales: int) -> None:
         self.choices = choices = statistics.choices
         self.scales = len(choices.schedule)
         self.heads = statistics.layers * statistics.heads
         self.tokens = [choices.tokens(source) for source in range(self.scales)]
-        self.sinks = choices.sink_scales
-        self.sink_tokens = [sum(choices.schedule.tokens[: min(self.sinks, target)]) for target in range(self.scales)]
+        self.sinks = sink_scales
         self.first = self.sinks + 1
+        self.unpriced_tokens = [
+            sum(choices.schedule.tokens[: target if target < self.first else choices.sink_scales])
+            for target in range(self.scales)
+        ]
         self.table = [choices.combinations(target) for target in range(self.scales)]
-        forbidden = [~np.isin(table, (*levels, NONE)).all(axis=1) for table in self.table]
+        may_SV = np.zeros((self.scales, NONE + 1), dtype=bool)
+        may_SV[:, [*levels, NONE]] = True
+        may_SV[: self.sinks, 1:] = False
         self.joint = []
         self.single: list[dict[int, FloatArray]] = []
         for target in range(self.scales):
             cost = statistics.joint[target].reshape(self.heads, -1).copy()
-            cost[:, forbidden[target]] = np.inf
+            sources = np.array(choices.joint_sources(target), dtype=np.int64)
+            cost[:, ~may_SV[sources, self.table[target]].all(axis=1)] = np.inf
             self.joint.append(cost)
             of_target = {}
             for source in choices.other_sources(target):
                 alone = statistics.single[:, :, target, source].reshape(self.heads, -1).copy()
-                allowed = [level for level in choices.of_other(source) if level in (*levels, NONE)]
-                alone[:, [level for level in range(NONE + 1) if level not in allowed]] = np.inf
+                possible = may_SV[source] & np.isin(np.arange(NONE + 1), choices.of_other(source))
+                alone[:, ~possible] = np.inf
                 of_target[source] = alone
             self.single.append(of_target)
         self.joint_tokens = [
@@ -150,7 +159,7 @@ class _Pricing:
         cost, tokens = np.zeros(self.heads), np.zeros((self.heads, scales), dtype=np.int64)
         for target in range(scales):
             level[:, target, : min(self.sinks, target)] = 0
-            tokens[:, target] = self.sink_tokens[target]
+            tokens[:, target] = self.unpriced_tokens[target]
             if target < self.first:
                 continue
             sources = self.choices.joint_sources(target)
@@ -328,7 +337,6 @@ class _Relaxed:
     """The master program at its optimum, or the cheapest plan of all where that fits the capacity."""
 
     master: _Master
-    pricing: _Pricing
     bound: float
     row_prices: FloatArray
     unlimited: _Paths | None = None
@@ -340,23 +348,20 @@ def _under_prices(pricing: _Pricing, capacity: Capacity, row_prices: FloatArray)
     return paths, float(reduced.sum() - row_prices @ capacity.room)
 
 
-def _relaxed(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...]) -> _Relaxed:
+def _relaxed(pricing: _Pricing, capacity: Capacity) -> _Relaxed:
     """Generate columns until the master program is at its bound. Raises BudgetError when the sinks do not fit."""
     scales = capacity.scales
-    pricing = _Pricing(statistics, levels)
-    # the last combination holds nothing, like the last level of what is alone
-    total = sum(float(joint[:, -1].sum()) for joint in pricing.joint)
-    total += sum(float(cost[:, NONE].sum()) for of_target in pricing.single for cost in of_target.values())
-    scale = total / 100 if total > 0 else 1.0
     shape = (capacity.layers, capacity.heads, scales)
     all_heads = np.arange(pricing.heads)
 
     nothing, _ = pricing.best(np.full((pricing.heads, scales), pricing.prohibitive))
-    capacity.check_sinks(capacity.held(nothing.tokens.reshape(shape)), statistics.choices.sink_scales)
+    capacity.check_sinks(capacity.held(nothing.tokens.reshape(shape)), pricing.sinks)
+    total = float(nothing.cost.sum())
+    scale = total / 100 if total > 0 else 1.0
     master = _Master(capacity, pricing.heads, scale)
     everything, _ = pricing.best(np.zeros((pricing.heads, scales)))
     if capacity.slack(capacity.held(everything.tokens.reshape(shape))).min() >= 0:
-        return _Relaxed(master, pricing, float(everything.cost.sum()), np.zeros(len(capacity.room)), everything)
+        return _Relaxed(master, float(everything.cost.sum()), np.zeros(len(capacity.room)), everything)
     master.add(nothing, all_heads)
     # a first idea of what is worth its tokens
     for price in total / max(capacity.room.max(), 1.0) * 4.0 ** np.arange(-6, 4):
@@ -370,29 +375,48 @@ def _relaxed(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int,
         if mixed - bound <= TOLERANCE * max(mixed, 0.0) + 1e-12 * scale:
             break
         master.add(paths, all_heads)
-    return _Relaxed(master, pricing, bound, best_prices)
+    return _Relaxed(master, bound, best_prices)
 
 
 ALL_LEVELS = tuple(range(len(LEVELS)))
 
 
-def cost_bound(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...] = ALL_LEVELS) -> float:
+def _priced(statistics: LevelStatistics, levels: tuple[int, ...], sink_scales: int | None) -> _Pricing:
+    measured = statistics.choices.sink_scales
+    if sink_scales is not None and sink_scales < measured:
+        raise StatisticsError(f"the level costs hold for {measured} sink scales or more, not for {sink_scales}")
+    return _Pricing(statistics, levels, measured if sink_scales is None else sink_scales)
+
+
+def cost_bound(
+    statistics: LevelStatistics,
+    capacity: Capacity,
+    levels: tuple[int, ...] = ALL_LEVELS,
+    sink_scales: int | None = None,
+) -> float:
     """What no plan within the capacity costs less than; the best plan is little above it. Quicker than a plan."""
-    return _relaxed(statistics, capacity, levels).bound
+    return _relaxed(_priced(statistics, levels, sink_scales), capacity).bound
 
 
 def capacity_prices(
-    statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...] = ALL_LEVELS
+    statistics: LevelStatistics,
+    capacity: Capacity,
+    levels: tuple[int, ...] = ALL_LEVELS,
+    sink_scales: int | None = None,
 ) -> FloatArray:
     """Dual prices of the capacity's rows, in cost per token-head, at the bound of `cost_bound`."""
-    return _relaxed(statistics, capacity, levels).row_prices
+    return _relaxed(_priced(statistics, levels, sink_scales), capacity).row_prices
 
 
 def level_price_bound(
-    statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...], row_prices: FloatArray
+    statistics: LevelStatistics,
+    capacity: Capacity,
+    levels: tuple[int, ...],
+    row_prices: FloatArray,
+    sink_scales: int | None = None,
 ) -> float:
     """No plan costs less, whatever the prices (>= 0): every head takes its cheapest path, and room earns its price."""
-    return _under_prices(_Pricing(statistics, levels), capacity, row_prices)[1]
+    return _under_prices(_priced(statistics, levels, sink_scales), capacity, row_prices)[1]
 
 
 def level_cost(statistics: LevelStatistics, level_LHTS: IntArray) -> float:
@@ -436,26 +460,33 @@ def _priced_level(
 
 
 def allocate_levels(
-    statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...] = ALL_LEVELS
+    statistics: LevelStatistics,
+    capacity: Capacity,
+    levels: tuple[int, ...] = ALL_LEVELS,
+    sink_scales: int | None = None,
 ) -> LevelAllocation:
     """The cheapest plan within the capacity that uses these levels (indices into LEVELS, 0 among them), never dearer
     than the one that only drops cells.
 
-    Raises BudgetError when the sinks alone do not fit.
+    The first `sink_scales` scales stay whole: as many as the costs were measured with, or more. Raises StatisticsError
+    for fewer, and BudgetError when the sinks alone do not fit.
     """
-    found = _allocate(statistics, capacity, levels)
-    if tuple(levels) == (0,) or level_price_bound(statistics, capacity, (0,), found.row_prices) >= found.cost:
+    found = _allocate(_priced(statistics, levels, sink_scales), capacity)
+    if tuple(levels) == (0,):
         return found
-    dropping = _allocate(statistics, capacity, (0,))
+    whole_only = _priced(statistics, (0,), sink_scales)
+    if _under_prices(whole_only, capacity, found.row_prices)[1] >= found.cost:
+        return found
+    dropping = _allocate(whole_only, capacity)
     if dropping.cost >= found.cost:
         return found
     return LevelAllocation(dropping.level, dropping.cost, min(found.bound, dropping.cost), found.row_prices)
 
 
-def _allocate(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...]) -> LevelAllocation:
-    """The cheapest plan that was found with these levels."""
-    relaxed = _relaxed(statistics, capacity, levels)
-    master, pricing, scales = relaxed.master, relaxed.pricing, capacity.scales
+def _allocate(pricing: _Pricing, capacity: Capacity) -> LevelAllocation:
+    """The cheapest plan that was found with the levels of the pricing."""
+    relaxed = _relaxed(pricing, capacity)
+    master, scales = relaxed.master, capacity.scales
     if relaxed.unlimited is not None:
         level = relaxed.unlimited.level.reshape(capacity.layers, capacity.heads, scales, scales).astype(np.int64)
         return LevelAllocation(level, relaxed.bound, relaxed.bound, relaxed.row_prices)

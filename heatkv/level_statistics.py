@@ -131,9 +131,17 @@ class LevelStatistics(EqualByContents):
         """Both sample sets as one, exactly. Raises StatisticsError for other biases, kinds, choices or a shared
         sample."""
         of_kind(other, LevelStatistics, "the other", StatisticsError, "give LevelStatistics, as calibrate_levels does")
-        if (self.choices, self.cost) != (other.choices, other.cost):
+        if self.cost != other.cost:
             raise StatisticsError(
-                f"cannot merge level costs of kind {self.cost!r} and {other.cost!r}, or of other choices of levels"
+                f"cannot merge level costs of kind {self.cost!r} and {other.cost!r}; measure both alike (calibrate "
+                f"--levels {self.cost})"
+            )
+        if self.choices != other.choices:
+            mine, theirs = self.choices, other.choices
+            raise StatisticsError(
+                f"cannot merge level costs with sink_scales={mine.sink_scales}, joint={mine.joint} and "
+                f"sink_scales={theirs.sink_scales}, joint={theirs.joint}, or of other schedules; measure both alike "
+                f"(calibrate --levels {self.cost} --sink-scales {mine.sink_scales})"
             )
         if not np.array_equal(self.log_bias, other.log_bias):
             raise StatisticsError(

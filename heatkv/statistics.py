@@ -34,6 +34,11 @@ _NEEDED = ("mass_sum", "mass_square_sum")
 _ARRAYS = (*_NEEDED, "all_mass_sum", "error_sum")
 _MASS_TOLERANCE = 1e-3  # of the sum over sources, which is 1: bf16 attention rounds
 
+PUBLISHED_SINKS = 3
+"""First scales that published rankings leave out, as the paper never drops them."""
+
+_MEASURE_INSTEAD = "plan from statistics of it (heatkv calibrate, then --statistics FILE)"
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
@@ -406,14 +411,23 @@ class HeadRankings(EqualByContents):
 
     @classmethod
     def load_orders(cls, path: str | Path, geometry: CacheGeometry) -> HeadRankings:
-        """Read the ranking file published with HeatKV: a list of rankings, each a list of [head, layer] pairs.
+        """Read a ranking file as published with HeatKV: a list of rankings, each a list of [head, layer] pairs.
 
-        The last ranking belongs to the last source scale that is cached, T-2. Raises FormatError or StatisticsError.
+        Such a file has one ranking for every cached scale but the first three, and is refused for a schedule of
+        another number of scales. What else it was measured on it does not tell. Raises FormatError or StatisticsError.
         """
-        return cls.from_pairs(read_json(path), geometry, path)
+        rankings, scales = cls.from_pairs(read_json(path), geometry, path), len(geometry.schedule)
+        count = len(rankings.order)
+        if rankings.first_scale != PUBLISHED_SINKS:
+            raise StatisticsError(
+                f"{path} has {count} rankings, which are those of a schedule of {count + PUBLISHED_SINKS + 1} scales "
+                f"(all cached ones but the first {PUBLISHED_SINKS}); this one has {scales} scales: {_MEASURE_INSTEAD}"
+            )
+        return rankings
 
     @classmethod
     def from_pairs(cls, value: Sequence[Any], geometry: CacheGeometry, source: str | Path) -> HeadRankings:
+        """From such a list of any number of rankings; the last one is that of the last cached scale, T-2."""
         layers, heads, scales = geometry.layers, geometry.heads, len(geometry.schedule)
         if not isinstance(value, list) or not value:
             raise FormatError(f"{source} is no list of rankings")
@@ -431,7 +445,9 @@ class HeadRankings(EqualByContents):
                 f"{layers * heads}"
             )
         if pairs.shape[0] > scales - 1:
-            raise StatisticsError(f"{source} has {pairs.shape[0]} rankings; the schedule caches {scales - 1} scales")
+            raise StatisticsError(
+                f"{source} has {pairs.shape[0]} rankings; the schedule caches {scales - 1} scales: {_MEASURE_INSTEAD}"
+            )
         head, layer = pairs[..., 0], pairs[..., 1]
         if (head < 0).any() or (head >= heads).any() or (layer < 0).any() or (layer >= layers).any():
             raise StatisticsError(f"{source} names a head or layer outside {heads} heads and {layers} layers")

@@ -19,6 +19,7 @@ and it is listed, profiled, tested and documented by that alone. A name is lower
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
@@ -90,6 +91,15 @@ class PlanningProblem:
 
 
 @dataclass(frozen=True)
+class FewestSinks:
+    """The fewest sink scales that a policy can plan with, what sets them, and the way to plan with only `{0}`."""
+
+    count: int = 0
+    set_by: str = ""
+    way_out: str = ""
+
+
+@dataclass(frozen=True)
 class EvictionPolicy(ABC):
     """A static policy: it decides before the first image which cell lives until when.
 
@@ -120,7 +130,7 @@ class EvictionPolicy(ABC):
 
     def plan(self, problem: PlanningProblem) -> Plan:
         """A validated plan. Raises BudgetError when the budget cannot hold the sinks, PlanError when it is exceeded."""
-        self.check(problem)
+        self.check_all(problem)
         try:
             last_read = self.last_read(problem)
         except HeatKVError:
@@ -161,30 +171,63 @@ class EvictionPolicy(ABC):
             settings["seed"] = problem.seed
         return settings
 
-    def check(self, problem: PlanningProblem) -> None:
-        """Raise when the sinks alone exceed the budget, or their number does not fit the schedule."""
-        of_kind(problem, PlanningProblem, "problem", PolicyError, "give a PlanningProblem, or use model.plan")
-        schedule = problem.geometry.schedule
-        most = len(schedule) - 1
-        if as_whole(self.sink_scales) is None or not 0 <= self.sink_scales <= most:
+    def check(self, problem: PlanningProblem) -> None:  # noqa: B027 - most policies have nothing to add
+        """Raise for options that do not fit each other or the problem; needs nothing that is measured."""
+
+    def check_measured(self, problem: PlanningProblem) -> None:  # noqa: B027
+        """Raise when what it plans from is missing, or was measured for something else."""
+
+    def check_sinks(self, problem: PlanningProblem) -> None:
+        """Raise when the sinks alone exceed the budget, or their number fits neither the schedule nor what was
+        measured."""
+        schedule, sinks = problem.geometry.schedule, as_whole(self.sink_scales)
+        rooms, fewest, most = self.rooms(problem), self.fewest_sinks(problem), len(schedule) - 1
+        fitting = max(n for n in range(most + 1) if schedule.offsets[n] <= min(rooms.values()))
+
+        def too_small(count: int) -> list[str]:
+            return [name for name, room in rooms.items() if room < schedule.offsets[count]]
+
+        def share(count: int) -> str:
+            tokens, cached = schedule.offsets[count], schedule.cached_tokens
+            percent = math.ceil(Fraction(10000 * tokens, cached)) / 100  # rounded up, so that it is enough
+            return f"{tokens}/{cached} = {percent:g}%"
+
+        more = ""
+        if fewest.count > fitting:
+            more = f" and raise {' and '.join(too_small(fewest.count))} to {share(fewest.count)}"
+        if sinks is None or not 0 <= sinks <= most:
             raise PolicyError(
-                f"sink_scales={shown(self.sink_scales)} does not fit a schedule of {len(schedule)} scales: 0 to {most}"
+                f"sink_scales={shown(self.sink_scales)} does not fit a schedule of {len(schedule)} scales: "
+                f"{fewest.count} to {most if more else fitting}{more}"
             )
-        sinks, share = schedule.offsets[self.sink_scales], problem.share
-        if share * schedule.cached_tokens < sinks:
-            enough = next(
-                (
-                    n
-                    for n in range(self.sink_scales - 1, -1, -1)
-                    if schedule.offsets[n] <= share * schedule.cached_tokens
-                ),
-                0,
+        if sinks < fewest.count:
+            raise PolicyError(
+                f"sink_scales={sinks} is below {fewest.set_by}; set sink_scales={fewest.count}{more}, or "
+                f"{fewest.way_out.format(min(sinks, fitting))}"
             )
+        if sinks > fitting:
+            short = too_small(sinks)
+            be, them = ("is", "it") if len(short) == 1 else ("are", "them")
+            way_out = fewest.way_out.format(fitting) if more else f"set sink_scales={fitting}"
             raise BudgetError(
-                f"budget {float(share):.3g} ({problem.budget}) is below {sinks}/{schedule.cached_tokens} = "
-                f"{sinks / schedule.cached_tokens:.2%}, the {self.sink_scales} sink scales; raise it or set "
-                f"sink_scales={enough}"
+                f"{' and '.join(short)} {be} below {share(sinks)}, the {sinks} sink scales; raise {them} or {way_out}"
             )
+
+    def check_all(self, problem: PlanningProblem) -> None:
+        """All that can be told before planning."""
+        of_kind(problem, PlanningProblem, "problem", PolicyError, "give a PlanningProblem, or use model.plan")
+        self.check(problem)
+        self.check_measured(problem)
+        self.check_sinks(problem)
+
+    def fewest_sinks(self, problem: PlanningProblem) -> FewestSinks:
+        """How few sinks what was measured allows."""
+        return FewestSinks()
+
+    def rooms(self, problem: PlanningProblem) -> dict[str, Fraction]:
+        """Tokens per head that may be held, by what sets them."""
+        share = problem.share
+        return {f"budget {float(share):.3g} ({problem.budget})": share * problem.geometry.schedule.cached_tokens}
 
     def never_cached(self, problem: PlanningProblem) -> IntArray:
         """The plan that caches the sink scales only, to start from."""

@@ -24,7 +24,7 @@ from heatkv.plan import Plan, live_token_heads
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.levels import HeatKVLevels
-from heatkv.policies.lp import HeatKVLP, SolvedPolicy
+from heatkv.policies.lp import HeatKVLP, SolvedPolicy, how_to_measure
 from heatkv.statistics import Statistics
 
 IntArray = NDArray[np.int64]
@@ -184,7 +184,7 @@ def _policy(plan: Plan) -> SolvedPolicy:
     # what chose the budget or how to solve for it does not matter any more
     past = {"solver": "lp"} if solver is HeatKVLP else {"max_kl": None}
     policy: SolvedPolicy = solver(**{**told, "sink_scales": plan.sink_scales, **past})
-    if policy.layer_cap is not None and Budget.parse(policy.layer_cap, "layer_cap").kind == "bytes":
+    if (cap := policy.cap()) is not None and cap.kind == "bytes":
         raise PolicyError(
             f"the plan's layer_cap={policy.layer_cap} depends on rows and storage type, which a plan does not tell; "
             "state the cap as a share or in tokens"
@@ -226,23 +226,24 @@ def _by_levels(plan: Plan, statistics: Statistics, measure: str, policy: SolvedP
     for target in range(1, len(plan.schedule)):
         level[:, :, target, :target] = of_plan[plan.level_read(target)]
     cost, full = level_cost(costs, level), level_cost(costs, np.where(past, 0, np.full_like(level, NONE)))
-    prices = _binding(capacity_prices(costs, capacity, policy.allowed))
-    bound = min(level_price_bound(costs, capacity, policy.allowed, prices), cost)  # above it by rounding only
+    prices = _binding(capacity_prices(costs, capacity, policy.allowed, plan.sink_scales))
+    bound = level_price_bound(costs, capacity, policy.allowed, prices, plan.sink_scales)
+    bound = min(bound, cost)  # above it by rounding only
     return _worth(plan, measure, -cost, -bound, -full, capacity, prices)
 
 
 def _level_costs(plan: Plan, statistics: Statistics, kind: str) -> LevelStatistics:
-    """The level costs of this kind, with the plan's sinks. Raises PolicyError."""
+    """The level costs of this kind, which hold for the plan's sinks. Raises PolicyError."""
     levels, mine = statistics.levels, f"these statistics ({statistics.provenance.model})"
-    measure = f"measure them with heatkv calibrate --levels {kind}"
+    measure = f"measure them with {how_to_measure(kind, plan.sink_scales)}"
     if levels is None:
         raise PolicyError(f"{mine} lack level costs; {measure}")
     if levels.cost != kind:
         raise PolicyError(f"{mine} hold level costs of the kind {levels.cost!r}, not {kind!r}; {measure}")
-    if levels.choices.sink_scales != plan.sink_scales:
+    if levels.choices.sink_scales > plan.sink_scales:
         raise PolicyError(
-            f"{mine} hold level costs for sink_scales={levels.choices.sink_scales}, the plan has "
-            f"{plan.sink_scales}; give those that it was made from"
+            f"{mine} hold level costs for sink_scales={levels.choices.sink_scales} or more, the plan has "
+            f"{plan.sink_scales}; {measure}"
         )
     return levels
 

@@ -353,10 +353,13 @@ def test_measuring(emoji: ClassConditionalModel) -> None:
     from heatkv.level_calibration import calibrate_levels
 
     for measure in (heatkv.calibrate, calibrate_levels, calibrate_fisher):
+        not_batches = [*NOT_WHOLE, 0]
+        if measure is not heatkv.calibrate:  # whose batch is None by default
+            not_batches = without_none(not_batches)
         check(lambda model, measure=measure: measure(model, 1), [*NOTHING, "emoji", emoji.transformer])  # type: ignore[misc]
         check(lambda samples, measure=measure: measure(emoji, samples), [*NOT_WHOLE, 0, -1])  # type: ignore[misc]
         for name, bad in (
-            ("seed", NOT_WHOLE), ("first_sample", NOT_WHOLE), ("batch", [*NOT_WHOLE, 0]), ("progress", [3]),
+            ("seed", NOT_WHOLE), ("first_sample", NOT_WHOLE), ("batch", not_batches), ("progress", [3]),
             ("settings", without_none(NOTHING)),
         ):  # fmt: skip
             check(lambda value, name=name, measure=measure: measure(emoji, 1, **{name: value}), bad)  # type: ignore[misc]

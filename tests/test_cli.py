@@ -65,6 +65,42 @@ def test_solve_equals_the_golden_schedule(tmp_path: Path, name: str, capsys: pyt
     assert told["planned_bytes"] == golden["peak_tokens"] * 128 * 2 * 2 * 2
 
 
+INFINITY = ["solve", "--policy", "heatkv", "--budget", "20%"]
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "scales"),
+    [("8b-512", [], 10), ("8b", ["--size", "0.60M"], 12), ("2b", ["--size", "0.06M"], 7)],
+)
+@pytest.mark.parametrize("sinks", ["2", "3", "4"])
+def test_orders_of_another_number_of_scales_are_refused(
+    model: str, more: list[str], scales: int, sinks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    orders = ORDERS.with_name(f"{model[:2]}.json")
+    arguments = ["--model", f"infinity-{model}", "--orders", str(orders), "--sink-scales", sinks, *more]
+    said = refused(capsys, *INFINITY, *arguments)
+    if scales < 10:  # there are more rankings than cached scales
+        assert "has 9 rankings; the schedule caches 6 scales" in said
+    else:
+        assert "has 9 rankings, which are those of a schedule of 13 scales" in said
+        assert f"this one has {scales} scales: plan from statistics of it (heatkv calibrate" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "more"), [("2b", ["--ratio", "3:2"]), ("2b", ["--ratio", "1:2"]), ("8b-512", ["--size", "1M"])]
+)
+def test_orders_of_another_schedule_are_taken_with_a_note(
+    model: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--model", f"infinity-{model[:2]}", "--orders", str(ORDERS.with_name(f"{model[:2]}.json"))]
+    for sinks in ("3", "4"):  # a scale more that is never dropped needs no other rankings
+        assert run([*INFINITY, *own, "--sink-scales", sinks]) == 0
+        assert capsys.readouterr().err == ""
+    assert run([*INFINITY, "--model", f"infinity-{model}", *own[2:], *more]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "scale by scale from the last cached one backwards; heatkv calibrate measures this one" in line
+
+
 def test_solve_knows_other_ratios_and_sinks(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--model", "infinity-8b", "--policy", "streaming", "--budget", "650tokens", "--out", str(out)]
@@ -263,6 +299,7 @@ def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--policy", "streaming", "--budget", "1%"], "is below 14/230 = 6.09%, the 3 sink scales"),
         (["--policy", "streaming", "--budget", "150%"], "above 100 %"),
         (["--policy", "streaming", "--budget", "10"], "did you mean 10%?"),
+        (["--policy", "streaming", "--budget", "150"], "budget 150 is above 1, the full cache; write it as 10%"),
         (["--policy", "streaming", "--budget", "5GiB"], "above the full cache"),
         (["--policy", "streaming", "--budget", "0"], "not above zero"),
         (["--policy", "streaming", "--budget", "-5%"], "cannot read the budget"),
@@ -711,7 +748,7 @@ def test_an_output_that_takes_no_more(arguments: list[str]) -> None:
         (["--orders", "a", "--statistics", "b"], "give one of them"),
         (["--set", "ranks=2"], "none of these policies has an option 'ranks'"),
         (["--policies", "heatkv-lp", "--set", "ranks=5"], "ranks=5 does not split 6 heads"),
-        (["--policies", "heatkv-lp", "--set", "layer_cap=0.1%"], "layer_cap=0.1% is 1 token-heads, less than the 30"),
+        (["--policies", "heatkv-lp", "--set", "layer_cap=0.1%"], "layer_cap=0.1% is below 5/230 = 2.18%, the 2 sink"),
     ],
 )
 def test_compare_refuses_before_it_measures(

@@ -229,6 +229,26 @@ def test_a_plan_is_judged_by_the_measure_it_was_made_by(policy: str, options: di
         assert "less cost, 1 % less adds" in worth_lines(worth)[1]
 
 
+@pytest.mark.parametrize("policy", ["heatkv-lp", "heatkv-mr"])
+@pytest.mark.parametrize("sinks", [1, 2, 3])
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_a_plan_with_more_sinks_than_its_costs_is_judged_by_them(policy: str, sinks: int, more: int) -> None:
+    statistics = measured(sinks=sinks)
+    plan = made(policy, statistics, "65%" if sinks + more < 4 else "100%", sink_scales=min(sinks + more, 4))
+    worth = worth_of(plan, statistics)
+    assert (worth.measure, worth.instead) == ("joint", "")
+    assert plan.value is not None
+    assert plan.value_bound is not None
+    assert worth.value == pytest.approx(plan.value, rel=1e-12)
+    assert worth.value <= worth.bound <= 0 == worth.full
+    # whole numbers may have a tighter bound
+    assert worth.bound >= plan.value_bound - 1e-6 * abs(plan.value_bound)
+    assert worth.bound == pytest.approx(plan.value_bound, rel=1e-6)
+    if more:  # sinks that the costs do not know are no choice: with fewer, the same budget is worth as much or more
+        less = worth_of(made(policy, statistics, "65%" if sinks + more < 4 else "100%", sink_scales=sinks), statistics)
+        assert less.bound >= worth.bound - 1e-6 * abs(worth.bound)
+
+
 def test_the_rule_is_judged_by_the_mass_that_it_ranks() -> None:
     statistics = replace(measured(), all_mass_sum=None)
     plan = made("heatkv", statistics, "60%")
@@ -248,7 +268,7 @@ def test_what_a_plan_is_judged_by_instead_is_said() -> None:
     for plan, other, measure, why in (
         (joint, without, "error", "lack level costs; measure them with heatkv calibrate --levels error"),
         (joint, measured("fisher"), "error", "hold level costs of the kind 'fisher', not 'error'; measure them"),
-        (joint, measured(sinks=1), "error", "hold level costs for sink_scales=1, the plan has 2"),
+        (joint, measured(sinks=3), "error", "hold level costs for sink_scales=3 or more, the plan has 2; measure them"),
         (joint, replace(without, error_sum=None), "mass", "lack level costs"),
         (fisher, statistics, "error", "not 'fisher'; measure them with heatkv calibrate --levels fisher"),
         (single, replace(statistics, error_sum=None), "mass", "lack error_sum"),
@@ -273,8 +293,11 @@ def test_levels_without_their_costs_are_not_judged() -> None:
         worth_of(plan, statistics.with_levels(None))
     with pytest.raises(PolicyError, match="of the kind 'fisher', not 'error'; measure them"):
         worth_of(plan, measured("fisher"))
-    with pytest.raises(PolicyError, match="for sink_scales=1, the plan has 2; give those that it was made from"):
-        worth_of(plan, measured(sinks=1))
+    with pytest.raises(PolicyError, match="for sink_scales=3 or more, the plan has 2; measure them with heatkv"):
+        worth_of(plan, measured(sinks=3))
+    fewer = made("heatkv-mr", measured(sinks=1), sink_scales=1)
+    with pytest.raises(PolicyError, match=r"has 1; measure them with .* --levels error --sink-scales 1$"):
+        worth_of(fewer, statistics)
     # a policy that is not known here is judged by the costs that there are
     for cost, measure in (("error", "joint"), ("fisher", "fisher")):
         for policy in ("another", "heatkv", "heatkv-lp"):

@@ -19,7 +19,7 @@ from strategies import SEEDS, tokens_at
 
 from heatkv import level_allocation
 from heatkv.allocation import Capacity
-from heatkv.errors import BudgetError, PlanError
+from heatkv.errors import BudgetError, PlanError, StatisticsError
 from heatkv.level_allocation import (
     LevelAllocation,
     _Pricing,
@@ -63,8 +63,9 @@ def statistics(
     return LevelStatistics(choices, "error", bias, tuple(sums), single, ("a",), ())
 
 
-def all_paths(choices: LevelChoices, levels: Sequence[int] = (0, 1, 2)) -> IntArray:
-    """Every path of a head, level[k, t, s]: what is held only gets coarser, and only the joint sources are pooled."""
+def all_paths(choices: LevelChoices, levels: Sequence[int] = (0, 1, 2), sinks: int = 0) -> IntArray:
+    """Every path of a head, level[k, t, s]: what is held only gets coarser, only the joint sources are pooled, and
+    the first `sinks` scales are whole, however few are by the choices."""
     scales = len(choices.schedule)
     of_source = []
     for s in range(choices.sink_scales, scales - 1):
@@ -72,7 +73,7 @@ def all_paths(choices: LevelChoices, levels: Sequence[int] = (0, 1, 2)) -> IntAr
         for t in range(s + 1, scales):
             possible = choices.of_source(s) if s in choices.joint_sources(t) else choices.of_other(s)
             allowed.append([level for level in possible if level in (*levels, NONE)])
-        runs = [run for run in itertools.product(*allowed) if list(run) == sorted(run)]
+        runs = [run for run in itertools.product(*allowed) if list(run) == sorted(run) and (s >= sinks or not any(run))]
         of_source.append(np.array(runs))
     count = int(np.prod([len(runs) for runs in of_source]))
     level = np.full((count, scales, scales), NONE)
@@ -118,9 +119,9 @@ def undominated(tokens_KX: IntArray, cost_K: FloatArray) -> IntArray:
     return np.array(indices)
 
 
-def optimum(stats: LevelStatistics, capacity: Capacity, levels: Sequence[int] = (0, 1, 2)) -> float:
+def optimum(stats: LevelStatistics, capacity: Capacity, levels: Sequence[int] = (0, 1, 2), sinks: int = 0) -> float:
     """The least cost of any plan within the capacity: heads are added one by one, keeping what is not dominated."""
-    paths = all_paths(stats.choices, levels)
+    paths = all_paths(stats.choices, levels, sinks)
     tokens = tokens_of(stats.choices.schedule, paths)
     groups, layers, scales = capacity.groups, capacity.layers, capacity.scales
     held = np.zeros((1, groups, layers, scales), dtype=np.int64)
@@ -155,7 +156,11 @@ def feasible(held_KGLT: IntArray, capacity: Capacity) -> NDArray[np.bool_]:
 
 
 def check_plan(
-    stats: LevelStatistics, capacity: Capacity, found: LevelAllocation, levels: Sequence[int] = (0, 1, 2)
+    stats: LevelStatistics,
+    capacity: Capacity,
+    found: LevelAllocation,
+    levels: Sequence[int] = (0, 1, 2),
+    sinks: int = 0,
 ) -> None:
     """It is a plan, fits at every checkpoint, and costs what it says."""
     choices, schedule = stats.choices, stats.choices.schedule
@@ -166,7 +171,7 @@ def check_plan(
         for t, s in np.ndindex(scales, scales):
             if s >= t:
                 assert path[t, s] == NONE
-            elif s < choices.sink_scales:
+            elif s < max(sinks, choices.sink_scales):
                 assert path[t, s] == 0
             else:
                 allowed = choices.of_source(s) if s in choices.joint_sources(t) else choices.of_other(s)
@@ -257,14 +262,48 @@ def test_a_poor_plan_gives_way_to_one_that_only_drops(monkeypatch: pytest.Monkey
     capacity, original = shared(stats, 30), level_allocation._allocate
     dropping = allocate_levels(stats, capacity, (0,))
 
-    def poor(stats: LevelStatistics, capacity: Capacity, levels: tuple[int, ...]) -> LevelAllocation:
-        found = original(stats, capacity, levels)
-        return found if levels == (0,) else dataclasses.replace(found, cost=dropping.cost * (1 + 1e-9))
+    def poor(pricing: _Pricing, capacity: Capacity) -> LevelAllocation:
+        found = original(pricing, capacity)
+        only_drops = set(found.level.flat) <= {0, NONE}
+        return found if only_drops else dataclasses.replace(found, cost=dropping.cost * (1 + 1e-9))
 
     monkeypatch.setattr(level_allocation, "_allocate", poor)
     found = allocate_levels(stats, capacity)
     assert np.array_equal(found.level, dropping.level)
     assert found.bound < found.cost == dropping.cost  # the bound is still that of all levels
+
+
+@settings(max_examples=40)
+@given(problem=problems(), more=st.integers(0, 3), levels=st.sampled_from([(0, 1, 2), (0,)]))
+def test_more_sinks_than_the_costs_have(
+    problem: tuple[LevelStatistics, Capacity], more: int, levels: tuple[int, ...]
+) -> None:
+    """The choices are those that hold the further sinks whole, of costs that also know the others."""
+    stats, capacity = problem
+    schedule = stats.choices.schedule
+    sinks = min(stats.choices.sink_scales + more, len(schedule) - 1)
+    least = stats.layers * stats.heads * schedule.offsets[sinks]
+    capacity = dataclasses.replace(capacity, room_G=(max(capacity.room_G[0], least),))
+    found, best = allocate_levels(stats, capacity, levels, sinks), optimum(stats, capacity, levels, sinks)
+    check_plan(stats, capacity, found, levels, sinks)
+    assert found.bound - 1e-9 <= best <= found.cost + 1e-9
+    bound = cost_bound(stats, capacity, levels, sinks)
+    assert bound <= best + 1e-9
+    assert level_cost(stats, found.level) == pytest.approx(found.cost, rel=1e-9, abs=1e-12)
+    prices = capacity_prices(stats, capacity, levels, sinks)
+    assert level_price_bound(stats, capacity, levels, prices, sinks) == pytest.approx(bound, rel=1e-9, abs=1e-12)
+    too_little = dataclasses.replace(capacity, room_G=(least - 1,))
+    said = f"the {sinks} sink scales alone hold 1 token-heads more than the budget's room of {least - 1};"
+    for call in (allocate_levels, capacity_prices):
+        with pytest.raises(BudgetError, match=said):
+            call(stats, too_little, levels, sinks)
+
+
+def test_fewer_sinks_than_the_costs_have() -> None:
+    stats = statistics(MORE, 2, 2, 4, 2)
+    for call in (allocate_levels, cost_bound, capacity_prices):
+        with pytest.raises(StatisticsError, match="hold for 2 sink scales or more, not for 1"):
+            call(stats, shared(stats, 30), sink_scales=1)
 
 
 @settings(max_examples=20)
@@ -305,13 +344,15 @@ PRICED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("schedule", "sinks", "joint"), PRICED)
+@pytest.mark.parametrize(("schedule", "measured", "joint"), PRICED)
+@pytest.mark.parametrize("more", [0, 1, 2])
 @pytest.mark.parametrize("levels", [(0, 1, 2), (0,), (0, 2), (0, 1)])
 def test_pricing_finds_the_cheapest_of_all_paths(
-    schedule: ScaleSchedule, sinks: int, joint: int, levels: tuple[int, ...]
+    schedule: ScaleSchedule, measured: int, joint: int, more: int, levels: tuple[int, ...]
 ) -> None:
-    stats = statistics(schedule, 1, 3, 2, sinks, joint, "any")
-    pricing, paths = _Pricing(stats, levels), all_paths(stats.choices, levels)
+    sinks = min(measured + more, len(schedule) - 1)
+    stats = statistics(schedule, 1, 3, 2, measured, joint, "any")
+    pricing, paths = _Pricing(stats, levels, sinks), all_paths(stats.choices, levels, sinks)
     tokens, rng = tokens_of(schedule, paths), np.random.default_rng(3)
     costs = [costs_of(stats, paths, 0, head) for head in range(3)]
     for scale in (0.0, 0.01, 0.1, 0.3, 1.0, 100.0):

@@ -96,8 +96,12 @@ def test_a_cap_on_layers_can_make_a_kl_unreachable() -> None:
         ("30%", {"levels": 3}, "levels=3; it must be full"),
         ("30%", {"levels": "full+pool3"}, r"levels='full\+pool3'"),
         ("30%", {"cost": "mass"}, "cost='mass' is unknown to policy 'heatkv-mr'; known: error, fisher"),
-        ("30%", {"cost": "error"}, "the level costs are of the kind 'fisher'; .* was to use 'error'"),
-        ("30%", {"sink_scales": 1}, "measured with sink_scales=2, the policy has sink_scales=1"),
+        (
+            "30%",
+            {"cost": "error"},
+            "kind 'fisher'; .* to use 'error': measure them .*--levels error, or set cost=fisher$",
+        ),
+        ("30%", {"sink_scales": 1}, "sink_scales=1 is below the 2 that the level costs were measured with"),
         ("30%", {"ranks": 3}, "ranks=3 does not split 4 heads evenly"),
     ],
 )

@@ -56,7 +56,8 @@ def generate(
             raise HeatKVError(f"policy {policy!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
         problem = PlanningProblem(
             loaded.geometry, Budget.parse(budget or "100%"), open_statistics(ranking.statistics, loaded, settings),
-            open_rankings(ranking.orders, loaded.geometry), running.seed, held_rows, storage, source.model,
+            open_rankings(ranking.orders, loaded.geometry, source.model), running.seed, held_rows, storage,
+            source.model,
         )  # fmt: skip
         chosen = make_policy(policy, **policy_options([policy], ranking)[policy]).plan(problem)
     compensation = compensation_of(loaded, chosen, seed=running.seed, settings=settings)

@@ -115,9 +115,19 @@ def _prompts(path: Path) -> list[str]:
     return found
 
 
-def open_rankings(path: Path | None, geometry: CacheGeometry) -> HeadRankings | None:
-    """Published rankings from a file, when they are of this geometry."""
-    return None if path is None else HeadRankings.load_orders(path, geometry)
+def open_rankings(path: Path | None, geometry: CacheGeometry, model: str) -> HeadRankings | None:
+    """Published rankings from a file, when they fit this geometry; says when they may be of another schedule."""
+    if path is None:
+        return None
+    rankings = HeadRankings.load_orders(path, geometry)
+    own = model_info(model).schedule()
+    if geometry.schedule != own:
+        say(
+            f"{path} does not tell its schedule; published rankings are of a model's own, of {model} {own}. They are "
+            f"taken for {geometry.schedule}, scale by scale from the last cached one backwards; heatkv calibrate "
+            "measures this one"
+        )
+    return rankings
 
 
 def open_statistics(path: Path | None, model: ImageModel[Any], settings: Settings | None = None) -> Statistics | None:

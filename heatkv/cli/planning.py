@@ -68,7 +68,14 @@ def solve(
         chosen = make_policy(policy, **policy_options([policy], ranking)[policy])
         loaded = None if ranking.statistics is None else statistics_of_model(ranking.statistics, model)
         problem = PlanningProblem(
-            geometry, Budget.parse(budget), loaded, open_rankings(ranking.orders, geometry), seed, rows, storage, model
+            geometry,
+            Budget.parse(budget),
+            loaded,
+            open_rankings(ranking.orders, geometry, model),
+            seed,
+            rows,
+            storage,
+            model,
         )
         solved = chosen.plan(problem)
     if out is not None:

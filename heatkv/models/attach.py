@@ -30,9 +30,9 @@ from heatkv.calibration import MeasuringCache, ObservingCache, add_sums
 from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
-from heatkv.level_calibration import BiasCache, ErrorCostCache
+from heatkv.level_calibration import BiasCache, ErrorCostCache, level_choices
 from heatkv.level_statistics import LevelStatistics, calibrated_bias
-from heatkv.levels import LEVELS, LevelChoices
+from heatkv.levels import LEVELS, SINK_SCALES
 from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
 from heatkv.models.infinity import rotation_angles
@@ -309,13 +309,14 @@ class Attached:
         most_bytes: int | None,
         seed: int,
         first_sample: int,
+        level_sinks: int,
     ) -> None:
         self.plan = plan
         self._name = type(model).__name__
         self._layers = [_Layer(self, index, where, module) for index, (where, module) in enumerate(found)]
         self._guided, self._measure, self._most_bytes = guided, measure, most_bytes
         self._adapter, self._log_bias = adapter, log_bias
-        self._choices = LevelChoices(plan.schedule)
+        self._choices = level_choices(plan.schedule, level_sinks)
         self._seed, self._first_sample = seed, first_sample
         self._fingerprint = _attention_fingerprint(found) if measure else ""
         self._cache: KVCache | None = None
@@ -539,7 +540,8 @@ def attach(
 
     What is kept: a `policy` with its `budget`, `statistics` and `options` (such as sink_scales), as in `model.plan`;
     or a finished `plan`; or, with `measure`, everything, while `Attached.statistics` is measured as `calibrate` does
-    ("mass", or True), or `Attached.log_bias` ("biases"), or `Attached.level_statistics` under that bias ("levels").
+    ("mass", or True), or `Attached.log_bias` ("biases"), or `Attached.level_statistics` under that bias ("levels"),
+    for plans with `sink_scales` or more.
     `schedule` is needed where the model does not tell it: VAR does, in `patch_nums` or `lvl_1L`; Infinity needs it
     unless the plan or the statistics bring it. `guided` says that rows are doubled, conditional half first. `rows`
     (default: those of one image) only matters for a budget in bytes; `seed` and `first_sample` name the samples.
@@ -588,6 +590,7 @@ def attach(
         raise ModelError(f"the blocks of {name} have no ada_lin or ada_gss, or no linear proj; level costs need them")
     if (measured == "levels") != (log_bias is not None):
         raise PolicyError('measure="levels" and log_bias= go together; measure="biases" gives log_bias()')
+    level_sinks = options.pop("sink_scales", SINK_SCALES) if measured == "levels" else 0  # biases need none
     if policy is None and (budget is not None or statistics is not None or options):
         extra = [*(["budget"] if budget is not None else []), *(["statistics"] if statistics is not None else [])]
         raise PolicyError(f"{', '.join([*extra, *options])} only go with policy=, not with {ways[0]}=")
@@ -638,4 +641,5 @@ def attach(
         most_bytes=math.floor(parsed.amount) if parsed is not None and parsed.kind == "bytes" else None,
         seed=seed,
         first_sample=first_sample,
+        level_sinks=level_sinks,
     )
