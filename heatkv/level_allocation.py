@@ -16,9 +16,9 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from heatkv.allocation import Capacity
-from heatkv.errors import BudgetError, PlanError
+from heatkv.errors import PlanError, StatisticsError
 from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import LEVELS, NONE
+from heatkv.levels import LEVELS, NONE, LevelChoices
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -63,29 +63,38 @@ class _Paths:
 
 
 class _Pricing:
-    """Exact dynamic programming over targets, for all heads at once."""
+    """Exact dynamic programming over targets, for all heads at once.
 
-    def __init__(self, statistics: LevelStatistics, levels: tuple[int, ...]) -> None:
+    Sinks beyond those of the costs are sources that may only be full.
+    """
+
+    def __init__(self, statistics: LevelStatistics, levels: tuple[int, ...], sink_scales: int) -> None:
         self.choices = choices = statistics.choices
         self.scales = len(choices.schedule)
         self.heads = statistics.layers * statistics.heads
         self.tokens = [choices.tokens(source) for source in range(self.scales)]
-        self.sinks = choices.sink_scales
-        self.sink_tokens = [sum(choices.schedule.tokens[: min(self.sinks, target)]) for target in range(self.scales)]
+        self.sinks = sink_scales
         self.first = self.sinks + 1
+        self.unpriced_tokens = [
+            sum(choices.schedule.tokens[: target if target < self.first else choices.sink_scales])
+            for target in range(self.scales)
+        ]
         self.table = [choices.combinations(target) for target in range(self.scales)]
-        forbidden = [~np.isin(table, (*levels, NONE)).all(axis=1) for table in self.table]
+        may_SV = np.zeros((self.scales, NONE + 1), dtype=bool)
+        may_SV[:, [*levels, NONE]] = True
+        may_SV[: self.sinks, 1:] = False
         self.joint = []
         self.single: list[dict[int, FloatArray]] = []
         for target in range(self.scales):
             cost = statistics.joint[target].reshape(self.heads, -1).copy()
-            cost[:, forbidden[target]] = np.inf
+            sources = np.array(choices.joint_sources(target), dtype=np.int64)
+            cost[:, ~may_SV[sources, self.table[target]].all(axis=1)] = np.inf
             self.joint.append(cost)
             of_target = {}
             for source in choices.other_sources(target):
                 alone = statistics.single[:, :, target, source].reshape(self.heads, -1).copy()
-                allowed = [level for level in choices.of_other(source) if level in (*levels, NONE)]
-                alone[:, [level for level in range(NONE + 1) if level not in allowed]] = np.inf
+                possible = may_SV[source] & np.isin(np.arange(NONE + 1), choices.of_other(source))
+                alone[:, ~possible] = np.inf
                 of_target[source] = alone
             self.single.append(of_target)
         self.joint_tokens = [
@@ -150,7 +159,7 @@ class _Pricing:
         cost, tokens = np.zeros(self.heads), np.zeros((self.heads, scales), dtype=np.int64)
         for target in range(scales):
             level[:, target, : min(self.sinks, target)] = 0
-            tokens[:, target] = self.sink_tokens[target]
+            tokens[:, target] = self.unpriced_tokens[target]
             if target < self.first:
                 continue
             sources = self.choices.joint_sources(target)
@@ -328,36 +337,31 @@ class _Relaxed:
     """The master program at its optimum, or the cheapest plan of all where that fits the capacity."""
 
     master: _Master
-    pricing: _Pricing
     bound: float
     row_prices: FloatArray
     unlimited: _Paths | None = None
 
 
-def _relaxed(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...]) -> _Relaxed:
+def _under_prices(pricing: _Pricing, capacity: Capacity, row_prices: FloatArray) -> tuple[_Paths, float]:
+    """The cheapest paths under prices of the capacity's rows, and the bound these give: no plan costs less."""
+    paths, reduced = pricing.best(capacity.token_prices(row_prices).reshape(pricing.heads, capacity.scales))
+    return paths, float(reduced.sum() - row_prices @ capacity.room)
+
+
+def _relaxed(pricing: _Pricing, capacity: Capacity) -> _Relaxed:
     """Generate columns until the master program is at its bound. Raises BudgetError when the sinks do not fit."""
     scales = capacity.scales
-    pricing = _Pricing(statistics, levels)
-    # the last combination holds nothing, like the last level of what is alone
-    total = sum(float(joint[:, -1].sum()) for joint in pricing.joint)
-    total += sum(float(cost[:, NONE].sum()) for of_target in pricing.single for cost in of_target.values())
-    scale = total / 100 if total > 0 else 1.0
     shape = (capacity.layers, capacity.heads, scales)
     all_heads = np.arange(pricing.heads)
 
-    def slack(paths: _Paths) -> float:
-        return float(capacity.slack(capacity.held(paths.tokens.reshape(shape))).min())
-
     nothing, _ = pricing.best(np.full((pricing.heads, scales), pricing.prohibitive))
-    if slack(nothing) < 0:
-        raise BudgetError(
-            f"the {statistics.choices.sink_scales} sink scales alone hold {-slack(nothing):.0f} token-heads more than "
-            "there is room for; raise the budget or the cap"
-        )
+    capacity.check_sinks(capacity.held(nothing.tokens.reshape(shape)), pricing.sinks)
+    total = float(nothing.cost.sum())
+    scale = total / 100 if total > 0 else 1.0
     master = _Master(capacity, pricing.heads, scale)
     everything, _ = pricing.best(np.zeros((pricing.heads, scales)))
-    if slack(everything) >= 0:
-        return _Relaxed(master, pricing, float(everything.cost.sum()), np.zeros(len(capacity.room)), everything)
+    if capacity.slack(capacity.held(everything.tokens.reshape(shape))).min() >= 0:
+        return _Relaxed(master, float(everything.cost.sum()), np.zeros(len(capacity.room)), everything)
     master.add(nothing, all_heads)
     # a first idea of what is worth its tokens
     for price in total / max(capacity.room.max(), 1.0) * 4.0 ** np.arange(-6, 4):
@@ -365,48 +369,124 @@ def _relaxed(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int,
     bound, best_prices = -np.inf, np.zeros(len(capacity.room))
     for _ in range(MAX_ROUNDS):
         mixed, prices, _ = master.relax()
-        paths, reduced = pricing.best(capacity.token_prices(prices).reshape(pricing.heads, scales))
-        lagrangian = float(reduced.sum() - prices @ capacity.room)
+        paths, lagrangian = _under_prices(pricing, capacity, prices)
         if lagrangian > bound:
             bound, best_prices = lagrangian, prices
         if mixed - bound <= TOLERANCE * max(mixed, 0.0) + 1e-12 * scale:
             break
         master.add(paths, all_heads)
-    return _Relaxed(master, pricing, bound, best_prices)
+    return _Relaxed(master, bound, best_prices)
 
 
 ALL_LEVELS = tuple(range(len(LEVELS)))
 
 
-def cost_bound(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...] = ALL_LEVELS) -> float:
+def _priced(statistics: LevelStatistics, levels: tuple[int, ...], sink_scales: int | None) -> _Pricing:
+    measured = statistics.choices.sink_scales
+    if sink_scales is not None and sink_scales < measured:
+        raise StatisticsError(f"the level costs hold for {measured} sink scales or more, not for {sink_scales}")
+    return _Pricing(statistics, levels, measured if sink_scales is None else sink_scales)
+
+
+def cost_bound(
+    statistics: LevelStatistics,
+    capacity: Capacity,
+    levels: tuple[int, ...] = ALL_LEVELS,
+    sink_scales: int | None = None,
+) -> float:
     """What no plan within the capacity costs less than; the best plan is little above it. Quicker than a plan."""
-    return _relaxed(statistics, capacity, levels).bound
+    return _relaxed(_priced(statistics, levels, sink_scales), capacity).bound
+
+
+def capacity_prices(
+    statistics: LevelStatistics,
+    capacity: Capacity,
+    levels: tuple[int, ...] = ALL_LEVELS,
+    sink_scales: int | None = None,
+) -> FloatArray:
+    """Dual prices of the capacity's rows, in cost per token-head, at the bound of `cost_bound`."""
+    return _relaxed(_priced(statistics, levels, sink_scales), capacity).row_prices
+
+
+def level_price_bound(
+    statistics: LevelStatistics,
+    capacity: Capacity,
+    levels: tuple[int, ...],
+    row_prices: FloatArray,
+    sink_scales: int | None = None,
+) -> float:
+    """No plan costs less, whatever the prices (>= 0): every head takes its cheapest path, and room earns its price."""
+    return _under_prices(_priced(statistics, levels, sink_scales), capacity, row_prices)[1]
+
+
+def level_cost(statistics: LevelStatistics, level_LHTS: IntArray) -> float:
+    """Cost of any plan `level[l, h, t, s]` that keeps the sinks whole.
+
+    A level that a source has no cost for counts as one of as many tokens, with which it is the same. Raises PlanError
+    where there is none.
+    """
+    choices = statistics.choices
+    layer, head = np.indices(level_LHTS.shape[:2])
+    cost = 0.0
+    for target in range(choices.sink_scales + 1, len(choices.schedule)):
+        combination = np.zeros_like(layer)
+        for source in choices.joint_sources(target):
+            known = choices.of_source(source)
+            level_LH = _priced_level(choices, known, target, source, level_LHTS[:, :, target, source])
+            combination = combination * len(known) + np.searchsorted(known, level_LH)
+        cost += float(statistics.joint[target][layer, head, combination].sum())
+        for source in choices.other_sources(target):
+            known = choices.of_other(source)
+            level_LH = _priced_level(choices, known, target, source, level_LHTS[:, :, target, source])
+            cost += float(statistics.single[layer, head, target, source, level_LH].sum())
+    return cost
+
+
+def _priced_level(
+    choices: LevelChoices, known: tuple[int, ...], target: int, source: int, level_LH: IntArray
+) -> IntArray:
+    """The levels, all of them known ones."""
+    tokens = choices.tokens(source)
+    same = [next((other for other in known if tokens[other] == held), -1) for held in tokens]
+    found = np.where(np.isin(level_LH, known), level_LH, np.array(same)[level_LH])
+    if (found < 0).any():
+        layer, head = (int(i) for i in np.argwhere(found < 0)[0])
+        raise PlanError(
+            f"layer {layer}, head {head} holds source {source} at level {LEVELS[level_LH[layer, head]]} for target "
+            f"{target}, which the level costs do not price; known there: "
+            f"{', '.join(LEVELS[level] for level in known if level != NONE)}"
+        )
+    return found
 
 
 def allocate_levels(
-    statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...] = ALL_LEVELS
+    statistics: LevelStatistics,
+    capacity: Capacity,
+    levels: tuple[int, ...] = ALL_LEVELS,
+    sink_scales: int | None = None,
 ) -> LevelAllocation:
     """The cheapest plan within the capacity that uses these levels (indices into LEVELS, 0 among them), never dearer
     than the one that only drops cells.
 
-    Raises BudgetError when the sinks alone do not fit.
+    The first `sink_scales` scales stay whole: as many as the costs were measured with, or more. Raises StatisticsError
+    for fewer, and BudgetError when the sinks alone do not fit.
     """
-    found = _allocate(statistics, capacity, levels)
-    whole_only = _Pricing(statistics, (0,))
-    token_price = capacity.token_prices(found.row_prices).reshape(whole_only.heads, capacity.scales)
-    least = float(whole_only.best(token_price)[1].sum() - found.row_prices @ capacity.room)
-    if tuple(levels) == (0,) or least >= found.cost:  # no plan that only drops cells costs less than that
+    found = _allocate(_priced(statistics, levels, sink_scales), capacity)
+    if tuple(levels) == (0,):
         return found
-    dropping = _allocate(statistics, capacity, (0,))
+    whole_only = _priced(statistics, (0,), sink_scales)
+    if _under_prices(whole_only, capacity, found.row_prices)[1] >= found.cost:
+        return found
+    dropping = _allocate(whole_only, capacity)
     if dropping.cost >= found.cost:
         return found
     return LevelAllocation(dropping.level, dropping.cost, min(found.bound, dropping.cost), found.row_prices)
 
 
-def _allocate(statistics: LevelStatistics, capacity: Capacity, levels: tuple[int, ...]) -> LevelAllocation:
-    """The cheapest plan that was found with these levels."""
-    relaxed = _relaxed(statistics, capacity, levels)
-    master, pricing, scales = relaxed.master, relaxed.pricing, capacity.scales
+def _allocate(pricing: _Pricing, capacity: Capacity) -> LevelAllocation:
+    """The cheapest plan that was found with the levels of the pricing."""
+    relaxed = _relaxed(pricing, capacity)
+    master, scales = relaxed.master, capacity.scales
     if relaxed.unlimited is not None:
         level = relaxed.unlimited.level.reshape(capacity.layers, capacity.heads, scales, scales).astype(np.int64)
         return LevelAllocation(level, relaxed.bound, relaxed.bound, relaxed.row_prices)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from heatkv.checks import shown
 from heatkv.errors import PolicyError
 
 ENTRY_POINT_GROUP = "heatkv.policies"
@@ -27,6 +29,9 @@ class Registered:
 _PARTS = ("kind", "needs", "plan", "random", "source", "summary")
 """What every EvictionPolicy has; the class itself lives above this module."""
 
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+"""What the command line can take apart in a list of policies, and tell from an option."""
+
 _registered: dict[str, Registered] = {}
 _broken: dict[str, str] = {}
 _searched = False
@@ -35,11 +40,19 @@ _searched = False
 def register(policy: type[Any]) -> type[Any]:
     """Class decorator: make a policy known under its `name`.
 
-    Raises PolicyError when the name is missing or taken by another class.
+    Names are lower-case letters, digits and hyphens between them. Raises PolicyError for what is no such class, or
+    when the name is missing, not of that form, or taken by another class.
     """
+    if not isinstance(policy, type):
+        raise PolicyError(f"{shown(policy)} is no class; register a subclass of heatkv.EvictionPolicy")
     name = getattr(policy, "name", None)
     if not isinstance(name, str) or not name:
         raise PolicyError(f"{policy.__qualname__} has no `name`; give the class a string `name`")
+    if not _NAME.fullmatch(name):
+        raise PolicyError(
+            f"{policy.__qualname__} is named {shown(name)}; a name is lower-case letters, digits and hyphens between "
+            "them, such as keep-coarse, so that the command line can tell it from other text"
+        )
     missing = [part for part in _PARTS if not hasattr(policy, part)]
     if missing:
         raise PolicyError(f"{policy.__qualname__} has no {', '.join(missing)}; subclass heatkv.EvictionPolicy")
@@ -88,6 +101,8 @@ def broken_plugins() -> dict[str, str]:
 def find_policy(name: str) -> Callable[..., Any]:
     """The policy class of this name. Raises PolicyError with a suggestion when there is none."""
     policies = registered_policies()
+    if not isinstance(name, str):
+        raise PolicyError(f"the policy is {shown(name)}; give its name, one of {', '.join(policies)}")
     if name in policies:
         return policies[name].policy
     near = difflib.get_close_matches(name, policies, n=1, cutoff=0.4)

@@ -48,6 +48,8 @@ class AmsKvLike(DynamicPolicy):
         condensed: Any = self.condensed
         if not isinstance(condensed, int) or not 0 <= condensed < scales:
             raise PolicyError(f"condensed={condensed!r} must be a number of scales from 0 to {scales - 1}")
+
+    def check_measured(self, problem: PlanningProblem) -> None:
         if problem.statistics is None:
             raise PolicyError(
                 f"policy {self.name!r} needs statistics to tell kinds of layers (heatkv calibrate, then "

@@ -67,6 +67,9 @@ class Wrapper(DynamicPolicy):
         super().check(problem)
         self.inner.check(problem)
 
+    def check_measured(self, problem: PlanningProblem) -> None:
+        self.inner.check_measured(problem)
+
     def resolved(self, problem: PlanningProblem) -> DynamicPolicy:
         inner = self.inner.resolved(problem)
         told = [f"{field.name}={getattr(inner, field.name)!r}" for field in dataclasses.fields(inner)]

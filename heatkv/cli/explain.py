@@ -11,9 +11,8 @@ from rich.console import Group
 
 from heatkv.cli import options
 from heatkv.cli.opening import statistics_of_model
-from heatkv.cli.output import certificate, pairs, progress, say, show
-from heatkv.errors import StatisticsError
-from heatkv.files import make_folder
+from heatkv.cli.output import certificate, make_folder, pairs, progress, say, show
+from heatkv.errors import PlanError, PolicyError, StatisticsError
 from heatkv.levels import FULL, level_tokens
 from heatkv.models import MODELS
 from heatkv.plan import Plan
@@ -40,7 +39,7 @@ def explain(
     from heatkv.profiling import plan_report as report
 
     told = Plan.load(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
-    worth = None if statistics is None else _worth(told, statistics)
+    worth, unjudged = (None, "") if statistics is None else _worth(told, statistics)
     last_reads = [last_read for _, last_read in told.levels]
     tokens = [level_tokens(told.schedule, level) for level, _ in told.levels]
     scales, heads = explaining.kept_of_scales(last_reads, tokens), explaining.kept_of_heads(told.held, tokens[0])
@@ -52,6 +51,8 @@ def explain(
         report.layers_table(heads),
         report.use_table(told.live, told.budget_token_heads, names),
     ]
+    if unjudged:
+        shown.append(f"not judged: {unjudged}")
     if worth is not None:
         shown += [report.worth_table(worth), *report.worth_lines(worth)]
     ends, served = explaining.ends_of_cells(last_reads[-1]), explaining.reads_of_scales(last_reads)
@@ -68,6 +69,7 @@ def explain(
         "layers": [{"kept_token_time": float(np.mean(of_heads)), "of_heads": of_heads} for of_heads in heads.tolist()],
         "live_token_heads": told.live.tolist(),
         "worth": None if worth is None else _worth_facts(worth),
+        "not_judged": unjudged or None,
         "files": [str(file) for file in files],
     }
     show(Group(*shown), as_json, facts)
@@ -92,8 +94,8 @@ def _draw(plan: Plan, scales: Any, heads: Any, names: list[str], folder: Path) -
     return files
 
 
-def _worth(plan: Plan, path: Path) -> Worth:
-    """The plan judged by statistics of the model that it was made for."""
+def _worth(plan: Plan, path: Path) -> tuple[Worth | None, str]:
+    """The plan judged by statistics of the model that it was made for, or why it cannot be."""
     from heatkv.profiling.explain import worth_of
 
     statistics = statistics_of_model(path, plan.model)
@@ -101,8 +103,11 @@ def _worth(plan: Plan, path: Path) -> Worth:
     # other names may be of the same model: attached, it has that of its class
     if plan.model != measured and {plan.model, measured} <= set(MODELS):
         raise StatisticsError(f"{path} was measured on {measured}, the plan is for {plan.model}; calibrate that model")
-    with progress("pricing the budget", 1):
-        return worth_of(plan, statistics)
+    try:
+        with progress("pricing the budget"):
+            return worth_of(plan, statistics), ""
+    except (PlanError, PolicyError) as error:
+        return None, str(error)
 
 
 def _summary(plan: Plan) -> Any:
@@ -127,8 +132,10 @@ def _summary(plan: Plan) -> Any:
 def _worth_facts(worth: Worth) -> dict[str, Any]:
     return {
         "measure": worth.measure,
+        "instead": worth.instead or None,
         "value": worth.value,
         "value_bound": worth.bound,
+        "gap": worth.gap,
         "full_value": worth.full,
         "value_per_token_head": worth.price,
         "change_of_bound_by_one_percent_of_budget": worth.change(0.01),
