@@ -28,6 +28,7 @@ TOLERANCE = 5e-4
 """Rounds end when the master program is this close to its bound, as a share of it."""
 NEARBY = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5)
 MAX_SWEEPS, MAX_KICKS = 2, 100
+MAX_NODES = 50
 GOAL = 2.5e-3
 """A whole plan this close to the bound is good enough."""
 
@@ -193,19 +194,22 @@ class _Master:
         self.paths.append(_Paths(paths.level[which], paths.cost[which], paths.tokens[which]))
         self.head.append(which)
 
-    def _program(self) -> tuple[FloatArray, sparse.csr_array, FloatArray, sparse.csr_array, FloatArray]:
-        """Costs, equalities and limits over the columns and the token-heads held by every layer."""
+    def _program(
+        self, allowed: IntArray | None = None
+    ) -> tuple[FloatArray, sparse.csr_array, FloatArray, sparse.csr_array, FloatArray]:
+        """Costs, equalities and limits over the columns (all, or some) and the token-heads held by every layer."""
         capacity, scales = self.capacity, self.capacity.scales
-        head = np.concatenate(self.head)
-        cost = np.concatenate([paths.cost for paths in self.paths]) / self.scale
-        tokens = np.concatenate([paths.tokens for paths in self.paths])
+        head, columns = self.columns()
+        if allowed is not None:
+            head, columns = head[allowed], _Paths(*(x[allowed] for x in (columns.level, columns.cost, columns.tokens)))
         count, sums = len(head), capacity.groups * capacity.layers * scales
         one_each = sparse.csr_array((np.ones(count), (head, np.arange(count))), shape=(self.heads, count + sums))
-        held = -column_use(capacity, head, tokens).T / self.unit
+        held = -column_use(capacity, head, columns.tokens).T / self.unit
         equal = sparse.vstack([one_each, sparse.hstack([held, sparse.eye_array(sums)])], format="csr")
         limits = sparse.hstack([sparse.csr_array((len(capacity.room), count)), capacity.rows], format="csr")
         right = np.concatenate([np.ones(self.heads), np.zeros(sums)])
-        return np.concatenate([cost, np.zeros(sums)]), equal, right, limits, capacity.room / self.unit
+        cost = np.concatenate([columns.cost / self.scale, np.zeros(sums)])
+        return cost, equal, right, limits, capacity.room / self.unit
 
     def relax(self) -> tuple[float, FloatArray, FloatArray]:
         """Cost of the best mix, the prices of the capacity's rows, and the shares of the columns."""
@@ -230,24 +234,20 @@ class _Master:
 
     def whole(self, allowed: IntArray) -> IntArray | None:
         """A cheap choice of one of the allowed columns per head, as indices into them all; None when none was found."""
-        capacity = self.capacity
-        head, columns = self.columns()
-        use = capacity.rows @ column_use(capacity, head[allowed], columns.tokens[allowed]).T
+        cost, equal, right, limits, room = self._program(allowed)
         count = len(allowed)
-        one_each = sparse.csr_array((np.ones(count), (head[allowed], np.arange(count))), shape=(self.heads, count))
+        is_column = np.arange(len(cost)) < count
         solved = milp(
-            columns.cost[allowed] / self.scale,
-            integrality=np.ones(count),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(sparse.csr_array(use), -np.inf, capacity.room),
-            ],
-            options={"mip_rel_gap": GOAL, "node_limit": 5, "presolve": False},
+            cost,
+            integrality=is_column,
+            bounds=Bounds(0, np.where(is_column, 1.0, np.inf)),
+            constraints=[LinearConstraint(equal, right, right), LinearConstraint(limits, -np.inf, room)],
+            options={"mip_rel_gap": GOAL, "node_limit": MAX_NODES},
         )
         if solved.x is None:
             return None
-        chosen: IntArray = allowed[solved.x > 0.5]
+        head = np.concatenate(self.head)
+        chosen: IntArray = allowed[solved.x[:count] > 0.5]
         of_heads: IntArray = chosen[np.argsort(head[chosen], kind="stable")]
         return of_heads
 
