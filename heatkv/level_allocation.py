@@ -8,8 +8,12 @@ LevelStatistics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +42,33 @@ MAX_NEAR, MAX_PROGRAM, MAX_PROGRAMS = 200_000, 10_000, 5
 """Paths to look through for that program, columns that it may have, and how often it may get more rows."""
 INFEASIBLE = 2  # a status of milp
 _BLOCK = 2_000_000
+
+
+def _milp(*arguments: Any, **options: Any) -> Any:
+    """scipy's milp without the lines that HiGHS prints past Python, whatever its options, as it repairs a solution."""
+    with _nothing_printed():
+        return milp(*arguments, **options)
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Standard output of the whole process, C programs included, leads nowhere."""
+    flush = ctypes.CDLL(None).fflush  # C keeps what it prints in a buffer of its own
+    flush(None)
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed: nothing can be printed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,7 +341,7 @@ class _Master:
         cost, equal, right, limits, room = self._program(allowed)
         count = len(allowed)
         is_column = np.arange(len(cost)) < count
-        solved = milp(
+        solved = _milp(
             cost,
             integrality=is_column,
             bounds=Bounds(0, np.where(is_column, 1.0, np.inf)),
@@ -590,7 +621,7 @@ def _program_of_near(
     """What no choice of one path per head within these rows costs less than, and a cheap choice."""
     heads, count = capacity.layers * capacity.heads, len(head_N)
     use = column_use(capacity, head_N, paths.tokens) @ capacity.rows[used_rows].T
-    solved = milp(
+    solved = _milp(
         paths.cost / cost,
         integrality=np.ones(count),
         bounds=Bounds(0, 1),
