@@ -7,6 +7,7 @@ Arrays: L layers, H heads, T scales, G groups of heads that share one room; last
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -101,10 +102,10 @@ class Worth:
     """What a plan is worth by statistics, and what its budget is.
 
     `measure` is one of MEASURES; a cost counts as a negative value, as in plans. `instead` says why it is not the one
-    that the plan was made by, if so. No plan within the budget, with these sinks, is worth more than `bound`; the full
-    cache is worth `full`. `price_GTL` is the value of one more token-head at the checkpoint after layer l has run
-    target t, 0 where it does not bind; `cap_price_LT` the same under a cap on single layers, which the budget does not
-    move.
+    that the plan was made by, if so. No plan within the budget, with these sinks, is worth more than `bound`, by the
+    prices, or than `certified`, the plan's own bound where it is of the same numbers; the full cache is worth `full`.
+    `price_GTL` is the value of one more token-head at the checkpoint after layer l has run target t, 0 where it does
+    not bind; `cap_price_LT` the same under a cap on single layers, which the budget does not move.
     """
 
     measure: str
@@ -115,6 +116,12 @@ class Worth:
     price_GTL: FloatArray
     cap_price_LT: FloatArray
     instead: str = ""
+    certified: float | None = None
+
+    @property
+    def best(self) -> float:
+        """The tighter of the two bounds."""
+        return self.bound if self.certified is None else max(min(self.bound, self.certified), self.value)
 
     @property
     def price(self) -> float:
@@ -124,8 +131,8 @@ class Worth:
     @property
     def gap(self) -> float:
         """Share that the plan may miss, of the bound, or of the cost, as policies certify it."""
-        whole = max(self.bound, -self.value)
-        return max(0.0, (self.bound - self.value) / whole) if whole > 0 else 0.0
+        whole = max(self.best, -self.value)
+        return max(0.0, (self.best - self.value) / whole) if whole > 0 else 0.0
 
     def change(self, share: float) -> float:
         """What the best value changes by, as a share of `bound`, when the budget changes by this share of itself.
@@ -152,7 +159,7 @@ def worth_of(plan: Plan, statistics: Statistics) -> Worth:
     if plan.coarse:
         kind = "error" if statistics.levels is None else statistics.levels.cost
         known = next(measure for measure, cost in LEVEL_COSTS.items() if cost == kind)
-        return _by_levels(plan, statistics, own or known, policy, capacity)
+        return _with_certificate(_by_levels(plan, statistics, own or known, policy, capacity), plan)
     lacking = []
     for measure in dict.fromkeys([own or "error", "error", "mass", "conditional-mass"]):
         try:
@@ -164,13 +171,21 @@ def worth_of(plan: Plan, statistics: Statistics) -> Worth:
             lacking.append(str(error))
             continue
         if own is None or measure == own:
-            return worth
+            return _with_certificate(worth, plan)
         return replace(
             worth,
             instead=f"the plan was made by the {MEASURES[own]}, but {lacking[0]}; here it is judged by the "
             f"{MEASURES[measure]}, of which its own value and gap say nothing",
         )
     raise AssertionError("the mass of conditional rows is always measured")
+
+
+def _with_certificate(worth: Worth, plan: Plan) -> Worth:
+    """With the plan's own bound where it is of the same numbers, as its value tells."""
+    value, bound = plan.value, plan.value_bound
+    if value is None or bound is None or not math.isclose(value, worth.value, rel_tol=1e-9, abs_tol=1e-12):
+        return worth
+    return replace(worth, certified=bound)
 
 
 def _policy(plan: Plan) -> SolvedPolicy:

@@ -98,13 +98,13 @@ def worth_lines(worth: Worth) -> list[str]:
     if costs:
         lines.append(
             f"cost: {0 - worth.value:.6g} ({MEASURES[worth.measure]}); {within} has less than "
-            f"{0 - worth.bound:.6g}, so that {gap}"
+            f"{0 - worth.best:.6g}, so that {gap}"
         )
     else:
-        of_full = [value / worth.full if worth.full > 0 else 1.0 for value in (worth.value, worth.bound)]
+        of_full = [value / worth.full if worth.full > 0 else 1.0 for value in (worth.value, worth.best)]
         lines.append(
             f"value: {worth.value:.6g} ({MEASURES[worth.measure]}), {of_full[0]:.2%} of the full cache's; {within} has "
-            f"more than {worth.bound:.6g}, {of_full[1]:.2%}, so that {gap}"
+            f"more than {worth.best:.6g}, {of_full[1]:.2%}, so that {gap}"
         )
     if worth.price == 0:
         what = "only the cap on single layers binds" if worth.cap_price_LT.any() else "no checkpoint binds"

@@ -5,6 +5,7 @@ Arrays: L layers, H heads, T targets, S = T sources, K paths of one head.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, tokens_at
@@ -22,7 +23,9 @@ from heatkv.allocation import Capacity
 from heatkv.errors import BudgetError, PlanError, StatisticsError
 from heatkv.level_allocation import (
     LevelAllocation,
+    _Paths,
     _Pricing,
+    _undominated,
     allocate_levels,
     capacity_prices,
     cost_bound,
@@ -244,6 +247,78 @@ def test_at_least_half_of_small_instances_are_solved_to_the_optimum() -> None:
 
 
 @settings(max_examples=20)
+@given(problem=problems(), share=st.sampled_from([0.0, 1e-3, 4.9e-3, 0.1]))
+def test_a_closer_bound_is_below_the_best_of_all_plans(problem: tuple[LevelStatistics, Capacity], share: float) -> None:
+    """From the plan without any cells, whose gap is largest."""
+    stats, capacity = problem
+    pricing = _Pricing(stats, (0, 1, 2), stats.choices.sink_scales)
+    scales = len(stats.choices.schedule)
+    start, _ = pricing.best(np.full((pricing.heads, scales), pricing.prohibitive))
+    bound, prices = cost_bound(stats, capacity), allocate_levels(stats, capacity).row_prices
+    assume(bound < (1 - share) * start.cost.sum())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(level_allocation, "PROVEN", share)
+        plan, closer = level_allocation._closer(pricing, capacity, bound, prices, start)
+    level = plan.level.reshape(stats.layers, stats.heads, scales, scales).astype(int)
+    cost = float(plan.cost.sum())
+    check_plan(stats, capacity, LevelAllocation(level, cost, min(closer, cost), prices))
+    assert bound <= closer <= optimum(stats, capacity) + 1e-9
+    assert cost <= start.cost.sum()
+
+
+# few heads, of which each holds a large part of the budget: the best mix is far below the best plan
+LUMPY = ScaleSchedule.square((1, 2, 3, 4, 6, 8))
+
+
+@pytest.mark.parametrize("seed", [2, 7])  # plans of the first program break further rows
+@pytest.mark.parametrize("levels", [(0, 1, 2), (0,)])
+def test_few_heads_are_proven_to_half_a_percent(
+    levels: tuple[int, ...], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = statistics(LUMPY, 3, 2, seed, 2)
+    capacity = shared(stats, int(0.2 * full(LUMPY, 3, 2)))
+    found = allocate_levels(stats, capacity, levels)
+    check_plan(stats, capacity, found, levels)
+    assert found.gap <= 0.005
+    for limit in ("MAX_NEAR", "MAX_PROGRAM"):
+        with monkeypatch.context() as patch:
+            patch.setattr(level_allocation, limit, 0)
+            without = allocate_levels(stats, capacity, levels)
+        check_plan(stats, capacity, without, levels)
+        assert without.gap > 0.05
+        assert found.cost <= without.cost
+
+
+def test_the_solver_prints_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not even below Python, where it waits in a buffer of its own; what others print around it stays."""
+    libc, original, calls = ctypes.CDLL(None), level_allocation.milp, []
+
+    def talkative(*arguments: Any, **options: Any) -> Any:
+        calls.append(libc.puts(b"tmpSolver.run();"))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(level_allocation, "milp", talkative)
+    stats = statistics(LUMPY, 3, 2, 2, 2)
+    libc.puts(b"before")
+    allocate_levels(stats, shared(stats, int(0.2 * full(LUMPY, 3, 2))))
+    libc.puts(b"after")
+    libc.fflush(None)
+    assert len(calls) >= 2  # both programs in whole numbers
+    assert capfd.readouterr() == ("before\nafter\n", "")
+
+
+def test_costs_far_below_that_of_holding_nothing_are_solved_as_well() -> None:
+    """Costs of the optimum must not drown in the solver's tolerance."""
+    stats = statistics(LUMPY, 12, 6, 11, 2)
+    far = tuple(np.where(joint > np.quantile(joint, 0.9), joint * 1e6, joint) for joint in stats.joint_sum)
+    stats = dataclasses.replace(stats, joint_sum=far)
+    capacity = shared(stats, int(0.5 * full(LUMPY, 12, 6)))
+    found = allocate_levels(stats, capacity)
+    check_plan(stats, capacity, found)
+    assert found.gap <= 0.005
+
+
+@settings(max_examples=20)
 @given(problem=problems())
 def test_more_levels_never_cost_more_than_dropping(problem: tuple[LevelStatistics, Capacity]) -> None:
     stats, capacity = problem
@@ -415,6 +490,44 @@ def test_paths_of_the_oracle() -> None:
     """One source of 16 tokens for one target, and one of 2 for two: 4 levels, and 6 falling pairs of 3."""
     assert len(all_paths(LevelChoices(FEW, 1))) == 4 * 6
     assert len(all_paths(LevelChoices(ScaleSchedule.of([(1, 1)] * 9), 1))) == 8 * 7 * 6 * 5 * 4 * 3 * 2
+
+
+@pytest.mark.parametrize(("schedule", "sinks", "joint"), PRICED)
+@pytest.mark.parametrize("levels", [(0, 1, 2), (0,)])
+def test_near_finds_every_path_of_little_regret(
+    schedule: ScaleSchedule, sinks: int, joint: int, levels: tuple[int, ...]
+) -> None:
+    stats = statistics(schedule, 1, 2, 2, sinks, joint, "any")
+    pricing, paths = _Pricing(stats, levels, stats.choices.sink_scales), all_paths(stats.choices, levels)
+    tokens = tokens_of(schedule, paths)
+    prices = np.random.default_rng(3).random((2, len(schedule))) * 0.05
+    regrets = []
+    for head in range(2):
+        priced = costs_of(stats, paths, 0, head) + tokens @ prices[head]
+        regrets.append(priced - priced.min())
+    limit = float(np.sort(np.concatenate(regrets))[: 40 + 2][-1]) + 1e-9
+    expected = [{paths[i].tobytes() for i in np.flatnonzero(regret <= limit)} for regret in regrets]
+    count = sum(map(len, expected))
+    found = pricing.near(prices, limit, count)
+    assert found is not None
+    heads, near = found
+    assert len(heads) == count
+    for head in range(2):
+        assert {path.astype(int).tobytes() for path in near.level[heads == head]} == expected[head]
+        of_head = near.level[heads == head].astype(int)
+        assert near.cost[heads == head] == pytest.approx(costs_of(stats, of_head, 0, head))
+        assert np.array_equal(near.tokens[heads == head], tokens_of(schedule, of_head))
+    assert count == 2 or pricing.near(prices, limit, count - 1) is None  # where nothing is free there is one path each
+
+
+def test_paths_that_another_beats_are_left_out() -> None:
+    tokens = np.array([[0, 4], [0, 4], [0, 3], [9, 5], [0, 4], [0, 9]])
+    cost = np.array([1.0, 1.0, 2.0, 1.5, 0.5, 0.9])
+    head = np.array([0, 0, 0, 0, 1, 1])
+    paths = _Paths(np.zeros((6, 2, 2), dtype=np.int8), cost, tokens)
+    both, second = np.ones((2, 2), dtype=bool), np.array([[False, True]] * 2)
+    assert sorted(_undominated(head, paths, both)) == [0, 2, 4]
+    assert sorted(_undominated(head, paths, ~second)) == [0, 4]
 
 
 # ---------------------------------------------------------------------- edges

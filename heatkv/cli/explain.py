@@ -134,7 +134,7 @@ def _worth_facts(worth: Worth) -> dict[str, Any]:
         "measure": worth.measure,
         "instead": worth.instead or None,
         "value": worth.value,
-        "value_bound": worth.bound,
+        "value_bound": worth.best,
         "gap": worth.gap,
         "full_value": worth.full,
         "value_per_token_head": worth.price,
