@@ -113,6 +113,10 @@ class EvictionPolicy(ABC):
     random: ClassVar[bool] = False
     """True when the plan depends on the seed, so that a comparison must average several draws."""
 
+    def plans_from(self) -> str:
+        """What it needs with the options that it has."""
+        return self.needs
+
     @property
     def level_cost(self) -> str | None:
         """The kind of level costs that the statistics must have for it, if any."""

@@ -45,7 +45,12 @@ def inner_policy(text: str) -> DynamicPolicy:
 class Wrapper(DynamicPolicy):
     """What policies share that change another one, their `base`, which is written as `inner_policy` reads it."""
 
+    needs: ClassVar[str] = "what its base needs"
+
     base: str = "snapkv"
+
+    def plans_from(self) -> str:
+        return self.inner.plans_from()
 
     @cached_property
     def inner(self) -> DynamicPolicy:

@@ -21,7 +21,7 @@ from heatkv.geometry import Budget
 from heatkv.level_allocation import capacity_prices, level_cost, level_price_bound
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS, NONE
-from heatkv.plan import Plan, live_token_heads
+from heatkv.plan import CachePlan, Plan, live_token_heads
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.levels import HeatKVLevels
@@ -90,7 +90,7 @@ def ends_of_cells(last_read_LHT: IntArray) -> FloatArray:
     return np.stack([kind.mean(axis=(0, 1))[:-1] for kind in (never, ~never & ~whole, whole)], axis=1)
 
 
-def full_use(plan: Plan) -> IntArray:
+def full_use(plan: CachePlan) -> IntArray:
     """Token-heads that the full cache holds at every checkpoint, (T, L)."""
     geometry = plan.geometry
     full = full_last_read(geometry.layers, geometry.heads, len(plan.schedule))

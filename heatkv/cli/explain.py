@@ -9,18 +9,19 @@ import numpy as np
 import typer
 from rich.console import Group
 
+from heatkv.capacities import load_plan
 from heatkv.cli import options
 from heatkv.cli.opening import statistics_of_model
 from heatkv.cli.output import certificate, make_folder, pairs, progress, say, show
-from heatkv.errors import PlanError, PolicyError, StatisticsError
+from heatkv.errors import HeatKVError, PlanError, PolicyError, StatisticsError
 from heatkv.levels import FULL, level_tokens
 from heatkv.models import MODELS
-from heatkv.plan import Plan
+from heatkv.plan import CachePlan, Plan
 
 if TYPE_CHECKING:
     from heatkv.profiling.explain import Worth
 
-UNTOLD = ("format", "version", "head_dim", "last_read", "coarse")
+UNTOLD = ("format", "version", "head_dim", "last_read", "coarse", "capacity")
 """What of a plan's file is not repeated."""
 
 
@@ -38,12 +39,15 @@ def explain(
     from heatkv.profiling import explain as explaining
     from heatkv.profiling import plan_report as report
 
-    told = Plan.load(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
+    told = load_plan(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
+    if not isinstance(told, Plan):
+        _explain_capacities(told, statistics, out, as_json)
+        return
     worth, unjudged = (None, "") if statistics is None else _worth(told, statistics)
     last_reads = [last_read for _, last_read in told.levels]
     tokens = [level_tokens(told.schedule, level) for level, _ in told.levels]
     scales, heads = explaining.kept_of_scales(last_reads, tokens), explaining.kept_of_heads(told.held, tokens[0])
-    names = [f"{h}x{w}" if t == 1 else f"{t}x{h}x{w}" for t, h, w in told.schedule.scales]
+    names = _names(told)
     files = [] if out is None else _draw(told, scales, heads, names, make_folder(out))
     shown: list[Any] = [
         _summary(told),
@@ -75,6 +79,39 @@ def explain(
     show(Group(*shown), as_json, facts)
     if files:
         say(f"written: {', '.join(str(file) for file in files)}")
+
+
+def _names(plan: CachePlan) -> list[str]:
+    return [f"{h}x{w}" if t == 1 else f"{t}x{h}x{w}" for t, h, w in plan.schedule.scales]
+
+
+def _explain_capacities(plan: CachePlan, statistics: Path | None, out: Path | None, as_json: bool) -> None:
+    """What a dynamic policy may hold: which tokens these are is only known while images are drawn."""
+    from heatkv.profiling import explain as explaining
+    from heatkv.profiling import plan_report as report
+
+    if statistics is not None:
+        raise HeatKVError(
+            f"policy {plan.policy!r} chooses tokens while images are drawn, so statistics do not say what its plan is "
+            "worth; leave --statistics out and compare it with others (heatkv compare)"
+        )
+    names, heads = _names(plan), explaining.kept_of_heads(plan.held, plan.schedule.tokens)
+    files = []
+    if out is not None:
+        files.append(make_folder(out) / "cache_use.png")
+        title = f"{plan.policy} at {plan.budget:.4g} of the cache of {plan.model or 'a model'}"
+        report.save_use(files[0], plan.live, explaining.full_use(plan), plan.budget_token_heads, names, title)
+    shown = [_summary(plan), report.layers_table(heads), report.use_table(plan.live, plan.budget_token_heads, names)]
+    facts = {
+        **{name: value for name, value in plan.to_json().items() if name not in UNTOLD},
+        "slack_token_heads": plan.budget_token_heads - plan.peak_token_heads,
+        "layers": [{"kept_token_time": float(np.mean(of_heads)), "of_heads": of_heads} for of_heads in heads.tolist()],
+        "live_token_heads": plan.live.tolist(),
+        "files": [str(file) for file in files],
+    }
+    show(Group(*shown), as_json, facts)
+    if files:
+        say(f"written: {files[0]}")
 
 
 def _draw(plan: Plan, scales: Any, heads: Any, names: list[str], folder: Path) -> list[Path]:
@@ -110,7 +147,7 @@ def _worth(plan: Plan, path: Path) -> tuple[Worth | None, str]:
         return None, str(error)
 
 
-def _summary(plan: Plan) -> Any:
+def _summary(plan: CachePlan) -> Any:
     target, layer = plan.peak_checkpoint
     slack = plan.budget_token_heads - plan.peak_token_heads
     full = plan.geometry.full_token_heads
@@ -118,11 +155,11 @@ def _summary(plan: Plan) -> Any:
         "model": f"{plan.model or 'not told'}, {plan.geometry.layers} layers x {plan.geometry.heads} heads",
         "schedule": str(plan.schedule),
         "settings": ", ".join(f"{name}={value}" for name, value in plan.settings.items()) or "none",
-        "sink scales": str(plan.sink_scales),
+        **({"sink scales": str(plan.sink_scales)} if isinstance(plan, Plan) else {}),
         "budget": f"{plan.budget_token_heads} of {full} token-heads ({plan.budget:.4%})",
         "peak": f"{plan.peak_token_heads} token-heads after layer {layer} of scale {target}",
         "slack": f"{slack} token-heads ({slack / max(plan.budget_token_heads, 1):.2%} of the budget)",
-        **certificate(plan),
+        **(certificate(plan) if isinstance(plan, Plan) else {}),
     }
     if plan.had_no_effect():
         facts["note"] = "the plan has no effect: nothing is dropped"

@@ -18,8 +18,7 @@ from heatkv.errors import HeatKVError
 from heatkv.files import file_name, read_json
 from heatkv.geometry import Budget
 from heatkv.levels import SINK_SCALES
-from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.registry import find_policy
+from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
 from heatkv.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -50,14 +49,14 @@ class _Measurement:
         self.policy_options = policy_options(self.policies, ranking)
         self.budgets = [Budget.parse(text) for text in parse_names(budgets, "budget")]
         unranked = ranking.statistics is None and ranking.orders is None
-        needs = [find_policy(name).needs for name in self.policies]  # type: ignore[attr-defined]
-        self.lacks_statistics = unranked and any("statistics" in need for need in needs)
         made = [make_policy(name, **self.policy_options[name]) for name in self.policies]
+        self.lacks_statistics = unranked and any("statistics" in policy.plans_from() for policy in made)
         kinds = sorted({policy.level_cost for policy in made if policy.level_cost is not None})
         if len(kinds) > 1:
             raise HeatKVError(f"these policies need level costs of the kinds {' and '.join(kinds)}; compare them apart")
         self.levels = kinds[0] if kinds else None
-        self.level_sinks = min((p.sink_scales for p in made if p.level_cost is not None), default=SINK_SCALES)
+        sinks = [p.sink_scales for p in made if isinstance(p, StaticPolicy) and p.level_cost is not None]
+        self.level_sinks = min(sinks, default=SINK_SCALES)
         self.model, self.settings = open_model(source, running)
         self.storage, self.seed = storage_of(self.model), running.seed
         self.rows = running.rows if running.rows is not None else self.settings.rows_per_image

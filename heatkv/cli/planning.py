@@ -27,6 +27,7 @@ from heatkv.geometry import Budget
 from heatkv.models import model_info
 from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.policies.heatkv import HeatKV
 
 
 def solve(
@@ -112,7 +113,7 @@ def solve(
     show(pairs(title, ("what", "value"), told), as_json, facts)
 
 
-def _chosen_by_kl(plan: Plan) -> dict[str, str]:
+def _chosen_by_kl(plan: CachePlan) -> dict[str, str]:
     """The budget that a bound on the KL chose, and the KL that is foretold, where they are known."""
     told = {}
     if plan.settings.get("budget") == "auto":
@@ -149,7 +150,7 @@ def fit(
     guided, shape = is_guided(info, cfg), parse_ratio(ratio)
     if batch is not None and budget is not None:
         raise HeatKVError("--batch asks for the largest budget, --budget for the largest batch; give one of them")
-    policy = make_policy("heatkv", **({} if sink_scales is None else {"sink_scales": sink_scales}))
+    policy = HeatKV() if sink_scales is None else HeatKV(sink_scales=sink_scales)
     problem = PlanningProblem(
         info.geometry(size, shape), Budget.parse(budget or "100%"), rows=2 if guided else 1, storage=dtype
     )
