@@ -155,7 +155,7 @@ def fit(
         info.geometry(size, shape), Budget.parse(budget or "100%"), rows=2 if guided else 1, storage=dtype
     )
     policy.check(problem)
-    policy.check_sinks(problem)
+    policy.check_room(problem)
     if problem.budget_token_heads < 1:
         raise BudgetError(
             f"budget {float(problem.share):.3g} ({problem.budget}) holds no token of any head; one is "
