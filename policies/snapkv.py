@@ -27,8 +27,8 @@ class SnapKV(DynamicPolicy):
 
     Published for language models: `window` 64 (papers also 16 and 32), average pooling of width `kernel` 5 along the
     sequence, padding counted; the window's own tokens are kept. Queries of one scale see each other, so there is no
-    causal mask in the window (chosen); it is the last tokens of the running scale, as many as it has (chosen), and of
-    them the last ones where not all may be kept.
+    causal mask in the window (chosen); it is the last tokens of the running scale, as many as it has, and a third of
+    the capacity at most (chosen: small capacities would hold nothing but the window).
     """
 
     name: ClassVar[str] = "snapkv"
@@ -45,16 +45,19 @@ class SnapKV(DynamicPolicy):
             raise PolicyError(f"kernel={self.kernel!r} must be an odd whole number")
 
     def score(self, seen: Candidates) -> Tensor:
-        window = min(self.window, seen.new)
+        window = _window(self.window, seen.new, seen.capacity)
         received = seen.received(slice(seen.new - window, None))
         before = seen.count - window
         score = received.new_full(received.shape, math.inf)
         if before:
             pooled = F.avg_pool1d(received[..., :before].flatten(0, 1), self.kernel, 1, self.kernel // 2)
             score[..., :before] = pooled.view(*received.shape[:2], before)
-        if window > seen.capacity:
-            score[..., : seen.count - seen.capacity] = 0
         return score
+
+
+def _window(most: int, new: int, capacity: int) -> int:
+    """How many of the new tokens observe."""
+    return max(1, min(most, new, capacity // 3))
 
 
 @register
@@ -82,21 +85,17 @@ class PyramidKV(SnapKV):
         available = available_tokens(geometry)
         tokens = (0, *geometry.schedule.tokens)
         of_layers = np.stack(
-            [
-                self._of_layers(geometry.layers, mean, int(t), min(self.window, n))
-                for t, n in zip(available, tokens, strict=False)
-            ],
-            axis=1,
+            [self._of_layers(geometry.layers, mean, int(t), n) for t, n in zip(available, tokens, strict=False)], axis=1
         )
         # what a layer has dropped for one target it lacks for the next
         for target in range(1, len(available)):
             of_layers[:, target] = np.minimum(of_layers[:, target], of_layers[:, target - 1] + tokens[target])
         return np.broadcast_to(of_layers[:, None], (geometry.layers, geometry.heads, len(available))).copy()
 
-    def _of_layers(self, layers: int, mean: int, available: int, window: int) -> IntArray:
+    def _of_layers(self, layers: int, mean: int, available: int, new: int) -> IntArray:
         if available <= mean or layers == 1:
             return np.full(layers, min(mean, available), dtype=np.int64)
-        window = min(window, mean)
+        window = _window(self.window, new, mean)
         low = (mean - window) / self.beta
         high = 2 * (mean - window) - low
         if high > available - window:
