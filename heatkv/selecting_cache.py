@@ -142,42 +142,42 @@ class SelectingCache(ArenaCache):
             q, k, v = with_held(step.group, q_RHND, k_RHND, v_RHND, self.arena_2RPD)
             out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
             if step.kept_slots_HM.shape[1]:
-                writes.append(self._chosen(layer, step, q, k, v))
+                writes.append((step, *self._chosen(layer, step, q, k, v)))
             if out_RHND is None:
                 out_RHND = out
             else:
                 out_RHND.index_copy_(1, step.group.heads, out)
         assert out_RHND is not None
         out_RHND = self._corrected(layer, q_RHND, out_RHND)
-        for slots, k, v, carried in writes:  # after all are chosen: heads may take over each other's slots
-            self._write(slots, k, v)
+        for step, k, v, carried in writes:  # after all are chosen: heads may take over each other's slots
+            first = step.kept_slots_HM.shape[1] - k.shape[2]  # what is held stays where it is when all stay
+            self._write(step.kept_slots_HM[:, first:].flatten(), k.flatten(1, 2), v.flatten(1, 2))
             if carried is not None and self._carried_RPX is not None:
-                self._carried_RPX.index_copy_(1, slots, carried)
+                self._carried_RPX.index_copy_(1, step.kept_slots_HM.flatten(), carried.flatten(1, 2))
         return out_RHND
 
     def _chosen(
         self, layer: int, step: SelectingStep, q_RHND: Tensor, k_RHCD: Tensor, v_RHCD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Slots, keys, values and carried numbers to write, (P,), (R, P, D) twice, (R, P, X)."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values to write, (R, H, M, D), those of new tokens alone where all stay; carried numbers of all that
+        stay, (R, H, M, X)."""
         held, kept = step.group.slots_GM.shape[1], step.kept_slots_HM.shape[1]
-        carried = None
+        everything = kept == k_RHCD.shape[2]
+        if everything and self._carried_RPX is None:
+            return k_RHCD[:, :, held:], v_RHCD[:, :, held:], None
+        seen = self._seen(layer, step.heads, kept, held, q_RHND, k_RHCD, v_RHCD, None, None)
         if self._carried_RPX is not None:
             past = self._carried_RPX.index_select(1, step.group.slots_GM.flatten())
-            carried = F.pad(past.unflatten(1, (len(step.heads), held)), (0, 0, 0, q_RHND.shape[2]))
-        if kept == k_RHCD.shape[2]:
-            # all stay, and what is held stays where it is
-            if carried is None:
-                k, v = k_RHCD[:, :, held:], v_RHCD[:, :, held:]
-                return step.kept_slots_HM[:, held:].flatten(), k.flatten(1, 2), v.flatten(1, 2), None
-            carried = self._carry(self._seen(layer, step.heads, kept, held, q_RHND, k_RHCD, v_RHCD, None, carried))
-            return step.kept_slots_HM.flatten(), k_RHCD.flatten(1, 2), v_RHCD.flatten(1, 2), carried.flatten(1, 2)
-        seen = self._seen(layer, step.heads, kept, held, q_RHND, k_RHCD, v_RHCD, None, carried)
-        if carried is not None:
+            padded = F.pad(past.unflatten(1, (len(step.heads), held)), (0, 0, 0, q_RHND.shape[2]))
+            seen = dataclasses.replace(seen, carried_RHCX=padded)
             seen = dataclasses.replace(seen, carried_RHCX=self._carry(seen))
-        best_RHM = self._scores(seen).topk(kept, dim=-1, sorted=False).indices.sort(dim=-1).values
+        if everything:
+            return k_RHCD[:, :, held:], v_RHCD[:, :, held:], seen.carried_RHCX
+        best_RHM = self._best(self._scores(seen), kept)
+        at = best_RHM.flatten(0, 1)
         parts = [k_RHCD, v_RHCD, *([] if seen.carried_RHCX is None else [seen.carried_RHCX])]
-        k, v, *more = (x.gather(2, best_RHM[..., None].expand(-1, -1, -1, x.shape[3])).flatten(1, 2) for x in parts)
-        return step.kept_slots_HM.flatten(), k, v, more[0] if more else None
+        k, v, *more = (rows_at(x.flatten(0, 1), at).unflatten(0, best_RHM.shape[:2]) for x in parts)
+        return k, v, more[0] if more else None
 
     def _seen(
         self,
@@ -211,9 +211,15 @@ class SelectingCache(ArenaCache):
                 f"policy {self.policy.name!r} scored {tuple(scores.shape)}; (rows, heads, candidates) are "
                 f"{tuple(seen.k_RHCD.shape[:3])}"
             )
-        if scores.device.type == "cpu" and scores.isnan().any():  # elsewhere looking would wait for the device
-            raise PolicyError(f"policy {self.policy.name!r} gave scores that are not numbers")
         return self._of_valid(seen, scores)
+
+    def _best(self, scores: Tensor, count: int) -> Tensor:
+        """Indices of the highest scores, ascending."""
+        best = scores.topk(count, dim=-1, sorted=False)
+        # what is not a number counts as the highest; elsewhere than on a CPU, looking would wait for the device
+        if scores.device.type == "cpu" and best.values.isnan().any():
+            raise PolicyError(f"policy {self.policy.name!r} gave scores that are not numbers")
+        return best.indices.sort(dim=-1).values
 
     @staticmethod
     def _of_valid(seen: Candidates, scores: Tensor) -> Tensor:
@@ -246,7 +252,7 @@ class SelectingCache(ArenaCache):
         What is held lies head by head; it is read into places of equal length, whose first ones may hold nothing.
         """
         places_P, then_P = self._places[self._target][layer], self._places[self._target + 1][layer]
-        _, heads, tokens, dim = q_RHND.shape
+        _, heads, tokens, _ = q_RHND.shape
         available = self.geometry.schedule.offsets[self._target]
         k, v, valid_RHC, mask = k_RHND, v_RHND, None, None
         slots_RHM = places_P.view(heads, -1)[None].expand(self.rows, -1, -1)
@@ -261,8 +267,8 @@ class SelectingCache(ArenaCache):
             hidden = q_RHND.new_zeros(valid_RHC.shape).masked_fill_(~valid_RHC, -torch.inf)
             mask = hidden[:, :, None].expand(-1, -1, tokens, -1)
         if len(places_P):
-            where = slots_RHM.flatten(1)[..., None].expand(-1, -1, dim)
-            past_k, past_v = (store.gather(1, where).unflatten(1, (heads, -1)) for store in self.arena_2RPD)
+            where_RM = slots_RHM.flatten(1)
+            past_k, past_v = (rows_at(store, where_RM).unflatten(1, (heads, -1)) for store in self.arena_2RPD)
             k, v = torch.cat([past_k.to(k.dtype), k], dim=2), torch.cat([past_v.to(v.dtype), v], dim=2)
         out_RHND = F.scaled_dot_product_attention(q_RHND, k, v, attn_mask=mask, scale=1.0)
         out_RHND = self._corrected(layer, q_RHND, out_RHND)
@@ -294,8 +300,7 @@ class SelectingCache(ArenaCache):
             None,
         )
         if self._carried_RPX is not None:
-            where = slots_RHM.flatten(1)[..., None].expand(-1, -1, self.plan.carried)
-            past = self._carried_RPX.gather(1, where).unflatten(1, (heads, -1))
+            past = rows_at(self._carried_RPX, slots_RHM.flatten(1)).unflatten(1, (heads, -1))
             seen = dataclasses.replace(seen, carried_RHCX=F.pad(past, (0, 0, 0, q_RHND.shape[2])))
             carried = self._carry(seen)
             seen = dataclasses.replace(seen, carried_RHCX=carried)
@@ -305,13 +310,20 @@ class SelectingCache(ArenaCache):
             if valid_RHC is not None:  # a single head, which holds as much in all rows
                 self._counts_LRH[layer] += q_RHND.shape[2]
         else:
-            best = self._scores(seen).flatten(1).topk(len(then_P), dim=-1, sorted=False).indices.sort(dim=-1).values
-            chosen = [x.flatten(1, 2).gather(1, best[..., None].expand(-1, -1, x.shape[3])) for x in parts]
+            best = self._best(self._scores(seen).flatten(1), len(then_P))
+            chosen = [rows_at(x.flatten(1, 2), best) for x in parts]
             kept = torch.zeros((rows, heads * count), dtype=torch.int32, device=best.device).scatter_(1, best, 1)
             self._counts_LRH[layer] = kept.view(rows, heads, count).sum(dim=-1)
         self._write(then_P, chosen[0], chosen[1])
         if self._carried_RPX is not None:
             self._carried_RPX.index_copy_(1, then_P, chosen[2])
+
+
+def rows_at(x_BCX: Tensor, at_BM: Tensor) -> Tensor:
+    """x[b, at[b, m]], (B, M, X); whole rows are copied, which `gather` would do number by number."""
+    batch, count, _ = x_BCX.shape
+    flat = at_BM + count * torch.arange(batch, device=at_BM.device)[:, None]
+    return x_BCX.reshape(batch * count, -1).index_select(0, flat.flatten()).unflatten(0, at_BM.shape)
 
 
 def open_cache(

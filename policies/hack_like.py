@@ -100,11 +100,18 @@ class HackLike(DynamicPolicy):
 
     def score(self, seen: Candidates) -> Tensor:
         assert seen.carried_RHCX is not None
-        places = seen.carried_RHCX[..., 0].long()
-        received = seen.received(slice(None, None, -(-seen.new // 64)))
-        near = recency(seen.schedule).to(places.device)[places]
         assert self.contextual is not None
-        of_layer = [seen.layer * seen.heads_of_layer + head in self.contextual for head in seen.heads]
-        contextual_H1 = torch.tensor(of_layer, device=places.device)[:, None]
-        score = torch.where(contextual_H1, received, near)
-        return score.masked_fill(places < seen.schedule.offsets[self.sinks], math.inf)
+        places = seen.carried_RHCX[..., 0].long()
+        contextual = [seen.layer * seen.heads_of_layer + head in self.contextual for head in seen.heads]
+        if all(contextual):
+            score = self._received(seen)
+        else:
+            score = recency(seen.schedule).to(places.device)[places]
+            if any(contextual):  # both kinds hold as much as long as there is little
+                contextual_H1 = torch.tensor(contextual, device=places.device)[:, None]
+                score = torch.where(contextual_H1, self._received(seen), score)
+        return score.masked_fill_(places < seen.schedule.offsets[self.sinks], math.inf)
+
+    @staticmethod
+    def _received(seen: Candidates) -> Tensor:
+        return seen.received(slice(None, None, -(-seen.new // 64)))
