@@ -1,4 +1,5 @@
-# `make test` is what a change must pass; `make compare` is the quickest look at what the project does.
+# `make test` is what a change must pass; `make compare` is the quickest look at what the project does, `make compare-all`
+# has every policy in it.
 # PYTHON names the interpreter the virtual environment is made from: `make test PYTHON=python3.12`.
 
 PYTHON ?= python3
@@ -10,10 +11,13 @@ STAMP := $(VENV)/heatkv-$(VERSION).stamp
 # Where the type checker looks: a fresh installation of the current source.
 TYPED := build/typed
 
-.PHONY: compare test lint types check-slow bench emoji clean
+.PHONY: compare compare-all test lint types check-slow bench emoji clean
 
 compare: $(STAMP)
 	$(BIN)/heatkv compare --out results/compare
+
+compare-all: $(STAMP)
+	$(BIN)/heatkv compare --policies all --out results/compare-all
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup

@@ -19,6 +19,7 @@ from heatkv.files import file_name, read_json
 from heatkv.geometry import Budget
 from heatkv.levels import SINK_SCALES
 from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
+from heatkv.registry import registered_policies
 from heatkv.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class _Measurement:
     ) -> None:
         from heatkv.profiling.runner import images_of_rows
 
-        self.policies = parse_names(policies, "policy")
+        self.policies = list(registered_policies()) if policies.strip() == "all" else parse_names(policies, "policy")
         self.policy_options = policy_options(self.policies, ranking)
         self.budgets = [Budget.parse(text) for text in parse_names(budgets, "budget")]
         unranked = ranking.statistics is None and ranking.orders is None
