@@ -25,6 +25,7 @@ from heatkv.errors import PlanError, PolicyError
 from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
+from heatkv.registry import find_policy
 
 Correct = Callable[[int, int, Tensor, Tensor], Tensor]
 
@@ -309,8 +310,8 @@ def open_cache(
 
 def policy_of(plan: CapacityPlan) -> DynamicPolicy:
     """The policy that a dynamic plan was made by, with its settings. Raises PolicyError."""
-    policy = make_policy(plan.policy)
+    names = {field.name for field in dataclasses.fields(find_policy(plan.policy)) if field.init}
+    policy = make_policy(plan.policy, **{name: value for name, value in plan.settings.items() if name in names})
     if not isinstance(policy, DynamicPolicy):
         raise PolicyError(f"the plan has capacities, but policy {plan.policy!r} is no dynamic one")
-    names = {field.name for field in dataclasses.fields(policy) if field.init}
-    return dataclasses.replace(policy, **{name: value for name, value in plan.settings.items() if name in names})
+    return policy

@@ -94,12 +94,18 @@ class EvictionPolicy(ABC):
         """The kind of level costs that the statistics must have for it, if any."""
         return None
 
+    @property
+    def wants_statistics(self) -> bool:
+        """Whether it plans from statistics, so that a comparison measures them where none are given."""
+        return "statistics" in self.needs
+
     @abstractmethod
     def plan(self, problem: PlanningProblem) -> CachePlan:
         """A validated plan within the budget. Raises BudgetError, PolicyError or PlanError."""
 
     def check(self, problem: PlanningProblem) -> None:  # noqa: B027 - most have nothing to refuse
-        """Raise when the budget or an option cannot be, before anything is measured for it."""
+        """Raise when the budget or an option cannot be, before anything is measured for it: statistics may be missing
+        here even where `plan` needs them."""
 
     def settings(self, problem: PlanningProblem) -> dict[str, Any]:
         """Everything that decided the plan beside geometry and budget."""

@@ -45,6 +45,8 @@ def inner_policy(text: str) -> DynamicPolicy:
 class Wrapper(DynamicPolicy):
     """What policies share that change another one, their `base`, which is written as `inner_policy` reads it."""
 
+    needs: ClassVar[str] = "what its base needs"
+
     base: str = "snapkv"
 
     @cached_property
@@ -62,6 +64,14 @@ class Wrapper(DynamicPolicy):
     @property
     def wants_input(self) -> bool:
         return self.inner.wants_input
+
+    @property
+    def wants_statistics(self) -> bool:
+        return self.inner.wants_statistics
+
+    @property
+    def level_cost(self) -> str | None:
+        return self.inner.level_cost
 
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
@@ -128,6 +138,7 @@ class PerLayer(Wrapper):
     """
 
     name: ClassVar[str] = "per-layer"
+    source: ClassVar[str] = "composition"
 
     weights: str = "2,1"
 
@@ -165,6 +176,7 @@ class Protected(Wrapper):
     """
 
     name: ClassVar[str] = "protected"
+    source: ClassVar[str] = "composition"
 
     scales: str = "0,1,2"
 

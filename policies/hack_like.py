@@ -61,19 +61,19 @@ class HackLike(DynamicPolicy):
         if not isinstance(self.sinks, int) or not 0 <= self.sinks < scales:
             raise PolicyError(f"sinks={self.sinks!r} must be a number of scales from 0 to {scales - 1}")
         pairs = problem.geometry.layers * problem.geometry.heads
-        if self.contextual is None:
-            if problem.statistics is None:
-                raise PolicyError(
-                    f"policy {self.name!r} needs statistics to tell kinds of heads (heatkv calibrate, then "
-                    "--statistics FILE)"
-                )
-        elif not all(isinstance(pair, int) and 0 <= pair < pairs for pair in self.contextual):
+        if self.contextual is not None and not all(
+            isinstance(pair, int) and 0 <= pair < pairs for pair in self.contextual
+        ):
             raise PolicyError(f"contextual={self.contextual!r} must be pairs l * H + h from 0 to {pairs - 1}")
 
     def resolved(self, problem: PlanningProblem) -> HackLike:
         if self.contextual is not None:
             return self
-        assert problem.statistics is not None
+        if problem.statistics is None:
+            raise PolicyError(
+                f"policy {self.name!r} needs statistics to tell kinds of heads (heatkv calibrate, then --statistics "
+                "FILE)"
+            )
         late = len(problem.geometry.schedule) // 2
         concentration = problem.statistics.concentration[:, :, late:].mean(axis=2).reshape(-1)
         count = round(self.contextual_share * len(concentration))

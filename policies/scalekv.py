@@ -67,7 +67,8 @@ class ScaleKV(DynamicPolicy):
 
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
-        self._drafters(problem)
+        if self.drafters is not None:
+            self._drafters(problem)
 
     def resolved(self, problem: PlanningProblem) -> ScaleKV:
         if self._published(problem):
@@ -84,7 +85,7 @@ class ScaleKV(DynamicPolicy):
                 named = tuple(sorted({int(layer) for layer in str(self.drafters).split(",")}))
             except ValueError as error:
                 raise PolicyError(f"drafters={self.drafters!r}; write layers as 0,23") from error
-            if not named or not 0 <= named[0] <= named[-1] < layers - 1 + (len(named) < layers):
+            if not 0 <= named[0] <= named[-1] < layers or len(named) == layers > 1:
                 raise PolicyError(f"drafters={self.drafters!r} are not some of the layers 0 to {layers - 1}")
             return named
         if self._published(problem):

@@ -18,7 +18,6 @@ from heatkv.errors import HeatKVError
 from heatkv.files import file_name, make_folder, read_json
 from heatkv.geometry import Budget
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.registry import find_policy
 from heatkv.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -49,9 +48,8 @@ class _Measurement:
         self.policy_options = policy_options(self.policies, ranking)
         self.budgets = [Budget.parse(text) for text in parse_names(budgets, "budget")]
         unranked = ranking.statistics is None and ranking.orders is None
-        needs = [find_policy(name).needs for name in self.policies]  # type: ignore[attr-defined]
-        self.lacks_statistics = unranked and any("statistics" in need for need in needs)
         made = [make_policy(name, **self.policy_options[name]) for name in self.policies]
+        self.lacks_statistics = unranked and any(policy.wants_statistics for policy in made)
         kinds = sorted({policy.level_cost for policy in made if policy.level_cost is not None})
         if len(kinds) > 1:
             raise HeatKVError(f"these policies need level costs of the kinds {' and '.join(kinds)}; compare them apart")
