@@ -1,4 +1,4 @@
-"""The contract over everything registered, with other options and drawn models too; and that it finds what breaks it."""
+"""The contract over everything registered, with other options and drawn models too; and what breaks it is found."""
 
 from __future__ import annotations
 

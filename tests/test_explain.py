@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from strategies import SEEDS, geometries, last_reads, plans, random_mass, statistics_of
+from strategies import SEEDS, geometries, last_reads, plans, statistics_of
 from test_cli import ORDERS, refused
 
 from heatkv.cli import run
@@ -33,6 +33,7 @@ from heatkv.profiling.explain import (
 from heatkv.profiling.plan_report import bar, worth_lines
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Statistics
+from heatkv.testing import made_up_mass
 
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
 
@@ -104,7 +105,7 @@ def judged(geometry: CacheGeometry, held: int, statistics: Statistics, **options
 @given(geometry=geometries(min_scales=4), seed=SEEDS, share=st.floats(0.3, 0.9), more=st.integers(1, 20))
 def test_prices_bound_what_another_budget_is_worth(geometry: CacheGeometry, seed: int, share: float, more: int) -> None:
     """The bound is concave in the budget, so that solving again gives no more than its tangent says, either way."""
-    statistics = statistics_of(geometry, random_mass(geometry, 2, seed))
+    statistics = statistics_of(geometry, made_up_mass(geometry, 2, seed))
     sinks = geometry.layers * geometry.heads * geometry.schedule.tokens[0]
     less = max(round(share * geometry.full_token_heads), sinks)
     held = [less, min(less + more, geometry.full_token_heads)]
@@ -130,7 +131,7 @@ def test_prices_bound_what_another_budget_is_worth(geometry: CacheGeometry, seed
 @pytest.mark.parametrize("value", ["error", "mass"])
 def test_prices_of_ranks_and_capped_layers(value: str) -> None:
     geometry = CacheGeometry(3, 4, 4, SQUARE)
-    statistics = statistics_of(geometry, random_mass(geometry, 2, 1))
+    statistics = statistics_of(geometry, made_up_mass(geometry, 2, 1))
     options = {"value": value, "ranks": 2, "layer_cap": "50%"}
     held = [300, 304]
     less, more = (worth_of(judged(geometry, h, statistics, **options)[1], statistics) for h in held)
@@ -149,7 +150,7 @@ def test_prices_of_ranks_and_capped_layers(value: str) -> None:
 
 def test_a_full_cache_has_all_value_and_no_price() -> None:
     geometry = CacheGeometry(2, 2, 4, SQUARE)
-    statistics = statistics_of(geometry, random_mass(geometry, 2, 0))
+    statistics = statistics_of(geometry, made_up_mass(geometry, 2, 0))
     worth = worth_of(make_policy("full").plan(PlanningProblem(geometry, Budget.parse("100%"))), statistics)
     assert worth.value == pytest.approx(worth.full)
     assert worth.bound == pytest.approx(worth.full)
@@ -159,7 +160,7 @@ def test_a_full_cache_has_all_value_and_no_price() -> None:
 
 def test_what_cannot_be_judged_is_said() -> None:
     geometry = CacheGeometry(2, 2, 4, SQUARE)
-    statistics = statistics_of(geometry, random_mass(geometry, 2, 0))
+    statistics = statistics_of(geometry, made_up_mass(geometry, 2, 0))
     _, best = judged(geometry, 150, statistics)
     capped = replace(best, settings={**best.settings, "layer_cap": "2MiB"})
     with pytest.raises(PolicyError, match="layer_cap=2MiB depends on rows and storage type"):
