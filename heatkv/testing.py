@@ -244,8 +244,9 @@ class ContractCheck:
                 self.body(subject, geometry, seed)
             except Exception as error:  # whatever it is, the check failed and must be named
                 seen = str(error) if type(error) is AssertionError else f"{type(error).__name__}: {error}"
+                name = getattr(subject, "name", type(subject).__name__)
                 raise AssertionError(
-                    f"policy {getattr(subject, 'name', type(subject))!r} breaks the contract, {self.name} ({self.promise}): {seen} "
+                    f"policy {name!r} breaks the contract, {self.name} ({self.promise}): {seen} "
                     f"[{geometry.layers} layers x {geometry.heads} heads, schedule {geometry.schedule}, seed {seed}]"
                 ) from error
 

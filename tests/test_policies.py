@@ -387,6 +387,39 @@ def test_a_broken_plug_in_hides_nothing(plug_ins: Callable[..., None], error: Ex
         registry.find_policy("aaa")
 
 
+def test_a_broken_plug_in_is_told(plug_ins: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+    plug_ins(aaa=raising(RuntimeError("boom")), number=lambda: 3)
+    registry.registered_policies()
+    assert caplog.messages == [
+        "heatkv: the plug-in 'aaa' could not be loaded: plug_in_aaa:found: RuntimeError: boom",
+        "heatkv: the plug-in 'number' could not be loaded: plug_in_number:found: PolicyError: 3 is no class; register "
+        "a subclass of heatkv.EvictionPolicy",
+    ]
+
+
+def test_all_policies_of_a_plug_in_come_from_it_or_none_do(plug_ins: Callable[..., None]) -> None:
+    second = type("Second", (KeepNothing,), {"name": "second"})
+
+    def load(error: Exception | None) -> Any:
+        registry.register(second)
+        if error is not None:
+            raise error
+        return registry.register(KeepNothing)
+
+    plug_ins(whole=lambda: load(None))
+    sources = {name: known.source for name, known in registry.registered_policies().items() if name not in POLICIES}
+    assert sources == {"keep-nothing": "plug_in_whole:found", "second": "plug_in_whole:found"}
+    plug_ins(half=lambda: load(RuntimeError("boom")))
+    assert set(registry.registered_policies()) == set(POLICIES)
+    assert set(registry.broken_plugins()) == {"half"}
+
+
+@pytest.mark.parametrize("name", ["Mine", "my_policy", "a--b", "-a", "a-", "a b", "a,b", "ä"])
+def test_names_have_one_form(name: str) -> None:
+    with pytest.raises(PolicyError, match="a name is lower-case letters, digits and hyphens between them"):
+        registry.register(type("Named", (KeepNothing,), {"name": name}))
+
+
 def test_a_plug_in_cannot_take_a_name(plug_ins: Callable[..., None]) -> None:
     impostor = type("Impostor", (KeepNothing,), {"name": "heatkv"})
     plug_ins(mine=lambda: impostor)
