@@ -2,22 +2,21 @@
 
 The linear program, its greedy stand-in and HeatKV's rule plan side by side for published geometries, on synthetic
 heavy-tailed statistics with a fixed seed, in turns with a fixed matrix product. All times are processor time on one
-thread, which other programs on the machine disturb least. Prints a table and writes benchmarks/results/allocation.json.
-`make bench` times the same plans.
+thread, which other programs on the machine disturb least. Prints a table; benchmarks/results/allocation.json was
+written with --out. `make bench` times the same plans.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from yardstick import matrix_product_ms, parse, write
 
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models import model_info
@@ -27,7 +26,6 @@ from heatkv.policies.lp import HeatKVLP
 from heatkv.profiling.environment import environment
 from heatkv.statistics import Provenance, Statistics
 
-OUT = Path(__file__).parent / "results" / "allocation.json"
 REPEATS, SEED = 5, 0
 MODELS = ("infinity-2b", "infinity-8b", "var-d30")
 BUDGETS = ("5%", "10%", "20%")
@@ -73,16 +71,6 @@ def bench_allocation(benchmark: Any, model: str, budget: str, policy: str) -> No
         benchmark.extra_info["gap_percent"] = round(100 * plan.gap, 4)
 
 
-def matrix_product_ms() -> float:
-    """Processor time of one fp32 product of 1024 cubed."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    a @ b
-    began = time.process_time()
-    for _ in range(5):
-        a @ b
-    return (time.process_time() - began) / 5 * 1e3
-
-
 def measure(model: str, budget: str) -> dict[str, Any]:
     """All policies in turns with the fixed matrix product; values as shares of the linear program's bound."""
     instance = problem(model, budget)
@@ -123,11 +111,12 @@ def measure(model: str, budget: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    arguments = parse(__doc__, MODELS)
     torch.set_num_threads(1)
     before = environment(torch.device("cpu"))
     rows = []
     print("model        budget |   LP s      gap |  greedy s      gap (own bound) |   rule s  of bound | product ms")
-    for model in MODELS:
+    for model in arguments.models:
         for budget in BUDGETS:
             row = measure(model, budget)
             rows.append(row)
@@ -139,8 +128,8 @@ def main() -> None:
                 f"{rule['share_of_bound']:9.2%} | {row['matrix_product_1024_fp32_processor_ms']:10.1f}"
             )
     told = {"repeats": REPEATS, "seed": SEED, "target_seconds": TARGET_SECONDS, "target_gap": TARGET_GAP}
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps({"environment": before, **told, "rows": rows}, indent=1) + "\n")
+    if arguments.out:
+        write(arguments.out, {"environment": before, **told, "rows": rows})
     for row in rows:
         slow = row["lp"]["processor_seconds"] > TARGET_SECONDS.get(row["model"], float("inf"))
         if slow or row["lp"]["own_gap"] > TARGET_GAP:

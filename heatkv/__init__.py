@@ -23,6 +23,8 @@ class _CheckoutFinder:
         return None
 
 
+__version__ = "0.1.0"
+
 if not Path(__file__).with_name("policies").is_dir():
     sys.meta_path.insert(0, _CheckoutFinder)
 
@@ -45,22 +47,37 @@ _EXPORTS = {
     "register": "heatkv.registry",
 }
 
+__all__ = [
+    "Budget",
+    "CacheGeometry",
+    "EvictionPolicy",
+    "HeatKVError",
+    "KVCache",
+    "Plan",
+    "PlanningProblem",
+    "ScaleSchedule",
+    "Statistics",
+    "attach",
+    "calibrate",
+    "generate",
+    "load_model",
+    "make_policy",
+    "register",
+]
+
 if TYPE_CHECKING:
-    from heatkv.cache import KVCache as KVCache
-    from heatkv.calibration import calibrate as calibrate
-    from heatkv.errors import HeatKVError as HeatKVError
-    from heatkv.generation import generate as generate
-    from heatkv.geometry import Budget as Budget
-    from heatkv.geometry import CacheGeometry as CacheGeometry
-    from heatkv.models import load_model as load_model
-    from heatkv.models.attach import attach as attach
-    from heatkv.plan import Plan as Plan
-    from heatkv.policies.base import EvictionPolicy as EvictionPolicy
-    from heatkv.policies.base import PlanningProblem as PlanningProblem
-    from heatkv.policies.base import make_policy as make_policy
-    from heatkv.registry import register as register
-    from heatkv.schedule import ScaleSchedule as ScaleSchedule
-    from heatkv.statistics import Statistics as Statistics
+    from heatkv.cache import KVCache
+    from heatkv.calibration import calibrate
+    from heatkv.errors import HeatKVError
+    from heatkv.generation import generate
+    from heatkv.geometry import Budget, CacheGeometry
+    from heatkv.models import load_model
+    from heatkv.models.attach import attach
+    from heatkv.plan import Plan
+    from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy
+    from heatkv.registry import register
+    from heatkv.schedule import ScaleSchedule
+    from heatkv.statistics import Statistics
 
 
 def __getattr__(name: str) -> Any:
@@ -70,4 +87,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -104,6 +104,23 @@ class Capacity:
         slack: FloatArray = self.room - self.rows @ held_GLT.reshape(-1)
         return slack
 
+    def check_sinks(self, held_GLT: IntArray, sink_scales: int) -> None:
+        """Raise BudgetError when what the sinks alone hold exceeds a room, naming that of the budget or of a layer."""
+        slack = self.slack(held_GLT)
+        checkpoints = slack[: self.groups * (self.scales - 1) * self.layers].reshape(self.groups, -1)
+        alone = f"the {sink_scales} sink scales alone hold"
+        if checkpoints.min(initial=0) < 0:
+            group = int(checkpoints.min(axis=1).argmin())
+            raise BudgetError(
+                f"{alone} {-checkpoints.min():.0f} token-heads more than the budget's room of {self.room_G[group]}; "
+                "raise the budget or keep fewer sink scales"
+            )
+        if slack.min(initial=0) < 0:
+            raise BudgetError(
+                f"{alone} {-slack.min():.0f} token-heads more than a layer's cap of {self.layer_room}; raise the cap "
+                "on layers or keep fewer sink scales"
+            )
+
     def token_prices(self, row_prices: FloatArray) -> FloatArray:
         """What one token costs a head for every target it is held for, (L, H, T), under prices of the rows."""
         prices = (self.rows.T @ row_prices).reshape(self.groups * self.layers, self.scales)
@@ -247,12 +264,7 @@ def _checked_start(value_LHTT: FloatArray, capacity: Capacity, sink_scales: int)
     if total > _LARGEST_SUM:
         raise PlanError(f"the values add up to {total:g}; scale them to a sum below {_LARGEST_SUM:g}")
     start = _never_cached(layers, heads, scales, sink_scales)
-    slack = capacity.slack(capacity.held(held_for_targets([start], [capacity.tokens])))
-    if slack.min() < 0:
-        raise BudgetError(
-            f"the {sink_scales} sink scales alone hold {-slack.min():.0f} token-heads more than there is room for; "
-            "raise the budget or the cap, or keep fewer sink scales"
-        )
+    capacity.check_sinks(capacity.held(held_for_targets([start], [capacity.tokens])), sink_scales)
     return start
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from heatkv.arena import ArenaLayout, Run
 from heatkv.attention.pooling import Reduction
 from heatkv.attention.ragged import HeadGroup, group_heads, ragged_attention
+from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import PlanError
 from heatkv.levels import level_tokens
 from heatkv.plan import CachePlan, Plan
@@ -54,7 +55,7 @@ class ArenaCache(ABC):
     A model calls `attend(layer, q, k, v)`, layer by layer and scale by scale; the cache counts the scales itself.
     Slots are read only after they were written for the running images, so neither a pad nor a leftover can be seen.
     `correct(target, layer, q, out)` may change what attention gives. Raises PlanError when it is called in another
-    order or with another shape than the plan's.
+    order, with another shape than the plan's, or in several dtypes.
     """
 
     def __init__(
@@ -66,12 +67,11 @@ class ArenaCache(ABC):
         device: torch.device | str,
         correct: Callable[[int, int, Tensor, Tensor], Tensor] | None,
     ) -> None:
-        if rows < 1:
-            raise PlanError(f"rows is {rows}; a cache has at least 1 row")
+        of_kind(dtype, torch.dtype, "dtype", PlanError, "give a type of torch, such as torch.float32")
         self.geometry = plan.geometry
-        self.rows = rows
+        self.rows = whole(rows, "rows", PlanError, 1)
         self._correct = correct
-        shape = (2, rows, slots, plan.geometry.head_dim)
+        shape = (2, self.rows, slots, plan.geometry.head_dim)
         self.arena_2RPD = torch.empty(shape, dtype=dtype, device=torch.device(device))
 
     @property
@@ -83,15 +83,11 @@ class ArenaCache(ABC):
         """Start the next images; nothing needs clearing."""
         self._target, self._next_layer = 0, 0
 
-    def skip_to_last_scale(self) -> None:
-        """Act as if all scales but the last had run, to measure the last one; what is held is not defined."""
-        self._target, self._next_layer = len(self.geometry.schedule) - 1, 0
-
     def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         """Attention over what the plan still holds plus the current scale; then drop, then write what is kept.
 
         q, k, v are (R, H, N, D) in one dtype, q already scaled, k as it is to be cached (normalised, rotated).
-        Returns (R, H, N, D).
+        Returns (R, H, N, D). Raises PlanError for another layer than the next, another shape, or several dtypes.
         """
         geometry = self.geometry
         if layer != self._next_layer or self._target >= len(geometry.schedule):
@@ -100,7 +96,11 @@ class ArenaCache(ABC):
                 "call reset() before new images"
             )
         expected = (self.rows, geometry.heads, geometry.schedule.tokens[self._target], geometry.head_dim)
-        for name, x in (("q", q_RHND), ("k", k_RHND), ("v", v_RHND)):
+        for name, x in (("v", v_RHND), ("q", q_RHND), ("k", k_RHND)):
+            if not isinstance(x, Tensor):
+                raise PlanError(f"{name} of layer {layer}, scale {self._target} is {shown(x)}; it must be a tensor")
+            if x.dtype != v_RHND.dtype:
+                raise PlanError(f"{name} is of {x.dtype}, v of {v_RHND.dtype}; give q, k and v in one type")
             if x.shape != expected:
                 raise PlanError(
                     f"{name} of layer {layer}, scale {self._target} is {tuple(x.shape)}; the plan needs (rows, heads, "
@@ -140,6 +140,9 @@ class KVCache(ArenaCache):
         key_angles: Sequence[Tensor] | None = None,
         correct: Callable[[int, int, Tensor, Tensor], Tensor] | None = None,
     ) -> None:
+        of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
+        if key_angles is not None and (not isinstance(key_angles, Sequence) or len(key_angles) != len(plan.schedule)):
+            raise PlanError(f"key_angles is {shown(key_angles)}; give one tensor (N, D/2) per scale, or none")
         self.plan = plan
         self.key_angles = key_angles
         self.layout = ArenaLayout.of(plan)

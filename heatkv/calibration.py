@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heatkv.cache import KVCache, LayerStep
+from heatkv.checks import whole
 from heatkv.errors import PlanError, StatisticsError
 from heatkv.generation import run_scales
-from heatkv.models.base import ImageModel
+from heatkv.models.base import ImageModel, checked_run
 from heatkv.plan import Plan
 from heatkv.sampling import CommonRandomSampler, Settings
 from heatkv.statistics import Provenance, Statistics
@@ -289,14 +290,13 @@ def calibrate(
     settings: Settings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
-    """Statistics over `samples` images of all classes in turn, drawn with the full cache.
+    """Statistics over `samples` images of all classes (or example prompts) in turn, drawn with the full cache.
 
-    `first_sample` numbers the first one, so that disjoint sets can be measured and merged. Raises StatisticsError
-    for fewer than one sample.
+    `first_sample` numbers the first one, so that disjoint sets can be measured and merged; `progress` is told how many
+    are done. Raises StatisticsError for fewer than one sample, ModelError for what the model cannot draw.
     """
-    if samples < 1:
-        raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
-    settings = settings if settings is not None else model.sampling
+    seed, first_sample, batch, settings = checked_run(model, seed, first_sample, batch, settings, progress)
+    samples = whole(samples, "samples", StatisticsError, 1)
     adapter, layers = model.adapter, range(model.geometry.layers)
     weights = [adapter.output_weight(layer) for layer in layers]
     sums: dict[str, NDArray[np.float64]] = {}

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from heatkv.cache import KVCache, LayerStep
-from heatkv.errors import PolicyError
-from heatkv.models.base import ImageModel
+from heatkv.checks import of_kind, whole
+from heatkv.errors import PlanError, PolicyError
+from heatkv.models.base import ImageModel, checked_run
 from heatkv.plan import CachePlan, Plan
 from heatkv.sampling import CommonRandomSampler, Settings
 
@@ -128,11 +129,14 @@ def fit_compensation(
 ) -> Compensation:
     """Fit the corrections of a plan on images that the full cache draws; all of them run at once, scale by scale.
 
-    Raises PolicyError for an unknown kind.
+    Raises PolicyError for an unknown kind or fewer than one sample, PlanError for a plan of another model.
     """
+    seed, _, _, settings = checked_run(model, seed, 0, 1, settings, progress)
+    of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
+    plan.check_geometry(model.geometry)
+    samples = whole(samples, "samples", PolicyError, 1)
     if kind not in KINDS:
         raise PolicyError(f"compensation={kind!r} is unknown; known: {', '.join(KINDS)}")
-    settings = settings if settings is not None else model.sampling
     labels, rows = model.labels(samples), samples * settings.rows_per_image
     full = _Recording(model.full_plan(), rows, model.compute_dtype, model.device, model.key_angles)
     fitting = _Fitting(kind, plan, rows, model.compute_dtype, model.device, model.key_angles)

@@ -11,16 +11,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from heatkv.checks import shown
 from heatkv.errors import FormatError
 
 MAX_JSON_BYTES = 256 << 20
 """Largest JSON file that is read: a plan of a 100-layer, 100-head, 60-scale model takes a hundredth of it."""
 
 
+def as_path(value: str | os.PathLike[str]) -> Path:
+    """The path that a caller gave. Raises FormatError for what can be none."""
+    try:
+        path = Path(value)
+    except TypeError:
+        raise FormatError(f"{shown(value)} is no path; give the name of a file or folder") from None
+    if "\0" in str(path):
+        raise FormatError(f"{shown(value)} is no path; a name cannot hold a zero character")
+    return path
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`; moved onto it, synced, when the block ends without an error."""
-    path = Path(path)
+    path = as_path(path)
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
@@ -41,16 +53,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def make_folder(path: str | Path) -> Path:
-    """Create a folder and its parents, or say in one line why that cannot be."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FormatError(f"cannot create the folder {path}: {error.strerror or error}") from error
-    return path
-
-
 def check_writable(folder: Path) -> None:
     """Raise FormatError when no file can be made in `folder`, before hours are spent on what is to go there."""
     try:
@@ -66,14 +68,23 @@ def file_name(text: str) -> str:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
-    """Write `value` as JSON, whole or not at all; NaN and infinity are refused."""
+    """Write `value` as JSON, whole or not at all. Raises FormatError, also for NaN, infinity and what JSON lacks."""
+    text = as_json(value, path, indent)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def as_json(value: Any, path: str | Path, indent: int | None = None) -> str:
+    """`value` as JSON text; `path` names the file in the FormatError for what JSON cannot hold."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"cannot write {path}: {error}; use text, finite numbers, lists and dictionaries") from error
 
 
 def read_json(path: str | Path) -> Any:
     """Parse a JSON file. Raises FormatError when it is missing, too large, not UTF-8, or not JSON."""
-    path = Path(path)
+    path = as_path(path)
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:

@@ -8,8 +8,7 @@ Shapes: B rows, H heads, N queries, D head size, G draws, K combinations of leve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,22 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv.cache import LayerStep
-from heatkv.calibration import sample_names
-from heatkv.errors import StatisticsError
 from heatkv.level_calibration import (
     Combinations,
+    CostBatch,
+    LevelCalibration,
     LevelCostCache,
-    calibrate_biases,
-    empty_costs,
     numbers_per_query,
     query_blocks,
     single_changes,
     source_items,
 )
-from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import LevelChoices
-from heatkv.models.base import ImageModel
-from heatkv.sampling import CommonRandomSampler, Settings
 
 FloatArray = NDArray[np.float64]
 
@@ -134,53 +127,23 @@ def _drawn_log_likelihoods(logits_BNV: Tensor, seed: int, samples: Sequence[int]
     return out
 
 
-def calibrate_fisher(
-    model: ImageModel[Any],
-    samples: int = 32,
-    *,
-    log_bias: FloatArray | None = None,
-    bias_samples: int = 16,
-    sink_scales: int = 2,
-    seed: int = 0,
-    first_sample: int = 0,
-    batch: int = 4,
-    settings: Settings | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> LevelStatistics:
-    """Fisher costs over `samples` images, as `calibrate_levels` measures relative errors."""
-    settings = settings if settings is not None else model.sampling
-    if samples < 1:
-        raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
-    geometry = model.geometry
-    choices = LevelChoices(geometry.schedule, sink_scales)
-    of_bias: tuple[str, ...] = ()
-    if log_bias is None:
-        log_bias = calibrate_biases(model, choices, bias_samples, seed=seed, settings=settings, progress=progress)
-        of_bias = tuple(sample_names(model, seed, model.labels(bias_samples, 0), 0))
-    joint, single = empty_costs(geometry.layers, geometry.heads, choices)
-    names: list[str] = []
-    for start in range(first_sample, first_sample + samples, batch):
-        indices = range(start, min(start + batch, first_sample + samples))
-        labels, sampler = model.labels(len(indices), start), CommonRandomSampler(seed, indices, settings)
-        cache = FisherCostCache(
-            choices, log_bias, model.full_plan(), len(indices) * settings.rows_per_image, len(indices),
-            model.compute_dtype, model.device, model.key_angles,
-        )  # fmt: skip
-        with torch.no_grad():
-            drawing = model.begin(labels, settings)
-            for scale in range(len(geometry.schedule)):
-                with torch.enable_grad():
-                    logits = drawing.logits(cache)
-                    likelihoods = _drawn_log_likelihoods(logits, seed, indices, scale)
-                gradients = [
-                    torch.autograd.grad(likelihood, cache.outputs, retain_graph=likelihood is not likelihoods[-1])
-                    for likelihood in (likelihoods if scale > sink_scales else ())
-                ]
-                cache.price(scale, gradients)
-                drawing.accept(sampler.choose(scale, logits.detach()))
-        joint = [total + part for total, part in zip(joint, cache.joint, strict=True)]
-        single = single + cache.single
-        names += sample_names(model, seed, labels, start)
-        if progress is not None:
-            progress(len(indices))
-    return LevelStatistics(choices, "fisher", log_bias, tuple(joint), single, tuple(names), of_bias)
+def _draw_for_fisher(batch: CostBatch) -> FisherCostCache:
+    model, sinks = batch.model, batch.choices.sink_scales
+    cache, sampler = batch.cache(FisherCostCache), batch.sampler
+    with torch.no_grad():
+        drawing = model.begin(batch.labels, batch.settings)
+        for scale in range(len(model.geometry.schedule)):
+            with torch.enable_grad():
+                logits = drawing.logits(cache)
+                likelihoods = _drawn_log_likelihoods(logits, batch.seed, batch.indices, scale)
+            gradients = [
+                torch.autograd.grad(likelihood, cache.outputs, retain_graph=likelihood is not likelihoods[-1])
+                for likelihood in (likelihoods if scale > sinks else ())
+            ]
+            cache.price(scale, gradients)
+            drawing.accept(sampler.choose(scale, logits.detach()))
+    return cache
+
+
+calibrate_fisher = LevelCalibration("fisher", 4, _draw_for_fisher)
+"""Expected squared changes of the log-likelihood."""

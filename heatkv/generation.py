@@ -5,7 +5,7 @@ Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from heatkv.checks import of_kind, shown
 from heatkv.compensation import Compensation
-from heatkv.errors import ModelError
-from heatkv.models.base import ImageModel
+from heatkv.errors import ModelError, PlanError
+from heatkv.models.base import ImageModel, checked_run
 from heatkv.models.var import Attend
 from heatkv.plan import CachePlan
 from heatkv.sampling import CommonRandomSampler, Sampler, Settings
@@ -62,7 +63,10 @@ def run_scales(
 
 
 class Generator(Generic[Label]):
-    """Draws batches of one size under one plan, with one cache for all of them."""
+    """Draws batches of one size under one plan, with one cache for all of them.
+
+    Raises ModelError or PlanError for a model or plan that is none, or that do not fit each other.
+    """
 
     def __init__(
         self,
@@ -72,10 +76,11 @@ class Generator(Generic[Label]):
         settings: Settings | None = None,
         compensation: Compensation | None = None,
     ) -> None:
+        _, _, self.batch, self.settings = checked_run(model, 0, 0, batch, settings, None)
+        of_kind(plan, CachePlan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
         plan.check_geometry(model.geometry)
-        self.model, self.plan, self.batch = model, plan, batch
-        self.settings = settings if settings is not None else model.sampling
-        rows = batch * self.settings.rows_per_image
+        self.model, self.plan = model, plan
+        rows = self.batch * self.settings.rows_per_image
         correct = None if compensation is None else compensation.apply
         self.cache = open_cache(
             plan, rows, model.compute_dtype, model.device, model.key_angles, correct, model.adapter.query_weight
@@ -91,7 +96,10 @@ class Generator(Generic[Label]):
         observe: Observer | None = None,
         decode: bool = True,
     ) -> Drawn:
-        """Draw one image per label; `samples` number them for the random numbers (default 0, 1, ...)."""
+        """Draw one image per label; `samples` number them for the random numbers (default 0, 1, ...).
+
+        Raises ModelError for labels that the model does not have, or not as many as the batch.
+        """
         if len(labels) != self.batch:
             raise ModelError(f"{len(labels)} labels for a generator of batch {self.batch}")
         if sampler is None:
@@ -105,7 +113,7 @@ class Generator(Generic[Label]):
 
 def generate(
     model: ImageModel[Label],
-    labels: Sequence[Label],
+    labels: Iterable[Label | str] | Tensor,
     plan: CachePlan,
     *,
     seed: int = 0,
@@ -115,18 +123,27 @@ def generate(
     compensation: Compensation | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], one per label, in batches; `progress` is told how many are done.
+    """Images (B, 3, H, W), RGB in [0, 1], one per label, in batches; `progress` is told how many are done.
 
-    `first_sample` numbers the first label for the random numbers. The pictures do not depend on `batch` but for
-    rounding.
+    Labels are what `model.label` reads: numbers (also of a numpy array or a tensor) or names of classes, prompts or
+    texts. `first_sample` numbers the first one for the random numbers. The pictures do not depend on `batch` but for
+    rounding. Raises ModelError for labels that the model does not have, PlanError for a plan of another model.
     """
-    if not labels:
-        raise ModelError("no label was given")
-    if batch < 1:
-        raise ModelError(f"batch is {batch}; at least 1 image is drawn at a time")
+    seed, first_sample, batch, settings = checked_run(model, seed, first_sample, batch, settings, progress)
+    if compensation is not None:
+        of_kind(compensation, Compensation, "compensation", ModelError, "fit one with fit_compensation")
+    try:
+        chosen = None if isinstance(labels, str) else list(labels)
+    except TypeError:
+        chosen = None
+    if chosen is None:
+        raise ModelError(f"labels is {shown(labels)}; give a list, one label per image")
+    if not chosen:
+        raise ModelError("no label was given; give one per image")
+    drawn_from = [model.label(label) for label in chosen]
     images, generator = [], None
-    for first in range(0, len(labels), batch):
-        part = list(labels[first : first + batch])
+    for first in range(0, len(drawn_from), batch):
+        part = drawn_from[first : first + batch]
         if generator is None or generator.batch != len(part):
             generator = Generator(model, plan, len(part), settings, compensation)
         drawn = generator.draw(part, seed, range(first_sample + first, first_sample + first + len(part)))

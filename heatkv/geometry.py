@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from functools import cached_property
 from typing import Literal
 
+from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import BudgetError, PlanError
 from heatkv.schedule import ScaleSchedule
 
@@ -30,14 +31,17 @@ _DIMENSION_LIMIT = 1 << 16
 
 def storage_bytes(storage: str) -> int:
     """Bytes per channel of a key and its value together. Raises BudgetError for an unknown storage type."""
-    if storage not in STORAGE_BYTES:
-        raise BudgetError(f"unknown storage type {storage!r}; known: {', '.join(STORAGE_BYTES)}")
+    if not isinstance(storage, str) or storage not in STORAGE_BYTES:
+        raise BudgetError(f"unknown storage type {shown(storage)}; known: {', '.join(STORAGE_BYTES)}")
     return sum(STORAGE_BYTES[storage])
 
 
 @dataclass(frozen=True)
 class CacheGeometry:
-    """Layers, heads and head size of a model, with the schedule it runs: all that a cache's size depends on."""
+    """Layers, heads and head size of a model, with the schedule it runs: all that a cache's size depends on.
+
+    `head_dim` is in channels. Raises PlanError for what is no whole number from 1 to 65536, or no ScaleSchedule.
+    """
 
     layers: int
     heads: int
@@ -46,9 +50,9 @@ class CacheGeometry:
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "head_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _DIMENSION_LIMIT:
-                raise PlanError(f"{name} is {value!r}; it must be a whole number from 1 to {_DIMENSION_LIMIT}")
+            value = whole(getattr(self, name), name, PlanError, 1, _DIMENSION_LIMIT)
+            object.__setattr__(self, name, value)
+        of_kind(self.schedule, ScaleSchedule, "schedule", PlanError, "make one with ScaleSchedule.of([[h, w], ...])")
 
     @cached_property
     def full_token_heads(self) -> int:
@@ -56,15 +60,15 @@ class CacheGeometry:
         return self.schedule.cached_tokens * self.layers * self.heads
 
     def token_head_bytes(self, rows: int = 1, storage: str = "bfloat16") -> int:
-        """Bytes of one token-head over all rows (guidance doubles the rows)."""
-        if rows < 1:
-            raise BudgetError(f"rows is {rows}; a cache has at least 1 row")
-        return self.head_dim * storage_bytes(storage) * rows
+        """Bytes of one token-head over all rows (guidance doubles the rows). Raises BudgetError."""
+        return self.head_dim * storage_bytes(storage) * whole(rows, "rows", BudgetError, 1)
 
     def bytes(self, token_heads: int, rows: int = 1, storage: str = "bfloat16") -> int:
-        return token_heads * self.token_head_bytes(rows, storage)
+        """Bytes of so many token-heads over all rows. Raises BudgetError."""
+        return whole(token_heads, "token_heads", BudgetError, 0) * self.token_head_bytes(rows, storage)
 
     def full_bytes(self, rows: int = 1, storage: str = "bfloat16") -> int:
+        """Bytes of the full cache over all rows. Raises BudgetError."""
         return self.bytes(self.full_token_heads, rows, storage)
 
 
@@ -82,51 +86,58 @@ class Budget:
     """How much of the cache may be held at any moment: a share, mean tokens per head, or bytes; or `auto`, what a
     policy chooses by the fidelity it is asked for.
 
-    `amount` is exact, so that a budget written as 0.1 means one tenth and not the nearest float.
+    `amount` is exact, so that a budget written as 0.1 means one tenth and not the nearest float: a share of 1, tokens
+    per head or bytes. `name` is what messages call it; other limits are written alike. Raises BudgetError for another
+    kind, or an amount that is not above zero or above the full cache.
     """
 
     kind: Literal["share", "tokens", "bytes", "auto"]
     amount: Fraction
+    name: str = field(default="budget", compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in ("share", "tokens", "bytes", "auto"):
-            raise BudgetError(f"unknown kind of budget {self.kind!r}; {_HOW}")
+            raise BudgetError(f"unknown kind of budget {shown(self.kind)}; known: share, tokens, bytes, auto")
+        if isinstance(self.amount, bool) or not isinstance(self.amount, int | Fraction):
+            raise BudgetError(f"amount is {shown(self.amount)}; give a Fraction, or use Budget.parse and {_HOW}")
         if self.amount <= 0:
-            raise BudgetError(f"budget {self} is not above zero; {_HOW}")
+            raise BudgetError(f"{self.name} {self} is not above zero; {_HOW}")
         if self.kind == "share" and self.amount > 1:
-            raise BudgetError(f"budget {self} is above 100 %, the full cache; {_HOW}")
+            raise BudgetError(f"{self.name} {self} is above 100 %, the full cache; {_HOW}")
 
     @classmethod
-    def parse(cls, text: str | float | Fraction | Budget) -> Budget:
+    def parse(cls, text: str | float | Fraction | Budget, name: str = "budget") -> Budget:
         """Read `10%`, `0.1`, `600MiB`, `2GB`, `650tokens`; a bare number is a share. Raises BudgetError."""
         if isinstance(text, Budget):
             return text
         if isinstance(text, Fraction):
-            return cls("share", text)
+            return cls("share", text, name)
         if str(text).strip().lower() == "auto":
-            return cls("auto", Fraction(1))
+            return cls("auto", Fraction(1), name)
         match = _BUDGET.fullmatch(str(text))
         if match is None:
-            raise BudgetError(f"cannot read the budget {text!r}; {_HOW}")
+            raise BudgetError(f"cannot read the {name} {shown(text)}; {_HOW}")
         try:
             number = Fraction(Decimal(match[1]))
         except (InvalidOperation, ValueError, OverflowError) as error:
-            raise BudgetError(f"cannot read the budget {text!r}; {_HOW}") from error
+            raise BudgetError(f"cannot read the {name} {shown(text)}; {_HOW}") from error
         unit = match[2].lower()
         if unit == "":
             if number > 1:
-                raise BudgetError(f"budget {text} is above 1, the full cache; did you mean {text}%? Otherwise {_HOW}")
-            return cls("share", number)
+                hint = f"did you mean {match[1]}%? Otherwise {_HOW}" if number <= 100 else _HOW
+                raise BudgetError(f"{name} {match[1]} is above 1, the full cache; {hint}")
+            return cls("share", number, name)
         if unit == "%":
-            return cls("share", number / 100)
+            return cls("share", number / 100, name)
         if unit in ("token", "tokens"):
-            return cls("tokens", number)
+            return cls("tokens", number, name)
         if unit in _UNITS:
-            return cls("bytes", number * _UNITS[unit])
-        raise BudgetError(f"budget {text!r} has the unknown unit {match[2]!r}; {_HOW}")
+            return cls("bytes", number * _UNITS[unit], name)
+        raise BudgetError(f"{name} {text!r} has the unknown unit {match[2]!r}; {_HOW}")
 
     def share(self, geometry: CacheGeometry, rows: int = 1, storage: str = "bfloat16") -> Fraction:
         """b, the exact share of the full cache. Raises BudgetError when it is above the full cache."""
+        of_kind(geometry, CacheGeometry, "geometry", BudgetError, "give the CacheGeometry of a model: model.geometry")
         if self.kind == "share":
             return self.amount
         if self.kind == "auto":
@@ -141,7 +152,7 @@ class Budget:
             share = self.amount / geometry.full_bytes(rows, storage)
             limit = f"{geometry.full_bytes(rows, storage)} bytes with {rows} rows in {storage}"
         if share > 1:
-            raise BudgetError(f"budget {self} is above the full cache of {limit}; use 100% to keep everything")
+            raise BudgetError(f"{self.name} {self} is above the full cache of {limit}; use 100% to keep everything")
         return share
 
     def token_heads(self, geometry: CacheGeometry, rows: int = 1, storage: str = "bfloat16") -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.contents import EqualByContents
 from heatkv.errors import FormatError, StatisticsError
 from heatkv.files import read_json
 from heatkv.geometry import CacheGeometry
@@ -25,7 +26,7 @@ _MOST_TOKENS = 1 << 31
 
 
 @dataclass(frozen=True, eq=False)
-class LayerBudgets:
+class LayerBudgets(EqualByContents):
     """Tokens of earlier scales that every head of a layer keeps while a target scale runs.
 
     `tokens[i, l]` and `large[i, l]` (whether layer l has the large budget) are of target scale `first_target + i`; the
@@ -45,6 +46,9 @@ class LayerBudgets:
         for name, array in (("tokens", tokens), ("large", large)):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
+
+    def __hash__(self) -> int:
+        return hash((self.first_target, self.tokens.tobytes()))
 
     @classmethod
     def load(cls, path: str | Path, geometry: CacheGeometry) -> LayerBudgets:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv.attention.pooling import pooled_cells
-from heatkv.calibration import MAX_BLOCK_NUMBERS, ObservingCache, sample_names
+from heatkv.calibration import MAX_BLOCK_NUMBERS, ObservingCache, add_sums, sample_names
+from heatkv.checks import as_whole, shown, whole
 from heatkv.errors import StatisticsError
 from heatkv.generation import run_scales
 from heatkv.level_statistics import LevelStatistics, calibrated_bias
-from heatkv.levels import LEVELS, NONE, LevelChoices
-from heatkv.models.base import ImageModel
+from heatkv.levels import LEVELS, NONE, SINK_SCALES, LevelChoices
+from heatkv.models.base import ImageModel, checked_run
 from heatkv.sampling import CommonRandomSampler, Settings
+from heatkv.schedule import ScaleSchedule
 
 FloatArray = NDArray[np.float64]
 
@@ -31,6 +33,10 @@ _FAR = 30.0
 
 _LEAST = 1e-15
 """The least weight of what is always held: where all else is dropped, its square must not be 0 in fp32."""
+
+
+BIAS_BATCH = 16
+"""Images at once for biases, which take little memory."""
 
 
 class LevelCache(ObservingCache):
@@ -225,8 +231,13 @@ class LevelCostCache(LevelCache):
             free = self.choices.sink_scales <= source < target
             cells.append(self.pooled(source, k, v) if free else {0: (k.float(), v.float())})
             bias = self.log_bias[layer, :, source]
-            biases.append({level: torch.from_numpy(bias[:, level]).to(k.device).float() for level in cells[-1]})
+            biases.append(
+                {level: torch.tensor(bias[:, level], dtype=torch.float32, device=k.device) for level in cells[-1]}
+            )
         return cells, biases
+
+
+CostCache = TypeVar("CostCache", bound=LevelCostCache)
 
 
 class ErrorCostCache(LevelCostCache):
@@ -309,14 +320,17 @@ def calibrate_biases(
     samples: int = 16,
     *,
     seed: int = 0,
-    batch: int = 16,
+    batch: int = BIAS_BATCH,
     settings: Settings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FloatArray:
-    """The logit bias of every pooled cell, (L, H, T, levels), from samples 0, 1, ... of the seed."""
-    settings = settings if settings is not None else model.sampling
-    whole: FloatArray | None = None
-    pooled: FloatArray | None = None
+    """The logit bias of every pooled cell, (L, H, T, levels), from samples 0, 1, ... of the seed.
+
+    Raises StatisticsError for fewer than one sample.
+    """
+    seed, _, batch, settings = checked_run(model, seed, 0, batch, settings, progress)
+    samples = whole(samples, "samples", StatisticsError, 1)
+    sums: dict[str, FloatArray] = {}
     for indices in _batches(0, samples, batch):
         rows = len(indices) * settings.rows_per_image
         cache = BiasCache(
@@ -324,58 +338,110 @@ def calibrate_biases(
         )
         labels, sampler = model.labels(len(indices), indices.start), CommonRandomSampler(seed, indices, settings)
         run_scales(model, labels, cache, sampler, settings, decode=False)
-        whole = cache.whole if whole is None else whole + cache.whole
-        pooled = cache.pooled_mass if pooled is None else pooled + cache.pooled_mass
+        sums = add_sums(sums, cache.sums())
         if progress is not None:
             progress(len(indices))
-    if whole is None or pooled is None:
-        raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
-    return calibrated_bias(choices.schedule, whole, pooled)
+    return calibrated_bias(choices.schedule, sums["whole"], sums["pooled_mass"])
 
 
-def calibrate_levels(
-    model: ImageModel[Any],
-    samples: int = 32,
-    *,
-    log_bias: FloatArray | None = None,
-    bias_samples: int = 16,
-    sink_scales: int = 2,
-    seed: int = 0,
-    first_sample: int = 0,
-    batch: int = 16,
-    settings: Settings | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> LevelStatistics:
-    """Level costs over `samples` images drawn with the full cache, under `log_bias` or biases measured first.
-
-    `first_sample` numbers the first one, so that disjoint sets can be measured under the same biases and merged.
-    """
-    settings = settings if settings is not None else model.sampling
-    if samples < 1:
-        raise StatisticsError(f"{samples} samples say nothing; calibrate with at least 1")
-    geometry = model.geometry
-    choices = LevelChoices(geometry.schedule, sink_scales)
-    of_bias: tuple[str, ...] = ()
-    if log_bias is None:
-        log_bias = calibrate_biases(
-            model, choices, bias_samples, seed=seed, batch=batch, settings=settings, progress=progress
+def level_choices(schedule: ScaleSchedule, sink_scales: int) -> LevelChoices:
+    """What plans may choose from when so many first scales stay whole. Raises StatisticsError for a bad number."""
+    sinks, most = as_whole(sink_scales), len(schedule) - 1
+    if sinks is None or not 0 <= sinks <= most:
+        raise StatisticsError(
+            f"sink_scales={shown(sink_scales)} does not fit level costs of a schedule of {len(schedule)} scales: 0 to "
+            f"{most}"
         )
-        of_bias = tuple(sample_names(model, seed, model.labels(bias_samples, 0), 0))
-    weights = [model.adapter.output_weight(layer) for layer in range(geometry.layers)]
-    joint, single = empty_costs(geometry.layers, geometry.heads, choices)
-    names: list[str] = []
-    for indices in _batches(first_sample, samples, batch):
-        count = len(indices)
-        cache = ErrorCostCache(
-            choices, log_bias, model.full_plan(), count * settings.rows_per_image, count, model.compute_dtype,
-            model.device, model.key_angles, output_weights=weights,
+    return LevelChoices(schedule, sinks)
+
+
+@dataclass(frozen=True)
+class CostBatch:
+    """Images that are drawn at once, and what their costs are measured with."""
+
+    model: ImageModel[Any]
+    choices: LevelChoices
+    log_bias: FloatArray
+    indices: range
+    seed: int
+    settings: Settings
+
+    @property
+    def labels(self) -> Any:
+        return self.model.labels(len(self.indices), self.indices.start)
+
+    @property
+    def sampler(self) -> CommonRandomSampler:
+        return CommonRandomSampler(self.seed, self.indices, self.settings)
+
+    def cache(self, kind: type[CostCache], **named: Any) -> CostCache:
+        """A full cache of this kind for these images."""
+        model, count = self.model, len(self.indices)
+        return kind(
+            self.choices, self.log_bias, model.full_plan(), count * self.settings.rows_per_image, count,
+            model.compute_dtype, model.device, model.key_angles, **named,
         )  # fmt: skip
-        labels, sampler = model.labels(count, indices.start), CommonRandomSampler(seed, indices, settings)
-        with model.adapter.watching(cache.see):
-            run_scales(model, labels, cache, sampler, settings, decode=False)
-        joint = [total + part for total, part in zip(joint, cache.joint, strict=True)]
-        single = single + cache.single
-        names += sample_names(model, seed, labels, indices.start)
-        if progress is not None:
-            progress(count)
-    return LevelStatistics(choices, "error", log_bias, tuple(joint), single, tuple(names), of_bias)
+
+
+@dataclass(frozen=True)
+class LevelCalibration:
+    """Measures one kind of level costs; `draw` gives the cache that has seen a batch drawn, of `batch` images unless
+    another number is asked for."""
+
+    cost: str
+    batch: int
+    draw: Callable[[CostBatch], LevelCostCache]
+
+    def __call__(
+        self,
+        model: ImageModel[Any],
+        samples: int = 32,
+        *,
+        log_bias: FloatArray | None = None,
+        bias_samples: int = 16,
+        sink_scales: int = SINK_SCALES,
+        seed: int = 0,
+        first_sample: int = 0,
+        batch: int | None = None,
+        settings: Settings | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> LevelStatistics:
+        """Level costs over `samples` images drawn with the full cache, under `log_bias` or biases measured first.
+
+        The first `sink_scales` scales stay whole, in all plans that are made from the costs, too. `first_sample`
+        numbers the first image, so that disjoint sets can be measured under the same biases and merged. Raises
+        StatisticsError for fewer than one sample, or sinks that the schedule does not have.
+        """
+        at_once, at_once_for_biases = (self.batch, BIAS_BATCH) if batch is None else (batch, batch)
+        seed, first_sample, at_once, settings = checked_run(model, seed, first_sample, at_once, settings, progress)
+        samples = whole(samples, "samples", StatisticsError, 1)
+        choices = level_choices(model.geometry.schedule, sink_scales)
+        of_bias: tuple[str, ...] = ()
+        if log_bias is None:
+            log_bias = calibrate_biases(
+                model, choices, bias_samples, seed=seed, batch=at_once_for_biases, settings=settings, progress=progress
+            )
+            of_bias = tuple(sample_names(model, seed, model.labels(bias_samples, 0), 0))
+        sums: dict[str, FloatArray] = {}
+        names: list[str] = []
+        for indices in _batches(first_sample, samples, at_once):
+            drawn = CostBatch(model, choices, log_bias, indices, seed, settings)
+            sums = add_sums(sums, self.draw(drawn).sums())
+            names += sample_names(model, seed, drawn.labels, indices.start)
+            if progress is not None:
+                progress(len(indices))
+        joint = tuple(sums[f"joint.{target}"] for target in range(len(choices.schedule)))
+        return LevelStatistics(choices, self.cost, log_bias, joint, sums["single"], tuple(names), of_bias)
+
+
+def _draw_for_errors(batch: CostBatch) -> ErrorCostCache:
+    adapter = batch.model.adapter
+    weights = [adapter.output_weight(layer) for layer in range(batch.model.geometry.layers)]
+    cache = batch.cache(ErrorCostCache, output_weights=weights)
+    with adapter.watching(cache.see):
+        run_scales(batch.model, batch.labels, cache, batch.sampler, batch.settings, decode=False)
+    return cache
+
+
+calibrate_levels = LevelCalibration("error", 16, _draw_for_errors)
+"""Squared output errors relative to the residual stream."""

@@ -6,7 +6,7 @@ Arrays: L layers, H heads, T scales; levels are indices into LEVELS with NONE af
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.checks import of_kind
+from heatkv.contents import EqualByContents
 from heatkv.errors import StatisticsError
 from heatkv.levels import LEVELS, NONE, LevelChoices, log_counts
 from heatkv.schedule import ScaleSchedule
@@ -39,7 +41,10 @@ def calibrated_bias(schedule: ScaleSchedule, whole_LHT: FloatArray, pooled_LHTV:
 
 def _fixed(array: FloatArray) -> FloatArray:
     """A copy that nobody can change."""
-    copy = np.array(array, dtype=np.float64)
+    try:
+        copy = np.array(array, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise StatisticsError("level costs are no regular arrays of numbers; measure them again") from None
     copy.setflags(write=False)
     return copy
 
@@ -52,13 +57,14 @@ def _count(header: Mapping[str, Any], name: str) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class LevelStatistics:
+class LevelStatistics(EqualByContents):
     """Costs of holding cells at coarser levels, summed over samples, under frozen biases.
 
     `log_bias` is (L, H, T, levels). `joint_sum[t]` is (L, H, combinations of target t) in the order of `choices`;
     `single_sum[l, h, t, s, level]` is the cost of that level alone, all else whole, for the sources that are not joint.
     `cost` is "error", the squared output error relative to the residual stream, summed over queries, or "fisher", the
-    expected squared change of the log-likelihood. Raises StatisticsError for what does not fit together.
+    expected squared change of the log-likelihood. They are equal when all they hold is, arrays exactly so. Raises
+    StatisticsError for what does not fit together.
     """
 
     choices: LevelChoices
@@ -70,6 +76,10 @@ class LevelStatistics:
     bias_samples: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        of_kind(self.choices, LevelChoices, "choices", StatisticsError, "give the LevelChoices they were measured for")
+        of_kind(self.joint_sum, Sequence, "joint_sum", StatisticsError, "give a tuple of arrays, one per target scale")
+        for name in ("samples", "bias_samples"):
+            of_kind(getattr(self, name), tuple, name, StatisticsError, "give a tuple of the samples' names")
         for name in ("log_bias", "single_sum"):
             object.__setattr__(self, name, _fixed(getattr(self, name)))
         object.__setattr__(self, "joint_sum", tuple(_fixed(joint) for joint in self.joint_sum))
@@ -95,6 +105,9 @@ class LevelStatistics:
         if not self.samples or len(set(self.samples)) != len(self.samples):
             raise StatisticsError("level costs are of no sample, or count one twice")
 
+    def __hash__(self) -> int:
+        return hash((self.choices, self.cost, self.samples))
+
     @property
     def layers(self) -> int:
         return int(self.log_bias.shape[0])
@@ -117,9 +130,18 @@ class LevelStatistics:
     def merge(self, other: LevelStatistics) -> LevelStatistics:
         """Both sample sets as one, exactly. Raises StatisticsError for other biases, kinds, choices or a shared
         sample."""
-        if (self.choices, self.cost) != (other.choices, other.cost):
+        of_kind(other, LevelStatistics, "the other", StatisticsError, "give LevelStatistics, as calibrate_levels does")
+        if self.cost != other.cost:
             raise StatisticsError(
-                f"cannot merge level costs of kind {self.cost!r} and {other.cost!r}, or of other choices of levels"
+                f"cannot merge level costs of kind {self.cost!r} and {other.cost!r}; measure both alike (calibrate "
+                f"--levels {self.cost})"
+            )
+        if self.choices != other.choices:
+            mine, theirs = self.choices, other.choices
+            raise StatisticsError(
+                f"cannot merge level costs with sink_scales={mine.sink_scales}, joint={mine.joint} and "
+                f"sink_scales={theirs.sink_scales}, joint={theirs.joint}, or of other schedules; measure both alike "
+                f"(calibrate --levels {self.cost} --sink-scales {mine.sink_scales})"
             )
         if not np.array_equal(self.log_bias, other.log_bias):
             raise StatisticsError(

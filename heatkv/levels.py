@@ -83,6 +83,9 @@ def useful_levels(scale: tuple[int, int, int]) -> tuple[str, ...]:
     return LEVELS if min(height, width) >= 4 else (FULL, MEAN)
 
 
+SINK_SCALES = 2
+"""Scales that stay whole unless another number is chosen: the third is small enough to be priced like the others."""
+
 NONE = len(LEVELS)
 """The index, after those of LEVELS, of a cell that is not held."""
 
@@ -96,7 +99,7 @@ class LevelChoices:
     """
 
     schedule: ScaleSchedule
-    sink_scales: int = 2
+    sink_scales: int = SINK_SCALES
     joint: int = 5
 
     def __post_init__(self) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.checks import number, of_kind, shown, whole
+from heatkv.contents import EqualByContents
 from heatkv.errors import FormatError, HeatKVError, PlanError
 from heatkv.files import check_header, read_json, write_json
 from heatkv.geometry import CacheGeometry
@@ -34,7 +36,7 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class CoarseCells:
+class CoarseCells(EqualByContents):
     """Cells at one coarser level: `last_read` is the last target that reads the cell at this level or a finer one.
 
     `log_bias[l, h, s]` is added to the logits of the level's tokens, each of which stands for many.
@@ -43,6 +45,9 @@ class CoarseCells:
     level: str
     last_read: IntArray
     log_bias: FloatArray
+
+    def __hash__(self) -> int:
+        return hash((self.level, np.shape(self.last_read)))
 
     @classmethod
     def uncalibrated(cls, level: str, last_read: IntArray, schedule: ScaleSchedule) -> CoarseCells:
@@ -201,8 +206,10 @@ class CachePlan(ABC):
 class Plan(CachePlan):
     """An immutable, validated static plan with what it was made for.
 
+    `last_read` is (L, H, T), whole numbers; `budget` is a share of the full cache, `budget_token_heads` the same in
+    token-heads. Plans are equal when all they hold is.
     Raises PlanError when `last_read` has the wrong shape or a value outside s..T-1, when a sink cell is not kept to
-    the end, or when a checkpoint holds more than `budget_token_heads`.
+    the end, when a checkpoint holds more than `budget_token_heads`, or for what is of the wrong kind.
     """
 
     policy: str
@@ -219,6 +226,18 @@ class Plan(CachePlan):
     coarse: tuple[CoarseCells, ...] = ()
 
     def __post_init__(self) -> None:
+        of_kind(
+            self.geometry, CacheGeometry, "geometry", PlanError, "give the CacheGeometry of a model: model.geometry"
+        )
+        of_kind(self.settings, Mapping, "settings", PlanError, "give a dictionary of what decided the plan")
+        for name in ("policy", "model"):
+            of_kind(getattr(self, name), str, name, PlanError, "give its name as text")
+        for name in ("sink_scales", "budget_token_heads"):
+            object.__setattr__(self, name, whole(getattr(self, name), name, PlanError))
+        object.__setattr__(self, "budget", number(self.budget, "budget", PlanError))
+        for name in ("value", "value_bound", "gap"):
+            if (told := getattr(self, name)) is not None:
+                object.__setattr__(self, name, number(told, name, PlanError))
         scales = len(self.schedule)
         array = self._checked_last_read(self.last_read, "last_read")
         object.__setattr__(self, "last_read", array)
@@ -253,6 +272,10 @@ class Plan(CachePlan):
 
     def _checked_coarse(self) -> tuple[CoarseCells, ...]:
         """The coarser levels with read-only arrays of their types."""
+        way_out = "give a tuple of CoarseCells, fine to coarse"
+        of_kind(self.coarse, Sequence, "coarse", PlanError, way_out)
+        for cells in self.coarse:
+            of_kind(cells, CoarseCells, "an entry of coarse", PlanError, way_out)
         checked: list[CoarseCells] = []
         finer, finer_name = self.last_read, "last_read"
         order = [cells.level for cells in self.coarse]
@@ -288,7 +311,8 @@ class Plan(CachePlan):
 
     def level_read(self, target: int) -> IntArray:
         """At which level target scale `target` reads each cell of earlier scales, (L, H, target): an index into
-        `levels`, or their number where the cell is not read at all."""
+        `levels`, or their number where the cell is not read at all. Raises PlanError for a scale there is not."""
+        target = self._checked_target(target)
         reads: IntArray = sum(
             ((last_read[:, :, :target] < target).astype(np.int64) for _, last_read in self.levels),
             start=np.zeros_like(self.last_read[:, :, :target]),
@@ -304,8 +328,15 @@ class Plan(CachePlan):
         return held
 
     def reads(self, target: int) -> NDArray[np.bool_]:
-        """Which cells of earlier scales target scale `target` reads, at any level, shape (L, H, target)."""
+        """Which cells of earlier scales target scale `target` reads, at any level, shape (L, H, target).
+
+        Raises PlanError for a scale there is not.
+        """
+        target = self._checked_target(target)
         return self.levels[-1][1][:, :, :target] >= target
+
+    def _checked_target(self, target: int) -> int:
+        return whole(target, "target", PlanError, 0, len(self.schedule) - 1)
 
     def had_no_effect(self) -> bool:
         return bool((self.last_read == len(self.schedule) - 1).all())
@@ -313,6 +344,7 @@ class Plan(CachePlan):
     # ------------------------------------------------------------------ files
 
     def to_json(self) -> dict[str, Any]:
+        """The plan as in a plan.json."""
         out = self._common_json()
         out["sink_scales"] = self.sink_scales
         for name in ("value", "value_bound", "gap"):
@@ -353,7 +385,7 @@ class Plan(CachePlan):
 
     @classmethod
     def load(cls, path: str | Path, head_dim: int | None = None) -> Plan:
-        """Read a plan.json, as `from_json` does."""
+        """Read a plan.json, as `from_json` does. Raises FormatError, PlanError or ScheduleError."""
         return cls.from_json(read_json(path), path, head_dim)
 
 
@@ -453,7 +485,4 @@ def _float_array(value: Any, name: str) -> FloatArray:
 
 
 def _short(value: Any) -> str:
-    if value is None:
-        return "missing"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "missing" if value is None else shown(value)

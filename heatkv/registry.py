@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
+from heatkv.checks import shown
 from heatkv.errors import PolicyError
 
 ENTRY_POINT_GROUP = "heatkv.policies"
@@ -43,7 +44,7 @@ def check_name(name: str, what: str) -> None:
     """Raise PolicyError unless `what` may have this name: lower-case letters, digits and hyphens between them."""
     if not _NAME.fullmatch(name):
         raise PolicyError(
-            f"{what} is named {name!r}; a name is lower-case letters, digits and hyphens between them, such as "
+            f"{what} is named {shown(name)}; a name is lower-case letters, digits and hyphens between them, such as "
             "keep-coarse, so that the command line can tell it from other text"
         )
 
@@ -55,7 +56,7 @@ def register(policy: type[Any]) -> type[Any]:
     or taken by another class.
     """
     if not isinstance(policy, type):
-        raise PolicyError(f"{policy!r} is no class; register a subclass of heatkv.EvictionPolicy")
+        raise PolicyError(f"{shown(policy)} is no class; register a subclass of heatkv.EvictionPolicy")
     name = getattr(policy, "name", None)
     if not isinstance(name, str) or not name:
         raise PolicyError(f"{policy.__qualname__} has no `name`; give the class a string `name`")
@@ -111,6 +112,8 @@ def broken_plugins() -> dict[str, str]:
 def find_policy(name: str) -> type[Any]:
     """The policy class of this name. Raises PolicyError with a suggestion when there is none."""
     policies = registered_policies()
+    if not isinstance(name, str):
+        raise PolicyError(f"the policy is {shown(name)}; give its name, one of {', '.join(policies)}")
     if name in policies:
         return policies[name].policy
     near = difflib.get_close_matches(name, policies, n=1, cutoff=0.4)

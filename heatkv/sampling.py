@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from heatkv.checks import number, of_kind, whole
 from heatkv.errors import ModelError
 
 
+@runtime_checkable
 class Settings(Protocol):
     """What samplers and models ask of the settings of either kind."""
 
@@ -47,8 +49,8 @@ class SamplingSettings:
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.cfg <= 100:
-            raise ModelError(f"cfg is {self.cfg}; guidance is from 0 (none) to 100")
+        number(self.cfg, "cfg", ModelError, 0, 100)
+        of_kind(self.ramp, bool, "ramp", ModelError, "it is True or False")
         _check_cut(self.top_k, self.top_p)
 
     @property
@@ -90,9 +92,9 @@ class BitSamplingSettings:
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not all(0 <= strength <= 100 for strength in _numbers(self.cfg)):
-            raise ModelError(f"cfg is {self.cfg}; guidance is from 0 to 100, 1 being none")
-        if not all(0 < temperature <= 100 for temperature in _numbers(self.tau)):
+        for strength in _numbers(self.cfg):
+            number(strength, "cfg", ModelError, 0, 100)
+        if not all(0 < number(temperature, "tau", ModelError) <= 100 for temperature in _numbers(self.tau)):
             raise ModelError(f"tau is {self.tau}; a temperature is above 0 and at most 100")
         _check_cut(self.top_k, self.top_p)
 
@@ -137,10 +139,8 @@ def _of_scale(value: float | tuple[float, ...], name: str, scale: int, scales: i
 
 
 def _check_cut(top_k: int, top_p: float) -> None:
-    if top_k < 0:
-        raise ModelError(f"top_k is {top_k}; it is 0 (everything) or a count")
-    if not 0 <= top_p <= 1:
-        raise ModelError(f"top_p is {top_p}; it is a share from 0 (everything) to 1")
+    whole(top_k, "top_k", ModelError, 0)
+    number(top_p, "top_p", ModelError, 0, 1)
 
 
 def cut_logits(logits_BNV: Tensor, top_k: int, top_p: float) -> Tensor:

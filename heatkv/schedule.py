@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from importlib import resources
 from typing import Any
 
+from heatkv.checks import as_number, as_whole, shown, whole
 from heatkv.errors import ScheduleError
 
 MAX_SIDE = 1 << 16
@@ -24,10 +25,6 @@ _VAR_SIDES = {
 }
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 @dataclass(frozen=True)
 class ScaleSchedule:
     """The scales of one image or clip, coarse to fine; `scales[s]` is (t, h, w) in tokens.
@@ -38,35 +35,39 @@ class ScaleSchedule:
     scales: tuple[tuple[int, int, int], ...]
 
     def __post_init__(self) -> None:
-        if len(self.scales) < 2:
+        scales = tuple(_entries(self.scales))
+        if len(scales) < 2:
             raise ScheduleError(
-                f"a schedule needs at least 2 scales, this one has {len(self.scales)}: with one scale nothing is cached"
+                f"a schedule needs at least 2 scales, this one has {len(scales)}: with one scale nothing is cached"
             )
-        for index, scale in enumerate(self.scales):
-            if len(scale) != 3 or not all(_whole(side) and 1 <= side <= MAX_SIDE for side in scale):
+        for index, scale in enumerate(scales):
+            if len(scale) != 3 or not all(1 <= (as_whole(side) or 0) <= MAX_SIDE for side in scale):
                 raise ScheduleError(
-                    f"scale {index} is {scale!r}; it must be (t, h, w), whole numbers from 1 to {MAX_SIDE}"
+                    f"scale {index} is {shown(scale)}; it must be (t, h, w), whole numbers from 1 to {MAX_SIDE}"
                 )
+        object.__setattr__(self, "scales", tuple(tuple(map(int, scale)) for scale in scales))
 
     # ------------------------------------------------------------------ ways to make one
 
     @classmethod
     def of(cls, scales: Iterable[Sequence[int]]) -> ScaleSchedule:
-        """From (h, w) pairs or (t, h, w) triples, as lists or tuples (for instance from JSON)."""
-        try:
-            entries = [tuple(scale) for scale in scales]
-        except TypeError as error:
-            raise ScheduleError(f"a schedule is a list of [t, h, w] or [h, w], not {scales!r}") from error
-        return cls(tuple((1, *entry) if len(entry) == 2 else entry for entry in entries))  # type: ignore[misc]
+        """From (h, w) pairs or (t, h, w) triples, as lists or tuples (for instance from JSON). Raises ScheduleError."""
+        return cls(tuple((1, *entry) if len(entry) == 2 else entry for entry in _entries(scales)))  # type: ignore[misc]
 
     @classmethod
     def square(cls, sides: Iterable[int]) -> ScaleSchedule:
-        """An image schedule of square scales with these sides."""
-        return cls(tuple((1, side, side) for side in sides))
+        """An image schedule of square scales with these sides. Raises ScheduleError."""
+        try:
+            return cls(tuple((1, side, side) for side in sides))
+        except TypeError:
+            raise ScheduleError(f"sides is {shown(sides)}; give a list of whole numbers, coarse to fine") from None
 
     @classmethod
     def var(cls, pixels: int | str = 256) -> ScaleSchedule:
-        """VAR's published schedules (Tian et al. 2024): 256 or 512 px, or the 1024-px one of its training code."""
+        """VAR's published schedules (Tian et al. 2024): 256 or 512 px, or the 1024-px one of its training code.
+
+        Raises ScheduleError for another size.
+        """
         sides = _VAR_SIDES.get(str(pixels).removesuffix("px"))
         if sides is None:
             raise ScheduleError(f"VAR has no {pixels} px schedule; known: {', '.join(_VAR_SIDES)}")
@@ -76,24 +77,28 @@ class ScaleSchedule:
     def infinity(cls, size: str = "1M", ratio: float = 1.0) -> ScaleSchedule:
         """Infinity's schedule for a pixel budget ("0.06M", "0.25M", "0.60M", "1M") and a height/width ratio.
 
-        The nearest published template to `ratio` is taken, the first one on ties, as the model itself does.
+        The nearest published template to `ratio` is taken, the first one on ties, as the model itself does. Raises
+        ScheduleError for another size or a ratio outside 0.1 to 10.
         """
         data = _infinity_data()
-        if size not in data["sizes"]:
-            raise ScheduleError(f"Infinity has no size {size!r}; known: {', '.join(data['sizes'])}")
+        if not isinstance(size, str) or size not in data["sizes"]:
+            raise ScheduleError(f"Infinity has no size {shown(size)}; known: {', '.join(data['sizes'])}")
         taken = cls.infinity_template(ratio)
         template = next(entry for entry in data["templates"].values() if entry["h_div_w"] == taken)
         return cls.of(template["scales"][: data["sizes"][size]])
 
     @classmethod
     def infinity_template(cls, ratio: float) -> float:
-        """Height/width of the published template nearest to `ratio`, the first one on ties."""
-        if not 0.1 <= ratio <= 10:  # also refuses NaN
-            raise ScheduleError(f"height/width ratio {ratio} is outside 0.1 to 10; templates run from 0.333 to 3.0")
+        """Height/width of the published template nearest to `ratio`, the first one on ties. Raises ScheduleError."""
+        if not 0.1 <= as_number(ratio) <= 10:
+            raise ScheduleError(
+                f"height/width ratio {shown(ratio)} is outside 0.1 to 10; templates run from 0.333 to 3.0"
+            )
         return min(cls.infinity_ratios(), key=lambda own: abs(own - ratio))
 
     @classmethod
     def infinity_sizes(cls) -> tuple[str, ...]:
+        """The pixel budgets that have published schedules, as "1M"."""
         return tuple(_infinity_data()["sizes"])
 
     @classmethod
@@ -131,16 +136,25 @@ class ScaleSchedule:
         return self.offsets[-2]
 
     def slice(self, scale: int) -> slice:
-        """Where the tokens of one scale lie in the flat sequence."""
+        """Where the tokens of one scale lie in the flat sequence. Raises ScheduleError for a scale there is not."""
+        scale = whole(scale, "scale", ScheduleError, 0, len(self) - 1)
         return slice(self.offsets[scale], self.offsets[scale + 1])
 
     def to_json(self) -> list[list[int]]:
+        """[t, h, w] of every scale."""
         return [list(scale) for scale in self.scales]
 
     def __str__(self) -> str:
         if all(t == 1 and h == w for t, h, w in self.scales):
             return ",".join(str(h) for _, h, _ in self.scales)
         return ",".join(f"{h}x{w}" if t == 1 else f"{t}x{h}x{w}" for t, h, w in self.scales)
+
+
+def _entries(scales: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+    try:
+        return [tuple(scale) for scale in scales]
+    except TypeError as error:
+        raise ScheduleError(f"a schedule is a list of [t, h, w] or [h, w], not {shown(scales)}") from error
 
 
 @cache

@@ -67,6 +67,7 @@ class SelectingCache(ArenaCache):
         heads = plan.geometry.heads if plan.shared else 0
         self._counts_LRH = torch.zeros((plan.geometry.layers, rows, heads), dtype=torch.int32, device=on)
         self._steps = [] if plan.shared else self._prepare()
+        self._places = self._prepare_shared() if plan.shared else []
         self.reset()
 
     @property
@@ -123,6 +124,14 @@ class SelectingCache(ArenaCache):
                 )
             steps.append(row)
         return steps
+
+    def _prepare_shared(self) -> list[list[Tensor]]:
+        """The slots of every layer while every target runs, and after the last one."""
+        layers = range(self.geometry.layers)
+        targets = range(len(self.layout.places))
+        held = [[self.layout.places[target][layer][0] for layer in layers] for target in targets]
+        held.append([np.zeros(0, dtype=np.int64) for _ in layers])
+        return [[torch.from_numpy(slots).to(self.arena_2RPD.device) for slots in of_layers] for of_layers in held]
 
     def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         if self.plan.shared:
@@ -209,7 +218,10 @@ class SelectingCache(ArenaCache):
 
     @staticmethod
     def _of_valid(seen: Candidates, scores: Tensor) -> Tensor:
-        return scores if seen.valid_RHC is None else scores.masked_fill(~seen.valid_RHC, -torch.inf)
+        if seen.valid_RHC is None:
+            return scores
+        # whatever a token scores, it is worth more than a place that holds nothing
+        return scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~seen.valid_RHC, -torch.inf)
 
     def _carry(self, seen: Candidates) -> Tensor:
         carried = self._guarded("carry", self.policy.carry, seen)
@@ -234,62 +246,74 @@ class SelectingCache(ArenaCache):
 
         What is held lies head by head; it is read into places of equal length, whose first ones may hold nothing.
         """
-        (places,), (then,) = self.layout.places[self._target][layer], self._next_slots(self._target, layer)
+        places_P, then_P = self._places[self._target][layer], self._places[self._target + 1][layer]
         _, heads, tokens, dim = q_RHND.shape
-        counts_RH = self._counts_LRH[layer].long()
-        widest = min(self.geometry.schedule.offsets[self._target], len(places))
-        valid_RHC, slots_RHM = None, None
-        k, v = k_RHND, v_RHND
-        if widest:
+        available = self.geometry.schedule.offsets[self._target]
+        k, v, valid_RHC, mask = k_RHND, v_RHND, None, None
+        if 0 < len(places_P) < heads * available:  # something was dropped: heads hold different numbers
+            widest, counts_RH = min(available, len(places_P)), self._counts_LRH[layer].long()
             ends_RH1 = counts_RH.cumsum(dim=1)[..., None]
             at_RHM = ends_RH1 - widest + torch.arange(widest, device=q_RHND.device)
             held_RHM = at_RHM >= ends_RH1 - counts_RH[..., None]
-            slots_RHM = torch.from_numpy(places).to(q_RHND.device)[at_RHM.clamp(min=0)]
-            where = slots_RHM.flatten(1)[..., None].expand(-1, -1, dim)
-            past_k, past_v = (store.gather(1, where).unflatten(1, (heads, widest)) for store in self.arena_2RPD)
-            k, v = torch.cat([past_k.to(k.dtype), k], dim=2), torch.cat([past_v.to(v.dtype), v], dim=2)
+            slots_RHM = places_P[at_RHM.clamp(min=0)]
             valid_RHC = F.pad(held_RHM, (0, tokens), value=True)
-        mask = None if valid_RHC is None else valid_RHC[:, :, None].expand(-1, -1, tokens, -1)
+            # as numbers: truth values would be made into numbers for every query
+            hidden = q_RHND.new_zeros(valid_RHC.shape).masked_fill_(~valid_RHC, -torch.inf)
+            mask = hidden[:, :, None].expand(-1, -1, tokens, -1)
+        else:
+            slots_RHM = places_P.view(heads, -1)[None].expand(self.rows, -1, -1)
+        if len(places_P):
+            where = slots_RHM.flatten(1)[..., None].expand(-1, -1, dim)
+            past_k, past_v = (store.gather(1, where).unflatten(1, (heads, -1)) for store in self.arena_2RPD)
+            k, v = torch.cat([past_k.to(k.dtype), k], dim=2), torch.cat([past_v.to(v.dtype), v], dim=2)
         out_RHND = F.scaled_dot_product_attention(q_RHND, k, v, attn_mask=mask, scale=1.0)
         out_RHND = self._corrected(layer, q_RHND, out_RHND)
-        if len(then):
-            self._keep_shared(
-                layer, torch.from_numpy(then).to(q_RHND.device), widest, slots_RHM, q_RHND, k, v, valid_RHC
-            )
+        if len(then_P):
+            self._keep_shared(layer, then_P, slots_RHM, q_RHND, k, v, valid_RHC)
         return out_RHND
 
     def _keep_shared(
         self,
         layer: int,
         then_P: Tensor,
-        held: int,
-        slots_RHM: Tensor | None,
+        slots_RHM: Tensor,
         q_RHND: Tensor,
         k_RHCD: Tensor,
         v_RHCD: Tensor,
         valid_RHC: Tensor | None,
     ) -> None:
-        rows, heads, _, _ = k_RHCD.shape
-        carried = None
+        rows, heads, count, _ = k_RHCD.shape
+        parts = [k_RHCD, v_RHCD]
+        seen = self._seen(
+            layer,
+            tuple(range(heads)),
+            len(then_P) // heads,
+            slots_RHM.shape[2],
+            q_RHND,
+            k_RHCD,
+            v_RHCD,
+            valid_RHC,
+            None,
+        )
         if self._carried_RPX is not None:
-            carried = k_RHCD.new_zeros((rows, heads, k_RHCD.shape[2], self.plan.carried), dtype=torch.float32)
-            if slots_RHM is not None:
-                where = slots_RHM.flatten(1)[..., None].expand(-1, -1, self.plan.carried)
-                carried[:, :, :held] = self._carried_RPX.gather(1, where).unflatten(1, (heads, held))
-        mean = len(then_P) // heads
-        seen = self._seen(layer, tuple(range(heads)), mean, held, q_RHND, k_RHCD, v_RHCD, valid_RHC, carried)
-        if carried is not None:
-            seen = dataclasses.replace(seen, carried_RHCX=self._carry(seen))
-        everything = len(then_P) == len(self.layout.places[self._target][layer][0]) + heads * q_RHND.shape[2]
-        scores = self._of_valid(seen, seen.no_scores()) if everything else self._scores(seen)
-        best = scores.flatten(1).topk(len(then_P), dim=-1, sorted=False).indices.sort(dim=-1).values
-        parts = [k_RHCD, v_RHCD, *([] if seen.carried_RHCX is None else [seen.carried_RHCX])]
-        chosen = [x.flatten(1, 2).gather(1, best[..., None].expand(-1, -1, x.shape[3])) for x in parts]
+            where = slots_RHM.flatten(1)[..., None].expand(-1, -1, self.plan.carried)
+            past = self._carried_RPX.gather(1, where).unflatten(1, (heads, -1))
+            seen = dataclasses.replace(seen, carried_RHCX=F.pad(past, (0, 0, 0, q_RHND.shape[2])))
+            carried = self._carry(seen)
+            seen = dataclasses.replace(seen, carried_RHCX=carried)
+            parts.append(carried)
+        if len(then_P) == heads * count:  # all stay
+            chosen = [x.flatten(1, 2) for x in parts]
+            if valid_RHC is not None:  # a single head, which holds as much in all rows
+                self._counts_LRH[layer] += q_RHND.shape[2]
+        else:
+            best = self._scores(seen).flatten(1).topk(len(then_P), dim=-1, sorted=False).indices.sort(dim=-1).values
+            chosen = [x.flatten(1, 2).gather(1, best[..., None].expand(-1, -1, x.shape[3])) for x in parts]
+            kept = torch.zeros((rows, heads * count), dtype=torch.int32, device=best.device).scatter_(1, best, 1)
+            self._counts_LRH[layer] = kept.view(rows, heads, count).sum(dim=-1)
         self._write(then_P, chosen[0], chosen[1])
         if self._carried_RPX is not None:
             self._carried_RPX.index_copy_(1, then_P, chosen[2])
-        of_head = torch.div(best, k_RHCD.shape[2], rounding_mode="floor")
-        self._counts_LRH[layer] = F.one_hot(of_head, heads).sum(dim=1).to(torch.int32)
 
 
 def open_cache(

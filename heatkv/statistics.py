@@ -21,16 +21,24 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
+from heatkv.checks import number, of_kind, shown, whole
+from heatkv.contents import EqualByContents
 from heatkv.errors import FormatError, StatisticsError
-from heatkv.files import check_header, read_json, replacing
+from heatkv.files import as_json, as_path, check_header, read_json, replacing
 from heatkv.geometry import CacheGeometry
 from heatkv.level_statistics import LevelStatistics
 from heatkv.schedule import ScaleSchedule
 
 FORMAT, VERSION = "heatkv-statistics", 1
-_ARRAYS = ("mass_sum", "mass_square_sum", "all_mass_sum", "error_sum")
+_NEEDED = ("mass_sum", "mass_square_sum")
+_ARRAYS = (*_NEEDED, "all_mass_sum", "error_sum")
 _OF_TARGETS = ("concentration_sum", "similarity_sum")
 _MASS_TOLERANCE = 1e-3  # of the sum over sources, which is 1: bf16 attention rounds
+
+PUBLISHED_SINKS = 3
+"""First scales that published rankings leave out, as the paper never drops them."""
+
+_MEASURE_INSTEAD = "plan from statistics of it (heatkv calibrate, then --statistics FILE)"
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -59,6 +67,15 @@ class Provenance:
     samples: tuple[str, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("model", "fingerprint"):
+            of_kind(getattr(self, name), str, name, StatisticsError, "give it as text")
+        for name in ("settings", "versions"):
+            of_kind(getattr(self, name), Mapping, name, StatisticsError, "give a dictionary")
+        if self.cfg is not None:
+            object.__setattr__(self, "cfg", number(self.cfg, "cfg", StatisticsError))
+        of_kind(self.samples, tuple, "samples", StatisticsError, "give a tuple of names, seed:index:label")
+
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
@@ -71,15 +88,15 @@ class Provenance:
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class Statistics(EqualByContents):
     """Sums over samples, so that shards merge by addition; float64 (L, H, T, T), entries with s > t are zero.
 
     `mass_sum` and `mass_square_sum` are of the conditional rows' attention mass, as the paper has it, `all_mass_sum`
     of the mean over all rows, `error_sum` of the drop error, summed over queries, mean over rows; `levels` are the
     costs of coarser levels. `concentration_sum` (L, H, T) is of how unevenly a scale's queries attend to the keys,
     `similarity_sum` (L, T) of how much its keys and values are like those of the scale before. The last five are None
-    where they were not measured. Raises StatisticsError for wrong
-    shapes, values that are not finite or negative, or masses that do not sum to one.
+    where they were not measured. Statistics are equal when all they hold is, arrays exactly so. Raises StatisticsError
+    for wrong kinds or shapes, values that are not finite or negative, or masses that do not sum to one.
     """
 
     schedule: ScaleSchedule
@@ -93,12 +110,21 @@ class Statistics:
     similarity_sum: FloatArray | None = None
 
     def __post_init__(self) -> None:
+        of_kind(self.schedule, ScaleSchedule, "schedule", StatisticsError, "give the ScaleSchedule they are of")
+        of_kind(
+            self.provenance, Provenance, "provenance", StatisticsError, "say in a Provenance where they were measured"
+        )
+        if self.levels is not None:
+            of_kind(self.levels, LevelStatistics, "levels", StatisticsError, "give LevelStatistics, or None for none")
         scales = len(self.schedule)
         for name, given in self._arrays().items():
             if name in _OF_TARGETS:
                 self._check_of_targets(name, given)
                 continue
-            array = np.array(given, dtype=np.float64)
+            try:
+                array = np.array(given, dtype=np.float64)
+            except (TypeError, ValueError):
+                raise StatisticsError(f"{name} is {shown(given)}; it must be an array of numbers") from None
             if array.ndim != 4 or array.shape[2:] != (scales, scales) or 0 in array.shape:
                 raise StatisticsError(f"{name} has shape {array.shape}; it must be (layers, heads, {scales}, {scales})")
             if not np.isfinite(array).all() or (array < 0).any():
@@ -136,7 +162,7 @@ class Statistics:
     def _arrays(self) -> dict[str, FloatArray]:
         """What was measured, by the names in files."""
         names = (*_ARRAYS, *_OF_TARGETS)
-        return {name: array for name in names if (array := getattr(self, name)) is not None}
+        return {name: array for name in names if (array := getattr(self, name)) is not None or name in _NEEDED}
 
     def _check_of_targets(self, name: str, given: FloatArray) -> None:
         array = np.array(given, dtype=np.float64)
@@ -148,6 +174,9 @@ class Statistics:
             raise StatisticsError(f"{name} must be finite{' and not negative' if of_heads else ''}")
         array.setflags(write=False)
         object.__setattr__(self, name, array)
+
+    def __hash__(self) -> int:
+        return hash((self.schedule, self.provenance.fingerprint, self.provenance.samples))
 
     @property
     def layers(self) -> int:
@@ -238,6 +267,7 @@ class Statistics:
 
     def check_geometry(self, geometry: CacheGeometry) -> None:
         """Raise StatisticsError unless they were measured on a model of this geometry and schedule."""
+        of_kind(geometry, CacheGeometry, "geometry", StatisticsError, "give that of a model: model.geometry")
         if (self.layers, self.heads) != (geometry.layers, geometry.heads):
             raise StatisticsError(
                 f"the statistics are of {self.layers} layers x {self.heads} heads ({self.provenance.model}), the model "
@@ -262,6 +292,7 @@ class Statistics:
 
     def merge(self, other: Statistics) -> Statistics:
         """Both sample sets as one. Raises StatisticsError when they were not measured alike or share a sample."""
+        of_kind(other, Statistics, "the other", StatisticsError, "load statistics with Statistics.load, or calibrate")
         mine, theirs = self.provenance, other.provenance
         for name in ("model", "fingerprint", "cfg", "settings"):
             if getattr(mine, name) != getattr(theirs, name):
@@ -293,6 +324,7 @@ class Statistics:
     # ------------------------------------------------------------------ files
 
     def save(self, path: str | Path) -> None:
+        """Write a statistics file, whole or not at all. Raises FormatError."""
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -303,8 +335,9 @@ class Statistics:
         if self.levels is not None:
             header["levels"] = self.levels.header()
             arrays |= self.levels.arrays()
+        text = as_json(header, path)
         with replacing(path) as temporary:
-            temporary.write_bytes(safetensors_bytes(arrays, metadata={"heatkv": json.dumps(header)}))
+            temporary.write_bytes(safetensors_bytes(arrays, metadata={"heatkv": text}))
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -312,6 +345,7 @@ class Statistics:
 
         Raises FormatError, ScheduleError or StatisticsError.
         """
+        path = as_path(path)
         try:
             with safe_open(path, framework="numpy") as file:
                 text = (file.metadata() or {}).get("heatkv", "null")
@@ -323,7 +357,7 @@ class Statistics:
                 of_levels = {name: arrays.pop(name) for name in list(arrays) if name.startswith("levels.")}
                 levels = LevelStatistics.from_file(ScaleSchedule.of(header["schedule"]), header["levels"], of_levels)
             known = (*_ARRAYS, *_OF_TARGETS)
-            if not {"mass_sum", "mass_square_sum"} <= set(arrays) <= set(known):
+            if not set(_NEEDED) <= set(arrays) <= set(known):
                 raise FormatError(f"{path} holds the arrays {sorted(arrays)}; known are {', '.join(known)}")
             return cls(
                 ScaleSchedule.of(header["schedule"]),
@@ -347,10 +381,11 @@ class Statistics:
 
 
 @dataclass(frozen=True, eq=False)
-class HeadRankings:
+class HeadRankings(EqualByContents):
     """For consecutive source scales, every (layer, head) pair from least to most important.
 
-    `order[i]` belongs to source scale `first_scale + i` and lists flat pair indices l*H + h, first dropped first.
+    `order[i]`, of (scales, L*H), belongs to source scale `first_scale + i` and lists flat pair indices l*H + h, first
+    dropped first. Rankings are equal when all they hold is. Raises StatisticsError for what is no such array.
     """
 
     layers: int
@@ -359,7 +394,15 @@ class HeadRankings:
     order: IntArray
 
     def __post_init__(self) -> None:
-        order = np.array(self.order, dtype=np.int64)
+        for name, least in (("layers", 1), ("heads", 1), ("first_scale", 0)):
+            object.__setattr__(self, name, whole(getattr(self, name), name, StatisticsError, least))
+        try:
+            given = np.asarray(self.order)
+        except ValueError:
+            raise StatisticsError("the rankings are not all of the same length") from None
+        if not np.issubdtype(given.dtype, np.integer):
+            raise StatisticsError(f"rankings list whole numbers l*H + h, not {shown(self.order)}")
+        order = given.astype(np.int64)
         pairs = self.layers * self.heads
         if order.ndim != 2 or order.shape[1] != pairs:
             raise StatisticsError(f"a ranking must list all {pairs} (layer, head) pairs; got an array {order.shape}")
@@ -367,6 +410,9 @@ class HeadRankings:
             raise StatisticsError("a ranking must list every (layer, head) pair exactly once")
         order.setflags(write=False)
         object.__setattr__(self, "order", order)
+
+    def __hash__(self) -> int:
+        return hash((self.layers, self.heads, self.first_scale, self.order.tobytes()))
 
     @cached_property
     def ranks(self) -> IntArray:
@@ -403,14 +449,23 @@ class HeadRankings:
 
     @classmethod
     def load_orders(cls, path: str | Path, geometry: CacheGeometry) -> HeadRankings:
-        """Read the ranking file published with HeatKV: a list of rankings, each a list of [head, layer] pairs.
+        """Read a ranking file as published with HeatKV: a list of rankings, each a list of [head, layer] pairs.
 
-        The last ranking belongs to the last source scale that is cached, T-2. Raises FormatError or StatisticsError.
+        Such a file has one ranking for every cached scale but the first three, and is refused for a schedule of
+        another number of scales. What else it was measured on it does not tell. Raises FormatError or StatisticsError.
         """
-        return cls.from_pairs(read_json(path), geometry, path)
+        rankings, scales = cls.from_pairs(read_json(path), geometry, path), len(geometry.schedule)
+        count = len(rankings.order)
+        if rankings.first_scale != PUBLISHED_SINKS:
+            raise StatisticsError(
+                f"{path} has {count} rankings, which are those of a schedule of {count + PUBLISHED_SINKS + 1} scales "
+                f"(all cached ones but the first {PUBLISHED_SINKS}); this one has {scales} scales: {_MEASURE_INSTEAD}"
+            )
+        return rankings
 
     @classmethod
     def from_pairs(cls, value: Sequence[Any], geometry: CacheGeometry, source: str | Path) -> HeadRankings:
+        """From such a list of any number of rankings; the last one is that of the last cached scale, T-2."""
         layers, heads, scales = geometry.layers, geometry.heads, len(geometry.schedule)
         if not isinstance(value, list) or not value:
             raise FormatError(f"{source} is no list of rankings")
@@ -428,7 +483,9 @@ class HeadRankings:
                 f"{layers * heads}"
             )
         if pairs.shape[0] > scales - 1:
-            raise StatisticsError(f"{source} has {pairs.shape[0]} rankings; the schedule caches {scales - 1} scales")
+            raise StatisticsError(
+                f"{source} has {pairs.shape[0]} rankings; the schedule caches {scales - 1} scales: {_MEASURE_INSTEAD}"
+            )
         head, layer = pairs[..., 0], pairs[..., 1]
         if (head < 0).any() or (head >= heads).any() or (layer < 0).any() or (layer >= layers).any():
             raise StatisticsError(f"{source} names a head or layer outside {heads} heads and {layers} layers")

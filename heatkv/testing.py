@@ -545,7 +545,9 @@ def check_statistics(policy: EvictionPolicy, geometry: CacheGeometry, seed: int)
         try:
             other = policy.plan(without)
         except (PolicyError, StatisticsError) as error:
-            _demand(policy.wants_statistics, f"`needs` is {policy.needs!r}, but without {part} it says: {error}")
+            _demand(
+                "statistics" in policy.plans_from(), f"`needs` is {policy.needs!r}, but without {part} it says: {error}"
+            )
             said = re.search("statistics|level costs|calibrate", str(error))
             _demand(said is not None, f"without {part} it says {str(error)!r}; name the statistics it needs")
         else:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
+from heatkv import __version__
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number."""
-    names = ("heatkv", "torch", "numpy", "scipy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    others = {name: metadata.version(name) for name in ("torch", "numpy", "scipy")}
+    return {"python": platform.python_version(), "heatkv": __version__, **others}

@@ -49,13 +49,12 @@ class AmsKvLike(DynamicPolicy):
         if not isinstance(condensed, int) or not 0 <= condensed < scales:
             raise PolicyError(f"condensed={condensed!r} must be a number of scales from 0 to {scales - 1}")
 
-    def resolved(self, problem: PlanningProblem) -> AmsKvLike:
+    def check_measured(self, problem: PlanningProblem) -> None:
         if problem.statistics is None:
             raise PolicyError(
-                f"policy {self.name!r} needs statistics to tell kinds of layers (heatkv calibrate, then --statistics "
-                "FILE)"
+                f"policy {self.name!r} needs statistics to tell kinds of layers (heatkv calibrate, then "
+                "--statistics FILE)"
             )
-        return self
 
     def _with(self, problem: PlanningProblem, few: int, many: int) -> IntArray:
         """Capacities with so many recent scales in either half of the layers."""

@@ -13,13 +13,14 @@ A policy never touches a model, a device or a file. To add one, write a file in 
         def last_read(self, problem: PlanningProblem) -> IntArray:
             return self.never_cached(problem)
 
-and it is listed, profiled, tested and documented by that alone. Policies that choose tokens while images are drawn
-are in `policies/dynamic.py`.
+and it is listed, profiled, tested and documented by that alone. A name is lower-case letters, digits and hyphens.
+Policies that choose tokens while images are drawn are in `policies/dynamic.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,8 +29,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.checks import as_whole, of_kind, shown, whole
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry
+from heatkv.geometry import Budget, CacheGeometry, storage_bytes
 from heatkv.plan import CachePlan, CoarseCells, Plan
 from heatkv.registry import find_policy
 from heatkv.statistics import HeadRankings, Statistics
@@ -41,7 +43,9 @@ IntArray = NDArray[np.int64]
 class PlanningProblem:
     """What a policy may know: the cache's geometry, the budget, and measured statistics or published rankings.
 
-    `rows` and `storage` turn a budget in bytes into token-heads; `seed` is for policies that draw at random.
+    `rows` and `storage` turn a budget in bytes into token-heads; `seed` is for policies that draw at random. Raises
+    PolicyError for what is of the wrong kind, BudgetError for an unknown storage type, and StatisticsError for
+    statistics or rankings of another geometry.
     """
 
     geometry: CacheGeometry
@@ -54,8 +58,19 @@ class PlanningProblem:
     model: str = ""
 
     def __post_init__(self) -> None:
+        of_kind(self.geometry, CacheGeometry, "geometry", PolicyError, "give that of a model: model.geometry")
+        of_kind(self.budget, Budget, "budget", PolicyError, "make one with Budget.parse")
+        of_kind(self.model, str, "model", PolicyError, "give its name as text")
+        storage_bytes(self.storage)
+        object.__setattr__(self, "seed", whole(self.seed, "seed", PolicyError))
+        object.__setattr__(self, "rows", whole(self.rows, "rows", BudgetError, 1))
         if self.statistics is not None:
+            way_out = "load statistics with Statistics.load, or calibrate the model"
+            of_kind(self.statistics, Statistics, "statistics", StatisticsError, way_out)
             self.statistics.check_geometry(self.geometry)
+        if self.rankings is not None:
+            way_out = "load rankings with HeadRankings.load_orders"
+            of_kind(self.rankings, HeadRankings, "rankings", StatisticsError, way_out)
         if self.rankings is not None and (self.rankings.layers, self.rankings.heads) != (
             self.geometry.layers,
             self.geometry.heads,
@@ -77,6 +92,15 @@ class PlanningProblem:
 
 
 @dataclass(frozen=True)
+class FewestSinks:
+    """The fewest sink scales that a policy can plan with, what sets them, and the way to plan with only `{0}`."""
+
+    count: int = 0
+    set_by: str = ""
+    way_out: str = ""
+
+
+@dataclass(frozen=True)
 class EvictionPolicy(ABC):
     """What every policy is: a frozen dataclass with a name that turns a problem into a plan."""
 
@@ -89,28 +113,40 @@ class EvictionPolicy(ABC):
     random: ClassVar[bool] = False
     """True when the plan depends on the seed, so that a comparison must average several draws."""
 
+    def plans_from(self) -> str:
+        """What it needs with the options that it has."""
+        return self.needs
+
     @property
     def level_cost(self) -> str | None:
         """The kind of level costs that the statistics must have for it, if any."""
         return None
 
-    @property
-    def wants_statistics(self) -> bool:
-        """Whether it plans from statistics, so that a comparison measures them where none are given."""
-        return "statistics" in self.needs
-
     @abstractmethod
     def plan(self, problem: PlanningProblem) -> CachePlan:
         """A validated plan within the budget. Raises BudgetError, PolicyError or PlanError."""
 
-    def check(self, problem: PlanningProblem) -> None:  # noqa: B027 - most have nothing to refuse
-        """Raise when the budget or an option cannot be, before anything is measured for it: statistics may be missing
-        here even where `plan` needs them."""
+    def check(self, problem: PlanningProblem) -> None:  # noqa: B027 - most policies have nothing to add
+        """Raise for options that do not fit each other or the problem; needs nothing that is measured."""
+
+    def check_measured(self, problem: PlanningProblem) -> None:  # noqa: B027
+        """Raise when what it plans from is missing, or was measured for something else."""
+
+    def check_room(self, problem: PlanningProblem) -> None:  # noqa: B027
+        """Raise when the budget is below what the policy must keep."""
+
+    def check_all(self, problem: PlanningProblem) -> None:
+        """All that can be told before planning."""
+        of_kind(problem, PlanningProblem, "problem", PolicyError, "give a PlanningProblem, or use model.plan")
+        self.check(problem)
+        self.check_measured(problem)
+        self.check_room(problem)
 
     def settings(self, problem: PlanningProblem) -> dict[str, Any]:
         """Everything that decided the plan beside geometry and budget."""
         settings = {
-            name: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+            # as JSON gives it back, which knows no tuples and no integers of numpy
+            name: list(value) if isinstance(value, tuple) else value if (number := as_whole(value)) is None else number
             for name, value in dataclasses.asdict(self).items()
         }
         settings["budget"] = str(problem.budget)
@@ -128,7 +164,9 @@ class EvictionPolicy(ABC):
 class StaticPolicy(EvictionPolicy):
     """A policy that decides before the first image which cell lives until when.
 
-    `sink_scales` is how many of the first scales are never dropped (HeatKV's paper: 3).
+    `sink_scales` is how many of the first scales are never dropped (HeatKV's paper: 3). A subclass gives `last_read`;
+    `plan` raises PolicyError for options that are wrong, BudgetError for a budget that cannot be kept, and PlanError
+    for a `last_read` that is no plan.
     """
 
     kind: ClassVar[Literal["static", "dynamic"]] = "static"
@@ -141,7 +179,7 @@ class StaticPolicy(EvictionPolicy):
 
     def plan(self, problem: PlanningProblem) -> Plan:
         """A validated plan. Raises BudgetError when the budget cannot hold the sinks, PlanError when it is exceeded."""
-        self.check(problem)
+        self.check_all(problem)
         try:
             last_read = self.last_read(problem)
         except HeatKVError:
@@ -171,29 +209,50 @@ class StaticPolicy(EvictionPolicy):
             **certificate,
         )
 
-    def check(self, problem: PlanningProblem) -> None:
-        """Raise when the sinks alone exceed the budget, or their number does not fit the schedule."""
-        schedule = problem.geometry.schedule
-        most = len(schedule) - 1
-        if not isinstance(self.sink_scales, int) or not 0 <= self.sink_scales <= most:
+    def check_room(self, problem: PlanningProblem) -> None:
+        """Raise when the sinks alone exceed the budget, or their number fits neither the schedule nor what was
+        measured."""
+        schedule, sinks = problem.geometry.schedule, as_whole(self.sink_scales)
+        rooms, fewest, most = self.rooms(problem), self.fewest_sinks(problem), len(schedule) - 1
+        fitting = max(n for n in range(most + 1) if schedule.offsets[n] <= min(rooms.values()))
+
+        def too_small(count: int) -> list[str]:
+            return [name for name, room in rooms.items() if room < schedule.offsets[count]]
+
+        def share(count: int) -> str:
+            tokens, cached = schedule.offsets[count], schedule.cached_tokens
+            percent = math.ceil(Fraction(10000 * tokens, cached)) / 100  # rounded up, so that it is enough
+            return f"{tokens}/{cached} = {percent:g}%"
+
+        more = ""
+        if fewest.count > fitting:
+            more = f" and raise {' and '.join(too_small(fewest.count))} to {share(fewest.count)}"
+        if sinks is None or not 0 <= sinks <= most:
             raise PolicyError(
-                f"sink_scales={self.sink_scales} does not fit a schedule of {len(schedule)} scales: 0 to {most}"
+                f"sink_scales={shown(self.sink_scales)} does not fit a schedule of {len(schedule)} scales: "
+                f"{fewest.count} to {most if more else fitting}{more}"
             )
-        sinks, share = schedule.offsets[self.sink_scales], problem.share
-        if share * schedule.cached_tokens < sinks:
-            enough = next(
-                (
-                    n
-                    for n in range(self.sink_scales - 1, -1, -1)
-                    if schedule.offsets[n] <= share * schedule.cached_tokens
-                ),
-                0,
+        if sinks < fewest.count:
+            raise PolicyError(
+                f"sink_scales={sinks} is below {fewest.set_by}; set sink_scales={fewest.count}{more}, or "
+                f"{fewest.way_out.format(min(sinks, fitting))}"
             )
+        if sinks > fitting:
+            short = too_small(sinks)
+            be, them = ("is", "it") if len(short) == 1 else ("are", "them")
+            way_out = fewest.way_out.format(fitting) if more else f"set sink_scales={fitting}"
             raise BudgetError(
-                f"budget {float(share):.3g} ({problem.budget}) is below {sinks}/{schedule.cached_tokens} = "
-                f"{sinks / schedule.cached_tokens:.2%}, the {self.sink_scales} sink scales; raise it or set "
-                f"sink_scales={enough}"
+                f"{' and '.join(short)} {be} below {share(sinks)}, the {sinks} sink scales; raise {them} or {way_out}"
             )
+
+    def fewest_sinks(self, problem: PlanningProblem) -> FewestSinks:
+        """How few sinks what was measured allows."""
+        return FewestSinks()
+
+    def rooms(self, problem: PlanningProblem) -> dict[str, Fraction]:
+        """Tokens per head that may be held, by what sets them."""
+        share = problem.share
+        return {f"budget {float(share):.3g} ({problem.budget})": share * problem.geometry.schedule.cached_tokens}
 
     def never_cached(self, problem: PlanningProblem) -> IntArray:
         """The plan that caches the sink scales only, to start from."""
@@ -205,11 +264,16 @@ class StaticPolicy(EvictionPolicy):
 
 
 def make_policy(name: str, **options: Any) -> EvictionPolicy:
-    """The named policy with these options. Raises PolicyError for an unknown name or option."""
+    """The named policy with these options, the fields of its class, such as sink_scales.
+
+    Raises PolicyError for an unknown name or option; what an option may be, the policy checks when it plans.
+    """
     cls = find_policy(name)
     try:
         policy = cls(**options)
-    except TypeError as error:
+    except HeatKVError:
+        raise
+    except Exception as error:  # a third party's policy may fail in any way
         raise PolicyError(f"policy {name!r}: {error}") from error
     if not isinstance(policy, EvictionPolicy):
         raise PolicyError(f"policy {name!r} is no EvictionPolicy")

@@ -49,6 +49,9 @@ class Wrapper(DynamicPolicy):
 
     base: str = "snapkv"
 
+    def plans_from(self) -> str:
+        return self.inner.plans_from()
+
     @cached_property
     def inner(self) -> DynamicPolicy:
         return inner_policy(self.base)
@@ -66,16 +69,15 @@ class Wrapper(DynamicPolicy):
         return self.inner.wants_input
 
     @property
-    def wants_statistics(self) -> bool:
-        return self.inner.wants_statistics
-
-    @property
     def level_cost(self) -> str | None:
         return self.inner.level_cost
 
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
         self.inner.check(problem)
+
+    def check_measured(self, problem: PlanningProblem) -> None:
+        self.inner.check_measured(problem)
 
     def resolved(self, problem: PlanningProblem) -> DynamicPolicy:
         inner = self.inner.resolved(problem)

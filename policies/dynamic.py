@@ -146,7 +146,7 @@ class DynamicPolicy(EvictionPolicy):
 
         Raises BudgetError when not one token per head fits, PlanError when a subclass's capacities are impossible.
         """
-        self.check(problem)
+        self.check_all(problem)
         return self.resolved(problem)._plan(problem)
 
     def resolved(self, problem: PlanningProblem) -> DynamicPolicy:

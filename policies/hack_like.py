@@ -61,19 +61,20 @@ class HackLike(DynamicPolicy):
         if not isinstance(self.sinks, int) or not 0 <= self.sinks < scales:
             raise PolicyError(f"sinks={self.sinks!r} must be a number of scales from 0 to {scales - 1}")
         pairs = problem.geometry.layers * problem.geometry.heads
-        if self.contextual is not None and not all(
-            isinstance(pair, int) and 0 <= pair < pairs for pair in self.contextual
-        ):
+        if not all(isinstance(pair, int) and 0 <= pair < pairs for pair in self.contextual or ()):
             raise PolicyError(f"contextual={self.contextual!r} must be pairs l * H + h from 0 to {pairs - 1}")
+
+    def check_measured(self, problem: PlanningProblem) -> None:
+        if self.contextual is None and problem.statistics is None:
+            raise PolicyError(
+                f"policy {self.name!r} needs statistics to tell kinds of heads (heatkv calibrate, then "
+                "--statistics FILE)"
+            )
 
     def resolved(self, problem: PlanningProblem) -> HackLike:
         if self.contextual is not None:
             return self
-        if problem.statistics is None:
-            raise PolicyError(
-                f"policy {self.name!r} needs statistics to tell kinds of heads (heatkv calibrate, then --statistics "
-                "FILE)"
-            )
+        assert problem.statistics is not None
         late = len(problem.geometry.schedule) // 2
         concentration = problem.statistics.concentration[:, :, late:].mean(axis=2).reshape(-1)
         count = round(self.contextual_share * len(concentration))

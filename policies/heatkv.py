@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from heatkv.allocation import fit_checkpoints
 from heatkv.errors import PolicyError
-from heatkv.policies.base import PlanningProblem, StaticPolicy
+from heatkv.policies.base import FewestSinks, PlanningProblem, StaticPolicy
 from heatkv.registry import register
 from heatkv.statistics import HeadRankings
 
@@ -66,16 +66,27 @@ class HeatKV(StaticPolicy):
     needs: ClassVar[str] = "statistics or rankings"
     source: ClassVar[str] = "HeatKV, section 3"
 
-    def last_read(self, problem: PlanningProblem) -> IntArray:
-        if problem.rankings is not None:
-            rankings = problem.rankings
-        elif problem.statistics is not None:
-            rankings = HeadRankings.from_scores(problem.statistics.scas)
-        else:
+    def check_measured(self, problem: PlanningProblem) -> None:
+        if problem.rankings is None and problem.statistics is None:
             raise PolicyError(
                 "policy 'heatkv' needs statistics of this model (heatkv calibrate, then --statistics FILE) or "
                 "published rankings (--orders FILE)"
             )
+
+    def fewest_sinks(self, problem: PlanningProblem) -> FewestSinks:
+        first = 0 if problem.rankings is None else problem.rankings.first_scale
+        return FewestSinks(
+            first,
+            f"the {first} first scales, which the rankings leave out",
+            "plan from statistics, which rank every scale (heatkv calibrate, then --statistics FILE), with "
+            "sink_scales={0}",
+        )
+
+    def last_read(self, problem: PlanningProblem) -> IntArray:
+        rankings = problem.rankings
+        if rankings is None:
+            assert problem.statistics is not None
+            rankings = HeadRankings.from_scores(problem.statistics.scas)
         return drop_by_rank(problem, self.sink_scales, rankings)
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.checks import as_number, shown
 from heatkv.errors import PolicyError
 from heatkv.geometry import Budget
 from heatkv.level_allocation import LevelAllocation, allocate_levels, cost_bound
@@ -36,12 +37,14 @@ class HeatKVLevels(SolvedPolicy):
     `levels` are those it may use, joined by "+"; "full" alone only drops cells. With `compensation`, what draws under
     the plan first fits corrections of the outputs of heads with reduced cells: a "constant", or a "linear" map of
     output and query, 2 d^2 + d parameters for every head and target (d the head size), which are told beside the
-    cache. Sinks are two scales here, since the third is small enough to be priced like the others.
+    cache. Sinks are two scales here, since the third is small enough to be priced like the others; any number goes that
+    the level costs were measured with, or more.
     """
 
     name: ClassVar[str] = "heatkv-mr"
     needs: ClassVar[str] = "statistics with levels"
     source: ClassVar[str] = "HeatKV multi-resolution; column generation (Gilmore and Gomory 1961)"
+    with_other_levels: ClassVar[str] = ", or set cost={0}"
 
     cost: Literal["error", "fisher"] = "error"
     levels: str = "full+pool2+mean"
@@ -49,9 +52,9 @@ class HeatKVLevels(SolvedPolicy):
     compensation: Literal["none", "constant", "linear"] = "none"
 
     def check(self, problem: PlanningProblem) -> None:
-        chosen = self.levels.split("+")
+        chosen = self.levels.split("+") if isinstance(self.levels, str) else [""]
         if chosen[0] != "full" or any(level not in LEVELS for level in chosen):
-            raise PolicyError(f"levels={self.levels!r}; it must be full, joined by + with any of {LEVELS[1:]}")
+            raise PolicyError(f"levels={shown(self.levels)}; it must be full, joined by + with any of {LEVELS[1:]}")
         if self.cost not in ("error", "fisher"):
             raise PolicyError(f"cost={self.cost!r} is unknown to policy {self.name!r}; known: error, fisher")
         if self.compensation not in ("none", "constant", "linear"):
@@ -59,18 +62,22 @@ class HeatKVLevels(SolvedPolicy):
         if problem.budget.kind == "auto":
             if self.cost != "fisher" or self.max_kl is None:
                 raise PolicyError("budget auto needs cost=fisher, which predicts the KL, and max_kl, its bound")
-            if not 0 < self.max_kl < math.inf:
-                raise PolicyError(f"max_kl={self.max_kl} is no KL divergence above 0, in nats per token")
-            problem = replace(problem, budget=Budget.parse(1.0))
+            if not 0 < as_number(self.max_kl) < math.inf:
+                raise PolicyError(f"max_kl={shown(self.max_kl)} is no KL divergence above 0, in nats per token")
         elif self.max_kl is not None:
             raise PolicyError(f"max_kl chooses the budget; it goes with budget auto, not with {problem.budget}")
         super().check(problem)
+
+    def rooms(self, problem: PlanningProblem) -> dict[str, Fraction]:
+        if problem.budget.kind == "auto":  # it takes what the sinks need
+            problem = replace(problem, budget=Budget.parse(1.0))
+        return super().rooms(problem)
 
     def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
         return self.allocation(problem).last_reads()[0]
 
     def plan(self, problem: PlanningProblem) -> Plan:
-        self.check(problem)
+        self.check_all(problem)
         settings: dict[str, Any] = {}
         if problem.budget.kind == "auto":
             problem = replace(problem, budget=self.smallest_budget(problem))
@@ -92,27 +99,31 @@ class HeatKVLevels(SolvedPolicy):
         sinks = Fraction(schedule.offsets[self.sink_scales], schedule.cached_tokens)
         low = max(1, math.ceil(BUDGET_STEPS * sinks))
         high = BUDGET_STEPS  # the full cache costs nothing
-        statistics = self.level_statistics(problem, self.cost)
+        statistics = self.level_statistics(problem)
 
         def at(step: int) -> PlanningProblem:
             return replace(problem, budget=Budget("share", Fraction(step, BUDGET_STEPS)))
 
         while low < high:  # by the bound, which is quicker than a plan and hardly below it
             middle = (low + high) // 2
-            bound = cost_bound(statistics, self.capacity(at(middle)), self.allowed)
+            bound = cost_bound(statistics, self.capacity(at(middle)), self.allowed, self.sink_scales)
             if self._kl(problem, bound) <= self.max_kl:
                 high = middle
             else:
                 low = middle + 1
         while (predicted := self._kl(problem, self.allocation(at(high)).cost)) > self.max_kl:
             if high == BUDGET_STEPS:  # only a cap on layers keeps the whole cache from costing nothing
-                raise PolicyError(f"no budget reaches max_kl={self.max_kl}: the whole cache has {predicted:.3g}")
+                raise PolicyError(
+                    f"no budget reaches max_kl={self.max_kl}: under layer_cap={self.layer_cap} the largest has "
+                    f"{predicted:.3g}; raise layer_cap or max_kl"
+                )
             high += 1
         return at(high).budget
 
     def allocation(self, problem: PlanningProblem) -> LevelAllocation:
         """The plan with its cost, its bound and the prices of the checkpoints."""
-        return allocate_levels(self.level_statistics(problem, self.cost), self.capacity(problem), self.allowed)
+        statistics, capacity = self.level_statistics(problem), self.capacity(problem)
+        return allocate_levels(statistics, capacity, self.allowed, self.sink_scales)
 
     @property
     def level_cost(self) -> str:
@@ -120,5 +131,5 @@ class HeatKVLevels(SolvedPolicy):
 
     @property
     def allowed(self) -> tuple[int, ...]:
-        """Indices of the levels it may use."""
+        """Indices of the levels that its option names."""
         return tuple(LEVELS.index(level) for level in LEVELS if level in self.levels.split("+"))

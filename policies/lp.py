@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heatkv.allocation import Allocation, Capacity, allocate, allocate_greedily
-from heatkv.errors import BudgetError, PolicyError
+from heatkv.checks import as_whole, shown
+from heatkv.errors import PolicyError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.level_allocation import LevelAllocation, allocate_levels
 from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import FULL, LEVELS
+from heatkv.levels import FULL, LEVELS, SINK_SCALES
 from heatkv.plan import CoarseCells, Plan
-from heatkv.policies.base import PlanningProblem, StaticPolicy
+from heatkv.policies.base import FewestSinks, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import drop_by_rank
 from heatkv.registry import register
 from heatkv.statistics import HeadRankings, Statistics
@@ -31,34 +33,70 @@ class SolvedPolicy(StaticPolicy):
     the budget. `layer_cap` is a budget that no single layer may exceed.
     """
 
-    sink_scales: int = 2
+    without_levels: ClassVar[str] = ""
+    """How to plan without level costs, where it can."""
+
+    with_other_levels: ClassVar[str] = ""
+    """How to plan from level costs of another kind, `{0}`, where it can."""
+
+    sink_scales: int = SINK_SCALES
     ranks: int = 1
     layer_cap: str | None = None
 
+    @property
+    def allowed(self) -> tuple[int, ...]:
+        """Indices of the levels it may use: whole cells only, unless a policy says otherwise."""
+        return (LEVELS.index(FULL),)
+
     def check(self, problem: PlanningProblem) -> None:
         heads = problem.geometry.heads
-        if not isinstance(self.ranks, int) or self.ranks < 1 or heads % self.ranks:
-            raise PolicyError(f"ranks={self.ranks!r} does not split {heads} heads evenly")
-        super().check(problem)
-        self.capacity(problem)
+        if as_whole(self.ranks) is None or self.ranks < 1 or heads % self.ranks:
+            raise PolicyError(f"ranks={shown(self.ranks)} does not split {heads} heads evenly")
+        self.cap()
 
-    def level_statistics(self, problem: PlanningProblem, cost: str, otherwise: str = "") -> LevelStatistics:
-        """The level costs, measured with this number of sinks and of this kind. Raises PolicyError."""
+    def cap(self) -> Budget | None:
+        """`layer_cap`, read. Raises BudgetError for what cannot be read, PolicyError for auto."""
+        if self.layer_cap is None:
+            return None
+        cap = Budget.parse(self.layer_cap, "layer_cap")
+        if cap.kind == "auto":
+            raise PolicyError("layer_cap=auto: only the budget can be auto; write the cap as 10%, 0.1 or 650tokens")
+        return cap
+
+    def check_measured(self, problem: PlanningProblem) -> None:
+        if self.level_cost is not None:
+            self.level_statistics(problem)
+
+    def fewest_sinks(self, problem: PlanningProblem) -> FewestSinks:
         levels = None if problem.statistics is None else problem.statistics.levels
+        if levels is None or levels.cost != self.level_cost:
+            return FewestSinks()
+        measured = levels.choices.sink_scales
+        return FewestSinks(
+            measured,
+            f"the {measured} that the level costs were measured with",
+            f"measure anew with heatkv calibrate --levels {levels.cost} --sink-scales {{0}} and set sink_scales={{0}}",
+        )
+
+    def rooms(self, problem: PlanningProblem) -> dict[str, Fraction]:
+        rooms = super().rooms(problem)
+        if (cap := self.cap()) is not None:
+            share = cap.share(_one_layer(problem), problem.rows, problem.storage)
+            rooms[f"layer_cap={self.layer_cap}"] = share * problem.geometry.schedule.cached_tokens
+        return rooms
+
+    def level_statistics(self, problem: PlanningProblem) -> LevelStatistics:
+        """The level costs, of the kind it plans by. Raises PolicyError."""
+        cost, levels = self.level_cost, None if problem.statistics is None else problem.statistics.levels
         if levels is None:
             raise PolicyError(
-                f"policy {self.name!r} needs statistics with level costs (heatkv calibrate --levels {cost}, then "
-                f"--statistics FILE){otherwise}"
+                f"policy {self.name!r} needs statistics with level costs ({how_to_measure(cost, self.sink_scales)}, "
+                f"then --statistics FILE){self.without_levels}"
             )
         if levels.cost != cost:
             raise PolicyError(
-                f"the level costs are of the kind {levels.cost!r}; policy {self.name!r} was to use {cost!r}: calibrate "
-                f"with --levels {cost}, or choose the other kind"
-            )
-        if levels.choices.sink_scales != self.sink_scales:
-            raise PolicyError(
-                f"the level costs were measured with sink_scales={levels.choices.sink_scales}, the policy has "
-                f"sink_scales={self.sink_scales}; set that number"
+                f"the level costs are of the kind {levels.cost!r}; policy {self.name!r} was to use {cost!r}: measure "
+                f"them with {how_to_measure(cost, self.sink_scales)}{self.with_other_levels.format(levels.cost)}"
             )
         return levels
 
@@ -69,15 +107,8 @@ class SolvedPolicy(StaticPolicy):
         group_LH = np.tile(np.arange(geometry.heads) * self.ranks // geometry.heads, (geometry.layers, 1))
         room = problem.budget_token_heads // self.ranks
         layer_room = None
-        if self.layer_cap is not None:
-            layer = CacheGeometry(1, geometry.heads, geometry.head_dim, geometry.schedule)
-            layer_room = Budget.parse(self.layer_cap).token_heads(layer, problem.rows, problem.storage)
-            sinks = geometry.heads * geometry.schedule.offsets[self.sink_scales]
-            if layer_room < sinks:
-                raise BudgetError(
-                    f"layer_cap={self.layer_cap} is {layer_room} token-heads, less than the {sinks} of the "
-                    f"{self.sink_scales} sink scales in one layer; raise it or set sink_scales lower"
-                )
+        if (cap := self.cap()) is not None:
+            layer_room = cap.token_heads(_one_layer(problem), problem.rows, problem.storage)
         return Capacity(tokens, group_LH, (room,) * self.ranks, layer_room)
 
     def finish_levels(self, problem: PlanningProblem, allocation: LevelAllocation) -> Plan:
@@ -96,6 +127,16 @@ class SolvedPolicy(StaticPolicy):
         )
 
 
+def how_to_measure(cost: str | None, sink_scales: int) -> str:
+    """The command that measures level costs of this kind for plans with so many sinks."""
+    fewer = as_whole(sink_scales) in range(SINK_SCALES)
+    return f"heatkv calibrate --levels {cost}{f' --sink-scales {sink_scales}' if fewer else ''}"
+
+
+def _one_layer(problem: PlanningProblem) -> CacheGeometry:
+    return replace(problem.geometry, layers=1)
+
+
 @register
 @dataclass(frozen=True)
 class HeatKVLP(SolvedPolicy):
@@ -104,12 +145,15 @@ class HeatKVLP(SolvedPolicy):
     `value` is what keeping cells for a target scale is worth: "joint", the squared output error of dropping any
     combination of a head's cells, relative to the residual stream; "error", the same for one cell at a time; or "mass",
     the attention mass over all rows. `solver` is "lp", or "greedy" (value per token; not for joint errors). Sinks are
-    two scales here, since the third is small enough to be priced like the others.
+    two scales here, since the third is small enough to be priced like the others; with joint errors, no fewer than the
+    level costs were measured with.
     """
 
     name: ClassVar[str] = "heatkv-lp"
     needs: ClassVar[str] = "statistics, with levels for value=joint"
     source: ClassVar[str] = "HeatKV; allocation by HiGHS (Huangfu and Hall 2018)"
+    without_levels: ClassVar[str] = "; value=error needs none"
+    with_other_levels: ClassVar[str] = without_levels
 
     value: Literal["joint", "error", "mass"] = "joint"
     solver: Literal["lp", "greedy"] = "lp"
@@ -133,7 +177,7 @@ class HeatKVLP(SolvedPolicy):
         return self.plan(problem).last_read
 
     def plan(self, problem: PlanningProblem) -> Plan:
-        self.check(problem)
+        self.check_all(problem)
         if self.value == "joint":
             return self.finish_levels(problem, self.joint_allocation(problem))
         found = self.allocation(problem)
@@ -141,19 +185,22 @@ class HeatKVLP(SolvedPolicy):
 
     def joint_allocation(self, problem: PlanningProblem) -> LevelAllocation:
         """The plan that drops cells only, by their joint errors."""
-        return allocate_levels(
-            self.level_statistics(problem, "error", "; value=error needs none"),
-            self.capacity(problem),
-            (LEVELS.index(FULL),),
-        )
+        costs, capacity = self.level_statistics(problem), self.capacity(problem)
+        return allocate_levels(costs, capacity, self.allowed, self.sink_scales)
+
+    def check_measured(self, problem: PlanningProblem) -> None:
+        super().check_measured(problem)
+        if problem.statistics is None:
+            raise PolicyError(
+                f"policy {self.name!r} needs statistics of this model (heatkv calibrate, then --statistics FILE)"
+            )
+        if self.value != "joint":
+            self.values(problem.statistics)
 
     def allocation(self, problem: PlanningProblem) -> Allocation:
         """The plan by values of single cells, with its value, its bound and the prices of the checkpoints."""
         statistics = problem.statistics
-        if statistics is None:
-            raise PolicyError(
-                f"policy {self.name!r} needs statistics of this model (heatkv calibrate, then --statistics FILE)"
-            )
+        assert statistics is not None
         capacity, values = self.capacity(problem), self.values(statistics)
         if self.solver == "greedy":
             return allocate_greedily(values, capacity, self.sink_scales)

@@ -67,8 +67,10 @@ class ScaleKV(DynamicPolicy):
 
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
-        if self.drafters is not None:
-            self._drafters(problem)
+        self._named(problem.geometry.layers)
+
+    def check_measured(self, problem: PlanningProblem) -> None:
+        self._drafters(problem)
 
     def resolved(self, problem: PlanningProblem) -> ScaleKV:
         if self._published(problem):
@@ -78,15 +80,21 @@ class ScaleKV(DynamicPolicy):
     def _published(self, problem: PlanningProblem) -> bool:
         return problem.geometry.layers in PUBLISHED and problem.geometry.schedule == ScaleSchedule.infinity("1M", 1.0)
 
+    def _named(self, layers: int) -> tuple[int, ...] | None:
+        if self.drafters is None:
+            return None
+        try:
+            named = tuple(sorted({int(layer) for layer in str(self.drafters).split(",")}))
+        except ValueError as error:
+            raise PolicyError(f"drafters={self.drafters!r}; write layers as 0,23") from error
+        if not 0 <= named[0] <= named[-1] < layers or len(named) == layers > 1:
+            raise PolicyError(f"drafters={self.drafters!r} are not some of the layers 0 to {layers - 1}")
+        return named
+
     def _drafters(self, problem: PlanningProblem) -> tuple[int, ...]:
         layers = problem.geometry.layers
-        if self.drafters is not None:
-            try:
-                named = tuple(sorted({int(layer) for layer in str(self.drafters).split(",")}))
-            except ValueError as error:
-                raise PolicyError(f"drafters={self.drafters!r}; write layers as 0,23") from error
-            if not 0 <= named[0] <= named[-1] < layers or len(named) == layers > 1:
-                raise PolicyError(f"drafters={self.drafters!r} are not some of the layers 0 to {layers - 1}")
+        named = self._named(layers)
+        if named is not None:
             return named
         if self._published(problem):
             return PUBLISHED[layers][0]

@@ -52,7 +52,6 @@ class Full(StaticPolicy):
     sink_scales: int = 0
 
     def check(self, problem: PlanningProblem) -> None:
-        super().check(problem)
         if problem.share < 1:
             raise BudgetError(f"policy 'full' keeps everything; its budget is 100%, not {problem.budget}")
 

@@ -7,24 +7,41 @@ Arrays: L layers, H heads, T scales, G groups of heads that share one room; last
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.allocation import price_bound, read_value
-from heatkv.errors import PolicyError
+from heatkv.allocation import Capacity, allocate, price_bound, read_value
+from heatkv.errors import PolicyError, StatisticsError
 from heatkv.geometry import Budget
-from heatkv.plan import Plan, live_token_heads
+from heatkv.level_allocation import capacity_prices, level_cost, level_price_bound
+from heatkv.level_statistics import LevelStatistics
+from heatkv.levels import LEVELS, NONE
+from heatkv.plan import CachePlan, Plan, live_token_heads
 from heatkv.policies.base import PlanningProblem
-from heatkv.policies.lp import HeatKVLP
+from heatkv.policies.heatkv import HeatKV
+from heatkv.policies.levels import HeatKVLevels
+from heatkv.policies.lp import HeatKVLP, SolvedPolicy, how_to_measure
 from heatkv.statistics import Statistics
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+
+MEASURES = {
+    "joint": "output error of all cells of a head together",
+    "fisher": "expected squared change of the log-likelihood",
+    "error": "drop error avoided, cell by cell",
+    "mass": "attention mass kept, of all rows",
+    "conditional-mass": "attention mass kept, of conditional rows",
+}
+"""What plans are judged by: the first two are level costs, the others values of whole cells that add up."""
+
+LEVEL_COSTS = {"joint": "error", "fisher": "fisher"}
+"""The kind of level costs of a measure."""
 
 _NO_PRICE = 1e-9
 """Share of the largest price below which a price is the solver's rounding."""
@@ -73,7 +90,7 @@ def ends_of_cells(last_read_LHT: IntArray) -> FloatArray:
     return np.stack([kind.mean(axis=(0, 1))[:-1] for kind in (never, ~never & ~whole, whole)], axis=1)
 
 
-def full_use(plan: Plan) -> IntArray:
+def full_use(plan: CachePlan) -> IntArray:
     """Token-heads that the full cache holds at every checkpoint, (T, L)."""
     geometry = plan.geometry
     full = full_last_read(geometry.layers, geometry.heads, len(plan.schedule))
@@ -84,10 +101,11 @@ def full_use(plan: Plan) -> IntArray:
 class Worth:
     """What a plan is worth by statistics, and what its budget is.
 
-    `measure` is what counts: "error" or "mass", see heatkv-lp. No plan within the budget, with these sinks, is
-    worth more than `bound`; the full cache is worth `full`. `price_GTL` is the value of one more token-head at the
-    checkpoint after layer l has run target t, 0 where it does not bind; `cap_price_LT` the same under a cap on single
-    layers, which the budget does not move.
+    `measure` is one of MEASURES; a cost counts as a negative value, as in plans. `instead` says why it is not the one
+    that the plan was made by, if so. No plan within the budget, with these sinks, is worth more than `bound`, by the
+    prices, or than `certified`, the plan's own bound where it is of the same numbers; the full cache is worth `full`.
+    `price_GTL` is the value of one more token-head at the checkpoint after layer l has run target t, 0 where it does
+    not bind; `cap_price_LT` the same under a cap on single layers, which the budget does not move.
     """
 
     measure: str
@@ -97,66 +115,171 @@ class Worth:
     budget_token_heads: int
     price_GTL: FloatArray
     cap_price_LT: FloatArray
+    instead: str = ""
+    certified: float | None = None
+
+    @property
+    def best(self) -> float:
+        """The tighter of the two bounds."""
+        return self.bound if self.certified is None else max(min(self.bound, self.certified), self.value)
 
     @property
     def price(self) -> float:
         """Value of one more token-head of budget, which is split over the groups: the slope of the bound."""
         return float(self.price_GTL.sum() / len(self.price_GTL))
 
+    @property
+    def gap(self) -> float:
+        """Share that the plan may miss, of the bound, or of the cost, as policies certify it."""
+        whole = max(self.best, -self.value)
+        return max(0.0, (self.best - self.value) / whole) if whole > 0 else 0.0
+
     def change(self, share: float) -> float:
         """What the best value changes by, as a share of `bound`, when the budget changes by this share of itself.
 
         The bound is concave in the budget and this is its tangent: no plan gains more, none loses less.
         """
-        return share * self.budget_token_heads * self.price / self.bound if self.bound > 0 else 0.0
+        return share * self.budget_token_heads * self.price / abs(self.bound) if self.bound else 0.0
 
 
 def worth_of(plan: Plan, statistics: Statistics) -> Worth:
-    """Judge a plan by a linear program over the same budget and sinks.
+    """Judge a plan by the measure it was made by, over the same budget and sinks, or where that was not measured, a
+    plan of whole cells by another one. One of a policy that measures nothing is judged by the drop error.
 
-    A plan of heatkv-lp is judged by its own settings, any other by the drop error, or by attention mass where that was
-    not measured. Raises StatisticsError for statistics of another geometry or that lack what is needed, PolicyError
-    for coarser levels, which the program does not know, and for settings that a plan alone does not tell.
+    Raises StatisticsError for statistics of another geometry, PolicyError for settings that a plan alone does not tell
+    and for levels whose costs the statistics lack, PlanError for levels that have no cost.
     """
-    if plan.coarse:
-        raise PolicyError(
-            "the program that judges plans knows whole cells only, this plan has coarser levels; explain it without "
-            "statistics"
-        )
     statistics.check_geometry(plan.geometry)
-    program = _program(plan, statistics)
-    share = Fraction(plan.budget_token_heads, plan.geometry.full_token_heads)
+    policy, own = _policy(plan), _own_measure(plan)
+    # half a token-head stands for none, which is no budget
+    share = Fraction(max(2 * plan.budget_token_heads, 1), 2 * plan.geometry.full_token_heads)
     problem = PlanningProblem(plan.geometry, Budget("share", share), statistics)
-    program.check(problem)
-    values, capacity = program.values(statistics), program.capacity(problem)
-    prices = program.allocation(problem).row_prices
-    prices = np.where(prices > _NO_PRICE * prices.max(initial=0.0), prices, 0.0)
-    layers, heads, scales = plan.last_read.shape
+    policy.check(problem)
+    capacity = policy.capacity(problem)
+    if plan.coarse:
+        kind = "error" if statistics.levels is None else statistics.levels.cost
+        known = next(measure for measure, cost in LEVEL_COSTS.items() if cost == kind)
+        return _with_certificate(_by_levels(plan, statistics, own or known, policy, capacity), plan)
+    lacking = []
+    for measure in dict.fromkeys([own or "error", "error", "mass", "conditional-mass"]):
+        try:
+            if measure in LEVEL_COSTS:
+                worth = _by_levels(plan, statistics, measure, policy, capacity)
+            else:
+                worth = _by_cells(plan, statistics, measure, capacity)
+        except (PolicyError, StatisticsError) as error:
+            lacking.append(str(error))
+            continue
+        if own is None or measure == own:
+            return _with_certificate(worth, plan)
+        return replace(
+            worth,
+            instead=f"the plan was made by the {MEASURES[own]}, but {lacking[0]}; here it is judged by the "
+            f"{MEASURES[measure]}, of which its own value and gap say nothing",
+        )
+    raise AssertionError("the mass of conditional rows is always measured")
+
+
+def _with_certificate(worth: Worth, plan: Plan) -> Worth:
+    """With the plan's own bound where it is of the same numbers, as its value tells."""
+    value, bound = plan.value, plan.value_bound
+    if value is None or bound is None or not math.isclose(value, worth.value, rel_tol=1e-9, abs_tol=1e-12):
+        return worth
+    return replace(worth, certified=bound)
+
+
+def _policy(plan: Plan) -> SolvedPolicy:
+    """The solver over the plan's budget, caps and levels; for a policy that is none, over all plans with its sinks."""
+    solvers = (HeatKVLevels,) if plan.coarse else (HeatKVLP, HeatKVLevels)
+    solver = {cls.name: cls for cls in solvers}.get(plan.policy)
+    if solver is None:
+        return HeatKVLevels(sink_scales=plan.sink_scales)
+    known = {field.name for field in fields(solver)}
+    told = {name: value for name, value in plan.settings.items() if name in known}
+    # what chose the budget or how to solve for it does not matter any more
+    past = {"solver": "lp"} if solver is HeatKVLP else {"max_kl": None}
+    policy: SolvedPolicy = solver(**{**told, "sink_scales": plan.sink_scales, **past})
+    if (cap := policy.cap()) is not None and cap.kind == "bytes":
+        raise PolicyError(
+            f"the plan's layer_cap={policy.layer_cap} depends on rows and storage type, which a plan does not tell; "
+            "state the cap as a share or in tokens"
+        )
+    return policy
+
+
+def _own_measure(plan: Plan) -> str | None:
+    """The measure that a plan was made by; None for policies that measure nothing, or nothing known here."""
+    if plan.policy == HeatKVLevels.name:
+        cost = plan.settings.get("cost", HeatKVLevels.cost)
+        return next((measure for measure, kind in LEVEL_COSTS.items() if kind == cost), None)
+    if plan.coarse:  # the others know whole cells only
+        return None
+    if plan.policy == HeatKVLP.name:
+        return str(plan.settings.get("value", HeatKVLP.value))
+    return "conditional-mass" if plan.policy == HeatKV.name else None
+
+
+def _by_cells(plan: Plan, statistics: Statistics, measure: str, capacity: Capacity) -> Worth:
+    """Judged by values of single cells. Raises StatisticsError when they were not measured."""
+    if measure == "conditional-mass":
+        values = statistics.mass
+    else:
+        values = statistics.all_mass if measure == "mass" else statistics.drop_error
+    prices = _binding(allocate(values, capacity, plan.sink_scales).row_prices)
+    bound = price_bound(values, capacity, plan.sink_scales, prices)
+    full = read_value(full_last_read(*plan.last_read.shape), values)
+    return _worth(plan, measure, read_value(plan.last_read, values), bound, full, capacity, prices)
+
+
+def _by_levels(plan: Plan, statistics: Statistics, measure: str, policy: SolvedPolicy, capacity: Capacity) -> Worth:
+    """Judged by the joint costs of levels. Raises PolicyError when these were not measured, PlanError when the plan
+    holds a level that has no cost."""
+    costs = _level_costs(plan, statistics, LEVEL_COSTS[measure])
+    past = np.tril(np.ones(2 * plan.last_read.shape[2:], dtype=bool), -1)
+    level = np.full((*plan.last_read.shape[:2], *past.shape), NONE)
+    of_plan = np.array([*(LEVELS.index(name) for name, _ in plan.levels), NONE])
+    for target in range(1, len(plan.schedule)):
+        level[:, :, target, :target] = of_plan[plan.level_read(target)]
+    cost, full = level_cost(costs, level), level_cost(costs, np.where(past, 0, np.full_like(level, NONE)))
+    prices = _binding(capacity_prices(costs, capacity, policy.allowed, plan.sink_scales))
+    bound = level_price_bound(costs, capacity, policy.allowed, prices, plan.sink_scales)
+    bound = min(bound, cost)  # above it by rounding only
+    return _worth(plan, measure, -cost, -bound, -full, capacity, prices)
+
+
+def _level_costs(plan: Plan, statistics: Statistics, kind: str) -> LevelStatistics:
+    """The level costs of this kind, which hold for the plan's sinks. Raises PolicyError."""
+    levels, mine = statistics.levels, f"these statistics ({statistics.provenance.model})"
+    measure = f"measure them with {how_to_measure(kind, plan.sink_scales)}"
+    if levels is None:
+        raise PolicyError(f"{mine} lack level costs; {measure}")
+    if levels.cost != kind:
+        raise PolicyError(f"{mine} hold level costs of the kind {levels.cost!r}, not {kind!r}; {measure}")
+    if levels.choices.sink_scales > plan.sink_scales:
+        raise PolicyError(
+            f"{mine} hold level costs for sink_scales={levels.choices.sink_scales} or more, the plan has "
+            f"{plan.sink_scales}; {measure}"
+        )
+    return levels
+
+
+def _binding(row_prices: FloatArray) -> FloatArray:
+    """The prices without the solver's rounding."""
+    return np.where(row_prices > _NO_PRICE * row_prices.max(initial=0.0), row_prices, 0.0)
+
+
+def _worth(
+    plan: Plan, measure: str, value: float, bound: float, full: float, capacity: Capacity, row_prices: FloatArray
+) -> Worth:
+    layers, _, scales = plan.last_read.shape
     checkpoints = capacity.groups * (scales - 1) * layers
-    caps = prices[checkpoints:] if capacity.layer_room is not None else np.zeros(layers * scales)
+    caps = row_prices[checkpoints:] if capacity.layer_room is not None else np.zeros(layers * scales)
     return Worth(
-        measure=program.value,
-        value=read_value(plan.last_read, values),
-        bound=price_bound(values, capacity, program.sink_scales, prices),
-        full=read_value(full_last_read(layers, heads, scales), values),
+        measure=measure,
+        value=value + 0.0,  # a cost of nothing is 0, not -0
+        bound=bound + 0.0,
+        full=full + 0.0,
         budget_token_heads=plan.budget_token_heads,
-        price_GTL=prices[:checkpoints].reshape(capacity.groups, scales - 1, layers),
+        price_GTL=row_prices[:checkpoints].reshape(capacity.groups, scales - 1, layers),
         cap_price_LT=caps.reshape(layers, scales),
     )
-
-
-def _program(plan: Plan, statistics: Statistics) -> HeatKVLP:
-    """The program that judges a plan."""
-    if plan.policy != HeatKVLP.name:
-        return HeatKVLP(sink_scales=plan.sink_scales, value="mass" if statistics.error_sum is None else "error")
-    known = {field.name for field in fields(HeatKVLP)}
-    settings: dict[str, Any] = {name: value for name, value in plan.settings.items() if name in known}
-    program = replace(HeatKVLP(**settings), sink_scales=plan.sink_scales, solver="lp")
-    if program.value == "joint":  # joint errors have no price per cell
-        program = replace(program, value="error")
-    if program.layer_cap is not None and Budget.parse(program.layer_cap).kind == "bytes":
-        raise PolicyError(
-            f"the plan's layer_cap={program.layer_cap} depends on rows and storage type, which a plan does not tell; "
-            "explain it without statistics"
-        )
-    return program

@@ -1,34 +1,36 @@
 """What fits in a given memory: weights, text encoder, working memory, and the cache that is left room for.
 
 Every figure follows from shapes. Weights are counted on models without storage; working memory is the most bytes of
-tensors alive at once, measured by running the last scale and the decoder on tensors without storage. Not counted: the
-driver's own memory, an allocator's fragmentation, and other programs.
+tensors alive at once while a model of two layers draws, on tensors without storage (docs/fit.md). Not counted: the
+driver's own memory, workspaces of libraries, an allocator's fragmentation, and other programs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 
 from heatkv.cache import KVCache
 from heatkv.errors import BudgetError, HeatKVError
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.models import COMPUTE_DTYPES, ModelInfo
+from heatkv.generation import run_scales
+from heatkv.geometry import Budget
+from heatkv.models import COMPUTE_DTYPES, VAR_SAMPLING, ModelInfo
+from heatkv.models import emoji as emoji_model
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE
-from heatkv.models.emoji import VAR_CONFIG, VQVAE_CONFIG
-from heatkv.models.infinity import INFINITY_2B, INFINITY_8B, Infinity, rotation_table
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.infinity import INFINITY_2B, INFINITY_8B, Infinity
+from heatkv.models.text_conditional import SAMPLING as INFINITY_SAMPLING
+from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
-from heatkv.plan import Plan
-from heatkv.policies.base import PlanningProblem
-from heatkv.policies.windows import Full
 from heatkv.profiling.ledger import FusedAttention, TensorLedger
+from heatkv.sampling import CommonRandomSampler
 from heatkv.schedule import ScaleSchedule
 
 TEXT_POSITIONS = 512
@@ -50,7 +52,7 @@ class Footprint:
     """Bytes that drawing `images` at once takes, apart from the cache.
 
     `prompt` is what the class or prompt decides once per image (AdaLN vectors, keys and values of cross attention);
-    `working` the peak of temporary tensors, in the transformer's last scale or in the decoder.
+    `working` the peak of all other tensors that come and go, in the transformer, the sampler or the decoder.
     """
 
     images: int
@@ -64,31 +66,94 @@ class Footprint:
 
     @property
     def without_cache(self) -> int:
-        return self.transformer + self.decoder + self.text_encoder + self.prompt + self.working
+        return self.weights + self.prompt + self.working
+
+    @property
+    def weights(self) -> int:
+        return self.transformer + self.decoder + self.text_encoder
+
+    def times(self, count: int) -> Footprint:
+        """That of so many times the images, which share the weights."""
+        grown = {name: getattr(self, name) * count for name in ("images", "rows", "prompt", "working", "full_cache")}
+        return replace(self, **grown)
+
+
+_Shapes = ClassConditionalModel | TextConditionalModel
 
 
 def _bytes(module: nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in module.parameters())
 
 
-def _last_scale_cache(geometry: CacheGeometry, rows: int, dtype: torch.dtype) -> KVCache:
-    """A cache of one layer, without storage, that is due to run the last scale with everything held."""
-    one_layer = replace(geometry, layers=1)
-    plan: Plan = Full().plan(PlanningProblem(one_layer, Budget.parse("100%")))
-    cache = KVCache(plan, rows, dtype, "meta")
-    cache.skip_to_last_scale()
-    return cache
+@cache
+def shapes(info: ModelInfo, schedule: ScaleSchedule, dtype: torch.dtype, layers: int) -> _Shapes:
+    """The model with so many layers, without storage."""
+    with torch.device("meta"):
+        if info.family == "infinity":
+            large = info.heads == INFINITY_8B.heads
+            config, vae_config = (INFINITY_8B, BSQ_D56) if large else (INFINITY_2B, BSQ_D32)
+            infinity = Infinity(replace(config, depth=layers)).set_compute_dtype(dtype)
+            vae = BitwiseVAE(vae_config, encoder=False)
+            return TextConditionalModel(info.name, infinity, vae, schedule, INFINITY_SAMPLING, fingerprint="")
+        var_config, vqvae_config, sampling = emoji_model.VAR_CONFIG, emoji_model.VQVAE_CONFIG, emoji_model.SAMPLING
+        if not info.bundled:
+            sides = tuple(height for _, height, _ in schedule.scales)
+            width = info.heads * info.head_dim
+            var_config = VARConfig(sides, info.layers, width, info.heads, shared_adaln=info.layers == 36)
+            vqvae_config, sampling = VQVAEConfig(sides), VAR_SAMPLING
+        var = VAR(replace(var_config, depth=layers)).set_compute_dtype(dtype)
+        return ClassConditionalModel(info.name, var, VQVAE(vqvae_config, encoder=False), sampling, fingerprint="")
 
 
-def _config_of_var(info: ModelInfo, schedule: ScaleSchedule) -> tuple[VARConfig, VQVAEConfig]:
-    if info.bundled:
-        return VAR_CONFIG, VQVAE_CONFIG
-    sides = tuple(height for _, height, _ in schedule.scales)
-    width = info.heads * info.head_dim
-    return VARConfig(sides, info.layers, width, info.heads, shared_adaln=info.layers == 36), VQVAEConfig(sides)
+def _labels(model: _Shapes, images: int) -> list[Any]:
+    """What to draw: any classes, or the longest prompts."""
+    if isinstance(model, ClassConditionalModel):
+        return [0] * images
+    return [Prompt(torch.empty(TEXT_POSITIONS, model.transformer.config.text_channels)) for _ in range(images)]
+
+
+def prompt_bytes(model: _Shapes, images: int, guided: bool) -> int:
+    """Bytes that live from the first scale to the last."""
+    with torch.inference_mode(), FusedAttention(), torch.device("meta"), TensorLedger() as ledger:
+        kept = model.begin(_labels(model, images), _settings(model, guided))
+        live: int = ledger.live
+    del kept
+    return live
+
+
+def drawing_bytes(model: _Shapes, images: int, guided: bool) -> int:
+    """Peak of all tensors but weights and cache, from the labels to the pictures."""
+    settings = _settings(model, guided)
+    cache = KVCache(model.full_plan(), images * settings.rows_per_image, model.compute_dtype, "meta")
+    with torch.inference_mode(), FusedAttention(), torch.device("meta"), TensorLedger() as ledger:
+        sampler = CommonRandomSampler(0, range(images), settings)
+        run_scales(model, _labels(model, images), cache, sampler, settings)
+    peak: int = ledger.peak
+    return peak
+
+
+def _settings(model: _Shapes, guided: bool) -> Any:
+    unguided = 1.0 if isinstance(model, TextConditionalModel) else 0.0
+    return model.sampling if guided else replace(model.sampling, cfg=unguided)
 
 
 @cache
+def _one_image(info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool) -> Footprint:
+    geometry, rows = info.geometry(size, ratio), 2 if guided else 1
+    whole, short = (shapes(info, geometry.schedule, COMPUTE_DTYPES[dtype], layers) for layers in (info.layers, 2))
+    return Footprint(
+        images=1,
+        rows=rows,
+        transformer=_bytes(whole.transformer),
+        decoder=_bytes(whole.vqvae if isinstance(whole, ClassConditionalModel) else whole.vae),
+        text_encoder=text_encoder_parameters() * COMPUTE_DTYPES[dtype].itemsize if info.family == "infinity" else 0,
+        prompt=prompt_bytes(whole, 1, guided),
+        # a layer's tensors are gone before the next one runs; from the second on, its input is not the transformer's
+        working=drawing_bytes(short, 1, guided) - prompt_bytes(short, 1, guided),
+        full_cache=geometry.full_bytes(rows, dtype),
+    )
+
+
 def footprint(
     info: ModelInfo,
     images: int,
@@ -99,72 +164,14 @@ def footprint(
     guided: bool = True,
     text_encoder: bool = True,
 ) -> Footprint:
-    """Bytes of drawing `images` at once with matrices and cache in `dtype`.
+    """Bytes of drawing `images` at once with matrices and cache in `dtype`: what is not weights is in proportion.
 
     `text_encoder=False` leaves Infinity's encoder out, for prompts that were encoded before or elsewhere.
     """
     if not 1 <= images <= MOST_IMAGES:
         raise HeatKVError(f"a batch of {images}; it is from 1 to {MOST_IMAGES} images")
-    compute, rows = COMPUTE_DTYPES[dtype], images * (2 if guided else 1)
-    geometry = info.geometry(size, ratio)
-    schedule, width = geometry.schedule, info.heads * info.head_dim
-    last = len(schedule) - 1
-    caching = _last_scale_cache(geometry, rows, compute)
-    with torch.inference_mode(), FusedAttention(), torch.device("meta"):
-        x_RNC = torch.empty(rows, schedule.tokens[last], width)
-        if info.family == "var":
-            config, vqvae_config = _config_of_var(info, schedule)
-            var, vqvae = VAR(config).set_compute_dtype(compute), VQVAE(vqvae_config, encoder=False)
-            single = VAR(replace(config, depth=1)).set_compute_dtype(compute)
-            classes = torch.zeros(rows, dtype=torch.long)
-            prompt = _live(lambda: var.condition(classes))
-            condition = single.condition(classes)
-            working = _peak(lambda: single(x_RNC, condition, caching))
-            latent = torch.empty(images, vqvae_config.z_channels, *schedule.scales[last][1:])
-            decoding = _peak(lambda: vqvae.decode(latent))
-            weights = _bytes(var), _bytes(vqvae)
-        else:
-            large = info.layers > 32
-            infinity_config, vae_config = (INFINITY_8B, BSQ_D56) if large else (INFINITY_2B, BSQ_D32)
-            infinity, vae = Infinity(infinity_config).set_compute_dtype(compute), BitwiseVAE(vae_config, encoder=False)
-            one = Infinity(replace(infinity_config, depth=1)).set_compute_dtype(compute)
-            features = [torch.empty(TEXT_POSITIONS, infinity_config.text_channels) for _ in range(rows)]
-            prompt = _live(lambda: infinity.condition(features))
-            text = one.condition(features)
-            rotation = rotation_table(schedule, last, info.head_dim, "meta")
-            working = _peak(lambda: one(x_RNC, text, rotation, caching))
-            patch = 2 if large else 1
-            _, height, columns = schedule.scales[last]
-            latent = torch.empty(images, vae_config.z_channels, height * patch, columns * patch)
-            decoding = _peak(lambda: vae.decode(latent))
-            weights = _bytes(infinity), _bytes(vae)
-    encoder = text_encoder_parameters() * compute.itemsize if text_encoder and info.family == "infinity" else 0
-    return Footprint(
-        images=images,
-        rows=rows,
-        transformer=weights[0],
-        decoder=weights[1],
-        text_encoder=encoder,
-        prompt=prompt,
-        working=max(working, decoding),
-        full_cache=geometry.full_bytes(rows, dtype),
-    )
-
-
-def _peak(call: Callable[[], object]) -> int:
-    with TensorLedger() as ledger:
-        call()
-    peak: int = ledger.peak
-    return peak
-
-
-def _live(call: Callable[[], object]) -> int:
-    """Bytes of what `call` returns and keeps alive."""
-    with TensorLedger() as ledger:
-        kept = call()
-        live: int = ledger.live
-    del kept
-    return live
+    one = _one_image(info, size, ratio, dtype, guided).times(images)
+    return one if text_encoder else replace(one, text_encoder=0)
 
 
 def parse_memory(text: str) -> int:
@@ -178,48 +185,39 @@ def parse_memory(text: str) -> int:
     return math.floor(size.amount)
 
 
-def _ways_out(taken: Footprint) -> str:
-    """What a user can do when `taken` is too much."""
-    ways = ["lower the batch"] if taken.images > 1 else []
-    ways += ["draw a smaller size", "take a 16-bit type"]
-    if taken.text_encoder:
-        ways.append("encode prompts elsewhere (--no-text-encoder)")
-    return ", or ".join([", ".join(ways[:-1]), ways[-1]])
+@dataclass(frozen=True)
+class Fit:
+    """A batch with the cache at `share`, beside the memory that there is."""
+
+    taken: Footprint
+    memory: int
+    share: Fraction
+
+    @property
+    def cache(self) -> int:
+        return math.floor(self.share * self.taken.full_cache)
+
+    @property
+    def total(self) -> int:
+        return self.taken.without_cache + self.cache
+
+    @property
+    def missing(self) -> int:
+        return max(0, self.total - self.memory)
+
+    @property
+    def fits(self) -> bool:
+        return self.missing == 0
 
 
-def largest_share(taken: Footprint, memory: int) -> Fraction:
-    """The largest share of the full cache that fits beside the rest, at most 1. Raises HeatKVError when none does."""
-    left = memory - taken.without_cache
-    if left <= 0:
-        raise HeatKVError(
-            f"{memory / 2**30:.2f} GiB do not hold a batch of {taken.images}: without any cache it takes "
-            f"{taken.without_cache / 2**30:.2f} GiB; {_ways_out(taken)}"
-        )
-    return min(Fraction(1), Fraction(left, taken.full_cache))
+def largest_share(taken: Footprint, memory: int, least: Fraction) -> Fit:
+    """The largest share of the full cache that fits beside the rest, at most 1 and at least `least`, which may not."""
+    left = Fraction(memory - taken.without_cache, taken.full_cache)
+    return Fit(taken, memory, max(least, min(Fraction(1), left)))
 
 
-def largest_batch(measure: Callable[[int], Footprint], memory: int, share: Fraction) -> Footprint:
-    """The footprint of the most images at once that fit with the cache at `share`.
-
-    Raises HeatKVError when none does.
-    """
-
-    def fits(images: int) -> bool:
-        taken = measure(images)
-        return taken.without_cache + math.floor(share * taken.full_cache) <= memory
-
-    if not fits(1):
-        needed = measure(1)
-        raise HeatKVError(
-            f"{memory / 2**30:.2f} GiB do not hold one image: it takes "
-            f"{(needed.without_cache + math.floor(share * needed.full_cache)) / 2**30:.2f} GiB with the cache at "
-            f"{float(share):.1%}; {_ways_out(needed)}"
-        )
-    low, high = 1, 2
-    while high <= MOST_IMAGES and fits(high):
-        low, high = high, high * 2
-    high = min(high, MOST_IMAGES + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return measure(low)
+def largest_batch(one: Footprint, memory: int, share: Fraction) -> Fit:
+    """The most images at once, from the footprint of one, that fit with the cache at `share`: at least 1, which may
+    not."""
+    each = one.prompt + one.working + share * one.full_cache
+    return Fit(one.times(min(MOST_IMAGES, max(1, math.floor((memory - one.weights) / each)))), memory, share)

@@ -5,6 +5,7 @@ Arrays: L layers, H heads, T scales; T-1 of them are cached. `levels` are names 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from heatkv.files import replacing
-from heatkv.profiling.explain import Worth, ends_of_cells, reads_of_scales
+from heatkv.profiling.explain import LEVEL_COSTS, MEASURES, Worth, ends_of_cells, reads_of_scales
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -91,24 +92,39 @@ def worth_table(worth: Worth) -> Table:
 
 def worth_lines(worth: Worth) -> list[str]:
     """The same in sentences."""
-    measure = {"error": "drop error avoided", "mass": "attention mass kept"}[worth.measure]
-    of_full = [value / worth.full if worth.full > 0 else 1.0 for value in (worth.value, worth.bound)]
-    lines = [
-        f"value: {worth.value:.6g} ({measure}), {of_full[0]:.2%} of the full cache's; no plan within this budget and "
-        f"with these sinks has more than {worth.bound:.6g}, {of_full[1]:.2%}",
-    ]
+    lines = [worth.instead] if worth.instead else []
+    costs, gap = worth.measure in LEVEL_COSTS, f"the plan is at most {worth.gap:.3%} from the best"
+    within = "no plan within this budget and with these sinks"
+    if costs:
+        lines.append(
+            f"cost: {0 - worth.value:.6g} ({MEASURES[worth.measure]}); {within} has less than "
+            f"{0 - worth.best:.6g}, so that {gap}"
+        )
+    else:
+        of_full = [value / worth.full if worth.full > 0 else 1.0 for value in (worth.value, worth.best)]
+        lines.append(
+            f"value: {worth.value:.6g} ({MEASURES[worth.measure]}), {of_full[0]:.2%} of the full cache's; {within} has "
+            f"more than {worth.best:.6g}, {of_full[1]:.2%}, so that {gap}"
+        )
     if worth.price == 0:
         what = "only the cap on single layers binds" if worth.cap_price_LT.any() else "no checkpoint binds"
         return [*lines, f"{what}: by these statistics a larger budget is worth nothing"]
     step, change = worth.budget_token_heads / 100, worth.change(0.01)
     return [
         *lines,
-        f"1 % more budget ({step:.4g} token-heads) gives the best plan at most {change:.3%} more value, 1 % less takes "
-        f"at least {change:.3%} (estimated from the prices of the binding checkpoints)",
+        f"1 % more budget ({step:.4g} token-heads) gives the best plan at most {change:.3%} "
+        f"{'less cost' if costs else 'more value'}, 1 % less {'adds' if costs else 'takes'} at least {change:.3%} "
+        "(estimated from the prices of the binding checkpoints)",
     ]
 
 
 # ------------------------------------------------------------------------------------------------------ charts
+
+
+def whole_ticks(count: int) -> range:
+    """At most ten of the indices below `count`; a locator of matplotlib also marks numbers beyond the last."""
+    steps = (step * ten for ten in (10**power for power in itertools.count()) for step in (1, 2, 5))
+    return range(0, count, next(step for step in steps if count <= 10 * step))
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -122,7 +138,6 @@ def save_last_read(path: Path, last_read_LHT: IntArray, names: Sequence[str], ti
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     layers, heads, scales = last_read_LHT.shape
     columns = min(4, scales - 1)
@@ -141,8 +156,8 @@ def save_last_read(path: Path, last_read_LHT: IntArray, names: Sequence[str], ti
         ax.imshow(shown, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
         ax.set_title(f"source {source} ({names[source]})", fontsize=8)
         ax.tick_params(labelsize=6)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xticks(whole_ticks(heads))
+        ax.set_yticks(whole_ticks(layers))
     figure.supxlabel("head", fontsize=8)
     figure.supylabel("layer", fontsize=8)
     figure.suptitle(title, fontsize=9)
@@ -155,7 +170,6 @@ def save_last_read(path: Path, last_read_LHT: IntArray, names: Sequence[str], ti
 def save_kept(path: Path, scales_S: FloatArray, heads_LH: FloatArray, names: Sequence[str], title: str) -> None:
     """Two bar charts of the kept token-time: per source scale, and per layer with the range of its heads."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.5 + 0.25 * len(scales_S) + 0.12 * len(heads_LH), 3.4), dpi=110, layout="constrained")
     by_scale, by_layer = figure.subplots(1, 2, sharey=True)
@@ -167,7 +181,7 @@ def save_kept(path: Path, scales_S: FloatArray, heads_LH: FloatArray, names: Seq
     mean_L = heads_LH.mean(axis=1)
     around = np.stack([mean_L - heads_LH.min(axis=1), heads_LH.max(axis=1) - mean_L])
     by_layer.bar(range(len(mean_L)), 100 * mean_L, color="tab:green", yerr=100 * np.maximum(around, 0), ecolor="0.4")
-    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
+    by_layer.set_xticks(whole_ticks(len(mean_L)))
     by_layer.set_xlabel("layer (lines: least and most of its heads)", fontsize=8)
     figure.suptitle(title, fontsize=9)
     _save(figure, path)
@@ -176,6 +190,7 @@ def save_kept(path: Path, scales_S: FloatArray, heads_LH: FloatArray, names: Seq
 def save_use(path: Path, live_TL: IntArray, full_TL: IntArray, budget: int, names: Sequence[str], title: str) -> None:
     """Token-heads held after every layer of every target scale, against the budget and the full cache."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     scales, layers = live_TL.shape
     figure = Figure(figsize=(7.5, 3.4), dpi=110, layout="constrained")
@@ -191,6 +206,7 @@ def save_use(path: Path, live_TL: IntArray, full_TL: IntArray, budget: int, name
     ax.grid(axis="x", color="0.9")
     ax.set_xlabel(f"target scale, {layers} layers each", fontsize=8)
     ax.set_ylabel("token-heads", fontsize=8)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize=7, loc="upper left")
     ax.set_title(title, fontsize=9)
     _save(figure, path)

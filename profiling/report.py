@@ -11,6 +11,7 @@ from rich.table import Table
 
 from heatkv.files import replacing
 from heatkv.images import to_pixels
+from heatkv.profiling.runner import LEAST_USED
 from heatkv.profiling.stability import Agreement
 from heatkv.statistics import Statistics
 
@@ -38,7 +39,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
         name = row["policy"] + (f" (mean of {row['draws']})" if row["draws"] > 1 else "")
         time = row.get("latency_ms")
         table.add_row(
-            name + (" *" if row["had_no_effect"] else ""),
+            name + (" *" if row["had_no_effect"] else " †" if row.get("under_used") else ""),
             row["budget"],
             f"{row['budget_bytes'] / 2**20:.3f}",
             f"{row['planned_bytes'] / 2**20:.3f}",
@@ -52,8 +53,12 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             _number(row.get("psnr_db"), ".2f"),
             _number(row.get("ssim"), ".3f"),
         )
+    notes = []
     if any(row["had_no_effect"] for row in rows):
-        table.caption = "* had no effect: nothing was dropped at this budget"
+        notes.append("* had no effect: nothing was dropped at this budget")
+    if any(row.get("under_used") and not row["had_no_effect"] for row in rows):
+        notes.append(f"† used less than {LEAST_USED:.0%} of its budget")
+    table.caption = "\n".join(notes) or None
     return table
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from heatkv.calibration import sample_names
 from heatkv.errors import FormatError
-from heatkv.files import check_header, file_name, make_folder, read_json, replacing, write_json
+from heatkv.files import check_header, file_name, read_json, replacing, write_json
 from heatkv.images import GAP, image_grid
 from heatkv.models.base import ImageModel
 from heatkv.profiling.environment import device_name, environment
@@ -91,7 +91,7 @@ class ResultsFolder:
     def save_pictures(self, subject: Subject, digest: str, pictures_B3HW: Tensor) -> None:
         """The pictures of a subject in one row; the file tells which comparison they are of."""
         path = self._pictures_path(subject)
-        make_folder(path.parent)
+        path.parent.mkdir(exist_ok=True)
         told = PngImagePlugin.PngInfo()
         told.add_text("heatkv", digest)
         with replacing(path) as temporary:

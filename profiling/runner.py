@@ -22,6 +22,9 @@ from heatkv.sampling import Settings
 from heatkv.selecting_cache import open_cache
 from heatkv.statistics import HeadRankings, Statistics
 
+LEAST_USED = 0.95
+"""Of the budget: a policy that uses less could not spend what the others may, and its row says so."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -105,6 +108,8 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, storage: str)
         "full_bytes": geometry.full_bytes(rows, storage),
         "compensation_bytes": max(0 if fitted is None else fitted.bytes for fitted in subject.compensations),
         "predicted_kl": plans[0].settings.get("predicted_kl"),
+        "under_used": max(plan.bytes(rows, storage) for plan in plans)
+        < LEAST_USED * geometry.bytes(plans[0].budget_token_heads, rows, storage),
         "had_no_effect": subject.policy != "full" and all(plan.had_no_effect() for plan in plans),
         "draws": len(plans),
     }

@@ -408,9 +408,16 @@ def test_rows_are_the_formula_of_the_design(instance: Instance, seed: int) -> No
 def test_sinks_must_fit(solve: Any) -> None:
     values = np.ones((2, 2, 4, 4))
     tokens = (1, 4, 9, 16)  # two sink scales are 5 tokens in 4 heads
-    for room, cap, over in (((19,), None, 1), ((20,), 9, 1), ((0,), 10, 20), ((20,), 7, 3)):
-        capacity = Capacity(tokens, np.zeros((2, 2), dtype=np.int64), room, cap)
-        with pytest.raises(BudgetError, match=f"the 2 sink scales alone hold {over} token-heads more than .* raise"):
+    for room, cap, over, said in (
+        ((19,), None, 1, "the budget's room of 19; raise the budget"),
+        ((20,), 9, 1, "a layer's cap of 9; raise the cap on layers"),
+        ((0,), 10, 20, "the budget's room of 0; raise the budget"),
+        ((20,), 7, 3, "a layer's cap of 7; raise the cap on layers"),
+        ((10, 8), None, 2, "the budget's room of 8; raise the budget"),
+    ):
+        group_LH = np.tile(np.arange(2) * len(room) // 2, (2, 1))
+        capacity = Capacity(tokens, group_LH, room, cap)
+        with pytest.raises(BudgetError, match=f"the 2 sink scales alone hold {over} token-heads more than {said}"):
             solve(values, capacity, 2)
     groups = np.array([[0, 1], [0, 1]])
     with pytest.raises(BudgetError, match="hold 1 token-heads more"):
@@ -645,9 +652,7 @@ def test_sinks_against_budgets_and_caps() -> None:
         assert plan.peak_token_heads == 8 * 14
         with pytest.raises(BudgetError, match=r"the 3 sink scales; raise it or set sink_scales=2"):
             lp(sink_scales=3, solver=solver).plan(below)
-        with pytest.raises(
-            BudgetError, match=r"layer_cap=13\.9tokens is 55 token-heads, less than the 56 of the 3 sink"
-        ):
+        with pytest.raises(BudgetError, match=r"^layer_cap=13\.9tokens is below 14/55 = 25\.46%, the 3 sink scales"):
             lp(sink_scales=3, solver=solver, layer_cap="13.9tokens").plan(problem)
 
 
@@ -667,8 +672,27 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], phrase: 
     problem = PlanningProblem(geometry, Budget.parse("50%"), heavy_statistics(geometry, 0))
     with pytest.raises(PolicyError, match=phrase):
         lp(**options).plan(problem)
-    with pytest.raises(BudgetError, match="cannot read the budget 'much'"):
-        lp(layer_cap="much").plan(problem)
+
+
+@pytest.mark.parametrize(
+    ("cap", "phrase"),
+    [
+        ("much", "cannot read the layer_cap 'much'; write it as 10%"),
+        ("0", "layer_cap 0% is not above zero"),
+        ("120%", "layer_cap 120% is above 100 %"),
+        ("1.2", "layer_cap 1.2 is above 1"),
+        ("10parsec", "layer_cap '10parsec' has the unknown unit"),
+        ("56tokens", "layer_cap 56tokens is above the full cache of 55 tokens per head"),
+        ("1GB", "layer_cap 1000000000B is above the full cache of 3520 bytes"),
+    ],
+)
+def test_a_cap_that_cannot_be_kept_is_named(cap: str, phrase: str) -> None:
+    geometry = CacheGeometry(2, 4, 4, SQUARE)
+    problem = PlanningProblem(geometry, Budget.parse("50%"), heavy_statistics(geometry, 0))
+    with pytest.raises(BudgetError, match=phrase):
+        lp(layer_cap=cap).plan(problem)
+    with pytest.raises(PolicyError, match="layer_cap=auto: only the budget can be auto"):
+        lp(layer_cap="auto").plan(problem)
 
 
 def test_statistics_without_errors_are_refused() -> None:

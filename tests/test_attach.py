@@ -563,7 +563,8 @@ def test_a_budget_in_bytes_holds_or_is_refused() -> None:
         ({"measure": True, "sink_scales": 2}, PolicyError, "sink_scales only go with policy="),
         ({"policy": "heatkv"}, BudgetError, "policy 'heatkv' needs a budget"),
         ({"policy": "hetakv", "budget": "10%"}, PolicyError, "did you mean 'heatkv'"),
-        ({"policy": "heatkv", "budget": "11%"}, HeatKVError, "sink scales"),
+        ({"policy": "heatkv", "budget": "11%"}, PolicyError, "needs statistics of this model"),
+        ({"policy": "streaming", "budget": "11%"}, BudgetError, "sink scales"),
         ({"policy": "streaming", "budget": "50%", "nonsense": 1}, PolicyError, "nonsense"),
     ],
 )
@@ -857,6 +858,10 @@ def test_level_costs_equal_those_of_our_own_model(find: Find, name: str) -> None
         np.testing.assert_allclose(mine, theirs, rtol=5e-3, atol=1e-6 * max(theirs.max(), 1e-9))
     np.testing.assert_allclose(levels.single_sum, expected.single_sum, rtol=5e-3, atol=1e-6)
 
+    with heatkv.attach(model, measure="levels", log_bias=expected_bias, sink_scales=1) as attached:
+        draw()
+    assert attached.level_statistics().choices == LevelChoices(own.geometry.schedule, 1)
+
     # and a plan made from them runs
     with heatkv.attach(model, measure=True) as attached:
         draw()
@@ -871,6 +876,8 @@ def test_measuring_levels_asks_for_what_it_needs(kind: Any) -> None:
     model, _, schedule = kind
     with pytest.raises(PolicyError, match="go together"):
         heatkv.attach(model, measure="levels", schedule=schedule)
+    with pytest.raises(PolicyError, match="sink_scales only go with policy="):
+        heatkv.attach(model, measure="biases", schedule=schedule, sink_scales=1)
     with pytest.raises(PolicyError, match="measure='colour' is unknown"):
         heatkv.attach(model, measure="colour", schedule=schedule)  # type: ignore[arg-type]
     with pytest.raises(StatisticsError, match="attach with measure='biases'"):

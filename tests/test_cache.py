@@ -285,5 +285,5 @@ def test_wrong_shapes_are_refused(position: int, name: str, wrong: Callable[[Ten
 
 @pytest.mark.parametrize("rows", [0, -1])
 def test_a_cache_has_rows(rows: int) -> None:
-    with pytest.raises(PlanError, match=f"rows is {rows}; a cache has at least 1 row"):
+    with pytest.raises(PlanError, match=f"rows is {rows}; it must be a whole number of at least 1"):
         KVCache(by_hand(), rows)

@@ -65,6 +65,40 @@ def test_solve_equals_the_golden_schedule(tmp_path: Path, name: str, capsys: pyt
     assert told["planned_bytes"] == golden["peak_tokens"] * 128 * 2 * 2 * 2
 
 
+INFINITY = ["solve", "--policy", "heatkv", "--budget", "20%"]
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "scales"),
+    [("8b-512", [], 10), ("8b", ["--size", "0.60M"], 12), ("2b", ["--size", "0.06M"], 7)],
+)
+@pytest.mark.parametrize("sinks", ["2", "3", "4"])
+def test_orders_of_another_number_of_scales_are_refused(
+    model: str, more: list[str], scales: int, sinks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    orders = ORDERS.with_name(f"{model[:2]}.json")
+    arguments = ["--model", f"infinity-{model}", "--orders", str(orders), "--sink-scales", sinks, *more]
+    said = refused(capsys, *INFINITY, *arguments)
+    if scales < 10:  # there are more rankings than cached scales
+        assert "has 9 rankings; the schedule caches 6 scales" in said
+    else:
+        assert "has 9 rankings, which are those of a schedule of 13 scales" in said
+        assert f"this one has {scales} scales: plan from statistics of it (heatkv calibrate" in said
+
+
+@pytest.mark.parametrize(("model", "more"), [("2b", ["--ratio", "3:2"]), ("2b", ["--ratio", "1:2"])])
+def test_orders_of_another_schedule_are_taken_with_a_note(
+    model: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--model", f"infinity-{model[:2]}", "--orders", str(ORDERS.with_name(f"{model[:2]}.json"))]
+    for sinks in ("3", "4"):  # a scale more that is never dropped needs no other rankings
+        assert run([*INFINITY, *own, "--sink-scales", sinks]) == 0
+        assert capsys.readouterr().err == ""
+    assert run([*INFINITY, "--model", f"infinity-{model}", *own[2:], *more]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "scale by scale from the last cached one backwards; heatkv calibrate measures this one" in line
+
+
 def test_solve_knows_other_ratios_and_sinks(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--model", "infinity-8b", "--policy", "streaming", "--budget", "650tokens", "--out", str(out)]
@@ -95,6 +129,31 @@ def test_solve_says_what_is_certified_and_nothing_where_nothing_is(
     table = capsys.readouterr().out
     assert "value at most" not in table
     assert "gap" not in table
+
+
+def test_a_budget_that_is_chosen_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    statistics = tmp_path / "fisher.safetensors"
+    asked = ["--samples", "2", "--levels", "fisher", "--level-samples", "1", "--out", str(statistics)]
+    assert run(["calibrate", *asked]) == 0
+    out = tmp_path / "plan.json"
+    solve = ["solve", "--policy", "heatkv-mr", "--set", "cost=fisher", "--statistics", str(statistics)]
+    chosen = [*solve, "--set", "max_kl=0.05", "--budget", "auto", "--out", str(out)]
+    capsys.readouterr()
+    assert run([*chosen, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["budget_asked"] == "auto"
+    assert 0 < told["predicted_kl"] <= 0.05
+    for command in (chosen, ["solve", "--plan", str(out)]):
+        assert run(command) == 0
+        shown = capsys.readouterr().out
+        assert f"{told['budget']:.1%}, the smallest with a foretold KL of at most 0.05" in shown
+        assert f"{told['predicted_kl']:.4g} nats per token" in shown
+    assert run([*solve, "--budget", "20%"]) == 0
+    shown = capsys.readouterr().out
+    assert "foretold KL" in shown
+    assert "the smallest" not in shown
+    assert run(["solve", "--policy", "streaming", "--budget", "20%"]) == 0
+    assert "foretold KL" not in capsys.readouterr().out
 
 
 def test_options_of_policies_are_set(statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,6 +305,7 @@ def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--policy", "streaming", "--budget", "1%"], "is below 14/230 = 6.09%, the 3 sink scales"),
         (["--policy", "streaming", "--budget", "150%"], "above 100 %"),
         (["--policy", "streaming", "--budget", "10"], "did you mean 10%?"),
+        (["--policy", "streaming", "--budget", "150"], "budget 150 is above 1, the full cache; write it as 10%"),
         (["--policy", "streaming", "--budget", "5GiB"], "above the full cache"),
         (["--policy", "streaming", "--budget", "0"], "not above zero"),
         (["--policy", "streaming", "--budget", "-5%"], "cannot read the budget"),
@@ -255,7 +315,26 @@ def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--policy", "streaming", "--budget", "10%", "--sink-scales", "9"], "sink_scales=9"),
         (["--policy", "streaming", "--budget", "10%", "--ratio", "1.5"], "square images only"),
         (["--policy", "streaming", "--budget", "10%", "--ratio", "wide"], "cannot read the height/width ratio"),
-        (["--policy", "streaming", "--budget", "10%", "--size", "1M"], "48 px only"),
+        (["--policy", "streaming", "--budget", "10%", "--size", "1M"], "emoji is published for 48, not 1M; leave"),
+        (
+            ["--model", "var-d30", "--policy", "streaming", "--budget", "10%", "--size", "1M"],
+            "VAR has no 1M px schedule",
+        ),
+        (
+            ["--model", "var-d30", "--policy", "streaming", "--budget", "10%", "--size", "512"],
+            "var-d30 is published for 256, not 512; use var-d36 for 512",
+        ),
+        (
+            ["--model", "var-d36", "--policy", "streaming", "--budget", "10%", "--size", "1024"],
+            "var-d36 is published for 512, not 1024; leave the size out",
+        ),
+        (
+            ["--model", "infinity-8b-512", "--policy", "streaming", "--budget", "10%", "--size", "0.60M"],
+            "published for 0.25M, not 0.60M; use infinity-8b for 0.60M",
+        ),
+        (["--policy", "streaming", "--budget", "10%", "--device", "gpu"], "unknown device 'gpu'; write cpu, cuda"),
+        (["--policy", "streaming", "--budget", "1e-9"], "is below 14/230 = 6.09%, the 3 sink scales"),
+        (["--policy", "streaming", "--budget", "1e999"], "above 1, the full cache"),
         (["--policy", "streaming", "--budget", "10%", "--dtype", "int3"], "unknown dtype"),
         (["--policy", "streaming", "--budget", "1MiB", "--rows", "0"], "rows is 0"),
         (["--policy", "streaming", "--budget", "10%", "--out", "/nonexistent/plan.json"], "cannot write"),
@@ -437,7 +516,7 @@ def test_generate_refuses(arguments: list[str], said: str, tmp_path: Path, capsy
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("mine")
-    assert "cannot create the folder" in refused(capsys, "generate", "--label", "cat", "--out", str(tmp_path / "out"))
+    assert "is a file; name another" in refused(capsys, "generate", "--label", "cat", "--out", str(tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -675,7 +754,7 @@ def test_an_output_that_takes_no_more(arguments: list[str]) -> None:
         (["--orders", "a", "--statistics", "b"], "give one of them"),
         (["--set", "ranks=2"], "none of these policies has an option 'ranks'"),
         (["--policies", "heatkv-lp", "--set", "ranks=5"], "ranks=5 does not split 6 heads"),
-        (["--policies", "heatkv-lp", "--set", "layer_cap=0.1%"], "layer_cap=0.1% is 1 token-heads, less than the 30"),
+        (["--policies", "heatkv-lp", "--set", "layer_cap=0.1%"], "layer_cap=0.1% is below 5/230 = 2.18%, the 2 sink"),
     ],
 )
 def test_compare_refuses_before_it_measures(
@@ -722,6 +801,11 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     models = {row["model"]: row for row in json.loads(capsys.readouterr().out)}
     # 6,425 tokens x 32 x 16 heads x 128 channels x 2 rows x 4 bytes
     assert models["infinity-2b"]["full_bytes"] == 6425 * 32 * 16 * 128 * 2 * 4
+    assert models["infinity-2b"]["schedule"] == "1,2,4,6,8,12,16,20,24,32,40,48,64"
+    sizes = {name: [entry["size"] for entry in row["sizes"]] for name, row in models.items()}
+    assert sizes["infinity-8b"] == ["1M", "0.60M", "0.25M", "0.06M"]
+    assert (sizes["infinity-8b-512"], sizes["var-d16"], sizes["var-d36"]) == (["0.25M"], ["256"], ["512"])
+    assert [entry["cached_tokens"] for entry in models["infinity-2b"]["sizes"]] == [6425, 4121, 1497, 265]
     assert run(["policies", "--json"]) == 0
     policies = {row["policy"]: row["options"] for row in json.loads(capsys.readouterr().out)}
     assert {"name": "value", "default": "joint", "type": "joint or error or mass"} in policies["heatkv-lp"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -13,10 +12,22 @@ from torch.nn import functional as F
 
 from heatkv.cli import run
 from heatkv.errors import HeatKVError
-from heatkv.models import model_info
+from heatkv.generation import Generator
+from heatkv.models import load_model, model_info
+from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.emoji import VQVAE_CONFIG
+from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.models.vqvae import VQVAE
-from heatkv.profiling.fit import Footprint, footprint, largest_batch, largest_share, parse_memory
+from heatkv.profiling.fit import (
+    Footprint,
+    drawing_bytes,
+    footprint,
+    largest_batch,
+    largest_share,
+    parse_memory,
+    prompt_bytes,
+    shapes,
+)
 from heatkv.profiling.fit import text_encoder_parameters as encoder_parameters
 from heatkv.profiling.ledger import FusedAttention, TensorLedger
 
@@ -82,24 +93,75 @@ def test_infinity_2b_adds_up() -> None:
     assert footprint(info, 1, size="0.25M").full_cache < taken.full_cache
 
 
+def test_drawing_on_shapes_takes_what_drawing_takes() -> None:
+    """All of it, from the labels to the pictures, of the embedded model."""
+    model = load_model("emoji")
+    for images in (1, 3):
+        generator = Generator(model, model.plan(), images)
+        with FusedAttention(), TensorLedger() as ledger:
+            generator.draw(list(range(images)))
+        taken = footprint(model_info("emoji"), images, dtype="float32")
+        assert taken.prompt + taken.working == pytest.approx(ledger.peak, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["emoji", "var-d16", "infinity-2b"])
+def test_working_memory_does_not_grow_with_layers_and_in_proportion_to_images(name: str) -> None:
+    info = model_info(name)
+    schedule = info.schedule("0.06M" if info.family == "infinity" else None)
+    two, three = (shapes(info, schedule, torch.float32, layers) for layers in (2, 3))
+
+    def working(model: ClassConditionalModel | TextConditionalModel, images: int) -> int:
+        return drawing_bytes(model, images, True) - prompt_bytes(model, images, True)
+
+    assert working(three, 1) == working(two, 1)
+    assert 0.99 * 2 * working(two, 1) <= working(two, 2) <= 2 * working(two, 1)
+
+
+# decoder: m channels into the last level, of c, m c + 4 c at the size of the picture; V logits a token
+@pytest.mark.parametrize(
+    ("name", "size", "pixels", "channels", "width", "logits"),
+    [
+        ("var-d16", None, 256 * 256, 5 * 160, 1024, 4096),
+        ("var-d30", None, 256 * 256, 5 * 160, 1920, 4096),
+        ("var-d36", None, 512 * 512, 5 * 160, 2304, 4096),
+        ("infinity-2b", "0.06M", 256 * 256, 6 * 128, 2048, 64),
+        ("infinity-2b", "1M", 1024 * 1024, 6 * 128, 2048, 64),
+        ("infinity-8b", "0.25M", 512 * 512, 6 * 128, 3584, 112),
+        ("infinity-8b", "1M", 1024 * 1024, 6 * 128, 3584, 112),
+    ],
+)
+def test_working_memory_is_the_documented_formula(
+    name: str, size: str | None, pixels: int, channels: int, width: int, logits: int
+) -> None:
+    for dtype in ("bfloat16", "float32"):
+        for guided in (True, False):
+            taken = footprint(model_info(name), 3, size=size, dtype=dtype, guided=guided)
+            tokens = pixels // 256
+            text = 512 * 2048 if name.startswith("infinity") else 0
+            formula = 4 * (pixels * channels + (2 if guided else 1) * tokens * width + tokens * logits + text)
+            assert 3 * formula <= taken.working <= 1.01 * 3 * formula
+
+
 SIMPLE = Footprint(1, 2, 100, 10, 0, 5, 50, 400)
 
 
 def test_the_largest_share_and_batch() -> None:
-    assert SIMPLE.without_cache == 165
-    assert largest_share(SIMPLE, 265) == Fraction(1, 4)
-    assert largest_share(SIMPLE, 10**6) == 1
-    with pytest.raises(HeatKVError, match="without any cache"):
-        largest_share(SIMPLE, 165)
-
-    def measure(images: int) -> Footprint:
-        return replace(SIMPLE, images=images, prompt=5 * images, working=50 * images, full_cache=400 * images)
-
+    assert (SIMPLE.weights, SIMPLE.without_cache) == (110, 165)
+    sinks = Fraction(1, 40)
+    assert largest_share(SIMPLE, 265, sinks).share == Fraction(1, 4)
+    assert largest_share(SIMPLE, 10**6, sinks).share == 1
+    for memory, missing in ((175, 0), (174, 1), (10, 165)):
+        found = largest_share(SIMPLE, memory, sinks)
+        assert (found.share, found.cache, found.total) == (sinks, 10, 175)
+        assert (found.missing, found.fits) == (missing, missing == 0)
     # 110 + images * (55 + 40) at a tenth of the cache
     for memory in (205, 299, 300, 1060, 9999):
-        assert largest_batch(measure, memory, Fraction(1, 10)).images == (memory - 110) // 95
-    with pytest.raises(HeatKVError, match="do not hold one image: it takes"):
-        largest_batch(measure, 204, Fraction(1, 10))
+        found = largest_batch(SIMPLE, memory, Fraction(1, 10))
+        assert found.taken.images == (memory - 110) // 95
+        assert found.fits
+    assert largest_batch(SIMPLE, 10**12, Fraction(1, 10)).taken.images == 65536
+    one = largest_batch(SIMPLE, 204, Fraction(1, 10))
+    assert (one.taken.images, one.missing) == (1, 1)
 
 
 @pytest.mark.parametrize("text", ["24", "10%", "lots", "-1GiB", "0", "0GiB", "5XB", "nan", "", "0.5"])
@@ -120,8 +182,49 @@ def test_the_command_answers_both_ways(capsys: pytest.CaptureFixture[str]) -> No
     assert back["total_bytes"] <= 2 << 30
     assert run(["fit", "--memory", "24GiB", "--batch", "2", "--budget", "10%"]) == 2
     assert "give one of them" in capsys.readouterr().err
-    assert run(["fit", "--model", "infinity-8b", "--memory", "1GiB"]) == 2
-    assert "without any cache" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_told_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["fit", "--model", "infinity-8b", "--memory", "24GiB", "--batch", "4"]
+    assert run(asked) == 2
+    out, error = capsys.readouterr()
+    for line in ("transformer", "text encoder", "working memory", "cache, full", "total with that", "missing"):
+        assert line in out
+    assert len(error.splitlines()) == 1
+    assert run([*asked, "--json"]) == 2
+    out, error = capsys.readouterr()
+    told = json.loads(out)
+    assert told["fits"] is False
+    assert told["least_memory_bytes"] == told["total_bytes"] == (24 << 30) + told["missing_bytes"]
+    assert told["sinks_bytes"] == told["full_cache_bytes"] * 21 // 6425
+    assert f"it takes {told['least_memory_bytes'] / 2**30:.2f} GiB; what fits: " in error
+    assert "--size 0.25M" in told["would_fit"]
+    # each way out does fit, and a larger batch than the one named does not
+    for way in told["would_fit"]:
+        assert run([*asked, *way.split(",")[0].split()]) == 0
+    batch = next(int(way.split()[1]) for way in told["would_fit"] if way.startswith("--batch"))
+    assert run([*asked, "--batch", str(batch + 1)]) == 2
+    capsys.readouterr()
+    memory = str(told["least_memory_bytes"])
+    assert run([*asked, "--memory", f"{memory}B", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["fits"], told["left_bytes"], told["missing_bytes"]) == (True, 0, 0)
+    assert run([*asked, "--memory", f"{int(memory) - 1}B"]) == 2
+
+
+def test_a_budget_that_does_not_fit_names_the_one_that_does(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["fit", "--model", "infinity-8b", "--memory", "26GiB", "--budget", "60%", "--json"]
+    assert run(asked) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert [way.split()[0] for way in told["would_fit"]] == ["--budget", "--size", "--no-text-encoder,"]
+    for way in told["would_fit"]:
+        assert run([*asked, *way.split(",")[0].split()]) == 0
+    asked = ["fit", "--model", "var-d30", "--memory", "4GiB", "--dtype", "float32", "--json"]
+    assert run(asked) == 2
+    error = capsys.readouterr().err
+    assert "no other batch, size or type fits" in error
+    assert run([*asked, "--memory", "6GiB"]) == 2
+    assert "what fits: --dtype bfloat16" in capsys.readouterr().err
 
 
 def test_the_budget_found_fits_when_asked_back(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +237,7 @@ def test_the_budget_found_fits_when_asked_back(capsys: pytest.CaptureFixture[str
         assert json.loads(capsys.readouterr().out)["images"] == 1
         more = f"{float(found[1]) + 0.2:.1f}%"
         assert run([*asked, "--budget", more]) == 2
-        assert "do not hold one image" in capsys.readouterr().err
+        assert "do not hold a batch of 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -150,9 +253,18 @@ def test_the_budget_found_fits_when_asked_back(capsys: pytest.CaptureFixture[str
         (["--budget", "120%"], "above 100 %"),
         (["--memory", "5XB"], "memory '5XB' is no size above zero"),
         (["--model", "infinity-9b"], "unknown model"),
-        (["--model", "infinity-8b", "--memory", "12GiB"], "12.00 GiB do not hold a batch of 1: without any cache it"),
-        (["--model", "infinity-8b", "--memory", "12GiB"], "elsewhere (--no-text-encoder)"),
-        (["--model", "var-d30", "--memory", "1GiB"], "draw a smaller size, or take a 16-bit type"),
+        (["--budget", "1e-9"], "is below 21/6425 = 0.33%, the 3 sink scales; raise it or set sink_scales=0"),
+        (["--budget", "1e-9tokens"], "is below 21/6425"),
+        (["--budget", "1e-9", "--sink-scales", "0"], "holds no token of any head; one is 3.04e-07 of the full cache"),
+        (["--budget", "0.1%"], "is below 21/6425 = 0.33%, the 3 sink scales; raise it or set sink_scales=2"),
+        (["--budget", "0"], "not above zero"),
+        (["--budget", "-5%"], "cannot read the budget"),
+        (["--budget", "999GiB"], "above the full cache"),
+        (["--budget", "auto"], "budget auto is for policies"),
+        (["--sink-scales", "13"], "sink_scales=13 does not fit"),
+        (["--batch", "1000000"], "a batch of 1000000; it is from 1 to 65536"),
+        (["--model", "infinity-8b-512", "--size", "1M"], "published for 0.25M, not 1M; use infinity-8b for 1M"),
+        (["--model", "var-d16", "--size", "512"], "var-d16 is published for 256, not 512; use var-d36 for 512"),
     ],
 )
 def test_the_command_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,9 +275,16 @@ def test_the_command_refuses(arguments: list[str], said: str, capsys: pytest.Cap
     assert len(error.splitlines()) == 1
 
 
-def test_what_is_less_than_the_sinks_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["fit", "--model", "var-d16", "--memory", "2GiB", "--budget", "1%"]) == 0
-    assert "3 sink scales of HeatKV's rule alone are 3.30%" in capsys.readouterr().err  # 14 of 424 tokens
+def test_fewer_sinks_allow_less(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["fit", "--model", "var-d16", "--memory", "2GiB", "--budget", "2%"]
+    assert run(asked) == 2
+    assert "below 14/424 = 3.31%, the 3 sink scales; raise it or set sink_scales=2" in capsys.readouterr().err
+    assert run([*asked, "--sink-scales", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["sinks_bytes"] == told["full_cache_bytes"] * 5 // 424
+
+
+def test_the_nearest_template_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["fit", "--memory", "24GiB", "--ratio", "1.4"]) == 0
     assert "height/width 1.4; taking the nearest, 1.333" in capsys.readouterr().err
     assert run(["fit", "--memory", "24GiB", "--ratio", "4:3"]) == 0

@@ -167,9 +167,10 @@ def test_rankings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("2b.json").write_text(json.dumps([PAIRS, PAIRS[::-1]]))
     names = run_lines("Published rankings of heads")
-    rankings = HeadRankings.load_orders("2b.json", GEOMETRY)
+    six_scales = dataclasses.replace(GEOMETRY, schedule=ScaleSchedule.square(range(1, 7)))
+    rankings = HeadRankings.load_orders("2b.json", six_scales)
     assert np.array_equal(names["layer"] * 3 + names["head"], rankings.order)
-    assert rankings.first_scale == 1  # the last of two is of scale T-2 = 2
+    assert rankings.first_scale == 3  # the last of two is of scale T-2 = 4
 
 
 def test_layer_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

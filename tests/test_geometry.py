@@ -212,7 +212,7 @@ def test_impossible_geometries(name: str, value: Any) -> None:
 
 
 def test_rows_and_storage_are_checked() -> None:
-    with pytest.raises(BudgetError, match="rows is 0; a cache has at least 1 row"):
+    with pytest.raises(BudgetError, match="rows is 0; it must be a whole number of at least 1"):
         INFINITY_2B.full_bytes(rows=0)
     with pytest.raises(BudgetError, match=r"unknown storage type 'int4'; known: float32, bfloat16"):
         INFINITY_2B.full_bytes(storage="int4")

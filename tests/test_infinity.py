@@ -467,6 +467,33 @@ def test_prompts_that_do_not_fit_are_refused(tiny: TextConditionalModel) -> None
         tiny.prompts(["a cat"])
 
 
+def test_what_is_no_prompt_is_refused(tiny: TextConditionalModel) -> None:
+    plan = tiny.plan()
+    for labels in ("a cat", Prompt(features(3)), [features(3)], [3], [None], features(3), None):
+        with pytest.raises(ModelError, match=r"give a (list|text)|is floating|without a text encoder"):
+            generate(tiny, labels, plan)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="loaded without a text encoder"):
+        generate(tiny, ["a cat"], plan)
+    for bad in (None, "x", features(3).numpy(), features(3).long()):
+        with pytest.raises(ModelError, match=r"reads a tensor \(positions, "):
+            generate(tiny, [Prompt(bad)], plan)  # type: ignore[arg-type]
+    for texts in ("a cat", None, 3, [3]):
+        with pytest.raises(ModelError, match="give a list of texts"):
+            tiny.prompts(texts)  # type: ignore[arg-type]
+    for method in (tiny.labels, lambda first: tiny.labels(1, first)):
+        with pytest.raises(ModelError):
+            method("1")
+    with pytest.raises(ModelError, match="give a text, or a Prompt"):
+        tiny.label_name("x" if tiny.text_encoder else 3)  # type: ignore[arg-type]
+
+
+def test_a_text_is_drawn_as_its_prompt(t5_folder: Path) -> None:
+    model = replace(make(), text_encoder=T5TextEncoder(t5_folder))
+    (prompt,) = model.prompts(["a red cat"])
+    plan = model.plan()
+    assert torch.equal(generate(model, ["a red cat"], plan), generate(model, [prompt], plan))
+
+
 def test_the_prompt_is_projected_once_per_image_and_layer(
     tiny: TextConditionalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ Arrays: L layers, H heads, T targets, S = T sources, K paths of one head.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -12,15 +13,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, tokens_at
 
 from heatkv import level_allocation
 from heatkv.allocation import Capacity
-from heatkv.errors import BudgetError
-from heatkv.level_allocation import LevelAllocation, _Pricing, allocate_levels, cost_bound
+from heatkv.errors import BudgetError, PlanError, StatisticsError
+from heatkv.level_allocation import (
+    LevelAllocation,
+    _Paths,
+    _Pricing,
+    _undominated,
+    allocate_levels,
+    capacity_prices,
+    cost_bound,
+    level_cost,
+    level_price_bound,
+)
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS, NONE, LevelChoices
 from heatkv.schedule import ScaleSchedule
@@ -55,8 +66,9 @@ def statistics(
     return LevelStatistics(choices, "error", bias, tuple(sums), single, ("a",), ())
 
 
-def all_paths(choices: LevelChoices, levels: Sequence[int] = (0, 1, 2)) -> IntArray:
-    """Every path of a head, level[k, t, s]: what is held only gets coarser, and only the joint sources are pooled."""
+def all_paths(choices: LevelChoices, levels: Sequence[int] = (0, 1, 2), sinks: int = 0) -> IntArray:
+    """Every path of a head, level[k, t, s]: what is held only gets coarser, only the joint sources are pooled, and
+    the first `sinks` scales are whole, however few are by the choices."""
     scales = len(choices.schedule)
     of_source = []
     for s in range(choices.sink_scales, scales - 1):
@@ -64,7 +76,7 @@ def all_paths(choices: LevelChoices, levels: Sequence[int] = (0, 1, 2)) -> IntAr
         for t in range(s + 1, scales):
             possible = choices.of_source(s) if s in choices.joint_sources(t) else choices.of_other(s)
             allowed.append([level for level in possible if level in (*levels, NONE)])
-        runs = [run for run in itertools.product(*allowed) if list(run) == sorted(run)]
+        runs = [run for run in itertools.product(*allowed) if list(run) == sorted(run) and (s >= sinks or not any(run))]
         of_source.append(np.array(runs))
     count = int(np.prod([len(runs) for runs in of_source]))
     level = np.full((count, scales, scales), NONE)
@@ -110,9 +122,9 @@ def undominated(tokens_KX: IntArray, cost_K: FloatArray) -> IntArray:
     return np.array(indices)
 
 
-def optimum(stats: LevelStatistics, capacity: Capacity, levels: Sequence[int] = (0, 1, 2)) -> float:
+def optimum(stats: LevelStatistics, capacity: Capacity, levels: Sequence[int] = (0, 1, 2), sinks: int = 0) -> float:
     """The least cost of any plan within the capacity: heads are added one by one, keeping what is not dominated."""
-    paths = all_paths(stats.choices, levels)
+    paths = all_paths(stats.choices, levels, sinks)
     tokens = tokens_of(stats.choices.schedule, paths)
     groups, layers, scales = capacity.groups, capacity.layers, capacity.scales
     held = np.zeros((1, groups, layers, scales), dtype=np.int64)
@@ -147,7 +159,11 @@ def feasible(held_KGLT: IntArray, capacity: Capacity) -> NDArray[np.bool_]:
 
 
 def check_plan(
-    stats: LevelStatistics, capacity: Capacity, found: LevelAllocation, levels: Sequence[int] = (0, 1, 2)
+    stats: LevelStatistics,
+    capacity: Capacity,
+    found: LevelAllocation,
+    levels: Sequence[int] = (0, 1, 2),
+    sinks: int = 0,
 ) -> None:
     """It is a plan, fits at every checkpoint, and costs what it says."""
     choices, schedule = stats.choices, stats.choices.schedule
@@ -158,7 +174,7 @@ def check_plan(
         for t, s in np.ndindex(scales, scales):
             if s >= t:
                 assert path[t, s] == NONE
-            elif s < choices.sink_scales:
+            elif s < max(sinks, choices.sink_scales):
                 assert path[t, s] == 0
             else:
                 allowed = choices.of_source(s) if s in choices.joint_sources(t) else choices.of_other(s)
@@ -231,6 +247,78 @@ def test_at_least_half_of_small_instances_are_solved_to_the_optimum() -> None:
 
 
 @settings(max_examples=20)
+@given(problem=problems(), share=st.sampled_from([0.0, 1e-3, 4.9e-3, 0.1]))
+def test_a_closer_bound_is_below_the_best_of_all_plans(problem: tuple[LevelStatistics, Capacity], share: float) -> None:
+    """From the plan without any cells, whose gap is largest."""
+    stats, capacity = problem
+    pricing = _Pricing(stats, (0, 1, 2), stats.choices.sink_scales)
+    scales = len(stats.choices.schedule)
+    start, _ = pricing.best(np.full((pricing.heads, scales), pricing.prohibitive))
+    bound, prices = cost_bound(stats, capacity), allocate_levels(stats, capacity).row_prices
+    assume(bound < (1 - share) * start.cost.sum())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(level_allocation, "PROVEN", share)
+        plan, closer = level_allocation._closer(pricing, capacity, bound, prices, start)
+    level = plan.level.reshape(stats.layers, stats.heads, scales, scales).astype(int)
+    cost = float(plan.cost.sum())
+    check_plan(stats, capacity, LevelAllocation(level, cost, min(closer, cost), prices))
+    assert bound <= closer <= optimum(stats, capacity) + 1e-9
+    assert cost <= start.cost.sum()
+
+
+# few heads, of which each holds a large part of the budget: the best mix is far below the best plan
+LUMPY = ScaleSchedule.square((1, 2, 3, 4, 6, 8))
+
+
+@pytest.mark.parametrize("seed", [2, 7])  # plans of the first program break further rows
+@pytest.mark.parametrize("levels", [(0, 1, 2), (0,)])
+def test_few_heads_are_proven_to_half_a_percent(
+    levels: tuple[int, ...], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = statistics(LUMPY, 3, 2, seed, 2)
+    capacity = shared(stats, int(0.2 * full(LUMPY, 3, 2)))
+    found = allocate_levels(stats, capacity, levels)
+    check_plan(stats, capacity, found, levels)
+    assert found.gap <= 0.005
+    for limit in ("MAX_NEAR", "MAX_PROGRAM"):
+        with monkeypatch.context() as patch:
+            patch.setattr(level_allocation, limit, 0)
+            without = allocate_levels(stats, capacity, levels)
+        check_plan(stats, capacity, without, levels)
+        assert without.gap > 0.05
+        assert found.cost <= without.cost
+
+
+def test_the_solver_prints_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not even below Python, where it waits in a buffer of its own; what others print around it stays."""
+    libc, original, calls = ctypes.CDLL(None), level_allocation.milp, []
+
+    def talkative(*arguments: Any, **options: Any) -> Any:
+        calls.append(libc.puts(b"tmpSolver.run();"))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(level_allocation, "milp", talkative)
+    stats = statistics(LUMPY, 3, 2, 2, 2)
+    libc.puts(b"before")
+    allocate_levels(stats, shared(stats, int(0.2 * full(LUMPY, 3, 2))))
+    libc.puts(b"after")
+    libc.fflush(None)
+    assert len(calls) >= 2  # both programs in whole numbers
+    assert capfd.readouterr() == ("before\nafter\n", "")
+
+
+def test_costs_far_below_that_of_holding_nothing_are_solved_as_well() -> None:
+    """Costs of the optimum must not drown in the solver's tolerance."""
+    stats = statistics(LUMPY, 12, 6, 11, 2)
+    far = tuple(np.where(joint > np.quantile(joint, 0.9), joint * 1e6, joint) for joint in stats.joint_sum)
+    stats = dataclasses.replace(stats, joint_sum=far)
+    capacity = shared(stats, int(0.5 * full(LUMPY, 12, 6)))
+    found = allocate_levels(stats, capacity)
+    check_plan(stats, capacity, found)
+    assert found.gap <= 0.005
+
+
+@settings(max_examples=20)
 @given(problem=problems())
 def test_more_levels_never_cost_more_than_dropping(problem: tuple[LevelStatistics, Capacity]) -> None:
     stats, capacity = problem
@@ -249,14 +337,48 @@ def test_a_poor_plan_gives_way_to_one_that_only_drops(monkeypatch: pytest.Monkey
     capacity, original = shared(stats, 30), level_allocation._allocate
     dropping = allocate_levels(stats, capacity, (0,))
 
-    def poor(stats: LevelStatistics, capacity: Capacity, levels: tuple[int, ...]) -> LevelAllocation:
-        found = original(stats, capacity, levels)
-        return found if levels == (0,) else dataclasses.replace(found, cost=dropping.cost * (1 + 1e-9))
+    def poor(pricing: _Pricing, capacity: Capacity) -> LevelAllocation:
+        found = original(pricing, capacity)
+        only_drops = set(found.level.flat) <= {0, NONE}
+        return found if only_drops else dataclasses.replace(found, cost=dropping.cost * (1 + 1e-9))
 
     monkeypatch.setattr(level_allocation, "_allocate", poor)
     found = allocate_levels(stats, capacity)
     assert np.array_equal(found.level, dropping.level)
     assert found.bound < found.cost == dropping.cost  # the bound is still that of all levels
+
+
+@settings(max_examples=40)
+@given(problem=problems(), more=st.integers(0, 3), levels=st.sampled_from([(0, 1, 2), (0,)]))
+def test_more_sinks_than_the_costs_have(
+    problem: tuple[LevelStatistics, Capacity], more: int, levels: tuple[int, ...]
+) -> None:
+    """The choices are those that hold the further sinks whole, of costs that also know the others."""
+    stats, capacity = problem
+    schedule = stats.choices.schedule
+    sinks = min(stats.choices.sink_scales + more, len(schedule) - 1)
+    least = stats.layers * stats.heads * schedule.offsets[sinks]
+    capacity = dataclasses.replace(capacity, room_G=(max(capacity.room_G[0], least),))
+    found, best = allocate_levels(stats, capacity, levels, sinks), optimum(stats, capacity, levels, sinks)
+    check_plan(stats, capacity, found, levels, sinks)
+    assert found.bound - 1e-9 <= best <= found.cost + 1e-9
+    bound = cost_bound(stats, capacity, levels, sinks)
+    assert bound <= best + 1e-9
+    assert level_cost(stats, found.level) == pytest.approx(found.cost, rel=1e-9, abs=1e-12)
+    prices = capacity_prices(stats, capacity, levels, sinks)
+    assert level_price_bound(stats, capacity, levels, prices, sinks) == pytest.approx(bound, rel=1e-9, abs=1e-12)
+    too_little = dataclasses.replace(capacity, room_G=(least - 1,))
+    said = f"the {sinks} sink scales alone hold 1 token-heads more than the budget's room of {least - 1};"
+    for call in (allocate_levels, capacity_prices):
+        with pytest.raises(BudgetError, match=said):
+            call(stats, too_little, levels, sinks)
+
+
+def test_fewer_sinks_than_the_costs_have() -> None:
+    stats = statistics(MORE, 2, 2, 4, 2)
+    for call in (allocate_levels, cost_bound, capacity_prices):
+        with pytest.raises(StatisticsError, match="hold for 2 sink scales or more, not for 1"):
+            call(stats, shared(stats, 30), sink_scales=1)
 
 
 @settings(max_examples=20)
@@ -297,13 +419,15 @@ PRICED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("schedule", "sinks", "joint"), PRICED)
+@pytest.mark.parametrize(("schedule", "measured", "joint"), PRICED)
+@pytest.mark.parametrize("more", [0, 1, 2])
 @pytest.mark.parametrize("levels", [(0, 1, 2), (0,), (0, 2), (0, 1)])
 def test_pricing_finds_the_cheapest_of_all_paths(
-    schedule: ScaleSchedule, sinks: int, joint: int, levels: tuple[int, ...]
+    schedule: ScaleSchedule, measured: int, joint: int, more: int, levels: tuple[int, ...]
 ) -> None:
-    stats = statistics(schedule, 1, 3, 2, sinks, joint, "any")
-    pricing, paths = _Pricing(stats, levels), all_paths(stats.choices, levels)
+    sinks = min(measured + more, len(schedule) - 1)
+    stats = statistics(schedule, 1, 3, 2, measured, joint, "any")
+    pricing, paths = _Pricing(stats, levels, sinks), all_paths(stats.choices, levels, sinks)
     tokens, rng = tokens_of(schedule, paths), np.random.default_rng(3)
     costs = [costs_of(stats, paths, 0, head) for head in range(3)]
     for scale in (0.0, 0.01, 0.1, 0.3, 1.0, 100.0):
@@ -318,10 +442,92 @@ def test_pricing_finds_the_cheapest_of_all_paths(
             assert found.cost[head] == pytest.approx(costs_of(stats, level[None], 0, head)[0])
 
 
+@pytest.mark.parametrize(("schedule", "sinks", "joint"), PRICED)
+def test_the_cost_of_any_plan(schedule: ScaleSchedule, sinks: int, joint: int) -> None:
+    stats = statistics(schedule, 2, 2, 2, sinks, joint, "any")
+    paths, rng = all_paths(stats.choices), np.random.default_rng(4)
+    for _ in range(20):
+        chosen = rng.integers(len(paths), size=(2, 2))
+        expected = sum(costs_of(stats, paths[chosen[l, h], None], l, h)[0] for l, h in np.ndindex(2, 2))
+        assert level_cost(stats, paths[chosen]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_levels_of_as_many_tokens_cost_the_same_and_others_are_refused() -> None:
+    stats = statistics(FEW, 1, 1, 2, 1, 1, "any")  # the last target combines the 16 tokens only
+    level = all_paths(stats.choices)[:1].copy()[None]
+    level[..., 2:, 1], level[..., 3, 2] = LEVELS.index("mean"), NONE
+    pooled = level.copy()
+    pooled[..., 2:, 1] = LEVELS.index("pool2")  # of 1 x 2 tokens
+    assert level_cost(stats, pooled) == level_cost(stats, level)
+    stats = statistics(MORE, 1, 1, 2, 0, 1, "any")
+    single = all_paths(stats.choices)[:1].copy()[None]
+    assert (single[..., 2, :2] == 0).all()
+    mean = single.copy()
+    mean[..., 2:, 1] = LEVELS.index("mean")  # of 1 token
+    assert level_cost(stats, mean) == level_cost(stats, single)
+    schedule = ScaleSchedule.of([(1, 1), (4, 4), (4, 4), (4, 4), (5, 5)])
+    stats = statistics(schedule, 1, 1, 1, 1, 1)
+    alone = all_paths(stats.choices)[:1].copy()[None]
+    alone[..., 2:, 1] = LEVELS.index("pool2")
+    phrase = "layer 0, head 0 holds source 1 at level pool2 for target 3, which .* known there: full, mean"
+    with pytest.raises(PlanError, match=phrase):
+        level_cost(stats, alone)
+
+
+@settings(max_examples=20)
+@given(problem=problems(), seed=SEEDS)
+def test_no_plan_is_below_the_bound_of_any_prices(problem: tuple[LevelStatistics, Capacity], seed: int) -> None:
+    stats, capacity = problem
+    rng = np.random.default_rng(seed)
+    prices = rng.random(len(capacity.room)) * (rng.random(len(capacity.room)) < 0.3) * 10.0 ** rng.integers(-3, 1)
+    for levels in ((0, 1, 2), (0,)):
+        assert level_price_bound(stats, capacity, levels, prices) <= optimum(stats, capacity, levels) + 1e-9
+        best = level_price_bound(stats, capacity, levels, capacity_prices(stats, capacity, levels))
+        assert best == pytest.approx(cost_bound(stats, capacity, levels), rel=1e-9, abs=1e-12)
+
+
 def test_paths_of_the_oracle() -> None:
     """One source of 16 tokens for one target, and one of 2 for two: 4 levels, and 6 falling pairs of 3."""
     assert len(all_paths(LevelChoices(FEW, 1))) == 4 * 6
     assert len(all_paths(LevelChoices(ScaleSchedule.of([(1, 1)] * 9), 1))) == 8 * 7 * 6 * 5 * 4 * 3 * 2
+
+
+@pytest.mark.parametrize(("schedule", "sinks", "joint"), PRICED)
+@pytest.mark.parametrize("levels", [(0, 1, 2), (0,)])
+def test_near_finds_every_path_of_little_regret(
+    schedule: ScaleSchedule, sinks: int, joint: int, levels: tuple[int, ...]
+) -> None:
+    stats = statistics(schedule, 1, 2, 2, sinks, joint, "any")
+    pricing, paths = _Pricing(stats, levels, stats.choices.sink_scales), all_paths(stats.choices, levels)
+    tokens = tokens_of(schedule, paths)
+    prices = np.random.default_rng(3).random((2, len(schedule))) * 0.05
+    regrets = []
+    for head in range(2):
+        priced = costs_of(stats, paths, 0, head) + tokens @ prices[head]
+        regrets.append(priced - priced.min())
+    limit = float(np.sort(np.concatenate(regrets))[: 40 + 2][-1]) + 1e-9
+    expected = [{paths[i].tobytes() for i in np.flatnonzero(regret <= limit)} for regret in regrets]
+    count = sum(map(len, expected))
+    found = pricing.near(prices, limit, count)
+    assert found is not None
+    heads, near = found
+    assert len(heads) == count
+    for head in range(2):
+        assert {path.astype(int).tobytes() for path in near.level[heads == head]} == expected[head]
+        of_head = near.level[heads == head].astype(int)
+        assert near.cost[heads == head] == pytest.approx(costs_of(stats, of_head, 0, head))
+        assert np.array_equal(near.tokens[heads == head], tokens_of(schedule, of_head))
+    assert count == 2 or pricing.near(prices, limit, count - 1) is None  # where nothing is free there is one path each
+
+
+def test_paths_that_another_beats_are_left_out() -> None:
+    tokens = np.array([[0, 4], [0, 4], [0, 3], [9, 5], [0, 4], [0, 9]])
+    cost = np.array([1.0, 1.0, 2.0, 1.5, 0.5, 0.9])
+    head = np.array([0, 0, 0, 0, 1, 1])
+    paths = _Paths(np.zeros((6, 2, 2), dtype=np.int8), cost, tokens)
+    both, second = np.ones((2, 2), dtype=bool), np.array([[False, True]] * 2)
+    assert sorted(_undominated(head, paths, both)) == [0, 2, 4]
+    assert sorted(_undominated(head, paths, ~second)) == [0, 4]
 
 
 # ---------------------------------------------------------------------- edges
@@ -362,13 +568,13 @@ def test_the_size_of_costs_does_not_matter(size: float, joint: int) -> None:
 
 def test_sinks_that_do_not_fit() -> None:
     stats = statistics(MORE, 2, 2, 4, 2)
-    for capacity in (
-        shared(stats, 7),  # two sinks in four heads are 8
-        Capacity(MORE.tokens, np.array([[0, 1]] * 2), (4, 3)),
-        Capacity(MORE.tokens, np.zeros((2, 2), dtype=np.int64), (100,), 3),
+    for capacity, room in (
+        (shared(stats, 7), "than the budget's room of 7"),  # two sinks in four heads are 8
+        (Capacity(MORE.tokens, np.array([[0, 1]] * 2), (4, 3)), "than the budget's room of 3"),
+        (Capacity(MORE.tokens, np.zeros((2, 2), dtype=np.int64), (100,), 3), "than a layer's cap of 3"),
     ):
-        for call in (allocate_levels, cost_bound):
-            with pytest.raises(BudgetError, match="the 2 sink scales alone hold 1 token-heads more than there is room"):
+        for call in (allocate_levels, cost_bound, capacity_prices):
+            with pytest.raises(BudgetError, match=f"the 2 sink scales alone hold 1 token-heads more {room}"):
                 call(stats, capacity)
     found = allocate_levels(stats, shared(stats, 8))
     assert (found.last_reads()[2][:, :, 2:] == np.arange(2, 5)).all()  # nothing but the sinks fits

@@ -21,10 +21,12 @@ from test_infinity import make as make_infinity
 from torch import Tensor
 
 from heatkv import level_calibration
+from heatkv.allocation import Capacity
 from heatkv.errors import StatisticsError
 from heatkv.fisher_calibration import DRAWS, FisherCostCache, _drawn_log_likelihoods, calibrate_fisher
 from heatkv.generation import run_scales
 from heatkv.geometry import CacheGeometry
+from heatkv.level_allocation import allocate_levels
 from heatkv.level_calibration import BiasCache, ErrorCostCache, LevelCostCache, calibrate_biases, calibrate_levels
 from heatkv.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.levels import LEVELS, NONE, LevelChoices, log_counts, useful_levels
@@ -642,7 +644,7 @@ def test_what_cannot_be_merged(var: ClassConditionalModel) -> None:
         one.merge(dataclasses.replace(other, log_bias=bias + 1e-9))
     with pytest.raises(StatisticsError, match="kind 'error' and 'fisher'"):
         one.merge(dataclasses.replace(other, cost="fisher"))
-    with pytest.raises(StatisticsError, match="or of other choices of levels"):
+    with pytest.raises(StatisticsError, match=r"sink_scales=2, joint=5 and sink_scales=3, .*--sink-scales 2\)"):
         one.merge(calibrate_levels(var, 1, log_bias=bias, first_sample=1, sink_scales=3))
     with pytest.raises(StatisticsError, match=r"1 samples are in both level costs \(for instance 0:0:0\)"):
         one.merge(one)
@@ -650,10 +652,39 @@ def test_what_cannot_be_merged(var: ClassConditionalModel) -> None:
 
 @MEASURES
 def test_no_sample_is_refused(measure: Any, var: ClassConditionalModel) -> None:
-    with pytest.raises(StatisticsError, match="0 samples say nothing"):
+    with pytest.raises(StatisticsError, match="samples is 0; it must be a whole number of at least 1"):
         measure(var, 0)
-    with pytest.raises(StatisticsError, match="0 samples say nothing"):
+    with pytest.raises(StatisticsError, match="samples is 0; it must be a whole number of at least 1"):
         measure(var, 1, bias_samples=0)
+
+
+@MEASURES
+@pytest.mark.parametrize("sinks", [-1, 9])
+def test_sinks_that_the_schedule_does_not_have_are_refused(
+    measure: Any, sinks: int, var: ClassConditionalModel
+) -> None:
+    scales = len(var.geometry.schedule)
+    with pytest.raises(
+        StatisticsError, match=f"sink_scales={sinks} does not fit .* of {scales} scales: 0 to {scales - 1}"
+    ):
+        measure(var, 1, sink_scales=sinks)
+
+
+@MEASURES
+def test_any_number_of_sinks_can_be_measured(measure: Any, var: ClassConditionalModel) -> None:
+    """Plans with three sinks are equal, from costs of three and of fewer."""
+    schedule = var.geometry.schedule
+    bias = biases_of(schedule, 2, 2)
+    budget = 2 * 2 * schedule.cached_tokens // 2
+    capacity = Capacity(schedule.tokens, np.zeros((2, 2), dtype=np.int64), (budget,))
+    of_three = allocate_levels(measure(var, 2, log_bias=bias, sink_scales=3), capacity)
+    assert of_three.cost > 0
+    for sinks in (0, 1, 2):
+        found = allocate_levels(measure(var, 2, log_bias=bias, sink_scales=sinks), capacity, sink_scales=3)
+        assert found.cost == pytest.approx(of_three.cost, rel=0.01)
+        assert found.bound == pytest.approx(of_three.bound, rel=0.01)
+    everything = measure(var, 1, log_bias=bias, sink_scales=len(schedule) - 1)
+    assert not any(joint.any() for joint in everything.joint_sum)
 
 
 def test_more_sinks_leave_less_to_choose(var: ClassConditionalModel) -> None:

@@ -78,7 +78,7 @@ def test_the_ends_of_auto() -> None:
 
 
 def test_a_cap_on_layers_can_make_a_kl_unreachable() -> None:
-    with pytest.raises(PolicyError, match=r"no budget reaches max_kl=1e-06: the whole cache has 0\.\d+"):
+    with pytest.raises(PolicyError, match=r"max_kl=1e-06: under layer_cap=30% the largest has 0\.\d+; raise"):
         plan("auto", measured(), max_kl=1e-6, layer_cap="30%")
 
 
@@ -94,10 +94,15 @@ def test_a_cap_on_layers_can_make_a_kl_unreachable() -> None:
         ("30%", {"max_kl": 0.1}, "max_kl chooses the budget; it goes with budget auto, not with 30%"),
         ("30%", {"levels": "pool2"}, "levels='pool2'; it must be full, joined by"),
         ("30%", {"levels": ""}, "levels=''; it must be full"),
+        ("30%", {"levels": 3}, "levels=3; it must be full"),
         ("30%", {"levels": "full+pool3"}, r"levels='full\+pool3'"),
         ("30%", {"cost": "mass"}, "cost='mass' is unknown to policy 'heatkv-mr'; known: error, fisher"),
-        ("30%", {"cost": "error"}, "the level costs are of the kind 'fisher'; .* was to use 'error'"),
-        ("30%", {"sink_scales": 1}, "measured with sink_scales=2, the policy has sink_scales=1"),
+        (
+            "30%",
+            {"cost": "error"},
+            "kind 'fisher'; .* to use 'error': measure them .*--levels error, or set cost=fisher$",
+        ),
+        ("30%", {"sink_scales": 1}, "sink_scales=1 is below the 2 that the level costs were measured with"),
         ("30%", {"ranks": 3}, "ranks=3 does not split 4 heads evenly"),
     ],
 )

@@ -239,7 +239,7 @@ def mean_level(bias: Any) -> dict[str, Any]:
         (mean_level([0.5]), FormatError, "'log_bias' is not a regular array of numbers"),
         (mean_level(10**400), FormatError, "'log_bias' must be .* numbers, not"),
         (mean_level(float("nan")), PlanError, "log_bias of level mean .* finite numbers"),
-        (at([[[0]]], "capacity"), FormatError, "'capacity', which this release cannot run"),
+        (at([[[0]]], "capacity"), FormatError, "'capacity': it is of a dynamic policy"),
         (at(2.0, "last_read", 0, 0, 0), FormatError, "'last_read' must be .* whole numbers"),
         (at(True, "last_read", 0, 1, 1), FormatError, "'last_read'"),
         (at(None, "last_read", 0, 1, 1), FormatError, "'last_read'"),

@@ -51,7 +51,7 @@ def problem_of(
 def test_sinks_must_fit_the_schedule(name: str, sink_scales: int) -> None:
     policy = POLICIES[name].policy(sink_scales=sink_scales)
     with pytest.raises(PolicyError, match=f"sink_scales={sink_scales} does not fit a schedule of 6 scales: 0 to 5"):
-        policy.plan(problem_of(CacheGeometry(1, 1, 4, SQUARE), Fraction(1)))
+        policy.plan(problem_of(CacheGeometry(1, 1, 4, SQUARE), Fraction(1), sink_scales=0))
 
 
 @pytest.mark.parametrize("policy", [HeatKV(), Random(), Streaming()], ids=lambda policy: policy.name)
@@ -197,8 +197,11 @@ def test_rankings_must_cover_what_may_be_dropped() -> None:
     rankings = HeadRankings(1, 2, 3, np.array([[0, 1], [0, 1]]))  # source scales 3 and 4
     problem = PlanningProblem(geometry, Budget.parse("50%"), rankings=rankings)
     HeatKV().plan(problem)
-    with pytest.raises(StatisticsError, match="cover the source scales 3 to 4; 2 to 4 are needed"):
+    with pytest.raises(PolicyError, match="below the 3 first scales, which the rankings leave out; set sink_scales=3"):
         HeatKV(sink_scales=2).plan(problem)
+    too_early = HeadRankings(1, 2, 2, np.array([[0, 1], [0, 1]]))  # none of source scale 4
+    with pytest.raises(StatisticsError, match="cover the source scales 2 to 3; 3 to 4 are needed"):
+        HeatKV().plan(dataclasses.replace(problem, rankings=too_early))
 
 
 def test_random_keeps_the_shape_of_the_rule() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from heatkv.calibration import calibrate
 from heatkv.errors import HeatKVError, PolicyError
 from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -20,10 +21,12 @@ from heatkv.profiling.environment import environment
 from heatkv.profiling.fidelity import FidelityBench, kl_divergence, psnr, ssim
 from heatkv.profiling.latency import Latency, measure_interleaved
 from heatkv.profiling.memory import measure_device, nvml_process_bytes
+from heatkv.profiling.report import results_table
 from heatkv.profiling.results import ResultsFolder
-from heatkv.profiling.runner import bytes_row, fidelity_row, images_of_rows, plan_subjects
+from heatkv.profiling.runner import Subject, bytes_row, fidelity_row, images_of_rows, plan_subjects
 from heatkv.profiling.trace import save_trace
 from heatkv.sampling import SamplingSettings
+from heatkv.statistics import Statistics
 
 CPU = torch.device("cpu")
 
@@ -94,6 +97,24 @@ def test_bytes_are_read_from_the_storage(emoji: ClassConditionalModel) -> None:
         assert row["allocated_bytes"] <= row["budget_bytes"] <= row["full_bytes"]
     assert bytes_row(emoji, subjects[-1], 4, "float32")["allocated_bytes"] <= 2 << 20
     assert subjects[2].plans[0] != subjects[2].plans[1]
+
+
+def test_a_budget_that_cannot_be_used_is_flagged(emoji: ClassConditionalModel) -> None:
+    # whole scales only, in every layer alike
+    coarse = emoji.plan("ams-kv-like", "58%", statistics=emoji_statistics(emoji))
+    full = Subject("ams-kv-like", "58%", (coarse,))
+    row = bytes_row(emoji, full, 2, "float32")
+    assert row["under_used"] == (row["planned_bytes"] < 0.95 * row["budget_bytes"])
+    assert row["under_used"]
+    table = results_table([row], "t")
+    assert "†" in str(table.columns[0]._cells[0])
+    assert table.caption == "† used less than 95% of its budget"
+    fine = bytes_row(emoji, Subject("snapkv", "58%", (emoji.plan("snapkv", "58%"),)), 2, "float32")
+    assert not fine["under_used"]
+
+
+def emoji_statistics(emoji: ClassConditionalModel) -> Statistics:
+    return calibrate(emoji, 1)
 
 
 def test_a_plan_without_effect_is_flagged(emoji: ClassConditionalModel) -> None:

@@ -225,6 +225,22 @@ def test_protected_first_scales_of_a_window_are_sinks() -> None:
     same_choice(Protected(base="sliding-window-tokens", scales="0,1"), StreamingTokens(sink_tokens=5))
 
 
+def test_a_single_head_shares_with_nobody() -> None:
+    geometry = CacheGeometry(2, 1, 8, GEOMETRY.schedule)
+    base, shared = SnapKV(window=2), AdaKV(base="snapkv:window=2")
+    # grows again after it has dropped
+    capacity = np.broadcast_to(np.array([0, 1, 3, 8, 20, 36]), (2, 1, 6))
+    plans = [
+        CapacityPlan(p.name, geometry, capacity, 1.0, geometry.full_token_heads, shared=p.shared)
+        for p in (base, shared)
+    ]
+    steps = [
+        [tuple(x[:, :1] if x.ndim == 4 else x for x in parts) for parts in of_scale[:2]] for of_scale in inputs(2, 7)
+    ]
+    outs = [run(SelectingCache(plan, policy, 2), steps) for plan, policy in zip(plans, (base, shared), strict=True)]  # type: ignore[arg-type]
+    assert all((a - b).abs().max() < 1e-6 for a, b in zip(*outs, strict=True))
+
+
 def test_heads_that_share_all_for_themselves_are_snapkv() -> None:
     """AdaKV whose own part is everything keeps what its base keeps."""
     base, shared = SnapKV(window=4), AdaKV(base="snapkv:window=4", alpha=1.0)

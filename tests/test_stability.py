@@ -167,10 +167,12 @@ def test_enough_is_less_than_a_hundredth_from_there_on(losses: dict[int, float],
     assert enough(agreements) == found
     said = verdict(agreements)
     count = found or max(losses)
-    assert said.startswith(f"{count} samples are {'enough' if found else 'not enough'}: ")
+    samples = "1 sample is" if count == 1 else f"{count} samples are"
+    assert said.startswith(f"{samples} {'enough' if found else 'not enough'}: ")
     assert "the rule is less than 1% with every policy and budget" in said
     if losses[count] > 0:
-        assert f"{losses[count]:.2%} of the value on {count} others (p at 9%)" in said
+        others = "another one" if count == 1 else f"{count} others"
+        assert f"{losses[count]:.2%} of the value on {others} (p at 9%)" in said
 
 
 def test_calibrate_reports_how_many_samples_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +196,7 @@ def test_calibrate_reports_how_many_samples_are_enough(tmp_path: Path, capsys: p
     assert run([*base, "--samples", "2", "--append"]) == 0
     shown = capsys.readouterr().out
     assert "11 samples of emoji" in shown
-    for text in ("rank correlation of heads", "drop error 1", "plans of the two halves", "1 samples are "):
+    for text in ("rank correlation of heads", "drop error 1", "plans of the two halves", "1 sample is "):
         assert text in shown
 
 

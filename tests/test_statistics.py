@@ -434,6 +434,20 @@ def test_wrong_orders_are_refused(orders: Any, error: type[Exception], phrase: s
         HeadRankings.load_orders(path, GEOMETRY)
 
 
+def test_orders_of_another_number_of_scales_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "orders.json"
+    path.write_text(json.dumps([PAIRS] * 2))  # of the cached scales 3 and 4 of six
+    for scales in (4, 5, 7, 8):
+        geometry = CacheGeometry(2, 3, 4, ScaleSchedule.square(range(1, scales + 1)))
+        said = (
+            rf"has 2 rankings, .* schedule of 6 scales \(.* first 3\); this one has {scales} scales: .*heatkv calibrate"
+        )
+        with pytest.raises(StatisticsError, match=said):
+            HeadRankings.load_orders(path, geometry)
+    rankings = HeadRankings.load_orders(path, CacheGeometry(2, 3, 4, ScaleSchedule.square(range(1, 7))))
+    assert rankings.first_scale == 3
+
+
 def test_unreadable_orders_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "orders.json"
     with pytest.raises(FormatError, match="cannot read"):

@@ -18,10 +18,12 @@ from heatkv.cli.output import progress, say, show
 from heatkv.errors import FormatError, HeatKVError, StatisticsError
 from heatkv.files import check_writable
 from heatkv.geometry import Budget
-from heatkv.level_statistics import COSTS
-from heatkv.levels import LevelChoices
+from heatkv.level_statistics import COSTS, LevelStatistics
+from heatkv.levels import SINK_SCALES
 from heatkv.models.base import ImageModel
-from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.heatkv import HeatKV
+from heatkv.policies.lp import HeatKVLP
 from heatkv.sampling import Settings
 from heatkv.statistics import Statistics
 
@@ -34,7 +36,10 @@ MOST_AT_ONCE = 16
 LEVEL_SAMPLES = 32
 """Images that level costs are measured on."""
 
-REPORTED_POLICIES: dict[str, dict[str, Any]] = {"heatkv": {}, "heatkv-lp": {"value": "error"}}
+BIAS_SAMPLES = 16
+"""Images that the biases of level costs are measured on."""
+
+REPORTED_POLICIES = (HeatKV(), HeatKVLP(value="error"))
 REPORTED_BUDGET = "20%"
 
 
@@ -73,41 +78,52 @@ def _batches(samples: int) -> list[int]:
     return [min(batch, samples - start) for start in range(0, samples, batch)]
 
 
+def _level_sinks(before: Statistics | None, out: Path, model: ImageModel[Any], cost: str, wanted: int | None) -> int:
+    """The sinks that level costs are to be measured with: the file's own where it has such costs, and no others."""
+    from heatkv.level_calibration import level_choices
+
+    found = None if before is None else before.levels
+    if found is None:
+        return level_choices(model.geometry.schedule, SINK_SCALES if wanted is None else wanted).sink_scales
+    if found.cost != cost:
+        raise StatisticsError(f"{out} has level costs of the kind {found.cost!r}; measure {cost!r} into another file")
+    sinks = found.choices.sink_scales
+    if wanted not in (None, sinks):
+        raise StatisticsError(
+            f"{out} has level costs with sink_scales={sinks}, not {wanted}; leave --sink-scales out, or measure into "
+            "another file"
+        )
+    return sinks
+
+
 def _with_levels(
     statistics: Statistics,
     out: Path,
     model: ImageModel[Any],
     cost: str,
+    sink_scales: int,
     samples: int,
     seed: int,
     settings: Settings,
 ) -> Statistics:
     """The statistics with the costs of so many more images; saved batch by batch, so that an interrupt loses one."""
-    from heatkv.calibration import sample_names
     from heatkv.fisher_calibration import calibrate_fisher
-    from heatkv.level_calibration import calibrate_biases, calibrate_levels
+    from heatkv.level_calibration import calibrate_levels
 
-    measure, at_once = (calibrate_fisher, 4) if cost == "fisher" else (calibrate_levels, MOST_AT_ONCE)
-    before = statistics.levels
-    taken = [] if before is None else [name.split(":", 2) for name in before.samples]
+    measure = calibrate_fisher if cost == "fisher" else calibrate_levels
+    found = statistics.levels
+    taken = [] if found is None else [name.split(":", 2) for name in found.samples]
     first = max((int(index) + 1 for given, index, _ in taken if int(given) == seed), default=0)
-    log_bias = None if before is None else before.log_bias
-    bias_samples = 16 if before is None else 0
-    with progress(f"level costs of {model.name}", bias_samples + samples) as advance:
-        of_bias = () if before is None else before.bias_samples
-        if log_bias is None:
-            choices = LevelChoices(model.geometry.schedule)
-            log_bias = calibrate_biases(model, choices, bias_samples, seed=seed, settings=settings, progress=advance)
-            of_bias = tuple(sample_names(model, seed, model.labels(bias_samples, 0), 0))
-        for start in range(first, first + samples, at_once):
-            count = min(at_once, first + samples - start)
+    of_bias = BIAS_SAMPLES if found is None else 0
+    with progress(f"level costs of {model.name}", of_bias + samples) as advance:
+        for start in range(first, first + samples, measure.batch):
             part = measure(
-                model, count, log_bias=log_bias, seed=seed, first_sample=start, batch=count, settings=settings,
+                model, min(measure.batch, first + samples - start), log_bias=None if found is None else found.log_bias,
+                bias_samples=BIAS_SAMPLES, sink_scales=sink_scales, seed=seed, first_sample=start, settings=settings,
                 progress=advance,
             )  # fmt: skip
-            part = replace(part, bias_samples=of_bias)
-            before = part if before is None else before.merge(part)
-            statistics = replace(statistics, levels=before)
+            found = part if found is None else found.merge(part)
+            statistics = replace(statistics, levels=found)
             statistics.save(out)
     return statistics
 
@@ -150,6 +166,14 @@ def calibrate(
     level_samples: Annotated[
         int | None, typer.Option("--level-samples", help=f"images to measure levels on (default {LEVEL_SAMPLES})")
     ] = None,
+    sink_scales: Annotated[
+        int | None,
+        typer.Option(
+            "--sink-scales",
+            help="first scales that level costs take as whole, the fewest that plans from them can have; default: "
+            f"{SINK_SCALES}, or the file's with --append",
+        ),
+    ] = None,
     append: Annotated[bool, typer.Option("--append", help="add samples to an existing file")] = False,
     report: Annotated[
         bool, typer.Option("--report", help="tell how many samples are enough, from halves of the new ones")
@@ -171,10 +195,12 @@ def calibrate(
     positive(samples=samples, level_samples=level_images)
     if levels is not None and levels not in COSTS:
         raise HeatKVError(f"--levels is {levels!r}; level costs are of the kinds {' and '.join(COSTS)}")
-    if levels is None and level_samples is not None:
-        raise HeatKVError(
-            "--level-samples are those of level costs; say which to measure with --levels error or fisher"
-        )
+    for name, value in (("level-samples", level_samples), ("sink-scales", sink_scales)):
+        if levels is None and value is not None:
+            raise HeatKVError(
+                f"--{name} are those of level costs; say which to measure with --levels error or fisher, or leave it "
+                "out"
+            )
     if budgets is not None and not report:
         raise HeatKVError("--budgets are those of the plans that --report compares; give both or neither")
     if report and samples < 2:
@@ -189,14 +215,15 @@ def calibrate(
     check_writable(out.parent)
     loaded, settings = open_model(source, running)
     compared = _Compared(loaded, settings, wanted) if report else None
-    before = _to_be_continued(out, loaded, settings, levels) if append else None
+    before = _to_be_continued(out, loaded, settings) if append else None
+    sinks = 0 if levels is None else _level_sinks(before, out, loaded, levels, sink_scales)
     taken = [] if before is None else [s.split(":", 2) for s in before.provenance.samples]
     first = max((int(index) + 1 for given, index, _ in taken if int(given) == running.seed), default=0)
     batches = _batches(samples) if compared is None else batch_sizes(samples, MOST_AT_ONCE)
     parts = _calibrate(loaded, batches, running.seed, settings, first, before, out)
     total = _merged(parts if before is None else [before, *parts])
     if levels is not None:
-        total = _with_levels(total, out, loaded, levels, level_images, running.seed, settings)
+        total = _with_levels(total, out, loaded, levels, sinks, level_images, running.seed, settings)
     agreement = _agreement(parts)
     gini = total.gini().tolist()
     data = {"out": str(out), "samples": total.count, "gini": gini, "rank_agreement_of_halves": agreement}
@@ -212,7 +239,7 @@ def calibrate(
     show(Group(table, *stability_tables(found), verdict(found)), as_json, data)
 
 
-def _to_be_continued(path: Path, model: Loaded, settings: Settings, levels: str | None) -> Statistics:
+def _to_be_continued(path: Path, model: ImageModel[Any], settings: Settings) -> Statistics:
     """Statistics that this run can add to. Raises StatisticsError when it cannot, before anything is measured."""
     from heatkv.calibration import told_settings
 
@@ -224,10 +251,6 @@ def _to_be_continued(path: Path, model: Loaded, settings: Settings, levels: str 
         differing = [name for name in wanted if measured.get(name) != wanted[name]]
         this, that = (", ".join(f"{name}={told.get(name)}" for name in differing) for told in (measured, wanted))
         raise StatisticsError(f"{path} was measured with {this}, this run has {that}")
-    if levels is not None and found.levels is not None and found.levels.cost != levels:
-        raise StatisticsError(
-            f"{path} has level costs of the kind {found.levels.cost!r}; measure {levels!r} into another file"
-        )
     return found
 
 
@@ -235,12 +258,12 @@ class _Compared:
     """What --report compares: plans of the policies that rank by statistics, at these budgets."""
 
     def __init__(self, model: Loaded, settings: Settings, budgets: Sequence[Budget]) -> None:
-        self.policies = [make_policy(name, **options) for name, options in REPORTED_POLICIES.items()]
         rows, storage = settings.rows_per_image, storage_of(model)
         self.problems = [PlanningProblem(model.geometry, b, rows=rows, storage=storage) for b in budgets]
-        for policy in self.policies:
+        for policy in REPORTED_POLICIES:
             for problem in self.problems:
                 policy.check(problem)  # before hours are spent
+                policy.check_room(problem)
 
     def agreements(self, parts: Sequence[Statistics]) -> list[Agreement]:
         from heatkv.profiling.stability import compare_halves, growing_halves
@@ -249,7 +272,7 @@ class _Compared:
         found = []
         with progress("comparing halves", len(halves)) as advance:
             for one, other in halves:
-                found.append(compare_halves(one, other, self.policies, self.problems))
+                found.append(compare_halves(one, other, REPORTED_POLICIES, self.problems))
                 advance(1)
         return found
 
@@ -261,19 +284,21 @@ def statistics_of_folder(
     seed: int,
     settings: Settings,
     levels: str | None = None,
+    sink_scales: int = SINK_SCALES,
 ) -> Statistics:
     """The folder's own statistics: those of an earlier run as far as they fit, the rest measured now.
 
-    `levels` is the kind of level costs that are wanted, too.
+    `levels` is the kind of level costs that are wanted, too, `sink_scales` the fewest sinks of plans from them.
     """
     from heatkv.calibration import sample_names
 
     path = folder / "statistics.safetensors"
-    before = _found_in_folder(path, model, settings, sample_names(model, seed, model.labels(samples), 0), levels)
+    names = sample_names(model, seed, model.labels(samples), 0)
+    before = _found_in_folder(path, model, settings, names, levels, sink_scales)
     done = 0 if before is None else before.count
     if before is not None and done == samples:
         say(f"using {path} ({done} samples)")
-        return _levels_of_folder(before, path, model, levels, seed, settings)
+        return _levels_of_folder(before, path, model, levels, sink_scales, seed, settings)
     parts = _calibrate(model, _batches(samples - done), seed, settings, done, before, path)
     if before is not None:
         parts.insert(0, before)
@@ -284,20 +309,27 @@ def statistics_of_folder(
             f"calibrated on {samples} samples; head rankings of two halves agree by {mean:.2f} "
             f"(Spearman, mean over scales; worst {worst:.2f})"
         )
-    return _levels_of_folder(_merged(parts), path, model, levels, seed, settings)
+    return _levels_of_folder(_merged(parts), path, model, levels, sink_scales, seed, settings)
 
 
 def _found_in_folder(
-    path: Path, model: ImageModel[Any], settings: Settings, samples: list[str], levels: str | None
+    path: Path,
+    model: ImageModel[Any],
+    settings: Settings,
+    samples: list[str],
+    levels: str | None,
+    sink_scales: int,
 ) -> Statistics | None:
     """An earlier run's statistics when these samples begin with theirs, or continue them; None when there are none.
 
-    Raises StatisticsError for others: they are not replaced.
+    Raises StatisticsError for others, and for level costs that are not wanted: they are not replaced.
     """
     if not path.exists():
         return None
     try:
-        found = _to_be_continued(path, model, settings, levels)
+        found = _to_be_continued(path, model, settings)
+        if levels is not None and found.levels is not None:
+            _check_level_costs(found.levels, path, levels, sink_scales)
     except HeatKVError as error:
         raise type(error)(f"{error}; write to another folder (--out)") from error
     if list(found.provenance.samples) != samples[: found.count]:
@@ -308,11 +340,23 @@ def _found_in_folder(
     return found
 
 
+def _check_level_costs(found: LevelStatistics, path: Path, cost: str, sink_scales: int) -> None:
+    """Raise StatisticsError unless they are of this kind and hold for plans with so many sinks."""
+    if found.cost != cost:
+        raise StatisticsError(f"{path} has level costs of the kind {found.cost!r}, not {cost!r}")
+    sinks = found.choices.sink_scales
+    if sinks > sink_scales:
+        raise StatisticsError(
+            f"{path} has level costs for plans with sink_scales={sinks} or more, this run has {sink_scales}"
+        )
+
+
 def _levels_of_folder(
     statistics: Statistics,
     path: Path,
     model: ImageModel[Any],
     cost: str | None,
+    sink_scales: int,
     seed: int,
     settings: Settings,
 ) -> Statistics:
@@ -321,4 +365,7 @@ def _levels_of_folder(
         return statistics
     found = statistics.levels
     missing = LEVEL_SAMPLES - (0 if found is None else len(found.samples))
-    return _with_levels(statistics, path, model, cost, missing, seed, settings) if missing > 0 else statistics
+    if missing <= 0:
+        return statistics
+    sinks = min(sink_scales, SINK_SCALES) if found is None else found.choices.sink_scales
+    return _with_levels(statistics, path, model, cost, sinks, missing, seed, settings)

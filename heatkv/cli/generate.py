@@ -9,10 +9,10 @@ import typer
 
 from heatkv.cli.opening import Loaded, open_model, open_only_plan, open_rankings, open_statistics, positive, storage_of
 from heatkv.cli.options import BudgetText, OutFolder, Policy, Ranking, Running, Source, Without
-from heatkv.cli.output import progress, say
+from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError, ModelError
-from heatkv.files import file_name, make_folder, replacing
+from heatkv.files import file_name, replacing
 from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import CachePlan
@@ -57,7 +57,8 @@ def generate(
             raise HeatKVError(f"policy {policy!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
         problem = PlanningProblem(
             loaded.geometry, Budget.parse(budget or "100%"), open_statistics(ranking.statistics, loaded, settings),
-            open_rankings(ranking.orders, loaded.geometry), running.seed, held_rows, storage, source.model,
+            open_rankings(ranking.orders, loaded.geometry, source.model), running.seed, held_rows, storage,
+            source.model,
         )  # fmt: skip
         chosen = make_policy(policy, **policy_options([policy], ranking)[policy]).plan(problem)
     compensation = compensation_of(loaded, chosen, seed=running.seed, settings=settings)

@@ -51,7 +51,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def models(as_json: AsJson = False) -> None:
-    """The models that can be named: geometry, full cache per image, where weights come from.
+    """The models that can be named: geometry, sizes, full cache per image, where weights come from.
 
     Example: heatkv models
     """
@@ -60,17 +60,22 @@ def models(as_json: AsJson = False) -> None:
     )
     data = []
     for info in MODELS.values():
-        geometry = info.geometry()
-        tokens, full = geometry.schedule.cached_tokens, geometry.full_bytes(rows=2, storage="bfloat16")
-        row = {
-            "model": info.name, "layers": info.layers, "heads": info.heads, "head_dim": info.head_dim,
-            "size": info.default_size, "cached_tokens": tokens, "full_bytes": full, "weights": info.weights,
-            "runs_here": info.bundled,
-        }  # fmt: skip
-        data.append(row)
-        table.add_row(
-            info.name, str(info.layers), str(info.heads), str(info.head_dim), info.default_size,
-            str(tokens), f"{full / 2**20:.2f}", info.weights,
+        sizes = []
+        for size in info.sizes:
+            geometry = info.geometry(size)
+            tokens, full = geometry.schedule.cached_tokens, geometry.full_bytes(rows=2, storage="bfloat16")
+            sizes.append(
+                {"size": size, "schedule": str(geometry.schedule), "cached_tokens": tokens, "full_bytes": full}
+            )
+            first = len(sizes) == 1
+            row = [info.name, str(info.layers), str(info.heads), str(info.head_dim)] if first else [""] * 4
+            table.add_row(*row, size, str(tokens), f"{full / 2**20:.2f}", info.weights if first else "")
+        data.append(
+            {
+                "model": info.name, "layers": info.layers, "heads": info.heads, "head_dim": info.head_dim,
+                **sizes[0], "sizes": sizes,
+                "weights": info.weights, "runs_here": info.bundled,
+            }
         )  # fmt: skip
     table.caption = "full cache with guidance (2 rows) in bfloat16"
     show(table, as_json, data)

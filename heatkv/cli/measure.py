@@ -12,12 +12,13 @@ import typer
 from heatkv.cli.calibrate import statistics_of_folder
 from heatkv.cli.opening import open_model, open_plan, open_rankings, open_statistics, parse_names, positive, storage_of
 from heatkv.cli.options import AsJson, Budgets, OutFolder, PlanFiles, Policies, Ranking, Repeats, Running, Source
-from heatkv.cli.output import progress, say, show
+from heatkv.cli.output import make_folder, progress, say, show
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
-from heatkv.files import file_name, make_folder, read_json
+from heatkv.files import file_name, read_json
 from heatkv.geometry import Budget
-from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.levels import SINK_SCALES
+from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
 from heatkv.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -49,18 +50,20 @@ class _Measurement:
         self.budgets = [Budget.parse(text) for text in parse_names(budgets, "budget")]
         unranked = ranking.statistics is None and ranking.orders is None
         made = [make_policy(name, **self.policy_options[name]) for name in self.policies]
-        self.lacks_statistics = unranked and any(policy.wants_statistics for policy in made)
+        self.lacks_statistics = unranked and any("statistics" in policy.plans_from() for policy in made)
         kinds = sorted({policy.level_cost for policy in made if policy.level_cost is not None})
         if len(kinds) > 1:
             raise HeatKVError(f"these policies need level costs of the kinds {' and '.join(kinds)}; compare them apart")
         self.levels = kinds[0] if kinds else None
+        sinks = [p.sink_scales for p in made if isinstance(p, StaticPolicy) and p.level_cost is not None]
+        self.level_sinks = min(sinks, default=SINK_SCALES)
         self.model, self.settings = open_model(source, running)
         self.storage, self.seed = storage_of(self.model), running.seed
         self.rows = running.rows if running.rows is not None else self.settings.rows_per_image
         self.batch = images_of_rows(self.rows, self.settings)
         self.statistics = open_statistics(ranking.statistics, self.model, self.settings)
         self.plans = [(path, open_plan(path, self.model.geometry, source.model)) for path in plans or []]
-        self.rankings = open_rankings(ranking.orders, self.model.geometry)
+        self.rankings = open_rankings(ranking.orders, self.model.geometry, source.model)
 
     def check(self) -> None:
         """Refuse bad policies and budgets before anything is measured."""
@@ -70,13 +73,22 @@ class _Measurement:
                 raise HeatKVError(f"budget {text} is named twice")
         geometry, name_of_model = self.model.geometry, self.model.name
         problems = [
-            PlanningProblem(geometry, budget, rows=self.rows, storage=self.storage, model=name_of_model)
+            PlanningProblem(
+                geometry,
+                budget,
+                self.statistics,
+                self.rankings,
+                rows=self.rows,
+                storage=self.storage,
+                model=name_of_model,
+            )
             for budget in self.budgets
         ]
         for name in self.policies:
             policy = make_policy(name, **self.policy_options[name])
             for problem in problems if name != "full" else ():
                 policy.check(problem)
+                policy.check_room(problem)
 
     def subjects(self, statistics: Statistics | None, draws: int = 1) -> list[Subject]:
         """Every policy at every budget, and every finished plan."""
@@ -216,7 +228,9 @@ def compare(
     statistics = measurement.statistics
     if measurement.lacks_statistics:
         folder = make_folder(out)
-        statistics = statistics_of_folder(folder, model, samples, seed, settings, measurement.levels)
+        statistics = statistics_of_folder(
+            folder, model, samples, seed, settings, measurement.levels, measurement.level_sinks
+        )
     subjects = measurement.subjects(statistics, draws)
     folder = make_folder(out)
     request: dict[str, Any] = {

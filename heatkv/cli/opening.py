@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from heatkv.capacities import load_plan
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
@@ -72,6 +74,14 @@ def known_dtype(dtype: str) -> str:
     return dtype
 
 
+def check_device(name: str) -> None:
+    """Refuse what is no name of a device, where only that matters."""
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {name!r}; write cpu, cuda, cuda:1 or mps") from error
+
+
 def open_model(source: Source, running: Running, measuring: bool = True) -> tuple[Loaded, Settings]:
     """The named model, with the prompts of a file for measurements, and the settings that it draws with."""
     if measuring and source.prompts is None and model_info(source.model).family == "infinity":
@@ -106,9 +116,19 @@ def _prompts(path: Path) -> list[str]:
     return found
 
 
-def open_rankings(path: Path | None, geometry: CacheGeometry) -> HeadRankings | None:
-    """Published rankings from a file, when they are of this geometry."""
-    return None if path is None else HeadRankings.load_orders(path, geometry)
+def open_rankings(path: Path | None, geometry: CacheGeometry, model: str) -> HeadRankings | None:
+    """Published rankings from a file, when they fit this geometry; says when they may be of another schedule."""
+    if path is None:
+        return None
+    rankings = HeadRankings.load_orders(path, geometry)
+    own = model_info(model).schedule()
+    if geometry.schedule != own:
+        say(
+            f"{path} does not tell its schedule; published rankings are of a model's own, of {model} {own}. They are "
+            f"taken for {geometry.schedule}, scale by scale from the last cached one backwards; heatkv calibrate "
+            "measures this one"
+        )
+    return rankings
 
 
 def open_statistics(path: Path | None, model: ImageModel[Any], settings: Settings | None = None) -> Statistics | None:

@@ -45,7 +45,7 @@ TextEncoder = Annotated[
 Prompts = Annotated[
     Path | None, typer.Option("--prompts", help="text file, one prompt a line, for measurements (Infinity)")
 ]
-Size = Annotated[str | None, typer.Option("--size", help="256, 512 (VAR), 0.06M, 0.25M, 0.60M, 1M (Infinity)")]
+Size = Annotated[str | None, typer.Option("--size", help="0.06M, 0.25M, 0.60M or 1M (Infinity); see `heatkv models`")]
 Ratio = Annotated[str | None, typer.Option("--ratio", help="height/width, as 1.5 or 3:2")]
 Repeats = Annotated[int, typer.Option("--repeats", help="timed runs of every policy")]
 OutFolder = Annotated[Path, typer.Option("--out", help="folder to write to")]

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
+from heatkv.errors import FormatError
 from heatkv.plan import Plan
 
 
@@ -48,9 +59,9 @@ def certificate(plan: Plan) -> dict[str, str]:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Progress on the error stream, as a bar, or in a log as a line for every tenth; the callback is told how much
-    more is done."""
+    more is done. Without a total the bar only moves."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         done = 0
@@ -58,12 +69,27 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         def advance(count: int) -> None:
             nonlocal done
             before, done = done, done + count
-            if 10 * done // total > 10 * before // total:
+            if total is not None and 10 * done // total > 10 * before // total:
                 say(f"{what}: {done} of {total}")
 
         yield advance
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+    columns += [TimeElapsedColumn()] if total is None else [MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+def make_folder(path: Path) -> Path:
+    """Create the folder of --out and its parents, or say in one line why that cannot be."""
+    if path.suffix.lower() in (".png", ".json") and not os.path.isdir(path):
+        raise FormatError(f"--out {path} names a file, but takes a folder for several; write --out {path.parent}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next((part for part in (path, *path.parents) if os.path.isfile(part)), None)
+        if file is not None:
+            raise FormatError(f"--out {path} cannot be a folder: {file} is a file; name another folder") from error
+        raise FormatError(f"cannot create the folder {path}: {error.strerror or error}; name another folder") from error
+    return path

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from heatkv.cli import options
 from heatkv.cli.opening import (
+    check_device,
     is_guided,
     known_dtype,
     open_only_plan,
@@ -19,9 +20,9 @@ from heatkv.cli.opening import (
     say_template,
     statistics_of_model,
 )
-from heatkv.cli.output import certificate, pairs, say, show
+from heatkv.cli.output import certificate, pairs, show
 from heatkv.cli.settings import policy_options
-from heatkv.errors import HeatKVError
+from heatkv.errors import BudgetError, HeatKVError
 from heatkv.geometry import Budget
 from heatkv.models import model_info
 from heatkv.plan import CachePlan, Plan
@@ -57,6 +58,7 @@ def solve(
     guided = is_guided(info, cfg)
     storage = known_dtype(dtype)
     rows = rows if rows is not None else (2 if guided else 1)
+    check_device(device)
     if plan is not None:
         solved: CachePlan = open_only_plan(plan, geometry, model, budget, ranking)
     else:
@@ -67,7 +69,14 @@ def solve(
         chosen = make_policy(policy, **policy_options([policy], ranking)[policy])
         loaded = None if ranking.statistics is None else statistics_of_model(ranking.statistics, model)
         problem = PlanningProblem(
-            geometry, Budget.parse(budget), loaded, open_rankings(ranking.orders, geometry), seed, rows, storage, model
+            geometry,
+            Budget.parse(budget),
+            loaded,
+            open_rankings(ranking.orders, geometry, model),
+            seed,
+            rows,
+            storage,
+            model,
         )
         solved = chosen.plan(problem)
     if out is not None:
@@ -83,11 +92,13 @@ def solve(
         "planned_bytes": solved.bytes(rows, storage), "full_bytes": geometry.full_bytes(rows, storage),
         "rows": rows, "dtype": storage, "sink_scales": static and static.sink_scales, "value": static and static.value,
         "value_bound": static and static.value_bound, "gap": static and static.gap,
+        "budget_asked": solved.settings.get("budget"), "predicted_kl": solved.settings.get("predicted_kl"),
         "had_no_effect": solved.had_no_effect(), "out": None if out is None else str(out),
     }  # fmt: skip
     held, full = solved.bytes(rows, storage) / 2**20, geometry.full_bytes(rows, storage) / 2**20
     told = {
         "schedule": str(geometry.schedule),
+        **_chosen_by_kl(solved),
         "peak": f"{solved.peak_token_heads} of {solved.budget_token_heads} token-heads ({share:.2%} of the budget)",
         "at": f"after layer {layer} of scale {target}",
         "bytes": f"{held:.2f} MiB of {full:.2f} MiB ({rows} rows, {storage})",
@@ -102,6 +113,16 @@ def solve(
     show(pairs(title, ("what", "value"), told), as_json, facts)
 
 
+def _chosen_by_kl(plan: CachePlan) -> dict[str, str]:
+    """The budget that a bound on the KL chose, and the KL that is foretold, where they are known."""
+    told = {}
+    if plan.settings.get("budget") == "auto":
+        told["budget"] = f"{plan.budget:.1%}, the smallest with a foretold KL of at most {plan.settings['max_kl']:g}"
+    if "predicted_kl" in plan.settings:
+        told["foretold KL"] = f"{plan.settings['predicted_kl']:.4g} nats per token"
+    return told
+
+
 def fit(
     memory: Annotated[str, typer.Option("--memory", help="what there is, as 24GiB or 24GB")],
     model: options.Model = "infinity-2b",
@@ -109,6 +130,7 @@ def fit(
     budget: Annotated[
         str | None, typer.Option("--budget", help="cache budget (bytes: of one image): then the largest batch is found")
     ] = None,
+    sink_scales: options.SinkScales = None,
     size: options.Size = None,
     ratio: options.Ratio = None,
     cfg: options.Cfg = None,
@@ -118,35 +140,75 @@ def fit(
 ) -> None:
     """What fits in a memory: weights, text encoder, working memory, and the largest budget or batch.
 
-    Example: heatkv fit --model infinity-8b --memory 24GiB --batch 4
+    What does not fit is told in full as well, with what is missing; then the exit code is 2.
+
+    Example: heatkv fit --model infinity-8b --memory 40GiB --batch 4
     """
-    from heatkv.profiling.fit import Footprint, footprint, largest_batch, largest_share, parse_memory
+    from heatkv.profiling.fit import Fit, Footprint, footprint, largest_batch, largest_share, parse_memory
 
-    info, available = model_info(model), parse_memory(memory)
-    known_dtype(dtype)
+    available, info, dtype = parse_memory(memory), model_info(model), known_dtype(dtype)
     guided, shape = is_guided(info, cfg), parse_ratio(ratio)
-
-    def measure(images: int) -> Footprint:
-        return footprint(info, images, size=size, ratio=shape, dtype=dtype, guided=guided, text_encoder=text_encoder)
-
     if batch is not None and budget is not None:
         raise HeatKVError("--batch asks for the largest budget, --budget for the largest batch; give one of them")
-    if budget is None:
-        taken = measure(1 if batch is None else batch)
-        share = largest_share(taken, available)
+    policy = HeatKV() if sink_scales is None else HeatKV(sink_scales=sink_scales)
+    problem = PlanningProblem(
+        info.geometry(size, shape), Budget.parse(budget or "100%"), rows=2 if guided else 1, storage=dtype
+    )
+    policy.check(problem)
+    policy.check_room(problem)
+    if problem.budget_token_heads < 1:
+        raise BudgetError(
+            f"budget {float(problem.share):.3g} ({problem.budget}) holds no token of any head; one is "
+            f"{1 / problem.geometry.full_token_heads:.3g} of the full cache, so raise it"
+        )
+    asked = None if budget is None else problem.share
+
+    def measure(images: int, **changed: Any) -> Footprint:
+        given = {"size": size, "dtype": dtype, "text_encoder": text_encoder} | changed
+        return footprint(info, images, ratio=shape, guided=guided, **given)
+
+    def least(size: str | None) -> Fraction:
+        """The share that the sinks need."""
+        schedule = info.schedule(size, shape)
+        return Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
+
+    if asked is None:
+        found = largest_share(measure(1 if batch is None else batch), available, least(size))
     else:
-        geometry = info.geometry(size, shape)
-        share = Budget.parse(budget).share(geometry, 2 if guided else 1, dtype)
-        taken = largest_batch(measure, available, share)
-    held = int(share * taken.full_cache)
-    total = taken.without_cache + held
-    percent = f"{math.floor(share * 1000) / 10}%"  # rounded down, so that asked back it fits
+        found = largest_batch(measure(1), available, asked)
+    taken = found.taken
+
+    def ways_out() -> list[str]:
+        """The changes of one option that make it fit."""
+
+        def fits(size: str | None = size, **changed: Any) -> bool:
+            share = least(size) if asked is None else asked
+            return Fit(measure(taken.images, size=size, **changed), available, share).fits
+
+        ways = []
+        fewer = largest_batch(measure(1), available, found.share)
+        if fewer.fits:
+            ways.append(f"--batch {fewer.taken.images}")
+        lower = largest_share(measure(1), available, least(size))
+        if asked is not None and lower.fits:
+            ways.append(f"--budget {_percent(lower.share)}")
+        smaller = info.sizes[info.sizes.index(info.default_size if size is None else size.removesuffix("px")) + 1 :]
+        ways += [f"--size {size}" for size in smaller if problem.budget.kind == "share" and fits(size)][:1]
+        if dtype == "float32" and fits(dtype="bfloat16"):
+            ways.append("--dtype bfloat16")
+        if taken.text_encoder and fits(text_encoder=False):
+            ways.append("--no-text-encoder, with prompts encoded elsewhere")
+        return ways
+
+    percent, sinks = _percent(found.share), math.floor(least(size) * taken.full_cache)
     facts = {
         "model": model, "memory_bytes": available, "images": taken.images, "rows": taken.rows, "dtype": dtype,
-        "schedule": str(info.schedule(size, shape)), "transformer_bytes": taken.transformer,
+        "schedule": str(problem.geometry.schedule), "transformer_bytes": taken.transformer,
         "decoder_bytes": taken.decoder, "text_encoder_bytes": taken.text_encoder, "prompt_bytes": taken.prompt,
-        "working_bytes": taken.working, "full_cache_bytes": taken.full_cache, "budget": float(share),
-        "cache_bytes": held, "total_bytes": total,
+        "working_bytes": taken.working, "full_cache_bytes": taken.full_cache, "sink_scales": policy.sink_scales,
+        "sinks_bytes": sinks, "budget": float(found.share), "cache_bytes": found.cache, "total_bytes": found.total,
+        "fits": found.fits, "left_bytes": max(0, available - found.total), "missing_bytes": found.missing,
+        "least_memory_bytes": taken.without_cache + sinks,
     }  # fmt: skip
     told = {
         "transformer": taken.transformer,
@@ -155,19 +217,34 @@ def fit(
         "classes or prompts (longest)": taken.prompt,
         "working memory (peak)": taken.working,
         "cache, full": taken.full_cache,
-        f"cache at {percent}": held,
-        "total with that": total,
+        f"cache of the {policy.sink_scales} sink scales": sinks,
+        f"cache at {percent}": found.cache,
+        "total with that": found.total,
+        "left" if found.fits else "missing": abs(available - found.total),
     }
     title = f"{model} in {memory}: {taken.images} at once, {dtype}"
     table = pairs(title, ("what", "GiB"), {name: f"{value / 2**30:.3f}" for name, value in told.items()})
-    found = "the full cache fits" if share == 1 else f"the largest budget is {percent}"
-    table.caption = (
-        f"{found if budget is None else f'the largest batch is {taken.images}'}; from shapes, without the driver's own "
-        "memory and fragmentation"
-    )
+    if not found.fits:
+        answer = "it does not fit"
+    elif asked is not None:
+        answer = f"the largest batch is {taken.images}"
+    else:
+        answer = "the full cache fits" if found.share == 1 else f"the largest budget is {percent}"
+    table.caption = f"{answer}; from shapes (docs/fit.md), without the driver's own memory and fragmentation"
     say_template(model, ratio)
-    schedule, sinks = info.schedule(size, shape), HeatKV().sink_scales
-    least = Fraction(schedule.offsets[min(sinks, len(schedule) - 1)], schedule.cached_tokens)
-    if share < least:
-        say(f"the {sinks} sink scales of HeatKV's rule alone are {float(least):.2%}")
-    show(table, as_json, facts)
+    if found.fits:
+        show(table, as_json, facts)
+        return
+    ways = ways_out()
+    show(table, as_json, facts | {"would_fit": ways})
+    held = f"at {percent}" if asked is not None else f"of the {policy.sink_scales} sink scales alone"
+    raise HeatKVError(
+        f"{available / 2**30:.2f} GiB do not hold a batch of {taken.images} of {model}: with the cache {held} it takes "
+        f"{found.total / 2**30:.2f} GiB; "
+        + (f"what fits: {', or '.join(ways)}" if ways else "no other batch, size or type fits")
+    )
+
+
+def _percent(share: Fraction) -> str:
+    """Rounded down, so that a budget that was found fits when it is asked for."""
+    return f"{math.floor(share * 10000) / 100:g}%"

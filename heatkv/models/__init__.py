@@ -10,14 +10,16 @@ from typing import Literal
 
 import torch
 
+from heatkv.checks import as_number, shown
 from heatkv.errors import ModelError, ScheduleError
+from heatkv.files import as_path
 from heatkv.geometry import CacheGeometry
 from heatkv.models.checkpoint import SHARDED, build_var, build_vqvae, read_checkpoint, var_state, vqvae_state
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
 from heatkv.models.emoji import VAR_CONFIG
 from heatkv.models.emoji import load as load_emoji
 from heatkv.models.text import T5TextEncoder
-from heatkv.models.text_conditional import TextConditionalModel, load_infinity
+from heatkv.models.text_conditional import TextConditionalModel, check_texts, load_infinity
 from heatkv.sampling import SamplingSettings
 from heatkv.schedule import ScaleSchedule
 
@@ -33,7 +35,8 @@ COMPUTE_DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Geometry of a named model. `default_size` is the pixel size its weights were trained for.
+    """Geometry of a named model. `default_size` is the pixel size its weights were trained for; the public code runs
+    them at `smaller_sizes` as well, largest first.
 
     `weights` says where weights come from, `files` and `vae_files` what they are called; `bundled` that they ship with
     this package.
@@ -49,21 +52,35 @@ class ModelInfo:
     files: tuple[str, ...] = ()
     vae_files: tuple[str, ...] = ()
     bundled: bool = False
+    smaller_sizes: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return self.default_size, *self.smaller_sizes
 
     def schedule(self, size: str | None = None, ratio: float | None = None) -> ScaleSchedule:
         """The schedule for a size ("256", "1M", ...) and a height/width ratio; None takes the model's own.
 
-        Raises ScheduleError for what the family does not have.
+        Raises ScheduleError for what the family or this model does not have.
         """
+        wanted = self.default_size if size is None else size
         if self.family == "infinity":
-            return ScaleSchedule.infinity(size or self.default_size, 1.0 if ratio is None else ratio)
-        if ratio not in (None, 1.0):
+            schedule = ScaleSchedule.infinity(wanted, 1.0 if ratio is None else ratio)
+        elif ratio is not None and as_number(ratio) != 1:
             raise ScheduleError(f"{self.name} draws square images only; leave the ratio out")
-        if self.bundled:
-            if size not in (None, self.default_size):
-                raise ScheduleError(f"{self.name} draws {self.default_size} px only; leave the size out")
-            return VAR_CONFIG.schedule
-        return ScaleSchedule.var(size or self.default_size)
+        else:
+            wanted = str(wanted).removesuffix("px")
+            schedule = VAR_CONFIG.schedule if self.bundled else ScaleSchedule.var(wanted)
+        if wanted not in self.sizes:
+            fitting = [
+                info
+                for info in MODELS.values()
+                if info.family == self.family and wanted in info.sizes and not self.bundled
+            ]
+            near = min(fitting, key=lambda info: abs(info.layers - self.layers), default=None)
+            way_out = "leave the size out" if near is None else f"use {near.name} for {wanted}"
+            raise ScheduleError(f"{self.name} is published for {' and '.join(self.sizes)}, not {wanted}; {way_out}")
+        return schedule
 
     def geometry(self, size: str | None = None, ratio: float | None = None) -> CacheGeometry:
         return CacheGeometry(self.layers, self.heads, self.head_dim, self.schedule(size, ratio))
@@ -91,6 +108,8 @@ def _infinity(name: str, layers: int, heads: int, size: str, stem: str, suffix: 
 _EMOJI = ModelInfo(
     "emoji", "var", VAR_CONFIG.depth, VAR_CONFIG.heads, VAR_CONFIG.head_dim, "48", "in this package", bundled=True
 )
+_SMALLER = ScaleSchedule.infinity_sizes()[-2::-1]
+"""Smaller sizes than 1M."""
 
 MODELS: dict[str, ModelInfo] = {
     info.name: info
@@ -98,8 +117,8 @@ MODELS: dict[str, ModelInfo] = {
         _EMOJI,
         *(_var(depth, "256") for depth in (16, 20, 24, 30)),
         _var(36, "512"),
-        _infinity("infinity-2b", 32, 16, "1M", "infinity_2b_reg", ".pth", _D32_VAE),
-        _infinity("infinity-8b", 40, 28, "1M", "infinity_8b_weights", "/", _D56_VAE),
+        replace(_infinity("infinity-2b", 32, 16, "1M", "infinity_2b_reg", ".pth", _D32_VAE), smaller_sizes=_SMALLER),
+        replace(_infinity("infinity-8b", 40, 28, "1M", "infinity_8b_weights", "/", _D56_VAE), smaller_sizes=_SMALLER),
         _infinity("infinity-8b-512", 40, 28, "0.25M", "infinity_8b_512x512_weights", "/", _D56_VAE),
     )
 }
@@ -107,6 +126,8 @@ MODELS: dict[str, ModelInfo] = {
 
 def model_info(name: str) -> ModelInfo:
     """The named model. Raises ModelError with a suggestion when there is none."""
+    if not isinstance(name, str):
+        raise ModelError(f"the model is {shown(name)}; give its name, one of {', '.join(MODELS)}")
     if name in MODELS:
         return MODELS[name]
     near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
@@ -126,20 +147,23 @@ def load_model(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
 ) -> ClassConditionalModel | TextConditionalModel:
-    """A model ready to draw, its blocks' matrices in `dtype`.
+    """A model ready to draw, its blocks' matrices in `dtype`: "float32", "bfloat16" or "float16".
 
     `emoji` needs nothing else. VAR and Infinity need `weights`: the public file (or sharded folder), or a folder that
     holds it; the `vae` is looked for beside it unless given. Infinity draws the published schedule of `size` and
     `ratio`, and turns text into features with `text_encoder`, a local folder or a hub name; `prompts` are what
-    measurements draw. Nothing in a weights file is executed. Raises ModelError, FormatError or ScheduleError.
+    measurements draw. Nothing in a weights file is executed. Raises ModelError for an unknown name, type or device and
+    for weights of another model, FormatError for an unreadable file, ScheduleError for an unknown size or ratio.
     """
     info = model_info(name)
-    if dtype not in COMPUTE_DTYPES:
-        raise ModelError(f"unknown dtype {dtype!r}; known: {', '.join(COMPUTE_DTYPES)}")
+    check_texts(prompts)
+    info.schedule(size, ratio)  # refuse a bad one before any file is read
+    if not isinstance(dtype, str) or dtype not in COMPUTE_DTYPES:
+        raise ModelError(f"unknown dtype {shown(dtype)}; known: {', '.join(COMPUTE_DTYPES)}")
     try:
         where = torch.device(device)
         torch.empty(1, device=where).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ModelError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
     compute = COMPUTE_DTYPES[dtype]
     if info.bundled and (weights is not None or vae is not None):
@@ -147,18 +171,15 @@ def load_model(
     if info.family == "var" and (text_encoder is not None or prompts):
         raise ModelError(f"{name} draws classes, not prompts; leave the text encoder and prompts out")
     if info.bundled:
-        info.schedule(size, ratio)
         return _placed(load_emoji(), compute, where)
     if weights is None:
         raise ModelError(f"{name} needs its weights, {info.weights}: name the file or its folder (--weights)")
     found = find_weights(weights, info.files)
     if info.family == "var":
-        info.schedule(size, ratio)
-        return _placed(load_var(info, found, None if vae is None else Path(vae)), compute, where)
+        return _placed(load_var(info, found, None if vae is None else as_path(vae)), compute, where)
     if prompts and text_encoder is None:
         raise ModelError(f"turning prompts into features for {name} needs its text encoder; name it (--text-encoder)")
-    found_vae = Path(vae) if vae is not None else find_beside(found, info.vae_files)
-    info.schedule(size, ratio)
+    found_vae = as_path(vae) if vae is not None else find_beside(found, info.vae_files)
     encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
     model = load_infinity(
         info,
@@ -181,7 +202,7 @@ def _placed(model: ClassConditionalModel, dtype: torch.dtype, device: torch.devi
 
 def find_weights(path: str | Path, names: Sequence[str]) -> Path:
     """`path` itself when it is a file or a sharded folder, else the first of `names` inside it."""
-    path = Path(path)
+    path = as_path(path)
     if not path.is_dir():
         return path
     if any((path / name).exists() for name in SHARDED):

@@ -27,11 +27,12 @@ from torch.nn import functional as F
 from heatkv.attention.rotary import rotate, rotation_of
 from heatkv.cache import ArenaCache
 from heatkv.calibration import MeasuringCache, ObservingCache, add_sums
+from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
-from heatkv.level_calibration import BiasCache, ErrorCostCache
+from heatkv.level_calibration import BiasCache, ErrorCostCache, level_choices
 from heatkv.level_statistics import LevelStatistics, calibrated_bias
-from heatkv.levels import LevelChoices
+from heatkv.levels import LEVELS, SINK_SCALES
 from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
 from heatkv.models.infinity import rotation_angles
@@ -310,13 +311,14 @@ class Attached:
         most_bytes: int | None,
         seed: int,
         first_sample: int,
+        level_sinks: int,
     ) -> None:
         self.plan = plan
         self._name = type(model).__name__
         self._layers = [_Layer(self, index, where, module) for index, (where, module) in enumerate(found)]
         self._guided, self._measure, self._most_bytes = guided, measure, most_bytes
         self._adapter, self._log_bias = adapter, log_bias
-        self._choices = LevelChoices(plan.schedule)
+        self._choices = level_choices(plan.schedule, level_sinks)
         self._seed, self._first_sample = seed, first_sample
         self._fingerprint = _attention_fingerprint(found) if measure else ""
         self._cache: ArenaCache | None = None
@@ -479,8 +481,10 @@ class Attached:
 
         `cfg` and `settings` (such as top_k) say how the images were drawn; HeatKV cannot see that, but statistics
         that differ in it are not merged. Samples are named seed:index:- with the index from `first_sample` on.
-        Raises StatisticsError when nothing was measured.
+        Raises StatisticsError when nothing was measured, or for settings that are no dictionary.
         """
+        if settings is not None:
+            of_kind(settings, Mapping, "settings", StatisticsError, 'give a dictionary, such as {"top_k": 900}')
         sums, samples = self._measured("mass")
         provenance = Provenance(
             model=self._name,
@@ -549,14 +553,28 @@ def attach(
 
     What is kept: a `policy` with its `budget`, `statistics` and `options` (such as sink_scales), as in `model.plan`;
     or a finished `plan`; or, with `measure`, everything, while `Attached.statistics` is measured as `calibrate` does
-    ("mass", or True), or `Attached.log_bias` ("biases"), or `Attached.level_statistics` under that bias ("levels").
+    ("mass", or True), or `Attached.log_bias` ("biases"), or `Attached.level_statistics` under that bias ("levels"),
+    for plans with `sink_scales` or more.
     `schedule` is needed where the model does not tell it: VAR does, in `patch_nums` or `lvl_1L`; Infinity needs it
     unless the plan or the statistics bring it. `guided` says that rows are doubled, conditional half first. `rows`
     (default: those of one image) only matters for a budget in bytes; `seed` and `first_sample` name the samples.
 
     Raises ModelError for a model that is not recognised, PlanError, StatisticsError, PolicyError, BudgetError or
-    ScheduleError for what does not fit it.
+    ScheduleError for what does not fit it, or is of the wrong kind.
     """
+    if not isinstance(measure, bool | str):
+        raise PolicyError(f"measure={shown(measure)} is unknown; known: True, 'mass', 'biases', 'levels'")
+    if policy is not None:
+        of_kind(policy, str, "policy", PolicyError, "give its name; `heatkv policies` lists them")
+    if plan is not None:
+        of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
+    if statistics is not None:
+        way_out = "load statistics with Statistics.load, or measure them with measure=True"
+        of_kind(statistics, Statistics, "statistics", StatisticsError, way_out)
+    if schedule is not None:
+        of_kind(schedule, ScaleSchedule, "schedule", ScheduleError, "make one, for instance ScaleSchedule.var(256)")
+    of_kind(guided, bool, "guided", ModelError, "it is True or False: whether rows are doubled")
+    seed, first_sample = whole(seed, "seed", ModelError), whole(first_sample, "first_sample", ModelError)
     blocks = list(_blocks(model))
     found = [_self_attention(where, block) for where, block in blocks]
     name = type(model).__name__
@@ -585,6 +603,7 @@ def attach(
         raise ModelError(f"the blocks of {name} have no ada_lin or ada_gss, or no linear proj; level costs need them")
     if (measured == "levels") != (log_bias is not None):
         raise PolicyError('measure="levels" and log_bias= go together; measure="biases" gives log_bias()')
+    level_sinks = options.pop("sink_scales", SINK_SCALES) if measured == "levels" else 0  # biases need none
     if policy is None and (budget is not None or statistics is not None or options):
         extra = [*(["budget"] if budget is not None else []), *(["statistics"] if statistics is not None else [])]
         raise PolicyError(f"{', '.join([*extra, *options])} only go with policy=, not with {ways[0]}=")
@@ -599,6 +618,10 @@ def attach(
             'ScaleSchedule.infinity("1M", 1.0)'
         )
     geometry = CacheGeometry(len(found), heads, head_dim, schedule)
+    if log_bias is not None:
+        shape = (geometry.layers, geometry.heads, len(schedule), len(LEVELS))
+        if not isinstance(log_bias, np.ndarray) or log_bias.shape != shape or log_bias.dtype.kind != "f":
+            raise StatisticsError(f"log_bias is {shown(log_bias)}; it must be an array {shape}, as log_bias() gives it")
 
     parsed = None if budget is None else Budget.parse(budget)
     if plan is not None:
@@ -613,8 +636,8 @@ def attach(
             raise BudgetError(f"policy {policy!r} needs a budget; write it as 10%, 0.1, 600MiB, 2GB or 650tokens")
         # statistics of this package's own model with the same weights name all of them, those measured here the
         # attention's only
-        whole = fingerprint(model) if isinstance(model, nn.Module) else None
-        if statistics is not None and statistics.provenance.fingerprint != whole:
+        all_weights = fingerprint(model) if isinstance(model, nn.Module) else None
+        if statistics is not None and statistics.provenance.fingerprint != all_weights:
             statistics.check_fingerprint(_attention_fingerprint(found))
         storage = str(found[0][1].mat_qkv.weight.dtype).removeprefix("torch.")
         rows = rows if rows is not None else (2 if guided else 1)
@@ -631,4 +654,5 @@ def attach(
         most_bytes=math.floor(parsed.amount) if parsed is not None and parsed.kind == "bytes" else None,
         seed=seed,
         first_sample=first_sample,
+        level_sinks=level_sinks,
     )

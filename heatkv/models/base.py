@@ -6,12 +6,14 @@ Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from heatkv.checks import of_kind, shown, whole
+from heatkv.errors import ModelError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.var import Attend
@@ -70,8 +72,12 @@ class ImageModel(ABC, Generic[Label]):
         return None
 
     @abstractmethod
+    def label(self, given: Any) -> Label:
+        """What one image is drawn from, as a caller may write it. Raises ModelError for what it cannot be."""
+
+    @abstractmethod
     def labels(self, count: int, first: int = 0) -> list[Label]:
-        """What the samples first, first + 1, ... of a measurement are drawn from."""
+        """What the samples first, first + 1, ... of a measurement are drawn from. Raises ModelError."""
 
     @abstractmethod
     def label_name(self, label: Label) -> str:
@@ -79,7 +85,7 @@ class ImageModel(ABC, Generic[Label]):
 
     @abstractmethod
     def begin(self, labels: Sequence[Label], settings: Settings) -> Drawing:
-        """Start drawing one image per label."""
+        """Start drawing one image per label. Raises ModelError for what it cannot draw."""
 
     def plan(
         self,
@@ -93,10 +99,13 @@ class ImageModel(ABC, Generic[Label]):
     ) -> CachePlan:
         """A plan of the named policy for this model; `options` are the policy's own, such as sink_scales.
 
-        `rows` (default: those of one image) only matters for a budget in bytes. Raises StatisticsError when the
-        statistics are of other weights, and whatever the policy raises.
+        `rows` (default: those of one image) only matters for a budget in bytes. Raises PolicyError for an unknown
+        policy or option, BudgetError for a budget that cannot be read or kept, and StatisticsError for statistics of
+        other weights.
         """
         if statistics is not None:
+            way_out = "load statistics with Statistics.load, or calibrate the model"
+            of_kind(statistics, Statistics, "statistics", StatisticsError, way_out)
             statistics.check_fingerprint(self.fingerprint)
         problem = PlanningProblem(
             self.geometry,
@@ -112,3 +121,31 @@ class ImageModel(ABC, Generic[Label]):
     def full_plan(self) -> Plan:
         """The plan that keeps everything."""
         return Full().plan(PlanningProblem(self.geometry, Budget.parse("100%"), model=self.name))
+
+
+def checked_run(
+    model: ImageModel[Any],
+    seed: int,
+    first_sample: int,
+    batch: int,
+    settings: Settings | None,
+    progress: Callable[[int], None] | None,
+) -> tuple[int, int, int, Settings]:
+    """`seed`, `first_sample`, `batch` and `settings` (default: the model's) of whatever draws images.
+
+    Raises ModelError for what is of the wrong kind.
+    """
+    way_out = "load one with heatkv.load_model; a model of another repository is used through heatkv.attach"
+    of_kind(model, ImageModel, "model", ModelError, way_out)
+    if settings is not None:
+        of_kind(
+            settings, Settings, "settings", ModelError, "give SamplingSettings or BitSamplingSettings of this model"
+        )
+    if progress is not None and not callable(progress):
+        raise ModelError(f"progress is {shown(progress)}; give a function that is told how many are done")
+    return (
+        whole(seed, "seed", ModelError),
+        whole(first_sample, "first_sample", ModelError),
+        whole(batch, "batch", ModelError, 1),
+        settings if settings is not None else model.sampling,
+    )

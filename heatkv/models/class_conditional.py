@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from heatkv.checks import as_whole, shown, whole
 from heatkv.errors import ModelError
 from heatkv.geometry import CacheGeometry
 from heatkv.models.adapter import ModelAdapter
@@ -74,28 +76,33 @@ class ClassConditionalModel(ImageModel[int]):
     def num_classes(self) -> int:
         return self.transformer.config.num_classes
 
-    def label(self, text: str) -> int:
-        """A class by name or number. Raises ModelError with what there is."""
-        if text in self.class_names:
-            return self.class_names.index(text)
-        if text.isdecimal() and int(text) < self.num_classes:
-            return int(text)
+    def label(self, given: Any) -> int:
+        """A class by its name or number: text, or an integer of Python, numpy or torch. Raises ModelError with what
+        there is."""
+        if isinstance(given, str):
+            if given in self.class_names:
+                return self.class_names.index(given)
+            number = int(given) if given.isdecimal() and len(given) < 10 else None
+        else:
+            number = as_whole(given)
+        if number is not None and 0 <= number < self.num_classes:
+            return number
         known = f", or a name: {', '.join(self.class_names)}" if self.class_names else ""
-        raise ModelError(f"{self.name} has no class {text!r}; give a number from 0 to {self.num_classes - 1}{known}")
+        last = self.num_classes - 1
+        raise ModelError(f"{self.name} has no class {shown(given)}; give a number from 0 to {last}{known}")
 
     def labels(self, count: int, first: int = 0) -> list[int]:
-        """Labels of the samples first, first + 1, ...: every class in turn."""
+        """Labels of the samples first, first + 1, ...: every class in turn. Raises ModelError."""
+        count, first = whole(count, "count", ModelError, 0), whole(first, "first", ModelError)
         return [(first + i) % self.num_classes for i in range(count)]
 
     def label_name(self, label: int) -> str:
-        return str(label)
+        """The number of the class. Raises ModelError for what is no class."""
+        return str(self.label(label))
 
     def begin(self, labels: Sequence[int], settings: Settings) -> Drawing:
         """Start drawing one image per label. Raises ModelError for what is no class."""
-        for label in labels:
-            if not isinstance(label, int) or not 0 <= label < self.num_classes:
-                raise ModelError(f"{self.name} has no class {label!r}; classes are 0 to {self.num_classes - 1}")
-        return Drawing(self, labels, settings)
+        return Drawing(self, [self.label(label) for label in labels], settings)
 
 
 class Drawing:

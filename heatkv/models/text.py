@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from heatkv.errors import ModelError
+from heatkv.files import as_path
 
 PUBLIC_ENCODER = "google/flan-t5-xl"
 MAX_POSITIONS = 512
@@ -58,7 +59,7 @@ class T5TextEncoder:
                 f"turning prompts into features needs transformers ({error}); install heatkv[infinity], or give text "
                 "features"
             ) from error
-        folder = Path(source)
+        folder = as_path(source)
         if not folder.is_dir() and not _HUB_NAME.fullmatch(str(source)):
             raise ModelError(f"no T5 encoder can be loaded from {source}: it is neither a folder nor a hub name")
         # without any of these, transformers makes a tokenizer that knows no word

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from heatkv.checks import shown, whole
 from heatkv.errors import ModelError
 from heatkv.geometry import CacheGeometry
 from heatkv.models.adapter import ModelAdapter
@@ -126,7 +127,12 @@ class TextConditionalModel(ImageModel[Prompt]):
         return height * self.patch, width * self.patch
 
     def prompts(self, texts: Sequence[str], negatives: Sequence[str] | None = None) -> list[Prompt]:
-        """Encode texts, each with its negative when `negatives` are given. Raises ModelError without a text encoder."""
+        """Encode texts, each with its negative when `negatives` are given.
+
+        Raises ModelError without a text encoder, or for what is no list of texts.
+        """
+        for given_texts in (texts, () if negatives is None else negatives):
+            check_texts(given_texts)
         if self.text_encoder is None:
             raise ModelError(
                 f"{self.name} was loaded without a text encoder; name one (--text-encoder), or give features"
@@ -137,19 +143,34 @@ class TextConditionalModel(ImageModel[Prompt]):
         given, against = features[: len(texts)], features[len(texts) :]
         return [Prompt(features_ME, against[i] if against else None, texts[i]) for i, features_ME in enumerate(given)]
 
+    def label(self, given: Any) -> Prompt:
+        """A prompt as it is, or one made of a text. Raises ModelError for anything else, or without a text encoder."""
+        if isinstance(given, Prompt):
+            return given
+        if isinstance(given, str):
+            return self.prompts([given])[0]
+        raise ModelError(f"{self.name} cannot draw {shown(given)}; give a text, or a Prompt with its features")
+
     def labels(self, count: int, first: int = 0) -> list[Prompt]:
         """The `examples` in turn. Raises ModelError when there are none."""
+        count, first = whole(count, "count", ModelError, 0), whole(first, "first", ModelError)
         if not self.examples:
             raise ModelError(f"measuring {self.name} needs prompts to draw; load it with some (--prompts FILE)")
         return [self.examples[(first + i) % len(self.examples)] for i in range(count)]
 
     def label_name(self, label: Prompt) -> str:
         """8 hex digits of the prompt's features, the same for the same text and encoder."""
-        return tensor_fingerprint([("features", label.features_ME)])[:8]
+        return tensor_fingerprint([("features", self.label(label).features_ME)])[:8]
 
     def begin(self, labels: Sequence[Prompt], settings: Settings) -> Drawing:
-        """Start drawing one image per prompt."""
-        return Drawing(self, labels, settings)
+        """Start drawing one image per prompt. Raises ModelError for features that do not fit."""
+        return Drawing(self, [self.label(label) for label in labels], settings)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise ModelError for what is no list of texts; one text alone would be taken letter by letter."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise ModelError(f"prompts is {shown(texts)}; give a list of texts, one per image")
 
 
 class Drawing:
@@ -176,6 +197,11 @@ class Drawing:
 
     def _checked(self, features_ME: Tensor) -> Tensor:
         channels = self._model.transformer.config.text_channels
+        if not isinstance(features_ME, Tensor) or not features_ME.is_floating_point():
+            raise ModelError(
+                f"text features are {shown(features_ME)}; {self._model.name} reads a tensor (positions, {channels}) of "
+                "floating-point numbers"
+            )
         if features_ME.ndim != 2 or len(features_ME) < 1 or features_ME.shape[1] != channels:
             raise ModelError(
                 f"text features of shape {tuple(features_ME.shape)} do not fit {self._model.name}: it reads "

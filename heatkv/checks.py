@@ -1,0 +1,67 @@
+"""Checks at the public borders: what is of the wrong kind is refused in one line, with the value and the way out."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+from heatkv.errors import HeatKVError
+
+_LONGEST = 60
+
+
+def shown(value: Any) -> str:
+    """A value in one line, cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def as_whole(value: Any) -> int | None:
+    """An integer of Python, numpy or torch as an int; None for everything else, booleans and floats included."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or getattr(value, "ndim", None):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def whole(value: Any, name: str, error: type[HeatKVError], least: int | None = None, most: int | None = None) -> int:
+    """The value as an int from `least` to `most`, both included."""
+    number = as_whole(value)
+    if number is None or (least is not None and number < least) or (most is not None and number > most):
+        raise error(f"{name} is {shown(value)}; it must be a whole number{_range(least, most)}")
+    return number
+
+
+def as_number(value: Any) -> float:
+    """A number of Python, numpy or torch as a float; NaN for everything else, booleans and text included."""
+    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", None):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def number(
+    value: Any, name: str, error: type[HeatKVError], least: float | None = None, most: float | None = None
+) -> float:
+    """The value as a finite float from `least` to `most`, both included."""
+    found = as_number(value)
+    if not math.isfinite(found) or (least is not None and found < least) or (most is not None and found > most):
+        raise error(f"{name} is {shown(value)}; it must be a finite number{_range(least, most)}")
+    return found
+
+
+def _range(least: float | None, most: float | None) -> str:
+    if least is None:
+        return "" if most is None else f" of at most {most}"
+    return f" of at least {least}" if most is None else f" from {least} to {most}"
+
+
+def of_kind(value: Any, kind: type | tuple[type, ...], name: str, error: type[HeatKVError], way_out: str) -> None:
+    """Raise unless the value is an instance of `kind`; `way_out` says how to get one."""
+    if not isinstance(value, kind):
+        raise error(f"{name} is {shown(value)}; {way_out}")

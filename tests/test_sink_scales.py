@@ -1,0 +1,328 @@
+"""Numbers of sink scales: what level costs of fewer sinks give to plans with more, and advice that works when taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from strategies import SEEDS, level_live_table, statistics_of
+
+from heatkv.calibration import told_settings
+from heatkv.cli import run
+from heatkv.errors import BudgetError, HeatKVError, PolicyError
+from heatkv.geometry import Budget, CacheGeometry
+from heatkv.models import load_model
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.schedule import ScaleSchedule
+from heatkv.statistics import HeadRankings, Statistics
+from heatkv.testing import made_up_mass
+
+SCHEDULE = ScaleSchedule.square((1, 2, 3, 4, 5))
+GEOMETRY = CacheGeometry(2, 2, 4, SCHEDULE)  # N = 30
+
+FloatArray = NDArray[np.float64]
+
+
+def measured(sinks: int | None, cost: str = "error", seed: int = 0) -> Statistics:
+    found = statistics_of(GEOMETRY, made_up_mass(GEOMETRY, 2, seed), sink_scales=sinks)
+    if found.levels is None:
+        return found
+    return dataclasses.replace(found, levels=dataclasses.replace(found.levels, cost=cost))
+
+
+# ---------------------------------------------------------------------- more sinks than were measured with
+
+
+@pytest.mark.parametrize("policy", ["heatkv-lp", "heatkv-mr"])
+@pytest.mark.parametrize("sinks", [0, 1, 2, 3, 4])
+@settings(max_examples=6)
+@given(share=st.fractions(Fraction(1, 100), 1, max_denominator=100), seed=SEEDS)
+def test_costs_of_fewer_sinks_plan_like_those_of_as_many(policy: str, sinks: int, share: Fraction, seed: int) -> None:
+    least = Fraction(SCHEDULE.offsets[sinks], SCHEDULE.cached_tokens)
+    budget = Budget("share", max(share, least))
+    plans = [
+        make_policy(policy, sink_scales=sinks).plan(PlanningProblem(GEOMETRY, budget, measured(n, seed=seed)))
+        for n in range(sinks + 1)
+    ]
+    own = plans[-1]
+    for plan in plans:
+        assert plan.sink_scales == plan.settings["sink_scales"] == sinks
+        assert (plan.last_read[:, :, :sinks] == 4).all()
+        assert max(map(max, level_live_table(plan))) <= plan.budget_token_heads
+        assert plan.value is not None
+        assert own.value is not None
+        assert own.value_bound is not None
+        assert own.value_bound >= plan.value - 1e-9
+        assert plan.value == pytest.approx(own.value, rel=0.01, abs=1e-9)
+
+
+def test_a_kl_may_choose_the_budget_with_more_sinks() -> None:
+    problem = PlanningProblem(GEOMETRY, Budget.parse("auto"), measured(1, "fisher"))
+    plan = make_policy("heatkv-mr", cost="fisher", max_kl=1e9, sink_scales=3).plan(problem)
+    assert plan.budget == 0.467  # three sinks are 14 of 30 tokens
+    plan = make_policy("heatkv-mr", cost="fisher", max_kl=0.01, sink_scales=3).plan(problem)
+    assert plan.settings["predicted_kl"] <= 0.01
+    assert (plan.last_read[:, :, :3] == 4).all()
+
+
+@pytest.mark.parametrize(("policy", "cost"), [("heatkv-lp", "error"), ("heatkv-mr", "error"), ("heatkv-mr", "fisher")])
+def test_fewer_sinks_than_measured_name_the_way_out(policy: str, cost: str) -> None:
+    options = {"cost": cost} if policy == "heatkv-mr" else {}
+    problem = PlanningProblem(GEOMETRY, Budget.parse("50%"), measured(2, cost))
+    with pytest.raises(PolicyError) as caught:
+        make_policy(policy, sink_scales=1, **options).plan(problem)
+    assert str(caught.value) == (
+        "sink_scales=1 is below the 2 that the level costs were measured with; set sink_scales=2, or measure anew with "
+        f"heatkv calibrate --levels {cost} --sink-scales 1 and set sink_scales=1"
+    )
+    with pytest.raises(PolicyError, match=rf"needs .* \(heatkv calibrate --levels {cost} --sink-scales 1, then"):
+        make_policy(policy, sink_scales=1, **options).plan(dataclasses.replace(problem, statistics=measured(None)))
+    if policy == "heatkv-lp":
+        make_policy(policy, sink_scales=1, value="error").plan(problem)
+
+
+# ---------------------------------------------------------------------- advice
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """A plan that somebody asks for."""
+
+    policy: str
+    options: dict[str, Any]
+    budget: Budget
+    level_sinks: int | None
+    ranked: int | None = None
+
+    def plan(self) -> Plan:
+        cost = "fisher" if self.options.get("cost") == "fisher" else "error"
+        problem = PlanningProblem(GEOMETRY, self.budget, measured(self.level_sinks, cost))
+        if self.ranked is not None:
+            order = np.tile(np.arange(4), (self.ranked, 1))
+            rankings = HeadRankings(2, 2, 4 - self.ranked, order)
+            problem = dataclasses.replace(problem, statistics=None, rankings=rankings)
+        return make_policy(self.policy, **self.options).plan(problem)
+
+    def with_sinks(self, sinks: str | int, **changes: Any) -> Attempt:
+        return dataclasses.replace(self, options={**self.options, "sink_scales": int(sinks)}, **changes)
+
+    def raised(self, told: str) -> Attempt:
+        """What the text names, at the share that it ends in."""
+        share = f"{re.findall(r'= ([0-9.]+%)', told)[-1]}"
+        options = {**self.options, **({"layer_cap": share} if "layer_cap=" in told else {})}
+        return dataclasses.replace(
+            self, options=options, budget=Budget.parse(share) if "budget " in told else self.budget
+        )
+
+    def advised(self, said: str) -> Iterator[Attempt]:
+        """Everything that the message says would work."""
+        for sinks, more in re.findall(r"(?<!and )set sink_scales=(\d+)( and raise .*?%(?=,|$))?", said):
+            found = self.with_sinks(sinks)
+            yield found.raised(more) if more else found
+        for low, high, more in re.findall(r"scales: (\d+) to (\d+)( and raise .*%)?$", said):
+            for sinks in range(int(low), int(high) + 1) if not more else [low]:
+                found = self.with_sinks(sinks)
+                yield found.raised(more) if more else found
+        for short in re.findall(r"^(.* (?:is|are) below .*%), the \d+ sink scales; raise", said):
+            yield self.raised(short)
+        for sinks in re.findall(r"--sink-scales (\d+) and set sink_scales=\1", said):
+            yield self.with_sinks(sinks, level_sinks=int(sinks))
+        for sinks in re.findall(r"plan from statistics, .*, with sink_scales=(\d+)", said):
+            yield self.with_sinks(sinks, ranked=None)
+
+
+@st.composite
+def attempts(draw: st.DrawFn) -> Attempt:
+    policy, options, ranked = draw(
+        st.sampled_from(
+            [
+                ("heatkv", {}, False), ("heatkv", {}, True), ("random", {}, False), ("streaming", {}, False),
+                ("heatkv-lp", {}, False), ("heatkv-lp", {"value": "error"}, False),
+                ("heatkv-lp", {"value": "mass", "solver": "greedy"}, False),
+                ("heatkv-mr", {}, False), ("heatkv-mr", {"cost": "fisher"}, False),
+            ]
+        )
+    )  # fmt: skip
+    options = dict(options)
+    if draw(st.booleans()):
+        options["sink_scales"] = draw(st.integers(-1, 6))
+    if policy in ("heatkv-lp", "heatkv-mr"):
+        options["ranks"] = draw(st.sampled_from([1, 2]))
+        if draw(st.booleans()):
+            options["layer_cap"] = draw(st.sampled_from(["1%", "4%", "10%", "20%", "50%"]))
+    share = draw(st.fractions(Fraction(1, 10000), Fraction(1, 2), max_denominator=10000))
+    level_sinks = draw(st.integers(0, 4))
+    return Attempt(policy, options, Budget("share", share), level_sinks, draw(st.integers(1, 4)) if ranked else None)
+
+
+@settings(max_examples=400, deadline=None)
+@given(attempt=attempts())
+def test_advice_that_is_taken_works(attempt: Attempt) -> None:
+    try:
+        attempt.plan()
+    except HeatKVError as error:
+        said = str(error)
+        assert "\n" not in said
+        advised = list(attempt.advised(said))
+        assert advised, said
+        for advice in advised:
+            advice.plan()
+    else:
+        sinks = attempt.options.get("sink_scales")
+        assert sinks is None or 0 <= sinks <= 4
+
+
+@pytest.mark.parametrize(
+    ("attempt", "said"),
+    [
+        (
+            Attempt("heatkv-mr", {}, Budget.parse("5%"), 2),
+            "budget 0.05 (5%) is below 5/30 = 16.67%, the 2 sink scales; raise it or measure anew with heatkv "
+            "calibrate --levels error --sink-scales 1 and set sink_scales=1",
+        ),
+        (
+            Attempt("heatkv-lp", {"value": "error"}, Budget.parse("1%"), 2),
+            "budget 0.01 (1%) is below 5/30 = 16.67%, the 2 sink scales; raise it or set sink_scales=0",
+        ),
+        (
+            Attempt("heatkv", {}, Budget.parse("5%"), None, 1),
+            "budget 0.05 (5%) is below 14/30 = 46.67%, the 3 sink scales; raise it or plan from statistics, which rank "
+            "every scale (heatkv calibrate, then --statistics FILE), with sink_scales=1",
+        ),
+        (
+            Attempt("heatkv", {"sink_scales": 2}, Budget.parse("5%"), None, 1),
+            "sink_scales=2 is below the 3 first scales, which the rankings leave out; set sink_scales=3 and raise "
+            "budget 0.05 (5%) to 14/30 = 46.67%, or plan from statistics, which rank every scale (heatkv calibrate, "
+            "then --statistics FILE), with sink_scales=1",
+        ),
+        (
+            Attempt("heatkv-mr", {"layer_cap": "10%"}, Budget.parse("12%"), 2),
+            "budget 0.12 (12%) and layer_cap=10% are below 5/30 = 16.67%, the 2 sink scales; raise them or measure "
+            "anew with heatkv calibrate --levels error --sink-scales 1 and set sink_scales=1",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_said(attempt: Attempt, said: str) -> None:
+    with pytest.raises((BudgetError, PolicyError)) as caught:
+        attempt.plan()
+    assert str(caught.value) == said
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert run(arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("nothing may be measured")
+
+
+@pytest.mark.parametrize("cost", ["error", "fisher"])
+def test_calibrate_measures_with_so_many_sinks(
+    cost: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heatkv.cli.calibrate.BIAS_SAMPLES", 1)
+    path = tmp_path / "s.safetensors"
+    measure = ["calibrate", "--samples", "1", "--levels", cost, "--level-samples", "1", "--out", str(path)]
+    assert run([*measure, "--sink-scales", "1"]) == 0
+    levels = Statistics.load(path).levels
+    assert levels is not None
+    assert levels.choices.sink_scales == 1
+    assert run([*measure, "--append"]) == 0  # with the file's own number
+    levels = Statistics.load(path).levels
+    assert levels is not None
+    assert (levels.choices.sink_scales, levels.samples) == (1, ("0:0:0", "0:1:1"))
+    assert levels.bias_samples == ("0:0:0",)
+    solve = ["solve", "--policy", "heatkv-mr", "--set", f"cost={cost}", "--statistics", str(path), "--budget"]
+    for sinks, budget in (("1", "1%"), ("3", "20%")):
+        assert run([*solve, budget, "--sink-scales", sinks]) == 0
+    said = refused(capsys, *solve, "1%", "--sink-scales", "0")
+    assert said.endswith(f"heatkv calibrate --levels {cost} --sink-scales 0 and set sink_scales=0")
+    assert "raise it or set sink_scales=1" in refused(capsys, *solve, "1%")
+
+
+def test_calibrate_refuses_other_sinks_before_it_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.safetensors"
+    model = load_model("emoji")
+    cfg, told = told_settings(model.sampling, model)
+    found = {"model": model.name, "fingerprint": model.fingerprint, "cfg": cfg, "settings": told}
+    statistics_of(model.geometry, made_up_mass(model.geometry, 1, 0), **found).save(path)
+    monkeypatch.setattr("heatkv.calibration.calibrate", never)
+    append = ["calibrate", "--append", "--out", str(path), "--levels"]
+    assert "has level costs with sink_scales=2, not 3; leave --sink-scales out, or measure into another file" in (
+        refused(capsys, *append, "error", "--sink-scales", "3")
+    )
+    assert "has level costs of the kind 'error'; measure 'fisher' into another file" in (
+        refused(capsys, *append, "fisher")
+    )
+    fresh = ["calibrate", "--out", str(tmp_path / "n"), "--sink-scales"]
+    assert "does not fit level costs of a schedule of 8 scales: 0 to 7" in (
+        refused(capsys, *fresh, "8", "--levels", "error")
+    )
+    assert "--sink-scales are those of level costs; say which to measure with --levels" in refused(capsys, *fresh, "1")
+
+
+def test_compare_measures_with_the_sinks_of_its_policies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BIAS_SAMPLES", "LEVEL_SAMPLES"):
+        monkeypatch.setattr(f"heatkv.cli.calibrate.{name}", 1)
+    few = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1"]
+    command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", *few]
+
+    def sinks_of_costs(folder: Path, sinks: str) -> int:
+        assert run([*command, "--sink-scales", sinks, "--out", str(folder)]) == 0
+        levels = Statistics.load(folder / "statistics.safetensors").levels
+        assert levels is not None
+        return levels.choices.sink_scales
+
+    assert sinks_of_costs(tmp_path / "few", "0") == 0
+    assert sinks_of_costs(tmp_path / "few", "3") == 0  # they hold for more
+    assert sinks_of_costs(tmp_path / "many", "3") == 2
+    # costs that do not fit are not replaced, and nothing is measured beside them
+    path = tmp_path / "many" / "statistics.safetensors"
+    before = path.read_bytes()
+    monkeypatch.setattr("heatkv.calibration.calibrate", never)
+    for arguments, said in (
+        (["--sink-scales", "1"], "costs for plans with sink_scales=2 or more, this run has 1; write to another folder"),
+        (
+            ["--policies", "heatkv-mr", "--set", "cost=fisher"],
+            "costs of the kind 'error', not 'fisher'; write to",
+        ),
+    ):
+        # more samples are asked for, which would be measured first
+        told = refused(capsys, *command, "--samples", "2", *arguments, "--out", str(path.parent))
+        assert f"{path} has level {said}" in told
+        assert told.endswith("(--out)")
+        assert path.read_bytes() == before
+
+
+def test_compare_advises_by_the_statistics_that_it_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, path = load_model("emoji"), tmp_path / "s.safetensors"
+    mass = made_up_mass(model.geometry, 1, 0)
+    told = model.sampling.to_json()["cfg"]
+    statistics_of(model.geometry, mass, model=model.name, fingerprint=model.fingerprint, cfg=told).save(path)
+    command = ["compare", "--policies", "heatkv-mr", "--budgets", "1%", "--statistics", str(path)]
+    said = refused(capsys, *command, "--out", str(tmp_path / "out"))
+    assert said.endswith(
+        "raise it or measure anew with heatkv calibrate --levels error --sink-scales 1 and set sink_scales=1"
+    )
