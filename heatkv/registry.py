@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import pkgutil
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -15,6 +15,9 @@ from heatkv.checks import shown
 from heatkv.errors import PolicyError
 
 ENTRY_POINT_GROUP = "heatkv.policies"
+
+_log = logging.getLogger("heatkv")
+"""Where Python's logging is left alone, its warnings go to the error stream."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +40,27 @@ _broken: dict[str, str] = {}
 _searched = False
 
 
+def check_name(name: str, what: str) -> None:
+    """Raise PolicyError unless `what` may have this name: lower-case letters, digits and hyphens between them."""
+    if not _NAME.fullmatch(name):
+        raise PolicyError(
+            f"{what} is named {shown(name)}; a name is lower-case letters, digits and hyphens between them, such as "
+            "keep-coarse, so that the command line can tell it from other text"
+        )
+
+
 def register(policy: type[Any]) -> type[Any]:
     """Class decorator: make a policy known under its `name`.
 
-    Names are lower-case letters, digits and hyphens between them. Raises PolicyError for what is no such class, or
-    when the name is missing, not of that form, or taken by another class.
+    Raises PolicyError for what is no such class, or when the name is missing, not of the form that `check_name` tells,
+    or taken by another class.
     """
     if not isinstance(policy, type):
         raise PolicyError(f"{shown(policy)} is no class; register a subclass of heatkv.EvictionPolicy")
     name = getattr(policy, "name", None)
     if not isinstance(name, str) or not name:
         raise PolicyError(f"{policy.__qualname__} has no `name`; give the class a string `name`")
-    if not _NAME.fullmatch(name):
-        raise PolicyError(
-            f"{policy.__qualname__} is named {shown(name)}; a name is lower-case letters, digits and hyphens between "
-            "them, such as keep-coarse, so that the command line can tell it from other text"
-        )
+    check_name(name, policy.__qualname__)
     missing = [part for part in _PARTS if not hasattr(policy, part)]
     if missing:
         raise PolicyError(f"{policy.__qualname__} has no {', '.join(missing)}; subclass heatkv.EvictionPolicy")
@@ -67,7 +75,7 @@ def register(policy: type[Any]) -> type[Any]:
 
 
 def _search() -> None:
-    """Import every module of `heatkv.policies`, then every plug-in; a broken plug-in is noted, not raised."""
+    """Import every module of `heatkv.policies`, then every plug-in; a broken plug-in is noted and told, not raised."""
     global _searched
     if _searched:
         return
@@ -77,13 +85,16 @@ def _search() -> None:
         importlib.import_module(f"heatkv.policies.{module.name}")
     for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
         where = entry.dist.name if entry.dist is not None else entry.value
+        before = dict(_registered)
         try:
-            loaded = entry.load()
-            if isinstance(loaded, type):
-                register(loaded)
-                _registered[loaded.name] = Registered(loaded.name, loaded, where)  # type: ignore[attr-defined]
+            loaded = register(entry.load())
+            for name in (_registered.keys() - before) | {loaded.name}:
+                _registered[name] = replace(_registered[name], source=where)
         except (Exception, SystemExit) as error:  # a plug-in may fail in any way; the others must still be found
+            _registered.clear()
+            _registered.update(before)  # what it had registered before it failed is not whole
             _broken[entry.name] = f"{where}: {type(error).__name__}: {error}"
+            _log.warning("heatkv: the plug-in %r could not be loaded: %s", entry.name, _broken[entry.name])
 
 
 def registered_policies() -> dict[str, Registered]:
@@ -98,7 +109,7 @@ def broken_plugins() -> dict[str, str]:
     return dict(_broken)
 
 
-def find_policy(name: str) -> Callable[..., Any]:
+def find_policy(name: str) -> type[Any]:
     """The policy class of this name. Raises PolicyError with a suggestion when there is none."""
     policies = registered_policies()
     if not isinstance(name, str):

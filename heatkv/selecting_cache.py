@@ -25,6 +25,7 @@ from heatkv.errors import PlanError, PolicyError
 from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
+from heatkv.registry import find_policy
 
 Correct = Callable[[int, int, Tensor, Tensor], Tensor]
 
@@ -255,7 +256,6 @@ class SelectingCache(ArenaCache):
         _, heads, tokens, _ = q_RHND.shape
         available = self.geometry.schedule.offsets[self._target]
         k, v, valid_RHC, mask = k_RHND, v_RHND, None, None
-        slots_RHM = places_P.view(heads, -1)[None].expand(self.rows, -1, -1)
         if 0 < len(places_P) < heads * available:  # something was dropped: heads hold different numbers
             widest, counts_RH = min(available, len(places_P)), self._counts_LRH[layer].long()
             ends_RH1 = counts_RH.cumsum(dim=1)[..., None]
@@ -266,6 +266,8 @@ class SelectingCache(ArenaCache):
             # as numbers: truth values would be made into numbers for every query
             hidden = q_RHND.new_zeros(valid_RHC.shape).masked_fill_(~valid_RHC, -torch.inf)
             mask = hidden[:, :, None].expand(-1, -1, tokens, -1)
+        else:
+            slots_RHM = places_P.view(heads, -1)[None].expand(self.rows, -1, -1)
         if len(places_P):
             where_RM = slots_RHM.flatten(1)
             past_k, past_v = (rows_at(store, where_RM).unflatten(1, (heads, -1)) for store in self.arena_2RPD)
@@ -344,8 +346,8 @@ def open_cache(
 
 def policy_of(plan: CapacityPlan) -> DynamicPolicy:
     """The policy that a dynamic plan was made by, with its settings. Raises PolicyError."""
-    policy = make_policy(plan.policy)
+    names = {field.name for field in dataclasses.fields(find_policy(plan.policy)) if field.init}
+    policy = make_policy(plan.policy, **{name: value for name, value in plan.settings.items() if name in names})
     if not isinstance(policy, DynamicPolicy):
         raise PolicyError(f"the plan has capacities, but policy {plan.policy!r} is no dynamic one")
-    names = {field.name for field in dataclasses.fields(policy) if field.init}
-    return dataclasses.replace(policy, **{name: value for name, value in plan.settings.items() if name in names})
+    return policy

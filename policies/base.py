@@ -1,7 +1,7 @@
 """The one interface every eviction policy implements: numbers in, plan out.
 
-A policy never touches a model, a device or a file. To add one, write a file in `policies/` (or a package with an
-entry point in the group `heatkv.policies`) with a dataclass like
+A policy never touches a model, a device or a file. To add one, write a file in `policies/` (or a package, as
+`heatkv new-policy` does, with an entry point in the group `heatkv.policies`) with a dataclass like
 
     @register
     @dataclass(frozen=True)

@@ -68,6 +68,10 @@ class Wrapper(DynamicPolicy):
     def wants_input(self) -> bool:
         return self.inner.wants_input
 
+    @property
+    def level_cost(self) -> str | None:
+        return self.inner.level_cost
+
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
         self.inner.check(problem)
@@ -136,6 +140,7 @@ class PerLayer(Wrapper):
     """
 
     name: ClassVar[str] = "per-layer"
+    source: ClassVar[str] = "composition"
 
     weights: str = "2,1"
 
@@ -173,6 +178,7 @@ class Protected(Wrapper):
     """
 
     name: ClassVar[str] = "protected"
+    source: ClassVar[str] = "composition"
 
     scales: str = "0,1,2"
 

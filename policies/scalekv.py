@@ -87,7 +87,7 @@ class ScaleKV(DynamicPolicy):
             named = tuple(sorted({int(layer) for layer in str(self.drafters).split(",")}))
         except ValueError as error:
             raise PolicyError(f"drafters={self.drafters!r}; write layers as 0,23") from error
-        if not 0 <= named[0] <= named[-1] < layers or len(named) == layers:
+        if not 0 <= named[0] <= named[-1] < layers or len(named) == layers > 1:
             raise PolicyError(f"drafters={self.drafters!r} are not some of the layers 0 to {layers - 1}")
         return named
 

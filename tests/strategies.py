@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv.geometry import CacheGeometry
-from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import LEVELS, NONE, LevelChoices, log_counts
 from heatkv.plan import CoarseCells, Plan
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Provenance, Statistics
+from heatkv.testing import level_costs_of
 
 Nested = Sequence[Sequence[Sequence[int]]]
 
@@ -176,37 +175,6 @@ def shares(lowest: Fraction = Fraction(1, 200)) -> st.SearchStrategy[Fraction]:
     return st.fractions(lowest, 1, max_denominator=200)
 
 
-def random_mass(geometry: CacheGeometry, count: int, seed: int) -> NDArray[np.float64]:
-    """Attention mass of `count` samples, (samples, L, H, T, T): rows sum to one, nothing beyond the target scale."""
-    scales = len(geometry.schedule)
-    raw = np.random.default_rng(seed).random((count, geometry.layers, geometry.heads, scales, scales)) + 1e-3
-    raw = np.where(np.tril(np.ones((scales, scales), dtype=bool)), raw, 0)
-    normal: NDArray[np.float64] = raw / raw.sum(axis=-1, keepdims=True)
-    return normal
-
-
-def level_statistics_of(
-    geometry: CacheGeometry, mass: NDArray[np.float64], samples: tuple[str, ...], sink_scales: int = 2, joint: int = 5
-) -> LevelStatistics:
-    """Level costs of explicit samples: what combinations lose of the mass adds up before it is squared."""
-    choices = LevelChoices(geometry.schedule, sink_scales, joint)
-    scales = len(geometry.schedule)
-    lost = mass[..., None] * np.array([0.0, 0.3, 0.6, 1.0])  # per sample, layer, head, target, source and level
-    sums = []
-    for target in range(scales):
-        table = choices.combinations(target)
-        parts = [lost[:, :, :, target, s][..., table[:, i]] for i, s in enumerate(choices.joint_sources(target))]
-        of_samples = sum(parts, np.zeros((*mass.shape[:3], len(table)))) ** 2
-        sums.append(of_samples.sum(axis=0))
-    bias = np.stack([log_counts(geometry.schedule, level) for level in LEVELS], axis=-1)
-    single = (lost**2).sum(axis=0)
-    assert single.shape[-1] == NONE + 1
-    return LevelStatistics(
-        choices, "error", np.broadcast_to(bias, (geometry.layers, geometry.heads, *bias.shape)).copy(), tuple(sums),
-        single, samples, samples[:1],
-    )  # fmt: skip
-
-
 def statistics_of(
     geometry: CacheGeometry,
     mass: NDArray[np.float64],
@@ -224,5 +192,5 @@ def statistics_of(
     return Statistics(
         geometry.schedule, mass.sum(axis=0), (mass**2).sum(axis=0), where,
         all_mass_sum=mass.sum(axis=0), error_sum=(mass**3 * later).sum(axis=0),
-        levels=None if sink_scales is None else level_statistics_of(geometry, mass, samples, sink_scales),
+        levels=None if sink_scales is None else level_costs_of(geometry, mass, samples, sink_scales),
     )  # fmt: skip

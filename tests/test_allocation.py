@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linprog
-from strategies import SEEDS, geometries, live_by_formula, random_mass, shares, statistics_of
+from strategies import SEEDS, geometries, live_by_formula, shares, statistics_of
 
 from heatkv import allocation
 from heatkv.allocation import Allocation, Capacity, allocate, allocate_greedily, fill, price_bound
@@ -27,6 +27,7 @@ from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Provenance, Statistics
+from heatkv.testing import made_up_mass
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -527,7 +528,7 @@ def lp(**options: Any) -> HeatKVLP:
 
 def heavy_statistics(geometry: CacheGeometry, seed: int) -> Statistics:
     """Heads that look back very differently, as trained ones do."""
-    mass = random_mass(geometry, 2, seed) ** 6
+    mass = made_up_mass(geometry, 2, seed) ** 6
     return statistics_of(geometry, mass / mass.sum(axis=-1, keepdims=True))
 
 
@@ -696,7 +697,7 @@ def test_a_cap_that_cannot_be_kept_is_named(cap: str, phrase: str) -> None:
 
 def test_statistics_without_errors_are_refused() -> None:
     geometry = CacheGeometry(2, 2, 4, SQUARE)
-    mass = random_mass(geometry, 1, 0)[0]
+    mass = made_up_mass(geometry, 1, 0)[0]
     old = Statistics(SQUARE, mass, mass**2, Provenance("tiny", "0f", 1.0, {}, ("0:0:0",)))
     problem = PlanningProblem(geometry, Budget.parse("50%"), old)
     for value, missing in (("error", "error_sum"), ("mass", "all_mass_sum")):

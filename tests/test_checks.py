@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from standin_var import VAR
-from strategies import random_mass, statistics_of
+from strategies import statistics_of
 
 import heatkv
 from heatkv.checks import as_number, as_whole, shown
@@ -26,11 +26,12 @@ from heatkv.policies.base import EvictionPolicy, PlanningProblem
 from heatkv.sampling import BitSamplingSettings, SamplingSettings
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Provenance, Statistics
+from heatkv.testing import made_up_mass
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3, 4))
 GEOMETRY = CacheGeometry(2, 2, 4, SCHEDULE)
 WHOLE = np.full((2, 2, 4), 3)
-SAMPLES = random_mass(GEOMETRY, 2, 0)
+SAMPLES = made_up_mass(GEOMETRY, 2, 0)
 STATISTICS = statistics_of(GEOMETRY, SAMPLES)
 PLAN = Plan("by-hand", GEOMETRY, WHOLE, 1.0, GEOMETRY.full_token_heads, 1)
 RANKINGS = HeadRankings.random(GEOMETRY, 0)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from strategies import SEEDS, geometries, last_reads, level_statistics_of, plans, random_mass, statistics_of
+from strategies import SEEDS, geometries, last_reads, plans, statistics_of
 from test_cli import ORDERS, refused
 from test_level_allocation import FEW, MORE, optimum
 from test_level_allocation import statistics as random_levels
@@ -38,6 +38,7 @@ from heatkv.profiling.explain import (
 from heatkv.profiling.plan_report import bar, whole_ticks, worth_lines
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Statistics
+from heatkv.testing import level_costs_of, made_up_mass
 
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
 
@@ -109,7 +110,7 @@ def judged(geometry: CacheGeometry, held: int, statistics: Statistics, **options
 @given(geometry=geometries(min_scales=4), seed=SEEDS, share=st.floats(0.3, 0.9), more=st.integers(1, 20))
 def test_prices_bound_what_another_budget_is_worth(geometry: CacheGeometry, seed: int, share: float, more: int) -> None:
     """The bound is concave in the budget, so that solving again gives no more than its tangent says, either way."""
-    statistics = statistics_of(geometry, random_mass(geometry, 2, seed))
+    statistics = statistics_of(geometry, made_up_mass(geometry, 2, seed))
     sinks = geometry.layers * geometry.heads * geometry.schedule.tokens[0]
     less = max(round(share * geometry.full_token_heads), sinks)
     held = [less, min(less + more, geometry.full_token_heads)]
@@ -136,7 +137,7 @@ def test_prices_bound_what_another_budget_is_worth(geometry: CacheGeometry, seed
 @pytest.mark.parametrize("value", ["error", "mass"])
 def test_prices_of_ranks_and_capped_layers(value: str) -> None:
     geometry = CacheGeometry(3, 4, 4, SQUARE)
-    statistics = statistics_of(geometry, random_mass(geometry, 2, 1))
+    statistics = statistics_of(geometry, made_up_mass(geometry, 2, 1))
     options = {"value": value, "ranks": 2, "layer_cap": "50%"}
     held = [300, 304]
     less, more = (worth_of(judged(geometry, h, statistics, **options)[1], statistics) for h in held)
@@ -155,7 +156,7 @@ def test_prices_of_ranks_and_capped_layers(value: str) -> None:
 
 def test_a_full_cache_has_all_value_and_no_price() -> None:
     geometry = CacheGeometry(2, 2, 4, SQUARE)
-    statistics = statistics_of(geometry, random_mass(geometry, 2, 0))
+    statistics = statistics_of(geometry, made_up_mass(geometry, 2, 0))
     worth = worth_of(make_policy("full").plan(PlanningProblem(geometry, Budget.parse("100%"))), statistics)
     assert worth.value == pytest.approx(worth.full)
     assert worth.bound == pytest.approx(worth.full)
@@ -165,7 +166,7 @@ def test_a_full_cache_has_all_value_and_no_price() -> None:
 
 def test_what_cannot_be_judged_is_said() -> None:
     geometry = CacheGeometry(2, 2, 4, SQUARE)
-    statistics = statistics_of(geometry, random_mass(geometry, 2, 0))
+    statistics = statistics_of(geometry, made_up_mass(geometry, 2, 0))
     _, best = judged(geometry, 150, statistics)
     capped = replace(best, settings={**best.settings, "layer_cap": "2MiB"})
     with pytest.raises(PolicyError, match="layer_cap=2MiB depends on rows and storage type"):
@@ -173,7 +174,9 @@ def test_what_cannot_be_judged_is_said() -> None:
     with pytest.raises(PolicyError, match="value='loss' is unknown to policy 'heatkv-lp'"):
         worth_of(replace(best, settings={"value": "loss"}), statistics)
     with pytest.raises(StatisticsError, match="the model has 2 x 2"):
-        worth_of(best, statistics_of(CacheGeometry(2, 3, 4, SQUARE), random_mass(CacheGeometry(2, 3, 4, SQUARE), 2, 0)))
+        worth_of(
+            best, statistics_of(CacheGeometry(2, 3, 4, SQUARE), made_up_mass(CacheGeometry(2, 3, 4, SQUARE), 2, 0))
+        )
     greedy = replace(best, settings={**best.settings, "solver": "greedy"})
     assert worth_of(greedy, statistics).bound == worth_of(best, statistics).bound
 
@@ -186,7 +189,7 @@ CELLS = CacheGeometry(3, 4, 4, GRIDS)
 
 def measured(cost: str = "error", sinks: int = 2, seed: int = 0) -> Statistics:
     """Statistics whose every measure ranks plans differently."""
-    found = statistics_of(CELLS, random_mass(CELLS, 2, seed), sink_scales=sinks)
+    found = statistics_of(CELLS, made_up_mass(CELLS, 2, seed), sink_scales=sinks)
     assert found.levels is not None
     return found.with_levels(replace(found.levels, cost=cost))
 
@@ -331,7 +334,7 @@ def test_prices_of_levels_bound_what_any_budget_is_worth(seed: int, data: st.Dat
     schedule, layers, heads = data.draw(st.sampled_from([(FEW, 2, 2), (FEW, 1, 3), (MORE, 2, 1)]))
     geometry = CacheGeometry(layers, heads, 4, schedule)
     levels = random_levels(schedule, layers, heads, seed)
-    statistics = statistics_of(geometry, random_mass(geometry, 1, 0), sink_scales=None).with_levels(levels)
+    statistics = statistics_of(geometry, made_up_mass(geometry, 1, 0), sink_scales=None).with_levels(levels)
     sinks, most = layers * heads, geometry.full_token_heads
     policy, allowed = data.draw(st.sampled_from([("heatkv-mr", (0, 1, 2)), ("heatkv-lp", (0,))]))
     here = data.draw(st.integers(sinks, most))
@@ -482,7 +485,7 @@ def test_levels_are_judged_where_their_costs_are_known(
 ) -> None:
     statistics, costs = Statistics.load(emoji_statistics), tmp_path / "costs.safetensors"
     geometry = CacheGeometry(12, 6, 32, statistics.schedule)
-    levels = level_statistics_of(geometry, random_mass(geometry, 1, 0), ("0:0:0",))
+    levels = level_costs_of(geometry, made_up_mass(geometry, 1, 0), ("0:0:0",))
     statistics.with_levels(levels).save(costs)
     paths = {}
     for policy in ("heatkv-mr", "heatkv-lp"):

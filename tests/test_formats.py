@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from strategies import random_mass, statistics_of
+from strategies import statistics_of
 from test_layer_budgets import FILE as BUDGETS
 from test_layer_budgets import SMALL
 from test_statistics import PAIRS
@@ -31,6 +31,7 @@ from heatkv.profiling.results import ResultsFolder, comparison_digest
 from heatkv.profiling.runner import bytes_row, fidelity_row, latency_row, measure_latency, plan_subjects
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Statistics
+from heatkv.testing import made_up_mass
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4)]))
@@ -70,7 +71,7 @@ def levels_of(geometry: CacheGeometry) -> LevelStatistics:
 
 @pytest.fixture(scope="module")
 def statistics() -> Statistics:
-    plain = statistics_of(GEOMETRY, random_mass(GEOMETRY, 3, 0))
+    plain = statistics_of(GEOMETRY, made_up_mass(GEOMETRY, 3, 0))
     return dataclasses.replace(plain, levels=levels_of(GEOMETRY))
 
 

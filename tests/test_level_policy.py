@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import SEEDS, level_live_table, random_mass, statistics_of
+from strategies import SEEDS, level_live_table, statistics_of
 
 from heatkv.errors import BudgetError, PolicyError
 from heatkv.geometry import Budget, CacheGeometry
@@ -18,13 +18,14 @@ from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Statistics
+from heatkv.testing import made_up_mass
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3, 4, 5))
 GEOMETRY = CacheGeometry(3, 4, 4, SCHEDULE)  # N = 30, 55 tokens in all; two sinks are 5 tokens
 
 
 def measured(seed: int = 0, cost: str = "fisher", sinks: int = 2) -> Statistics:
-    found = statistics_of(GEOMETRY, random_mass(GEOMETRY, 2, seed), sink_scales=sinks)
+    found = statistics_of(GEOMETRY, made_up_mass(GEOMETRY, 2, seed), sink_scales=sinks)
     assert found.levels is not None
     bias = np.random.default_rng(seed).normal(size=found.levels.log_bias.shape)
     return dataclasses.replace(found, levels=dataclasses.replace(found.levels, cost=cost, log_bias=bias))

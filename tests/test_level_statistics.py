@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from strategies import SEEDS, geometries, level_statistics_of, random_mass, statistics_of
+from strategies import SEEDS, geometries, statistics_of
 
 from heatkv.errors import FormatError, HeatKVError, StatisticsError
 from heatkv.geometry import CacheGeometry
@@ -23,6 +23,7 @@ from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS, NONE, LevelChoices
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Statistics
+from heatkv.testing import level_costs_of, made_up_mass
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 
@@ -32,7 +33,7 @@ GEOMETRY = CacheGeometry(2, 3, 4, SCHEDULE)
 
 def small(count: int = 2, seed: int = 0, **changes: Any) -> LevelStatistics:
     samples = tuple(f"7:{i}:3" for i in range(count))
-    return dataclasses.replace(level_statistics_of(GEOMETRY, random_mass(GEOMETRY, count, seed), samples), **changes)
+    return dataclasses.replace(level_costs_of(GEOMETRY, made_up_mass(GEOMETRY, count, seed), samples), **changes)
 
 
 def test_means() -> None:
@@ -46,16 +47,14 @@ def test_means() -> None:
 @given(geometry=geometries(min_scales=3), counts=st.lists(st.integers(1, 3), min_size=2, max_size=4), seed=SEEDS)
 @settings(max_examples=40)
 def test_merging_shards_is_measuring_at_once(geometry: CacheGeometry, counts: list[int], seed: int) -> None:
-    mass = random_mass(geometry, sum(counts), seed)
+    mass = made_up_mass(geometry, sum(counts), seed)
     names = tuple(f"7:{i}:3" for i in range(len(mass)))
     starts = np.cumsum([0, *counts])
-    parts = [
-        level_statistics_of(geometry, mass[a : a + n], names[a : a + n]) for a, n in zip(starts, counts, strict=False)
-    ]
+    parts = [level_costs_of(geometry, mass[a : a + n], names[a : a + n]) for a, n in zip(starts, counts, strict=False)]
     merged = parts[0]
     for part in parts[1:]:
         merged = merged.merge(part)
-    whole = level_statistics_of(geometry, mass, names)
+    whole = level_costs_of(geometry, mass, names)
     assert merged.samples == whole.samples
     for one, other in zip(merged.joint, whole.joint, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)
@@ -63,7 +62,7 @@ def test_merging_shards_is_measuring_at_once(geometry: CacheGeometry, counts: li
 
 
 def test_merging_whole_statistics() -> None:
-    mass = random_mass(GEOMETRY, 4, 1)
+    mass = made_up_mass(GEOMETRY, 4, 1)
     one, other = statistics_of(GEOMETRY, mass[:2]), statistics_of(GEOMETRY, mass[2:], 2)
     levels = one.merge(other).levels
     assert levels is not None
@@ -111,9 +110,9 @@ def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], phrase: 
 
 
 def test_they_belong_to_the_other_statistics() -> None:
-    base = statistics_of(GEOMETRY, random_mass(GEOMETRY, 1, 0), sink_scales=None)
+    base = statistics_of(GEOMETRY, made_up_mass(GEOMETRY, 1, 0), sink_scales=None)
     for other in (CacheGeometry(3, 2, 4, SCHEDULE), CacheGeometry(2, 3, 4, ScaleSchedule.square((1, 2, 3, 4, 5)))):
-        levels = level_statistics_of(other, random_mass(other, 1, 0), ("a",))
+        levels = level_costs_of(other, made_up_mass(other, 1, 0), ("a",))
         with pytest.raises(StatisticsError, match=r"the level costs are of . layers x . heads and the schedule"):
             dataclasses.replace(base, levels=levels)
 
@@ -126,9 +125,9 @@ def test_they_belong_to_the_other_statistics() -> None:
 def test_files_round_trip_bit_for_bit(
     geometry: CacheGeometry, count: int, sinks: int, joint: int, seed: int, tmp_path: Path
 ) -> None:
-    mass = random_mass(geometry, count, seed)
+    mass = made_up_mass(geometry, count, seed)
     measured = statistics_of(geometry, mass, sink_scales=None)
-    levels = level_statistics_of(geometry, mass, measured.provenance.samples, sinks, joint)
+    levels = level_costs_of(geometry, mass, measured.provenance.samples, sinks, joint)
     bias = np.random.default_rng(seed).normal(size=levels.log_bias.shape)
     levels = dataclasses.replace(levels, log_bias=bias, cost=("error", "fisher")[seed % 2], bias_samples=("7:9:ä",))
     dataclasses.replace(measured, levels=levels).save(tmp_path / "s.safetensors")
@@ -142,7 +141,7 @@ def test_files_round_trip_bit_for_bit(
 
 
 def test_files_without_levels_have_none(tmp_path: Path) -> None:
-    statistics_of(GEOMETRY, random_mass(GEOMETRY, 1, 0), sink_scales=None).save(tmp_path / "s.safetensors")
+    statistics_of(GEOMETRY, made_up_mass(GEOMETRY, 1, 0), sink_scales=None).save(tmp_path / "s.safetensors")
     assert Statistics.load(tmp_path / "s.safetensors").levels is None
 
 
@@ -151,7 +150,7 @@ Change = Callable[[dict[str, Any], dict[str, NDArray[Any]]], object]
 
 def rewrite(path: Path, change: Change) -> None:
     """A whole file whose header of the levels, or arrays, were changed."""
-    statistics_of(GEOMETRY, random_mass(GEOMETRY, 2, 0)).save(path)
+    statistics_of(GEOMETRY, made_up_mass(GEOMETRY, 2, 0)).save(path)
     with safe_open(path, framework="numpy") as file:
         header = json.loads(file.metadata()["heatkv"])
     arrays = load_file(path)

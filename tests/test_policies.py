@@ -1,10 +1,9 @@
-"""Every registered policy under one contract, HeatKV's rule against a reading of its text, and finding policies."""
+"""HeatKV's rule and windows against a reading of their texts, what policies refuse, and finding policies."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import sys
 import types
@@ -18,31 +17,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import (
-    SEEDS,
-    geometries,
-    level_live_table,
-    live_by_formula,
-    live_table,
-    random_mass,
-    shares,
-    statistics_of,
-)
+from strategies import SEEDS, geometries, live_by_formula, live_table, shares, statistics_of
 
 from heatkv import registry
 from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
-from heatkv.plan import Plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import HeatKV, Random
 from heatkv.policies.windows import Full, SlidingWindow, Streaming
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings
+from heatkv.testing import made_up_mass
 
 POLICIES = registry.registered_policies()
-REFERENCE = "full"  # the one policy that has nothing to decide, and refuses every budget below 100 %
-
-every_policy = pytest.mark.parametrize("name", POLICIES)
 
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))  # N = 55; three sink scales are 14 tokens
 
@@ -51,114 +38,15 @@ def problem_of(
     geometry: CacheGeometry, share: Fraction, seed: int = 0, sink_scales: int = 2, **changes: Any
 ) -> PlanningProblem:
     """A problem with everything that any policy may need, level costs for so many sink scales."""
-    statistics = statistics_of(geometry, random_mass(geometry, 2, seed), sink_scales=sink_scales)
+    statistics = statistics_of(geometry, made_up_mass(geometry, 2, seed), sink_scales=sink_scales)
     told: dict[str, Any] = {"statistics": statistics, "seed": seed, "model": "tiny"}
     return PlanningProblem(geometry, Budget("share", share), **{**told, **changes})
 
 
-@st.composite
-def policies_and_problems(draw: st.DrawFn, name: str) -> tuple[EvictionPolicy, PlanningProblem]:
-    """A policy with its own or another number of sinks, and a budget on either side of what they need."""
-    geometry = draw(geometries(min_scales=4))
-    policy: EvictionPolicy = POLICIES[name].policy()
-    if draw(st.booleans()):
-        policy = dataclasses.replace(policy, sink_scales=draw(st.integers(0, len(geometry.schedule) - 1)))
-    share = draw(shares())
-    if name == REFERENCE and draw(st.booleans()):
-        share = Fraction(1)
-    elif policy.sink_scales and draw(st.booleans()):  # the smallest budget that the sinks allow
-        share = Fraction(sum(geometry.schedule.tokens[: policy.sink_scales]), sum(geometry.schedule.tokens[:-1]))
-    return policy, problem_of(geometry, share, draw(SEEDS), policy.sink_scales)
+# ---------------------------------------------------------------------- sinks, statistics and units of the budget
 
 
-# ---------------------------------------------------------------------- the contract
-
-
-@every_policy
-@settings(max_examples=60)
-@given(data=st.data())
-def test_a_plan_keeps_its_promise_at_every_checkpoint(name: str, data: st.DataObject) -> None:
-    policy, problem = data.draw(policies_and_problems(name))
-    tokens, sinks = problem.geometry.schedule.tokens, policy.sink_scales
-    share = problem.budget.amount
-    if name == REFERENCE and share < 1:
-        with pytest.raises(BudgetError, match="its budget is 100%"):
-            policy.plan(problem)
-        return
-    if share * sum(tokens[:-1]) < sum(tokens[:sinks]):
-        with pytest.raises(BudgetError, match=f"the {sinks} sink scales; raise it or "):
-            policy.plan(problem)
-        return
-    plan = policy.plan(problem)
-    last_read = plan.last_read.tolist()
-    most = share * sum(tokens[:-1]) * problem.geometry.layers * problem.geometry.heads
-    if not plan.coarse:
-        assert level_live_table(plan) == live_table(last_read, tokens)
-    for row in level_live_table(plan):
-        for live in row:
-            assert live <= most
-    for heads in last_read:
-        for cells in heads:
-            assert all(s <= last <= len(tokens) - 1 for s, last in enumerate(cells))
-            assert all(last == len(tokens) - 1 for last in cells[:sinks])
-
-    assert plan.policy == name
-    assert plan.model == "tiny"
-    assert plan.geometry == problem.geometry
-    assert plan.budget_token_heads == math.floor(most)
-    assert plan.settings["sink_scales"] == sinks
-
-    # nothing but the problem decides, and the file holds all of it
-    assert policy.plan(problem).to_json() == plan.to_json()
-    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-
-
-@every_policy
-@given(geometry=geometries(min_scales=4), seed=SEEDS)
-def test_the_full_budget_is_the_full_cache(name: str, geometry: CacheGeometry, seed: int) -> None:
-    plan = POLICIES[name].policy().plan(problem_of(geometry, Fraction(1), seed))
-    assert (plan.last_read == len(geometry.schedule) - 1).all()
-    assert plan.peak_token_heads == geometry.full_token_heads
-    assert plan.had_no_effect()
-
-
-@every_policy
-def test_what_a_policy_needs_is_asked_for(name: str) -> None:
-    geometry = CacheGeometry(2, 2, 4, SQUARE)
-    share = Fraction(1) if name == REFERENCE else Fraction(1, 2)
-    problem = problem_of(geometry, share, statistics=None)
-    policy = POLICIES[name].policy()
-    if policy.needs == "nothing":
-        assert policy.plan(problem).last_read.tolist() == policy.plan(problem_of(geometry, share)).last_read.tolist()
-    else:
-        with pytest.raises(PolicyError, match=rf"'{name}' needs .*--statistics"):
-            policy.plan(problem)
-
-
-@every_policy
-def test_the_seed_decides_exactly_where_a_policy_says_so(name: str) -> None:
-    geometry = CacheGeometry(4, 4, 4, SQUARE)
-    share = Fraction(1) if name == REFERENCE else Fraction(1, 2)
-    statistics = statistics_of(geometry, random_mass(geometry, 2, 0))
-    policy = POLICIES[name].policy()
-    drawn = [policy.plan(problem_of(geometry, share, seed, statistics=statistics)) for seed in range(4)]
-    different = {plan.last_read.tobytes() for plan in drawn}
-    assert len(different) == (4 if policy.random else 1)
-    assert [plan.settings.get("seed") for plan in drawn] == ([0, 1, 2, 3] if policy.random else [None] * 4)
-
-
-@every_policy
-def test_a_policy_introduces_itself(name: str) -> None:
-    policy = POLICIES[name].policy
-    assert policy.name == name
-    assert issubclass(policy, EvictionPolicy)
-    assert dataclasses.is_dataclass(policy)
-    for text in (policy.summary(), policy.source, policy.needs):
-        assert text.strip()
-        assert "\n" not in text
-
-
-@every_policy
+@pytest.mark.parametrize("name", [name for name, known in POLICIES.items() if known.policy.kind == "static"])
 @pytest.mark.parametrize("sink_scales", [-1, 6, 7])
 def test_sinks_must_fit_the_schedule(name: str, sink_scales: int) -> None:
     policy = POLICIES[name].policy(sink_scales=sink_scales)
@@ -182,7 +70,7 @@ def test_a_budget_below_the_sinks_says_the_way_out(policy: EvictionPolicy) -> No
 def test_statistics_of_another_model_are_refused() -> None:
     geometry, other = CacheGeometry(2, 2, 4, SQUARE), CacheGeometry(2, 3, 4, SQUARE)
     with pytest.raises(StatisticsError, match="2 layers x 3 heads"):
-        problem_of(geometry, Fraction(1, 2), statistics=statistics_of(other, random_mass(other, 1, 0)))
+        problem_of(geometry, Fraction(1, 2), statistics=statistics_of(other, made_up_mass(other, 1, 0)))
     with pytest.raises(StatisticsError, match="rankings are of 2 layers x 3 heads, the model has 2 x 2"):
         problem_of(geometry, Fraction(1, 2), rankings=HeadRankings.random(other, 0))
 
@@ -500,6 +388,39 @@ def test_a_broken_plug_in_hides_nothing(plug_ins: Callable[..., None], error: Ex
     assert registry.broken_plugins()["aaa"] == f"plug_in_aaa:found: {type(error).__name__}: {error}"
     with pytest.raises(PolicyError, match=rf"unknown policy 'aaa'.*plug-in 'aaa' is broken: .*{type(error).__name__}"):
         registry.find_policy("aaa")
+
+
+def test_a_broken_plug_in_is_told(plug_ins: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+    plug_ins(aaa=raising(RuntimeError("boom")), number=lambda: 3)
+    registry.registered_policies()
+    assert caplog.messages == [
+        "heatkv: the plug-in 'aaa' could not be loaded: plug_in_aaa:found: RuntimeError: boom",
+        "heatkv: the plug-in 'number' could not be loaded: plug_in_number:found: PolicyError: 3 is no class; register "
+        "a subclass of heatkv.EvictionPolicy",
+    ]
+
+
+def test_all_policies_of_a_plug_in_come_from_it_or_none_do(plug_ins: Callable[..., None]) -> None:
+    second = type("Second", (KeepNothing,), {"name": "second"})
+
+    def load(error: Exception | None) -> Any:
+        registry.register(second)
+        if error is not None:
+            raise error
+        return registry.register(KeepNothing)
+
+    plug_ins(whole=lambda: load(None))
+    sources = {name: known.source for name, known in registry.registered_policies().items() if name not in POLICIES}
+    assert sources == {"keep-nothing": "plug_in_whole:found", "second": "plug_in_whole:found"}
+    plug_ins(half=lambda: load(RuntimeError("boom")))
+    assert set(registry.registered_policies()) == set(POLICIES)
+    assert set(registry.broken_plugins()) == {"half"}
+
+
+@pytest.mark.parametrize("name", ["Mine", "my_policy", "a--b", "-a", "a-", "a b", "a,b", "ä"])
+def test_names_have_one_form(name: str) -> None:
+    with pytest.raises(PolicyError, match="a name is lower-case letters, digits and hyphens between them"):
+        registry.register(type("Named", (KeepNothing,), {"name": name}))
 
 
 def test_a_plug_in_cannot_take_a_name(plug_ins: Callable[..., None]) -> None:

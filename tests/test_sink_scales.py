@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import SEEDS, level_live_table, random_mass, statistics_of
+from strategies import SEEDS, level_live_table, statistics_of
 
 from heatkv.calibration import told_settings
 from heatkv.cli import run
@@ -25,6 +25,7 @@ from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Statistics
+from heatkv.testing import made_up_mass
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3, 4, 5))
 GEOMETRY = CacheGeometry(2, 2, 4, SCHEDULE)  # N = 30
@@ -33,7 +34,7 @@ FloatArray = NDArray[np.float64]
 
 
 def measured(sinks: int | None, cost: str = "error", seed: int = 0) -> Statistics:
-    found = statistics_of(GEOMETRY, random_mass(GEOMETRY, 2, seed), sink_scales=sinks)
+    found = statistics_of(GEOMETRY, made_up_mass(GEOMETRY, 2, seed), sink_scales=sinks)
     if found.levels is None:
         return found
     return dataclasses.replace(found, levels=dataclasses.replace(found.levels, cost=cost))
@@ -262,7 +263,7 @@ def test_calibrate_refuses_other_sinks_before_it_measures(
     model = load_model("emoji")
     cfg, told = told_settings(model.sampling, model)
     found = {"model": model.name, "fingerprint": model.fingerprint, "cfg": cfg, "settings": told}
-    statistics_of(model.geometry, random_mass(model.geometry, 1, 0), **found).save(path)
+    statistics_of(model.geometry, made_up_mass(model.geometry, 1, 0), **found).save(path)
     monkeypatch.setattr("heatkv.calibration.calibrate", never)
     append = ["calibrate", "--append", "--out", str(path), "--levels"]
     assert "has level costs with sink_scales=2, not 3; leave --sink-scales out, or measure into another file" in (
@@ -317,7 +318,7 @@ def test_compare_advises_by_the_statistics_that_it_was_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, path = load_model("emoji"), tmp_path / "s.safetensors"
-    mass = random_mass(model.geometry, 1, 0)
+    mass = made_up_mass(model.geometry, 1, 0)
     told = model.sampling.to_json()["cfg"]
     statistics_of(model.geometry, mass, model=model.name, fingerprint=model.fingerprint, cfg=told).save(path)
     command = ["compare", "--policies", "heatkv-mr", "--budgets", "1%", "--statistics", str(path)]

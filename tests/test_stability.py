@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import SEEDS, geometries, last_reads, random_mass, statistics_of
+from strategies import SEEDS, geometries, last_reads, statistics_of
 from test_cli import refused
 
 from heatkv.calibration import rank_correlation
@@ -29,6 +29,7 @@ from heatkv.profiling.stability import (
 )
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Provenance, Statistics, mean_over_targets
+from heatkv.testing import made_up_mass
 
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
 POLICIES = [make_policy("heatkv", sink_scales=1), make_policy("heatkv-lp", sink_scales=1, value="error")]
@@ -36,7 +37,7 @@ POLICIES = [make_policy("heatkv", sink_scales=1), make_policy("heatkv-lp", sink_
 
 @given(geometry=geometries(min_scales=4), seed=SEEDS, budget=st.sampled_from(["40%", "70%", "100%"]))
 def test_identical_halves_agree_in_everything(geometry: CacheGeometry, seed: int, budget: str) -> None:
-    half = statistics_of(geometry, random_mass(geometry, 2, seed))
+    half = statistics_of(geometry, made_up_mass(geometry, 2, seed))
     problem = PlanningProblem(geometry, Budget.parse(budget))
     if problem.share * geometry.schedule.cached_tokens < geometry.schedule.tokens[0]:
         return
@@ -117,7 +118,7 @@ def test_batches_make_halves_that_double(samples: int, largest: int) -> None:
 
 def test_halves_grow_and_share_no_sample() -> None:
     geometry = CacheGeometry(1, 2, 4, SQUARE)
-    mass, first, parts = random_mass(geometry, 27, 0), 0, []
+    mass, first, parts = made_up_mass(geometry, 27, 0), 0, []
     for size in batch_sizes(27, 16):
         parts.append(statistics_of(geometry, mass[first : first + size], first_sample=first))
         first += size

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from strategies import SEEDS, geometries, random_mass, statistics_of
+from strategies import SEEDS, geometries, statistics_of
 
 from heatkv.errors import FormatError, ScheduleError, StatisticsError
 from heatkv.geometry import CacheGeometry
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Statistics
+from heatkv.testing import made_up_mass
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -27,7 +28,7 @@ GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (2, 
 
 def small(count: int = 3, seed: int = 0, first_sample: int = 0, **provenance: object) -> Statistics:
     """Without level costs, which have tests of their own."""
-    return statistics_of(GEOMETRY, random_mass(GEOMETRY, count, seed), first_sample, None, **provenance)
+    return statistics_of(GEOMETRY, made_up_mass(GEOMETRY, count, seed), first_sample, None, **provenance)
 
 
 # ---------------------------------------------------------------------- what follows from the sums
@@ -35,7 +36,7 @@ def small(count: int = 3, seed: int = 0, first_sample: int = 0, **provenance: ob
 
 @given(geometry=geometries(), count=st.integers(1, 5), seed=SEEDS)
 def test_mean_spread_and_scas(geometry: CacheGeometry, count: int, seed: int) -> None:
-    samples = random_mass(geometry, count, seed)
+    samples = made_up_mass(geometry, count, seed)
     measured = statistics_of(geometry, samples)
     assert (measured.layers, measured.heads, measured.count) == (geometry.layers, geometry.heads, count)
     np.testing.assert_allclose(measured.mass, samples.mean(axis=0), rtol=1e-12)
@@ -82,7 +83,7 @@ def test_gini(scores: list[list[float]], gini: float) -> None:
 
 @given(geometry=geometries(), seed=SEEDS)
 def test_gini_is_the_mean_difference_of_pairs(geometry: CacheGeometry, seed: int) -> None:
-    measured = statistics_of(geometry, random_mass(geometry, 2, seed))
+    measured = statistics_of(geometry, made_up_mass(geometry, 2, seed))
     for scale, gini in enumerate(measured.gini()):
         scores = measured.scas[:, :, scale].ravel().tolist()
         differences = sum(abs(first - second) for first in scores for second in scores)
@@ -94,7 +95,7 @@ def test_gini_is_the_mean_difference_of_pairs(geometry: CacheGeometry, seed: int
 
 @given(geometry=geometries(), counts=st.lists(st.integers(1, 3), min_size=2, max_size=4), seed=SEEDS)
 def test_merging_shards_is_measuring_at_once(geometry: CacheGeometry, counts: list[int], seed: int) -> None:
-    samples = random_mass(geometry, sum(counts), seed)
+    samples = made_up_mass(geometry, sum(counts), seed)
     starts = np.cumsum([0, *counts])
     shards = [
         statistics_of(geometry, samples[start : start + count], int(start))
@@ -123,14 +124,14 @@ def test_what_cannot_be_merged() -> None:
         CacheGeometry(3, 2, 4, GEOMETRY.schedule),
     ):
         with pytest.raises(StatisticsError, match="different schedules or head counts"):
-            mine.merge(statistics_of(other, random_mass(other, 1, 0)))
+            mine.merge(statistics_of(other, made_up_mass(other, 1, 0)))
 
 
 # ---------------------------------------------------------------------- validation
 
 
 def changed(change: Callable[[NDArray[np.float64]], None]) -> Statistics:
-    mass = random_mass(GEOMETRY, 1, 0)
+    mass = made_up_mass(GEOMETRY, 1, 0)
     change(mass)
     return statistics_of(GEOMETRY, mass, sink_scales=None)
 
@@ -171,7 +172,7 @@ def test_rounding_of_half_precision_is_accepted() -> None:
 
 
 def test_shapes_and_samples_are_checked() -> None:
-    mass = random_mass(GEOMETRY, 2, 0)
+    mass = made_up_mass(GEOMETRY, 2, 0)
     good = statistics_of(GEOMETRY, mass)
     where = good.provenance
     for wrong in (mass[0, 0], mass[0, :, :, 1:], mass[0, :, :, :, 1:], mass[0, :0]):
@@ -188,7 +189,7 @@ def test_shapes_and_samples_are_checked() -> None:
 
 
 def test_statistics_cannot_be_changed() -> None:
-    mass = random_mass(GEOMETRY, 1, 0)[0]
+    mass = made_up_mass(GEOMETRY, 1, 0)[0]
     given_array = mass.copy()
     measured = Statistics(GEOMETRY.schedule, given_array, given_array**2, small(1).provenance)
     given_array[:] = 0
@@ -215,7 +216,7 @@ def test_statistics_of_another_model_are_refused() -> None:
 @SHARED_FOLDER
 @given(geometry=geometries(), count=st.integers(1, 3), seed=SEEDS)
 def test_files_round_trip_bit_for_bit(geometry: CacheGeometry, count: int, seed: int, tmp_path: Path) -> None:
-    measured = statistics_of(geometry, random_mass(geometry, count, seed))
+    measured = statistics_of(geometry, made_up_mass(geometry, count, seed))
     measured.save(tmp_path / "s.safetensors")
     again = Statistics.load(tmp_path / "s.safetensors")
     assert again.mass_sum.tobytes() == measured.mass_sum.tobytes()

@@ -31,6 +31,7 @@ COMMANDS = {
     "profile": "measure",
     "generate": "generate",
     "compare": "measure",
+    "new-policy": "new_policy",
 }
 
 app = typer.Typer(

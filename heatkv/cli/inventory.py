@@ -7,7 +7,7 @@ from dataclasses import MISSING
 from rich.table import Table
 
 from heatkv.cli.options import AsJson
-from heatkv.cli.output import pairs, say, show
+from heatkv.cli.output import pairs, show
 from heatkv.cli.settings import options_of
 from heatkv.models import MODELS
 from heatkv.registry import broken_plugins, registered_policies
@@ -82,7 +82,8 @@ def models(as_json: AsJson = False) -> None:
 
 
 def policies(as_json: AsJson = False) -> None:
-    """The policies that can be named: kind, what they plan from, one line, options with defaults, source.
+    """The policies that can be named: kind, what they plan from, one line, options with defaults, source, and the
+    module or installed package each comes from; and plug-ins that could not be loaded.
 
     Example: heatkv policies
     """
@@ -100,6 +101,7 @@ def policies(as_json: AsJson = False) -> None:
         }  # fmt: skip
         data.append(row)
         table.add_row(*(row | {"options": "\n".join(map(str, options))}).values())
+    broken = [f"{name} ({reason})" for name, reason in broken_plugins().items()]
+    if broken:
+        table.caption = f"could not be loaded: {'; '.join(broken)}"
     show(table, as_json, data)
-    for name, reason in broken_plugins().items():
-        say(f"heatkv: the plug-in {name!r} could not be loaded: {reason}")
