@@ -325,7 +325,8 @@ def rows_at(x_BCX: Tensor, at_BM: Tensor) -> Tensor:
     """x[b, at[b, m]], (B, M, X); whole rows are copied, which `gather` would do number by number."""
     batch, count, _ = x_BCX.shape
     flat = at_BM + count * torch.arange(batch, device=at_BM.device)[:, None]
-    return x_BCX.reshape(batch * count, -1).index_select(0, flat.flatten()).unflatten(0, at_BM.shape)
+    rows: Tensor = x_BCX.reshape(batch * count, -1).index_select(0, flat.flatten()).unflatten(0, at_BM.shape)
+    return rows
 
 
 def open_cache(
