@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from heatkv.cache import KVCache, LayerStep
-from heatkv.checks import of_kind, whole
+from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import PlanError, PolicyError
+from heatkv.geometry import storage_bytes
 from heatkv.models.base import ImageModel, checked_run
 from heatkv.plan import CachePlan, Plan
 from heatkv.sampling import CommonRandomSampler, Settings
@@ -129,7 +130,8 @@ def fit_compensation(
 ) -> Compensation:
     """Fit the corrections of a plan on images that the full cache draws; all of them run at once, scale by scale.
 
-    Raises PolicyError for an unknown kind or fewer than one sample, PlanError for a plan of another model.
+    `progress` is told of every scale that is done. Raises PolicyError for an unknown kind or fewer than one sample,
+    PlanError for a plan of another model.
     """
     seed, _, _, settings = checked_run(model, seed, 0, 1, settings, progress)
     of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
@@ -150,15 +152,42 @@ def fit_compensation(
             drawing.accept(chosen)
             repaired.accept(chosen)  # teacher-forced
             if progress is not None:
-                progress(scale)
+                progress(1)
     return Compensation(kind, fitting.corrections)
 
 
-def compensation_of(
-    model: ImageModel[Any], plan: CachePlan, *, seed: int = 0, settings: Settings | None = None
-) -> Compensation | None:
-    """The corrections that the plan's settings ask for, fitted now; None for a plan without."""
+def kind_of(plan: CachePlan) -> Literal["constant", "linear"] | None:
+    """The kind of corrections that the plan's settings ask for. Raises PolicyError for an unknown one."""
     kind = plan.settings.get("compensation")
     if kind in (None, "none") or not isinstance(plan, Plan):  # only static plans are corrected
         return None
-    return fit_compensation(model, plan, kind, seed=seed, settings=settings)
+    if kind not in KINDS:
+        raise PolicyError(f"compensation={shown(kind)} in the plan's settings is unknown; known: {', '.join(KINDS)}")
+    return cast(Literal["constant", "linear"], kind)
+
+
+def compensation_bytes(plan: CachePlan, storage: str) -> int:
+    """What the parameters of the plan's corrections take in this storage type; 0 for a plan without."""
+    kind = kind_of(plan)
+    if kind is None:
+        return 0
+    assert isinstance(plan, Plan)
+    dim = plan.geometry.head_dim
+    corrected = sum(int((plan.level_read(t) > 0).any(axis=2).sum()) for t in range(len(plan.schedule)))
+    return corrected * dim * (1 if kind == "constant" else 2 * dim + 1) * storage_bytes(storage) // 2
+
+
+def compensation_of(
+    model: ImageModel[Any],
+    plan: CachePlan,
+    *,
+    seed: int = 0,
+    settings: Settings | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Compensation | None:
+    """The corrections that the plan's settings ask for, fitted now; None for a plan without."""
+    kind = kind_of(plan)
+    if kind is None:
+        return None
+    assert isinstance(plan, Plan)
+    return fit_compensation(model, plan, kind, seed=seed, settings=settings, progress=progress)

@@ -31,9 +31,15 @@ def as_path(value: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; moved onto it, synced, when the block ends without an error."""
+    """A temporary path beside `path`; moved onto it, synced, when the block ends without an error.
+
+    A link stays, and what it leads to is replaced. Raises FormatError for devices and the like, which are no files.
+    """
     path = as_path(path)
     try:
+        path = path.resolve()
+        if path.exists() and not path.is_file():
+            raise FormatError(f"cannot write {path}: it is a folder, a device or a pipe; name a file")
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
         raise FormatError(f"cannot write {path}: {error.strerror or error}") from error
@@ -86,10 +92,11 @@ def read_json(path: str | Path) -> Any:
     """Parse a JSON file. Raises FormatError when it is missing, too large, not UTF-8, or not JSON."""
     path = as_path(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise FormatError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read as JSON")
-        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        with path.open("rb") as file:  # a device tells no size
+            text = file.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise FormatError(f"{path} has more than the {MAX_JSON_BYTES} bytes that are read as JSON")
+        return json.loads(text.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, ValueError, RecursionError) as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from heatkv.checks import of_kind, shown
-from heatkv.compensation import Compensation
+from heatkv.compensation import Compensation, compensation_of
 from heatkv.errors import ModelError, PlanError
 from heatkv.models.base import ImageModel, checked_run
 from heatkv.models.var import Attend
@@ -127,7 +127,9 @@ def generate(
 
     Labels are what `model.label` reads: numbers (also of a numpy array or a tensor) or names of classes, prompts or
     texts. `first_sample` numbers the first one for the random numbers. The pictures do not depend on `batch` but for
-    rounding. Raises ModelError for labels that the model does not have, PlanError for a plan of another model.
+    rounding. `compensation` are the plan's corrections, from `heatkv.compensation.fit_compensation`; where the plan
+    asks for some and none are given, they are fitted first. Raises ModelError for labels that the model does not have,
+    PlanError for a plan of another model.
     """
     seed, first_sample, batch, settings = checked_run(model, seed, first_sample, batch, settings, progress)
     if compensation is not None:
@@ -141,6 +143,8 @@ def generate(
     if not chosen:
         raise ModelError("no label was given; give one per image")
     drawn_from = [model.label(label) for label in chosen]
+    if compensation is None:
+        compensation = compensation_of(model, plan, seed=seed, settings=settings)
     images, generator = [], None
     for first in range(0, len(drawn_from), batch):
         part = drawn_from[first : first + batch]

@@ -422,6 +422,9 @@ class LevelCalibration:
                 model, choices, bias_samples, seed=seed, batch=at_once_for_biases, settings=settings, progress=progress
             )
             of_bias = tuple(sample_names(model, seed, model.labels(bias_samples, 0), 0))
+        wanted = (model.geometry.layers, model.geometry.heads, len(choices.schedule), len(LEVELS))
+        if np.shape(log_bias) != wanted or not np.isfinite(log_bias).all():
+            raise StatisticsError(f"log_bias has shape {np.shape(log_bias)}; it must be finite numbers, {wanted}")
         sums: dict[str, FloatArray] = {}
         names: list[str] = []
         for indices in _batches(first_sample, samples, at_once):

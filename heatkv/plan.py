@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.checks import number, of_kind, shown, whole
+from heatkv.checks import as_number, number, of_kind, shown, whole
 from heatkv.contents import EqualByContents
 from heatkv.errors import FormatError, HeatKVError, PlanError
 from heatkv.files import check_header, read_json, write_json
@@ -30,6 +30,9 @@ from heatkv.levels import FULL, LEVELS, level_tokens, log_counts
 from heatkv.schedule import ScaleSchedule
 
 FORMAT, VERSION = "heatkv-plan", 1
+
+_MOST_BIAS = 1000.0
+"""Far beyond every logit: temperatures are up to 100."""
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -162,6 +165,17 @@ class CachePlan(ABC):
                 f"is {self.budget_token_heads}"
             )
 
+    @property
+    def predicted_kl(self) -> float | None:
+        """The KL that the policy foretold, in nats per token, when it did. Raises PlanError for what is none."""
+        told = self.settings.get("predicted_kl")
+        if told is None:
+            return None
+        found = as_number(told)
+        if not 0 <= found < math.inf:
+            raise PlanError(f"predicted_kl is {shown(told)} in the plan's settings; it must be a number of at least 0")
+        return found
+
     def check_geometry(self, geometry: CacheGeometry) -> None:
         """Raise PlanError unless the plan was made for a model of this geometry and schedule."""
         mine = self.geometry
@@ -248,6 +262,12 @@ class Plan(CachePlan):
         if (array[:, :, : self.sink_scales] != scales - 1).any():
             raise PlanError(f"a cell of the first {self.sink_scales} scales, the sinks, is dropped before the end")
         self.check_budget()
+        if self.value is not None and self.value_bound is not None:
+            slack = 1e-9 * max(abs(self.value), abs(self.value_bound), 1e-300)
+            if self.value > self.value_bound + slack:
+                raise PlanError(f"the plan's value is {self.value}, more than its bound, {self.value_bound}")
+        if self.gap is not None and self.gap < 0:
+            raise PlanError(f"the plan's gap is {self.gap}; a plan cannot be better than its bound")
 
     def _checked_last_read(self, value: Any, name: str) -> IntArray:
         layers, heads, scales = self.geometry.layers, self.geometry.heads, len(self.schedule)
@@ -294,10 +314,10 @@ class Plan(CachePlan):
                 bias = np.array(cells.log_bias, dtype=np.float64)
             except (TypeError, ValueError) as error:
                 raise PlanError(f"log_bias of level {cells.level} is no regular array of numbers") from error
-            if bias.shape != array.shape or not np.isfinite(bias).all():
+            if bias.shape != array.shape or not (np.abs(bias) <= _MOST_BIAS).all():
                 raise PlanError(
-                    f"log_bias of level {cells.level} is of shape {bias.shape}; it must be finite numbers, "
-                    f"{array.shape}"
+                    f"log_bias of level {cells.level} is of shape {bias.shape}; it must be numbers from "
+                    f"-{_MOST_BIAS:g} to {_MOST_BIAS:g}, {array.shape}"
                 )
             bias.setflags(write=False)
             checked.append(CoarseCells(cells.level, array, bias))
@@ -417,6 +437,12 @@ def common_fields(data: Mapping[str, Any], head_dim: int | None) -> dict[str, An
 
 def check_peak(data: Mapping[str, Any], plan: CachePlan, name: str) -> None:
     """Raise PlanError when the file states another peak than its array `name` has."""
+    room = math.floor(plan.budget * plan.geometry.full_token_heads * (1 + 1e-9))
+    if room - plan.budget_token_heads > 1:
+        raise PlanError(
+            f"budget_token_heads says {plan.budget_token_heads}, a budget of {plan.budget} gives {room}; the file was "
+            "changed by hand"
+        )
     told = typed(data, "peak_token_heads", int)
     if told != plan.peak_token_heads:
         raise PlanError(
@@ -429,6 +455,8 @@ def typed(data: Mapping[str, Any], name: str, kind: Any) -> Any:
     value = data.get(name)
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise FormatError(f"{name!r} is {_short(value)}, not of the kind it must be")
+    if isinstance(value, str) and not value.isprintable():  # half of a pair of surrogates cannot be printed at all
+        raise FormatError(f"{name!r} is {_short(value)}, which cannot be printed")
     return value
 
 

@@ -269,6 +269,10 @@ def make_policy(name: str, **options: Any) -> EvictionPolicy:
     Raises PolicyError for an unknown name or option; what an option may be, the policy checks when it plans.
     """
     cls = find_policy(name)
+    known = [field.name for field in dataclasses.fields(cls) if field.init] if dataclasses.is_dataclass(cls) else []
+    unknown = [option for option in options if option not in known]
+    if known and unknown:
+        raise PolicyError(f"policy {name!r} has no option {unknown[0]!r}; its options are {', '.join(known)}")
     try:
         policy = cls(**options)
     except HeatKVError:

@@ -53,8 +53,11 @@ class HeatKVLevels(SolvedPolicy):
 
     def check(self, problem: PlanningProblem) -> None:
         chosen = self.levels.split("+") if isinstance(self.levels, str) else [""]
-        if chosen[0] != "full" or any(level not in LEVELS for level in chosen):
-            raise PolicyError(f"levels={shown(self.levels)}; it must be full, joined by + with any of {LEVELS[1:]}")
+        if chosen[0] != "full" or chosen != [level for level in LEVELS if level in chosen]:
+            raise PolicyError(
+                f"levels={shown(self.levels)}; it must be full, then any of {' and '.join(LEVELS[1:])}, joined by + in "
+                "this order"
+            )
         if self.cost not in ("error", "fisher"):
             raise PolicyError(f"cost={self.cost!r} is unknown to policy {self.name!r}; known: error, fisher")
         if self.compensation not in ("none", "constant", "linear"):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heatkv.allocation import Capacity, allocate, price_bound, read_value
-from heatkv.errors import PolicyError, StatisticsError
+from heatkv.errors import PlanError, PolicyError, StatisticsError
 from heatkv.geometry import Budget
 from heatkv.level_allocation import capacity_prices, level_cost, level_price_bound
 from heatkv.level_statistics import LevelStatistics
@@ -156,6 +156,9 @@ def worth_of(plan: Plan, statistics: Statistics) -> Worth:
     problem = PlanningProblem(plan.geometry, Budget("share", share), statistics)
     policy.check(problem)
     capacity = policy.capacity(problem)
+    beyond = [name for name, _ in plan.levels if LEVELS.index(name) not in policy.allowed]
+    if beyond:
+        raise PlanError(f"the plan holds cells at level {beyond[0]}, which its settings do not allow; solve it again")
     if plan.coarse:
         kind = "error" if statistics.levels is None else statistics.levels.cost
         known = next(measure for measure, cost in LEVEL_COSTS.items() if cost == kind)

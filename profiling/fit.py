@@ -174,6 +174,9 @@ def footprint(
     return one if text_encoder else replace(one, text_encoder=0)
 
 
+_MOST_MEMORY = 1 << 60
+
+
 def parse_memory(text: str) -> int:
     """Bytes of a size like 24GiB. Raises HeatKVError for anything else."""
     try:
@@ -181,7 +184,9 @@ def parse_memory(text: str) -> int:
     except BudgetError:
         size = None
     if size is None or size.kind != "bytes":
-        raise HeatKVError(f"memory {text!r} is no size above zero; write it as 24GiB or 24GB")
+        raise HeatKVError(f"memory {text!r} is no size above zero with its unit; write it as 24GiB or 24GB")
+    if size.amount > _MOST_MEMORY:
+        raise HeatKVError(f"memory {text!r} is more than any machine has; write it as 24GiB or 24GB")
     return math.floor(size.amount)
 
 

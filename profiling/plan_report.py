@@ -94,7 +94,7 @@ def worth_lines(worth: Worth) -> list[str]:
     """The same in sentences."""
     lines = [worth.instead] if worth.instead else []
     costs, gap = worth.measure in LEVEL_COSTS, f"the plan is at most {worth.gap:.3%} from the best"
-    within = "no plan within this budget and with these sinks"
+    within = "no plan within this budget, with these sinks, levels and caps,"
     if costs:
         lines.append(
             f"cost: {0 - worth.value:.6g} ({MEASURES[worth.measure]}); {within} has less than "

@@ -107,7 +107,7 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, storage: str)
         ),
         "full_bytes": geometry.full_bytes(rows, storage),
         "compensation_bytes": max(0 if fitted is None else fitted.bytes for fitted in subject.compensations),
-        "predicted_kl": plans[0].settings.get("predicted_kl"),
+        "predicted_kl": plans[0].predicted_kl,
         "under_used": max(plan.bytes(rows, storage) for plan in plans)
         < LEAST_USED * geometry.bytes(plans[0].budget_token_heads, rows, storage),
         "had_no_effect": subject.policy != "full" and all(plan.had_no_effect() for plan in plans),

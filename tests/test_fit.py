@@ -166,7 +166,9 @@ def test_the_largest_share_and_batch() -> None:
 
 @pytest.mark.parametrize("text", ["24", "10%", "lots", "-1GiB", "0", "0GiB", "5XB", "nan", "", "0.5"])
 def test_memory_is_a_size(text: str) -> None:
-    with pytest.raises(HeatKVError, match=r"^memory '.*' is no size above zero; write it as 24GiB or 24GB$"):
+    with pytest.raises(
+        HeatKVError, match=r"^memory '.*' is no size above zero with its unit; write it as 24GiB or 24GB$"
+    ):
         parse_memory(text)
     assert parse_memory("1.5KiB") == 1536
 

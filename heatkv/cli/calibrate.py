@@ -67,8 +67,8 @@ def _calibrate(
                 first += count
                 advance(count)
     finally:
-        if parts and total is not None:
-            say(f"{path}: {total.count} samples")
+        kept = f"{total.count} samples" if total is not None else f"nothing yet, the first {batches[0]} were not done"
+        say(f"{path}: {kept}")
     return parts
 
 
@@ -115,16 +115,20 @@ def _with_levels(
     taken = [] if found is None else [name.split(":", 2) for name in found.samples]
     first = max((int(index) + 1 for given, index, _ in taken if int(given) == seed), default=0)
     of_bias = BIAS_SAMPLES if found is None else 0
-    with progress(f"level costs of {model.name}", of_bias + samples) as advance:
-        for start in range(first, first + samples, measure.batch):
-            part = measure(
-                model, min(measure.batch, first + samples - start), log_bias=None if found is None else found.log_bias,
-                bias_samples=BIAS_SAMPLES, sink_scales=sink_scales, seed=seed, first_sample=start, settings=settings,
-                progress=advance,
-            )  # fmt: skip
-            found = part if found is None else found.merge(part)
-            statistics = replace(statistics, levels=found)
-            statistics.save(out)
+    try:
+        with progress(f"level costs of {model.name}", of_bias + samples) as advance:
+            for start in range(first, first + samples, measure.batch):
+                part = measure(
+                    model, min(measure.batch, first + samples - start), seed=seed, first_sample=start,
+                    log_bias=None if found is None else found.log_bias, bias_samples=BIAS_SAMPLES,
+                    sink_scales=sink_scales, settings=settings, progress=advance,
+                )  # fmt: skip
+                found = part if found is None else found.merge(part)
+                statistics = replace(statistics, levels=found)
+                statistics.save(out)
+    finally:
+        done = 0 if statistics.levels is None else len(statistics.levels.samples)
+        say(f"{out}: level costs of {done} samples")
     return statistics
 
 
@@ -152,6 +156,12 @@ def _calibration_table(statistics: Statistics, agreement: Sequence[float] | None
             "-" if agreement is None else f"{agreement[scale]:.3f}",
         )  # fmt: skip
     table.caption = f"{statistics.count} samples of {statistics.provenance.model}"
+    if statistics.levels is not None:
+        levels = statistics.levels
+        table.caption += (
+            f"; level costs ({levels.cost}) of {len(levels.samples)}, with {levels.choices.sink_scales} sink scales or "
+            "more"
+        )
     return table
 
 
@@ -226,7 +236,10 @@ def calibrate(
         total = _with_levels(total, out, loaded, levels, sinks, level_images, running.seed, settings)
     agreement = _agreement(parts)
     gini = total.gini().tolist()
-    data = {"out": str(out), "samples": total.count, "gini": gini, "rank_agreement_of_halves": agreement}
+    data = {
+        "out": str(out), "samples": total.count, "gini": gini, "rank_agreement_of_halves": agreement,
+        "levels": None if total.levels is None else total.levels.header(),
+    }  # fmt: skip
     table = _calibration_table(total, agreement)
     if compared is None:
         show(table, as_json, data)

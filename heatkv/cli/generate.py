@@ -37,7 +37,7 @@ def generate(
 
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
-    from heatkv.compensation import compensation_of
+    from heatkv.compensation import compensation_of, kind_of
     from heatkv.generation import generate as draw
     from heatkv.images import image_grid
     from heatkv.profiling.runner import images_of_rows
@@ -61,7 +61,10 @@ def generate(
             source.model,
         )  # fmt: skip
         chosen = make_policy(policy, **policy_options([policy], ranking)[policy]).plan(problem)
-    compensation = compensation_of(loaded, chosen, seed=running.seed, settings=settings)
+    compensation = None
+    if kind_of(chosen) is not None:
+        with progress("fitting corrections", len(chosen.schedule)) as advance:
+            compensation = compensation_of(loaded, chosen, seed=running.seed, settings=settings, progress=advance)
     folder = make_folder(out)
     done = replaced = 0
     with progress("drawing", len(labels)) as advance:

@@ -68,6 +68,13 @@ class _Measurement:
 
     def check(self) -> None:
         """Refuse bad policies and budgets before anything is measured."""
+        if any(budget.kind == "auto" for budget in self.budgets):
+            unable = [name for name in self.policies if not self.policy_options[name].get("max_kl")]
+            if unable:
+                raise HeatKVError(
+                    f"policy {unable[0]!r} cannot choose its budget; --budgets auto is for heatkv-mr alone, with --set "
+                    "cost=fisher and --set max_kl: solve its plan, and give it with --plan beside other policies"
+                )
         texts = [str(budget) for budget in self.budgets]
         for text in texts:
             if texts.count(text) > 1:

@@ -23,14 +23,17 @@ from heatkv.sampling import Settings
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Statistics
 
+MOST = 1_000_000
+"""Of whatever is counted on the command line."""
+
 Loaded = ClassConditionalModel | TextConditionalModel
 
 
 def positive(**values: int) -> None:
-    """Refuse the first of these options that is below one."""
+    """Refuse the first of these options that is below one, or above what anybody waits for."""
     for name, value in values.items():
-        if value < 1:
-            raise HeatKVError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if not 1 <= value <= MOST:
+            raise HeatKVError(f"--{name.replace('_', '-')} is {value}; it must be at least 1 and at most {MOST}")
 
 
 def parse_names(text: str, what: str) -> list[str]:

@@ -18,7 +18,9 @@ Model = Annotated[str, typer.Option("--model", help="name of a model, see `heatk
 Statistic = Annotated[Path | None, typer.Option("--statistics", help="statistics file of `heatkv calibrate`")]
 Orders = Annotated[Path | None, typer.Option("--orders", help="published ranking file (JSON) instead of statistics")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of samples and random policies")]
-Cfg = Annotated[float | None, typer.Option("--cfg", help="guidance strength; default: the model's; 0 = none")]
+Cfg = Annotated[
+    float | None, typer.Option("--cfg", help="guidance strength; default: the model's; none is 0, for Infinity 1")
+]
 Rows = Annotated[
     int | None, typer.Option("--rows", help="cache rows; guidance takes two per image (default: one image)")
 ]
@@ -29,7 +31,9 @@ PlanFiles = Annotated[list[Path] | None, typer.Option("--plan", help="plan.json 
 Policy = Annotated[str, typer.Option("--policy", help="name of a policy, see `heatkv policies`")]
 Policies = Annotated[str, typer.Option("--policies", help="names separated by commas, or all, see `heatkv policies`")]
 Budgets = Annotated[str, typer.Option("--budgets", help="separated by commas: 10%, 0.1, 600MiB, 2GB or 650tokens")]
-BudgetText = Annotated[str | None, typer.Option("--budget", help="10%, 0.1, 600MiB, 2GB or 650tokens")]
+BudgetText = Annotated[
+    str | None, typer.Option("--budget", help="10%, 0.1, 600MiB, 2GB, 650tokens, or auto, where a policy chooses it")
+]
 SinkScales = Annotated[
     int | None, typer.Option("--sink-scales", help="first scales that are never dropped; default: the policy's")
 ]

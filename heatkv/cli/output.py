@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from heatkv.errors import FormatError
-from heatkv.plan import Plan
+from heatkv.plan import CachePlan, Plan
 
 
 def say(text: str) -> None:
@@ -36,8 +36,10 @@ def show(value: Table | Any, as_json: bool, data: Any) -> None:
         print(json.dumps(data, indent=1))
     else:
         console = Console(markup=False)
-        # a pipe has no width of its own, and a table cut to 80 columns loses figures
-        (console if console.is_terminal else Console(markup=False, width=160)).print(value)
+        if not console.is_terminal:  # a pipe has no width of its own, and a table that is cut loses figures
+            wide = Console(markup=False, width=1000)
+            console = Console(markup=False, width=max(160, wide.measure(value).minimum))
+        console.print(value)
 
 
 def pairs(title: str, heads: tuple[str, str], rows: dict[str, str]) -> Table:
@@ -56,6 +58,17 @@ def certificate(plan: Plan) -> dict[str, str]:
         "certified gap": (plan.gap, ".3%"),
     }
     return {name: format(value, form) for name, (value, form) in shown.items() if value is not None}
+
+
+def chosen_by_kl(plan: CachePlan) -> dict[str, str]:
+    """The budget that a bound on the KL chose, and the KL that is foretold, where they are known."""
+    told = {}
+    if plan.settings.get("budget") == "auto":
+        most = plan.settings.get("max_kl")
+        told["budget"] = f"{plan.budget:.1%}, in steps of 0.1% the smallest with a foretold KL of at most {most}"
+    if plan.predicted_kl is not None:
+        told["foretold KL"] = f"{plan.predicted_kl:.4g} nats per token"
+    return told
 
 
 @contextmanager

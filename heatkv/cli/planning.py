@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from heatkv.capacities import load_plan
 from heatkv.cli import options
 from heatkv.cli.opening import (
     check_device,
@@ -20,9 +21,10 @@ from heatkv.cli.opening import (
     say_template,
     statistics_of_model,
 )
-from heatkv.cli.output import certificate, pairs, show
+from heatkv.cli.output import certificate, chosen_by_kl, pairs, show
 from heatkv.cli.settings import policy_options
-from heatkv.errors import BudgetError, HeatKVError
+from heatkv.compensation import compensation_bytes
+from heatkv.errors import BudgetError, FormatError, HeatKVError
 from heatkv.geometry import Budget
 from heatkv.models import model_info
 from heatkv.plan import CachePlan, Plan
@@ -59,6 +61,8 @@ def solve(
     storage = known_dtype(dtype)
     rows = rows if rows is not None else (2 if guided else 1)
     check_device(device)
+    if out is not None:
+        _check_replaceable(out)
     if plan is not None:
         solved: CachePlan = open_only_plan(plan, geometry, model, budget, ranking)
     else:
@@ -82,6 +86,7 @@ def solve(
     if out is not None:
         solved.save(out)
     static = solved if isinstance(solved, Plan) else None
+    corrections = compensation_bytes(solved, storage)
     target, layer = solved.peak_checkpoint
     share = solved.peak_token_heads / max(solved.budget_token_heads, 1)
     facts = {
@@ -92,16 +97,18 @@ def solve(
         "planned_bytes": solved.bytes(rows, storage), "full_bytes": geometry.full_bytes(rows, storage),
         "rows": rows, "dtype": storage, "sink_scales": static and static.sink_scales, "value": static and static.value,
         "value_bound": static and static.value_bound, "gap": static and static.gap,
-        "budget_asked": solved.settings.get("budget"), "predicted_kl": solved.settings.get("predicted_kl"),
+        "budget_asked": solved.settings.get("budget"), "predicted_kl": solved.predicted_kl,
+        "compensation_bytes": corrections,
         "had_no_effect": solved.had_no_effect(), "out": None if out is None else str(out),
     }  # fmt: skip
     held, full = solved.bytes(rows, storage) / 2**20, geometry.full_bytes(rows, storage) / 2**20
     told = {
         "schedule": str(geometry.schedule),
-        **_chosen_by_kl(solved),
+        **chosen_by_kl(solved),
         "peak": f"{solved.peak_token_heads} of {solved.budget_token_heads} token-heads ({share:.2%} of the budget)",
         "at": f"after layer {layer} of scale {target}",
         "bytes": f"{held:.2f} MiB of {full:.2f} MiB ({rows} rows, {storage})",
+        **({"corrections": f"{corrections / 2**20:.2f} MiB, once for all rows"} if corrections else {}),
         **({} if static is None else {"sink scales": str(static.sink_scales), **certificate(static)}),
     }
     if solved.had_no_effect():
@@ -113,14 +120,14 @@ def solve(
     show(pairs(title, ("what", "value"), told), as_json, facts)
 
 
-def _chosen_by_kl(plan: CachePlan) -> dict[str, str]:
-    """The budget that a bound on the KL chose, and the KL that is foretold, where they are known."""
-    told = {}
-    if plan.settings.get("budget") == "auto":
-        told["budget"] = f"{plan.budget:.1%}, the smallest with a foretold KL of at most {plan.settings['max_kl']:g}"
-    if "predicted_kl" in plan.settings:
-        told["foretold KL"] = f"{plan.settings['predicted_kl']:.4g} nats per token"
-    return told
+def _check_replaceable(out: Path) -> None:
+    """Refuse to write a plan over anything but a plan."""
+    if not out.exists():
+        return
+    try:
+        load_plan(out, head_dim=1)
+    except HeatKVError as error:
+        raise FormatError(f"{out} exists and is no plan; name another file (--out)") from error
 
 
 def fit(
