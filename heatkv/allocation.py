@@ -146,6 +146,11 @@ class Allocation:
         return max(0.0, (self.bound - self.value) / self.bound) if self.bound > 0 else 0.0
 
 
+def _at_least(bound: float, value: float, value_LHTT: FloatArray) -> float:
+    """The bound, not below the value, nor above it by rounding only."""
+    return value if bound - value <= 1e-13 * float(value_LHTT.sum()) else bound
+
+
 def read_value(last_read_LHT: IntArray, value_LHTT: FloatArray) -> float:
     """What a plan is worth: the sum of value[l, h, t, s] over all cells that targets read."""
     scales = last_read_LHT.shape[2]
@@ -210,7 +215,7 @@ def allocate(
             best = fill(exact, value_LHTT, capacity, sink_scales)
             value = read_value(best, value_LHTT)
             bound = value
-    return Allocation(best, value, max(bound, value), row_prices)
+    return Allocation(best, value, _at_least(bound, value, value_LHTT), row_prices)
 
 
 def allocate_greedily(value_LHTT: FloatArray, capacity: Capacity, sink_scales: int) -> Allocation:
@@ -238,7 +243,7 @@ def allocate_greedily(value_LHTT: FloatArray, capacity: Capacity, sink_scales: i
         if found.fun < lowest_bound:
             lowest_bound, prices = float(found.fun), unit * np.exp(found.x)
     value = read_value(plan, value_LHTT)
-    return Allocation(plan, value, max(lowest_bound, value), prices)
+    return Allocation(plan, value, _at_least(lowest_bound, value, value_LHTT), prices)
 
 
 def _scarce(capacity: Capacity) -> FloatArray:

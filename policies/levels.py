@@ -88,6 +88,8 @@ class HeatKVLevels(SolvedPolicy):
         allocation = self.allocation(problem)
         if self.cost == "fisher":
             settings["predicted_kl"] = self._kl(problem, allocation.cost)
+            assert problem.statistics is not None
+            settings["predicted_cfg"] = problem.statistics.provenance.cfg  # another guidance, another KL
         plan = self.finish_levels(problem, allocation)
         return replace(plan, settings={**plan.settings, **settings})
 

@@ -247,7 +247,14 @@ def _by_levels(plan: Plan, statistics: Statistics, measure: str, policy: SolvedP
     prices = _binding(capacity_prices(costs, capacity, policy.allowed, plan.sink_scales))
     bound = level_price_bound(costs, capacity, policy.allowed, prices, plan.sink_scales)
     bound = min(bound, cost)  # above it by rounding only
-    return _worth(plan, measure, -cost, -bound, -full, capacity, prices)
+    worth = _worth(plan, measure, -cost, -bound, -full, capacity, prices)
+    of_costs = {LEVELS[index]: costs.log_bias[..., index] for index in range(len(LEVELS))}
+    if any(not np.array_equal(cells.log_bias, of_costs[cells.level]) for cells in plan.coarse):
+        note = (
+            "the plan has other log-biases than these costs were measured under, so that its real cost is another one"
+        )
+        return replace(worth, instead=note)
+    return worth
 
 
 def _level_costs(plan: Plan, statistics: Statistics, kind: str) -> LevelStatistics:

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from heatkv.cli.opening import Loaded, open_model, open_only_plan, open_rankings, open_statistics, positive, storage_of
+from heatkv.cli.opening import (
+    Loaded,
+    open_model,
+    open_only_plan,
+    open_rankings,
+    open_statistics,
+    positive,
+    say_bytes,
+    storage_of,
+)
 from heatkv.cli.options import BudgetText, OutFolder, Policy, Ranking, Running, Source, Without
 from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
@@ -52,6 +61,7 @@ def generate(
     held_rows, storage = batch * settings.rows_per_image, storage_of(loaded)
     if plan is not None:
         chosen: CachePlan = open_only_plan(plan, loaded.geometry, source.model, budget, ranking)
+        say_bytes(chosen, str(plan), held_rows, storage)
     else:
         if budget is None and policy != "full":
             raise HeatKVError(f"policy {policy!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from heatkv.cli.calibrate import statistics_of_folder
-from heatkv.cli.opening import open_model, open_plan, open_rankings, open_statistics, parse_names, positive, storage_of
+from heatkv.cli.opening import (
+    open_model,
+    open_plan,
+    open_rankings,
+    open_statistics,
+    parse_names,
+    positive,
+    say_bytes,
+    storage_of,
+)
 from heatkv.cli.options import AsJson, Budgets, OutFolder, PlanFiles, Policies, Ranking, Repeats, Running, Source
 from heatkv.cli.output import make_folder, progress, say, show
 from heatkv.cli.settings import policy_options
@@ -27,6 +36,7 @@ if TYPE_CHECKING:
     from heatkv.profiling.runner import Subject
 
 DEFAULT_POLICIES = "heatkv,sliding-window,streaming,random"
+PROFILED_POLICIES = "sliding-window,streaming"
 DEFAULT_BUDGETS = "50%,30%,20%,10%"
 
 _Rows = list[dict[str, Any]]
@@ -38,7 +48,8 @@ class _Measurement:
     def __init__(
         self,
         source: Source,
-        policies: str,
+        policies: str | None,
+        default: str,
         budgets: str,
         plans: Sequence[Path] | None,
         ranking: Ranking,
@@ -46,7 +57,12 @@ class _Measurement:
     ) -> None:
         from heatkv.profiling.runner import images_of_rows
 
-        self.policies = list(registered_policies()) if policies.strip() == "all" else parse_names(policies, "policy")
+        if policies is None:
+            self.policies = ["full"] if plans else parse_names(default, "policy")
+        elif policies.strip() == "all":
+            self.policies = list(registered_policies())
+        else:
+            self.policies = parse_names(policies, "policy")
         self.policy_options = policy_options(self.policies, ranking)
         self.budgets = [Budget.parse(text) for text in parse_names(budgets, "budget")]
         unranked = ranking.statistics is None and ranking.orders is None
@@ -107,6 +123,7 @@ class _Measurement:
             storage=self.storage, seed=self.seed, draws=draws, options=self.policy_options, settings=self.settings,
         )  # fmt: skip
         for path, plan in self.plans:
+            say_bytes(plan, str(path), self.rows, self.storage)
             title, budget = f"{plan.policy} ({path.name})", f"{plan.budget:.4%}".replace(".0000", "")
             subjects.append(Subject.of(title, budget, [plan], self.model, self.seed, self.settings))
         taken: set[str] = set()
@@ -115,6 +132,14 @@ class _Measurement:
                 raise HeatKVError(f"{subject.name} is named twice")
             taken.add(subject.name)
         return subjects
+
+    def _foretold_elsewhere(self, subject: Subject) -> dict[str, None]:
+        """No KL is foretold for a guidance that it was not foretold for."""
+        own, told = self.settings.to_json()["cfg"], subject.plans[0].settings
+        if told.get("predicted_kl") is None or told.get("predicted_cfg", own) in (None, own):
+            return {}
+        say(f"{subject.name}: its KL was foretold for cfg {told['predicted_cfg']}, this run has {own}")
+        return {"predicted_kl": None}
 
     def digests(self, subjects: Sequence[Subject], images: int, pictures: int) -> list[str]:
         """What every subject's fidelity follows from; its images are other samples than the calibration's."""
@@ -132,7 +157,9 @@ class _Measurement:
         from heatkv.profiling.runner import bytes_row, latency_row, measure_latency
 
         rows = [
-            {"comparison": digest} | bytes_row(self.model, subject, self.rows, self.storage)
+            {"comparison": digest}
+            | bytes_row(self.model, subject, self.rows, self.storage)
+            | self._foretold_elsewhere(subject)
             for subject, digest in zip(subjects, digests, strict=True)
         ]
         results.save(rows)
@@ -170,7 +197,7 @@ def profile(
     *,
     out: OutFolder,
     source: Source,
-    policies: Policies = "sliding-window,streaming",
+    policies: Policies = None,
     budgets: Budgets = DEFAULT_BUDGETS,
     plan: PlanFiles = None,
     ranking: Ranking,
@@ -187,7 +214,7 @@ def profile(
     from heatkv.profiling.trace import save_trace
 
     positive(repeats=repeats)
-    measurement = _Measurement(source, policies, budgets, plan, ranking, running)
+    measurement = _Measurement(source, policies, PROFILED_POLICIES, budgets, plan, ranking, running)
     model = measurement.model
     subjects = measurement.subjects(measurement.statistics)
     folder = make_folder(out)
@@ -206,7 +233,7 @@ def compare(
     *,
     out: OutFolder,
     source: Source,
-    policies: Policies = DEFAULT_POLICIES,
+    policies: Policies = None,
     budgets: Budgets = DEFAULT_BUDGETS,
     plan: PlanFiles = None,
     ranking: Ranking,
@@ -230,7 +257,7 @@ def compare(
     positive(samples=samples, images=images, pictures=pictures, draws=draws, repeats=repeats)
     pictures = min(pictures, images)
     check_replaceable(out)
-    measurement = _Measurement(source, policies, budgets, plan, ranking, running)
+    measurement = _Measurement(source, policies, DEFAULT_POLICIES, budgets, plan, ranking, running)
     measurement.check()
     model, settings, seed = measurement.model, measurement.settings, running.seed
     statistics = measurement.statistics

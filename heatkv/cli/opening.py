@@ -13,7 +13,7 @@ from heatkv.capacities import load_plan
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
 from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
-from heatkv.geometry import CacheGeometry
+from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_info
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -176,6 +176,20 @@ def open_plan(path: Path, geometry: CacheGeometry, model: str) -> CachePlan:
     if plan.model != model and plan.model in MODELS:
         raise PlanError(f"{path} was made for {plan.model}, not for {model}; name that model (--model) or solve again")
     return plan
+
+
+def say_bytes(plan: CachePlan, name: str, rows: int, storage: str) -> None:
+    """Say that a budget in bytes was meant for other rows or another type, where it does not hold here."""
+    asked = plan.settings.get("budget")
+    try:
+        budget = Budget.parse(asked) if isinstance(asked, str) else None
+    except HeatKVError:
+        return
+    if budget is not None and budget.kind == "bytes" and plan.bytes(rows, storage) > budget.amount:
+        say(
+            f"{name} was made for {float(budget.amount) / 2**20:.2f} MiB with other rows or another type; with {rows} "
+            f"rows in {storage} its cache takes {plan.bytes(rows, storage) / 2**20:.2f} MiB"
+        )
 
 
 def open_only_plan(path: Path, geometry: CacheGeometry, model: str, budget: str | None, ranking: Ranking) -> CachePlan:

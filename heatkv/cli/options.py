@@ -29,7 +29,12 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 PlanFiles = Annotated[list[Path] | None, typer.Option("--plan", help="plan.json of `heatkv solve`; may be repeated")]
 Policy = Annotated[str, typer.Option("--policy", help="name of a policy, see `heatkv policies`")]
-Policies = Annotated[str, typer.Option("--policies", help="names separated by commas, or all, see `heatkv policies`")]
+Policies = Annotated[
+    str | None,
+    typer.Option(
+        "--policies", help="names separated by commas, or all, see `heatkv policies`; default: none with --plan"
+    ),
+]
 Budgets = Annotated[str, typer.Option("--budgets", help="separated by commas: 10%, 0.1, 600MiB, 2GB or 650tokens")]
 BudgetText = Annotated[
     str | None, typer.Option("--budget", help="10%, 0.1, 600MiB, 2GB, 650tokens, or auto, where a policy chooses it")

@@ -171,8 +171,8 @@ def fit(
     asked = None if budget is None else problem.share
 
     def measure(images: int, **changed: Any) -> Footprint:
-        given = {"size": size, "dtype": dtype, "text_encoder": text_encoder} | changed
-        return footprint(info, images, ratio=shape, guided=guided, **given)
+        given = {"size": size, "dtype": dtype, "text_encoder": text_encoder, "guided": guided} | changed
+        return footprint(info, images, ratio=shape, **given)
 
     def least(size: str | None) -> Fraction:
         """The share that the sinks need."""
@@ -201,6 +201,8 @@ def fit(
             ways.append(f"--budget {_percent(lower.share)}")
         smaller = info.sizes[info.sizes.index(info.default_size if size is None else size.removesuffix("px")) + 1 :]
         ways += [f"--size {size}" for size in smaller if problem.budget.kind == "share" and fits(size)][:1]
+        if guided and fits(guided=False):
+            ways.append("--cfg 1" if info.family == "infinity" else "--cfg 0")
         if dtype == "float32" and fits(dtype="bfloat16"):
             ways.append("--dtype bfloat16")
         if taken.text_encoder and fits(text_encoder=False):
