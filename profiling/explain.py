@@ -250,9 +250,7 @@ def _by_levels(plan: Plan, statistics: Statistics, measure: str, policy: SolvedP
     worth = _worth(plan, measure, -cost, -bound, -full, capacity, prices)
     of_costs = {LEVELS[index]: costs.log_bias[..., index] for index in range(len(LEVELS))}
     if any(not np.array_equal(cells.log_bias, of_costs[cells.level]) for cells in plan.coarse):
-        note = (
-            "the plan has other log-biases than these costs were measured under, so that its real cost is another one"
-        )
+        note = "the plan has other log-biases than these costs were measured under, so its real cost is another one"
         return replace(worth, instead=note)
     return worth
 

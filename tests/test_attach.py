@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from heatkv.models.checkpoint import build_var, build_vqvae
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
 from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem
 from heatkv.sampling import SamplingSettings
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Statistics
@@ -974,3 +976,29 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names["statistics"].count == 8
     assert len(names["statistics"].levels.samples) == 8
     assert tuple(names["images"].shape[:2]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [("snapkv", {"window": 4}), ("h2o", {}), ("adakv", {}), ("scalekv", {"drafters": "1"}), ("streaming-tokens", {})],
+)
+def test_dynamic_policies_run_under_a_foreign_model(policy: str, options: dict[str, Any]) -> None:
+    model = make_var()
+    before = draw_var(model)
+    with heatkv.attach(model, policy, "100%", **options):
+        same(draw_var(model), before, 1e-4)
+    full = CacheGeometry(3, 2, 16, ScaleSchedule.square(SIDES)).full_bytes(4, "float32")
+    with heatkv.attach(model, policy, "40%", **options) as attached:
+        reduced = draw_var(model)
+        assert 0.3 * full < attached.cache.allocated_bytes <= 0.4 * full
+        same(draw_var(model), reduced, 1e-6)  # the next image starts anew
+    assert any(not torch.equal(a, b) for a, b in zip(before, reduced, strict=True))
+
+
+def test_corrections_are_refused_for_a_foreign_model() -> None:
+    model = make_var()
+    plan = heatkv.make_policy("streaming", sink_scales=1).plan(
+        PlanningProblem(CacheGeometry(3, 2, 16, ScaleSchedule.square(SIDES)), heatkv.Budget.parse("60%"))
+    )
+    with pytest.raises(PolicyError, match="compensation=linear"):
+        heatkv.attach(model, plan=replace(plan, settings={"compensation": "linear"}))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from heatkv.compensation import RIDGE, compensation_of, fit_compensation, fit_correction
+from heatkv.compensation import RIDGE, compensation_bytes, compensation_of, fit_compensation, fit_correction
 from heatkv.errors import PolicyError
-from heatkv.generation import Generator
+from heatkv.generation import Generator, generate
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import CoarseCells, Plan
 from heatkv.profiling.fidelity import FidelityBench
@@ -91,7 +91,27 @@ def test_nothing_reduced_is_nothing_corrected(emoji: ClassConditionalModel) -> N
 def test_what_asks_for_no_or_unknown_corrections(emoji: ClassConditionalModel) -> None:
     assert compensation_of(emoji, reduced_plan(emoji)) is None
     assert compensation_of(emoji, reduced_plan(emoji, compensation="none")) is None
-    with pytest.raises(PolicyError, match="'quadratic' is unknown; known: constant, linear"):
+    with pytest.raises(PolicyError, match="'quadratic' in the plan's settings is unknown; known: constant, linear"):
         compensation_of(emoji, reduced_plan(emoji, compensation="quadratic"))
     with pytest.raises(PolicyError, match="'quadratic' is unknown"):
         emoji.plan("heatkv-mr", "50%", compensation="quadratic")
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear"])
+def test_bytes_are_told_before_anything_is_fitted(emoji: ClassConditionalModel, kind: str) -> None:
+    plan = reduced_plan(emoji, compensation=kind)
+    fitted = compensation_of(emoji, plan)
+    assert fitted is not None
+    assert compensation_bytes(plan, "float32") == fitted.bytes
+    assert compensation_bytes(plan, "bfloat16") == fitted.bytes // 2
+    assert compensation_bytes(reduced_plan(emoji), "float32") == 0
+
+
+def test_generate_fits_what_the_plan_asks_for(emoji: ClassConditionalModel) -> None:
+    plan, labels = reduced_plan(emoji, compensation="linear"), ["pizza", "star"]
+    drawn = generate(emoji, labels, plan, seed=3)
+    given = generate(emoji, labels, plan, seed=3, compensation=compensation_of(emoji, plan, seed=3))
+    assert torch.equal(drawn, given)
+    assert not torch.equal(drawn, generate(emoji, labels, reduced_plan(emoji), seed=3))
+    with pytest.raises(PolicyError, match="compensation='cubic'"):
+        generate(emoji, labels, reduced_plan(emoji, compensation="cubic"))

@@ -28,6 +28,7 @@ from heatkv.attention.rotary import rotate, rotation_of
 from heatkv.cache import ArenaCache
 from heatkv.calibration import MeasuringCache, ObservingCache, add_sums
 from heatkv.checks import of_kind, shown, whole
+from heatkv.compensation import kind_of
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.level_calibration import BiasCache, ErrorCostCache, level_choices
@@ -643,6 +644,11 @@ def attach(
         rows = rows if rows is not None else (2 if guided else 1)
         problem = PlanningProblem(geometry, parsed, statistics, seed=seed, rows=rows, storage=storage, model=name)
         plan = make_policy(policy, **options).plan(problem)
+    if kind_of(plan) is not None:
+        raise PolicyError(
+            f"the plan asks for corrections (compensation={plan.settings['compensation']}), which need a model of "
+            "heatkv.load_model to be fitted; plan with compensation=none"
+        )
     return Attached(
         model,
         found,

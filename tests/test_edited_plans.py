@@ -1,0 +1,150 @@
+"""Plan files that contradict themselves, and files that are no files: one line each, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from heatkv.cli import run
+from heatkv.errors import FormatError, PlanError
+from heatkv.files import read_json, write_json
+from heatkv.geometry import CacheGeometry
+from heatkv.level_calibration import calibrate_levels
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.levels import HeatKVLevels
+from heatkv.profiling.explain import worth_of
+from heatkv.schedule import ScaleSchedule
+from heatkv.testing import made_up_statistics
+
+GEOMETRY = CacheGeometry(3, 4, 8, ScaleSchedule.square((1, 2, 3, 4, 5, 6)))
+
+
+def made(cost: str = "error", **options: Any) -> Plan:
+    from heatkv.geometry import Budget
+
+    statistics = made_up_statistics(GEOMETRY, cost=cost)
+    return HeatKVLevels(cost=cost, **options).plan(PlanningProblem(GEOMETRY, Budget.parse("30%"), statistics))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"value": 5.0}, "value is 5.0, more than its bound"),
+        ({"gap": -5.0}, "gap is -5.0"),
+        ({"budget": 0.9}, "budget_token_heads says"),
+        ({"model": "\ud800"}, "'model' is .* cannot be printed"),
+        ({"settings": {"predicted_kl": "lots"}}, "predicted_kl is 'lots'"),
+        ({"settings": {"predicted_kl": -3}}, "predicted_kl is -3"),
+    ],
+)
+def test_contradictions_are_refused(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises((PlanError, FormatError), match=said):
+        _ = Plan.from_json(made().to_json() | changed).predicted_kl
+
+
+def test_biases_beyond_every_logit_are_refused() -> None:
+    told = made().to_json()
+    told["coarse"][0]["log_bias"][0][0][0] = 1e308
+    with pytest.raises(PlanError, match="numbers from -1000 to 1000"):
+        Plan.from_json(told)
+
+
+def test_levels_that_settings_do_not_allow_are_not_judged() -> None:
+    plan, statistics = made(), made_up_statistics(GEOMETRY)
+    assert plan.coarse
+    told = plan.to_json()
+    told["settings"]["levels"] = "full"
+    with pytest.raises(PlanError, match="which its settings do not allow"):
+        worth_of(Plan.from_json(told), statistics)
+
+
+def test_other_biases_than_those_of_the_costs_are_told() -> None:
+    plan, statistics = made(), made_up_statistics(GEOMETRY)
+    assert worth_of(plan, statistics).instead == ""
+    told = plan.to_json()
+    told["coarse"][0]["log_bias"][0][0][3] += 0.5
+    assert "other log-biases" in worth_of(Plan.from_json(told), statistics).instead
+
+
+def test_biases_of_another_shape_are_refused_before_drawing(emoji: ClassConditionalModel) -> None:
+    from heatkv.errors import StatisticsError
+
+    for wrong in (np.zeros((3, 6, 8, 3)), np.full((12, 6, 8, 3), np.nan)):
+        with pytest.raises(StatisticsError, match="log_bias has shape"):
+            calibrate_levels(emoji, 1, log_bias=wrong)
+
+
+# ---------------------------------------------------------------------------------------------- files that are none
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    write_json(tmp_path / "link.json", [1])
+    assert (tmp_path / "link.json").is_symlink()
+    assert read_json(tmp_path / "real.json") == [1]
+
+
+def test_pipes_and_folders_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(FormatError, match="a folder, a device or a pipe"):
+            write_json(tmp_path / name, [1])
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_device_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heatkv.files.MAX_JSON_BYTES", 1000)
+    with pytest.raises(FormatError, match="more than the 1000 bytes"):
+        read_json("/dev/zero")
+
+
+def test_solve_replaces_plans_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, plan = tmp_path / "mine.json", tmp_path / "plan.json"
+    mine.write_text("{}")
+    arguments = ["solve", "--policy", "streaming", "--budget", "20%", "--out"]
+    assert run([*arguments, str(mine)]) == 2
+    assert f"{mine} exists and is no plan" in capsys.readouterr().err
+    assert mine.read_text() == "{}"
+    assert run([*arguments, str(plan)]) == run([*arguments, str(plan)]) == 0
+
+
+def test_a_plan_in_bytes_for_another_type_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.json"
+    assert run(["solve", "--policy", "streaming", "--budget", "1MiB", "--out", str(plan)]) == 0
+    given = ["profile", "--plan", str(plan), "--repeats", "1", "--json", "--out", str(tmp_path / "out")]
+    assert run([*given, "--dtype", "bfloat16"]) == 0
+    out, error = capsys.readouterr()
+    assert "was made for" not in error
+    # a plan alone is measured beside the full cache only
+    rows = json.loads(out[out.index("{\n") :])["rows"]
+    assert [row["policy"] for row in rows] == ["full", "streaming (plan.json)"]
+    assert run(given) == 0
+    assert "was made for 1.00 MiB with other rows or another type; with 2 rows in float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit", "--memory", "1e400GiB"], "more than any machine has"),
+        (["generate", "--label", "pizza", "--count", "1000000000", "--out", "x"], "at most 1000000"),
+        (["calibrate", "--samples", "1000000000", "--out", "x"], "at most 1000000"),
+        (["compare", "--policies", "heatkv,streaming", "--budgets", "auto", "--out", "x"], "'heatkv' cannot choose"),
+        (["solve", "--policy", "streaming", "--set", "levels=full", "--budget", "9%"], "no option 'levels'"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
