@@ -94,6 +94,7 @@ class CapacityPlan(CachePlan):
         return self.capacity
 
     def had_no_effect(self) -> bool:
+        """True when everything that can be cached is kept to the end, as the full cache does."""
         return bool((self.capacity == available_tokens(self.geometry)).all())
 
     def bytes(self, rows: int, storage: str) -> int:

@@ -157,7 +157,9 @@ def fit_compensation(
 
 
 def kind_of(plan: CachePlan) -> Literal["constant", "linear"] | None:
-    """The kind of corrections that the plan's settings ask for. Raises PolicyError for an unknown one."""
+    """The kind of corrections that the plan's settings ask for. Raises PolicyError for an unknown one, PlanError for
+    what is no plan."""
+    of_kind(plan, CachePlan, "plan", PlanError, "make one with model.plan, or load one with load_plan")
     kind = plan.settings.get("compensation")
     if kind in (None, "none") or not isinstance(plan, Plan):  # only static plans are corrected
         return None

@@ -77,7 +77,7 @@ class Generator(Generic[Label]):
         compensation: Compensation | None = None,
     ) -> None:
         _, _, self.batch, self.settings = checked_run(model, 0, 0, batch, settings, None)
-        of_kind(plan, CachePlan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
+        of_kind(plan, CachePlan, "plan", PlanError, "make one with model.plan, or load one with load_plan")
         plan.check_geometry(model.geometry)
         self.model, self.plan = model, plan
         rows = self.batch * self.settings.rows_per_image

@@ -178,6 +178,7 @@ class CachePlan(ABC):
 
     def check_geometry(self, geometry: CacheGeometry) -> None:
         """Raise PlanError unless the plan was made for a model of this geometry and schedule."""
+        of_kind(geometry, CacheGeometry, "geometry", PlanError, "give the CacheGeometry of a model: model.geometry")
         mine = self.geometry
         if (mine.layers, mine.heads) != (geometry.layers, geometry.heads):
             raise PlanError(
@@ -316,7 +317,7 @@ class Plan(CachePlan):
                 raise PlanError(f"log_bias of level {cells.level} is no regular array of numbers") from error
             if bias.shape != array.shape or not (np.abs(bias) <= _MOST_BIAS).all():
                 raise PlanError(
-                    f"log_bias of level {cells.level} is of shape {bias.shape}; it must be numbers from "
+                    f"log_bias of level {cells.level} is of shape {bias.shape}; it must be finite numbers from "
                     f"-{_MOST_BIAS:g} to {_MOST_BIAS:g}, {array.shape}"
                 )
             bias.setflags(write=False)
@@ -359,6 +360,7 @@ class Plan(CachePlan):
         return whole(target, "target", PlanError, 0, len(self.schedule) - 1)
 
     def had_no_effect(self) -> bool:
+        """True when everything that can be cached is kept to the end, as the full cache does."""
         return bool((self.last_read == len(self.schedule) - 1).all())
 
     # ------------------------------------------------------------------ files

@@ -18,7 +18,7 @@ from test_infinity import make as make_infinity
 from torch import Tensor, nn
 
 from heatkv import calibration
-from heatkv.calibration import MeasuringCache, calibrate, ranking_agreement, read_sources
+from heatkv.calibration import MeasuringCache, calibrate, concentration, ranking_agreement, read_sources, similarity
 from heatkv.errors import PlanError, StatisticsError
 from heatkv.generation import run_scales
 from heatkv.models.base import ImageModel
@@ -338,9 +338,40 @@ def test_errors_need_to_see_the_residual_stream(emoji: ClassConditionalModel) ->
 def test_without_weights_no_errors_are_measured(emoji: ClassConditionalModel) -> None:
     cache = MeasuringCache(emoji.plan(), 4, 2)
     run_scales(emoji, [4, 9], cache, CommonRandomSampler(3, range(2), emoji.sampling), emoji.sampling, decode=False)
-    assert set(cache.sums()) == {"mass_sum", "mass_square_sum", "all_mass_sum"}
+    measured_names = {"mass_sum", "mass_square_sum", "all_mass_sum", "concentration_sum", "similarity_sum"}
+    assert set(cache.sums()) == measured_names
     provenance = Provenance("emoji", emoji.fingerprint, None, {}, ("a", "b"))
     measured = Statistics(emoji.geometry.schedule, provenance=provenance, **cache.sums())
     assert measured.all_mass.any()
     with pytest.raises(StatisticsError, match="lack error_sum, which was not measured with them; calibrate again"):
         _ = measured.drop_error
+
+
+def test_concentration_is_the_variance_of_what_keys_receive() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 3, 5, 4, generator=generator), torch.randn(2, 3, 11, 4, generator=generator)
+    received = (q.double() @ k.double().mT).softmax(-1).mean(2).numpy()
+    expected = received.var(axis=2) / received.mean(axis=2) ** 2
+    np.testing.assert_allclose(concentration(q, k).numpy(), expected, rtol=1e-5)
+    assert (concentration(torch.zeros(1, 1, 70, 4), k[:1, :1]) < 1e-6).all()  # all keys receive the same
+
+
+def test_similarity_is_the_cosine_with_the_scale_before() -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = torch.randn(2, 3, 4, 5, generator=generator)
+    # every token of a 2x2 grid four times: away from the edges resizing gives the same again
+    same = before.view(2, 3, 2, 2, 5).repeat_interleave(3, dim=2).repeat_interleave(3, dim=3).flatten(2, 3)
+    alike = similarity(before, same, (1, 2, 2), (1, 6, 6))
+    assert (alike > 0.8).all()
+    np.testing.assert_allclose(similarity(before, -2 * before, (1, 2, 2), (1, 2, 2)).numpy(), -1, rtol=1e-6)
+    np.testing.assert_allclose(similarity(before, before, (1, 2, 2), (1, 2, 2)).numpy(), 1, rtol=1e-6)
+
+
+def test_calibration_measures_both(emoji: ClassConditionalModel) -> None:
+    one, two = calibrate(emoji, 1), calibrate(emoji, 1, first_sample=1)
+    together = one.merge(two)
+    np.testing.assert_allclose(together.concentration, (one.concentration + two.concentration) / 2)
+    np.testing.assert_allclose(together.similarity, calibrate(emoji, 2).similarity, atol=1e-5)
+    assert (one.concentration[:, :, 1:] > 0).all()
+    assert (np.abs(one.similarity[:, 1:]) <= 1).all()
+    assert not one.similarity[:, 0].any()

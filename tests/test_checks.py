@@ -22,7 +22,7 @@ from heatkv.geometry import Budget, CacheGeometry
 from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import CoarseCells, Plan
-from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.sampling import BitSamplingSettings, SamplingSettings
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Provenance, Statistics
@@ -241,7 +241,7 @@ def test_what_is_no_policy_is_not_registered() -> None:
 
 def test_a_policy_that_cannot_be_made_is_named() -> None:
     @dataclass(frozen=True)
-    class Fussy(EvictionPolicy):
+    class Fussy(StaticPolicy):
         """Refuses to be made."""
 
         name: ClassVar[str] = "fussy"

@@ -146,7 +146,7 @@ def test_a_budget_that_is_chosen_is_told(tmp_path: Path, capsys: pytest.CaptureF
     for command in (chosen, ["solve", "--plan", str(out)]):
         assert run(command) == 0
         shown = capsys.readouterr().out
-        assert f"{told['budget']:.1%}, the smallest with a foretold KL of at most 0.05" in shown
+        assert f"{told['budget']:.1%}, in steps of 0.1% the smallest with a foretold KL of at most 0.05" in shown
         assert f"{told['predicted_kl']:.4g} nats per token" in shown
     assert run([*solve, "--budget", "20%"]) == 0
     shown = capsys.readouterr().out

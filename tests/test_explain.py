@@ -565,7 +565,7 @@ def test_explain_refuses(tmp_path: Path, emoji_statistics: Path, capsys: pytest.
         ({"format": "heatkv-results"}, "'heatkv-results', not 'heatkv-plan'"),
         ({"last_read": [[1]]}, "'last_read' must be [layers][heads][scales]"),
         ({"peak_token_heads": 1}, "the file was changed by hand"),
-        ({"capacity": []}, "holds 'capacity', which this release cannot run"),
+        ({"capacity": []}, "holds both 'last_read' and 'capacity'"),
     ):
         other.write_text(json.dumps(told | change))
         assert said in refused(capsys, "explain", str(other))

@@ -17,6 +17,7 @@ from test_layer_budgets import FILE as BUDGETS
 from test_layer_budgets import SMALL
 from test_statistics import PAIRS
 
+from heatkv.capacities import load_plan
 from heatkv.errors import FormatError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.layer_budgets import LayerBudgets
@@ -26,6 +27,7 @@ from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import CoarseCells, Plan
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import HeatKVLP
+from heatkv.policies.snapkv import SnapKV
 from heatkv.profiling.fidelity import FidelityBench
 from heatkv.profiling.results import ResultsFolder, comparison_digest
 from heatkv.profiling.runner import bytes_row, fidelity_row, latency_row, measure_latency, plan_subjects
@@ -72,7 +74,10 @@ def levels_of(geometry: CacheGeometry) -> LevelStatistics:
 @pytest.fixture(scope="module")
 def statistics() -> Statistics:
     plain = statistics_of(GEOMETRY, made_up_mass(GEOMETRY, 3, 0))
-    return dataclasses.replace(plain, levels=levels_of(GEOMETRY))
+    of_targets = np.random.default_rng(2).random((GEOMETRY.layers, GEOMETRY.heads, len(GEOMETRY.schedule)))
+    return dataclasses.replace(
+        plain, levels=levels_of(GEOMETRY), concentration_sum=of_targets, similarity_sum=of_targets[:, 0] - 0.5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,18 @@ def test_plans_with_certificate_and_levels_are_equal_bit_for_bit(plan: Plan, tmp
     (cells,), (loaded,) = plan.coarse, again.coarse
     assert loaded.log_bias.tobytes() == cells.log_bias.tobytes()
     assert loaded.last_read.tobytes() == cells.last_read.tobytes()
+
+
+def test_plans_of_dynamic_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SnapKV().plan(PlanningProblem(GEOMETRY, Budget.parse("50%"), model="tiny"))
+    documented = fields("plan.json", "field") | fields("plan.json", "field of a dynamic plan")
+    assert documented - set(made.to_json()) == {
+        "sink_scales", "value", "value_bound", "gap", "last_read", "coarse",
+    }  # fmt: skip
+    made.save(tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == made
+    with pytest.raises(FormatError, match="load_plan"):
+        Plan.load(tmp_path / "plan.json")
 
 
 def test_statistics(statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_a_cap_on_layers_can_make_a_kl_unreachable() -> None:
         ("auto", {"max_kl": float("nan")}, "max_kl=nan is no KL"),
         ("auto", {"max_kl": float("inf")}, "max_kl=inf is no KL"),
         ("30%", {"max_kl": 0.1}, "max_kl chooses the budget; it goes with budget auto, not with 30%"),
-        ("30%", {"levels": "pool2"}, "levels='pool2'; it must be full, joined by"),
+        ("30%", {"levels": "pool2"}, "levels='pool2'; it must be full, then any of"),
         ("30%", {"levels": ""}, "levels=''; it must be full"),
         ("30%", {"levels": 3}, "levels=3; it must be full"),
         ("30%", {"levels": "full+pool3"}, r"levels='full\+pool3'"),

@@ -165,7 +165,7 @@ def test_a_trace_names_every_scale(emoji: ClassConditionalModel, tmp_path: Path)
 
 
 def test_bad_requests_are_refused() -> None:
-    with pytest.raises(PolicyError, match="unexpected keyword argument 'sinks'"):
+    with pytest.raises(PolicyError, match="'streaming' has no option 'sinks'; its options are sink_scales"):
         make_policy("streaming", sinks=3)
     with pytest.raises(HeatKVError, match="rows=3 is no positive multiple of 2"):
         images_of_rows(3, SamplingSettings(cfg=1))
