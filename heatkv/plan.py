@@ -165,6 +165,16 @@ class CachePlan(ABC):
                 f"is {self.budget_token_heads}"
             )
 
+    def check_bytes(self, rows: int, storage: str) -> None:
+        """Raise PlanError when the plan takes more than its budget in this storage type: what is carried with tokens
+        does not shrink with it."""
+        needed, allowed = self.bytes(rows, storage), self.geometry.bytes(self.budget_token_heads, rows, storage)
+        if needed > allowed:
+            raise PlanError(
+                f"the plan was made for a larger type: with {rows} rows in {storage} it takes {needed} bytes, the "
+                f"budget is {allowed}; solve it for {storage} (--dtype)"
+            )
+
     @property
     def predicted_kl(self) -> float | None:
         """The KL that the policy foretold, in nats per token, when it did. Raises PlanError for what is none."""

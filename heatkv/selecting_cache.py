@@ -11,6 +11,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -22,10 +23,13 @@ from heatkv.attention.ragged import HeadGroup, with_held
 from heatkv.cache import ArenaCache, KVCache
 from heatkv.capacities import CapacityPlan
 from heatkv.errors import PlanError, PolicyError
+from heatkv.geometry import Budget
 from heatkv.plan import CachePlan, Plan
-from heatkv.policies.base import make_policy
+from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.registry import find_policy
+
+_STORAGE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 Correct = Callable[[int, int, Tensor, Tensor], Tensor]
 
@@ -56,8 +60,9 @@ class SelectingCache(ArenaCache):
         correct: Correct | None = None,
         query_weight: Callable[[int], Tensor] | None = None,
     ) -> None:
-        if (plan.shared and not policy.shared) or plan.carried not in (0, policy.carried):
-            raise PlanError(f"the plan was not made by policy {policy.name!r}; solve one with it")
+        check_policy_of(plan, policy)
+        if dtype in _STORAGE:
+            plan.check_bytes(rows, _STORAGE[dtype])
         self.plan, self.policy = plan, policy
         self._query_weight = query_weight
         self.layout = CapacityLayout.of(plan)
@@ -346,9 +351,30 @@ def open_cache(
 
 
 def policy_of(plan: CapacityPlan) -> DynamicPolicy:
-    """The policy that a dynamic plan was made by, with its settings. Raises PolicyError."""
+    """The policy that a dynamic plan was made by, with its settings. Raises PolicyError, and PlanError for settings or
+    numbers that are not that policy's."""
     names = {field.name for field in dataclasses.fields(find_policy(plan.policy)) if field.init}
-    policy = make_policy(plan.policy, **{name: value for name, value in plan.settings.items() if name in names})
+    told = plan.settings.keys() - {"budget", "seed"}
+    if told != names:
+        raise PlanError(
+            f"the plan's settings are {', '.join(sorted(told)) or 'none'}; those of policy {plan.policy!r} are "
+            f"{', '.join(sorted(names)) or 'none'}: solve a plan with it"
+        )
+    policy = make_policy(plan.policy, **{name: plan.settings[name] for name in names})
     if not isinstance(policy, DynamicPolicy):
         raise PolicyError(f"the plan has capacities, but policy {plan.policy!r} is no dynamic one")
+    check_policy_of(plan, policy)
+    share = Fraction(max(plan.budget_token_heads, 1), plan.geometry.full_token_heads)
+    policy.check_options(PlanningProblem(plan.geometry, Budget("share", share)))
     return policy
+
+
+def check_policy_of(plan: CapacityPlan, policy: DynamicPolicy) -> None:
+    """Raise PlanError when what the plan shares and carries is not what the policy does."""
+    if plan.had_no_effect():  # nothing need be carried or shared
+        return
+    if (plan.shared, plan.carried) != (policy.shared, policy.carried):
+        raise PlanError(
+            f"the plan was not made by policy {policy.name!r}: it has shared={plan.shared} and carried={plan.carried}, "
+            f"the policy {policy.shared} and {policy.carried}; solve one with it"
+        )

@@ -129,6 +129,16 @@ class EvictionPolicy(ABC):
     def check(self, problem: PlanningProblem) -> None:  # noqa: B027 - most policies have nothing to add
         """Raise for options that do not fit each other or the problem; needs nothing that is measured."""
 
+    def check_options(self, problem: PlanningProblem) -> None:
+        """`check`, in which options of another type than it expects may fail in any way. Raises what it raises."""
+        try:
+            self.check(problem)
+        except HeatKVError:
+            raise
+        except Exception as error:
+            told = ", ".join(f"{field.name}={shown(getattr(self, field.name))}" for field in dataclasses.fields(self))
+            raise PolicyError(f"policy {self.name!r} cannot use {told}: {error}") from error
+
     def check_measured(self, problem: PlanningProblem) -> None:  # noqa: B027
         """Raise when what it plans from is missing, or was measured for something else."""
 
@@ -138,7 +148,7 @@ class EvictionPolicy(ABC):
     def check_all(self, problem: PlanningProblem) -> None:
         """All that can be told before planning."""
         of_kind(problem, PlanningProblem, "problem", PolicyError, "give a PlanningProblem, or use model.plan")
-        self.check(problem)
+        self.check_options(problem)
         self.check_measured(problem)
         self.check_room(problem)
 

@@ -18,7 +18,8 @@ from heatkv.capacities import available_tokens
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
-from heatkv.registry import register
+from heatkv.policies.options import options_of
+from heatkv.registry import find_policy, register
 
 IntArray = NDArray[np.int64]
 
@@ -31,14 +32,24 @@ def inner_policy(text: str) -> DynamicPolicy:
         option, equals, value = pair.partition("=")
         if not equals or not option.strip():
             raise PolicyError(f"cannot read base={text!r}; write it as snapkv or snapkv:window=16:kernel=3")
-        try:
-            options[option.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[option.strip()] = value
+        options[option.strip()] = _read(name, option.strip(), value)
     policy = make_policy(name, **options)
     if not isinstance(policy, DynamicPolicy):
         raise PolicyError(f"base={text!r} is no dynamic policy; compose those that score tokens, such as snapkv")
     return policy
+
+
+def _read(name: str, option: str, value: str) -> Any:
+    """The value of an option, by its type. Raises PolicyError for one that the policy does not have."""
+    known = options_of(find_policy(name))
+    if option not in known:
+        raise PolicyError(f"policy {name!r} has no option {option!r}; its options are {', '.join(known)}")
+    if known[option].wanted is None:  # lists, which only a plan's own settings have in them
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise PolicyError(f"{option} of policy {name!r} cannot be read from {value!r}") from error
+    return known[option].parse(value, name)
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class Wrapper(DynamicPolicy):
 
     def resolved(self, problem: PlanningProblem) -> DynamicPolicy:
         inner = self.inner.resolved(problem)
-        told = [f"{field.name}={getattr(inner, field.name)!r}" for field in dataclasses.fields(inner)]
+        told = [f"{field.name}={getattr(inner, field.name)}" for field in dataclasses.fields(inner)]
         return self if inner == self.inner else dataclasses.replace(self, base=":".join([inner.name, *told]))
 
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:

@@ -39,6 +39,8 @@ class H2O(DynamicPolicy):
         super().check(problem)
         if not 0 <= self.recent <= 1:
             raise PolicyError(f"recent={self.recent!r} must be a share from 0 to 1")
+        if not isinstance(self.mean_per_scale, bool):
+            raise PolicyError(f"mean_per_scale={self.mean_per_scale!r} must be true or false")
 
     def carry(self, seen: Candidates) -> Tensor:
         assert seen.carried_RHCX is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import ClassVar
 
 import numpy as np
@@ -31,6 +32,8 @@ PUBLISHED: dict[int, tuple[tuple[int, ...], dict[int, tuple[int, int]]]] = {
 last row of 2B has the first drafter only."""
 
 _WINDOW, _POOL, _MARGIN = 16, 5, 0.005
+_TABLED = Fraction(12, 100)
+"""Up to this share the published tables are scaled: they are for 10 %, and peak at 11.7 % on Infinity-2B."""
 _DRAFTERS = 0.07
 """Share of drafters where none are published: between the 2 of 32 and 3 of 40 that are."""
 
@@ -49,10 +52,11 @@ class ScaleKV(DynamicPolicy):
     with the window's queries, after max pooling of width 5 along the sequence: no softmax. As published, those
     queries are made anew from the attention's input by the weight alone, without bias, norm, temperature or rotation.
 
-    Capacities: for Infinity's square 1M schedule the published tables, which were made for 650 tokens on average but
-    peak higher while layers change one after another, scaled until every checkpoint fits. Otherwise (chosen) drafters
-    keep 99.5 % of what there is, refiners what is left of the mean, and at least a quarter of it; drafters are 7 % of
-    the layers, those with the most attention on earlier scales. `drafters` names them instead, as "0,23".
+    Capacities: for Infinity's square 1M schedule up to 12 % the published tables, which were made for 650 tokens on
+    average but peak higher while layers change one after another, scaled until every checkpoint fits. Otherwise
+    (chosen) drafters keep 99.5 % of what there is, refiners what is left of the mean, and at least a quarter of it.
+    Drafters are the published ones, or 7 % of the layers, those with the most attention on earlier scales; `drafters`
+    names others, as "0,23".
     """
 
     name: ClassVar[str] = "scalekv"
@@ -73,8 +77,6 @@ class ScaleKV(DynamicPolicy):
         self._drafters(problem)
 
     def resolved(self, problem: PlanningProblem) -> ScaleKV:
-        if self._published(problem):
-            return self
         return replace(self, drafters=",".join(map(str, self._drafters(problem))))
 
     def _published(self, problem: PlanningProblem) -> bool:
@@ -114,12 +116,13 @@ class ScaleKV(DynamicPolicy):
         layers, available = geometry.layers, available_tokens(geometry)
         tokens = (0, *geometry.schedule.tokens)
         named = self._drafters(problem)
+        tabled = self._published(problem) and named == PUBLISHED[layers][0] and problem.share <= _TABLED
         of_layers = np.zeros((layers, len(available)), dtype=np.int64)
         for target, there_are in enumerate(available.tolist()):
             drafters = named
             if there_are <= mean:
                 large = small = there_are
-            elif self.drafters is None and self._published(problem) and target in PUBLISHED[layers][1]:
+            elif tabled and target in PUBLISHED[layers][1]:
                 large, small = (math.floor(c * mean / PUBLISHED_MEAN) for c in PUBLISHED[layers][1][target])
                 drafters = _drafters_of(named, layers, target)
             else:

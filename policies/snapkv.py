@@ -67,7 +67,8 @@ class PyramidKV(SnapKV):
 
     Published for language models: beta 20, and SnapKV's numbers. With m tokens on average, w the window and T tokens
     there are: lo = (m - w) / beta, hi = 2 (m - w) - lo, or where hi > T - w, hi = T - w, lo = 2 (m - w) - hi; layer l
-    keeps w + hi - l (hi - lo) / (L - 1). Rounded so that the mean is exactly m (chosen).
+    keeps w + hi - l (hi - lo) / (L - 1), and all keep m while T is at most 2 (m - w). Rounded so that the mean is
+    exactly m, the largest that fits while layers change one after another (chosen).
     """
 
     name: ClassVar[str] = "pyramidkv"
@@ -93,9 +94,9 @@ class PyramidKV(SnapKV):
         return np.broadcast_to(of_layers[:, None], (geometry.layers, geometry.heads, len(available))).copy()
 
     def _of_layers(self, layers: int, mean: int, available: int, new: int) -> IntArray:
-        if available <= mean or layers == 1:
-            return np.full(layers, min(mean, available), dtype=np.int64)
         window = _window(self.window, new, mean)
+        if available <= 2 * (mean - window) or available <= mean or layers == 1:
+            return np.full(layers, min(mean, available), dtype=np.int64)
         low = (mean - window) / self.beta
         high = 2 * (mean - window) - low
         if high > available - window:

@@ -19,9 +19,9 @@ from PIL import Image
 
 from heatkv.cli import run
 from heatkv.cli.output import progress
-from heatkv.cli.settings import options_of
 from heatkv.errors import PolicyError
 from heatkv.plan import Plan
+from heatkv.policies.options import options_of
 from heatkv.policies.windows import Streaming
 from heatkv.profiling.runner import FIDELITY
 from heatkv.statistics import Statistics

@@ -9,18 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from heatkv.capacities import CapacityPlan
 from heatkv.cli import run
-from heatkv.errors import FormatError, PlanError
+from heatkv.errors import FormatError, PlanError, PolicyError
 from heatkv.files import read_json, write_json
 from heatkv.geometry import CacheGeometry
 from heatkv.level_calibration import calibrate_levels
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import Plan
-from heatkv.policies.base import PlanningProblem
+from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.policies.composition import inner_policy
+from heatkv.policies.h2o import H2O
 from heatkv.policies.levels import HeatKVLevels
 from heatkv.profiling.explain import worth_of
 from heatkv.schedule import ScaleSchedule
+from heatkv.selecting_cache import open_cache, policy_of
 from heatkv.testing import made_up_statistics
 
 GEOMETRY = CacheGeometry(3, 4, 8, ScaleSchedule.square((1, 2, 3, 4, 5, 6)))
@@ -148,3 +153,80 @@ def test_what_cannot_be_is_refused(
     assert run(arguments) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------- dynamic policies
+
+
+def dynamic_plan(policy: str, **options: Any) -> CapacityPlan:
+    from heatkv.geometry import Budget
+
+    problem = PlanningProblem(GEOMETRY, Budget.parse("30%"), made_up_statistics(GEOMETRY), rows=2, storage="float32")
+    plan = make_policy(policy, **options).plan(problem)
+    assert isinstance(plan, CapacityPlan)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("policy", "changed", "said"),
+    [
+        ("h2o", {"carried": 0}, "shared=False and carried=0, the policy False and 1"),
+        ("snapkv", {"shared": True}, "shared=True and carried=0"),
+        ("adakv", {"shared": False}, "shared=False and carried=0, the policy True"),
+        ("snapkv", {"policy": "h2o"}, "settings are kernel, window; those of policy 'h2o' are"),
+        ("snapkv", {"settings": {}}, "settings are none"),
+        ("snapkv", {"settings": {"window": -1, "kernel": 5}}, "window=-1"),
+        ("snapkv", {"settings": {"window": "a", "kernel": 5}}, "window='a'"),
+        ("adakv", {"settings": {"base": "snapkv", "alpha": "nan"}}, "cannot use base='snapkv', alpha='nan'"),
+    ],
+)
+def test_plans_of_another_policy_are_refused(policy: str, changed: dict[str, Any], said: str) -> None:
+    told = dynamic_plan(policy).to_json()
+    given = {"capacity": told["capacity"], "shared": told["shared"], "carried": told["carried"], **changed}
+    plan = CapacityPlan(
+        changed.get("policy", policy), GEOMETRY, np.array(given["capacity"]), told["budget"],
+        told["budget_token_heads"], settings=changed.get("settings", told["settings"]), shared=given["shared"],
+        carried=given["carried"],
+    )  # fmt: skip
+    with pytest.raises((PlanError, PolicyError), match=said):
+        policy_of(plan)
+
+
+def test_what_is_carried_does_not_shrink_with_the_type() -> None:
+    plan = dynamic_plan("h2o")
+    open_cache(plan, 2, torch.float32)
+    plan.check_bytes(2, "float32")
+    with pytest.raises(PlanError, match="made for a larger type: with 2 rows in bfloat16"):
+        open_cache(plan, 2, torch.bfloat16)
+
+
+def test_options_of_a_base_are_read_by_their_type() -> None:
+    assert inner_policy("h2o:mean_per_scale=false:recent=0.25") == H2O(recent=0.25, mean_per_scale=False)
+    assert inner_policy("per-layer:weights=3,1") == make_policy("per-layer", weights="3,1")
+    assert inner_policy("scalekv:drafters=0,1") == make_policy("scalekv", drafters="0,1")
+    for text, said in (
+        ("h2o:recent=abc", "recent of policy 'h2o' is a number, not 'abc'"),
+        ("h2o:recent=0.3,mean_per_scale=false", "is a number, not '0.3,mean_per_scale=false'"),
+        ("protected:window=8", "policy 'protected' has no option 'window'"),
+    ):
+        with pytest.raises(PolicyError, match=said):
+            inner_policy(text)
+    with pytest.raises(PolicyError, match="mean_per_scale=3"):
+        dynamic_plan("h2o", mean_per_scale=3)
+    with pytest.raises(PolicyError, match="cannot use recent='a'"):
+        dynamic_plan("h2o", recent="a")
+
+
+def test_the_published_tables_are_for_their_budget_only() -> None:
+    from heatkv.geometry import Budget
+
+    geometry = CacheGeometry(40, 28, 128, ScaleSchedule.infinity("1M", 1.0))
+    for share, tabled in (("10%", True), ("30%", False)):
+        plan = make_policy("scalekv").plan(PlanningProblem(geometry, Budget.parse(share)))
+        assert isinstance(plan, CapacityPlan)
+        assert plan.settings["drafters"] == "0,1,2"
+        last = plan.capacity[:, 0, -1]
+        assert set(np.argsort(-last)[:3]) == {0, 1, 2}
+        # by the table refiners lose more towards the end, by the rule what is left is theirs
+        assert (last.mean() > 0.9 * float(share[:-1]) / 100 * 6425) == (not tabled)
+        assert plan.peak_token_heads > 0.95 * plan.budget_token_heads

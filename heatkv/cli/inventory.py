@@ -8,8 +8,8 @@ from rich.table import Table
 
 from heatkv.cli.options import AsJson
 from heatkv.cli.output import pairs, show
-from heatkv.cli.settings import options_of
 from heatkv.models import MODELS
+from heatkv.policies.options import options_of
 from heatkv.registry import broken_plugins, registered_policies
 
 

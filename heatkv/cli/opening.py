@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from heatkv.capacities import load_plan
+from heatkv.capacities import CapacityPlan, load_plan
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
 from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
@@ -21,6 +21,7 @@ from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.plan import CachePlan
 from heatkv.sampling import Settings
 from heatkv.schedule import ScaleSchedule
+from heatkv.selecting_cache import policy_of
 from heatkv.statistics import HeadRankings, Statistics
 
 MOST = 1_000_000
@@ -173,6 +174,8 @@ def open_plan(path: Path, geometry: CacheGeometry, model: str) -> CachePlan:
         plan.check_geometry(geometry)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
+    if isinstance(plan, CapacityPlan):
+        policy_of(plan)
     if plan.model != model and plan.model in MODELS:
         raise PlanError(f"{path} was made for {plan.model}, not for {model}; name that model (--model) or solve again")
     return plan

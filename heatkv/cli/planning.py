@@ -65,6 +65,7 @@ def solve(
         _check_replaceable(out)
     if plan is not None:
         solved: CachePlan = open_only_plan(plan, geometry, model, budget, ranking)
+        solved.check_bytes(rows, storage)
     else:
         if budget is None:
             raise HeatKVError(
