@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from heatkv.errors import PolicyError
 from heatkv.plan import live_of_held
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
-from heatkv.policies.grid import positions, recency
+from heatkv.policies.grid import carried_recency
 from heatkv.registry import register
 
 IntArray = NDArray[np.int64]
@@ -29,7 +28,7 @@ class AmsKvLike(DynamicPolicy):
     Similarity of a layer (chosen): the mean over scales from the fourth on of the cosine between a scale's keys, and
     values, and those of the scale before, resized. The lower half of the layers keeps the larger number of recent
     scales. Both are the largest that fit the budget, the smaller one first; where not even one does, a regular
-    sub-grid of the latest is kept, with as many tokens as fit. Every token carries its place, 4 bytes.
+    sub-grid of the latest is kept, with as many tokens as fit. Every token carries how recent it is, 4 bytes.
     """
 
     name: ClassVar[str] = "ams-kv-like"
@@ -88,10 +87,8 @@ class AmsKvLike(DynamicPolicy):
         return self._with(problem, few, max(a for a in range(few, scales) if fits(few, a)))
 
     def carry(self, seen: Candidates) -> Tensor:
-        return positions(seen)
+        return carried_recency(seen, self.condensed)
 
     def score(self, seen: Candidates) -> Tensor:
         assert seen.carried_RHCX is not None
-        places = seen.carried_RHCX[..., 0].long()
-        near = recency(seen.schedule).to(places.device)[places]
-        return near.masked_fill(places < seen.schedule.offsets[self.condensed], math.inf)
+        return seen.carried_RHCX[..., 0]

@@ -1,7 +1,8 @@
-"""What policies share that keep tokens by where they are: positions carried along, and regular sub-grids of scales."""
+"""What policies share that keep tokens by where they are: the latest first, and of a scale regular sub-grids."""
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -12,13 +13,20 @@ from heatkv.policies.dynamic import Candidates
 from heatkv.schedule import ScaleSchedule
 
 
-def positions(seen: Candidates) -> Tensor:
-    """The place in the whole sequence of every candidate, (R, H, C, 1), from what was carried."""
+def carried_recency(seen: Candidates, first_scales: int) -> Tensor:
+    """The `recency` of every candidate, (R, H, C, 1): carried along for held tokens, looked up for new ones. Tokens of
+    the first scales, which stay in any case, have +inf."""
     assert seen.carried_RHCX is not None
-    first = seen.schedule.offsets[seen.target]
-    places = seen.carried_RHCX.clone()
-    places[:, :, seen.held :, 0] = torch.arange(first, first + seen.new, device=places.device).float()
-    return places
+    scores = seen.carried_RHCX.clone()
+    scores[:, :, seen.held :, 0] = _of_scale(seen.schedule, seen.target, first_scales, scores.device)
+    return scores
+
+
+@cache
+def _of_scale(schedule: ScaleSchedule, scale: int, first_scales: int, device: torch.device) -> Tensor:
+    if scale < first_scales:
+        return torch.full((schedule.tokens[scale],), math.inf, device=device)
+    return recency(schedule)[schedule.slice(scale)].to(device)
 
 
 @cache

@@ -16,7 +16,7 @@ from heatkv.capacities import available_tokens
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
-from heatkv.policies.grid import positions, recency
+from heatkv.policies.grid import carried_recency
 from heatkv.registry import register
 
 IntArray = NDArray[np.int64]
@@ -31,7 +31,7 @@ class HackLike(DynamicPolicy):
     with the highest concentration: the variance over keys of the mean probability they receive from a late scale's
     queries. Contextual heads keep `contextual_capacity` times the mean and choose by what 64 spread queries attend to;
     structural ones share the rest and keep the latest scales, spread over the grid. The first `sinks` scales stay.
-    Every token carries its place, 4 bytes. `contextual` lists the heads, as l * H + h, instead of the statistics.
+    Every token carries how recent it is, 4 bytes. `contextual` lists the heads, as l * H + h, instead of statistics.
     """
 
     name: ClassVar[str] = "hack-like"
@@ -96,22 +96,17 @@ class HackLike(DynamicPolicy):
         return np.minimum(available_tokens(geometry), of_heads).astype(np.int64)
 
     def carry(self, seen: Candidates) -> Tensor:
-        return positions(seen)
+        return carried_recency(seen, self.sinks)
 
     def score(self, seen: Candidates) -> Tensor:
         assert seen.carried_RHCX is not None
         assert self.contextual is not None
-        places = seen.carried_RHCX[..., 0].long()
+        near = seen.carried_RHCX[..., 0]
         contextual = [seen.layer * seen.heads_of_layer + head in self.contextual for head in seen.heads]
+        if not any(contextual):
+            return near
+        received = seen.received(slice(None, None, -(-seen.new // 64))).masked_fill_(near == math.inf, math.inf)
         if all(contextual):
-            score = self._received(seen)
-        else:
-            score = recency(seen.schedule).to(places.device)[places]
-            if any(contextual):  # both kinds hold as much as long as there is little
-                contextual_H1 = torch.tensor(contextual, device=places.device)[:, None]
-                score = torch.where(contextual_H1, self._received(seen), score)
-        return score.masked_fill_(places < seen.schedule.offsets[self.sinks], math.inf)
-
-    @staticmethod
-    def _received(seen: Candidates) -> Tensor:
-        return seen.received(slice(None, None, -(-seen.new // 64)))
+            return received
+        # both kinds hold as much as long as there is little
+        return torch.where(torch.tensor(contextual, device=near.device)[:, None], received, near)
