@@ -24,6 +24,8 @@ class PolicyOption:
     def __str__(self) -> str:
         """As `heatkv policies` lists it: name=default, and what it may be where the default does not tell."""
         shown = "..." if self.default is dataclasses.MISSING else _shown(self.default)
+        if self.wanted is None:
+            return f"{self.name}={shown} (in Python only)"
         told = self.default not in (None, dataclasses.MISSING) and get_origin(self.kind) is not Literal
         return f"{self.name}={shown}" if told or self.wanted is None else f"{self.name}={shown} ({self.wanted})"
 

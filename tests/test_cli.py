@@ -243,7 +243,7 @@ def test_values_of_another_type_are_refused(name: str, text: str, said: str) -> 
 def test_options_are_listed_as_they_are_set() -> None:
     assert [str(option) for option in options_of(Made).values()] == [
         "sink_scales=3", "fast=false", "share=0.5", "level=most (1 or 2 or most)", "most=none (a whole number or none)",
-        "either=x", "window=(1, 2)", "names={}",
+        "either=x", "window=(1, 2) (in Python only)", "names={} (in Python only)",
     ]  # fmt: skip
 
 
