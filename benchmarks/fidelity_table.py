@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from heatkv.calibration import calibrate
 from heatkv.compensation import compensation_of
 from heatkv.files import read_json, write_json
 from heatkv.fisher_calibration import calibrate_fisher
+from heatkv.generation import Generator
 from heatkv.level_calibration import calibrate_levels
 from heatkv.models import load_model
 from heatkv.plan import Plan
@@ -121,7 +123,10 @@ def main() -> None:
                     measured = statistics(model, POLICIES[name][1].get("cost", "error"), out)
                     made = plans(model, measured, name, budget)
                     fitted = [compensation_of(model, plan, seed=CALIBRATION_SEED) for plan in made]
-                    found = [bench.compare(*pair) for pair in zip(made, fitted, strict=True)]
+                    found = [
+                        bench.compare(partial(Generator, model, p, settings=model.sampling, compensation=c))
+                        for p, c in zip(made, fitted, strict=True)
+                    ]
                     rows[key] = {
                         "name": name, "budget": budget, "seed": seed,
                         "peak_over_budget": max(plan.peak_token_heads / plan.budget_token_heads for plan in made),

@@ -64,7 +64,7 @@ def measure(name: str, size: str, dtype: str, images: int, how: str) -> None:
     """Print MiB: the peak of tensors alive, or the growth of resident memory."""
     model = random_model(name, size, getattr(torch, dtype))
     generator = Generator(model, model.plan(), images)
-    generator.cache.arena_2RPD.zero_()  # resident before the drawing
+    generator.cache.store.arena_2RPD.zero_()  # resident before the drawing
 
     def labels() -> list[Any]:
         if isinstance(model, ClassConditionalModel):

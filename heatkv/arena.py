@@ -26,12 +26,12 @@ Run = tuple[int, int]
 class _FreeSlots:
     """Free stretches of the arena, by size for best fit and by both ends for joining neighbours."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, first: int, capacity: int) -> None:
         self._by_size: list[tuple[int, int]] = []
         self._size_at: dict[int, int] = {}
         self._start_of_end: dict[int, int] = {}
         if capacity:
-            self._add(0, capacity)
+            self._add(first, capacity)
 
     def _add(self, start: int, size: int) -> None:
         insort(self._by_size, (size, start))
@@ -79,10 +79,12 @@ class ArenaLayout:
     """Slots of every held cell at every level of the plan, fine to coarse: `levels[i][l][h][s]`.
 
     A cell lies in one run where best fit finds room, in several where it does not; tokens fill the runs in order.
+    The first `uncoded_slots` are for sinks alone, where an arena is coded.
     """
 
     slots: int
     levels: tuple[Cells, ...]
+    uncoded_slots: int = 0
 
     @property
     def runs(self) -> Cells:
@@ -90,11 +92,16 @@ class ArenaLayout:
         return self.levels[0]
 
     @classmethod
-    def of(cls, plan: Plan) -> ArenaLayout:
-        """Lay out a plan in as many slots as its peak, in the order in which a cache runs."""
+    def of(cls, plan: Plan, coded: bool = False) -> ArenaLayout:
+        """Lay out a plan in as many slots as its peak, in the order in which a cache runs.
+
+        Where the arena is coded, the sinks that are not come first, in slots of their own.
+        """
         layers, heads, scales = plan.last_read.shape
         tokens = [level_tokens(plan.schedule, level) for level, _ in plan.levels]
-        free = _FreeSlots(plan.peak_token_heads)
+        # sinks are never dropped, so that the other cells have their peak while all of them are held
+        first, uncoded_scales = (plan.uncoded_token_heads, plan.uncoded_scales) if coded else (0, 0)
+        pools = _FreeSlots(0, first), _FreeSlots(first, plan.peak_token_heads - first)
         runs: list[list[list[list[tuple[Run, ...]]]]] = [
             [[[()] * scales for _ in range(heads)] for _ in range(layers)] for _ in plan.levels
         ]
@@ -112,12 +119,14 @@ class ArenaLayout:
         for target in range(scales):
             for layer in range(layers):
                 for head, source, level in ending[target, layer]:
+                    free = pools[source >= uncoded_scales]
                     free.give(runs[level][layer][head][source])
                 # cells that go together lie together, so that they leave long free stretches
                 for _, head, source, level in sorted(starting[target, layer]):
+                    free = pools[source >= uncoded_scales]
                     runs[level][layer][head][source] = free.take(tokens[level][source])
         frozen = (tuple(tuple(tuple(cells) for cells in layer) for layer in level) for level in runs)
-        return cls(plan.peak_token_heads, tuple(frozen))
+        return cls(plan.peak_token_heads, tuple(frozen), first)
 
     def _cached(self) -> list[tuple[Run, ...]]:
         return [cell for level in self.levels for layer in level for head in layer for cell in head if cell]
@@ -151,7 +160,7 @@ class CapacityLayout:
         """
         counts = plan.capacity.sum(axis=1, keepdims=True) if plan.shared else plan.capacity
         layers, holders, scales = counts.shape
-        free = _FreeSlots(plan.peak_token_heads)
+        free = _FreeSlots(0, plan.peak_token_heads)
         none = np.zeros(0, dtype=np.int64)
         now = [[none] * holders for _ in range(layers)]
         places = [tuple(tuple(layer) for layer in now)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,35 +17,38 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv.arena import ArenaLayout, Run
+from heatkv.attention.grouping import CallShape
+from heatkv.attention.kernels import choose_kernel
 from heatkv.attention.pooling import Reduction
-from heatkv.attention.ragged import HeadGroup, group_heads, ragged_attention
 from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import PlanError
 from heatkv.levels import level_tokens
 from heatkv.plan import CachePlan, Plan
+from heatkv.store import Places, Store
 
 IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """Tokens of a coarser level to write at `slots`: made from members, slots of the arena or places in (H * N)."""
+    """Tokens of a coarser level to write at `slots`: made of held ones, or of new ones by their place in (H * N)."""
 
-    members: Tensor
+    members: Places | Tensor
     reduction: Reduction
-    slots: Tensor
+    slots: Places
 
 
 @dataclass(frozen=True)
 class LayerStep:
     """What one layer does at one target scale: whom it reads, and what it keeps where.
 
-    `kept_heads` keep their new tokens whole; `pooled_new` are made from new tokens, `pooled_held` from held ones.
+    `reads` is what the attention kernel prepared; `kept_heads` keep their new tokens whole; `pooled_new` are made from
+    new tokens, `pooled_held` from held ones.
     """
 
-    groups: tuple[HeadGroup, ...]
+    reads: Any
     kept_heads: Tensor
-    kept_slots: Tensor
+    kept_slots: Places | None
     pooled_new: Pooling | None
     pooled_held: Pooling | None
 
@@ -62,22 +66,47 @@ class ArenaCache(ABC):
         self,
         plan: CachePlan,
         slots: int,
+        uncoded_slots: int,
         rows: int,
         dtype: torch.dtype,
         device: torch.device | str,
         correct: Callable[[int, int, Tensor, Tensor], Tensor] | None,
+        storage: str | None,
     ) -> None:
         of_kind(dtype, torch.dtype, "dtype", PlanError, "give a type of torch, such as torch.float32")
         self.geometry = plan.geometry
         self.rows = whole(rows, "rows", PlanError, 1)
         self._correct = correct
-        shape = (2, self.rows, slots, plan.geometry.head_dim)
-        self.arena_2RPD = torch.empty(shape, dtype=dtype, device=torch.device(device))
+        self.store = Store(
+            self.rows, slots, plan.geometry.head_dim, dtype, torch.device(device), storage, uncoded_slots
+        )
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of the real storage of all that is held."""
-        return self.arena_2RPD.untyped_storage().nbytes()
+        """Bytes of the real storage of all that is held, with the scales of coded tokens."""
+        return self.store.nbytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the tables that say what is read and written where, the same for any number of rows."""
+        return tensor_bytes(self._prepared())
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes that attention keeps beside the arena to work in."""
+        return 0
+
+    @property
+    def current_bytes(self) -> int:
+        """Bytes of the keys and values of the running scale of one layer, where that is largest: they come from the
+        model, and are not cached, but are there beside the arena."""
+        geometry = self.geometry
+        tokens = max(geometry.schedule.tokens)
+        return 2 * self.rows * geometry.heads * tokens * geometry.head_dim * self.store.dtype.itemsize
+
+    @abstractmethod
+    def _prepared(self) -> Any:
+        """All that was prepared for the plan: nested sequences and dataclasses of tensors."""
 
     def reset(self) -> None:
         """Start the next images; nothing needs clearing."""
@@ -119,16 +148,14 @@ class ArenaCache(ABC):
     def _corrected(self, layer: int, q_RHND: Tensor, out_RHND: Tensor) -> Tensor:
         return out_RHND if self._correct is None else self._correct(self._target, layer, q_RHND, out_RHND)
 
-    def _write(self, slots: Tensor, k_RPD: Tensor, v_RPD: Tensor) -> None:
-        for store_RPD, x_RPD in zip(self.arena_2RPD, (k_RPD, v_RPD), strict=True):
-            store_RPD.index_copy_(1, slots, x_RPD.to(store_RPD.dtype))
-
 
 class KVCache(ArenaCache):
     """Keys and values that a static plan keeps, for `rows` rows of images drawn together.
 
     Dropping is free: a slot whose last reader is done is overwritten by its next owner. `key_angles` are, for models
     that rotate keys, the angles of every token, (N, D/2) per scale; a plan with coarse cells needs them to pool.
+    `storage` is "int8" or "fp8" for 8-bit codes, sinks excepted, and None for the compute type; `attention` names the
+    kernel, "ragged", "triton", or "auto" for the one that suits the device. Raises PlanError for what cannot run here.
     """
 
     def __init__(
@@ -139,19 +166,23 @@ class KVCache(ArenaCache):
         device: torch.device | str = "cpu",
         key_angles: Sequence[Tensor] | None = None,
         correct: Callable[[int, int, Tensor, Tensor], Tensor] | None = None,
+        storage: str | None = None,
+        attention: str = "auto",
     ) -> None:
         of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
         if key_angles is not None and (not isinstance(key_angles, Sequence) or len(key_angles) != len(plan.schedule)):
             raise PlanError(f"key_angles is {shown(key_angles)}; give one tensor (N, D/2) per scale, or none")
         self.plan = plan
         self.key_angles = key_angles
-        self.layout = ArenaLayout.of(plan)
-        super().__init__(plan, self.layout.slots, rows, dtype, device, correct)
+        self.layout = ArenaLayout.of(plan, storage is not None)
+        slots, uncoded = self.layout.slots, self.layout.uncoded_slots
+        super().__init__(plan, slots, uncoded, rows, dtype, device, correct, storage)
+        self.kernel = choose_kernel(attention, self.store)
         self._steps = self._prepare()
         self.reset()
 
     def _prepare(self) -> list[list[LayerStep]]:
-        plan, device = self.plan, self.arena_2RPD.device
+        plan, device = self.plan, self.store.device
         layers, heads = plan.geometry.layers, range(plan.geometry.heads)
         biases = [None, *(cells.log_bias for cells in plan.coarse)]
         none = np.zeros(0, dtype=np.int64)
@@ -171,19 +202,21 @@ class KVCache(ArenaCache):
         def slots(layer: int, head: int, source: int, level: int) -> IntArray:
             return _slots(self.layout.levels[level][layer][head][source])
 
-        def pooling(parts: Sequence[tuple[IntArray, Reduction, IntArray]]) -> Pooling | None:
+        def pooling(parts: Sequence[tuple[IntArray, Reduction, IntArray]], held: bool) -> Pooling | None:
             if not parts:
                 return None
             members, made, places = zip(*parts, strict=True)
+            sources = np.concatenate(members)
             return Pooling(
-                torch.from_numpy(np.concatenate(members)).to(device),
+                self.store.places(sources) if held else torch.from_numpy(sources).to(device),
                 Reduction.together(made),
-                torch.from_numpy(np.concatenate(places)).to(device),
+                self.store.places(np.concatenate(places), writing=True),
             )
 
         steps = []
         for target, tokens in enumerate(plan.schedule.tokens):
             row = []
+            shape = CallShape(self.rows, tokens, plan.geometry.head_dim, self.store.dtype.itemsize)
             for layer in range(layers):
                 now, then = levels[target][layer], levels[target + 1][layer]
                 held = [[(s, level) for s, level in enumerate(now[head]) if level < len(biases)] for head in heads]
@@ -201,17 +234,17 @@ class KVCache(ArenaCache):
                 ]
                 row.append(
                     LayerStep(
-                        group_heads(
+                        self.kernel.prepare(
                             [np.concatenate([none, *(slots(layer, h, s, i) for s, i in held[h])]) for h in heads],
-                            device,
                             [self._bias(layer, h, held[h]) for h in heads] if plan.coarse else None,
+                            shape,
                         ),
                         torch.tensor(kept, dtype=torch.long, device=device),
-                        torch.from_numpy(np.concatenate([none, *(slots(layer, h, target, 0) for h in kept)])).to(
-                            device
-                        ),
-                        pooling(new),
-                        pooling(old),
+                        self.store.places(np.concatenate([slots(layer, h, target, 0) for h in kept]), writing=True)
+                        if kept
+                        else None,
+                        pooling(new, held=False),
+                        pooling(old, held=True),
                     )
                 )
             steps.append(row)
@@ -231,26 +264,50 @@ class KVCache(ArenaCache):
 
     def _keep(self, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> None:
         """Write what later targets read; everything is made before a slot changes hands."""
-        writes: list[tuple[Tensor, Tensor, Tensor]] = []
+        writes: list[tuple[Places, Tensor, Tensor]] = []
         if step.pooled_held is not None:
             made, members = step.pooled_held.reduction, step.pooled_held.members
-            k_RID, v_RID = (store.index_select(1, members) for store in self.arena_2RPD)
+            assert isinstance(members, Places)
+            k_RID, v_RID = self.store.read(members)
             writes.append((step.pooled_held.slots, made.keys(k_RID), made.values(v_RID)))
         if step.pooled_new is not None:
             made, members = step.pooled_new.reduction, step.pooled_new.members
+            assert isinstance(members, Tensor)
             k_RID, v_RID = (x.flatten(1, 2).index_select(1, members) for x in (k_RHND, v_RHND))
             writes.append((step.pooled_new.slots, made.keys(k_RID), made.values(v_RID)))
-        if step.kept_slots.numel():
+        if step.kept_slots is not None:
             whole = len(step.kept_heads) == k_RHND.shape[1]
             k, v = (x if whole else x.index_select(1, step.kept_heads) for x in (k_RHND, v_RHND))
             writes.append((step.kept_slots, k.flatten(1, 2), v.flatten(1, 2)))
         for slots, k, v in writes:
-            self._write(slots, k, v)
+            self.store.write(slots, k, v)
 
     def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
-        return ragged_attention(q_RHND, k_RHND, v_RHND, self.arena_2RPD, step.groups)
+        return self.kernel.attend(q_RHND, k_RHND, v_RHND, step.reads)
+
+    def _prepared(self) -> Any:
+        return self._steps
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.kernel.workspace_bytes
 
 
 def _slots(runs: tuple[Run, ...]) -> IntArray:
     """The slots of a cell in token order."""
     return np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(first, first + size) for first, size in runs)])
+
+
+def tensor_bytes(prepared: Any) -> int:
+    """Bytes of the storages of all tensors in nested sequences and dataclasses, each counted once."""
+    storages: dict[int, int] = {}
+    todo = [prepared]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, Tensor):
+            storages[one.untyped_storage()._cdata] = one.untyped_storage().nbytes()
+        elif isinstance(one, list | tuple):
+            todo += one
+        elif is_dataclass(one):
+            todo += [getattr(one, field.name) for field in fields(one)]
+    return sum(storages.values())

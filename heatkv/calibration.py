@@ -18,6 +18,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
+from heatkv.attention.ragged import HeadGroup
 from heatkv.cache import KVCache, LayerStep
 from heatkv.checks import whole
 from heatkv.errors import PlanError, StatisticsError
@@ -177,7 +178,7 @@ class ObservingCache(KVCache):
         self.images = images
         # |W d| = |R d| with W = QR, and R is small
         self.factors = [torch.linalg.qr(weight.double()).R.float().to(device) for weight in output_weights]
-        super().__init__(plan, rows, dtype, device, key_angles)
+        super().__init__(plan, rows, dtype, device, key_angles, attention="ragged")
 
     def reset(self) -> None:
         super().reset()
@@ -197,12 +198,15 @@ class ObservingCache(KVCache):
 
     def sources(self, target: int, layer: int, k_RHND: Tensor, v_RHND: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of every source of `target`, the given ones of the target itself last."""
-        (group,) = self._steps[target][layer].groups  # a full cache holds the same in every head
         sizes = self.plan.schedule.tokens[:target]
         if not sizes:
             return [k_RHND], [v_RHND]
-        held = self.arena_2RPD.index_select(2, group.slots_GM.flatten())
-        past_k, past_v = held.view(2, self.rows, k_RHND.shape[1], -1, k_RHND.shape[3])
+        # a full cache holds the same in every head, and groups of heads that are alike follow each other
+        groups: Sequence[HeadGroup] = self._steps[target][layer].reads
+        held = [self.store.read(group.places) for group in groups if group.places is not None]
+        past_k, past_v = torch.cat(
+            [x.unflatten(2, (group.size, -1)) for x, group in zip(held, groups, strict=True)], dim=2
+        )
         return [*past_k.split(sizes, dim=2), k_RHND], [*past_v.split(sizes, dim=2), v_RHND]
 
     def sums(self) -> dict[str, NDArray[np.float64]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from heatkv.cache import KVCache, LayerStep
 from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import PlanError, PolicyError
-from heatkv.geometry import storage_bytes
+from heatkv.geometry import StorageType
 from heatkv.models.base import ImageModel, checked_run
 from heatkv.plan import CachePlan, Plan
 from heatkv.sampling import CommonRandomSampler, Settings
@@ -176,7 +176,7 @@ def compensation_bytes(plan: CachePlan, storage: str) -> int:
     assert isinstance(plan, Plan)
     dim = plan.geometry.head_dim
     corrected = sum(int((plan.level_read(t) > 0).any(axis=2).sum()) for t in range(len(plan.schedule)))
-    return corrected * dim * (1 if kind == "constant" else 2 * dim + 1) * storage_bytes(storage) // 2
+    return corrected * dim * (1 if kind == "constant" else 2 * dim + 1) * StorageType.parse(storage).compute_bytes // 2
 
 
 def compensation_of(

@@ -65,7 +65,9 @@ def run_scales(
 class Generator(Generic[Label]):
     """Draws batches of one size under one plan, with one cache for all of them.
 
-    Raises ModelError or PlanError for a model or plan that is none, or that do not fit each other.
+    `storage` is "int8" or "fp8" where the cache holds 8-bit codes, None where it holds the compute type; `attention`
+    names the kernel, "auto" for the one that suits the device. Raises ModelError or PlanError for a model or plan that
+    is none, or that do not fit each other.
     """
 
     def __init__(
@@ -75,6 +77,9 @@ class Generator(Generic[Label]):
         batch: int,
         settings: Settings | None = None,
         compensation: Compensation | None = None,
+        *,
+        storage: str | None = None,
+        attention: str = "auto",
     ) -> None:
         _, _, self.batch, self.settings = checked_run(model, 0, 0, batch, settings, None)
         of_kind(plan, CachePlan, "plan", PlanError, "make one with model.plan, or load one with load_plan")
@@ -83,8 +88,9 @@ class Generator(Generic[Label]):
         rows = self.batch * self.settings.rows_per_image
         correct = None if compensation is None else compensation.apply
         self.cache = open_cache(
-            plan, rows, model.compute_dtype, model.device, model.key_angles, correct, model.adapter.query_weight
-        )
+            plan, rows, model.compute_dtype, model.device, model.key_angles, correct, model.adapter.query_weight,
+            storage, attention,
+        )  # fmt: skip
 
     def draw(
         self,
@@ -122,14 +128,16 @@ def generate(
     settings: Settings | None = None,
     compensation: Compensation | None = None,
     progress: Callable[[int], None] | None = None,
+    storage: str | None = None,
+    attention: str = "auto",
 ) -> Tensor:
     """Images (B, 3, H, W), RGB in [0, 1], one per label, in batches; `progress` is told how many are done.
 
     Labels are what `model.label` reads: numbers (also of a numpy array or a tensor) or names of classes, prompts or
     texts. `first_sample` numbers the first one for the random numbers. The pictures do not depend on `batch` but for
     rounding. `compensation` are the plan's corrections, from `heatkv.compensation.fit_compensation`; where the plan
-    asks for some and none are given, they are fitted first. Raises ModelError for labels that the model does not have,
-    PlanError for a plan of another model.
+    asks for some and none are given, they are fitted first. `storage` and `attention` are those of Generator. Raises
+    ModelError for labels that the model does not have, PlanError for a plan of another model.
     """
     seed, first_sample, batch, settings = checked_run(model, seed, first_sample, batch, settings, progress)
     if compensation is not None:
@@ -149,7 +157,7 @@ def generate(
     for first in range(0, len(drawn_from), batch):
         part = drawn_from[first : first + batch]
         if generator is None or generator.batch != len(part):
-            generator = Generator(model, plan, len(part), settings, compensation)
+            generator = Generator(model, plan, len(part), settings, compensation, storage=storage, attention=attention)
         drawn = generator.draw(part, seed, range(first_sample + first, first_sample + first + len(part)))
         assert drawn.images is not None
         images.append(drawn.images)

@@ -26,14 +26,63 @@ STORAGE_BYTES: dict[str, tuple[int, int]] = {
 """Bytes per channel of a key and of a value, by storage type. The last entry is what public code holds under
 autocast (normalisation returns fp32 keys) and what published memory tables count."""
 
+CODED_BYTES = {"int8": 1, "fp8": 1}
+"""Bytes per channel of a key or a value that is held as codes, by how it is coded."""
+
+SCALE_BYTES = 2
+"""Of the bfloat16 scale that every coded key, and every coded value, of one token, head and row has."""
+
+UNCODED_SCALES = 2
+"""The first scales, which are held in the compute type whatever the storage: few tokens that all others look at."""
+
 _DIMENSION_LIMIT = 1 << 16
 
 
-def storage_bytes(storage: str) -> int:
-    """Bytes per channel of a key and its value together. Raises BudgetError for an unknown storage type."""
-    if not isinstance(storage, str) or storage not in STORAGE_BYTES:
-        raise BudgetError(f"unknown storage type {shown(storage)}; known: {', '.join(STORAGE_BYTES)}")
-    return sum(STORAGE_BYTES[storage])
+@dataclass(frozen=True)
+class StorageType:
+    """How keys and values are held: in the compute type, or coded in 8 bits but for the first `UNCODED_SCALES`.
+
+    Its name is that of the compute type, one of STORAGE_BYTES, behind a coding, one of CODED_BYTES, and a slash where
+    there is one: `bfloat16`, `int8/bfloat16`.
+    """
+
+    compute: str
+    coding: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> StorageType:
+        """Raises BudgetError for an unknown name."""
+        coding, slash, compute = name.rpartition("/") if isinstance(name, str) else ("", "", "")
+        if compute not in STORAGE_BYTES or (slash and coding not in CODED_BYTES):
+            raise BudgetError(
+                f"unknown storage type {shown(name)}; known: {', '.join(STORAGE_BYTES)}, and "
+                f"{', '.join(f'{coding}/...' for coding in CODED_BYTES)} with one of them"
+            )
+        return cls(compute, coding or None)
+
+    def __str__(self) -> str:
+        return self.compute if self.coding is None else f"{self.coding}/{self.compute}"
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes per channel of a key and its value together in the compute type."""
+        return sum(STORAGE_BYTES[self.compute])
+
+    def token_head_bytes(self, head_dim: int) -> tuple[int, int]:
+        """Bytes of one token-head and row: of the uncoded scales, and of all others.
+
+        Raises BudgetError when coding would not make them smaller.
+        """
+        uncoded = head_dim * self.compute_bytes
+        if self.coding is None:
+            return uncoded, uncoded
+        coded = 2 * (head_dim * CODED_BYTES[self.coding] + SCALE_BYTES)
+        if coded >= uncoded:
+            raise BudgetError(
+                f"in {self.coding} a token-head of {head_dim} channels takes {coded} bytes with its scales, no less "
+                f"than the {uncoded} in {self.compute}; use {self.compute}"
+            )
+        return uncoded, coded
 
 
 @dataclass(frozen=True)
@@ -59,13 +108,35 @@ class CacheGeometry:
         """N*L*H: what the full cache holds (every scale but the last)."""
         return self.schedule.cached_tokens * self.layers * self.heads
 
-    def token_head_bytes(self, rows: int = 1, storage: str = "bfloat16") -> int:
-        """Bytes of one token-head over all rows (guidance doubles the rows). Raises BudgetError."""
-        return self.head_dim * storage_bytes(storage) * whole(rows, "rows", BudgetError, 1)
+    def token_head_bytes(self, rows: int = 1, storage: str = "bfloat16") -> tuple[int, int]:
+        """Bytes of one token-head over all rows (guidance doubles the rows): of the uncoded scales, and of all others.
+
+        They only differ for a coded storage type. Raises BudgetError.
+        """
+        rows = whole(rows, "rows", BudgetError, 1)
+        uncoded, others = StorageType.parse(storage).token_head_bytes(self.head_dim)
+        return uncoded * rows, others * rows
+
+    @property
+    def uncoded_token_heads(self) -> int:
+        """Token-heads of the scales that are never coded, as many as a full cache holds."""
+        tokens = sum(self.schedule.tokens[: min(UNCODED_SCALES, len(self.schedule) - 1)])
+        return tokens * self.layers * self.heads
 
     def bytes(self, token_heads: int, rows: int = 1, storage: str = "bfloat16") -> int:
-        """Bytes of so many token-heads over all rows. Raises BudgetError."""
-        return whole(token_heads, "token_heads", BudgetError, 0) * self.token_head_bytes(rows, storage)
+        """The most bytes that so many token-heads take over all rows: those of the uncoded scales are among them.
+
+        Raises BudgetError.
+        """
+        uncoded, others = self.token_head_bytes(rows, storage)
+        first = min(whole(token_heads, "token_heads", BudgetError, 0), self.uncoded_token_heads)
+        return first * uncoded + (token_heads - first) * others
+
+    def token_heads_within(self, amount: Fraction, rows: int = 1, storage: str = "bfloat16") -> Fraction:
+        """The token-heads that so many bytes hold whichever they are, the inverse of `bytes`. Raises BudgetError."""
+        uncoded, others = self.token_head_bytes(rows, storage)
+        first = min(amount / uncoded, Fraction(self.uncoded_token_heads))
+        return first + (amount - first * uncoded) / others
 
     def full_bytes(self, rows: int = 1, storage: str = "bfloat16") -> int:
         """Bytes of the full cache over all rows. Raises BudgetError."""
@@ -149,7 +220,7 @@ class Budget:
             share = self.amount / geometry.schedule.cached_tokens
             limit = f"{geometry.schedule.cached_tokens} tokens per head"
         else:
-            share = self.amount / geometry.full_bytes(rows, storage)
+            share = geometry.token_heads_within(self.amount, rows, storage) / geometry.full_token_heads
             limit = f"{geometry.full_bytes(rows, storage)} bytes with {rows} rows in {storage}"
         if share > 1:
             raise BudgetError(f"{self.name} {self} is above the full cache of {limit}; use 100% to keep everything")

@@ -214,7 +214,7 @@ class LevelCostCache(LevelCache):
     def combinations(self, target: int) -> Combinations:
         """Those of a target; made once and kept for its layers."""
         if self._combinations is None or self._combinations[0] != target:
-            self._combinations = target, Combinations.of(self.choices, target, self.arena_2RPD.device)
+            self._combinations = target, Combinations.of(self.choices, target, self.store.device)
         return self._combinations[1]
 
     def alone(self, target: int) -> list[tuple[int, int]]:

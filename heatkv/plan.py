@@ -25,7 +25,7 @@ from heatkv.checks import as_number, number, of_kind, shown, whole
 from heatkv.contents import EqualByContents
 from heatkv.errors import FormatError, HeatKVError, PlanError
 from heatkv.files import check_header, read_json, write_json
-from heatkv.geometry import CacheGeometry
+from heatkv.geometry import UNCODED_SCALES, CacheGeometry
 from heatkv.levels import FULL, LEVELS, level_tokens, log_counts
 from heatkv.schedule import ScaleSchedule
 
@@ -140,9 +140,9 @@ class CachePlan(ABC):
         target, layer = np.unravel_index(int(self.live.argmax()), self.live.shape)
         return int(target), int(layer)
 
+    @abstractmethod
     def bytes(self, rows: int, storage: str) -> int:
         """Bytes the plan's peak takes with this many rows and this storage type."""
-        return self.geometry.bytes(self.peak_token_heads, rows, storage)
 
     def check_budget(self) -> None:
         """Raise PlanError when a checkpoint holds more than the budget, or the budget is none."""
@@ -368,6 +368,21 @@ class Plan(CachePlan):
 
     def _checked_target(self, target: int) -> int:
         return whole(target, "target", PlanError, 0, len(self.schedule) - 1)
+
+    @property
+    def uncoded_scales(self) -> int:
+        """The sink scales that a coded arena holds in the compute type."""
+        return min(UNCODED_SCALES, self.sink_scales, len(self.schedule) - 1)
+
+    @property
+    def uncoded_token_heads(self) -> int:
+        """Token-heads of the sinks that a coded arena holds in the compute type."""
+        return sum(self.schedule.tokens[: self.uncoded_scales]) * self.geometry.layers * self.geometry.heads
+
+    def bytes(self, rows: int, storage: str) -> int:
+        uncoded, others = self.geometry.token_head_bytes(rows, storage)
+        first = self.uncoded_token_heads
+        return first * uncoded + (self.peak_token_heads - first) * others
 
     def had_no_effect(self) -> bool:
         """True when everything that can be cached is kept to the end, as the full cache does."""

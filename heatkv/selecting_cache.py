@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +20,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heatkv.arena import CapacityLayout
-from heatkv.attention.ragged import HeadGroup, with_held
+from heatkv.attention.ragged import HeadGroup, head_indices, with_held
 from heatkv.cache import ArenaCache, KVCache
 from heatkv.capacities import CapacityPlan
+from heatkv.checks import shown
 from heatkv.errors import PlanError, PolicyError
-from heatkv.geometry import Budget
+from heatkv.geometry import Budget, StorageType
 from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.registry import find_policy
+from heatkv.store import Places, rows_at
 
 _STORAGE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -36,11 +39,19 @@ Correct = Callable[[int, int, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SelectingStep:
-    """Heads of a layer that hold, and are to keep, equally many tokens: where they are, and where they go, (H, M)."""
+    """Heads of a layer that hold, and are to keep, equally many tokens: where they are, and where those go.
+
+    Each keeps `kept` tokens; `places` are the places of all of them, or of the new ones where all stay and nothing is
+    chosen. Carried numbers are read at `held_slots` and written to `kept_slots`, head after head.
+    """
 
     group: HeadGroup
     heads: tuple[int, ...]
-    kept_slots_HM: Tensor
+    kept: int
+    everything: bool
+    places: Places
+    held_slots: Tensor
+    kept_slots: Tensor
 
 
 class SelectingCache(ArenaCache):
@@ -59,15 +70,16 @@ class SelectingCache(ArenaCache):
         device: torch.device | str = "cpu",
         correct: Correct | None = None,
         query_weight: Callable[[int], Tensor] | None = None,
+        storage: str | None = None,
     ) -> None:
         check_policy_of(plan, policy)
         if dtype in _STORAGE:
-            plan.check_bytes(rows, _STORAGE[dtype])
+            plan.check_bytes(rows, str(StorageType(_STORAGE[dtype], storage)))
         self.plan, self.policy = plan, policy
         self._query_weight = query_weight
         self.layout = CapacityLayout.of(plan)
-        super().__init__(plan, self.layout.slots, rows, dtype, device, correct)
-        on = self.arena_2RPD.device
+        super().__init__(plan, self.layout.slots, 0, rows, dtype, device, correct, storage)
+        on = self.store.device
         self._carried_RPX = torch.empty((rows, self.layout.slots, plan.carried), device=on) if plan.carried else None
         heads = plan.geometry.heads if plan.shared else 0
         self._counts_LRH = torch.zeros((plan.geometry.layers, rows, heads), dtype=torch.int32, device=on)
@@ -104,31 +116,39 @@ class SelectingCache(ArenaCache):
 
     def _prepare(self) -> list[list[tuple[SelectingStep, ...]]]:
         """The steps of every target and layer."""
-        device = self.arena_2RPD.device
+        return [
+            [self._steps_of_layer(target, layer, of_heads) for layer, of_heads in enumerate(of_layers)]
+            for target, of_layers in enumerate(self.layout.places)
+        ]
+
+    def _steps_of_layer(self, target: int, layer: int, now: Sequence[np.ndarray]) -> tuple[SelectingStep, ...]:
+        then, device = self._next_slots(target, layer), self.store.device
+        new = self.geometry.schedule.tokens[target]
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for head, slots in enumerate(now):
+            alike[len(slots), len(then[head])].append(head)
         steps = []
-        for target, of_layers in enumerate(self.layout.places):
-            row = []
-            for layer, of_heads in enumerate(of_layers):
-                then = self._next_slots(target, layer)
-                alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-                for head, slots in enumerate(of_heads):
-                    alike[len(slots), len(then[head])].append(head)
-                row.append(
-                    tuple(
-                        SelectingStep(
-                            HeadGroup(
-                                torch.tensor(heads, device=device),
-                                torch.from_numpy(np.stack([of_heads[head] for head in heads])).to(device),
-                                len(heads) == len(of_heads),
-                            ),
-                            tuple(heads),
-                            torch.from_numpy(np.stack([then[head] for head in heads])).to(device),
-                        )
-                        for heads in alike.values()
-                    )
+        for (held, kept), heads in alike.items():
+            held_HM, kept_HM = (np.stack([of[head] for head in heads]) for of in (now, then))
+            everything = kept == held + new
+            steps.append(
+                SelectingStep(
+                    HeadGroup(
+                        head_indices(tuple(heads), device),
+                        len(heads),
+                        held,
+                        self.store.places(held_HM.ravel()) if held else None,
+                    ),
+                    tuple(heads),
+                    kept,
+                    everything,
+                    # what is held stays where it is when all stay
+                    self.store.places(kept_HM[:, held if everything else 0 :].ravel(), writing=True),
+                    torch.from_numpy(held_HM.ravel()).to(device),
+                    torch.from_numpy(kept_HM.ravel()).to(device),
                 )
-            steps.append(row)
-        return steps
+            )
+        return tuple(steps)
 
     def _prepare_shared(self) -> list[list[Tensor]]:
         """The slots of every layer while every target runs, and after the last one."""
@@ -136,7 +156,10 @@ class SelectingCache(ArenaCache):
         targets = range(len(self.layout.places))
         held = [[self.layout.places[target][layer][0] for layer in layers] for target in targets]
         held.append([np.zeros(0, dtype=np.int64) for _ in layers])
-        return [[torch.from_numpy(slots).to(self.arena_2RPD.device) for slots in of_layers] for of_layers in held]
+        return [[torch.from_numpy(slots).to(self.store.device) for slots in of_layers] for of_layers in held]
+
+    def _prepared(self) -> Any:
+        return self._steps, self._places
 
     def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         if self.plan.shared:
@@ -145,21 +168,20 @@ class SelectingCache(ArenaCache):
         out_RHND = torch.empty_like(q_RHND) if len(steps) > 1 else None
         writes = []
         for step in steps:
-            q, k, v = with_held(step.group, q_RHND, k_RHND, v_RHND, self.arena_2RPD)
+            q, k, v = with_held(step.group, q_RHND, k_RHND, v_RHND, self.store)
             out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-            if step.kept_slots_HM.shape[1]:
+            if step.kept:
                 writes.append((step, *self._chosen(layer, step, q, k, v)))
             if out_RHND is None:
                 out_RHND = out
             else:
-                out_RHND.index_copy_(1, step.group.heads, out)
+                step.group.put(out_RHND, out)
         assert out_RHND is not None
         out_RHND = self._corrected(layer, q_RHND, out_RHND)
         for step, k, v, carried in writes:  # after all are chosen: heads may take over each other's slots
-            first = step.kept_slots_HM.shape[1] - k.shape[2]  # what is held stays where it is when all stay
-            self._write(step.kept_slots_HM[:, first:].flatten(), k.flatten(1, 2), v.flatten(1, 2))
+            self.store.write(step.places, k.flatten(1, 2), v.flatten(1, 2))
             if carried is not None and self._carried_RPX is not None:
-                self._carried_RPX.index_copy_(1, step.kept_slots_HM.flatten(), carried.flatten(1, 2))
+                self._carried_RPX.index_copy_(1, step.kept_slots, carried.flatten(1, 2))
         return out_RHND
 
     def _chosen(
@@ -167,13 +189,12 @@ class SelectingCache(ArenaCache):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values to write, (R, H, M, D), those of new tokens alone where all stay; carried numbers of all that
         stay, (R, H, M, X)."""
-        held, kept = step.group.slots_GM.shape[1], step.kept_slots_HM.shape[1]
-        everything = kept == k_RHCD.shape[2]
+        held, kept, everything = step.group.held, step.kept, step.everything
         if everything and self._carried_RPX is None:
             return k_RHCD[:, :, held:], v_RHCD[:, :, held:], None
         seen = self._seen(layer, step.heads, kept, held, q_RHND, k_RHCD, v_RHCD, None, None)
         if self._carried_RPX is not None:
-            past = self._carried_RPX.index_select(1, step.group.slots_GM.flatten())
+            past = self._carried_RPX.index_select(1, step.held_slots)
             padded = F.pad(past.unflatten(1, (len(step.heads), held)), (0, 0, 0, q_RHND.shape[2]))
             seen = dataclasses.replace(seen, carried_RHCX=padded)
             seen = dataclasses.replace(seen, carried_RHCX=self._carry(seen))
@@ -275,7 +296,7 @@ class SelectingCache(ArenaCache):
             slots_RHM = places_P.view(heads, -1)[None].expand(self.rows, -1, -1)
         if len(places_P):
             where_RM = slots_RHM.flatten(1)
-            past_k, past_v = (rows_at(store, where_RM).unflatten(1, (heads, -1)) for store in self.arena_2RPD)
+            past_k, past_v = self.store.read_rows(where_RM).unflatten(2, (heads, -1))
             k, v = torch.cat([past_k.to(k.dtype), k], dim=2), torch.cat([past_v.to(v.dtype), v], dim=2)
         out_RHND = F.scaled_dot_product_attention(q_RHND, k, v, attn_mask=mask, scale=1.0)
         out_RHND = self._corrected(layer, q_RHND, out_RHND)
@@ -321,17 +342,13 @@ class SelectingCache(ArenaCache):
             chosen = [rows_at(x.flatten(1, 2), best) for x in parts]
             kept = torch.zeros((rows, heads * count), dtype=torch.int32, device=best.device).scatter_(1, best, 1)
             self._counts_LRH[layer] = kept.view(rows, heads, count).sum(dim=-1)
-        self._write(then_P, chosen[0], chosen[1])
+        self.store.write(
+            Places(len(then_P), None, then_P) if self.store.code else Places(len(then_P), then_P, None),
+            chosen[0],
+            chosen[1],
+        )
         if self._carried_RPX is not None:
             self._carried_RPX.index_copy_(1, then_P, chosen[2])
-
-
-def rows_at(x_BCX: Tensor, at_BM: Tensor) -> Tensor:
-    """x[b, at[b, m]], (B, M, X); whole rows are copied, which `gather` would do number by number."""
-    batch, count, _ = x_BCX.shape
-    flat = at_BM + count * torch.arange(batch, device=at_BM.device)[:, None]
-    rows: Tensor = x_BCX.reshape(batch * count, -1).index_select(0, flat.flatten()).unflatten(0, at_BM.shape)
-    return rows
 
 
 def open_cache(
@@ -342,12 +359,23 @@ def open_cache(
     key_angles: Sequence[Tensor] | None = None,
     correct: Correct | None = None,
     query_weight: Callable[[int], Tensor] | None = None,
+    storage: str | None = None,
+    attention: str = "auto",
 ) -> KVCache | SelectingCache:
-    """The cache that a plan describes. Raises PolicyError when the policy of a dynamic plan is not known here."""
+    """The cache that a plan describes. Raises PolicyError when the policy of a dynamic plan is not known here, and
+    PlanError for a storage or an attention kernel that cannot be.
+
+    Dynamic policies look at every candidate, which are gathered for them, so that attention is always the plain one.
+    """
     if isinstance(plan, CapacityPlan):
-        return SelectingCache(plan, policy_of(plan), rows, dtype, device, correct, query_weight)
+        if attention not in ("auto", "ragged"):
+            raise PlanError(
+                f"attention kernel {shown(attention)} is not for dynamic policies, whose tokens are gathered to be "
+                "scored; use auto or ragged"
+            )
+        return SelectingCache(plan, policy_of(plan), rows, dtype, device, correct, query_weight, storage)
     assert isinstance(plan, Plan)
-    return KVCache(plan, rows, dtype, device, key_angles, correct)
+    return KVCache(plan, rows, dtype, device, key_angles, correct, storage, attention)
 
 
 def policy_of(plan: CapacityPlan) -> DynamicPolicy:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from heatkv.checks import as_whole, of_kind, shown, whole
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry, storage_bytes
+from heatkv.geometry import Budget, CacheGeometry, StorageType
 from heatkv.plan import CachePlan, CoarseCells, Plan
 from heatkv.registry import find_policy
 from heatkv.statistics import HeadRankings, Statistics
@@ -61,7 +61,7 @@ class PlanningProblem:
         of_kind(self.geometry, CacheGeometry, "geometry", PolicyError, "give that of a model: model.geometry")
         of_kind(self.budget, Budget, "budget", PolicyError, "make one with Budget.parse")
         of_kind(self.model, str, "model", PolicyError, "give its name as text")
-        storage_bytes(self.storage)
+        StorageType.parse(self.storage).token_head_bytes(self.geometry.head_dim)
         object.__setattr__(self, "seed", whole(self.seed, "seed", PolicyError))
         object.__setattr__(self, "rows", whole(self.rows, "rows", BudgetError, 1))
         if self.statistics is not None:

@@ -137,9 +137,12 @@ class DynamicPolicy(EvictionPolicy):
 
     def room(self, problem: PlanningProblem) -> int:
         """Token-heads that may be held, after what is carried has taken its part of the budget's bytes."""
-        bytes_each = problem.geometry.token_head_bytes(1, problem.storage)
-        counts = 4 * problem.geometry.layers * problem.geometry.heads if self.shared else 0
-        return max(0, problem.budget_token_heads * bytes_each - counts) // (bytes_each + 4 * self.carried)
+        geometry, most = problem.geometry, problem.budget_token_heads
+        # where tokens are chosen while drawing, none has a place among the uncoded ones
+        _, bytes_each = geometry.token_head_bytes(1, problem.storage)
+        counts = 4 * geometry.layers * geometry.heads if self.shared else 0
+        room = geometry.bytes(most, 1, problem.storage) - counts
+        return min(most, max(0, room) // (bytes_each + 4 * self.carried))
 
     def plan(self, problem: PlanningProblem) -> CapacityPlan:
         """The plan with the largest mean capacity that fits at every checkpoint.

@@ -17,11 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.compensation import Compensation
 from heatkv.generation import Drawn, Generator
 from heatkv.images import to_pixels
 from heatkv.models.base import ImageModel
-from heatkv.plan import CachePlan
 from heatkv.sampling import CommonRandomSampler, RecordedTokens, Settings
 
 ROUNDING_MSE = 1 / (12 * 255**2)
@@ -107,12 +105,12 @@ class FidelityBench:
         batch: int = 16,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        self._model, self._settings, self._seed = model, settings, seed
+        self.model, self.settings, self._seed = model, settings, seed
         self._progress = progress if progress is not None else lambda _: None
         self.pictures = min(pictures, images)
         self._batches = [range(first, min(first + batch, images)) for first in range(0, images, batch)]
         self._reference: list[tuple[Drawn, list[Tensor]]] = []
-        for samples, generator in self._generators(model.full_plan()):
+        for samples, generator in self._generators(lambda size: Generator(model, model.full_plan(), size, settings)):
             logits: list[Tensor] = []
             drawn = generator.draw(
                 self._labels(samples),
@@ -124,16 +122,11 @@ class FidelityBench:
             self._progress(len(samples))
 
     def _labels(self, samples: range) -> list[Any]:
-        return self._model.labels(len(samples), samples.start)
+        return self.model.labels(len(samples), samples.start)
 
-    def _generators(
-        self, plan: CachePlan, compensation: Compensation | None = None
-    ) -> list[tuple[range, Generator[Any]]]:
+    def _generators(self, make: Callable[[int], Generator[Any]]) -> list[tuple[range, Generator[Any]]]:
         """Every batch with its generator; equal batches share one, and so one cache."""
-        by_size = {
-            len(samples): Generator(self._model, plan, len(samples), self._settings, compensation)
-            for samples in self._batches
-        }
+        by_size = {size: make(size) for size in {len(samples) for samples in self._batches}}
         return [(samples, by_size[len(samples)]) for samples in self._batches]
 
     def reference_pictures(self) -> Tensor:
@@ -141,13 +134,11 @@ class FidelityBench:
         images = [drawn.images for drawn, _ in self._reference if drawn.images is not None]
         return torch.cat(images)[: self.pictures]
 
-    def compare(self, plan: CachePlan, compensation: Compensation | None = None) -> Fidelity:
-        """Fidelity of a plan, with its corrections if any, to the full cache."""
-        tokens = self._model.geometry.schedule.tokens
+    def compare(self, make: Callable[[int], Generator[Any]]) -> Fidelity:
+        """Fidelity of what the generators draw that `make` makes for so many images, to the full cache."""
+        tokens = self.model.geometry.schedule.tokens
         result = Fidelity(tokens, self._reference[0][1][0].shape[1] // tokens[0])
-        for (samples, generator), (drawn, reference) in zip(
-            self._generators(plan, compensation), self._reference, strict=True
-        ):
+        for (samples, generator), (drawn, reference) in zip(self._generators(make), self._reference, strict=True):
             kl: list[Tensor] = []
             agree: list[Tensor] = []
 
@@ -165,7 +156,7 @@ class FidelityBench:
             self._progress(len(samples))
             if samples.start < self.pictures:
                 wanted = min(len(samples), self.pictures - samples.start)
-                sampler = CommonRandomSampler(self._seed, samples, self._settings)
+                sampler = CommonRandomSampler(self._seed, samples, self.settings)
                 free = generator.draw(labels, sampler=sampler)
                 assert free.images is not None
                 assert drawn.images is not None
@@ -177,5 +168,5 @@ class FidelityBench:
                 result.pictures.append(images)
                 self._progress(len(samples))
         if not all(math.isfinite(x) for x in result.kl_of_images()):
-            raise FloatingPointError(f"the logits under policy {plan.policy!r} are not finite")
+            raise FloatingPointError(f"the logits under policy {generator.plan.policy!r} are not finite")
         return result

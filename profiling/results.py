@@ -46,6 +46,8 @@ def comparison_digest(
         "device": [model.device.type, device_name(model.device)],
         "torch": torch.__version__,
         "sampling": settings.to_json(),
+        "storage": subject.storage,
+        "attention": subject.attention,
         "plans": [plan.to_json() for plan in subject.plans],
         "samples": sample_names(model, seed, model.labels(images), 0) if images else [],
         "seed": seed,

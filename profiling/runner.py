@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from heatkv.compensation import Compensation, compensation_of
 from heatkv.errors import HeatKVError
 from heatkv.generation import Generator
-from heatkv.geometry import Budget
+from heatkv.geometry import Budget, StorageType
 from heatkv.models.base import ImageModel
 from heatkv.plan import CachePlan
 from heatkv.policies.base import PlanningProblem, make_policy
@@ -30,21 +31,40 @@ LEAST_USED = 0.95
 class Subject:
     """One line of a comparison: a policy at a budget, with several plans when the policy draws at random.
 
-    `compensations` are the corrections of every plan, where its settings ask for some.
+    `storage` is how its cache is held, see StorageType; `compensations` are the corrections of every plan, where its
+    settings ask for some; `attention` names the kernel.
     """
 
     policy: str
     budget: str
     plans: tuple[CachePlan, ...]
+    storage: str
     compensations: tuple[Compensation | None, ...] = (None,)
+    attention: str = "auto"
 
     @classmethod
     def of(
-        cls, policy: str, budget: str, plans: Sequence[CachePlan], model: ImageModel[Any], seed: int, settings: Settings
+        cls,
+        policy: str,
+        budget: str,
+        plans: Sequence[CachePlan],
+        model: ImageModel[Any],
+        seed: int,
+        settings: Settings,
+        storage: str,
+        attention: str = "auto",
     ) -> Subject:
         """With the corrections that the plans ask for, fitted now."""
         fitted = tuple(compensation_of(model, plan, seed=seed, settings=settings) for plan in plans)
-        return cls(policy, budget, tuple(plans), fitted)
+        return cls(policy, budget, tuple(plans), storage, fitted, attention)
+
+    def generator(self, model: ImageModel[Any], settings: Settings, plan: int, batch: int) -> Generator[Any]:
+        """What draws `batch` images under one of the plans."""
+        coding = StorageType.parse(self.storage).coding
+        return Generator(
+            model, self.plans[plan], batch, settings, self.compensations[plan],
+            storage=coding, attention=self.attention,
+        )  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -64,6 +84,7 @@ def plan_subjects(
     draws: int = 1,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     settings: Settings | None = None,
+    attention: str = "auto",
 ) -> list[Subject]:
     """A subject for every budget and policy; `full`, whatever the budgets, comes once and first.
 
@@ -75,7 +96,8 @@ def plan_subjects(
         return PlanningProblem(model.geometry, budget, statistics, rankings, seed + draw, rows, storage, model.name)
 
     everything = Budget.parse("100%")
-    subjects = [Subject("full", str(everything), (make_policy("full").plan(problem(everything)),))]
+    full = make_policy("full").plan(problem(everything))
+    subjects = [Subject("full", str(everything), (full,), storage, attention=attention)]
     for budget in budgets:
         for name in policies:
             if name == "full":
@@ -83,13 +105,25 @@ def plan_subjects(
             policy = make_policy(name, **(options or {}).get(name, {}))
             count = draws if policy.random else 1
             plans = [policy.plan(problem(budget, draw)) for draw in range(count)]
-            subjects.append(Subject.of(name, str(budget), plans, model, seed, settings))
+            subjects.append(Subject.of(name, str(budget), plans, model, seed, settings, storage, attention))
     return subjects
 
 
-def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, storage: str) -> dict[str, Any]:
-    """Planned, allocated and full bytes; allocated is read from the storage of a real arena."""
-    geometry, plans = model.geometry, subject.plans
+def bytes_row(model: ImageModel[Any], subject: Subject, rows: int) -> dict[str, Any]:
+    """Planned, allocated and full bytes; allocated is read from the storage of a real arena.
+
+    What is there beside the arena is told as well: tables, memory to work in, and the running layer's own keys and
+    values.
+    """
+    geometry, plans, storage = model.geometry, subject.plans, subject.storage
+    held = StorageType.parse(storage)
+    caches = [
+        open_cache(
+            plan, rows, model.compute_dtype, model.device, model.key_angles,
+            storage=held.coding, attention=subject.attention,
+        )
+        for plan in plans
+    ]  # fmt: skip
     row: dict[str, Any] = {
         "model": model.name,
         "model_fingerprint": model.fingerprint,
@@ -97,15 +131,16 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, storage: str)
         "settings": dict(plans[0].settings),
         "budget": subject.budget,
         "rows": rows,
-        "dtype": storage,
+        "dtype": held.compute,
+        "storage": storage,
         "schedule": geometry.schedule.to_json(),
         "budget_bytes": geometry.bytes(plans[0].budget_token_heads, rows, storage),
         "planned_bytes": max(plan.bytes(rows, storage) for plan in plans),
-        "allocated_bytes": max(
-            open_cache(plan, rows, model.compute_dtype, model.device, model.key_angles).allocated_bytes
-            for plan in plans
-        ),
-        "full_bytes": geometry.full_bytes(rows, storage),
+        "allocated_bytes": max(cache.allocated_bytes for cache in caches),
+        "full_bytes": geometry.full_bytes(rows, held.compute),
+        "current_bytes": max(cache.current_bytes for cache in caches),
+        "index_bytes": max(cache.index_bytes for cache in caches),
+        "workspace_bytes": max(cache.workspace_bytes for cache in caches),
         "compensation_bytes": max(0 if fitted is None else fitted.bytes for fitted in subject.compensations),
         "predicted_kl": plans[0].predicted_kl,
         "under_used": max(plan.bytes(rows, storage) for plan in plans)
@@ -134,7 +169,7 @@ def measure_latency(
     """Time of drawing `rows` rows of images, decode included, for every subject in turns; its first plan is taken."""
     batch = images_of_rows(rows, settings)
     labels = model.labels(batch)
-    generators = {s.name: Generator(model, s.plans[0], batch, settings, s.compensations[0]) for s in subjects}
+    generators = {s.name: s.generator(model, settings, 0, batch) for s in subjects}
     calls = {name: (lambda g=generator: g.draw(labels, seed)) for name, generator in generators.items()}
     times = measure_interleaved(calls, model.device, repeats, progress)
     return {name: (times[name], measure_device(call, model.device)) for name, call in calls.items()}
@@ -156,7 +191,10 @@ FIDELITY = (
 
 def fidelity_row(bench: FidelityBench, subject: Subject) -> tuple[dict[str, Any], Fidelity]:
     """Fidelity figures of a subject, means over its plans, and the details of its first plan."""
-    results = [bench.compare(*pair) for pair in zip(subject.plans, subject.compensations, strict=True)]
+    results = [
+        bench.compare(partial(subject.generator, bench.model, bench.settings, plan))
+        for plan in range(len(subject.plans))
+    ]
     return {
         "images": len(results[0].kl_of_images()),
         "kl": float(np.mean([result.kl() for result in results])),

@@ -461,7 +461,7 @@ def test_autocast_stores_keys_in_the_compute_type(kind: Any) -> None:
         expected = draw(model)[0]
         with heatkv.attach(model, "full", "100%", schedule=schedule) as attached:
             got = draw(model)[0]
-    assert attached.cache.arena_2RPD.dtype == torch.bfloat16
+    assert attached.cache.store.dtype == torch.bfloat16
     assert attached.cache.allocated_bytes == attached.plan.geometry.full_bytes(4, "bfloat16")
     rounding = (expected.double() - exact.double()).abs().max()
     assert 0 < rounding < 0.2 * exact.abs().max()

@@ -42,7 +42,7 @@ def images_of(plan: Plan, rows: int, seed: int, dtype: torch.dtype = torch.float
 def run(cache: KVCache, images: Images, poison: bool = True) -> list[Tensor]:
     """All outputs in order. A slot that is read before these images wrote it gives NaN."""
     if poison:
-        cache.arena_2RPD.fill_(float("nan"))
+        cache.store.arena_2RPD.fill_(float("nan"))
     cache.reset()
     return [cache.attend(layer, *qkv) for scale in images for layer, qkv in enumerate(scale)]
 
@@ -165,7 +165,7 @@ def test_the_arena_takes_what_was_planned(dtype: torch.dtype, plan: Plan, rows: 
     peak = max(map(max, live_table(plan.last_read.tolist(), plan.schedule.tokens)))
     expected = peak * rows * plan.geometry.head_dim * sum(STORAGE_BYTES[storage])
     assert cache.allocated_bytes == expected == plan.bytes(rows, storage)
-    assert cache.allocated_bytes == cache.arena_2RPD.untyped_storage().nbytes()
+    assert cache.allocated_bytes == cache.store.arena_2RPD.untyped_storage().nbytes()
     assert cache.allocated_bytes <= plan.geometry.bytes(plan.budget_token_heads, rows, storage)
 
 
@@ -175,12 +175,12 @@ def test_nothing_moves(plan: Plan, seed: int) -> None:
     """Every live cell lies where its layout says, bit for bit, from its write to its last read; no other is written."""
     images = images_of(plan, 2, seed)
     cache = KVCache(plan, 2)
-    address, storage = cache.arena_2RPD.data_ptr(), cache.arena_2RPD.untyped_storage().data_ptr()
-    cache.arena_2RPD.fill_(float("nan"))
+    address, storage = cache.store.arena_2RPD.data_ptr(), cache.store.arena_2RPD.untyped_storage().data_ptr()
+    cache.store.arena_2RPD.fill_(float("nan"))
     live: dict[tuple[int, int, int], Tensor] = {}
     for t, scale in enumerate(images):
         for layer, (q, k, v) in enumerate(scale):
-            before = cache.arena_2RPD.clone()
+            before = cache.store.arena_2RPD.clone()
             cache.attend(layer, q, k, v)
             live = {cell: x for cell, x in live.items() if cell[0] != layer or plan.last_read[cell] > t}
             for head in range(plan.geometry.heads):
@@ -189,12 +189,15 @@ def test_nothing_moves(plan: Plan, seed: int) -> None:
             untouched = torch.ones(cache.layout.slots, dtype=torch.bool)
             for (l, h, s), x in live.items():
                 slots = [slot for first, size in cache.layout.runs[l][h][s] for slot in range(first, first + size)]
-                assert torch.equal(cache.arena_2RPD[:, :, slots], x)
+                assert torch.equal(cache.store.arena_2RPD[:, :, slots], x)
                 if (l, s) == (layer, t):
                     untouched[slots] = False
-            rest = (x[:, :, untouched] for x in (cache.arena_2RPD, before))
+            rest = (x[:, :, untouched] for x in (cache.store.arena_2RPD, before))
             assert torch.equal(*(x.nan_to_num(nan=-123.0) for x in rest))
-            assert (cache.arena_2RPD.data_ptr(), cache.arena_2RPD.untyped_storage().data_ptr()) == (address, storage)
+            assert (cache.store.arena_2RPD.data_ptr(), cache.store.arena_2RPD.untyped_storage().data_ptr()) == (
+                address,
+                storage,
+            )
     assert not live
 
 
@@ -203,10 +206,10 @@ def test_the_last_scale_is_never_stored() -> None:
     images = images_of(plan, 1, 0)
     cache = KVCache(plan, 1)
     run(cache, images)
-    held = cache.arena_2RPD.clone()
+    held = cache.store.arena_2RPD.clone()
     images[-1] = images_of(plan, 1, 1)[-1]
     run(cache, images)
-    assert torch.equal(cache.arena_2RPD.nan_to_num(), held.nan_to_num())
+    assert torch.equal(cache.store.arena_2RPD.nan_to_num(), held.nan_to_num())
     assert all(cells[-1] == () for heads in cache.layout.runs for cells in heads)
 
 
@@ -274,12 +277,12 @@ def test_wrong_shapes_are_refused(position: int, name: str, wrong: Callable[[Ten
     plan = by_hand()
     images = images_of(plan, 2, 0)
     cache = KVCache(plan, 2)
-    cache.arena_2RPD.fill_(float("nan"))
+    cache.store.arena_2RPD.fill_(float("nan"))
     qkv: list[Any] = list(images[0][0])
     qkv[position] = wrong(qkv[position])
     with pytest.raises(PlanError, match=rf"^{name} of layer 0, scale 0 is \(.*\); the plan needs .* = \(2, 2, 1, 4\)"):
         cache.attend(0, *qkv)
-    assert cache.arena_2RPD.isnan().all()
+    assert cache.store.arena_2RPD.isnan().all()
     cache.attend(0, *images[0][0])
 
 

@@ -168,7 +168,7 @@ def test_unknown_arrays_are_refused(statistics: Statistics, tmp_path: Path, name
 def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (full,) = plan_subjects(emoji, [], [], statistics=None, rows=2, storage="float32")
     digest = comparison_digest(emoji, emoji.sampling, full, seed=0, images=1, pictures=1)
-    row = {"comparison": digest} | bytes_row(emoji, full, 2, "float32")
+    row = {"comparison": digest} | bytes_row(emoji, full, 2)
     row |= latency_row(measure_latency(emoji, [full], rows=2, settings=emoji.sampling, repeats=1)[full.name])
     bench = FidelityBench(emoji, images=1, pictures=1, seed=0, settings=emoji.sampling)
     row |= fidelity_row(bench, full)[0]

@@ -532,7 +532,7 @@ def test_golden_in_16_bits(golden_model: Path, dtype: torch.dtype, monkeypatch: 
         else:
             codes = [expected[f"scale{scale}.tokens"] for scale in range(scales)]
         generator: Generator[Any] = Generator(model, plan, batch)
-        assert generator.cache.arena_2RPD.dtype == dtype
+        assert generator.cache.store.dtype == dtype
         generator.draw(
             drawn, sampler=RecordedTokens(codes), observe=lambda _, x, seen=guided: seen.append(x), decode=False
         )

@@ -91,25 +91,25 @@ def test_bytes_are_read_from_the_storage(emoji: ClassConditionalModel) -> None:
         ("streaming", "2097152B", 1), ("random", "2097152B", 2),
     ]  # fmt: skip
     for subject in subjects:
-        row = bytes_row(emoji, subject, 4, "float32")
+        row = bytes_row(emoji, subject, 4)
         peak = max(plan.peak_token_heads for plan in subject.plans)
         assert row["allocated_bytes"] == row["planned_bytes"] == peak * 4 * 2 * 4 * 32
         assert row["allocated_bytes"] <= row["budget_bytes"] <= row["full_bytes"]
-    assert bytes_row(emoji, subjects[-1], 4, "float32")["allocated_bytes"] <= 2 << 20
+    assert bytes_row(emoji, subjects[-1], 4)["allocated_bytes"] <= 2 << 20
     assert subjects[2].plans[0] != subjects[2].plans[1]
 
 
 def test_a_budget_that_cannot_be_used_is_flagged(emoji: ClassConditionalModel) -> None:
     # whole scales only, in every layer alike
     coarse = emoji.plan("ams-kv-like", "58%", statistics=emoji_statistics(emoji))
-    full = Subject("ams-kv-like", "58%", (coarse,))
-    row = bytes_row(emoji, full, 2, "float32")
+    full = Subject("ams-kv-like", "58%", (coarse,), "float32")
+    row = bytes_row(emoji, full, 2)
     assert row["under_used"] == (row["planned_bytes"] < 0.95 * row["budget_bytes"])
     assert row["under_used"]
     table = results_table([row], "t")
     assert "†" in str(table.columns[0]._cells[0])
     assert table.caption == "† used less than 95% of its budget"
-    fine = bytes_row(emoji, Subject("snapkv", "58%", (emoji.plan("snapkv", "58%"),)), 2, "float32")
+    fine = bytes_row(emoji, Subject("snapkv", "58%", (emoji.plan("snapkv", "58%"),), "float32"), 2)
     assert not fine["under_used"]
 
 
@@ -121,8 +121,8 @@ def test_a_plan_without_effect_is_flagged(emoji: ClassConditionalModel) -> None:
     full, all_of_it = plan_subjects(
         emoji, ["streaming"], [Budget.parse("100%")], statistics=None, rows=2, storage="float32"
     )
-    assert bytes_row(emoji, all_of_it, 2, "float32")["had_no_effect"]
-    assert not bytes_row(emoji, full, 2, "float32")["had_no_effect"]
+    assert bytes_row(emoji, all_of_it, 2)["had_no_effect"]
+    assert not bytes_row(emoji, full, 2)["had_no_effect"]
 
 
 def test_latency_takes_turns_and_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def generate(
     wanted = _what_to_draw(loaded, label or [], prompt or [], negative)
     labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
     batch = min(len(labels), 16 if running.rows is None else images_of_rows(running.rows, settings))
-    held_rows, storage = batch * settings.rows_per_image, storage_of(loaded)
+    held_rows, storage = batch * settings.rows_per_image, storage_of(loaded, running.storage)
     if plan is not None:
         chosen: CachePlan = open_only_plan(plan, loaded.geometry, source.model, budget, ranking)
         say_bytes(chosen, str(plan), held_rows, storage)
@@ -82,7 +82,7 @@ def generate(
             part = labels[first : first + batch]
             images = draw(
                 loaded, part, chosen, seed=running.seed, first_sample=first, batch=batch, settings=settings,
-                compensation=compensation,
+                compensation=compensation, storage=running.storage, attention=running.attention,
             )  # fmt: skip
             for index, image in enumerate(images):
                 path = folder / f"{first + index:04d}_{titles[first + index]}.png"

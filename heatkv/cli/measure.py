@@ -75,7 +75,8 @@ class _Measurement:
         sinks = [p.sink_scales for p in made if isinstance(p, StaticPolicy) and p.level_cost is not None]
         self.level_sinks = min(sinks, default=SINK_SCALES)
         self.model, self.settings = open_model(source, running)
-        self.storage, self.seed = storage_of(self.model), running.seed
+        self.storage, self.seed = storage_of(self.model, running.storage), running.seed
+        self.running = running
         self.rows = running.rows if running.rows is not None else self.settings.rows_per_image
         self.batch = images_of_rows(self.rows, self.settings)
         self.statistics = open_statistics(ranking.statistics, self.model, self.settings)
@@ -121,11 +122,16 @@ class _Measurement:
         subjects = plan_subjects(
             self.model, self.policies, self.budgets, statistics=statistics, rankings=self.rankings, rows=self.rows,
             storage=self.storage, seed=self.seed, draws=draws, options=self.policy_options, settings=self.settings,
+            attention=self.running.attention,
         )  # fmt: skip
         for path, plan in self.plans:
             say_bytes(plan, str(path), self.rows, self.storage)
             title, budget = f"{plan.policy} ({path.name})", f"{plan.budget:.4%}".replace(".0000", "")
-            subjects.append(Subject.of(title, budget, [plan], self.model, self.seed, self.settings))
+            subjects.append(
+                Subject.of(
+                    title, budget, [plan], self.model, self.seed, self.settings, self.storage, self.running.attention
+                )
+            )
         taken: set[str] = set()
         for subject in subjects:
             if subject.name in taken:
@@ -157,9 +163,7 @@ class _Measurement:
         from heatkv.profiling.runner import bytes_row, latency_row, measure_latency
 
         rows = [
-            {"comparison": digest}
-            | bytes_row(self.model, subject, self.rows, self.storage)
-            | self._foretold_elsewhere(subject)
+            {"comparison": digest} | bytes_row(self.model, subject, self.rows) | self._foretold_elsewhere(subject)
             for subject, digest in zip(subjects, digests, strict=True)
         ]
         results.save(rows)

@@ -12,8 +12,8 @@ import torch
 from heatkv.capacities import CapacityPlan, load_plan
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
-from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry
+from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
+from heatkv.geometry import CODED_BYTES, Budget, CacheGeometry, StorageType
 from heatkv.models import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_info
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -159,9 +159,16 @@ def statistics_of_model(path: Path, model: str) -> Statistics:
     return statistics
 
 
-def storage_of(model: ImageModel[Any]) -> str:
-    """The name of the type that the model computes in, which its cache is stored in."""
-    return next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == model.compute_dtype)
+def storage_of(model: ImageModel[Any], coding: str | None = None) -> str:
+    """How the model's cache is stored: in the type that it computes in, or coded. Raises BudgetError."""
+    return storage_name(next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == model.compute_dtype), coding)
+
+
+def storage_name(dtype: str, coding: str | None) -> str:
+    """The name of a storage type. Raises BudgetError for an unknown coding."""
+    if coding is not None and coding not in CODED_BYTES:
+        raise BudgetError(f"unknown storage {coding!r}; known: {', '.join(CODED_BYTES)}; leave it out for {dtype}")
+    return str(StorageType(dtype, coding))
 
 
 def open_plan(path: Path, geometry: CacheGeometry, model: str) -> CachePlan:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from heatkv.errors import HeatKVError
+from heatkv.geometry import CODED_BYTES
 from heatkv.models import COMPUTE_DTYPES
 
 Model = Annotated[str, typer.Option("--model", help="name of a model, see `heatkv models`")]
@@ -26,6 +27,11 @@ Rows = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help=f"compute and storage type: {', '.join(COMPUTE_DTYPES)}")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
+Storage = Annotated[
+    str | None,
+    typer.Option("--storage", help=f"8-bit codes in the cache: {', '.join(CODED_BYTES)}; default: the compute type"),
+]
+Attention = Annotated[str, typer.Option("--attention", help="attention kernel: auto, ragged or triton")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 PlanFiles = Annotated[list[Path] | None, typer.Option("--plan", help="plan.json of `heatkv solve`; may be repeated")]
 Policy = Annotated[str, typer.Option("--policy", help="name of a policy, see `heatkv policies`")]
@@ -96,6 +102,8 @@ class Running:
     rows: Rows = None
     dtype: Dtype = "float32"
     device: Device = "cpu"
+    storage: Storage = None
+    attention: Attention = "auto"
 
 
 class Without(str):

@@ -414,7 +414,7 @@ class Attached:
                 f"{rows} rows are not two halves, conditional and unconditional; attach with guided=False"
             )
         old = self._cache
-        if old is not None and (old.rows, old.arena_2RPD.dtype, old.arena_2RPD.device) == (rows, dtype, device):
+        if old is not None and (old.rows, old.store.dtype, old.store.device) == (rows, dtype, device):
             old.reset()
         else:
             needed = self.plan.bytes(rows, str(dtype).removeprefix("torch."))

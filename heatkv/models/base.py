@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import ModelError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry
+from heatkv.geometry import Budget, CacheGeometry, StorageType
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.var import Attend
 from heatkv.plan import CachePlan, Plan
@@ -95,11 +95,13 @@ class ImageModel(ABC, Generic[Label]):
         statistics: Statistics | None = None,
         rows: int | None = None,
         seed: int = 0,
+        storage: str | None = None,
         **options: Any,
     ) -> CachePlan:
         """A plan of the named policy for this model; `options` are the policy's own, such as sink_scales.
 
-        `rows` (default: those of one image) only matters for a budget in bytes. Raises PolicyError for an unknown
+        `rows` (default: those of one image) and `storage` ("int8" or "fp8" for a cache of 8-bit codes) only matter for
+        a budget in bytes. Raises PolicyError for an unknown
         policy or option, BudgetError for a budget that cannot be read or kept, and StatisticsError for statistics of
         other weights.
         """
@@ -113,7 +115,7 @@ class ImageModel(ABC, Generic[Label]):
             statistics,
             seed=seed,
             rows=self.sampling.rows_per_image if rows is None else rows,
-            storage=str(self.compute_dtype).removeprefix("torch."),
+            storage=str(StorageType(str(self.compute_dtype).removeprefix("torch."), storage)),
             model=self.name,
         )
         return make_policy(policy, **options).plan(problem)
