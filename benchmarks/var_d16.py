@@ -15,28 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_models import random_model
 from torch import Tensor
 
 from heatkv.files import write_json
 from heatkv.generation import Generator
-from heatkv.models import VAR_SAMPLING, model_info
-from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.models.var import VAR, VARConfig
-from heatkv.models.vqvae import VQVAE, VQVAEConfig
 from heatkv.profiling.environment import environment
 
 REPEATS = 3
-
-
-def random_model(dtype: torch.dtype) -> ClassConditionalModel:
-    """VAR-d16 and its VQVAE in their published shapes."""
-    torch.manual_seed(0)
-    info = model_info("var-d16")
-    sides = tuple(height for _, height, _ in info.schedule().scales)
-    transformer = VAR(VARConfig(sides, info.layers, 1024, info.heads)).eval().requires_grad_(False)
-    vqvae = VQVAE(VQVAEConfig(sides), encoder=False).eval().requires_grad_(False)
-    vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return ClassConditionalModel("var-d16", transformer.set_compute_dtype(dtype), vqvae, VAR_SAMPLING, "random")
 
 
 class Stopwatch:
@@ -57,7 +43,7 @@ class Stopwatch:
 
 def measure(dtype: torch.dtype) -> dict[str, Any]:
     """Seconds of whole images, and the parts of one of them."""
-    model = random_model(dtype)
+    model = random_model("var-d16", None, dtype)
     generator = Generator(model, model.plan(), 1)
     generator.draw([0])
     totals = []

@@ -10,18 +10,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from random_models import labels_of, random_model
 
 from heatkv.generation import Generator
-from heatkv.models import VAR_SAMPLING, load_model, model_info
-from heatkv.models.bsq import BSQ_D32, BitwiseVAE
-from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.models.infinity import INFINITY_2B, Infinity
-from heatkv.models.text_conditional import SAMPLING, Prompt, TextConditionalModel
-from heatkv.models.var import VAR, VARConfig
-from heatkv.models.vqvae import VQVAE, VQVAEConfig
+from heatkv.models import model_info
 from heatkv.profiling.fit import TEXT_POSITIONS, footprint
 from heatkv.profiling.ledger import TensorLedger
 
@@ -38,22 +32,6 @@ LAYERS = 2
 MEBI = 1 << 20
 
 
-def random_model(name: str, size: str, dtype: torch.dtype) -> Any:
-    """The model to draw with."""
-    torch.manual_seed(0)
-    info = model_info(name)
-    schedule = info.schedule(size)
-    if info.bundled:
-        return load_model(name)
-    if info.family == "infinity":
-        transformer = Infinity(replace(INFINITY_2B, depth=LAYERS)).set_compute_dtype(dtype).eval()
-        vae = BitwiseVAE(BSQ_D32, encoder=False).eval()
-        return TextConditionalModel(name, transformer, vae, schedule, SAMPLING, "random")
-    sides = tuple(height for _, height, _ in schedule.scales)
-    var = VAR(VARConfig(sides, info.layers, info.heads * info.head_dim, info.heads)).set_compute_dtype(dtype).eval()
-    return ClassConditionalModel(name, var, VQVAE(VQVAEConfig(sides), encoder=False).eval(), VAR_SAMPLING, "random")
-
-
 def resident(key: str) -> int:
     """Bytes of a line of the kernel's account of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -62,23 +40,20 @@ def resident(key: str) -> int:
 
 def measure(name: str, size: str, dtype: str, images: int, how: str) -> None:
     """Print MiB: the peak of tensors alive, or the growth of resident memory."""
-    model = random_model(name, size, getattr(torch, dtype))
+    layers = LAYERS if model_info(name).family == "infinity" else None
+    model = random_model(name, size, getattr(torch, dtype), layers)
     generator = Generator(model, model.plan(), images)
     generator.cache.store.arena_2RPD.zero_()  # resident before the drawing
 
-    def labels() -> list[Any]:
-        if isinstance(model, ClassConditionalModel):
-            return list(range(images))
-        return [Prompt(torch.zeros(TEXT_POSITIONS, INFINITY_2B.text_channels)) for _ in range(images)]
-
+    labels = labels_of(model, images, TEXT_POSITIONS)
     if how == "alive":
         with TensorLedger() as ledger:
-            generator.draw(labels())
+            generator.draw(labels)
         print(ledger.peak / MEBI)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the highest value so far
         before = resident("VmRSS")
-        generator.draw(labels())
+        generator.draw(labels)
         print((resident("VmHWM") - before) / MEBI)
 
 

@@ -1,0 +1,110 @@
+"""Images under a 10 % plan beside the full cache's: `python benchmarks/bench_generation.py`.
+
+One image with guidance on one thread, decoder left out (it is the same for all), every variant in turns in one process:
+the embedded model, VAR-d16, and Infinity-2B cut to four layers at 0.25M and 1M, these three with random weights and
+random rankings, which decide what is read but not how much. `--out benchmarks/results/generation.json` writes the
+published result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from random_models import labels_of, random_model
+from yardstick import matrix_product_ms
+
+from heatkv.calibration import calibrate
+from heatkv.files import write_json
+from heatkv.generation import Generator
+from heatkv.geometry import Budget
+from heatkv.level_calibration import calibrate_levels
+from heatkv.models.base import ImageModel
+from heatkv.plan import CachePlan
+from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.profiling.environment import environment
+from heatkv.statistics import HeadRankings
+
+CASES = {
+    "emoji": ("emoji", None, None, 7),
+    "var-d16": ("var-d16", None, None, 3),
+    "infinity-2b-4-layers-0.25M": ("infinity-2b", "0.25M", 4, 3),
+    "infinity-2b-4-layers-1M": ("infinity-2b", "1M", 4, 2),
+}
+BUDGET, FROM_TOKENS, PROMPT = "10%", 1000, 64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def plans_of(model: ImageModel[Any]) -> dict[str, CachePlan]:
+    geometry = model.geometry
+    if model.name == "emoji":
+        measured = calibrate(model, 8).with_levels(calibrate_levels(model, 8))
+        names = ("heatkv", "heatkv-mr")
+        return {"full": model.full_plan()} | {name: model.plan(name, BUDGET, statistics=measured) for name in names}
+    rng, pairs = np.random.default_rng(0), geometry.layers * geometry.heads
+    order = np.stack([rng.permutation(pairs) for _ in geometry.schedule.tokens[:-1]])
+    rankings = HeadRankings(geometry.layers, geometry.heads, 0, order)
+    problem = PlanningProblem(geometry, Budget.parse(BUDGET), rankings=rankings, model=model.name)
+    return {"full": model.full_plan(), "heatkv": make_policy("heatkv").plan(problem)}
+
+
+def measure(case: str, dtype: str) -> dict[str, Any]:
+    name, size, layers, repeats = CASES[case]
+    model = random_model(name, size, DTYPES[dtype], layers)
+    labels = labels_of(model, 1, PROMPT)
+    generators = {policy: Generator(model, plan, 1) for policy, plan in plans_of(model).items()}
+    if "heatkv" in generators:
+        generators["heatkv int8"] = Generator(model, generators["heatkv"].plan, 1, storage="int8")
+    runs: dict[str, list[float]] = {policy: [] for policy in generators}
+    for turn in range(repeats + 1):
+        for policy, generator in generators.items():
+            began = time.process_time()
+            generator.draw(labels, decode=False)
+            if turn:  # the first warms up
+                runs[policy].append(time.process_time() - began)
+    seconds = {policy: statistics.median(times) for policy, times in runs.items()}
+    return {
+        "case": case,
+        "dtype": dtype,
+        "tokens": model.geometry.schedule.total_tokens,
+        "seconds": {policy: round(value, 4) for policy, value in seconds.items()},
+        "runs": {policy: [round(x, 4) for x in times] for policy, times in runs.items()},
+        "over_full": {policy: round(value / seconds["full"], 4) for policy, value in seconds.items()},
+        "allocated_bytes": {policy: generator.cache.allocated_bytes for policy, generator in generators.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--out", type=Path, help="also write the result as JSON")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    before, rows = matrix_product_ms(), []
+    for case in given.cases:
+        for dtype in given.dtypes:
+            row = measure(case, dtype)
+            rows.append(row)
+            slower = row["tokens"] >= FROM_TOKENS and row["over_full"]["heatkv"] > 1
+            shares = {policy: f"{s:.3f} s ({row['over_full'][policy]:.3f})" for policy, s in row["seconds"].items()}
+            told = ", ".join(f"{policy} {share}" for policy, share in shares.items())
+            print(f"{case}, {dtype}, {row['tokens']} tokens: {told}{'  SLOWER' if slower else ''}", flush=True)
+    after = matrix_product_ms()
+    print(f"1024 cubed fp32 product: {before:.1f} ms before, {after:.1f} ms after")
+    if given.out is not None:
+        told = {
+            "environment": environment(torch.device("cpu")),
+            "matrix_product_1024_fp32_processor_ms": before,
+            "matrix_product_1024_fp32_processor_ms_after": after,
+        }
+        write_json(given.out, told | {"rows": rows}, indent=1)
+
+
+if __name__ == "__main__":
+    main()

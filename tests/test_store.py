@@ -1,0 +1,232 @@
+"""8-bit storage: what codes lose, that reading and writing find their slots, and that caches keep their bytes."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import SEEDS, geometries, level_plans, plans
+from test_cache import ROWS, Images, dense, images_of
+from test_level_cache import dense as dense_levels
+from torch import Tensor
+
+from heatkv.arena import ArenaLayout
+from heatkv.cache import KVCache
+from heatkv.errors import BudgetError, PlanError
+from heatkv.geometry import CODED_BYTES, STORAGE_BYTES, Budget, CacheGeometry, StorageType
+from heatkv.plan import Plan
+from heatkv.schedule import ScaleSchedule
+from heatkv.store import Store, decode, encode
+
+CPU = torch.device("cpu")
+LARGEST = {"int8": 127, "fp8": 448}
+STEP = {"int8": 1 / 127, "fp8": 1 / 8}
+"""Largest distance between neighbouring codes, of the largest number (int8) or of a number itself (e4m3: 3 bits)."""
+
+
+def rounded(x: Tensor, coding: str) -> Tensor:
+    """What an 8-bit store gives back, written down anew in float64, number by number."""
+    flat = x.double().flatten(0, -2)
+    out = torch.empty_like(flat)
+    for at, row in enumerate(flat):
+        scale = float(torch.tensor(float(row.abs().max()) / LARGEST[coding], dtype=torch.float32).bfloat16()) or 1.0
+        for channel, number in enumerate(row.tolist()):
+            if coding == "int8":
+                code = float(min(max(round(number / scale), -127), 127))
+            else:
+                held = min(max(number / scale, -448.0), 448.0)
+                # e4m3: 3 bits behind the leading one, from 2^-6 on; below, steps of 2^-9
+                exponent = max(math.floor(math.log2(abs(held))) if held else -6, -6)
+                code = round(held / 2.0 ** (exponent - 3)) * 2.0 ** (exponent - 3)
+            out[at, channel] = code * scale
+    return out.view(x.shape)
+
+
+@pytest.mark.parametrize("coding", sorted(CODED_BYTES))
+@settings(max_examples=50)
+@given(seed=SEEDS, exponent=st.integers(-30, 30), dim=st.sampled_from([1, 4, 33]))
+def test_codes_are_the_nearest(coding: str, seed: int, exponent: int, dim: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((2, 3, dim), generator=generator) * 2.0**exponent
+    codes, scales = encode(x, {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[coding])
+    got, expected = decode(codes, scales, torch.float32).double(), rounded(x, coding)
+    largest = x.double().abs().amax(dim=-1, keepdim=True)
+    # fp32 against float64: a number half-way between two codes may go to either
+    step = largest * STEP["int8"] if coding == "int8" else x.double().abs() * STEP["fp8"] + largest * 2.0**-15
+    assert ((got - expected).abs() <= 1.01 * step).all()
+    assert ((got - expected).abs() <= 1e-5 * largest).double().mean() > 0.9
+    assert ((got - x.double()).abs() <= 0.51 * step + largest * 2.0**-9).all()
+
+
+@pytest.mark.parametrize("coding", sorted(CODED_BYTES))
+def test_zeros_stay_zeros_and_signs_signs(coding: str) -> None:
+    x = torch.tensor([[[0.0, 0.0], [-3.0, 3.0], [1e-38, 0.0], [0.0, -1e30]]])
+    codes, scales = encode(x, {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[coding])
+    got = decode(codes, scales, torch.float32)
+    assert got[0, 0].tolist() == [0.0, 0.0]
+    assert got[0, 1].tolist() == pytest.approx([-3.0, 3.0], rel=0.005)
+    assert got[0, 3].tolist() == pytest.approx([0.0, -1e30], rel=0.005)
+    assert got.isfinite().all()
+
+
+@settings(max_examples=100)
+@given(seed=SEEDS)
+def test_what_was_read_is_written_back_without_loss(seed: int) -> None:
+    """Dynamic policies move tokens at every scale: they must not decay."""
+    x = torch.randn((1, 5, 32), generator=torch.Generator().manual_seed(seed))
+    once = decode(*encode(x, torch.int8), torch.float32)
+    again = decode(*encode(once, torch.int8), torch.float32)
+    assert torch.equal(once, again)
+
+
+@settings(max_examples=60)
+@given(seed=SEEDS, rows=ROWS, coding=st.sampled_from([None, "int8", "fp8"]))
+def test_slots_are_read_as_they_were_written(seed: int, rows: int, coding: str | None) -> None:
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    store = Store(rows, 12, 8, torch.float32, CPU, coding, 5)
+    store.spoil()
+    slots = rng.permutation(12)[: int(rng.integers(1, 13))]
+    k, v = torch.randn((2, rows, len(slots), 8), generator=generator)
+    store.write(store.places(slots, writing=True), k, v)
+    order = rng.permutation(len(slots))
+    got = store.read(store.places(slots[order]))
+    for x, expected in zip(got, (k, v), strict=True):
+        for at, token in enumerate(order):
+            coded = coding is not None and slots[token] >= 5
+            wanted = rounded(expected[:, token], coding or "") if coded else expected[:, token].double()
+            # fp32 against float64 may round a number half-way to the other side
+            assert ((x[:, at] - wanted).abs() <= wanted.abs().amax() * (0.13 if coded else 0)).all()
+    rest = sorted(set(range(12)) - set(slots.tolist()))
+    if rest:
+        assert store.read(store.places(np.array(rest))).isnan().all()
+
+
+def kept_as(plan: Plan, images: Images, coding: str) -> Images:
+    """Keys and values as later targets read them: those of all but the uncoded sinks rounded."""
+    first = min(2, plan.sink_scales)
+    coded = [[(q, *(rounded(x, coding).to(x.dtype) for x in (k, v))) for q, k, v in scale] for scale in images[first:]]
+    return [*images[:first], *coded]
+
+
+def run_coded(plan: Plan, images: Images, rows: int, coding: str) -> list[Tensor]:
+    cache = KVCache(plan, rows, storage=coding)
+    cache.store.spoil()
+    cache.reset()
+    return [cache.attend(layer, *qkv) for scale in images for layer, qkv in enumerate(scale)]
+
+
+def with_held(plan: Plan, images: Images, held: Images) -> list[Tensor]:
+    """Attention target by target: past scales as they are held, the running one as it is."""
+    outs = []
+    for t in range(len(images)):
+        mixed = [*held[:t], images[t], *images[t + 1 :]]
+        outs += dense(plan, mixed)[t * plan.geometry.layers : (t + 1) * plan.geometry.layers]
+    return outs
+
+
+@pytest.mark.parametrize("coding", sorted(CODED_BYTES))
+@settings(max_examples=25)
+@given(plan=plans(max_side=3), rows=ROWS, seed=SEEDS)
+def test_attention_reads_what_the_codes_say(coding: str, plan: Plan, rows: int, seed: int) -> None:
+    if plan.geometry.head_dim <= 1:  # codes and scales would take more than fp32
+        with pytest.raises(BudgetError, match="no less"):
+            plan.bytes(rows, f"{coding}/float32")
+        return
+    images = images_of(plan, rows, seed)
+    expected = with_held(plan, images, kept_as(plan, images, coding))
+    got = run_coded(plan, images, rows, coding)
+    for one, other in zip(got, expected, strict=True):
+        assert one.isfinite().all()
+        # fp32 against float64: a number half-way between codes may round to the other
+        assert (one.double() - other).abs().max() <= 0.1
+    error = torch.cat([(one.double() - other).abs().flatten() for one, other in zip(got, expected, strict=True)])
+    assert error.median() <= 1e-5
+
+
+@settings(max_examples=25)
+@given(plan=level_plans(max_side=4, head_dim=8), rows=ROWS, seed=SEEDS)
+def test_coarse_cells_are_coded_too(plan: Plan, rows: int, seed: int) -> None:
+    images = images_of(plan, rows, seed)
+    uncoded, got = dense_levels(plan, images), run_coded(plan, images, rows, "int8")
+    scale = max(float(v.abs().max()) for of_scale in images for _, _, v in of_scale)
+    for one, other in zip(got, uncoded, strict=True):
+        assert one.isfinite().all()
+        assert (one.double() - other).abs().max() <= 0.12 * scale  # some steps of 1/127, through the softmax
+
+
+@settings(max_examples=150)
+@given(
+    plan=plans(),
+    rows=ROWS,
+    storage=st.sampled_from(sorted(STORAGE_BYTES)[:3]),
+    coding=st.sampled_from(sorted(CODED_BYTES)),
+)
+def test_bytes_are_those_promised(plan: Plan, rows: int, storage: str, coding: str) -> None:
+    """Counted cell by cell: the first two scales, when they are sinks, in the compute type, a byte a channel and a
+    2-byte scale for all other keys and values."""
+    name, dim = f"{coding}/{storage}", plan.geometry.head_dim
+    if 2 * (dim + 2) >= dim * sum(STORAGE_BYTES[storage]):
+        return
+    cache = KVCache(plan, rows, getattr(torch, storage), storage=coding)
+    sinks = plan.schedule.tokens[: min(2, plan.sink_scales)] if len(plan.schedule) > 1 else ()
+    first = sum(sinks) * plan.geometry.layers * plan.geometry.heads
+    expected = first * dim * sum(STORAGE_BYTES[storage]) + (plan.peak_token_heads - first) * 2 * (dim + 2)
+    assert cache.allocated_bytes == sum(x.untyped_storage().nbytes() for x in cache.store.buffers)
+    assert cache.allocated_bytes == rows * expected == plan.bytes(rows, name)
+    assert plan.bytes(rows, name) <= plan.geometry.bytes(plan.budget_token_heads, rows, name)
+
+
+@settings(max_examples=100)
+@given(plan=plans())
+def test_a_coded_layout_keeps_sinks_and_others_apart(plan: Plan) -> None:
+    layout = ArenaLayout.of(plan, coded=True)
+    uncoded = min(2, plan.sink_scales)
+    for layer in layout.runs:
+        for head in layer:
+            for source, runs in enumerate(head):
+                for first, size in runs:
+                    inside = first >= 0 and first + size <= layout.uncoded_slots
+                    assert inside if source < uncoded else first >= layout.uncoded_slots
+
+
+@settings(max_examples=200)
+@given(geometry=geometries(), rows=ROWS, share=st.fractions(Fraction(1, 50), 1, max_denominator=50))
+def test_a_budget_in_bytes_counts_scales_and_sinks(geometry: CacheGeometry, rows: int, share: Fraction) -> None:
+    if geometry.head_dim <= 1:
+        return
+    storage = "int8/float32"
+    amount = math.floor(share * geometry.full_bytes(rows, storage))
+    if amount < 1:
+        return
+    held = Budget("bytes", Fraction(amount)).token_heads(geometry, rows, storage)
+    assert geometry.bytes(held, rows, storage) <= amount
+    assert held == geometry.full_token_heads or geometry.bytes(held + 1, rows, storage) > amount
+
+
+def test_infinity_takes_half_of_bf16() -> None:
+    """2 x 128 codes and two 2-byte scales a token-head instead of 512 bytes; 5 tokens of 6,425 are not coded."""
+    geometry = CacheGeometry(32, 16, 128, ScaleSchedule.square((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)))
+    full, coded = geometry.full_bytes(2, "bfloat16"), geometry.full_bytes(2, "int8/bfloat16")
+    assert full == 6425 * 512 * 512 * 2
+    assert coded == (6420 * 260 + 5 * 512) * 512 * 2
+    assert StorageType.parse("int8/bfloat16") == StorageType("bfloat16", "int8")
+
+
+@pytest.mark.parametrize("name", ["int4/bfloat16", "int8/", "int8", "/bfloat16", "bfloat16/int8", "int8/int8/float32"])
+def test_unknown_storage_is_refused(name: str) -> None:
+    with pytest.raises(BudgetError, match="unknown storage type"):
+        StorageType.parse(name)
+
+
+def test_unknown_coding_and_kernel_are_refused() -> None:
+    geometry = CacheGeometry(1, 1, 8, ScaleSchedule.square((1, 2)))
+    plan = Plan("by-hand", geometry, np.array([[[1, 1]]]), 1.0, 1, 0)
+    with pytest.raises(PlanError, match="unknown storage 'int4'"):
+        KVCache(plan, 1, storage="int4")
+    with pytest.raises(PlanError, match="unknown attention kernel 'flash'"):
+        KVCache(plan, 1, attention="flash")
