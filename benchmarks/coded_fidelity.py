@@ -1,8 +1,8 @@
 """What 8-bit storage costs and gains, at equal bytes: `python benchmarks/coded_fidelity.py`.
 
 The embedded model, in fp32 and in bf16: the full cache in 8 bits, and heatkv-mr and heatkv at 20, 10 and 6.5 % of the
-full cache's bytes in that type, held as it is and in 8 bits. KL is to the full cache in the same type, over samples that
-the calibration did not see. `--out benchmarks/results/coded_fidelity.json` writes the published result.
+full cache's bytes in that type, held as it is and in 8 bits. KL is to the full cache in the same type, over samples
+that the calibration did not see. `--out benchmarks/results/coded_fidelity.json` writes the published result.
 """
 
 from __future__ import annotations
@@ -52,10 +52,12 @@ def measure(dtype: str, measured: Statistics) -> list[dict[str, Any]]:
             subject = Subject(policy, str(budget), (plan,), storage)
             cache = subject.generator(model, model.sampling, 0, 1).cache
             figures, _ = fidelity_row(bench, subject)
+            allowed = None if policy == "full" else int(budget.amount)
             rows.append({
-                "policy": policy, "dtype": dtype, "storage": storage, "budget_bytes": int(budget.amount),
-                "budget_over_full": round(int(budget.amount) / full_bytes, 4) if policy != "full" else None,
-                "allocated_bytes": cache.allocated_bytes, "allocated_over_full": round(cache.allocated_bytes / full_bytes, 4),
+                "policy": policy, "dtype": dtype, "storage": storage, "budget_bytes": allowed,
+                "budget_over_full": None if allowed is None else round(allowed / full_bytes, 4),
+                "allocated_bytes": cache.allocated_bytes,
+                "allocated_over_full": round(cache.allocated_bytes / full_bytes, 4),
                 "token_heads_share": round(plan.peak_token_heads / model.geometry.full_token_heads, 4),
                 **{name: figures[name] for name in ("kl", "top1_agreement", "psnr_db", "ssim")},
             })  # fmt: skip

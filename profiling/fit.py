@@ -8,6 +8,7 @@ driver's own memory, workspaces of libraries, an allocator's fragmentation, and 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from heatkv.attention.grouping import GROUP_BYTES
 from heatkv.cache import KVCache
 from heatkv.errors import BudgetError, HeatKVError
 from heatkv.generation import run_scales
-from heatkv.geometry import Budget
+from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models import COMPUTE_DTYPES, VAR_SAMPLING, ModelInfo
 from heatkv.models import emoji as emoji_model
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE
@@ -52,7 +54,9 @@ class Footprint:
     """Bytes that drawing `images` at once takes, apart from the cache.
 
     `prompt` is what the class or prompt decides once per image (AdaLN vectors, keys and values of cross attention);
-    `working` the peak of all other tensors that come and go, in the transformer, the sampler or the decoder.
+    `working` the peak of all other tensors that come and go, in the transformer, the sampler or the decoder. `tables`
+    are those of what is read and written where, whatever the images, `gathered` what the heads of a layer read at most
+    with the full cache, `gathered_head` the part of one head.
     """
 
     images: int
@@ -63,10 +67,18 @@ class Footprint:
     prompt: int
     working: int
     full_cache: int
+    tables: int = 0
+    gathered: int = 0
+    gathered_head: int = 0
+
+    @property
+    def attention(self) -> int:
+        """What attention keeps beside the cache: tables, and room for the largest group of heads that it gathers."""
+        return self.tables + max(min(GROUP_BYTES, self.gathered), self.gathered_head)
 
     @property
     def without_cache(self) -> int:
-        return self.weights + self.prompt + self.working
+        return self.weights + self.prompt + self.working + self.attention
 
     @property
     def weights(self) -> int:
@@ -74,8 +86,8 @@ class Footprint:
 
     def times(self, count: int) -> Footprint:
         """That of so many times the images, which share the weights."""
-        grown = {name: getattr(self, name) * count for name in ("images", "rows", "prompt", "working", "full_cache")}
-        return replace(self, **grown)
+        grown = ("images", "rows", "prompt", "working", "full_cache", "gathered", "gathered_head")
+        return replace(self, **{name: getattr(self, name) * count for name in grown})
 
 
 _Shapes = ClassConditionalModel | TextConditionalModel
@@ -132,6 +144,14 @@ def drawing_bytes(model: _Shapes, images: int, guided: bool) -> int:
     return peak
 
 
+def table_bytes(geometry: CacheGeometry) -> int:
+    """Of the full cache's tables: the slots that every target reads, in 4 bytes, and those that are written, in 8, with
+    whose they are."""
+    schedule = geometry.schedule
+    read = sum(schedule.offsets[: len(schedule)])
+    return (4 * read + 8 * (schedule.cached_tokens + len(schedule) - 1)) * geometry.layers * geometry.heads
+
+
 def _settings(model: _Shapes, guided: bool) -> Any:
     unguided = 1.0 if isinstance(model, TextConditionalModel) else 0.0
     return model.sampling if guided else replace(model.sampling, cfg=unguided)
@@ -140,6 +160,7 @@ def _settings(model: _Shapes, guided: bool) -> Any:
 @cache
 def _one_image(info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool) -> Footprint:
     geometry, rows = info.geometry(size, ratio), 2 if guided else 1
+    gathered = 2 * rows * geometry.schedule.total_tokens * geometry.head_dim * COMPUTE_DTYPES[dtype].itemsize
     whole, short = (shapes(info, geometry.schedule, COMPUTE_DTYPES[dtype], layers) for layers in (info.layers, 2))
     return Footprint(
         images=1,
@@ -151,6 +172,9 @@ def _one_image(info: ModelInfo, size: str | None, ratio: float | None, dtype: st
         # a layer's tensors are gone before the next one runs; from the second on, its input is not the transformer's
         working=drawing_bytes(short, 1, guided) - prompt_bytes(short, 1, guided),
         full_cache=geometry.full_bytes(rows, dtype),
+        tables=table_bytes(geometry),
+        gathered=gathered * geometry.heads,
+        gathered_head=gathered,
     )
 
 
@@ -224,5 +248,5 @@ def largest_share(taken: Footprint, memory: int, least: Fraction) -> Fit:
 def largest_batch(one: Footprint, memory: int, share: Fraction) -> Fit:
     """The most images at once, from the footprint of one, that fit with the cache at `share`: at least 1, which may
     not."""
-    each = one.prompt + one.working + share * one.full_cache
-    return Fit(one.times(min(MOST_IMAGES, max(1, math.floor((memory - one.weights) / each)))), memory, share)
+    too_many = bisect_left(range(1, MOST_IMAGES + 1), True, key=lambda n: not Fit(one.times(n), memory, share).fits) + 1
+    return Fit(one.times(max(1, too_many - 1)), memory, share)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from heatkv.cache import KVCache
 from heatkv.cli import run
 from heatkv.errors import HeatKVError
 from heatkv.generation import Generator
+from heatkv.geometry import Budget
 from heatkv.models import load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.emoji import VQVAE_CONFIG
 from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.models.vqvae import VQVAE
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.windows import Full
 from heatkv.profiling.fit import (
     Footprint,
     drawing_bytes,
@@ -91,6 +96,18 @@ def test_infinity_2b_adds_up() -> None:
     assert twice.full_cache == 2 * taken.full_cache
     assert twice.working == pytest.approx(2 * taken.working, rel=0.01)
     assert footprint(info, 1, size="0.25M").full_cache < taken.full_cache
+
+
+@pytest.mark.parametrize(("images", "guided"), [(1, True), (2, False), (9, True)])
+def test_what_attention_keeps_is_foretold(images: int, guided: bool) -> None:
+    """Tables and room for gathered heads of a real cache, which may be too much."""
+    for name, size in (("emoji", None), ("infinity-2b", "0.25M")):
+        info = replace(model_info(name), layers=2)
+        taken = footprint(info, images, size=size, dtype="float32", guided=guided)
+        plan = Full().plan(PlanningProblem(info.geometry(size), Budget.parse("100%")))
+        cache = KVCache(plan, taken.rows, torch.float32, "meta")
+        assert cache.index_bytes == taken.tables
+        assert cache.workspace_bytes <= taken.attention - taken.tables <= max(2 * cache.workspace_bytes, 1 << 21)
 
 
 def test_drawing_on_shapes_takes_what_drawing_takes() -> None:
