@@ -31,6 +31,15 @@ def _as_type(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _as_fp32(x):
+    if x.dtype == tl.bfloat16:
+        # by hand, since Triton's interpreter is wrong about numbers below 2^-126
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def _float8_code(x):
     """The bits of float8_e4m3fn of an fp32 within +-448, half to even, on devices without the type as well."""
     bits = x.to(tl.int32, bitcast=True)
@@ -180,8 +189,9 @@ def attention_kernel(
             in_CD = listed_C[:, None] & in_D
             k_CD = _decoded(tl.load(keys_PD + at_CD, mask=in_CD, other=0), FLOAT8, COMPUTE)
             v_CD = _decoded(tl.load(values_PD + at_CD, mask=in_CD, other=0), FLOAT8, COMPUTE)
-            k_scale_C = tl.load(key_scales_P + slot_C, mask=listed_C, other=0.0).to(tl.float32)
-            v_scale_C = tl.load(value_scales_P + slot_C, mask=listed_C, other=0.0).to(tl.float32)
+            k_scale_C = tl.load(key_scales_P + slot_C, mask=listed_C, other=0.0)
+            v_scale_C = tl.load(value_scales_P + slot_C, mask=listed_C, other=0.0)
+            k_scale_C, v_scale_C = _as_fp32(k_scale_C), _as_fp32(v_scale_C)
             if COMPUTE == tl.float16:
                 # Weights times scales would be too small for half precision, so the sum is carried in a unit of its
                 # own: the largest scale of the tile, or 2^-24 where values are so small that they vanish anyway.
@@ -227,12 +237,13 @@ def _append(
 ):
     """Write the keys or the values of C tokens of one head; their scales begin at `scale_at`."""
     in_CD = in_C[:, None] & in_D
-    x_CD = tl.load(x_ND + token_C[:, None] * stride_n + channel_D[None, :], mask=in_CD, other=0.0).to(tl.float32)
+    x_CD = _as_fp32(tl.load(x_ND + token_C[:, None] * stride_n + channel_D[None, :], mask=in_CD, other=0.0))
     at_CD = slot_C[:, None] * stride_p + channel_D[None, :]
     if CODED:
         largest: tl.constexpr = 448.0 if FLOAT8 else 127.0
         scale_C = _as_type(tl.div_rn(tl.max(tl.abs(x_CD), 1), largest), tl.bfloat16)
-        scale_C = tl.where(scale_C.to(tl.float32) == 0.0, 1.0, scale_C.to(tl.float32))
+        scale_C = _as_fp32(scale_C)
+        scale_C = tl.where(scale_C == 0.0, 1.0, scale_C)
         tl.store(scales_2RP + scale_at + slot_C, _as_type(scale_C, tl.bfloat16), mask=in_C)
         coded_CD = tl.clamp(tl.div_rn(x_CD, scale_C[:, None]), -largest, largest)
         if FLOAT8:
