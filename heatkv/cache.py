@@ -42,13 +42,12 @@ class Pooling:
 class LayerStep:
     """What one layer does at one target scale: whom it reads, and what it keeps where.
 
-    `reads` is what the attention kernel prepared; `kept_heads` keep their new tokens whole; `pooled_new` are made from
-    new tokens, `pooled_held` from held ones.
+    `reads` and `kept` are what the attention kernel prepared, the second for heads that keep their new tokens whole,
+    None where no head does; `pooled_new` are made from new tokens, `pooled_held` from held ones.
     """
 
     reads: Any
-    kept_heads: Tensor
-    kept_slots: Places | None
+    kept: Any
     pooled_new: Pooling | None
     pooled_held: Pooling | None
 
@@ -239,8 +238,7 @@ class KVCache(ArenaCache):
                             [self._bias(layer, h, held[h]) for h in heads] if plan.coarse else None,
                             shape,
                         ),
-                        torch.tensor(kept, dtype=torch.long, device=device),
-                        self.store.places(np.concatenate([slots(layer, h, target, 0) for h in kept]), writing=True)
+                        self.kernel.prepare_kept(kept, np.stack([slots(layer, h, target, 0) for h in kept]))
                         if kept
                         else None,
                         pooling(new, held=False),
@@ -275,12 +273,10 @@ class KVCache(ArenaCache):
             assert isinstance(members, Tensor)
             k_RID, v_RID = (x.flatten(1, 2).index_select(1, members) for x in (k_RHND, v_RHND))
             writes.append((step.pooled_new.slots, made.keys(k_RID), made.values(v_RID)))
-        if step.kept_slots is not None:
-            whole = len(step.kept_heads) == k_RHND.shape[1]
-            k, v = (x if whole else x.index_select(1, step.kept_heads) for x in (k_RHND, v_RHND))
-            writes.append((step.kept_slots, k.flatten(1, 2), v.flatten(1, 2)))
         for slots, k, v in writes:
             self.store.write(slots, k, v)
+        if step.kept is not None:
+            self.kernel.keep(k_RHND, v_RHND, step.kept)
 
     def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
         return self.kernel.attend(q_RHND, k_RHND, v_RHND, step.reads)

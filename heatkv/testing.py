@@ -32,7 +32,7 @@ from torch import Tensor
 from heatkv.cache import KVCache
 from heatkv.capacities import CapacityPlan, load_plan
 from heatkv.errors import BudgetError, PolicyError, StatisticsError
-from heatkv.geometry import STORAGE_BYTES, Budget, CacheGeometry
+from heatkv.geometry import STORAGE_BYTES, Budget, CacheGeometry, StorageType
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS, NONE, LevelChoices, level_tokens, log_counts
 from heatkv.plan import CachePlan, Plan
@@ -197,9 +197,10 @@ class _WatchedCache(SelectingCache):
 
 def open_watched(policy: EvictionPolicy, plan: CachePlan, rows: int = 2, storage: str = "float32") -> Any:
     """The cache of a plan that the policy made, with query weights for those that want them."""
-    dtype = getattr(torch, storage)
+    held = StorageType.parse(storage)
+    dtype = getattr(torch, held.compute)
     if isinstance(plan, Plan):
-        return KVCache(plan, rows, dtype)
+        return KVCache(plan, rows, dtype, storage=held.coding)
     assert isinstance(plan, CapacityPlan)
     told = as_told(policy, plan)
     _demand(isinstance(told, DynamicPolicy), "its plan has capacities, but it is no DynamicPolicy")
@@ -209,7 +210,7 @@ def open_watched(policy: EvictionPolicy, plan: CachePlan, rows: int = 2, storage
     def query_weight(layer: int) -> Tensor:
         return torch.randn((heads, dim, heads * dim), generator=torch.Generator().manual_seed(layer))
 
-    return _WatchedCache(plan, told, rows, dtype, query_weight=query_weight)
+    return _WatchedCache(plan, told, rows, dtype, query_weight=query_weight, storage=held.coding)
 
 
 def as_told(policy: EvictionPolicy, plan: CachePlan) -> EvictionPolicy:
@@ -435,14 +436,20 @@ def check_budget(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> 
 
 @_check
 def check_memory(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> None:
-    """A real cache takes no more bytes than the budget, also after attention ran through it."""
-    full = sum(geometry.schedule.tokens[:-1]) * geometry.layers * geometry.heads
-    for storage, rows in (("float32", 4), ("bfloat16", 1)):
+    """A real cache takes no more bytes than the budget, also after attention ran through it, and also in 8 bits."""
+    tokens, pairs = geometry.schedule.tokens, geometry.layers * geometry.heads
+    full, first = sum(tokens[:-1]) * pairs, sum(tokens[:-1][:2]) * pairs
+    for storage, rows in (("float32", 4), ("bfloat16", 1), ("int8/float32", 2)):
         for problem, plan in _some_plans(policy, geometry, seed, storage=storage, rows=rows):
             cache = open_watched(policy, plan, rows, storage)
             before = cache.allocated_bytes
             outs = run_attention(cache, made_up_inputs(geometry, rows, seed))
-            most = problem.share * full * geometry.head_dim * sum(STORAGE_BYTES[storage]) * rows
+            each = geometry.head_dim * sum(STORAGE_BYTES[StorageType.parse(storage).compute])
+            most = problem.share * full * each * rows
+            if "/" in storage:  # a byte a channel and two of scale, but for the first two scales
+                held = math.floor(problem.share * full)
+                coded = max(0, held - first) * 2 * (geometry.head_dim + 2)
+                most = Fraction(rows * (min(held, first) * each + coded))
             where = f"{rows} rows in {storage} at {problem.budget}"
             taken, promised = cache.allocated_bytes, plan.bytes(rows, storage)
             _demand(before == taken, f"{before} bytes became {taken} while attention ran ({where})")

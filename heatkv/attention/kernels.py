@@ -26,10 +26,10 @@ FloatArrays = Sequence[NDArray[np.float64]]
 
 
 class AttentionKernel(ABC):
-    """Attention of one layer over what its heads hold and the current scale.
+    """Attention of one layer over what its heads hold and the current scale, and the writing of what they keep of it.
 
-    `prepare` is called once for every layer and target, before the first image, and what it returns is handed to
-    `attend` for every image.
+    `prepare` and `prepare_kept` are called once for every layer and target, before the first image, and what they
+    return is handed to `attend` and `keep` for every image.
     """
 
     name: str
@@ -44,6 +44,20 @@ class AttentionKernel(ABC):
     @abstractmethod
     def attend(self, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, prepared: Any) -> Tensor:
         """softmax(q [held, k]^T + bias) [held, v] per head, (R, H, N, D)."""
+
+    def prepare_kept(self, heads: Sequence[int], slots_KN: NDArray[np.int64]) -> Any:
+        """These heads keep the tokens of the running scale, in these slots, one or more of each."""
+        return (
+            torch.tensor(heads, dtype=torch.long, device=self.store.device),
+            self.store.places(slots_KN.ravel(), writing=True),
+        )
+
+    def keep(self, k_RHND: Tensor, v_RHND: Tensor, prepared: Any) -> None:
+        """Write the new keys and values of the heads that keep them."""
+        heads, places = prepared
+        everyone = len(heads) == k_RHND.shape[1]
+        k, v = (x if everyone else x.index_select(1, heads) for x in (k_RHND, v_RHND))
+        self.store.write(places, k.flatten(1, 2), v.flatten(1, 2))
 
     @property
     def workspace_bytes(self) -> int:
@@ -125,6 +139,19 @@ class TritonAttention(AttentionKernel):
             assert self.store.scales_2RQ is not None
             codes = (self.store.codes_2RQD, self.store.scales_2RQ, coded)
         return triton_kernels.fused_attention(q_RHND, k_RHND, v_RHND, plain, codes)
+
+    def prepare_kept(self, heads: Sequence[int], slots_KN: NDArray[np.int64]) -> tuple[Tensor, Tensor, bool]:
+        coded = bool((slots_KN >= self.store.uncoded_slots).all())  # all are of one scale
+        within = slots_KN - self.store.uncoded_slots * coded
+        return self._on_device(np.array(heads, dtype=np.int32)), self._on_device(within.astype(np.int32)), coded
+
+    def keep(self, k_RHND: Tensor, v_RHND: Tensor, prepared: tuple[Tensor, Tensor, bool]) -> None:
+        heads_K, slots_KN, coded = prepared
+        if coded:
+            codes, scales = self.store.codes_2RQD, self.store.scales_2RQ
+            triton_kernels.append_kept(k_RHND, v_RHND, heads_K, slots_KN, None, codes, scales)
+        else:
+            triton_kernels.append_kept(k_RHND, v_RHND, heads_K, slots_KN, self.store.arena_2RPD)
 
 
 KERNELS = {kernel.name: kernel for kernel in (RaggedAttention, TritonAttention)}
