@@ -41,9 +41,16 @@ def candidates(bits: int) -> list[Tile]:
 
 
 def workload(
-    head_dim: int, dtype: torch.dtype, stores: str, heads: int, tokens: int, mean_held: int, device: str
+    head_dim: int,
+    dtype: torch.dtype,
+    stores: tuple[str, ...],
+    biased: bool,
+    heads: int,
+    tokens: int,
+    mean_held: int,
+    device: str,
 ) -> Run:
-    """Attention of one layer over held tokens, `plain`, `coded` or `both`, then with biases: how it runs in a tile."""
+    """Attention of one layer over tokens held in `stores`, of plain and coded: how it runs in a given tile."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -56,13 +63,13 @@ def workload(
         torch.arange(slots, dtype=torch.int32, device=device),  # cells lie in one run each, nearly always
         torch.tensor([begins], dtype=torch.int32, device=device),
         torch.tensor([counts], dtype=torch.int32, device=device),
-        torch.zeros(slots, device=device) if stores == "both" else None,
+        torch.zeros(slots, device=device) if biased else None,
     )
     q, k, v = normal(ROWS, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind()
     plain = coded = None
-    if stores != "coded":
+    if "plain" in stores:
         plain = normal(2, ROWS, slots, head_dim), held
-    if stores != "plain":
+    if "coded" in stores:
         codes = torch.randint(-127, 128, (2, ROWS, slots, head_dim), generator=generator, dtype=torch.int8).to(device)
         coded = codes, torch.full((2, ROWS, slots), 1 / 127, dtype=torch.bfloat16, device=device), held
     return lambda tile: fused_attention(q, k, v, plain, coded, tile=tile)
@@ -124,13 +131,13 @@ def main() -> None:
     mean_held = round(BUDGET * sum(schedule.tokens[:-1]))
     entries = []
     for head_dim, bits, coded in product(given.head_dims, TYPES, (False, True)):
-        stores = "coded" if coded else "plain"
+        stores = ("coded",) if coded else ("plain",)
         runs = [
-            workload(head_dim, TYPES[bits], stores, info.heads, tokens, mean_held, "cuda")
+            workload(head_dim, TYPES[bits], stores, False, info.heads, tokens, mean_held, "cuda")
             for tokens in schedule.tokens[-SCALES:]
         ]
-        if coded:  # hardly takes time, but the tile must fit where a plain store and biases come along, too
-            runs.append(workload(head_dim, TYPES[bits], "both", 1, 1, 1, "cuda"))
+        # One that takes hardly any time: the tile must fit where biases and, with codes, a plain store come along.
+        runs.append(workload(head_dim, TYPES[bits], (*stores, "plain"), True, 1, 1, 1, "cuda"))
         time_us, tile = fastest(runs, candidates(bits), microseconds)
         entries.append(entry(head_dim, bits, coded, tile, time_us))
         print(json.dumps(entries[-1]), flush=True)
