@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -717,6 +718,50 @@ def test_tiles_are_those_of_the_device_then_of_all(monkeypatch: pytest.MonkeyPat
     assert find("Other GPU", 32, 16, False) == Tile(1, 16, 4, 2)
     with pytest.raises(ValueError, match="no tile for heads of 64 channels"):
         find("Some GPU", 64, 32, False)
+
+
+@pytest.fixture(scope="module")
+def tuning() -> Any:
+    """benchmarks/tune_triton.py as a module."""
+    return runpy.run_path(str(ROOT / "benchmarks/tune_triton.py"))
+
+
+def test_tuning_takes_the_fastest_tile_over_all_scales(tuning: Any, tmp_path: Path) -> None:
+    slow, fits_one, fast = TILES
+    times = {("small", slow): 5.0, ("large", slow): 9.0, ("small", fits_one): 1.0, ("large", fits_one): np.inf}
+    times |= {("small", fast): 6.0, ("large", fast): 7.5}
+    found = tuning["fastest"](["small", "large"], TILES, lambda run, tile: times[run, tile])
+    assert found == (13.5, fast)
+    shipped = tuning["TABLE"].read_text()
+    table = json.loads(shipped)
+    copy = tmp_path / "tiles.json"
+    tuning["write_table"](copy, table)
+    assert copy.read_text() == shipped
+    entries = [tuning["entry"](64, 16, True, fast, 13.52)]
+    tuning["write_table"](copy, table | {"Some GPU": {"tuned": True, "entries": entries}})
+    told = json.loads(copy.read_text())["Some GPU"]["entries"][0]
+    assert told.pop("microseconds") == 13.5
+    assert told.keys() == table["default"]["entries"][0].keys()
+    assert list(told.values()) == [64, 16, True, fast.block_m, fast.block_n, fast.num_warps, fast.num_stages]
+
+
+@pytest.mark.parametrize("stores", [("plain",), ("coded",), ("coded", "plain")])
+def test_what_tuning_times_can_be_run(tuning: Any, stores: tuple[str, ...]) -> None:
+    # Heads hold 0, 20 and 40 tokens.
+    run = tuning["workload"](32, torch.float32, stores, len(stores) == 2, 3, 5, 20, DEVICE)
+    out_RHND = run(TILES[0])
+    assert out_RHND.shape == (tuning["ROWS"], 3, 5, 32)
+    assert out_RHND.isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a CUDA device")
+def test_tuning_without_a_gpu_ends_in_one_line() -> None:
+    command = [sys.executable, ROOT / "benchmarks/tune_triton.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "tiles can be tuned only where the kernels run compiled: there is no CUDA device\n"
+    assert not done.stdout
 
 
 # --- on a CUDA device -----------------------------------------------------------------------------------------------
