@@ -31,5 +31,9 @@ class ModelError(HeatKVError):
     """A model that is unknown, or weights that do not fit it."""
 
 
+class GraphError(HeatKVError):
+    """CUDA graphs where there are none, or a step that cannot be recorded as one."""
+
+
 class FormatError(HeatKVError):
     """A file that is unreadable, truncated, or of another format or version."""

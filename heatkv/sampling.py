@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -162,6 +162,23 @@ class Sampler(Protocol):
     def choose(self, scale: int, logits_BNV: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
+class NoiseSampler(Sampler, Protocol):
+    """A sampler in two parts, so that its choice may be part of a CUDA graph: what is random, and what is not.
+
+    `pick` must depend on its tensors and on `settings` alone, and not wait for the device.
+    """
+
+    @property
+    def settings(self) -> Settings: ...
+
+    def noise(self, scale: int, noise_BNV: Tensor) -> None:
+        """Fill the tensor with all that is random in the choice of a scale."""
+
+    def pick(self, logits_BNV: Tensor, noise_BNV: Tensor) -> Tensor:
+        """The choice, (B, N)."""
+
+
 _MASK = (1 << 64) - 1
 
 
@@ -177,6 +194,7 @@ def noise_seed(seed: int, sample: int, scale: int) -> int:
     return state >> 1
 
 
+@final
 class CommonRandomSampler:
     """Gumbel-max draws whose noise depends on (seed, sample, scale) alone.
 
@@ -184,18 +202,33 @@ class CommonRandomSampler:
     picture is a change in the logits.
     """
 
+    def __init_subclass__(cls) -> None:
+        raise TypeError("drawing calls the parts of CommonRandomSampler; write a class with a choose() of its own")
+
     def __init__(self, seed: int, samples: Sequence[int], settings: Settings) -> None:
-        self._seed, self._samples, self._settings = seed, tuple(samples), settings
+        self._seed, self._samples, self.settings = seed, tuple(samples), settings
+
+    def noise(self, scale: int, noise_BNV: Tensor) -> None:
+        """Gumbel noise, always made on the host."""
+        if len(noise_BNV) != len(self._samples):
+            raise ModelError(f"{len(noise_BNV)} images were drawn for {len(self._samples)} samples")
+        made = noise_BNV
+        if noise_BNV.device.type not in ("cpu", "meta"):
+            # its copy does not make the host wait; the allocator uses this memory again only after the copy
+            made = torch.empty(noise_BNV.shape, pin_memory=noise_BNV.is_cuda)
+        for row, sample in zip(made, self._samples, strict=True):
+            row.uniform_(generator=torch.Generator().manual_seed(noise_seed(self._seed, sample, scale)))
+        made.clamp_(min=1e-20).log_().neg_().log_().neg_()
+        if made is not noise_BNV:
+            noise_BNV.copy_(made, non_blocking=noise_BNV.is_cuda)
+
+    def pick(self, logits_BNV: Tensor, noise_BNV: Tensor) -> Tensor:
+        return (self.settings.cut(logits_BNV) + noise_BNV).argmax(dim=-1)
 
     def choose(self, scale: int, logits_BNV: Tensor) -> Tensor:
-        batch, count, codes = logits_BNV.shape
-        if batch != len(self._samples):
-            raise ModelError(f"{batch} images were drawn for {len(self._samples)} samples")
-        uniform = torch.empty(batch, count, codes)
-        for row, sample in zip(uniform, self._samples, strict=True):
-            row.uniform_(generator=torch.Generator().manual_seed(noise_seed(self._seed, sample, scale)))
-        gumbel = -torch.log(-torch.log(uniform.clamp_(min=1e-20)))
-        return (self._settings.cut(logits_BNV) + gumbel.to(logits_BNV.device)).argmax(dim=-1)
+        noise_BNV = torch.empty(logits_BNV.shape, device=logits_BNV.device)
+        self.noise(scale, noise_BNV)
+        return self.pick(logits_BNV, noise_BNV)
 
 
 class PublicSampler:

@@ -58,7 +58,7 @@ class SelectingCache(ArenaCache):
     """Keys and values of the tokens that a dynamic policy scores highest, for `rows` rows of images drawn together.
 
     `query_weight(layer)` gives W_q of every head, (H, D, W), for policies that want it. Raises PolicyError when the
-    policy's scores are not of the candidates' shape or not numbers.
+    policy's scores are not of the candidates' shape; whether they were numbers, `check` tells when the images are done.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class SelectingCache(ArenaCache):
         self._carried_RPX = torch.empty((rows, self.layout.slots, plan.carried), device=on) if plan.carried else None
         heads = plan.geometry.heads if plan.shared else 0
         self._counts_LRH = torch.zeros((plan.geometry.layers, rows, heads), dtype=torch.int32, device=on)
+        self._not_numbers_L = torch.zeros(plan.geometry.layers, dtype=torch.bool, device=on)
         self._steps = [] if plan.shared else self._prepare()
         self._places = self._prepare_shared() if plan.shared else []
         self.reset()
@@ -101,6 +102,16 @@ class SelectingCache(ArenaCache):
         super().reset()
         self._input_RNW: Tensor | None = None
         self._counts_LRH.zero_()
+        self._not_numbers_L.zero_()
+
+    def check(self) -> None:
+        """Call this when images are done. Raises PolicyError when scores were not numbers; it waits for the device."""
+        broken = [layer for layer, found in enumerate(self._not_numbers_L.tolist()) if found]
+        if broken:
+            raise PolicyError(
+                f"policy {self.policy.name!r} gave scores that are not numbers in layer{'s' * (len(broken) > 1)} "
+                f"{', '.join(map(str, broken))}"
+            )
 
     def see_input(self, layer: int, attention_input_RNW: Tensor) -> None:
         """What the next layer's queries, keys and values are made from."""
@@ -192,7 +203,7 @@ class SelectingCache(ArenaCache):
         held, kept, everything = step.group.held, step.kept, step.everything
         if everything and self._carried_RPX is None:
             return k_RHCD[:, :, held:], v_RHCD[:, :, held:], None
-        seen = self._seen(layer, step.heads, kept, held, q_RHND, k_RHCD, v_RHCD, None, None)
+        seen = self._seen(layer, step.group, step.heads, kept, held, q_RHND, k_RHCD, v_RHCD, None, None)
         if self._carried_RPX is not None:
             past = self._carried_RPX.index_select(1, step.held_slots)
             padded = F.pad(past.unflatten(1, (len(step.heads), held)), (0, 0, 0, q_RHND.shape[2]))
@@ -200,7 +211,7 @@ class SelectingCache(ArenaCache):
             seen = dataclasses.replace(seen, carried_RHCX=self._carry(seen))
         if everything:
             return k_RHCD[:, :, held:], v_RHCD[:, :, held:], seen.carried_RHCX
-        best_RHM = self._best(self._scores(seen), kept)
+        best_RHM = self._best(layer, self._scores(seen), kept)
         at = best_RHM.flatten(0, 1)
         parts = [k_RHCD, v_RHCD, *([] if seen.carried_RHCX is None else [seen.carried_RHCX])]
         k, v, *more = (rows_at(x.flatten(0, 1), at).unflatten(0, best_RHM.shape[:2]) for x in parts)
@@ -209,6 +220,7 @@ class SelectingCache(ArenaCache):
     def _seen(
         self,
         layer: int,
+        group: HeadGroup | None,
         heads: tuple[int, ...],
         capacity: int,
         held: int,
@@ -223,7 +235,9 @@ class SelectingCache(ArenaCache):
             if self._input_RNW is None:
                 raise PlanError("the attention's input was not told; call see_input() before every attend()")
             assert self._query_weight is not None
-            weight = self._query_weight(layer)[list(heads)]
+            weight = self._query_weight(layer)
+            if group is not None:
+                weight = weight[group.heads]
         return Candidates(
             layer=layer, target=self._target, heads=heads, heads_of_layer=self.geometry.heads,
             schedule=self.geometry.schedule, capacity=capacity, held=held, q_RHND=q_RHND, k_RHCD=k_RHCD, v_RHCD=v_RHCD,
@@ -240,12 +254,11 @@ class SelectingCache(ArenaCache):
             )
         return self._of_valid(seen, scores)
 
-    def _best(self, scores: Tensor, count: int) -> Tensor:
+    def _best(self, layer: int, scores: Tensor, count: int) -> Tensor:
         """Indices of the highest scores, ascending."""
         best = scores.topk(count, dim=-1, sorted=False)
-        # what is not a number counts as the highest; elsewhere than on a CPU, looking would wait for the device
-        if scores.device.type == "cpu" and best.values.isnan().any():
-            raise PolicyError(f"policy {self.policy.name!r} gave scores that are not numbers")
+        # what is not a number counts as the highest; looking at it now would wait for the device
+        self._not_numbers_L[layer].logical_or_(best.values.isnan().any())
         return best.indices.sort(dim=-1).values
 
     @staticmethod
@@ -318,6 +331,7 @@ class SelectingCache(ArenaCache):
         parts = [k_RHCD, v_RHCD]
         seen = self._seen(
             layer,
+            None,
             tuple(range(heads)),
             len(then_P) // heads,
             slots_RHM.shape[2],
@@ -338,7 +352,7 @@ class SelectingCache(ArenaCache):
             if valid_RHC is not None:  # a single head, which holds as much in all rows
                 self._counts_LRH[layer] += q_RHND.shape[2]
         else:
-            best = self._best(self._scores(seen).flatten(1), len(then_P))
+            best = self._best(layer, self._scores(seen).flatten(1), len(then_P))
             chosen = [rows_at(x.flatten(1, 2), best) for x in parts]
             kept = torch.zeros((rows, heads * count), dtype=torch.int32, device=best.device).scatter_(1, best, 1)
             self._counts_LRH[layer] = kept.view(rows, heads, count).sum(dim=-1)

@@ -242,8 +242,9 @@ class Protected(Wrapper):
             kept = seen.index_RHC < seen.schedule.offsets[len(scales)]
             return self.inner.score(seen).masked_fill(kept, math.inf)
         assert seen.carried_RHCX is not None
-        kept = torch.isin(
-            seen.carried_RHCX[..., -1], torch.tensor(scales, device=seen.k_RHCD.device, dtype=torch.float32)
-        )
+        of_scale = seen.carried_RHCX[..., -1]
+        kept = torch.zeros_like(of_scale, dtype=torch.bool)
+        for scale in scales:
+            kept |= of_scale == scale
         given = seen.carried_RHCX[..., :-1] if self.inner.carried else None
         return self.inner.score(dataclasses.replace(seen, carried_RHCX=given)).masked_fill(kept, math.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -109,4 +110,11 @@ class HackLike(DynamicPolicy):
         if all(contextual):
             return received
         # both kinds hold as much as long as there is little
-        return torch.where(torch.tensor(contextual, device=near.device)[:, None], received, near)
+        return torch.where(_flags(tuple(contextual), near.device), received, near)
+
+
+@cache
+def _flags(flags: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Truth values of heads, (H, 1): on the device once, as scoring must not wait for a copy."""
+    with torch.inference_mode(False):  # whoever comes next may not be in it
+        return torch.tensor(flags, device=device)[:, None]

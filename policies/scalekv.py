@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -143,8 +144,8 @@ class ScaleKV(DynamicPolicy):
         return large, (layers * mean - drafters * large) // refiners if refiners else mean
 
     def score(self, seen: Candidates) -> Tensor:
-        window = _window(seen).to(seen.k_RHCD.device)
-        queries_RHWD = self.queries(seen, window[window >= seen.held] - seen.held)
+        window, own = _window(seen.schedule, seen.target, seen.held, seen.k_RHCD.device)
+        queries_RHWD = self.queries(seen, own)
         score = torch.einsum("rhwd,rhcd->rhc", queries_RHWD.float(), seen.k_RHCD.float())
         score /= math.sqrt(seen.k_RHCD.shape[3])
         if seen.valid_RHC is not None:
@@ -181,10 +182,16 @@ class ScaleKVFixed(ScaleKV):
         return seen.q_RHND[:, :, window]
 
 
-def _window(seen: Candidates) -> Tensor:
-    """Candidates of the window, in order."""
-    _, height, width = seen.schedule.scales[seen.target]
+@cache
+def _window(schedule: ScaleSchedule, target: int, held: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Candidates of the window, in order, when so many are held; and which of the new tokens are among them."""
+    _, height, width = schedule.scales[target]
     if min(height, width) < 4:
-        return torch.arange(max(0, seen.count - _WINDOW), seen.count)
-    rows, columns = ([a * (side // 4) + (side // 4 - 1) // 2 for a in range(4)] for side in (height, width))
-    return torch.tensor(sorted({row * width + column for row in rows for column in columns})) + seen.held
+        count = held + schedule.tokens[target]
+        places = list(range(max(0, count - _WINDOW), count))
+    else:
+        rows, columns = ([a * (side // 4) + (side // 4 - 1) // 2 for a in range(4)] for side in (height, width))
+        places = [held + place for place in sorted({row * width + column for row in rows for column in columns})]
+    own = [place - held for place in places if place >= held]
+    with torch.inference_mode(False):  # whoever comes next may not be in it
+        return torch.tensor(places, device=device), torch.tensor(own, device=device)

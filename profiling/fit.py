@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from heatkv.attention.grouping import GROUP_BYTES
 from heatkv.cache import KVCache
@@ -93,8 +94,8 @@ class Footprint:
 _Shapes = ClassConditionalModel | TextConditionalModel
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(x.numel() * x.element_size() for x in module.parameters())
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 @cache
@@ -106,7 +107,9 @@ def shapes(info: ModelInfo, schedule: ScaleSchedule, dtype: torch.dtype, layers:
             config, vae_config = (INFINITY_8B, BSQ_D56) if large else (INFINITY_2B, BSQ_D32)
             infinity = Infinity(replace(config, depth=layers)).set_compute_dtype(dtype)
             vae = BitwiseVAE(vae_config, encoder=False)
-            return TextConditionalModel(info.name, infinity, vae, schedule, INFINITY_SAMPLING, fingerprint="")
+            made = TextConditionalModel(info.name, infinity, vae, schedule, INFINITY_SAMPLING, fingerprint="")
+            made.rotations()  # made once and kept like weights, so no part of drawing
+            return made
         var_config, vqvae_config, sampling = emoji_model.VAR_CONFIG, emoji_model.VQVAE_CONFIG, emoji_model.SAMPLING
         if not info.bundled:
             sides = tuple(height for _, height, _ in schedule.scales)
@@ -162,11 +165,13 @@ def _one_image(info: ModelInfo, size: str | None, ratio: float | None, dtype: st
     geometry, rows = info.geometry(size, ratio), 2 if guided else 1
     gathered = 2 * rows * geometry.schedule.total_tokens * geometry.head_dim * COMPUTE_DTYPES[dtype].itemsize
     whole, short = (shapes(info, geometry.schedule, COMPUTE_DTYPES[dtype], layers) for layers in (info.layers, 2))
+    tables = whole.rotations() if isinstance(whole, TextConditionalModel) else ()
+    decoder: nn.Module = whole.vqvae if isinstance(whole, ClassConditionalModel) else whole.vae
     return Footprint(
         images=1,
         rows=rows,
-        transformer=_bytes(whole.transformer),
-        decoder=_bytes(whole.vqvae if isinstance(whole, ClassConditionalModel) else whole.vae),
+        transformer=_bytes([*whole.transformer.parameters(), *tables]),
+        decoder=_bytes(decoder.parameters()),
         text_encoder=text_encoder_parameters() * COMPUTE_DTYPES[dtype].itemsize if info.family == "infinity" else 0,
         prompt=prompt_bytes(whole, 1, guided),
         # a layer's tensors are gone before the next one runs; from the second on, its input is not the transformer's

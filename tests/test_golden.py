@@ -108,8 +108,8 @@ def check_scales(model: ClassConditionalModel, labels: list[int], plan: Plan, ex
     drawing = model.begin(labels, settings)
     compared = 0
     for scale in range(len(transformer.schedule)):
-        got = {"block_input": drawing._input_RNC}
-        hidden = transformer.hidden(drawing._input_RNC, drawing._condition, cache)
+        got = {"block_input": drawing.input()}
+        hidden = transformer.hidden(drawing.input(), drawing._condition, cache)
         logits = transformer.logits(hidden, drawing._condition)
         got |= {"hidden": hidden, "logits_cond": logits[: len(labels)], "logits_uncond": logits[len(labels) :]}
         got["logits_cfg"] = settings.guide(logits, scale, len(transformer.schedule))
@@ -264,12 +264,12 @@ def check_infinity_run(
     pooled_RC, text_RMC, mask_R11M = transformer.project_text(drawing._features(prompts))
     compare("cond_BD", pooled_RC, EMBEDDED)
     compare("ca_kv", text_RMC.flatten(0, 1) if mask_R11M is None else text_RMC[mask_R11M[:, 0, 0]], EMBEDDED)
-    inputs = [drawing._input_RNC[:batch]]
+    inputs = [drawing.input()[:batch]]
     rotations = [infinity.rotation_table(model.schedule, scale, transformer.config.head_dim) for scale in range(scales)]
     for scale, (_, height, width) in enumerate(model.schedule.scales):
         at = f"scale{scale}."
-        compare(f"{at}block_input", drawing._input_RNC, HIDDEN)
-        hidden = transformer.hidden(drawing._input_RNC, drawing._condition, rotations[scale], cache)
+        compare(f"{at}block_input", drawing.input(), HIDDEN)
+        hidden = transformer.hidden(drawing.input(), drawing._condition, rotations[scale], cache)
         logits = transformer.logits(hidden, drawing._condition)
         guided = settings.guide(logits, scale, scales)
         compare(f"{at}hidden", hidden, HIDDEN)
@@ -285,7 +285,7 @@ def check_infinity_run(
         compare(f"{at}summed_codes", drawing.codes, EMBEDDED)
         if scale + 1 < scales:
             compare(f"{at}next_input", drawing.next_codes(), EMBEDDED)
-            inputs.append(drawing._input_RNC[:batch])
+            inputs.append(drawing.input()[:batch])
     for name, stored in (("k", cache.keys), ("v", cache.values)):
         compare(f"layer0.cached_{name}_prefix", torch.cat(stored, dim=2)[:, :, :57], HIDDEN)
     if any(name.startswith("image") for name in left):
@@ -449,7 +449,7 @@ def check_scalekv(path: Path, told: dict[str, Any]) -> None:
     with model.adapter.telling_inputs(cache.see_input):
         for scale in range(len(schedule)):
             rotation = infinity.rotation_table(schedule, scale, model.transformer.config.head_dim)
-            hidden = model.transformer.hidden(drawing._input_RNC, drawing._condition, rotation, cache)
+            hidden = model.transformer.hidden(drawing.input(), drawing._condition, rotation, cache)
             logits = model.transformer.logits(hidden, drawing._condition)
             every = max(1, schedule.tokens[scale] // 1024)
             for name, got, limit in (

@@ -273,7 +273,28 @@ def test_a_broken_policy_is_named(how: str, said: str) -> None:
     policy = Broken(how=how)
     cache = SelectingCache(policy.plan(problem("20%")), policy, 2)
     with pytest.raises(PolicyError, match=f"'sliding-window-tokens'.*{said}"):
+        run_and_check(cache)
+
+
+def run_and_check(cache: SelectingCache) -> None:
+    run(cache, inputs(2, 0))
+    cache.check()
+
+
+def test_scores_that_are_not_numbers_are_told_of_with_their_layers() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Sometimes(SlidingWindowTokens):
+        def score(self, seen: Candidates) -> Tensor:
+            return super().score(seen) * (math.nan if seen.layer > 0 and seen.target == 4 else 1)
+
+    for policy in (Sometimes(), AdaKV(base="snapkv")):
+        cache = SelectingCache(policy.plan(problem("20%")), policy, 2)
         run(cache, inputs(2, 0))
+        if isinstance(policy, Sometimes):
+            with pytest.raises(PolicyError, match=r"not numbers in layers 1, 2$"):
+                cache.check()
+            cache.reset()  # other images
+        cache.check()
 
 
 @pytest.mark.parametrize(

@@ -474,6 +474,8 @@ class Attached:
         if isinstance(cache, ObservingCache):  # an image that was broken off is not counted
             self._measured_images += cache.images
             self._sums = add_sums(self._sums, cache.sums())
+        if isinstance(cache, SelectingCache):
+            cache.check()
 
     # ------------------------------------------------------------------ what was measured
 

@@ -24,10 +24,14 @@ from heatkv.sampling import Settings
 from heatkv.statistics import Statistics
 
 Label = TypeVar("Label")
+LabelT = TypeVar("LabelT", contravariant=True)
 
 
-class Drawing(Protocol):
-    """Images on their way: call `logits`, then `accept` what was chosen, once per scale; then `image`."""
+class Drawing(Protocol[LabelT]):
+    """Images on their way: call `logits`, then `accept` what was chosen, once per scale; then `image`.
+
+    What it holds from one scale to the next, and from the labels, stays at the same addresses.
+    """
 
     def logits(self, cache: Attend) -> Tensor:
         """Guided logits of the running scale, (B, N, V) in fp32."""
@@ -37,6 +41,12 @@ class Drawing(Protocol):
 
     def image(self) -> Tensor:
         """(B, 3, H, W), RGB in [0, 1]."""
+
+    def restart(self, labels: Sequence[LabelT]) -> bool:
+        """Start other images, as many, in the same tensors; false, and nothing changed, when they do not fit in.
+
+        Raises ModelError for what cannot be drawn.
+        """
 
 
 class ImageModel(ABC, Generic[Label]):
@@ -63,6 +73,11 @@ class ImageModel(ABC, Generic[Label]):
 
     @property
     @abstractmethod
+    def choices(self) -> tuple[int, int]:
+        """Choices per token, and values of each: a scale's logits are (B, tokens * choices, values)."""
+
+    @property
+    @abstractmethod
     def adapter(self) -> ModelAdapter:
         """The transformer's blocks, for what queries, keys and values do not tell."""
 
@@ -84,8 +99,11 @@ class ImageModel(ABC, Generic[Label]):
         """A short name of a label, for sample lists and files."""
 
     @abstractmethod
-    def begin(self, labels: Sequence[Label], settings: Settings) -> Drawing:
-        """Start drawing one image per label. Raises ModelError for what it cannot draw."""
+    def begin(self, labels: Sequence[Label], settings: Settings, *, reusable: bool = False) -> Drawing[Label]:
+        """Start drawing one image per label; `reusable` leaves room for labels that take more, for `restart`.
+
+        Raises ModelError for what it cannot draw.
+        """
 
     def plan(
         self,

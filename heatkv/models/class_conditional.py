@@ -18,7 +18,7 @@ from heatkv.errors import ModelError
 from heatkv.geometry import CacheGeometry
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
-from heatkv.models.var import VAR, Attend
+from heatkv.models.var import VAR, Attend, Condition
 from heatkv.models.vqvae import VQVAE
 from heatkv.sampling import SamplingSettings, Settings
 
@@ -69,6 +69,11 @@ class ClassConditionalModel(ImageModel[int]):
         return self.transformer.compute_dtype
 
     @property
+    def choices(self) -> tuple[int, int]:
+        """One code per token."""
+        return 1, self.transformer.config.vocab_size
+
+    @property
     def adapter(self) -> ModelAdapter:
         return self.transformer.adapter()
 
@@ -100,43 +105,56 @@ class ClassConditionalModel(ImageModel[int]):
         """The number of the class. Raises ModelError for what is no class."""
         return str(self.label(label))
 
-    def begin(self, labels: Sequence[int], settings: Settings) -> Drawing:
+    def begin(self, labels: Sequence[int], settings: Settings, *, reusable: bool = False) -> Drawing:
         """Start drawing one image per label. Raises ModelError for what is no class."""
-        return Drawing(self, [self.label(label) for label in labels], settings)
+        del reusable  # all labels take the same room
+        return Drawing(self, labels, settings)
 
 
 class Drawing:
     """Images on their way: call `logits`, then `accept` the chosen codes, once per scale; then `image`."""
 
     def __init__(self, model: ClassConditionalModel, labels: Sequence[int], settings: Settings) -> None:
-        transformer = model.transformer
         self._model, self._settings = model, settings
-        classes = torch.tensor(list(labels), dtype=torch.long, device=model.device)
-        if settings.guided:
-            classes = torch.cat([classes, torch.full_like(classes, model.num_classes)])
-        self._condition = transformer.condition(classes)
-        self._input_RNC = transformer.first_input(self._condition)
+        self._condition = self._of_labels(labels)
         self._f_hat: Tensor | None = None
         self.scale = 0
 
+    def restart(self, labels: Sequence[int]) -> bool:
+        """Start other images, as many, in the same tensors. Raises ModelError for what is no class."""
+        self._condition.copy_(self._of_labels(labels))
+        self.scale = 0
+        return True
+
+    def _of_labels(self, labels: Sequence[int]) -> Condition:
+        model = self._model
+        classes = [model.label(label) for label in labels]
+        classes += [model.num_classes] * len(classes) if self._settings.guided else []
+        return model.transformer.condition(torch.tensor(classes, dtype=torch.long, device=model.device))
+
+    def input(self) -> Tensor:
+        """What the transformer is shown at the running scale, (R, N, C)."""
+        transformer = self._model.transformer
+        if self.scale == 0:
+            return transformer.first_input(self._condition)
+        tokens = transformer.next_input(self._model.vqvae.quantize.next_map(self.f_hat, self.scale), self.scale)
+        return torch.cat([tokens, tokens]) if self._settings.guided else tokens
+
     def logits(self, cache: Attend) -> Tensor:
         """Guided logits of the running scale, (B, N, V) in fp32."""
-        logits = self._model.transformer(self._input_RNC, self._condition, cache)
+        logits = self._model.transformer(self.input(), self._condition, cache)
         return self._settings.guide(logits, self.scale, len(self._model.transformer.schedule))
 
     def accept(self, tokens_BN: Tensor) -> None:
-        """Take the codes of the running scale and prepare the input of the next one."""
-        quantizer, last = self._model.vqvae.quantize, len(self._model.transformer.schedule) - 1
-        added = quantizer.code_features(tokens_BN, self.scale, enlarge=self.scale < last)
-        self._f_hat = added if self._f_hat is None else self._f_hat + added
+        """Take the codes of the running scale."""
+        last = len(self._model.transformer.schedule) - 1
+        added = self._model.vqvae.quantize.code_features(tokens_BN, self.scale, enlarge=self.scale < last)
+        self._f_hat = summed(self._f_hat, added, first=self.scale == 0)
         self.scale += 1
-        if self.scale <= last:
-            tokens = self._model.transformer.next_input(quantizer.next_map(self._f_hat, self.scale), self.scale)
-            self._input_RNC = torch.cat([tokens, tokens]) if self._settings.guided else tokens
 
     @property
     def f_hat(self) -> Tensor:
-        """Sum of code features so far, (B, Z, P, P)."""
+        """Sum of code features so far, (B, Z, P, P); later scales are added to this very tensor."""
         if self._f_hat is None:
             raise ModelError("no scale was drawn yet")
         return self._f_hat
@@ -144,3 +162,10 @@ class Drawing:
     def image(self) -> Tensor:
         """(B, 3, H, W) in [0, 1]."""
         return (self._model.vqvae.decode(self.f_hat) + 1) / 2
+
+
+def summed(total: Tensor | None, added: Tensor, first: bool) -> Tensor:
+    """The sum with what a scale adds, in the tensor of the total where there is one."""
+    if total is None:
+        return added
+    return total.copy_(added) if first else total.add_(added)

@@ -284,26 +284,54 @@ class Infinity(nn.Module):
             )
         return self.cfg_uncond[:positions]
 
-    def project_text(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One (M, E) per row to its pooled vector (R, C), its projection (R, M, C), and the mask over pads, if any."""
+    def project_text(
+        self, features: Sequence[Tensor], positions: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One (M, E) per row to its pooled vector (R, C), its projection (R, M, C), and the mask over pads, if any.
+
+        With `positions`, M is that number, and there is a mask whatever the lengths.
+        """
         lengths = [len(row) for row in features]
-        text_RME = self.text_norm(pad_sequence([row.float() for row in features], batch_first=True))
+        text_RME = pad_sequence([row.float() for row in features], batch_first=True)
         mask_R11M = None
-        if len(set(lengths)) > 1:
-            positions = torch.arange(max(lengths), device=text_RME.device)
-            mask_R11M = (positions < torch.tensor(lengths, device=text_RME.device)[:, None])[:, None, None]
+        if positions is not None:
+            text_RME = F.pad(text_RME, (0, 0, 0, positions - max(lengths)))
+        text_RME = self.text_norm(text_RME)
+        if positions is not None or len(set(lengths)) > 1:
+            numbers = torch.arange(text_RME.shape[1], device=text_RME.device)
+            mask_R11M = (numbers < torch.tensor(lengths, device=text_RME.device)[:, None])[:, None, None]
         return self.text_proj_for_sos["ca"](text_RME, mask_R11M), self.text_proj_for_ca(text_RME), mask_R11M
 
-    def condition(self, features: Sequence[Tensor]) -> TextCondition:
-        """Text features of every row, (M, E) each, of any lengths, to what the blocks need of them."""
-        pooled_RC, text_RMC, mask_R11M = self.project_text(features)
-        shared = self.shared_ada_lin(pooled_RC).view(-1, 1, 6, self.config.width)
+    def condition(self, features: Sequence[Tensor], positions: int | None = None) -> TextCondition:
+        """Text features of every row, (M, E) each, of any lengths, to what the blocks need of them; `positions` as in
+        `project_text`."""
+        pooled_RC, text_RMC, mask_R11M = self.project_text(features, positions)
+        of_layers = list(self._of_layers(pooled_RC, text_RMC))
         return TextCondition(
             pooled_RC,
-            tuple((shared + block.ada_gss).transpose(1, 2) for block in self.layers()),
-            tuple(block.ca.keys_and_values(text_RMC) for block in self.layers()),
+            tuple(modulation for modulation, _ in of_layers),
+            tuple(keys_values for _, keys_values in of_layers),
             mask_R11M,
         )
+
+    def _of_layers(self, pooled_RC: Tensor, text_RMC: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        """Modulations, and keys and values of the prompts, layer by layer."""
+        shared = self.shared_ada_lin(pooled_RC).view(-1, 1, 6, self.config.width)
+        for block in self.layers():
+            yield (shared + block.ada_gss).transpose(1, 2), block.ca.keys_and_values(text_RMC)
+
+    def condition_again(self, condition: TextCondition, features: Sequence[Tensor]) -> None:
+        """Put those of other texts, no longer than it has positions, into a condition that was made with `positions`;
+        layer by layer, so that no second one is there."""
+        assert condition.mask_R11M is not None
+        pooled_RC, text_RMC, mask_R11M = self.project_text(features, condition.mask_R11M.shape[-1])
+        assert mask_R11M is not None
+        condition.pooled_RC.copy_(pooled_RC)
+        condition.mask_R11M.copy_(mask_R11M)
+        held = zip(condition.modulations, condition.keys_values, strict=True)
+        for (own, (own_k, own_v)), (new, (k, v)) in zip(held, self._of_layers(pooled_RC, text_RMC), strict=True):
+            for target, source in ((own, new), (own_k, k), (own_v, v)):
+                target.copy_(source)
 
     def first_input(self, condition: TextCondition) -> Tensor:
         """The start token of scale 0, (R, 1, C)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
 from heatkv.models.bsq import BitwiseVAE, code_values, resize
 from heatkv.models.checkpoint import build_bsq, build_infinity, read_checkpoint
-from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
+from heatkv.models.class_conditional import fingerprint, summed, tensor_fingerprint
 from heatkv.models.infinity import Infinity, rotation_angles, rotation_table
 from heatkv.models.text import T5TextEncoder
 from heatkv.models.var import Attend
@@ -32,6 +33,9 @@ from heatkv.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
     from heatkv.models import ModelInfo
+
+_TEXT_BLOCK = 64
+"""Prompts whose tensors are used again are padded to a multiple of this."""
 
 SAMPLING = BitSamplingSettings(cfg=3.0, tau=1.0, top_p=0.97)
 """What published comparisons of cache compression use with the public weights."""
@@ -113,6 +117,11 @@ class TextConditionalModel(ImageModel[Prompt]):
         return self.transformer.compute_dtype
 
     @property
+    def choices(self) -> tuple[int, int]:
+        """Every bit of a token by itself."""
+        return self.transformer.config.bits, 2
+
+    @property
     def adapter(self) -> ModelAdapter:
         return self.transformer.adapter()
 
@@ -120,6 +129,19 @@ class TextConditionalModel(ImageModel[Prompt]):
     def key_angles(self) -> tuple[Tensor, ...]:
         head_dim, scales = self.transformer.config.head_dim, range(len(self.schedule))
         return tuple(rotation_angles(self.schedule, scale, head_dim) for scale in scales)
+
+    def rotations(self) -> tuple[Tensor, ...]:
+        """Cosines and sines of every scale, (2, N, P) fp32, on the model's device, where they are made only once."""
+        made = self._rotations_of_devices
+        if self.device not in made:
+            head_dim, scales = self.transformer.config.head_dim, range(len(self.schedule))
+            with torch.inference_mode(False):  # gradients may pass through them later
+                made[self.device] = tuple(rotation_table(self.schedule, s, head_dim, self.device) for s in scales)
+        return made[self.device]
+
+    @cached_property
+    def _rotations_of_devices(self) -> dict[torch.device, tuple[Tensor, ...]]:
+        return {}
 
     def latent_size(self, scale: int) -> tuple[int, int]:
         """Height and width of a scale on the VAE's grid."""
@@ -162,9 +184,12 @@ class TextConditionalModel(ImageModel[Prompt]):
         """8 hex digits of the prompt's features, the same for the same text and encoder."""
         return tensor_fingerprint([("features", self.label(label).features_ME)])[:8]
 
-    def begin(self, labels: Sequence[Prompt], settings: Settings) -> Drawing:
-        """Start drawing one image per prompt. Raises ModelError for features that do not fit."""
-        return Drawing(self, [self.label(label) for label in labels], settings)
+    def begin(self, labels: Sequence[Prompt], settings: Settings, *, reusable: bool = False) -> Drawing:
+        """Start drawing one image per prompt; `reusable` pads prompts to a multiple of 64 positions, for `restart`.
+
+        Raises ModelError for features that do not fit.
+        """
+        return Drawing(self, labels, settings, reusable)
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -176,15 +201,31 @@ def check_texts(texts: Sequence[str]) -> None:
 class Drawing:
     """Images on their way: call `logits`, then `accept` the chosen bits, once per scale; then `image`."""
 
-    def __init__(self, model: TextConditionalModel, prompts: Sequence[Prompt], settings: Settings) -> None:
+    def __init__(
+        self, model: TextConditionalModel, prompts: Sequence[Prompt], settings: Settings, reusable: bool = False
+    ) -> None:
         self._model, self._settings = model, settings
-        self._condition = model.transformer.condition(self._features(prompts))
-        self._input_RNC = model.transformer.first_input(self._condition)
+        features = self._features(prompts)
+        positions = _TEXT_BLOCK * -(-max(map(len, features)) // _TEXT_BLOCK) if reusable else None
+        self._condition = model.transformer.condition(features, positions)
+        self._rotations = model.rotations()
         self._codes: Tensor | None = None
         self.scale = 0
 
+    def restart(self, labels: Sequence[Prompt]) -> bool:
+        """Start other images, as many, in the same tensors; false, and nothing changed, when a prompt is longer than
+        they are, or they have no mask because this was not begun `reusable`. Raises ModelError for features that do
+        not fit."""
+        features, mask_R11M = self._features(labels), self._condition.mask_R11M
+        if mask_R11M is None or max(map(len, features)) > mask_R11M.shape[-1]:
+            return False
+        self._model.transformer.condition_again(self._condition, features)
+        self.scale = 0
+        return True
+
     def _features(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Text features of every row, all conditional prompts first."""
+        prompts = [self._model.label(prompt) for prompt in prompts]
         rows = [self._checked(prompt.features_ME) for prompt in prompts]
         if self._settings.guided:
             rows += [
@@ -209,24 +250,28 @@ class Drawing:
             )
         return features_ME.to(self._model.device)
 
+    def input(self) -> Tensor:
+        """What the transformer is shown at the running scale, (R, N, C)."""
+        transformer = self._model.transformer
+        if self.scale == 0:
+            return transformer.first_input(self._condition)
+        tokens = transformer.next_input(self.next_codes(), self.scale)
+        return torch.cat([tokens, tokens]) if self._settings.guided else tokens
+
     def logits(self, cache: Attend) -> Tensor:
         """Guided logits of the running scale, (B, N*K, 2) in fp32, the bits of a token in a row."""
         model = self._model
-        rotation = rotation_table(model.schedule, self.scale, model.transformer.config.head_dim, model.device)
-        logits_RNV = model.transformer(self._input_RNC, self._condition, rotation, cache)
+        logits_RNV = model.transformer(self.input(), self._condition, self._rotations[self.scale], cache)
         return self._settings.guide(logits_RNV.unflatten(-1, (-1, 2)).flatten(1, 2), self.scale, len(model.schedule))
 
     def accept(self, choices_BN: Tensor) -> None:
-        """Take the bits of the running scale, (B, N*K), and prepare the input of the next one."""
+        """Take the bits of the running scale, (B, N*K)."""
         model, last = self._model, len(self._model.schedule) - 1
         _, height, width = model.schedule.scales[self.scale]
         values_BZhw = code_values(self.on_latent_grid(choices_BN.view(len(choices_BN), height, width, -1)))
         added = resize(values_BZhw, model.latent_size(last))
-        self._codes = added if self._codes is None else self._codes + added
+        self._codes = summed(self._codes, added, first=self.scale == 0)
         self.scale += 1
-        if self.scale <= last:
-            tokens = model.transformer.next_input(self.next_codes(), self.scale)
-            self._input_RNC = torch.cat([tokens, tokens]) if self._settings.guided else tokens
 
     def on_latent_grid(self, bits_BhwK: Tensor) -> Tensor:
         """The bits of tokens on the VAE's grid, (B, h, w, Z)."""
@@ -239,7 +284,8 @@ class Drawing:
 
     @property
     def codes(self) -> Tensor:
-        """Sum of codes so far, (B, Z, h, w) on the grid of the last scale."""
+        """Sum of codes so far, (B, Z, h, w) on the grid of the last scale; later scales are added to this very
+        tensor."""
         if self._codes is None:
             raise ModelError("no scale was drawn yet")
         return self._codes

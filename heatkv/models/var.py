@@ -166,6 +166,11 @@ class Condition:
     class_RC: Tensor
     modulations: tuple[Tensor, ...]
 
+    def copy_(self, other: Condition) -> None:
+        """Take over another one's numbers."""
+        for own, new in zip((self.class_RC, *self.modulations), (other.class_RC, *other.modulations), strict=True):
+            own.copy_(new)
+
 
 class VAR(nn.Module):
     """The transformer. The residual stream and the head stay in fp32; the blocks' matrices may be bf16 or fp16."""
@@ -227,20 +232,19 @@ class VAR(nn.Module):
             shared = self.shared_ada_lin(class_RC).view(-1, 1, 6, class_RC.shape[-1])
         return Condition(class_RC, tuple(block.modulation(class_RC, shared) for block in self.layers()))
 
-    def positions(self) -> Tensor:
-        """Position plus scale embedding of every token, (1, L, C)."""
-        out: Tensor = self.pos_1LC + self.lvl_embed(self.lvl_1L)
+    def positions(self, tokens: slice = slice(None)) -> Tensor:
+        """Position plus scale embedding of these tokens of the sequence (default: all), (1, L, C)."""
+        out: Tensor = self.pos_1LC[:, tokens] + self.lvl_embed(self.lvl_1L[:, tokens])
         return out
 
     def first_input(self, condition: Condition) -> Tensor:
-        first = self.schedule.tokens[0]
-        start = condition.class_RC[:, None].expand(-1, first, -1) + self.pos_start
-        return start + self.positions()[:, :first]
+        start = condition.class_RC[:, None].expand(-1, self.schedule.tokens[0], -1) + self.pos_start
+        return start + self.positions(self.schedule.slice(0))
 
     def next_input(self, map_BZpp: Tensor, scale: int) -> Tensor:
         """The input tokens of `scale`, (B, N, C), from the area-resized sum of codes."""
         tokens = self.word_embed(map_BZpp.flatten(2).transpose(1, 2).float())
-        out: Tensor = tokens + self.positions()[:, self.schedule.slice(scale)]
+        out: Tensor = tokens + self.positions(self.schedule.slice(scale))
         return out
 
     def hidden(self, x_RNC: Tensor, condition: Condition, cache: Attend) -> Tensor:

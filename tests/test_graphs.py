@@ -1,0 +1,552 @@
+"""Drawing with graphs: replayed steps draw what eager ones draw, at fixed addresses, and never wait for the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tape import AddressRunner, TapeRunner, WatchedRunner
+from test_infinity import SCHEDULE, TINY, features
+from torch import Tensor
+
+from heatkv.calibration import calibrate
+from heatkv.compensation import Compensation, fit_compensation
+from heatkv.errors import GraphError, ModelError
+from heatkv.generation import Drawn, Generator, generate
+from heatkv.graphs import EagerRunner, GraphRunner, Step
+from heatkv.level_calibration import calibrate_levels
+from heatkv.models import class_conditional
+from heatkv.models.base import ImageModel
+from heatkv.models.bsq import BitwiseVAE, BSQConfig
+from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
+from heatkv.models.infinity import Infinity
+from heatkv.models.text_conditional import Prompt, TextConditionalModel
+from heatkv.models.var import VAR, VARConfig
+from heatkv.models.vqvae import VQVAE, VQVAEConfig
+from heatkv.plan import CachePlan, Plan
+from heatkv.policies.base import make_policy
+from heatkv.policies.dynamic import Candidates
+from heatkv.policies.recent_tokens import SlidingWindowTokens
+from heatkv.profiling.ledger import TensorLedger
+from heatkv.registry import registered_policies
+from heatkv.sampling import BitSamplingSettings, CommonRandomSampler, PublicSampler, RecordedTokens, SamplingSettings
+from heatkv.selecting_cache import SelectingCache
+from heatkv.statistics import Statistics
+from heatkv.testing import made_up_problem
+
+EVERY = pytest.mark.parametrize("name", registered_policies())
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adakv over hack-like": ("adakv", {"base": "hack-like"}),
+    "protected, carrying": ("protected", {"base": "h2o", "scales": "1"}),
+    "heatkv, two sinks": ("heatkv", {"sink_scales": 2}),
+}
+KINDS = ("full", "heatkv-mr", "snapkv", "adakv", "scalekv", "hack-like", *OTHERS)
+"""One policy of every kind: static, with coarser levels, dynamic, with shared heads, wanting inputs, carrying."""
+
+
+def first_layers(model: ClassConditionalModel, count: int) -> ClassConditionalModel:
+    """The embedded model with its first layers only, which draws as much as these tests need."""
+    transformer = VAR(dataclasses.replace(model.transformer.config, depth=count)).eval().requires_grad_(False)
+    kept = transformer.state_dict().keys()
+    transformer.load_state_dict({name: x for name, x in model.transformer.state_dict().items() if name in kept})
+    return dataclasses.replace(model, transformer=transformer, fingerprint=fingerprint(transformer))
+
+
+@pytest.fixture(scope="module")
+def short(emoji: ClassConditionalModel) -> ClassConditionalModel:
+    return first_layers(emoji, 2)
+
+
+@pytest.fixture(scope="module")
+def measured(short: ClassConditionalModel) -> Statistics:
+    return calibrate(short, 2).with_levels(calibrate_levels(short, 2))
+
+
+def small_classes() -> ClassConditionalModel:
+    """Of random weights."""
+    torch.manual_seed(0)
+    sides = (1, 2, 3, 4)
+    transformer = VAR(VARConfig(sides, 2, 32, 4, num_classes=60, vocab_size=40, z_channels=8))
+    vqvae = VQVAE(VQVAEConfig(sides, 40, 8, 32, (1, 1)), encoder=False)
+    for module in (transformer, vqvae):
+        module.eval().requires_grad_(False)
+    for x in (transformer.head.weight, *(block.ada_lin[1].weight for block in transformer.layers())):
+        x.mul_(4)  # so that classes and what is kept make a difference
+    settings = SamplingSettings(cfg=2.0, top_k=20)
+    return ClassConditionalModel("tiny", transformer, vqvae, settings, fingerprint(transformer))
+
+
+def small_prompts() -> TextConditionalModel:
+    """Of random weights."""
+    torch.manual_seed(5)
+    transformer = Infinity(dataclasses.replace(TINY, depth=2)).eval().requires_grad_(False)
+    transformer.head.weight.mul_(4)
+    vae = BitwiseVAE(BSQConfig(TINY.bits, 32, (1, 1)), encoder=False).eval().requires_grad_(False)
+    settings = BitSamplingSettings(cfg=3.0)
+    return TextConditionalModel("tiny", transformer, vae, SCHEDULE, settings, fingerprint(transformer))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ClassConditionalModel:
+    return small_classes()
+
+
+def plan_of(name: str, model: ImageModel[Any], statistics: Statistics | None = None, budget: str = "50%") -> CachePlan:
+    """With made-up statistics when none are given."""
+    policy_name, options = OTHERS.get(name, (name, {}))
+    policy = make_policy(policy_name, **options)
+    more = {} if statistics is None else {"statistics": statistics}
+    return policy.plan(made_up_problem(policy, model.geometry, "100%" if name == "full" else budget, **more))
+
+
+PROMPTS = (
+    [Prompt(features(4)), Prompt(features(9), features(15))],
+    [Prompt(features(20)), Prompt(features(1), features(2))],
+    [Prompt(features(7)), Prompt(features(7, seed=1))],
+)
+
+
+class Fixed(EagerRunner):
+    """Calls every step, with all tensors where they would be for graphs."""
+
+    replays = True
+
+
+def same(one: Drawn, other: Drawn) -> bool:
+    assert one.images is not None
+    assert other.images is not None
+    tokens = all(torch.equal(a, b) for a, b in zip(one.tokens, other.tokens, strict=True))
+    return tokens and torch.equal(one.images, other.images)
+
+
+def check_replays(generator: Generator[Any], reference: Generator[Any], batches: Sequence[Sequence[Any]]) -> None:
+    """Batches but the first, which warms up, are drawn as by the reference; the second is recorded."""
+    generator.draw(batches[0], seed=0)
+    for seed, labels in enumerate(batches[1:], 1):
+        first = seed * len(labels)
+        samples = range(first, first + len(labels))
+        assert same(generator.draw(labels, seed, samples), reference.draw(labels, seed, samples)), seed
+    assert isinstance(generator.runner, GraphRunner)
+    assert generator.runner.graphs == len(generator.model.geometry.schedule)
+
+
+def check_policy(
+    model: ImageModel[Any], plan: CachePlan, batches: Sequence[Sequence[Any]], compensation: Compensation | None = None
+) -> None:
+    size = len(batches[0])
+    made = Generator(model, plan, size, compensation=compensation, runner=TapeRunner())
+    check_replays(made, Generator(model, plan, size, compensation=compensation, runner=Fixed()), batches)
+
+
+# ------------------------------------------------------------------------------------------ as eager ones
+
+
+@pytest.mark.parametrize("name", [*registered_policies(), *OTHERS])
+def test_replayed_steps_draw_what_eager_ones_draw(
+    short: ClassConditionalModel, measured: Statistics, name: str
+) -> None:
+    plan = plan_of(name, short, measured, "20%")
+    assert plan.had_no_effect() == (name == "full")
+    check_replays(Generator(short, plan, 1, runner=TapeRunner()), Generator(short, plan, 1), [[3], [9], [50]])
+
+
+@pytest.mark.slow
+@EVERY
+def test_so_they_do_with_all_layers(emoji: ClassConditionalModel, name: str) -> None:
+    statistics = calibrate(emoji, 2).with_levels(calibrate_levels(emoji, 2))
+    plan = plan_of(name, emoji, statistics)
+    check_replays(Generator(emoji, plan, 2, runner=TapeRunner()), Generator(emoji, plan, 2), [[3, 4], [9, 1], [50, 0]])
+
+
+@pytest.mark.parametrize("name", ["heatkv-mr", "snapkv", "adakv"])
+def test_in_bfloat16(name: str) -> None:
+    half = small_classes()
+    half.transformer.set_compute_dtype(torch.bfloat16)
+    plan = plan_of(name, half)
+    check_replays(Generator(half, plan, 2, runner=TapeRunner()), Generator(half, plan, 2), [[3, 4], [9, 1], [5, 0]])
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear"])
+@pytest.mark.parametrize("family", ["classes", "prompts"])
+def test_with_corrections(tiny: ClassConditionalModel, family: str, kind: Any) -> None:
+    model: ImageModel[Any] = tiny if family == "classes" else dataclasses.replace(small_prompts(), examples=PROMPTS[0])
+    batches: Sequence[Any] = [[3, 1], [9, 2], [50, 5]] if family == "classes" else PROMPTS
+    plan = plan_of("heatkv-mr", model)
+    assert isinstance(plan, Plan)
+    fitted = fit_compensation(model, plan, kind, samples=2)
+    assert fitted.corrections
+    check_policy(model, plan, batches, fitted)
+
+
+def test_without_guidance(tiny: ClassConditionalModel) -> None:
+    settings = SamplingSettings(cfg=0, top_k=20, top_p=0.9)
+    made, plain = (Generator(tiny, tiny.plan(), 2, settings, runner=runner) for runner in (TapeRunner(), EagerRunner()))
+    check_replays(made, plain, [[3, 4], [9, 1], [5, 0]])
+
+
+# ------------------------------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("full", torch.float32), ("heatkv-mr", torch.float32), ("scalekv", torch.float32), ("adakv", torch.float32),
+        ("heatkv-mr", torch.bfloat16), ("snapkv", torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_prompts_of_any_length_share_graphs(name: str, dtype: torch.dtype) -> None:
+    model = small_prompts()
+    model.transformer.set_compute_dtype(dtype)
+    plan = plan_of(name, model)
+    check_policy(model, plan, PROMPTS)
+    # and padding changes nothing but rounding
+    padded, plain = (Generator(model, plan, 2, runner=runner) for runner in (TapeRunner(), EagerRunner()))
+    logits: dict[str, list[Tensor]] = {"padded": [], "plain": []}
+    for prompts in PROMPTS:
+        tokens = plain.draw(prompts, decode=False).tokens
+        for key, generator in (("padded", padded), ("plain", plain)):
+            generator.draw(
+                prompts,
+                sampler=RecordedTokens(tokens),
+                observe=lambda _, x, key=key: logits[key].append(x),  # type: ignore[misc]
+                decode=False,
+            )
+    assert len(logits["padded"]) == len(PROMPTS) * len(model.schedule)
+    for a, b in zip(logits["padded"], logits["plain"], strict=True):
+        limit = 1e-4 if dtype == torch.float32 else 0.1 * float(b.std())
+        torch.testing.assert_close(a, b, rtol=0, atol=limit)
+
+
+def test_a_longer_prompt_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_prompts()
+    runner = TapeRunner()
+    generator, reference = (Generator(model, model.plan(), 1, runner=r) for r in (runner, Fixed()))
+    short, longer = Prompt(features(5)), Prompt(features(70), features(3))
+    recorded = []
+    for seed, prompt in enumerate([short, short, longer, longer, short, longer]):
+        assert same(generator.draw([prompt], seed), reference.draw([prompt], seed))
+        recorded.append(runner.graphs)
+    assert recorded == [0, 4, 0, 4, 4, 4]
+
+
+def test_a_prompt_that_cannot_be_drawn_changes_nothing() -> None:
+    model = small_prompts()
+    generator = Generator(model, model.plan(), 1, runner=TapeRunner())
+    for _ in range(2):
+        generator.draw([Prompt(features(5))])
+    with pytest.raises(ModelError, match="no unconditional half"):
+        generator.draw([Prompt(features(21))])
+    wanted = Generator(model, model.plan(), 1, runner=Fixed()).draw([Prompt(features(5))])
+    assert same(generator.draw([Prompt(features(5))]), wanted)
+
+
+def test_rotation_tables_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from heatkv.models import text_conditional
+
+    made, original = [], text_conditional.rotation_table
+    monkeypatch.setattr(text_conditional, "rotation_table", lambda *given: made.append(given[1]) or original(*given))
+    model = small_prompts()
+    for _ in range(2):
+        Generator(model, model.plan(), 1).draw([Prompt(features(5))])
+    assert made == list(range(len(SCHEDULE)))
+
+
+# --------------------------------------------------------------------------------- samplers and observers
+
+
+def test_observers_and_other_samplers_see_the_same(tiny: ClassConditionalModel) -> None:
+    """In any order: every way of drawing has graphs of its own."""
+    plan = plan_of("snapkv", tiny)
+    runner = TapeRunner()
+    generators = [Generator(tiny, plan, 2, runner=r) for r in (runner, EagerRunner())]
+    forced = generators[1].draw([7, 8], decode=False).tokens
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        "plain": dict,
+        "forced": lambda: {"sampler": RecordedTokens(forced)},
+        "public": lambda: {"sampler": PublicSampler(torch.Generator().manual_seed(5), tiny.sampling)},
+    }
+    scales = len(tiny.geometry.schedule)
+    order = "plain+ public+ plain plain+ forced+ public plain+ plain forced plain public+".split()
+    for i, (way, watch) in enumerate((way.rstrip("+"), way.endswith("+")) for way in order):
+        seen: list[list[Tensor]] = [[], []]
+        drawn = []
+        for generator, logits in zip(generators, seen, strict=True):
+            keep: Any = {"observe": lambda _, x, logits=logits: logits.append(x)} if watch else {}
+            drawn.append(generator.draw([i, 2 * i], i, **ways[way](), **keep))
+        assert same(*drawn), (i, way)
+        assert [len(logits) for logits in seen] == [scales * watch] * 2
+        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert runner.graphs == 4 * scales  # plain, plain and observed, and two steps a scale for the others
+
+
+def test_settings_of_a_sampler_are_part_of_its_graphs(tiny: ClassConditionalModel) -> None:
+    generators = [Generator(tiny, tiny.plan(), 1, runner=r) for r in (TapeRunner(), EagerRunner())]
+    for top_k in (1, 1, 0, 1, 0, 0, 1):
+        settings = dataclasses.replace(tiny.sampling, top_k=top_k)
+        assert same(*(g.draw([3], sampler=CommonRandomSampler(1, [0], settings)) for g in generators))
+
+
+def test_what_is_handed_out_is_not_overwritten(tiny: ClassConditionalModel) -> None:
+    generator = Generator(tiny, tiny.plan(), 1, runner=TapeRunner())
+    logits: list[Tensor] = []
+    drawn = [generator.draw([3], seed, observe=lambda _, x: logits.append(x)) for seed in range(3)]
+    assert not same(drawn[1], drawn[2])
+    kept = [[x.clone() for x in one.tokens] for one in drawn]
+    copies = [x.clone() for x in logits]
+    generator.draw([5], 9, observe=lambda _, x: logits.append(x))
+    assert all(torch.equal(a, b) for a, b in zip(logits, copies, strict=False))
+    for one, before in zip(drawn, kept, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.tokens, before, strict=True))
+
+
+def test_a_sampler_of_another_shape_is_refused(tiny: ClassConditionalModel) -> None:
+    with pytest.raises(ModelError, match=r"chose \(1, 3\) codes at scale 1; \(images, choices\) are \(1, 4\)"):
+        Generator(tiny, tiny.plan(), 1).draw([3], sampler=RecordedTokens([torch.zeros(1, 1), torch.zeros(1, 3)]))
+
+
+@pytest.mark.parametrize("image", [0, 1, 2])
+def test_an_image_that_is_broken_off_leaves_nothing_behind(tiny: ClassConditionalModel, image: int) -> None:
+    runner = TapeRunner()
+    generator, plain = (Generator(tiny, tiny.plan(), 1, runner=r) for r in (runner, EagerRunner()))
+
+    def stop(scale: int, _: Tensor) -> None:
+        if scale == 3:
+            raise KeyboardInterrupt
+
+    def watch(scale: int, _: Tensor) -> None:
+        pass
+
+    for seed in range(image):
+        generator.draw([1], seed, observe=watch)
+    with pytest.raises(KeyboardInterrupt):
+        generator.draw([1], 5, observe=stop)
+    assert runner.graphs == 0
+    for seed in range(3):
+        assert same(generator.draw([4], seed, observe=watch), plain.draw([4], seed))
+    assert runner.graphs == len(tiny.geometry.schedule)
+
+
+# --------------------------------------------------------------------------- addresses, memory, waiting
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_image_is_drawn_at_the_same_addresses(tiny: ClassConditionalModel, name: str) -> None:
+    runner = AddressRunner()
+    generator = Generator(tiny, plan_of(name, tiny), 1, runner=runner)
+    for seed, label in enumerate([3, 9, 50]):
+        generator.draw([label], seed, decode=False)
+        held = [torch.empty(1000) for _ in range(50)]  # so that what is made anew would lie elsewhere
+        assert held
+    assert len(runner.addresses) == len(tiny.geometry.schedule)
+    arena = generator.cache.store.arena_2RPD.data_ptr()
+    for second, third in runner.addresses.values():
+        assert second == third
+        assert arena in second
+
+
+@pytest.mark.parametrize("model", ["classes", "prompts"])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_memory_does_not_grow_from_image_to_image(tiny: ClassConditionalModel, model: str, graphs: bool) -> None:
+    drawn: ImageModel[Any] = tiny if model == "classes" else small_prompts()
+    batches: Sequence[Any] = [[3, 1], [9, 2], [5, 50]] if model == "classes" else PROMPTS
+    for name in ("snapkv", "heatkv-mr"):
+        generator = Generator(drawn, plan_of(name, drawn), 2, runner=Fixed() if graphs else None)
+        alive = []
+        with TensorLedger() as ledger:
+            for labels in (*batches, *batches):
+                generator.draw(labels, observe=lambda *_: None)
+                alive.append(ledger.live)
+        assert alive[1:] == alive[:1] * (len(alive) - 1)
+        assert alive[0] > 0  # buffers
+
+
+@pytest.mark.parametrize("family", ["classes", "prompts"])
+@pytest.mark.parametrize("name", KINDS)
+def test_no_step_touches_the_host(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tensors have no numbers, none can be looked at, and what comes from the host is of another device."""
+    model: ImageModel[Any] = on_meta(small_classes() if family == "classes" else small_prompts())
+    plan = plan_of(name, model)
+    if name == "heatkv-mr":
+        assert isinstance(plan, Plan)
+        assert plan.coarse
+    labels = [0] if family == "classes" else [Prompt(features(5))]
+    runner = WatchedRunner("meta")
+    ways: list[dict[str, Any]] = [{}]
+    with monkeypatch.context() as patch:
+        patch.setattr(SelectingCache, "check", lambda self: None)  # which looks at numbers, after the steps
+        generator = Generator(model, plan, 1, runner=runner)
+        if name == "full":
+            ways += [{"observe": lambda *_: None}, {"sampler": RecordedTokens(generator._buffers.tokens)}]
+        for way in ways:
+            for _ in range(2):
+                generator.draw(labels, decode=False, **way)
+    assert {key.part for key in runner.watched} == ({"all", "logits", "accept"} if name == "full" else {"all"})
+    assert all(count > 0 for count in runner.watched.values())
+    assert sum(runner.watched.values()) > 500
+
+
+def on_meta(model: Any) -> Any:
+    """The model with shapes alone."""
+    for part in ("transformer", "vqvae", "vae"):
+        if hasattr(model, part):
+            getattr(model, part).to("meta")
+    return model
+
+
+# --------------------------------------------------------------------------- what the checks above would find
+
+
+def in_steps(step: Callable[[Tensor], Any]) -> Step:
+    state = torch.zeros(4)
+    return lambda: state.copy_(torch.as_tensor(step(state))) and None
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (lambda x: x.sum().item(), "makes the host wait"),
+        (lambda x: x if x.sum() > 0 else -x, "makes the host wait"),
+        (lambda x: float(x[0]) * x, "makes the host wait"),
+        (lambda x: x[x >= 0], "makes the host wait"),
+        (lambda x: x.nonzero()[:, 0], "makes the host wait"),
+        (lambda x: x.masked_select(x >= 0), "makes the host wait"),
+        (lambda x: x.unique().expand(4), "makes the host wait"),
+        (lambda x: torch.tensor([1.0, 2, 3, 4]) + x, "made of the host's numbers"),
+        (lambda x: x + torch.rand(4), "draws by itself"),
+        (lambda x: x.to("meta").to("meta"), "touches a tensor on meta"),
+    ],
+)
+def test_steps_that_no_graph_can_have_are_refused(step: Callable[[Tensor], Any], said: str) -> None:
+    runner = TapeRunner()
+    runner.run("it", lambda: None)
+    with pytest.raises(GraphError, match=f"^it cannot be recorded as a graph: AssertionError: .*{said}"):
+        runner.run("it", in_steps(step))
+
+
+@dataclass(frozen=True)
+class ByTheClock(SlidingWindowTokens):
+    """Scores differ with how often the policy was asked."""
+
+    def score(self, seen: Candidates) -> Tensor:
+        counted = self.__dict__.setdefault("counted", [0])
+        counted[0] += 1
+        return super().score(seen) * math.cos(counted[0])
+
+
+def check_fails(model: ImageModel[Any], plan: CachePlan) -> None:
+    with pytest.raises((AssertionError, GraphError)):
+        check_policy(model, plan, [[3], [9], [50]])
+
+
+def test_a_policy_that_counts_in_python_is_found(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tiny.plan("sliding-window-tokens", "20%")
+    check_policy(tiny, plan, [[3], [9], [50]])
+    monkeypatch.setattr("heatkv.selecting_cache.policy_of", lambda plan: ByTheClock())
+    check_fails(tiny, plan)
+
+
+def test_host_numbers_in_a_policy_are_found(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "heatkv.policies.hack_like._flags", lambda flags, device: torch.tensor(flags, device=device)[:, None]
+    )
+    check_fails(tiny, plan_of("adakv over hack-like", tiny))
+
+
+def test_tensors_made_for_every_image_are_found(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def restart(self: Any, labels: Sequence[int]) -> bool:
+        self._condition, self.scale = self._of_labels(labels), 0
+        return True
+
+    monkeypatch.setattr(class_conditional.Drawing, "restart", restart)
+    check_fails(tiny, tiny.plan())
+    runner = AddressRunner()
+    generator = Generator(tiny, tiny.plan(), 1, runner=runner)
+    kept = []
+    for label in (3, 9, 50):
+        generator.draw([label], decode=False)
+        kept.append(generator._drawing._condition)  # type: ignore[union-attr]
+    assert all(second != third for second, third in runner.addresses.values())
+
+
+def test_what_one_step_leaves_to_another_is_found(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        class_conditional, "summed", lambda total, added, first: added if first or total is None else total + added
+    )
+    check_fails(tiny, tiny.plan())
+
+
+# ----------------------------------------------------------------------------------------------- the runners
+
+
+class Noted(GraphRunner):
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__()
+        self.notes = notes
+
+    def _warm_up(self, step: Step) -> None:
+        self.notes.append("warm up")
+        step()
+
+    def _record(self, step: Step) -> Step:
+        self.notes.append("record")
+        step()
+        return lambda: self.notes.append("replay")
+
+
+def test_the_order_of_a_graph_runner() -> None:
+    notes: list[str] = []
+    runner = Noted(notes)
+
+    def twice() -> None:
+        for key in "ab":
+            runner.run(key, lambda key=key: notes.append(key))  # type: ignore[misc]
+
+    twice()
+    assert notes == ["warm up", "a", "warm up", "b"]
+    assert runner.graphs == 0
+    notes.clear()
+    twice()
+    assert notes == ["record", "a", "replay", "record", "b", "replay"]
+    assert runner.graphs == 2
+    notes.clear()
+    twice()
+    assert notes == ["replay", "replay"]
+    runner.forget()
+    assert runner.graphs == 0
+    notes.clear()
+    twice()
+    assert notes == ["warm up", "a", "warm up", "b"]
+
+
+def test_a_step_that_cannot_be_recorded_is_named_and_may_be_tried_again() -> None:
+    notes: list[str] = []
+    runner = Noted(notes)
+    works = True
+
+    def step() -> None:
+        if not works:
+            raise ValueError("boom")
+
+    runner.run("scale 7", step)
+    works = False
+    with pytest.raises(GraphError, match=r"^scale 7 cannot be recorded as a graph: ValueError: boom; draw without"):
+        runner.run("scale 7", step)
+    assert runner.graphs == 0
+    works = True
+    runner.run("scale 7", step)
+    assert runner.graphs == 1
+
+
+def test_graphs_need_a_cuda_device(short: ClassConditionalModel) -> None:
+    said = r"^CUDA graphs need a CUDA device; the model is on cpu: draw with graphs=False"
+    with pytest.raises(GraphError, match=said):
+        Generator(short, short.plan(), 1, graphs=True)
+    with pytest.raises(GraphError, match=said):
+        generate(short, [1], short.plan(), graphs=True)
+    with pytest.raises(ModelError, match="graphs is 'yes'"):
+        Generator(short, short.plan(), 1, graphs="yes")  # type: ignore[arg-type]
