@@ -28,15 +28,16 @@ from heatkv.models.base import ImageModel
 from heatkv.plan import CachePlan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.environment import environment
+from heatkv.profiling.ledger import TensorLedger
 from heatkv.statistics import HeadRankings
 
 CASES = {
     "emoji": ("emoji", None, None, 7),
     "var-d16": ("var-d16", None, None, 3),
     "infinity-2b-4-layers-0.25M": ("infinity-2b", "0.25M", 4, 3),
-    "infinity-2b-4-layers-1M": ("infinity-2b", "1M", 4, 2),
+    "infinity-2b-4-layers-1M": ("infinity-2b", "1M", 4, 1),
 }
-BUDGET, FROM_TOKENS, PROMPT = "10%", 1000, 64
+BUDGET, FROM_TOKENS, PROMPT, MOST_TOKENS = "10%", 1000, 64, 3000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,6 +52,16 @@ def plans_of(model: ImageModel[Any]) -> dict[str, CachePlan]:
     rankings = HeadRankings(geometry.layers, geometry.heads, 0, order)
     problem = PlanningProblem(geometry, Budget.parse(BUDGET), rankings=rankings, model=model.name)
     return {"full": model.full_plan(), "heatkv": make_policy("heatkv").plan(problem)}
+
+
+def grown_bytes(generator: Generator[Any], labels: list[Any]) -> int | None:
+    """Bytes of tensors that one more image leaves behind; None where another image would take minutes."""
+    if generator.model.geometry.schedule.total_tokens > MOST_TOKENS:
+        return None
+    with TensorLedger() as ledger:
+        generator.draw(labels, decode=False)
+    live: int = ledger.live
+    return live
 
 
 def measure(case: str, dtype: str) -> dict[str, Any]:
@@ -75,6 +86,7 @@ def measure(case: str, dtype: str) -> dict[str, Any]:
         "seconds": {policy: round(value, 4) for policy, value in seconds.items()},
         "runs": {policy: [round(x, 4) for x in times] for policy, times in runs.items()},
         "over_full": {policy: round(value / seconds["full"], 4) for policy, value in seconds.items()},
+        "grown_bytes": {policy: grown_bytes(generator, labels) for policy, generator in generators.items()},
         "allocated_bytes": {policy: generator.cache.allocated_bytes for policy, generator in generators.items()},
     }
 

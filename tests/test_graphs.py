@@ -171,6 +171,14 @@ def test_in_bfloat16(name: str) -> None:
     check_replays(Generator(half, plan, 2, runner=TapeRunner()), Generator(half, plan, 2), [[3, 4], [9, 1], [5, 0]])
 
 
+@pytest.mark.parametrize("coding", ["int8", "fp8"])
+@pytest.mark.parametrize("name", KINDS)
+def test_in_8_bits(tiny: ClassConditionalModel, name: str, coding: str) -> None:
+    plan = plan_of(name, tiny)
+    made, plain = (Generator(tiny, plan, 2, runner=run, storage=coding) for run in (TapeRunner(), EagerRunner()))
+    check_replays(made, plain, [[3, 4], [9, 1], [5, 0]])
+
+
 @pytest.mark.parametrize("kind", ["constant", "linear"])
 @pytest.mark.parametrize("family", ["classes", "prompts"])
 def test_with_corrections(tiny: ClassConditionalModel, family: str, kind: Any) -> None:
