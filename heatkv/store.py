@@ -183,10 +183,16 @@ def _bits(codes: Tensor) -> Tensor:
     return codes.view(torch.int8)
 
 
-def check_coding(coding: str, device: torch.device | str) -> None:
+def available_codings(device: torch.device) -> tuple[str, ...]:
+    """The codings that the device has."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return ("int8",)
+    return ("int8",) if device.type == "mps" else tuple(CODES)
+
+
+def check_coding(coding: str, device: torch.device) -> None:
     """Raise PlanError for an unknown coding, or one that the device does not have."""
     if coding not in CODES:
         raise PlanError(f"unknown storage {coding!r}; known: {', '.join(CODES)}, or none for the compute type")
-    device = torch.device(device)
-    if coding == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise PlanError(f"storage fp8 needs a device of compute capability 8.9 or later; use int8 on {device}")
+    if coding not in available_codings(device):
+        raise PlanError(f"storage {coding} needs a CPU, or a GPU of compute capability 8.9; use int8 on {device}")

@@ -22,7 +22,7 @@ from heatkv.attention.grouping import GROUP_BYTES
 from heatkv.cache import KVCache
 from heatkv.errors import BudgetError, HeatKVError
 from heatkv.generation import run_scales
-from heatkv.geometry import Budget, CacheGeometry
+from heatkv.geometry import Budget, CacheGeometry, StorageType
 from heatkv.models import COMPUTE_DTYPES, VAR_SAMPLING, ModelInfo
 from heatkv.models import emoji as emoji_model
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE
@@ -56,8 +56,9 @@ class Footprint:
 
     `prompt` is what the class or prompt decides once per image (AdaLN vectors, keys and values of cross attention);
     `working` the peak of all other tensors that come and go, in the transformer, the sampler or the decoder. `tables`
-    are those of what is read and written where, whatever the images, `gathered` what the heads of a layer read at most
-    with the full cache, `gathered_head` the part of one head.
+    are those of what is read and written where, whatever the images; `uncoded` is what the scales that are never coded
+    take more than others would; `gathered` what the heads of a layer read at most with the full cache, `gathered_head`
+    the part of one head.
     """
 
     images: int
@@ -68,6 +69,7 @@ class Footprint:
     prompt: int
     working: int
     full_cache: int
+    uncoded: int = 0
     tables: int = 0
     gathered: int = 0
     gathered_head: int = 0
@@ -87,7 +89,7 @@ class Footprint:
 
     def times(self, count: int) -> Footprint:
         """That of so many times the images, which share the weights."""
-        grown = ("images", "rows", "prompt", "working", "full_cache", "gathered", "gathered_head")
+        grown = ("images", "rows", "prompt", "working", "full_cache", "uncoded", "gathered", "gathered_head")
         return replace(self, **{name: getattr(self, name) * count for name in grown})
 
 
@@ -161,8 +163,12 @@ def _settings(model: _Shapes, guided: bool) -> Any:
 
 
 @cache
-def _one_image(info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool) -> Footprint:
+def _one_image(
+    info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool, storage: str | None
+) -> Footprint:
     geometry, rows = info.geometry(size, ratio), 2 if guided else 1
+    held_as = str(StorageType(dtype, storage))
+    uncoded, coded = geometry.token_head_bytes(rows, held_as)
     gathered = 2 * rows * geometry.schedule.total_tokens * geometry.head_dim * COMPUTE_DTYPES[dtype].itemsize
     whole, short = (shapes(info, geometry.schedule, COMPUTE_DTYPES[dtype], layers) for layers in (info.layers, 2))
     tables = whole.rotations() if isinstance(whole, TextConditionalModel) else ()
@@ -176,7 +182,8 @@ def _one_image(info: ModelInfo, size: str | None, ratio: float | None, dtype: st
         prompt=prompt_bytes(whole, 1, guided),
         # a layer's tensors are gone before the next one runs; from the second on, its input is not the transformer's
         working=drawing_bytes(short, 1, guided) - prompt_bytes(short, 1, guided),
-        full_cache=geometry.full_bytes(rows, dtype),
+        full_cache=geometry.full_bytes(rows, held_as),
+        uncoded=geometry.uncoded_token_heads * (uncoded - coded),
         tables=table_bytes(geometry),
         gathered=gathered * geometry.heads,
         gathered_head=gathered,
@@ -192,14 +199,16 @@ def footprint(
     dtype: str = "bfloat16",
     guided: bool = True,
     text_encoder: bool = True,
+    storage: str | None = None,
 ) -> Footprint:
-    """Bytes of drawing `images` at once with matrices and cache in `dtype`: what is not weights is in proportion.
+    """Bytes of drawing `images` at once with matrices in `dtype`, and the cache too, unless `storage` codes it: what is
+    not weights is in proportion.
 
     `text_encoder=False` leaves Infinity's encoder out, for prompts that were encoded before or elsewhere.
     """
     if not 1 <= images <= MOST_IMAGES:
         raise HeatKVError(f"a batch of {images}; it is from 1 to {MOST_IMAGES} images")
-    one = _one_image(info, size, ratio, dtype, guided).times(images)
+    one = _one_image(info, size, ratio, dtype, guided, storage).times(images)
     return one if text_encoder else replace(one, text_encoder=0)
 
 
@@ -229,7 +238,8 @@ class Fit:
 
     @property
     def cache(self) -> int:
-        return math.floor(self.share * self.taken.full_cache)
+        """At most, whichever cells are held."""
+        return math.floor(self.taken.uncoded + self.share * (self.taken.full_cache - self.taken.uncoded))
 
     @property
     def total(self) -> int:
@@ -246,7 +256,7 @@ class Fit:
 
 def largest_share(taken: Footprint, memory: int, least: Fraction) -> Fit:
     """The largest share of the full cache that fits beside the rest, at most 1 and at least `least`, which may not."""
-    left = Fraction(memory - taken.without_cache, taken.full_cache)
+    left = Fraction(memory - taken.without_cache - taken.uncoded, taken.full_cache - taken.uncoded)
     return Fit(taken, memory, max(least, min(Fraction(1), left)))
 
 

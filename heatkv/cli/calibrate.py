@@ -191,7 +191,7 @@ def calibrate(
     budgets: Annotated[
         str | None, typer.Option("--budgets", help="of the plans that --report compares, separated by commas (20%)")
     ] = None,
-    running: Annotated[Running, Without("rows")],
+    running: Annotated[Running, Without("rows"), Without("storage"), Without("attention")],
     as_json: AsJson = False,
 ) -> None:
     """Measure how much every head looks back at every scale; writes a statistics file.

@@ -23,7 +23,9 @@ def doctor(as_json: AsJson = False) -> None:
 
     import torch
 
+    from heatkv.attention import triton_kernels
     from heatkv.profiling.environment import environment
+    from heatkv.store import available_codings
 
     def extra(package: str, distribution: str, why: str) -> str:
         if importlib.util.find_spec(package) is None:
@@ -43,6 +45,8 @@ def doctor(as_json: AsJson = False) -> None:
         "CUDA graphs": "yes" if torch.cuda.is_available() else "no CUDA device",
         "mps": "yes" if mps else "no",
         "triton": extra("triton", "triton", "heatkv[triton]"),
+        "fused attention kernel": triton_kernels.supports(where, torch.bfloat16, 128) or "yes",
+        "8-bit storage": ", ".join(available_codings(where)),
         "NVML": extra("pynvml", "nvidia-ml-py", "heatkv[nvml]"),
         "torchmetrics": extra("torchmetrics", "torchmetrics", "heatkv[metrics]; SSIM needs it"),
         "models with weights": ", ".join(info.name for info in MODELS.values() if info.bundled),

@@ -20,6 +20,7 @@ from heatkv.cli.opening import (
     parse_ratio,
     say_template,
     statistics_of_model,
+    storage_name,
 )
 from heatkv.cli.output import certificate, chosen_by_kl, pairs, show
 from heatkv.cli.settings import policy_options
@@ -45,6 +46,7 @@ def solve(
     ratio: options.Ratio = None,
     rows: options.Rows = None,
     dtype: options.Dtype = "bfloat16",
+    storage: options.Storage = None,
     cfg: options.Cfg = None,
     device: options.Device = "cpu",
     seed: options.Seed = 0,
@@ -58,14 +60,14 @@ def solve(
     info = model_info(model)
     geometry = info.geometry(size, parse_ratio(ratio))
     guided = is_guided(info, cfg)
-    storage = known_dtype(dtype)
+    held_as = storage_name(known_dtype(dtype), storage)
     rows = rows if rows is not None else (2 if guided else 1)
     check_device(device)
     if out is not None:
         _check_replaceable(out)
     if plan is not None:
         solved: CachePlan = open_only_plan(plan, geometry, model, budget, ranking)
-        solved.check_bytes(rows, storage)
+        solved.check_bytes(rows, held_as)
     else:
         if budget is None:
             raise HeatKVError(
@@ -80,14 +82,14 @@ def solve(
             open_rankings(ranking.orders, geometry, model),
             seed,
             rows,
-            storage,
+            held_as,
             model,
         )
         solved = chosen.plan(problem)
     if out is not None:
         solved.save(out)
     static = solved if isinstance(solved, Plan) else None
-    corrections = compensation_bytes(solved, storage)
+    corrections = compensation_bytes(solved, held_as)
     target, layer = solved.peak_checkpoint
     share = solved.peak_token_heads / max(solved.budget_token_heads, 1)
     facts = {
@@ -95,20 +97,21 @@ def solve(
         "budget": solved.budget, "budget_token_heads": solved.budget_token_heads,
         "peak_token_heads": solved.peak_token_heads, "peak_over_budget": share,
         "peak_checkpoint": {"scale": target, "layer": layer}, "full_token_heads": geometry.full_token_heads,
-        "planned_bytes": solved.bytes(rows, storage), "full_bytes": geometry.full_bytes(rows, storage),
-        "rows": rows, "dtype": storage, "sink_scales": static and static.sink_scales, "value": static and static.value,
+        "planned_bytes": solved.bytes(rows, held_as), "full_bytes": geometry.full_bytes(rows, dtype),
+        "rows": rows, "dtype": dtype, "storage": held_as,
+        "sink_scales": static and static.sink_scales, "value": static and static.value,
         "value_bound": static and static.value_bound, "gap": static and static.gap,
         "budget_asked": solved.settings.get("budget"), "predicted_kl": solved.predicted_kl,
         "compensation_bytes": corrections,
         "had_no_effect": solved.had_no_effect(), "out": None if out is None else str(out),
     }  # fmt: skip
-    held, full = solved.bytes(rows, storage) / 2**20, geometry.full_bytes(rows, storage) / 2**20
+    held, full = solved.bytes(rows, held_as) / 2**20, geometry.full_bytes(rows, dtype) / 2**20
     told = {
         "schedule": str(geometry.schedule),
         **chosen_by_kl(solved),
         "peak": f"{solved.peak_token_heads} of {solved.budget_token_heads} token-heads ({share:.2%} of the budget)",
         "at": f"after layer {layer} of scale {target}",
-        "bytes": f"{held:.2f} MiB of {full:.2f} MiB ({rows} rows, {storage})",
+        "bytes": f"{held:.2f} MiB of {full:.2f} MiB ({rows} rows, {held_as})",
         **({"corrections": f"{corrections / 2**20:.2f} MiB, once for all rows"} if corrections else {}),
         **({} if static is None else {"sink scales": str(static.sink_scales), **certificate(static)}),
     }
@@ -143,6 +146,7 @@ def fit(
     ratio: options.Ratio = None,
     cfg: options.Cfg = None,
     dtype: options.Dtype = "bfloat16",
+    storage: options.Storage = None,
     text_encoder: Annotated[bool, typer.Option(help="keep Infinity's text encoder in the same memory")] = True,
     as_json: options.AsJson = False,
 ) -> None:
@@ -160,8 +164,9 @@ def fit(
         raise HeatKVError("--batch asks for the largest budget, --budget for the largest batch; give one of them")
     policy = HeatKV() if sink_scales is None else HeatKV(sink_scales=sink_scales)
     problem = PlanningProblem(
-        info.geometry(size, shape), Budget.parse(budget or "100%"), rows=2 if guided else 1, storage=dtype
-    )
+        info.geometry(size, shape), Budget.parse(budget or "100%"), rows=2 if guided else 1,
+        storage=storage_name(dtype, storage),
+    )  # fmt: skip
     policy.check(problem)
     policy.check_room(problem)
     if problem.budget_token_heads < 1:
@@ -172,7 +177,13 @@ def fit(
     asked = None if budget is None else problem.share
 
     def measure(images: int, **changed: Any) -> Footprint:
-        given = {"size": size, "dtype": dtype, "text_encoder": text_encoder, "guided": guided} | changed
+        given = {
+            "size": size,
+            "dtype": dtype,
+            "storage": storage,
+            "text_encoder": text_encoder,
+            "guided": guided,
+        } | changed
         return footprint(info, images, ratio=shape, **given)
 
     def least(size: str | None) -> Fraction:
@@ -206,13 +217,16 @@ def fit(
             ways.append("--cfg 1" if info.family == "infinity" else "--cfg 0")
         if dtype == "float32" and fits(dtype="bfloat16"):
             ways.append("--dtype bfloat16")
+        if storage is None and fits(storage="int8"):
+            ways.append("--storage int8")
         if taken.text_encoder and fits(text_encoder=False):
             ways.append("--no-text-encoder, with prompts encoded elsewhere")
         return ways
 
-    percent, sinks = _percent(found.share), math.floor(least(size) * taken.full_cache)
+    percent, sinks = _percent(found.share), Fit(taken, available, least(size)).cache
     facts = {
-        "model": model, "memory_bytes": available, "images": taken.images, "rows": taken.rows, "dtype": dtype,
+        "model": model, "memory_bytes": available, "images": taken.images, "rows": taken.rows,
+        "dtype": dtype, "storage": problem.storage,
         "schedule": str(problem.geometry.schedule), "transformer_bytes": taken.transformer,
         "decoder_bytes": taken.decoder, "text_encoder_bytes": taken.text_encoder, "prompt_bytes": taken.prompt,
         "working_bytes": taken.working, "attention_bytes": taken.attention, "full_cache_bytes": taken.full_cache,
@@ -234,7 +248,7 @@ def fit(
         "total with that": found.total,
         "left" if found.fits else "missing": abs(available - found.total),
     }
-    title = f"{model} in {memory}: {taken.images} at once, {dtype}"
+    title = f"{model} in {memory}: {taken.images} at once, {problem.storage}"
     table = pairs(title, ("what", "GiB"), {name: f"{value / 2**30:.3f}" for name, value in told.items()})
     if not found.fits:
         answer = "it does not fit"
