@@ -658,6 +658,9 @@ def test_what_the_kernels_cannot_do_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert "heads have 129 channels; the kernels take 1 to 128" in str(supports(DEVICE, torch.float32, 129))
     assert "codes are int8 or float8_e4m3fn, not int16" in str(supports(DEVICE, torch.float32, 64, torch.int16))
     assert "not on mps" in str(supports("mps", torch.float32, 64))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert supports("cuda", torch.float32, 64) == "there is no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "the kernels need compute capability 8.0; this device has 7.5" in str(supports("cuda", torch.float16, 64))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))

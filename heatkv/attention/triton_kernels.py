@@ -79,6 +79,8 @@ def supports(
     if codes is not None and codes not in CODE_TYPES:
         return f"codes are int8 or float8_e4m3fn, not {_name(codes)}"
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
         capability = torch.cuda.get_device_capability(device)
         least = (8, 9) if codes == torch.float8_e4m3fn else (8, 0)
         if capability < least:
