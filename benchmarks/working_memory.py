@@ -65,6 +65,8 @@ def measure(name: str, size: str, dtype: str, images: int, how: str) -> None:
     model = random_model(name, size, getattr(torch, dtype))
     generator = Generator(model, model.plan(), images)
     generator.cache.arena_2RPD.zero_()  # resident before the drawing
+    if isinstance(model, TextConditionalModel):
+        model.rotations()  # made once, and counted with the weights
 
     def labels() -> list[Any]:
         if isinstance(model, ClassConditionalModel):
