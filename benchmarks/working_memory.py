@@ -16,6 +16,7 @@ from random_models import labels_of, random_model
 
 from heatkv.generation import Generator
 from heatkv.models import model_info
+from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.profiling.fit import TEXT_POSITIONS, footprint
 from heatkv.profiling.ledger import TensorLedger
 
@@ -44,6 +45,8 @@ def measure(name: str, size: str, dtype: str, images: int, how: str) -> None:
     model = random_model(name, size, getattr(torch, dtype), layers)
     generator = Generator(model, model.plan(), images)
     generator.cache.store.arena_2RPD.zero_()  # resident before the drawing
+    if isinstance(model, TextConditionalModel):
+        model.rotations()  # made once, and counted with the weights
 
     labels = labels_of(model, images, TEXT_POSITIONS)
     if how == "alive":

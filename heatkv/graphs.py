@@ -60,6 +60,11 @@ class GraphRunner(ABC):
         """How many steps are recorded."""
         return len(self._recorded)
 
+    @property
+    def pool_bytes(self) -> int | None:
+        """What the memory pool of what is recorded has reserved on the device; None where nobody tells."""
+        return None
+
     def run(self, key: Hashable, step: Step) -> None:
         """Do what `step` does. Raises GraphError when it cannot be recorded."""
         if key not in self._warm:
@@ -103,13 +108,20 @@ class GraphRunner(ABC):
         """Run the step's Python, and give what does its operations."""
 
 
+def check_has_graphs(device: torch.device) -> None:
+    """Raise GraphError for a device without CUDA graphs."""
+    if device.type != "cuda":
+        raise GraphError(
+            f"CUDA graphs need a CUDA device; the model is on {device}: draw without them (graphs=False, --no-graphs)"
+        )
+
+
 class CUDAGraphRunner(GraphRunner):
     """Records steps as CUDA graphs, all of them in one memory pool. Raises GraphError for a device that has none."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        if device.type != "cuda":
-            raise GraphError(f"CUDA graphs need a CUDA device; the model is on {device}: draw with graphs=False")
+        check_has_graphs(device)
         self._device = device
         # warm-up and recording share a stream, so that libraries have their workspaces before any recording
         self._stream = torch.cuda.Stream(device)
@@ -117,7 +129,6 @@ class CUDAGraphRunner(GraphRunner):
 
     @property
     def pool_bytes(self) -> int | None:
-        """What the graphs' memory pool has reserved on the device; None where the allocator does not tell."""
         try:
             segments = torch.cuda.memory_snapshot()
             return sum(int(s["total_size"]) for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))

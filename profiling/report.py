@@ -25,10 +25,11 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     table = Table(title=title)
     corrected = any(row.get("compensation_bytes") for row in rows)
     foretold = any(row.get("predicted_kl") is not None for row in rows)
+    graphs = any(row.get("graph_latency_ms") for row in rows)
     for name in (
         "policy", "budget", "budget MiB", "planned MiB", "allocated MiB", "of full",
-        *(["corrections MiB"] if corrected else []), "ms", "KL", *(["foretold KL"] if foretold else []),
-        "top-1", "PSNR dB", "SSIM",
+        *(["corrections MiB"] if corrected else []), "ms", *(["ms, graphs"] if graphs else []), "KL",
+        *(["foretold KL"] if foretold else []), "top-1", "PSNR dB", "SSIM",
     ):  # fmt: skip
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     previous = None
@@ -37,7 +38,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             table.add_section()
         previous = row["budget"]
         name = row["policy"] + (f" (mean of {row['draws']})" if row["draws"] > 1 else "")
-        time = row.get("latency_ms")
+        time, with_graphs = row.get("latency_ms"), row.get("graph_latency_ms")
         table.add_row(
             name + (" *" if row["had_no_effect"] else " †" if row.get("under_used") else ""),
             row["budget"],
@@ -47,6 +48,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             f"{row['allocated_bytes'] / row['full_bytes']:.1%}",
             *([f"{row.get('compensation_bytes', 0) / 2**20:.3f}"] if corrected else []),
             _number(time["median"] if time else None, ".1f"),
+            *([_number(with_graphs["median"] if with_graphs else None, ".1f")] if graphs else []),
             _number(row.get("kl"), ".4f"),
             *([_number(row.get("predicted_kl"), ".4f")] if foretold else []),
             _number(row.get("top1_agreement"), ".1%"),

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from heatkv.compensation import Compensation, compensation_of
-from heatkv.errors import HeatKVError
+from heatkv.errors import GraphError, HeatKVError
 from heatkv.generation import Generator
 from heatkv.geometry import Budget, StorageType
+from heatkv.graphs import GraphRunner
 from heatkv.models.base import ImageModel
 from heatkv.plan import CachePlan
 from heatkv.policies.base import PlanningProblem, make_policy
@@ -58,12 +59,14 @@ class Subject:
         fitted = tuple(compensation_of(model, plan, seed=seed, settings=settings) for plan in plans)
         return cls(policy, budget, tuple(plans), storage, fitted, attention)
 
-    def generator(self, model: ImageModel[Any], settings: Settings, plan: int, batch: int) -> Generator[Any]:
+    def generator(
+        self, model: ImageModel[Any], settings: Settings, plan: int, batch: int, graphs: bool = False
+    ) -> Generator[Any]:
         """What draws `batch` images under one of the plans."""
         coding = StorageType.parse(self.storage).coding
         return Generator(
             model, self.plans[plan], batch, settings, self.compensations[plan],
-            storage=coding, attention=self.attention,
+            storage=coding, attention=self.attention, graphs=graphs,
         )  # fmt: skip
 
     @property
@@ -156,6 +159,20 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int) -> dict[str, 
     return row
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Latency and device memory of drawing as Python runs it; latency with graphs and what these hold on the device.
+
+    Without a CUDA device there is nothing of graphs; nor where they could not be had, for the reason `no_graphs`.
+    """
+
+    eager: Latency
+    memory: DeviceMemory
+    graph: Latency | None = None
+    graph_pool_bytes: int | None = None
+    no_graphs: str | None = None
+
+
 def measure_latency(
     model: ImageModel[Any],
     subjects: Sequence[Subject],
@@ -165,14 +182,44 @@ def measure_latency(
     repeats: int,
     seed: int = 0,
     progress: Callable[[], None] | None = None,
-) -> dict[str, tuple[Latency, DeviceMemory]]:
-    """Time of drawing `rows` rows of images, decode included, for every subject in turns; its first plan is taken."""
+) -> dict[str, Timing]:
+    """Time of drawing `rows` rows of images, decode included, for every subject in turns; its first plan is taken.
+
+    On CUDA devices then with graphs, one subject after another, since every one's graphs hold memory. `progress` is
+    told of every run.
+    """
     batch = images_of_rows(rows, settings)
     labels = model.labels(batch)
-    generators = {s.name: s.generator(model, settings, 0, batch) for s in subjects}
-    calls = {name: (lambda g=generator: g.draw(labels, seed)) for name, generator in generators.items()}
+
+    def drawing(by: Generator[Any]) -> Callable[[], object]:
+        return lambda: by.draw(labels, seed)
+
+    calls = {subject.name: drawing(subject.generator(model, settings, 0, batch)) for subject in subjects}
     times = measure_interleaved(calls, model.device, repeats, progress)
-    return {name: (times[name], measure_device(call, model.device)) for name, call in calls.items()}
+    measured = {name: Timing(times[name], measure_device(call, model.device)) for name, call in calls.items()}
+    if model.device.type == "cuda":
+        calls.clear()
+        for subject in subjects:
+            made = subject.generator(model, settings, 0, batch, graphs=True)
+            measured[subject.name] = timed_with_graphs(measured[subject.name], made, drawing(made), repeats, progress)
+    return measured
+
+
+def timed_with_graphs(
+    timing: Timing,
+    generator: Generator[Any],
+    draw: Callable[[], object],
+    repeats: int,
+    progress: Callable[[], None] | None = None,
+) -> Timing:
+    """The timing with that of `draw`, which draws by a generator with graphs that has drawn nothing yet."""
+    assert isinstance(generator.runner, GraphRunner)
+    try:
+        draw()  # warms up; the next one, which is not timed either, records
+        graph = measure_interleaved({"": draw}, generator.model.device, repeats, progress)[""]
+    except GraphError as error:
+        return replace(timing, no_graphs=str(error))
+    return replace(timing, graph=graph, graph_pool_bytes=generator.runner.pool_bytes)
 
 
 def images_of_rows(rows: int, settings: Settings) -> int:
@@ -212,11 +259,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(present)) if len(present) == len(values) else None
 
 
-def latency_row(measured: tuple[Latency, DeviceMemory]) -> dict[str, Any]:
+def latency_row(timing: Timing) -> dict[str, Any]:
     """Latency and device memory as fields of a result row."""
-    times, memory = measured
     return {
-        "latency_ms": times.to_json(),
-        "device_peak_bytes": memory.peak_bytes,
-        "nvml_bytes": memory.nvml_bytes,
+        "latency_ms": timing.eager.to_json(),
+        "device_peak_bytes": timing.memory.peak_bytes,
+        "nvml_bytes": timing.memory.nvml_bytes,
+        "graph_latency_ms": None if timing.graph is None else timing.graph.to_json(),
+        "graph_pool_bytes": timing.graph_pool_bytes,
     }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +18,11 @@ from torch import Tensor
 
 from heatkv.calibration import calibrate
 from heatkv.compensation import Compensation, fit_compensation
-from heatkv.errors import GraphError, ModelError
+from heatkv.errors import GraphError, ModelError, PolicyError
 from heatkv.generation import Drawn, Generator, generate
-from heatkv.graphs import EagerRunner, GraphRunner, Step
+from heatkv.graphs import CUDAGraphRunner, EagerRunner, GraphRunner, Step
 from heatkv.level_calibration import calibrate_levels
-from heatkv.models import class_conditional
+from heatkv.models import class_conditional, load_model
 from heatkv.models.base import ImageModel
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
@@ -32,7 +34,11 @@ from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import make_policy
 from heatkv.policies.dynamic import Candidates
 from heatkv.policies.recent_tokens import SlidingWindowTokens
+from heatkv.profiling.latency import Latency
 from heatkv.profiling.ledger import TensorLedger
+from heatkv.profiling.memory import DeviceMemory
+from heatkv.profiling.report import results_table
+from heatkv.profiling.runner import Subject, Timing, bytes_row, latency_row, timed_with_graphs
 from heatkv.registry import registered_policies
 from heatkv.sampling import BitSamplingSettings, CommonRandomSampler, PublicSampler, RecordedTokens, SamplingSettings
 from heatkv.selecting_cache import SelectingCache
@@ -551,10 +557,213 @@ def test_a_step_that_cannot_be_recorded_is_named_and_may_be_tried_again() -> Non
 
 
 def test_graphs_need_a_cuda_device(short: ClassConditionalModel) -> None:
-    said = r"^CUDA graphs need a CUDA device; the model is on cpu: draw with graphs=False"
+    said = r"^CUDA graphs need a CUDA device; the model is on cpu: draw without them"
     with pytest.raises(GraphError, match=said):
         Generator(short, short.plan(), 1, graphs=True)
     with pytest.raises(GraphError, match=said):
         generate(short, [1], short.plan(), graphs=True)
     with pytest.raises(ModelError, match="graphs is 'yes'"):
         Generator(short, short.plan(), 1, graphs="yes")  # type: ignore[arg-type]
+
+
+class FakeCUDA:
+    """Takes down what is asked of torch.cuda, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.notes: list[str] = []
+        self.fails_at_the_end = False
+        self.segments: Any = []
+        fakes = {
+            "Stream": lambda device: FakeStream(self, "side"),
+            "current_stream": lambda: FakeStream(self, "current"),
+            "stream": lambda stream: self.block(f"on {stream.name}"),
+            "device": lambda device: nullcontext(),
+            "graph_pool_handle": lambda: (0, 7),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.notes.append("replay")),
+            "graph": lambda graph, pool, stream: self.block(f"capture in {pool} on {stream.name}", True),
+            "memory_snapshot": lambda: self.segments,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    @contextmanager
+    def block(self, what: str, fails: bool = False) -> Iterator[None]:
+        self.notes.append(what)
+        try:
+            yield
+        finally:
+            self.notes.append(f"end {what}")
+            if fails and self.fails_at_the_end:
+                raise RuntimeError("the recording was broken off")
+
+
+@dataclass
+class FakeStream:
+    cuda: FakeCUDA
+    name: str
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.cuda.notes.append(f"{self.name} waits for {other.name}")
+
+
+def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCUDA(monkeypatch)
+    runner = CUDAGraphRunner(torch.device("cuda"))
+    notes = cuda.notes
+    for _ in range(3):
+        notes.append("-")
+        runner.run("a", lambda: notes.append("step"))
+    capture = "capture in (0, 7) on side"
+    assert " | ".join(notes).split(" | - | ")[0].removeprefix("- | ").split(" | ") == [
+        "side waits for current", "on side", "step", "end on side", "current waits for side"
+    ]  # fmt: skip
+    assert notes[6:] == ["-", "on side", capture, "step", f"end {capture}", "end on side", "replay", "-", "replay"]
+    assert runner.graphs == 1
+
+    cuda.segments = [
+        {"total_size": 100, "segment_pool_id": (0, 7)},
+        {"total_size": 20, "segment_pool_id": (0, 0)},
+        {"total_size": 3, "segment_pool_id": (0, 7)},
+    ]
+    assert runner.pool_bytes == 103
+    cuda.segments = [{"total_size": 100}]
+    assert runner.pool_bytes is None
+
+
+def test_a_capture_that_fails_gives_the_stream_back_and_tells_the_first_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCUDA(monkeypatch)
+    runner = CUDAGraphRunner(torch.device("cuda"))
+    runner.run("scale 2", lambda: None)
+    cuda.fails_at_the_end = True
+
+    def step() -> None:
+        raise PolicyError("policy 'mine' waits for the device")
+
+    with pytest.raises(GraphError, match=r"^scale 2 cannot be recorded as a graph: PolicyError: policy 'mine' waits"):
+        runner.run("scale 2", step)
+    assert cuda.notes[-1] == "end on side"
+    with pytest.raises(GraphError, match="RuntimeError: the recording was broken off"):
+        runner.run("scale 2", lambda: None)
+
+
+def test_times_with_graphs(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = Timing(Latency((1.0,)), DeviceMemory(None, None))
+    generator = Generator(tiny, tiny.plan(), 1, runner=TapeRunner())
+    runs: list[int] = []
+    found = timed_with_graphs(
+        eager,
+        generator,
+        lambda: generator.draw([3]),
+        2,
+        lambda: runs.append(generator.runner.graphs),  # type: ignore[attr-defined]
+    )
+    assert found.graph is not None
+    assert len(found.graph.runs_ms) == 2
+    assert runs == [4, 4]  # everything was recorded before the first one
+    assert (found.eager, found.no_graphs) == (eager.eager, None)
+    row = latency_row(dataclasses.replace(found, graph_pool_bytes=5))
+    assert (row["graph_latency_ms"]["runs"], row["graph_pool_bytes"]) == (2, 5)
+    shown = bytes_row(tiny, Subject("full", "100%", (tiny.full_plan(),)), 2, "float32") | row
+    for told, columns in ((shown, ["ms", "ms, graphs"]), (shown | {"graph_latency_ms": None}, ["ms"])):
+        headers = [str(column.header) for column in results_table([told], "").columns]
+        assert [name for name in headers if name.startswith("ms")] == columns
+
+    monkeypatch.setattr(class_conditional, "summed", lambda total, added, first: added * added.sum().item())
+    broken = Generator(tiny, tiny.plan(), 1, runner=TapeRunner())
+    found = timed_with_graphs(eager, broken, lambda: broken.draw([3]), 2)
+    assert found.graph is None
+    assert "scale 0 cannot be recorded" in str(found.no_graphs)
+    assert latency_row(found)["graph_latency_ms"] is None
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.fixture(scope="module")
+def on_cuda() -> ClassConditionalModel:
+    if not torch.cuda.is_available():
+        pytest.skip("CUDA graphs need a CUDA device, and there is none")
+    return load_model("emoji", device="cuda")
+
+
+def allocations() -> int:
+    """How often memory was asked of the device itself."""
+    return int(torch.cuda.memory_stats()["num_device_alloc"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*registered_policies(), *OTHERS])
+def test_captured_graphs_draw_what_eager_steps_draw(on_cuda: ClassConditionalModel, name: str) -> None:
+    plan = plan_of(name, on_cuda, budget="20%")
+    captured, eager = (Generator(on_cuda, plan, 2, graphs=graphs) for graphs in (True, False))
+    for way in ("in one step", "around the sampler"):
+        counts = []
+        for seed, labels in enumerate([[3, 4], [9, 1], [50, 0], [7, 7]]):
+            tokens = eager.draw(labels, seed).tokens
+            if way == "in one step":
+                given = captured.draw(labels, seed)
+                if not (isinstance(plan, Plan) and plan.coarse):  # sums of pooled tokens are in no fixed order
+                    assert all(torch.equal(a, b) for a, b in zip(given.tokens, tokens, strict=True))
+            else:
+                logits: list[list[Tensor]] = [[], []]
+                for generator, kept in zip((captured, eager), logits, strict=True):
+                    watch = {"sampler": RecordedTokens(tokens), "observe": lambda _, x, kept=kept: kept.append(x)}
+                    generator.draw(labels, **watch)  # type: ignore[arg-type]
+                for a, b in zip(*logits, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2)
+            counts.append(allocations())
+        assert counts[2] == counts[3]  # nothing is allocated any more
+    assert isinstance(captured.runner, CUDAGraphRunner)
+    assert captured.runner.graphs == 3 * len(on_cuda.geometry.schedule)
+    assert captured.runner.pool_bytes is not None
+    assert captured.runner.pool_bytes > 0
+
+
+@pytest.mark.gpu
+def test_eager_steps_never_wait_for_the_device(on_cuda: ClassConditionalModel) -> None:
+    class Strict(Fixed):
+        def run(self, key: Any, step: Step) -> None:
+            if key not in seen:  # what is made on first use may wait
+                seen.add(key)
+                return step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    for name in registered_policies():
+        seen: set[Any] = set()
+        generator = Generator(on_cuda, plan_of(name, on_cuda, budget="20%"), 1, runner=Strict())
+        for _ in range(2):
+            generator.draw([3])
+
+
+@pytest.mark.gpu
+def test_prompts_share_graphs_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("CUDA graphs need a CUDA device, and there is none")
+    model = small_prompts()
+    model.transformer.cuda()
+    model.vae.cuda()
+    plan = plan_of("snapkv", model)
+    captured, padded = Generator(model, plan, 2, graphs=True), Generator(model, plan, 2, runner=Fixed())
+    for seed, prompts in enumerate([*PROMPTS, *PROMPTS]):
+        given, wanted = captured.draw(prompts, seed), padded.draw(prompts, seed)
+        assert all(torch.equal(a, b) for a, b in zip(given.tokens, wanted.tokens, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_policy_that_waits_cannot_be_captured(
+    on_cuda: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Waits(SlidingWindowTokens):
+        def score(self, seen: Candidates) -> Tensor:
+            return super().score(seen) + seen.k_RHCD.sum().item()
+
+    monkeypatch.setattr("heatkv.selecting_cache.policy_of", lambda plan: Waits())
+    generator = Generator(on_cuda, on_cuda.plan("sliding-window-tokens", "20%"), 1, graphs=True)
+    generator.draw([3])
+    with pytest.raises(GraphError, match=r"^scale \d cannot be recorded as a graph: PolicyError: score of policy"):
+        generator.draw([3])

@@ -40,6 +40,9 @@ def generate(
     plan: Annotated[Path | None, typer.Option("--plan", help="plan.json of `heatkv solve`")] = None,
     ranking: Ranking,
     count: Annotated[int, typer.Option("--count", help="images per label")] = 1,
+    graphs: Annotated[
+        bool, typer.Option("--graphs/--no-graphs", help="record every scale as a CUDA graph and replay it (CUDA)")
+    ] = False,
     running: Running,
 ) -> None:
     """Draw images under a budget.
@@ -47,12 +50,15 @@ def generate(
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
     from heatkv.compensation import compensation_of, kind_of
-    from heatkv.generation import generate as draw
+    from heatkv.generation import draw_batches
+    from heatkv.graphs import check_has_graphs
     from heatkv.images import image_grid
     from heatkv.profiling.runner import images_of_rows
 
     positive(count=count)
     loaded, settings = open_model(source, running, measuring=False)
+    if graphs:
+        check_has_graphs(loaded.device)
     if negative is not None and not settings.guided:
         raise ModelError(f"--negative takes no part without guidance, and cfg {running.cfg:g} is none")
     wanted = _what_to_draw(loaded, label or [], prompt or [], negative)
@@ -78,19 +84,17 @@ def generate(
     folder = make_folder(out)
     done = replaced = 0
     with progress("drawing", len(labels)) as advance:
-        for first in range(0, len(labels), batch):
-            part = labels[first : first + batch]
-            images = draw(
-                loaded, part, chosen, seed=running.seed, first_sample=first, batch=batch, settings=settings,
-                compensation=compensation, storage=running.storage, attention=running.attention,
-            )  # fmt: skip
-            for index, image in enumerate(images):
-                path = folder / f"{first + index:04d}_{titles[first + index]}.png"
+        for images in draw_batches(
+            loaded, labels, chosen, seed=running.seed, batch=batch, settings=settings, compensation=compensation,
+            storage=running.storage, attention=running.attention, graphs=graphs,
+        ):  # fmt: skip
+            for image in images:
+                path = folder / f"{done:04d}_{titles[done]}.png"
                 replaced += path.exists()
                 with replacing(path) as temporary:
                     image_grid(image[None], 1).save(temporary, format="PNG")
-            done += len(part)
-            advance(len(part))
+                done += 1
+            advance(len(images))
     held = chosen.bytes(held_rows, storage) / 2**20
     where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
     extra = "" if compensation is None else f" and its corrections {compensation.bytes / 2**20:.2f} MiB"

@@ -167,11 +167,15 @@ class _Measurement:
             for subject, digest in zip(subjects, digests, strict=True)
         ]
         results.save(rows)
-        with progress("timing", len(subjects) * repeats) as advance:
+        runs = len(subjects) * repeats * (2 if self.model.device.type == "cuda" else 1)
+        with progress("timing", runs) as advance:
             measured = measure_latency(
                 self.model, subjects, rows=self.rows, settings=self.settings, repeats=repeats, seed=self.seed,
                 progress=lambda: advance(1),
             )  # fmt: skip
+        for name, timing in measured.items():
+            if timing.no_graphs is not None:
+                say(f"{name} has no time with graphs: {timing.no_graphs}")
         return [row | latency_row(measured[s.name]) for s, row in zip(subjects, rows, strict=True)]
 
 
