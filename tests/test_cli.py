@@ -657,7 +657,7 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     """Killed while the third subject is compared: the first two are kept, and a new run takes them."""
     arguments = ["compare", *SMALL, "--policies", "heatkv,streaming", "--budgets", "30%", "--out", str(tmp_path)]
     command = [sys.executable, "-c", KILLED, *arguments]
-    process = subprocess.run(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    process = subprocess.run(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert process.returncode == -signal.SIGKILL, process.stderr
     kept = rows_of(tmp_path, "results.partial.json")
     assert [row["kl"] is None for row in kept] == [False, False, True]
@@ -720,7 +720,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(command: list[str], tmp_path: Pa
     )
     given = [sys.executable, "-c", code, *command, "--out", str(tmp_path / "result")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(given, capture_output=True, text=True, env=environment, timeout=120)
+    process = subprocess.run(given, capture_output=True, text=True, env=environment, timeout=600)
     assert (process.returncode, process.stdout) == (2, ""), process.stderr
     assert process.stderr.splitlines()[-1] == f"heatkv: cannot write {tmp_path / 'result'}: File too large"
     assert list(tmp_path.iterdir()) == []
@@ -730,12 +730,12 @@ def test_a_full_disk_is_said_and_leaves_nothing(command: list[str], tmp_path: Pa
 def test_an_output_that_takes_no_more(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "heatkv", *arguments]
     with Path("/dev/full").open("w") as full:
-        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=600)
     assert process.returncode == 2
     assert process.stderr == "heatkv: cannot go on: [Errno 28] No space left on device\n"
     reader, writer = os.pipe()
     os.close(reader)  # as `| head` leaves it
-    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=600)
     os.close(writer)
     assert (process.returncode, process.stderr) == (0, "")
 
@@ -773,7 +773,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Sig
     command = [sys.executable, "-c", INTERRUPTED, "calibrate", "--samples", "64", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert Statistics.load(out).count == 16
