@@ -142,7 +142,11 @@ class CachePlan(ABC):
 
     def bytes(self, rows: int, storage: str) -> int:
         """Bytes the plan's peak takes with this many rows and this storage type."""
-        return self.geometry.bytes(self.peak_token_heads, rows, storage)
+        return self.bytes_of(self.peak_token_heads, rows, storage)
+
+    def bytes_of(self, token_heads: int, rows: int, storage: str) -> int:
+        """Bytes that the cache takes while it holds so many token-heads, as at a checkpoint of `live`."""
+        return self.geometry.bytes(token_heads, rows, storage)
 
     def check_budget(self) -> None:
         """Raise PlanError when a checkpoint holds more than the budget, or the budget is none."""
