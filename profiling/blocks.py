@@ -64,7 +64,6 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     heads: int = 1
     spans: tuple[tuple[str, int], ...] = ()
-    notes: tuple[str, ...] = ()
     sortable: bool = True
 
     @property
@@ -103,7 +102,6 @@ class Key:
     text: str
     style: Style | None = None
     colour: str = ""
-    line: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,12 +29,13 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface", FRONT: "front", LIMIT: "limit"}
 _VARIABLES |= {f"#0200{index:02x}": f"series-{index}" for index in range(COLOURS)}
 
-_RC = {
+_RC: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "heatkv", "font.size": 11.5, "font.family": "DejaVu Sans",
     "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED,
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.facecolor": "none", "axes.linewidth": 0.8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.labelsize": 11, "xtick.labelsize": 10.5,
-    "ytick.labelsize": 10.5, "grid.color": GRID, "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.unicode_minus": False,
+    "ytick.labelsize": 10.5, "grid.color": GRID, "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "axes.unicode_minus": False,
 }  # fmt: skip
 
 Pixels = NDArray[np.uint8]
@@ -54,12 +54,14 @@ class Style:
         return f"#0200{self.colour:02x}"
 
 
-def styles(names: Sequence[str]) -> dict[str, Style]:
-    """A style for every name; the first ones differ in both colour and marker."""
+def styles(families: Mapping[str, Sequence[str]]) -> dict[str, Style]:
+    """A style for every member of every family: a colour for each family, as far as there are colours, and another
+    marker for each of its members."""
     of_names = {}
-    for index, name in enumerate(dict.fromkeys(names)):
+    for index, members in enumerate(families.values()):
         turn, colour = divmod(index, COLOURS)
-        of_names[name] = Style(colour, (colour + 3 * turn) % len(MARKERS))
+        for place, name in enumerate(members):
+            of_names[name] = Style(colour, (colour + 3 * turn + 2 * place) % len(MARKERS))
     return of_names
 
 
@@ -82,7 +84,7 @@ def svg(figure: Any, name: str, label: str, tips: Mapping[str, str] | None = Non
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     root = ElementTree.fromstring(text.getvalue())
-    return Markup(_InlineSvg(root, name, tips or {}).text(label))  # noqa: S704 - made of escaped parts only
+    return Markup(_InlineSvg(root, name, tips or {}).text(label))
 
 
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
@@ -143,7 +145,7 @@ class _InlineSvg:
         element.tail = None
         for child in list(element):
             self._rewrite(child)
-        if gid in self._tips:
+        if gid is not None and gid in self._tips:
             title = ElementTree.Element("title")
             title.text = self._tips[gid]
             element.insert(0, title)
@@ -161,7 +163,7 @@ class _InlineSvg:
 
 
 def spread_out(wanted: Sequence[float], least: float, low: float, high: float) -> list[float]:
-    """Places near the wanted ones, in their order, at least `least` apart, between the bounds as far as there is room."""
+    """Places near the wanted ones, in their order, between the bounds, and at least `least` apart if there is room."""
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     if len(order) > 1:
         least = min(least, (high - low) / (len(order) - 1))
@@ -276,8 +278,8 @@ def _name_ends(figure: Any, ax: Any, lines: Sequence[Line], room: float) -> None
         ax.annotate(
             cut(line.name, _LONGEST), end, (1.06, place / room), textcoords="axes fraction", va="center", fontsize=10.5,
             color=INK, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": line.style.sentinel, "linewidth": 0.7, "alpha": 0.6,
-                        "shrinkA": 1, "shrinkB": 4},
+            arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": line.style.sentinel, "linewidth": 0.7,
+                        "alpha": 0.6, "shrinkA": 1, "shrinkB": 4},
         )  # fmt: skip
 
 
@@ -310,10 +312,9 @@ def scale_panels(
         figure.subplots_adjust(
             left=46 / width, right=1 - 6 / width, bottom=42 / height, top=1 - 20 / height, wspace=0.07, hspace=0.24
         )
-        for ax, (title, lines) in itertools.zip_longest(axes.flat, panels.items(), fillvalue=("", ())):
-            if not title:
-                ax.set_axis_off()
-                continue
+        for ax in axes.flat[len(panels) :]:
+            ax.set_axis_off()
+        for ax, (title, lines) in zip(axes.flat, panels.items(), strict=False):
             ax.grid(axis="y")
             ax.set_title(title, fontsize=10, loc="left", color=INK, pad=4)
             for _, style, values in lines:
@@ -325,7 +326,7 @@ def scale_panels(
         for ax in axes[:, 0]:
             ax.tick_params(labelsize=9)
         figure.supxlabel(
-            "target scale, side in tokens" if all("×" not in n for n in names) else "target scale",
+            "target scale, side in tokens" if all("x" not in n for n in names) else "target scale",
             fontsize=10,
             y=4 / height,
         )
@@ -334,13 +335,12 @@ def scale_panels(
 
 
 def timeline(
-    name: str, label: str, live: Sequence[Sequence[float]], budget: float | None, full: float | None,
+    name: str, label: str, live: Sequence[Sequence[float]], budget: float | None,
     layers: int, names: Sequence[str], style: Style, unit: str,
 ) -> Markup:  # fmt: skip
-    """What the cache holds after every layer of every scale, by draw, against the budget; `full` ends the axis where
-    there is no budget."""
+    """What the cache holds after every layer of every scale, by draw, against the budget."""
     width, height = 330.0, 118.0
-    top = max([*(max(values) for values in live), budget or full or 0]) * 1.12 or 1.0
+    top = max([*(max(values) for values in live), budget or 0]) * 1.12 or 1.0
     count = len(live[0])
     with chart(width, height) as figure:
         ax = figure.add_axes((40 / width, 20 / height, (width - 46) / width, (height - 26) / height))
@@ -377,11 +377,8 @@ def ramp(name: str, count: int, low: float = 0.0, high: float = 1.0) -> list[Col
 
 def css(colour: Colour) -> str:
     """The colour as the page writes it."""
-    return (
-        f"rgb({colour[0]} {colour[1]} {colour[2]})"
-        if colour[3] == 255
-        else f"rgb({colour[0]} {colour[1]} {colour[2]} / {colour[3] / 255:.2f})"
-    )
+    red, green, blue, alpha = colour
+    return f"rgb({red} {green} {blue})" if alpha == 255 else f"rgb({red} {green} {blue} / {alpha / 255:.2f})"
 
 
 def indexed_png(index_HW: Pixels, colours: Sequence[Colour]) -> str:
@@ -389,17 +386,17 @@ def indexed_png(index_HW: Pixels, colours: Sequence[Colour]) -> str:
     height, width = index_HW.shape
     image = Image.frombytes("P", (width, height), np.ascontiguousarray(index_HW).tobytes())
     image.putpalette([channel for colour in colours for channel in colour[:3]])
-    return _data_uri(image, transparency=bytes(colour[3] for colour in colours))
+    return _data_uri(image, optimize=True, transparency=bytes(colour[3] for colour in colours))
 
 
-def rgb_png(pixels_HW3: Pixels) -> str:
+def rgba_png(pixels_HW4: Pixels) -> str:
     """A PNG as a data URI."""
-    return _data_uri(Image.fromarray(pixels_HW3))
+    return _data_uri(Image.fromarray(pixels_HW4))
 
 
 def _data_uri(image: Image.Image, **options: Any) -> str:
     out = io.BytesIO()
-    image.save(out, format="PNG", optimize=True, **options)
+    image.save(out, format="PNG", **options)
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 

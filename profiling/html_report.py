@@ -1,4 +1,4 @@
-"""The report of result folders: report.html, one file that needs nothing else, with report.md and report.json beside it.
+"""The report of result folders: report.html, one file that needs nothing else, and report.md and report.json beside it.
 
 All three are made of what the folders hold, and the same folders, in whatever order, give the same bytes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,7 +22,9 @@ from heatkv.files import check_header, read_json, replacing, write_json
 from heatkv.profiling import figures
 from heatkv.profiling.blocks import Block, Cell, Chart, Fold, Heading, Note, Section, Table
 from heatkv.profiling.merging import Group, Merged, Row, budgets_of, merge, pareto_front, ranked
-from heatkv.profiling.sections import SECTIONS, Report, headline, held_of, kl_of, median_of
+from heatkv.profiling.reporting import Report, held_of, kl_of, median_of
+from heatkv.profiling.row_sections import headline
+from heatkv.profiling.sections import SECTIONS
 
 FORMAT, VERSION = "heatkv-report", 1
 FILES = ("report.html", "report.md", "report.json")
@@ -30,7 +32,8 @@ _HTML_MARK, _MD_MARK = '<meta name="generator" content="HeatKV">', "<!-- generat
 
 _MARKER_PATHS = {
     "o": "M10 6A4 4 0 1 1 2 6A4 4 0 1 1 10 6z", "s": "M2.5 2.5H9.5V9.5H2.5z", "^": "M6 1.5L10.5 10H1.5z",
-    "D": "M6 1L11 6L6 11L1 6z", "v": "M6 10.5L10.5 2H1.5z", "P": "M4.5 1.5H7.5V4.5H10.5V7.5H7.5V10.5H4.5V7.5H1.5V4.5H4.5z",
+    "D": "M6 1L11 6L6 11L1 6z", "v": "M6 10.5L10.5 2H1.5z",
+    "P": "M4.5 1.5H7.5V4.5H10.5V7.5H7.5V10.5H4.5V7.5H1.5V4.5H4.5z",
     "X": "M1.5 3.5L3.5 1.5L6 4L8.5 1.5L10.5 3.5L8 6L10.5 8.5L8.5 10.5L6 8L3.5 10.5L1.5 8.5L4 6z",
     "p": "M6 1L11 4.7L9.1 10.5H2.9L1 4.7z",
 }  # fmt: skip
@@ -110,7 +113,9 @@ def _fidelity_data(group: Group) -> dict[str, Any]:
     return {
         "of": group.title,
         "sources": [source.label for source in group.sources],
-        "budgets": {budget: [_named(row, kl=kl_of(row)) for row in ranked(rows, kl_of)] for budget, rows in budgets.items()},
+        "budgets": {
+            budget: [_named(row, kl=kl_of(row)) for row in ranked(rows, kl_of)] for budget, rows in budgets.items()
+        },
         "front": [_named(row, bytes=held_of(row), kl=kl_of(row)) for row in pareto_front(positive, held_of, kl_of)],
     }  # fmt: skip
 
@@ -143,10 +148,10 @@ def as_html(report: Report, sections: Sequence[Section]) -> str:
         title=f"{report.merged.model}: {headline(report)}",
         sections=sections,
         sources=[source.label for source in report.merged.sources],
-        style=Markup(style),  # noqa: S704 - both are files of this package
-        script=Markup(script),  # noqa: S704
+        style=Markup(style),
+        script=Markup(script),
         script_digest=digest,
-        generator=Markup(_HTML_MARK),  # noqa: S704
+        generator=Markup(_HTML_MARK),
     )
     return re.sub(r"\n\s*", "\n", text)
 

@@ -8,7 +8,7 @@ where they come in.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -245,7 +245,7 @@ def budgets_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
     names: dict[str, list[Row]] = {}
     for key in ordered:
         text = min(row.budget for row in found[key])
-        names[text if text not in names else f"{text} ({shown(key)} bytes)"] = found[key]
+        names[text if text not in names else f"{text} ({key} bytes)"] = found[key]
     return names
 
 
@@ -256,7 +256,7 @@ def ranked(rows: Iterable[Row], figure: Callable[[Row], float | None]) -> list[R
 
 
 def pareto_front(rows: Iterable[Row], x: Callable[[Row], float | None], y: Callable[[Row], float | None]) -> list[Row]:
-    """The rows that no other is better than in one of the two figures and as good in the other, by x; less is better."""
+    """By x, the rows that no other beats in one of the two figures while it is as good in the other; less is better."""
     points = [(of_x, of_y, row) for row in rows if (of_x := x(row)) is not None and (of_y := y(row)) is not None]
     front = [
         (a, b, row) for a, b, row in points if not any(c <= a and d <= b and (c < a or d < b) for c, d, _ in points)
@@ -311,12 +311,13 @@ def _read(folder: Path, label: str) -> Source:
     rows = data.get("rows")
     if not isinstance(rows, list) or not rows:
         raise FormatError(f"{path} is not a whole {FORMAT} file: its rows are {shown(rows)}, no list of rows")
-    parts = {name: data.get(name) for name in ("environment", "sampling", "request")}
-    for name, value in parts.items():
-        if value is not None and not isinstance(value, dict):
-            raise FormatError(f"{path} is not a whole {FORMAT} file: its {name} is {shown(value)}, no object")
+    parts = {}
+    for name in ("environment", "sampling", "request"):
+        parts[name] = {} if data.get(name) is None else data[name]
+        if not isinstance(parts[name], dict):
+            raise FormatError(f"{path} is not a whole {FORMAT} file: its {name} is {shown(parts[name])}, no object")
     checked = tuple(_checked_row(row, f"{path}, row {index}") for index, row in enumerate(rows))
-    return Source(label, folder, *(printable(value or {}) for value in parts.values()), checked)
+    return Source(label, folder, **printable(parts), told_rows=checked)
 
 
 def _checked_row(row: Any, where: str) -> dict[str, Any]:
@@ -330,16 +331,10 @@ def _checked_row(row: Any, where: str) -> dict[str, Any]:
         raise FormatError(f"{where} is {shown(row)}, no object")
     for name in ("policy", "budget"):
         need(bool(row.get(name)), name, "a text")
-    for names, kind, good in (
-        (_TEXTS, "a text", lambda value: isinstance(value, str)),
-        (_NUMBERS, "a finite number", is_number),
-        (_LISTS, "a list of finite numbers", lambda value: isinstance(value, list) and all(map(is_number, value))),
-        (_FLAGS, "true or false", lambda value: isinstance(value, bool)),
-        (_OBJECTS, "an object", lambda value: isinstance(value, dict)),
-        (_TIMES, "an object with the median in ms, and its iqr and runs", _is_time),
-    ):
-        for name in names:
-            need(row.get(name) is None or good(row[name]), name, kind)
+    for name, value in row.items():
+        if value is not None and name in _KINDS:
+            kind, good = _KINDS[name]
+            need(good(value), name, kind)
     for name in _NUMBERS:
         if name.endswith("_bytes"):
             need((row.get(name) or 0) >= 0, name, "at least 0")
@@ -355,8 +350,8 @@ def _checked_row(row: Any, where: str) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number of JSON, and no boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    """Whether it is a finite number of JSON, and no boolean; whole ones beyond every float are none either."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_time(value: Any) -> bool:
@@ -365,6 +360,19 @@ def _is_time(value: Any) -> bool:
         and is_number(value.get("median"))
         and all(value.get(name) is None or is_number(value[name]) for name in ("iqr", "runs"))
     )
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(_TEXTS, ("a text", lambda value: isinstance(value, str))),
+    **dict.fromkeys(_NUMBERS, ("a finite number", is_number)),
+    **dict.fromkeys(
+        _LISTS, ("a list of finite numbers", lambda value: isinstance(value, list) and all(map(is_number, value)))
+    ),
+    **dict.fromkeys(_FLAGS, ("true or false", lambda value: isinstance(value, bool))),
+    **dict.fromkeys(_OBJECTS, ("an object", lambda value: isinstance(value, dict))),
+    **dict.fromkeys(_TIMES, ("an object with the median in ms, and perhaps iqr and runs", _is_time)),
+}
+"""What the known fields of a row must be where they are not null."""
 
 
 def printable(value: Any) -> Any:
