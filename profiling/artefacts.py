@@ -58,7 +58,7 @@ def pictures_of(row: Row) -> NDArray[np.uint8] | Missing:
         return Missing("no pictures were drawn")
     path = row.source.folder / "pictures" / f"{subject_file_name(row.name)}.png"
     if not path.exists():
-        return Missing(f"pictures/{path.name} is not there")
+        return Missing(f"pictures/{path.name} is not there" if path.parent.is_dir() else "this folder has no pictures")
     try:
         with Image.open(path) as file:
             if file.width * file.height > _MOST_PIXELS:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from heatkv.checks import shown
 from heatkv.errors import FormatError, ScheduleError
@@ -349,7 +349,7 @@ def _checked_row(row: Any, where: str) -> dict[str, Any]:
     return cleaned
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is a finite number of JSON, and no boolean; whole ones beyond every float are none either."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 

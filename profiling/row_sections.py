@@ -24,7 +24,7 @@ from heatkv.profiling.blocks import (
     mib_cell,
     number_cell,
 )
-from heatkv.profiling.merging import KNOWN, Group, Row, Source, budgets_of, pareto_front, ranked
+from heatkv.profiling.merging import KNOWN, Group, Row, Source, budgets_of, is_number, pareto_front, ranked
 from heatkv.profiling.reporting import Report, heading, held_of, kl_of, median_of, of_cache, scale_names
 from heatkv.profiling.runner import LEAST_USED
 
@@ -249,11 +249,32 @@ def memory_and_time(report: Report) -> Section | None:
                 "Where bars overlap, so do the times: an order within them says nothing.",
             )
             blocks.append(Chart(drawing, captions))
+        blocks += _yardsticks(group)
         blocks.append(_time_table(report, group, {id(row) for row in front}))
     return Section(
         "latency", "Latency", "Memory and latency",
         "Times are ranked within one machine only: the same device, threads, system and versions.", blocks,
     )  # fmt: skip
+
+
+_YARDSTICK = "matrix_product_1024_fp32_one_thread_ms"
+_ALIKE = 1.1
+"""Times as long as another that a yardstick may take on a machine that ran alike."""
+
+
+def _yardsticks(group: Group) -> list[Block]:
+    """A warning where the folders of a ranking measured the same machine at different speeds."""
+    took = [told for source in group.sources if is_number(told := source.environment.get(_YARDSTICK)) and told > 0]
+    if not took or max(took) <= _ALIKE * min(took):
+        return []
+    return [
+        Note(
+            f"A fixed matrix product took {min(took):.1f} to {max(took):.1f} ms in these folders: the machine was not "
+            "equally fast in all of them, or they are of two machines that tell the same of themselves. Times of "
+            "different folders do not compare well then.",
+            missing=True,
+        )
+    ]
 
 
 def _quartiles(row: Row) -> tuple[float, float] | None:

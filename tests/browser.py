@@ -102,9 +102,10 @@ def browser(profile: Path) -> Iterator[Page]:
     """A page of a fresh browser, whose own files go to `profile`."""
     assert CHROMIUM is not None
     to_read, to_write = os.pipe(), os.pipe()
+    # bash, as other shells know no descriptors above 9
     script = f'exec "$@" 3<&{to_write[0]} 4>&{to_read[1]}'
     process = subprocess.Popen(
-        ["/bin/sh", "-c", script, "sh", CHROMIUM, *FLAGS, f"--user-data-dir={profile}"],
+        ["bash", "-c", script, "bash", CHROMIUM, *FLAGS, f"--user-data-dir={profile}"],
         pass_fds=(to_write[0], to_read[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(to_write[0])

@@ -555,7 +555,7 @@ def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(rows["random"]["kl_of_draws"]) == 2 == rows["random"]["draws"]
     assert {path.name for path in out.iterdir()} == {
         "results.json", "statistics.safetensors", "images_30percent.png", "images_15percent.png", "scas.png",
-        "pictures",
+        "scas.json", "pictures", "plans", "report.html", "report.md", "report.json",
     }  # fmt: skip
     for name in ("images_30percent.png", "scas.png"):
         with Image.open(out / name) as picture:
@@ -820,7 +820,19 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["doctor", "models", "policies", "calibrate", "solve", "generate", "profile", "compare", "explain", "fit"],
+    [
+        "doctor",
+        "models",
+        "policies",
+        "calibrate",
+        "solve",
+        "generate",
+        "profile",
+        "compare",
+        "report",
+        "explain",
+        "fit",
+    ],
 )
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0

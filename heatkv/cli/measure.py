@@ -158,10 +158,10 @@ class _Measurement:
         from heatkv.profiling.runner import bytes_row, latency_row, measure_latency
 
         rows = [
-            {"comparison": digest}
+            {"comparison": digest, "plans": files}
             | bytes_row(self.model, subject, self.rows, self.storage)
             | self._foretold_elsewhere(subject)
-            for subject, digest in zip(subjects, digests, strict=True)
+            for subject, digest, files in zip(subjects, digests, results.save_plans(subjects), strict=True)
         ]
         results.save(rows)
         with progress("timing", len(subjects) * repeats) as advance:
@@ -282,7 +282,6 @@ def compare(
     with _told_when_stopped(results):
         digests = measurement.digests(subjects, images, pictures)
         rows = measurement.bytes_and_times(subjects, digests, repeats, results)
-        rows = [row | {"plans": files} for row, files in zip(rows, results.save_plans(subjects), strict=True)]
         drawn = _compare_all(measurement, subjects, rows, results, images, pictures)
     sheets: dict[str, list[tuple[str, Any]]] = {}
     for subject, of_subject in zip(subjects, drawn, strict=True):
