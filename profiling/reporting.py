@@ -45,9 +45,9 @@ class Report:
     def style(self, row: Row) -> Style:
         return self.styles[self.merged.label(row)]
 
-    def name(self, row: Row, style: bool = True) -> Cell:
+    def name(self, row: Row) -> Cell:
         """The policy of a row as a cell."""
-        return Cell(self.merged.label(row), self.merged.label(row), style=self.style(row) if style else None)
+        return Cell(self.merged.label(row), self.merged.label(row), style=self.style(row))
 
     @property
     def several(self) -> bool:
@@ -62,7 +62,7 @@ class Report:
 def heading(group: Group, groups: Sequence[Group]) -> list[Block]:
     """What sets a group apart, where there are several."""
     folders = ", ".join(source.label for source in group.sources)
-    return [Heading(f"{group.title} ({folders})" if group.title else folders)] if len(groups) > 1 else []
+    return [Heading(f"{group.title} ({folders})")] if len(groups) > 1 else []
 
 
 def scale_names(schedule: ScaleSchedule) -> list[str]:

@@ -195,10 +195,12 @@ class ResultsFolder:
 
 def check_replaceable(folder: Path) -> list[dict[str, Any]]:
     """The rows of all results in a folder. Raises FormatError, naming the way out, for files that are none of ours."""
-    rows = []
-    for path in sorted(folder.glob("results*.json")):
-        try:
+    rows, scas = [], folder / "scas.json"
+    try:
+        for path in sorted(folder.glob("results*.json")):
             rows += load_results(path)
-        except FormatError as error:
-            raise FormatError(f"{error}; move it away or write to another folder (--out)") from error
+        if scas.exists():
+            check_header(read_json(scas), scas, SCAS_FORMAT, SCAS_VERSION)
+    except FormatError as error:
+        raise FormatError(f"{error}; move it away or write to another folder (--out)") from error
     return rows

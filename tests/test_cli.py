@@ -618,7 +618,7 @@ def test_a_used_folder_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureF
     assert (out / "images_30percent.png").read_bytes() == sheet
 
 
-@pytest.mark.parametrize("name", ["results.json", "results.partial.json", "statistics.safetensors"])
+@pytest.mark.parametrize("name", ["results.json", "results.partial.json", "scas.json", "statistics.safetensors"])
 @pytest.mark.parametrize("content", ['{"format": "mine"}', '{"format": "heatkv-results", "version": 1}', "{"])
 def test_compare_replaces_no_foreign_file(
     name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
