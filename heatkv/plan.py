@@ -140,9 +140,13 @@ class CachePlan(ABC):
         target, layer = np.unravel_index(int(self.live.argmax()), self.live.shape)
         return int(target), int(layer)
 
-    @abstractmethod
     def bytes(self, rows: int, storage: str) -> int:
         """Bytes the plan's peak takes with this many rows and this storage type."""
+        return self.bytes_of(self.peak_token_heads, rows, storage)
+
+    @abstractmethod
+    def bytes_of(self, token_heads: int, rows: int, storage: str) -> int:
+        """The most bytes that the cache takes while it holds so many token-heads, as at a checkpoint of `live`."""
 
     def check_budget(self) -> None:
         """Raise PlanError when a checkpoint holds more than the budget, or the budget is none."""
@@ -379,10 +383,10 @@ class Plan(CachePlan):
         """Token-heads of the sinks that a coded arena holds in the compute type."""
         return sum(self.schedule.tokens[: self.uncoded_scales]) * self.geometry.layers * self.geometry.heads
 
-    def bytes(self, rows: int, storage: str) -> int:
+    def bytes_of(self, token_heads: int, rows: int, storage: str) -> int:
         uncoded, others = self.geometry.token_head_bytes(rows, storage)
-        first = self.uncoded_token_heads
-        return first * uncoded + (self.peak_token_heads - first) * others
+        first = min(token_heads, self.uncoded_token_heads)
+        return first * uncoded + (token_heads - first) * others
 
     def had_no_effect(self) -> bool:
         """True when everything that can be cached is kept to the end, as the full cache does."""

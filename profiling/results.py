@@ -26,11 +26,13 @@ from heatkv.models.base import ImageModel
 from heatkv.profiling.environment import device_name, environment
 from heatkv.profiling.runner import FIDELITY, Subject
 from heatkv.sampling import Settings
+from heatkv.statistics import Statistics
 
 FORMAT, VERSION = "heatkv-results", 1
+SCAS_FORMAT, SCAS_VERSION = "heatkv-scas", 1
 
 UNMEASURED: dict[str, Any] = dict.fromkeys(
-    ("device_peak_bytes", "nvml_bytes", "latency_ms", "graph_latency_ms", "graph_pool_bytes", *FIDELITY)
+    ("plans", "device_peak_bytes", "nvml_bytes", "latency_ms", "graph_latency_ms", "graph_pool_bytes", *FIDELITY)
 )
 
 Rows = Sequence[dict[str, Any]]
@@ -54,6 +56,34 @@ def comparison_digest(
         "pictures": pictures,
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def subject_file_name(name: str) -> str:
+    """What the files of a policy at a budget are called, without their ending."""
+    return file_name(name.replace("%", "percent"))
+
+
+def file_digest(path: Path) -> str:
+    """Names the contents of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def samples_digest(model: ImageModel[Any], seed: int, images: int) -> str:
+    """Names the samples that fidelity is measured on, their labels or prompts included."""
+    names = sample_names(model, seed, model.labels(images), 0)
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
+def save_scas(path: Path, statistics: Statistics) -> None:
+    """S-CAS of every head by source scale, and what it was measured on."""
+    told = {
+        "format": SCAS_FORMAT,
+        "version": SCAS_VERSION,
+        "schedule": statistics.schedule.to_json(),
+        "provenance": statistics.provenance.to_json(),
+        "scas": statistics.scas[:, :, :-1].tolist(),
+    }
+    write_json(path, told)
 
 
 def load_results(path: Path) -> list[dict[str, Any]]:
@@ -86,9 +116,23 @@ class ResultsFolder:
         pictures = self._load_pictures(subject, digest)
         return None if pictures is None else ({name: row[name] for name in FIDELITY}, pictures)
 
+    def save_plans(self, subjects: Sequence[Subject]) -> list[dict[str, str]]:
+        """The plans of all subjects; for each the names of its files and digests of what is in them."""
+        folder = self.path.parent / "plans"
+        folder.mkdir(exist_ok=True)
+        told: list[dict[str, str]] = []
+        for subject in subjects:
+            stem = subject_file_name(subject.name)
+            of_subject = {}
+            for draw, plan in enumerate(subject.plans):
+                path = folder / (f"{stem}.{draw}.json" if draw else f"{stem}.json")
+                plan.save(path)
+                of_subject[path.name] = file_digest(path)
+            told.append(of_subject)
+        return told
+
     def _pictures_path(self, subject: Subject) -> Path:
-        name = file_name(subject.name.replace("%", "percent"))
-        return self.path.parent / "pictures" / f"{name}.png"
+        return self.path.parent / "pictures" / f"{subject_file_name(subject.name)}.png"
 
     def save_pictures(self, subject: Subject, digest: str, pictures_B3HW: Tensor) -> None:
         """The pictures of a subject in one row; the file tells which comparison they are of."""
@@ -153,10 +197,12 @@ class ResultsFolder:
 
 def check_replaceable(folder: Path) -> list[dict[str, Any]]:
     """The rows of all results in a folder. Raises FormatError, naming the way out, for files that are none of ours."""
-    rows = []
-    for path in sorted(folder.glob("results*.json")):
-        try:
+    rows, scas = [], folder / "scas.json"
+    try:
+        for path in sorted(folder.glob("results*.json")):
             rows += load_results(path)
-        except FormatError as error:
-            raise FormatError(f"{error}; move it away or write to another folder (--out)") from error
+        if scas.exists():
+            check_header(read_json(scas), scas, SCAS_FORMAT, SCAS_VERSION)
+    except FormatError as error:
+        raise FormatError(f"{error}; move it away or write to another folder (--out)") from error
     return rows

@@ -557,7 +557,7 @@ def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(rows["random"]["kl_of_draws"]) == 2 == rows["random"]["draws"]
     assert {path.name for path in out.iterdir()} == {
         "results.json", "statistics.safetensors", "images_30percent.png", "images_15percent.png", "scas.png",
-        "pictures",
+        "scas.json", "pictures", "plans", "report.html", "report.md", "report.json",
     }  # fmt: skip
     for name in ("images_30percent.png", "scas.png"):
         with Image.open(out / name) as picture:
@@ -620,7 +620,7 @@ def test_a_used_folder_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureF
     assert (out / "images_30percent.png").read_bytes() == sheet
 
 
-@pytest.mark.parametrize("name", ["results.json", "results.partial.json", "statistics.safetensors"])
+@pytest.mark.parametrize("name", ["results.json", "results.partial.json", "scas.json", "statistics.safetensors"])
 @pytest.mark.parametrize("content", ['{"format": "mine"}', '{"format": "heatkv-results", "version": 1}', "{"])
 def test_compare_replaces_no_foreign_file(
     name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -822,7 +822,19 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["doctor", "models", "policies", "calibrate", "solve", "generate", "profile", "compare", "explain", "fit"],
+    [
+        "doctor",
+        "models",
+        "policies",
+        "calibrate",
+        "solve",
+        "generate",
+        "profile",
+        "compare",
+        "report",
+        "explain",
+        "fit",
+    ],
 )
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0

@@ -22,6 +22,7 @@ from heatkv.cli.opening import (
 )
 from heatkv.cli.options import AsJson, Budgets, OutFolder, PlanFiles, Policies, Ranking, Repeats, Running, Source
 from heatkv.cli.output import make_folder, progress, say, show
+from heatkv.cli.report import draw_report
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
 from heatkv.files import file_name, read_json
@@ -163,8 +164,10 @@ class _Measurement:
         from heatkv.profiling.runner import bytes_row, latency_row, measure_latency
 
         rows = [
-            {"comparison": digest} | bytes_row(self.model, subject, self.rows) | self._foretold_elsewhere(subject)
-            for subject, digest in zip(subjects, digests, strict=True)
+            {"comparison": digest, "plans": files}
+            | bytes_row(self.model, subject, self.rows)
+            | self._foretold_elsewhere(subject)
+            for subject, digest, files in zip(subjects, digests, results.save_plans(subjects), strict=True)
         ]
         results.save(rows)
         runs = len(subjects) * repeats * (2 if self.model.device.type == "cuda" else 1)
@@ -190,13 +193,15 @@ def _told_when_stopped(results: ResultsFolder) -> Iterator[None]:
         raise
 
 
-def _finish(results: ResultsFolder, rows: _Rows, title: str, as_json: bool) -> None:
-    """Write and show the results."""
+def _finish(results: ResultsFolder, rows: _Rows, title: str, as_json: bool, report: bool = False) -> None:
+    """Write and show the results, and the report if wanted."""
     from heatkv.profiling.report import results_table
 
     moved = results.finish(rows)
     if moved is not None:
         say(f"{results.path} held other results; they are in {moved} now")
+    if report:
+        draw_report([results.path.parent], results.path.parent)
     show(results_table(rows, title), as_json, read_json(results.path) if as_json else None)
     say(f"written: {results.path.parent}")
 
@@ -255,16 +260,18 @@ def compare(
     running: Running,
     as_json: AsJson = False,
 ) -> None:
-    """The main job: calibrate if needed, plan, draw, measure; a table, results.json and pictures.
+    """The main job: calibrate if needed, plan, draw, measure; a table, results.json, pictures and report.html.
 
     Example: heatkv compare --model emoji --policies heatkv,streaming --budgets 20%,10% --out results/compare
     """
+    from heatkv.profiling.html_report import check_report_replaceable
     from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
-    from heatkv.profiling.results import ResultsFolder, check_replaceable
+    from heatkv.profiling.results import ResultsFolder, check_replaceable, samples_digest, save_scas
 
     positive(samples=samples, images=images, pictures=pictures, draws=draws, repeats=repeats)
     pictures = min(pictures, images)
     check_replaceable(out)
+    check_report_replaceable(out)
     measurement = _Measurement(source, policies, DEFAULT_POLICIES, budgets, plan, ranking, running)
     measurement.check()
     model, settings, seed = measurement.model, measurement.settings, running.seed
@@ -278,6 +285,7 @@ def compare(
     folder = make_folder(out)
     request: dict[str, Any] = {
         "seed": seed, "images": images, "pictures": pictures, "draws": draws, "repeats": repeats,
+        "samples_digest": samples_digest(model, seed + 1, images),
         "statistics": None if statistics is None else statistics.provenance.to_json(),
     }  # fmt: skip
     results = ResultsFolder(folder, model, settings, request, pictures)
@@ -295,11 +303,12 @@ def compare(
         save_image_sheet(path, [("full", drawn[0]), *lines], min(pictures, 12), title)
     if statistics is not None:
         save_scas_heat_map(folder / "scas.png", statistics)
+        save_scas(folder / "scas.json", statistics)
     title = (
         f"{model.name}: cache of {measurement.rows} rows in {measurement.storage}, KL and top-1 over {images} images, "
         f"PSNR and SSIM over {pictures}"
     )
-    _finish(results, rows, title, as_json)
+    _finish(results, rows, title, as_json, report=True)
 
 
 def _compare_all(
