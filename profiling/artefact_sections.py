@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from heatkv.capacities import CapacityPlan, available_tokens
-from heatkv.geometry import STORAGE_BYTES
+from heatkv.errors import BudgetError
+from heatkv.geometry import StorageType
 from heatkv.levels import FULL, LEVELS, level_tokens
 from heatkv.plan import CachePlan, Plan
 from heatkv.profiling import figures
@@ -143,10 +144,14 @@ def plans(report: Report) -> Section:
 def _live_bytes(row: Row, plan: CachePlan) -> list[int] | None:
     """Bytes at every checkpoint, scale by scale and layer by layer; None where the row tells no rows, or no type that
     this release knows."""
-    rows, dtype = row.number("rows"), row.told.get("dtype")
-    if rows is None or dtype not in STORAGE_BYTES:
+    rows, storage = row.number("rows"), row.storage
+    try:
+        StorageType.parse(storage or "")
+    except BudgetError:
         return None
-    return [plan.bytes_of(int(live), int(rows), dtype) for live in plan.live.ravel()]
+    if rows is None or storage is None:
+        return None
+    return [plan.bytes_of(int(live), int(rows), storage) for live in plan.live.ravel()]
 
 
 def _timeline(report: Report, row: Row, found: Sequence[CachePlan], name: str) -> list[Block]:

@@ -24,7 +24,7 @@ from heatkv.schedule import ScaleSchedule
 REFERENCE = "full"
 """The policy that all others are compared with; it is in no ranking."""
 
-_TEXTS = ("comparison", "model", "model_fingerprint", "policy", "budget", "dtype")
+_TEXTS = ("comparison", "model", "model_fingerprint", "policy", "budget", "dtype", "storage")
 _NUMBERS = (
     "rows", "draws", "images", "pictures", "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
     "compensation_bytes", "device_peak_bytes", "nvml_bytes", "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
@@ -59,6 +59,12 @@ class Row:
     @property
     def is_reference(self) -> bool:
         return self.policy == REFERENCE
+
+    @property
+    def storage(self) -> str | None:
+        """How the cache is held; older rows only tell the type that they compute in."""
+        found = self.told.get("storage") or self.told.get("dtype")
+        return None if found is None else str(found)
 
     def number(self, name: str) -> float | None:
         """A figure; None where it was not measured."""
@@ -165,8 +171,8 @@ class Merged:
     def label(self, row: Row) -> str:
         """The policy, with its storage type and folder where several are in the report."""
         parts = [row.policy]
-        if len({other.told.get("dtype") for other in self.rows}) > 1:
-            parts.append(str(row.told.get("dtype") or "type not told"))
+        if len({other.storage for other in self.rows}) > 1:
+            parts.append(row.storage or "type not told")
         if len(self.sources) > 1:
             parts.append(row.source.label)
         return " · ".join(parts)

@@ -116,7 +116,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, emoji: ClassConditionalMo
     for place, (subject, plans) in enumerate(zip(subjects, results.save_plans(subjects), strict=True)):
         kls = [0.01 * place + 0.001 * draw for draw in range(len(subject.plans))]
         digest = f"comparison {place}"
-        rows.append(bytes_row(emoji, subject, 2, "float32") | {
+        rows.append(bytes_row(emoji, subject, 2) | {
             "comparison": digest, "plans": plans, "images": 2, "kl": sum(kls) / len(kls), "kl_of_draws": kls,
             "kl_per_scale": [0.0] * 5 + [kls[0] / 4, kls[0], kls[0] * 2], "top1_agreement": 1 - 0.02 * place,
             "pictures": 2, "psnr_db": 40.125 - place, "ssim": 0.99 - place / 128,
