@@ -31,6 +31,7 @@ COMMANDS = {
     "profile": "measure",
     "generate": "generate",
     "compare": "measure",
+    "check": "check",
     "new-policy": "new_policy",
 }
 
