@@ -30,7 +30,7 @@ from heatkv.sampling import Settings
 FORMAT, VERSION = "heatkv-results", 1
 
 UNMEASURED: dict[str, Any] = dict.fromkeys(
-    ("device_peak_bytes", "nvml_bytes", "latency_ms", "graph_latency_ms", "graph_pool_bytes", *FIDELITY)
+    ("device_peak_bytes", "nvml_bytes", "latency_ms", "graph_latency_ms", "graph_pool_bytes", "versus", *FIDELITY)
 )
 
 Rows = Sequence[dict[str, Any]]

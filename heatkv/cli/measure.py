@@ -261,6 +261,7 @@ def compare(
     """
     from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
     from heatkv.profiling.results import ResultsFolder, check_replaceable
+    from heatkv.profiling.runner import versus
 
     positive(samples=samples, images=images, pictures=pictures, draws=draws, repeats=repeats)
     pictures = min(pictures, images)
@@ -285,6 +286,9 @@ def compare(
         digests = measurement.digests(subjects, images, pictures)
         rows = measurement.bytes_and_times(subjects, digests, repeats, results)
         drawn = _compare_all(measurement, subjects, rows, results, images, pictures)
+        rows = [row | {"versus": difference} for row, difference in zip(rows, versus(rows), strict=True)]
+    for name, reason in rows[0]["not_measured"].items():
+        say(f"no {name.upper()}: {reason}")
     sheets: dict[str, list[tuple[str, Any]]] = {}
     for subject, of_subject in zip(subjects, drawn, strict=True):
         if subject.policy != "full":
