@@ -19,12 +19,14 @@ from heatkv.models.base import ImageModel
 from heatkv.plan import CachePlan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.fidelity import Fidelity, FidelityBench, paired_bootstrap, spread
-from heatkv.profiling.latency import Latency, measure_interleaved
+from heatkv.profiling.latency import Latency, measure_breakdown, measure_interleaved
 from heatkv.profiling.memory import DeviceMemory, measure_device
 from heatkv.sampling import Settings
 from heatkv.selecting_cache import open_cache
 from heatkv.statistics import HeadRankings, Statistics
 
+BREAKDOWN_RUNS = 3
+"""Drawings that are watched, scale by scale and phase by phase."""
 LEAST_USED = 0.95
 """Of the budget: a policy that uses less could not spend what the others may, and its row says so."""
 
@@ -185,6 +187,7 @@ def measure_latency(
     progress: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:
     """Time of drawing `rows` rows of images, decode included, for every subject in turns; its first plan is taken.
+    Then, in at most BREAKDOWN_RUNS further runs each, where the time goes.
 
     On CUDA devices then with graphs, one subject after another, since every one's graphs hold memory. `progress` is
     told of every run.
@@ -197,7 +200,12 @@ def measure_latency(
 
     calls = {subject.name: drawing(subject.generator(model, settings, 0, batch)) for subject in subjects}
     times = measure_interleaved(calls, model.device, repeats, progress)
-    measured = {name: Timing(times[name], measure_device(call, model.device)) for name, call in calls.items()}
+    scales, watched = len(model.geometry.schedule), min(repeats, BREAKDOWN_RUNS)
+    measured = {}
+    for name, call in calls.items():
+        memory = measure_device(call, model.device)
+        eager = replace(times[name], breakdown=measure_breakdown(call, model.device, scales, watched))
+        measured[name] = Timing(eager, memory)
     if model.device.type == "cuda":
         calls.clear()
         for subject in subjects:
@@ -218,6 +226,9 @@ def timed_with_graphs(
     try:
         draw()  # warms up; the next one, which is not timed either, records
         graph = measure_interleaved({"": draw}, generator.model.device, repeats, progress)[""]
+        scales, watched = len(generator.model.geometry.schedule), min(repeats, BREAKDOWN_RUNS)
+        within = measure_breakdown(draw, generator.model.device, scales, watched, phases=False)
+        graph = replace(graph, breakdown=within)
     except GraphError as error:
         return replace(timing, no_graphs=str(error))
     return replace(timing, graph=graph, graph_pool_bytes=generator.runner.pool_bytes)

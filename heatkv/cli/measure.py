@@ -24,7 +24,7 @@ from heatkv.cli.options import AsJson, Budgets, OutFolder, PlanFiles, Policies, 
 from heatkv.cli.output import make_folder, progress, say, show
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
-from heatkv.files import file_name, read_json
+from heatkv.files import read_json
 from heatkv.geometry import Budget
 from heatkv.levels import SINK_SCALES
 from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
@@ -160,6 +160,7 @@ class _Measurement:
         self, subjects: Sequence[Subject], digests: Sequence[str], repeats: int, results: ResultsFolder
     ) -> _Rows:
         """A result row for every subject; bytes are saved before times are taken, so that an interrupt keeps them."""
+        from heatkv.profiling.busy import load_of
         from heatkv.profiling.runner import bytes_row, latency_row, measure_latency
 
         rows = [
@@ -167,6 +168,8 @@ class _Measurement:
             for subject, digest in zip(subjects, digests, strict=True)
         ]
         results.save(rows)
+        if reasons := load_of(self.model.device).reasons:
+            say(f"warning: the machine is busy ({', '.join(reasons)}); times will be too long and spread")
         runs = len(subjects) * repeats * (2 if self.model.device.type == "cuda" else 1)
         with progress("timing", runs) as advance:
             measured = measure_latency(
@@ -210,7 +213,9 @@ def profile(
     plan: PlanFiles = None,
     ranking: Ranking,
     repeats: Repeats = 10,
-    trace: Annotated[bool, typer.Option("--trace", help="also write a profiler trace (JSON) per policy")] = False,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="folder for profiler traces, for TensorBoard and Perfetto")
+    ] = None,
     running: Running,
     as_json: AsJson = False,
 ) -> None:
@@ -226,13 +231,14 @@ def profile(
     model = measurement.model
     subjects = measurement.subjects(measurement.statistics)
     folder = make_folder(out)
+    traces = None if trace is None else make_folder(trace)
     results = ResultsFolder(folder, model, measurement.settings, {"seed": running.seed, "repeats": repeats})
     with _told_when_stopped(results):
         rows = measurement.bytes_and_times(subjects, measurement.digests(subjects, 0, 0), repeats, results)
-        if trace:
+        if traces is not None:
             for subject in subjects:
-                path = folder / f"trace_{file_name(subject.name)}.json"
-                save_trace(path, model, subject.plans[0], measurement.batch, measurement.settings)
+                save_trace(traces, model, subject, measurement.batch, measurement.settings)
+            say(f"traces: {traces} (tensorboard --logdir {traces}, or ui.perfetto.dev)")
     title = f"{model.name}, {measurement.rows} rows, {measurement.storage}, {model.device}"
     _finish(results, rows, title, as_json)
 
