@@ -160,7 +160,8 @@ def _check_same_measurement(told: Mapping[str, Any], earlier: Mapping[str, Any],
     """Figures over other samples, or under other guidance, are other figures."""
     asked, before = told.get("request") or {}, earlier.get("request") or {}
     named = [("sampling", told.get("sampling"), earlier.get("sampling"))]
-    named += [(name, asked.get(name), before.get(name)) for name in ("seed", "images", "pictures")]
+    told_by_both = [name for name in ("seed", "images", "pictures") if name in asked and name in before]
+    named += [(name, asked[name], before[name]) for name in told_by_both]
     for name, one, other in named:
         if one != other:
             raise HeatKVError(

@@ -250,6 +250,8 @@ FIDELITY = (
 """What `fidelity_row` measures."""
 REFERENCE_POLICY = "heatkv"
 """Whom every policy is compared with at the same budget, on the same samples."""
+SAME_PLACE = ("budget", "rows", "storage", "seed", "batch")
+"""What a row shares with the one it is compared with, where it is told."""
 
 
 def fidelity_row(bench: FidelityBench, subject: Subject) -> tuple[dict[str, Any], Fidelity]:
@@ -308,7 +310,13 @@ def versus(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
     wanted = REFERENCE_POLICY if REFERENCE_POLICY in policies else next(iter(policies), None)
     told: list[dict[str, Any] | None] = []
     for row in rows:
-        others = [r for r in rows if r["policy"] == wanted and r["budget"] == row["budget"] and r.get("kl_of_images")]
+        place = [row.get(name) for name in SAME_PLACE]
+        others = [
+            other
+            for other in rows
+            if other["policy"] == wanted and other.get("kl_of_images")
+            and [other.get(name) for name in SAME_PLACE] == place
+        ]  # fmt: skip
         if row["policy"] in ("full", wanted) or not row.get("kl_of_images") or len(others) != 1:
             told.append(None)
             continue

@@ -31,7 +31,7 @@ def save_trace(folder: Path, model: ImageModel[Any], subject: Subject, batch: in
     activities = [ProfilerActivity.CPU]
     if model.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    worker = file_name(subject.name.replace("%", "percent"))
+    worker = file_name(f"{subject.name.replace('%', 'percent')} batch {batch}")
     path = folder / f"{worker}.{time.time_ns()}.pt.trace.json"
     folder.mkdir(parents=True, exist_ok=True)
 

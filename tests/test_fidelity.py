@@ -75,6 +75,11 @@ def test_every_policy_is_compared_with_heatkv_at_its_budget() -> None:
     told = versus([row("full", "100%", [0, 0]), row("h2o", "30%", [2, 4]), row("snapkv", "30%", [3, 5])])
     assert [one and one["policy"] for one in told] == [None, None, "h2o"]
     assert versus([row("full", "100%", None), row("h2o", "30%", None)]) == [None, None]
+    # each seed by itself
+    seeds = [row(policy, "30%", [kl]) | {"seed": seed} for policy, kl, seed in (
+        ("heatkv", 1.0, 0), ("h2o", 2.0, 0), ("heatkv", 5.0, 1), ("h2o", 9.0, 1),
+    )]  # fmt: skip
+    assert [one and one["difference"] for one in versus(seeds)] == [None, 1, None, 4]
 
 
 def test_a_row_keeps_what_single_images_gave(emoji: ClassConditionalModel) -> None:

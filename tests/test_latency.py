@@ -24,8 +24,9 @@ from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling import busy, latency
 from heatkv.profiling.busy import Load, load_of
-from heatkv.profiling.latency import Latency, measure_breakdown, median_interval, turns
-from heatkv.profiling.runner import plan_subjects
+from heatkv.profiling.latency import Breakdown, Latency, measure_breakdown, median_interval, turns
+from heatkv.profiling.latency_table import latency_table
+from heatkv.profiling.runner import measure_latency, plan_subjects
 from heatkv.profiling.trace import save_trace
 from heatkv.spans import PHASES, layer_name, listening, scale_name, span
 
@@ -123,7 +124,7 @@ def test_a_trace_names_scales_layers_and_phases_inside_each_other(
     path = save_trace(tmp_path / "traces", emoji, subject, 1, emoji.sampling)
     assert capfd.readouterr().out == ""
     # the pattern by which torch-tb-profiler finds a worker and its span
-    assert re.match(rf"^{policy}_30percent\.\d+\.pt\.trace\.json$", path.name)
+    assert re.match(rf"^{policy}_30percent_batch_1\.\d+\.pt\.trace\.json$", path.name)
     assert list(path.parent.iterdir()) == [path]
     told = json.loads(path.read_text())
     assert "schemaVersion" in told
@@ -182,6 +183,35 @@ def test_a_busy_processor_is_told(
     assert (len(times["all"]), times["confidence"], len(times["scales"])) == (1, 0, 8)
     monkeypatch.setattr(busy.os, "getloadavg", lambda: (4.0, 1.0, 1.0))
     assert not load_of(CPU).reasons
+
+
+def test_the_table_shows_intervals_outliers_and_phases() -> None:
+    phases = {name: float(i) for i, name in enumerate((*PHASES, "other"))}
+    eager = Latency((10.0, 10.0, 10.0, 10.0, 99.0), Breakdown((1.0, 7.25), phases)).to_json()
+    graph = Latency((4.0, 5.0), Breakdown((1.0, 2.5), None)).to_json()
+    row = {"policy": "h2o", "budget": "10%", "latency_ms": eager, "graph_latency_ms": graph}
+    table = latency_table([row, {"policy": "full", "budget": "100%", "latency_ms": None}], "t")
+    lines = list(zip(*([str(cell) for cell in column._cells] for column in table.columns), strict=True))
+    assert lines == [
+        ("h2o", "10%", "10.0", "10.0 - 99.0", "1", "0.0", "1.0", "2.0", "3.0", "4.0", "5.0", "7.2"),
+        ("h2o, graphs", "10%", "4.5", "4.0 - 5.0", "0", *"------", "2.5"),
+    ]
+    assert "hold it with 50.0% or 93.8%; outliers (1) are counted in" in str(table.caption)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="events and graphs need a CUDA device, and there is none")
+def test_a_breakdown_on_a_cuda_device() -> None:
+    model = heatkv.load_model("emoji", device="cuda")
+    (full,) = plan_subjects(model, [], [], statistics=None, rows=2, storage="float32")
+    found = measure_latency(model, [full], rows=2, settings=model.sampling, repeats=2)["full 100%"]
+    assert found.eager.breakdown is not None
+    assert found.eager.breakdown.phases_ms is not None
+    assert all(value > 0 for value in found.eager.breakdown.phases_ms.values())
+    assert found.graph is not None
+    assert found.graph.breakdown is not None
+    assert found.graph.breakdown.phases_ms is None
+    assert all(scale > 0 for scale in found.graph.breakdown.scales_ms)
 
 
 @pytest.mark.parametrize(

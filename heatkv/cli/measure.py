@@ -223,6 +223,7 @@ def profile(
 
     Example: heatkv profile --model emoji --policies streaming --budgets 20%,10% --out results/profile
     """
+    from heatkv.profiling.latency_table import latency_table
     from heatkv.profiling.results import ResultsFolder
     from heatkv.profiling.trace import save_trace
 
@@ -240,6 +241,8 @@ def profile(
                 save_trace(traces, model, subject, measurement.batch, measurement.settings)
             say(f"traces: {traces} (tensorboard --logdir {traces}, or ui.perfetto.dev)")
     title = f"{model.name}, {measurement.rows} rows, {measurement.storage}, {model.device}"
+    if not as_json:
+        show(latency_table(rows, f"{title}: time"), False, None)
     _finish(results, rows, title, as_json)
 
 
