@@ -39,7 +39,7 @@ check-slow: $(STAMP) check-baseline
 # Bytes and fidelity of a few policies against those that are committed (docs/check.md). The statistics are committed too, so that
 # the plans are the same everywhere; what was compared in an earlier run is not taken over. `make baseline` writes both anew.
 BASELINE := benchmarks/baseline
-BASELINE_RUN := --policies heatkv,streaming,snapkv --budgets 30%,10% --images 8 --pictures 4 --repeats 1
+BASELINE_RUN := --policies heatkv,streaming,snapkv --budgets 30%,10% --images 8 --pictures 8 --repeats 1
 check-baseline: $(STAMP)
 	rm -rf results/baseline
 	OMP_NUM_THREADS=1 $(BIN)/heatkv compare $(BASELINE_RUN) --statistics $(BASELINE)/statistics.safetensors --out results/baseline
