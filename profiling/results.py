@@ -32,7 +32,16 @@ FORMAT, VERSION = "heatkv-results", 1
 SCAS_FORMAT, SCAS_VERSION = "heatkv-scas", 1
 
 UNMEASURED: dict[str, Any] = dict.fromkeys(
-    ("plans", "device_peak_bytes", "nvml_bytes", "latency_ms", "graph_latency_ms", "graph_pool_bytes", *FIDELITY)
+    (
+        "plans",
+        "device_peak_bytes",
+        "nvml_bytes",
+        "latency_ms",
+        "graph_latency_ms",
+        "graph_pool_bytes",
+        "versus",
+        *FIDELITY,
+    )
 )
 
 Rows = Sequence[dict[str, Any]]

@@ -25,7 +25,7 @@ from heatkv.cli.output import make_folder, progress, say, show
 from heatkv.cli.report import draw_report
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
-from heatkv.files import file_name, read_json
+from heatkv.files import read_json
 from heatkv.geometry import Budget
 from heatkv.levels import SINK_SCALES
 from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
@@ -161,6 +161,7 @@ class _Measurement:
         self, subjects: Sequence[Subject], digests: Sequence[str], repeats: int, results: ResultsFolder
     ) -> _Rows:
         """A result row for every subject; bytes are saved before times are taken, so that an interrupt keeps them."""
+        from heatkv.profiling.busy import load_of
         from heatkv.profiling.runner import bytes_row, latency_row, measure_latency
 
         rows = [
@@ -170,6 +171,8 @@ class _Measurement:
             for subject, digest, files in zip(subjects, digests, results.save_plans(subjects), strict=True)
         ]
         results.save(rows)
+        if reasons := load_of(self.model.device).reasons:
+            say(f"warning: the machine is busy ({', '.join(reasons)}); times will be too long and spread")
         runs = len(subjects) * repeats * (2 if self.model.device.type == "cuda" else 1)
         with progress("timing", runs) as advance:
             measured = measure_latency(
@@ -215,7 +218,9 @@ def profile(
     plan: PlanFiles = None,
     ranking: Ranking,
     repeats: Repeats = 10,
-    trace: Annotated[bool, typer.Option("--trace", help="also write a profiler trace (JSON) per policy")] = False,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="folder for profiler traces, for TensorBoard and Perfetto")
+    ] = None,
     running: Running,
     as_json: AsJson = False,
 ) -> None:
@@ -223,6 +228,7 @@ def profile(
 
     Example: heatkv profile --model emoji --policies streaming --budgets 20%,10% --out results/profile
     """
+    from heatkv.profiling.latency_table import latency_table
     from heatkv.profiling.results import ResultsFolder
     from heatkv.profiling.trace import save_trace
 
@@ -231,14 +237,17 @@ def profile(
     model = measurement.model
     subjects = measurement.subjects(measurement.statistics)
     folder = make_folder(out)
+    traces = None if trace is None else make_folder(trace)
     results = ResultsFolder(folder, model, measurement.settings, {"seed": running.seed, "repeats": repeats})
     with _told_when_stopped(results):
         rows = measurement.bytes_and_times(subjects, measurement.digests(subjects, 0, 0), repeats, results)
-        if trace:
+        if traces is not None:
             for subject in subjects:
-                path = folder / f"trace_{file_name(subject.name)}.json"
-                save_trace(path, model, subject.plans[0], measurement.batch, measurement.settings)
+                save_trace(traces, model, subject, measurement.batch, measurement.settings)
+            say(f"traces: {traces} (tensorboard --logdir {traces}, or ui.perfetto.dev)")
     title = f"{model.name}, {measurement.rows} rows, {measurement.storage}, {model.device}"
+    if not as_json:
+        show(latency_table(rows, f"{title}: time"), False, None)
     _finish(results, rows, title, as_json)
 
 
@@ -267,6 +276,7 @@ def compare(
     from heatkv.profiling.html_report import check_report_replaceable
     from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
     from heatkv.profiling.results import ResultsFolder, check_replaceable, samples_digest, save_scas
+    from heatkv.profiling.runner import versus
 
     positive(samples=samples, images=images, pictures=pictures, draws=draws, repeats=repeats)
     pictures = min(pictures, images)
@@ -293,6 +303,9 @@ def compare(
         digests = measurement.digests(subjects, images, pictures)
         rows = measurement.bytes_and_times(subjects, digests, repeats, results)
         drawn = _compare_all(measurement, subjects, rows, results, images, pictures)
+        rows = [row | {"versus": difference} for row, difference in zip(rows, versus(rows), strict=True)]
+    for name, reason in rows[0]["not_measured"].items():
+        say(f"no {name.upper()}: {reason}")
     sheets: dict[str, list[tuple[str, Any]]] = {}
     for subject, of_subject in zip(subjects, drawn, strict=True):
         if subject.policy != "full":
