@@ -95,6 +95,8 @@ class Latency:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:
@@ -138,7 +140,7 @@ def measure_interleaved(
 
 
 class SpanClock:
-    """Sums the time of every span of one drawing: by events on a CUDA device, by the clock elsewhere."""
+    """Sums the time of every span of one drawing: by events on a CUDA device, by the clock, synchronised, elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -153,6 +155,7 @@ class SpanClock:
 
     def _now(self) -> Any:
         if self._device.type != "cuda":
+            _synchronise(self._device)
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
