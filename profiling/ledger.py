@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
@@ -16,19 +17,45 @@ from torch.utils._pytree import tree_leaves
 class TensorLedger(TorchDispatchMode):
     """While it is active, follows every storage that an operation creates; `peak` is the most bytes alive at once.
 
-    Storages that existed before (weights, inputs) are not counted, whatever views of them are made.
+    Storages that existed before (weights, inputs) are not counted, whatever views of them are made; nor are those of
+    another device than `device`, if one is given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
+        self._device = device
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     @property
     def live(self) -> int:
         """Bytes alive now."""
+        return sum(size for _, size in self._still_alive().values())
+
+    def reset_peak(self) -> None:
+        """Let the peak begin with what is alive now."""
+        self.peak = self.live
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Count these too, which no operation made: numpy's, for example."""
+        for tensor in tensors:
+            self._follow(tensor)
+        self.peak = max(self.peak, self.live)
+
+    def bytes_seen(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of those storages among these tensors' that are followed and alive."""
+        alive = self._still_alive()
+        keys = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return sum(alive[key][1] for key in keys if key in alive)
+
+    def _still_alive(self) -> dict[int, tuple[StorageWeakRef, int]]:
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        return sum(size for _, size in self._alive.values())
+        return self._alive
+
+    def _follow(self, tensor: Tensor) -> None:
+        if self._device is None or tensor.device == self._device:
+            storage = tensor.untyped_storage()
+            self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -37,8 +64,7 @@ class TensorLedger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                storage = tensor.untyped_storage()
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self._follow(tensor)
         self.peak = max(self.peak, self.live)
         return out
 
