@@ -226,8 +226,9 @@ class Generator(Generic[Label]):
         """Draw one image per label; `samples` number them for the random numbers (default 0, 1, ...).
 
         With graphs, a scale is one graph; a `sampler` that is no NoiseSampler chooses between two of them. `observe`
-        is called when the scale is done, `before_decode` when all are. Raises ModelError for labels that the model does not have, or not as many as
-        the batch, PolicyError when a dynamic policy fails, GraphError when a step cannot be recorded.
+        is called when the scale is done, `before_decode` when all are. Raises ModelError for labels that the model does
+        not have, or not as many as the batch, PolicyError when a dynamic policy fails, GraphError when a step cannot be
+        recorded.
         """
         if len(labels) != self.batch:
             raise ModelError(f"{len(labels)} labels for a generator of batch {self.batch}")

@@ -141,11 +141,8 @@ def _end_with_input() -> None:
     os._exit(1)
 
 
-def main(folder: str) -> None:
-    """Do the job of a folder."""
-    threading.Thread(target=_end_with_input, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this one ends it
-    place = Path(folder)
+def do_job(place: Path) -> None:
+    """Measure, and leave the result or what went wrong."""
     job = Job(**read_json(place / JOB))
     try:
         result = {"error": None} | measure(job, load_plan(place / PLAN))
@@ -163,4 +160,6 @@ def _line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this one ends it
+    do_job(Path(sys.argv[1]))

@@ -173,7 +173,7 @@ def test_options_of_policies_are_set(statistics_file: Path, tmp_path: Path, caps
 
 
 def test_what_a_composed_policy_plans_from_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1"]
+    sizes = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1", "--in-process"]
     base = ["--policies", "adakv", "--set", "base=hack-like", "--budgets", "20%"]
     assert run(["compare", *base, *sizes, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "statistics.safetensors").exists()
@@ -183,7 +183,17 @@ def test_what_a_composed_policy_plans_from_is_measured(tmp_path: Path, capsys: p
 def test_an_option_goes_to_the_policies_that_have_it(
     statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = ["profile", "--policies", "heatkv-lp,streaming", "--budgets", "20%", "--repeats", "1", "--json"]
+    base = [
+        "profile",
+        "--policies",
+        "heatkv-lp,streaming",
+        "--budgets",
+        "20%",
+        "--repeats",
+        "1",
+        "--in-process",
+        "--json",
+    ]
     base += ["--statistics", str(statistics_file), "--out", str(tmp_path)]
     capsys.readouterr()
     for sinks in (["--sink-scales", "2"], ["--set", "sink_scales=2"]):
@@ -536,7 +546,7 @@ def test_profile_measures_bytes_and_time(tmp_path: Path, capsys: pytest.CaptureF
     assert len(list(tmp_path.glob("trace_*.json"))) == 2
 
 
-SMALL = ["--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1", "--draws", "2"]
+SMALL = ["--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1", "--draws", "2", "--in-process"]
 
 
 def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -604,7 +614,7 @@ def test_a_used_folder_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureF
     }
     # times alone lose none of it, and other seeds, counts or precision are other comparisons
     assert run(["profile", "--policies", "heatkv", "--statistics", str(out / "statistics.safetensors"), *arguments[-2:],
-                "--budgets", "30%", "--repeats", "1"]) == 0  # fmt: skip
+                "--budgets", "30%", "--repeats", "1", "--in-process"]) == 0  # fmt: skip
     assert rows_of(out)[1]["kl"] is None
     assert {row["policy"] for row in rows_of(out, "results.2.json")} == {"full", "heatkv", "streaming"}
     capsys.readouterr()
@@ -664,7 +674,7 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(row["latency_ms"] is not None for row in kept)
     assert not (tmp_path / "results.json").exists()
     # another run in between loses nothing of it
-    assert run(["profile", "--policies", "streaming", *arguments[-4:], "--repeats", "1"]) == 0
+    assert run(["profile", "--policies", "streaming", *arguments[-4:], "--repeats", "1", "--in-process"]) == 0
     capsys.readouterr()
     assert run(arguments) == 0
     assert "2 of 3 comparisons were made before" in capsys.readouterr().err

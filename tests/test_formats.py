@@ -29,8 +29,16 @@ from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import HeatKVLP
 from heatkv.policies.snapkv import SnapKV
 from heatkv.profiling.fidelity import FidelityBench
-from heatkv.profiling.results import ResultsFolder, comparison_digest
-from heatkv.profiling.runner import bytes_row, fidelity_row, latency_row, measure_latency, plan_subjects
+from heatkv.profiling.results import ResultsFolder, comparison_digest, measurement_digest
+from heatkv.profiling.runner import (
+    bytes_row,
+    fidelity_row,
+    latency_row,
+    measure_latency,
+    memory_row,
+    plan_subjects,
+    subject_memory,
+)
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Statistics
 from heatkv.testing import made_up_mass
@@ -168,7 +176,9 @@ def test_unknown_arrays_are_refused(statistics: Statistics, tmp_path: Path, name
 def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (full,) = plan_subjects(emoji, [], [], statistics=None, rows=2, storage="float32")
     digest = comparison_digest(emoji, emoji.sampling, full, seed=0, images=1, pictures=1)
-    row = {"comparison": digest} | bytes_row(emoji, full, 2)
+    measurement = measurement_digest(emoji, emoji.sampling, full, seed=0, batch=1)
+    row = {"comparison": digest, "measurement": measurement, "batch": 1, "seed": 0} | bytes_row(emoji, full, 2)
+    row |= memory_row(subject_memory(emoji, full, 1, emoji.sampling))
     row |= latency_row(measure_latency(emoji, [full], rows=2, settings=emoji.sampling, repeats=1)[full.name])
     bench = FidelityBench(emoji, images=1, pictures=1, seed=0, settings=emoji.sampling)
     row |= fidelity_row(bench, full)[0]

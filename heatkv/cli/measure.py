@@ -272,9 +272,10 @@ class _Measurement:
             return found
         import torch
 
+        running = self.running
         job = Job(
-            load_arguments(self.source, self.running), self.model.fingerprint, self.running.cfg, point.batch, point.seed,
-            self.running.storage, self.running.attention, torch.get_num_threads(), line.row["measurement"],
+            load_arguments(self.source, running), self.model.fingerprint, running.cfg, point.batch, point.seed,
+            running.storage, running.attention, torch.get_num_threads(), line.row["measurement"],
             None if path is None else str(path.absolute()),
         )  # fmt: skip
         found = measure_apart(folder, job, subject.plans[0])
