@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -297,6 +298,20 @@ def test_progress_in_a_log_is_a_line_for_every_tenth(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.splitlines() == [f"counting: {done} of 100" for done in range(10, 101, 10)]
 
 
+def test_progress_in_a_log_tells_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 130.0, 220.0, 229.0])
+    monkeypatch.setattr("heatkv.cli.output.time.monotonic", lambda: next(clock))
+    with progress("counting", 10) as advance:
+        for count in (2, 7, 1):
+            advance(count)
+    # 30 s for two: 120 s for eight; 120 s for nine: 13 s for one
+    assert capsys.readouterr().err.splitlines() == [
+        "counting: 2 of 10, 2:00 left", "counting: 9 of 10, 0:13 left", "counting: 10 of 10",
+    ]  # fmt: skip
+
+
 def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     assert run(["solve", "--policy", "streaming", "--budget", "20%", "--out", str(out)]) == 0
@@ -536,7 +551,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, capsys: py
 
 def test_profile_measures_bytes_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "2", "--trace", "--json"]
-    assert run([*arguments, "--out", str(tmp_path)]) == 0
+    assert run([*arguments, "--in-process", "--out", str(tmp_path)]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["policy"] for row in rows] == ["full", "streaming"]
     assert rows[1]["allocated_bytes"] <= 0.2 * rows[0]["allocated_bytes"]
@@ -681,6 +696,157 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [row["kl"] for row in rows_of(tmp_path)[:2]] == [row["kl"] for row in kept[:2]]
     assert rows_of(tmp_path)[2]["kl"] > 0
     assert not (tmp_path / "results.partial.json").exists()
+
+
+def test_a_sweep_over_batches_and_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed twice while it measures, it goes on: what is finished stays as it is and is not measured again."""
+    arguments = [
+        "compare",
+        *SMALL[2:],
+        "--policies",
+        "random",
+        "--budgets",
+        "30%",
+        "--batches",
+        "1,2",
+        "--seeds",
+        "0,1",
+    ]
+    arguments += ["--out", str(tmp_path)]
+    finished: dict[tuple[Any, ...], Any] = {}
+    # one save before anything is measured, then one after every figure of memory, time and fidelity
+    for saves in (6, 10):
+        command = [sys.executable, "-c", KILLED_AFTER, str(saves), *arguments]
+        process = subprocess.run(
+            command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240
+        )
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        now = figures(rows_of(tmp_path, "results.partial.json"))
+        assert finished.items() <= now.items()
+        assert len(now) > len(finished)
+        finished = now
+    measured: list[str] = []
+    for name in ("subject_memory", "measure_latency", "fidelity_row"):
+        monkeypatch.setattr(f"heatkv.profiling.runner.{name}", counting(name, measured))
+    assert run(arguments) == 0
+    rows = rows_of(tmp_path)
+    assert [(row["seed"], row["batch"], row["rows"], row["policy"]) for row in rows] == [
+        (seed, batch, 2 * batch, policy) for seed in (0, 1) for batch in (1, 2) for policy in ("full", "random")
+    ]
+    every = figures(rows)
+    assert finished.items() <= every.items()
+    assert len(every) == 8 * 3
+    # batches share comparisons, and a point is timed at once
+    assert measured.count("fidelity_row") == 4 - len({key[1] for key in finished if key[0] == "kl"})
+    assert measured.count("measure_latency") == 4 - len({key[2:4] for key in finished if key[0] == "latency_ms"})
+    assert measured.count("subject_memory") == 8 - len([key for key in finished if key[0] == "memory"])
+    assert not (tmp_path / "results.partial.json").exists()
+    assert not list(tmp_path.glob("results.[0-9]*.json"))
+    names = {path.name for path in tmp_path.glob("images*")}
+    assert names == {"images_30percent_seed0.png", "images_30percent_seed1.png"}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        f"{name}_seed{seed}.png" for name in ("full_100percent", "random_30percent") for seed in (0, 1)
+    }
+    # full caches of both batches are the same comparison; the seeds' are not
+    kl = {(row["policy"], row["batch"], row["seed"]): row["kl"] for row in rows}
+    assert kl["random", 1, 0] == kl["random", 2, 0] != kl["random", 1, 1]
+    # and all of it again measures nothing
+    measured.clear()
+    capsys.readouterr()
+    assert run(arguments) == 0
+    assert measured == []
+    said = capsys.readouterr().err
+    for what in ("the memory of 8 of 8", "the time of 8 of 8", "8 of 8 comparisons"):
+        assert what in said
+    assert figures(rows_of(tmp_path)) == every
+
+
+def figures(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], str]:
+    """What is measured: (what, comparison, batch, seed, policy) -> figure."""
+    return {
+        (name, row["comparison"], row["batch"], row["seed"], row["policy"]): json.dumps(row[name])
+        for row in rows
+        for name in ("memory", "latency_ms", "kl")
+        if row[name] is not None
+    }
+
+
+def counting(name: str, calls: list[str]) -> Any:
+    """The function of this name of the runner, which notes its calls."""
+    original = getattr(importlib.import_module("heatkv.profiling.runner"), name)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        return original(*arguments, **options)
+
+    return called
+
+
+KILLED_AFTER = """
+import os, signal, sys
+from heatkv.profiling.results import ResultsFolder
+from heatkv.__main__ import main
+save, saved, most = ResultsFolder.save, [], int(sys.argv.pop(1))
+def killed(self, rows):
+    save(self, rows)
+    saved.append(1)
+    if len(saved) == most:
+        os.kill(os.getpid(), signal.SIGKILL)
+ResultsFolder.save = killed
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batches", "1,1"], "batch '1' is named twice"),
+        (["--batches", "1,01"], "batch 1 is named twice"),
+        (["--batches", "0"], "--batches is 0; it must be at least 1"),
+        (["--batches", "few"], "cannot read the batch list 'few'; write whole numbers as 1,4"),
+        (["--batches", "2", "--rows", "4"], "--batches and --rows both say how much"),
+        (["--seeds", "1.5"], "cannot read the seed list '1.5'"),
+        (["--seeds", "1", "--seed", "2"], "--seeds and --seed both name seeds"),
+        (["--snapshot"], "a snapshot is one of the CUDA allocator; the model is on cpu: leave --snapshot out"),
+    ],
+)
+def test_sweeps_that_are_none_are_refused(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, "profile", *arguments, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_goes_on_after_what_cannot_be_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of three runs out of memory: its row says so and has no figures; once more it is tried again."""
+    asked: list[int] = []
+
+    def apart(folder: Path, job: Any, plan: Any) -> dict[str, Any]:
+        asked.append(job.batch)
+        out_of_memory = len(asked) == 2
+        return {"error": "out of memory: 5 GiB"} if out_of_memory else {"error": None, "memory": told}
+
+    arguments = ["profile", "--policies", "streaming", "--budgets", "20%,10%", "--repeats", "1", "--out", str(tmp_path)]
+    assert run([*arguments[:4], "20%", *arguments[5:7], "--in-process", "--out", str(tmp_path / "first")]) == 0
+    told = rows_of(tmp_path / "first")[0]["memory"] | {"process": "own"}
+    monkeypatch.setattr("heatkv.profiling.worker.measure_apart", apart)
+    capsys.readouterr()
+    assert run(arguments) == 0
+    out, said = capsys.readouterr()
+    assert "streaming 20% was not measured: out of memory: 5 GiB" in said
+    assert "out of memory: 5 GiB" in out
+    rows = rows_of(tmp_path)
+    assert [row["error"] for row in rows] == [None, "out of memory: 5 GiB", None]
+    for name in ("memory", "latency_ms"):
+        assert [row[name] is None for row in rows] == [False, True, False]
+    assert run(arguments) == 0
+    assert len(asked) == 4
+    assert [row["error"] for row in rows_of(tmp_path)] == [None] * 3
+    assert [row["latency_ms"] for row in rows_of(tmp_path)][::2] == [row["latency_ms"] for row in rows][::2]
 
 
 KILLED = """
