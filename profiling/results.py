@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ MEMORY = ("memory", "device_peak_bytes", "nvml_bytes", "error")
 
 TIMES = ("latency_ms", "graph_latency_ms", "graph_pool_bytes", "timed")
 """Fields of a row that timing fills."""
+
+_NO_PICTURE = (OSError, ValueError, SyntaxError)
+"""Pillow's errors for files that are missing, damaged or no PNG."""
 
 UNMEASURED: dict[str, Any] = dict.fromkeys((*MEMORY, *TIMES, *FIDELITY))
 
@@ -126,13 +130,13 @@ class ResultsFolder:
                 return {name: row.get(name) for name in TIMES}
         return None
 
-    def earlier(self, name: str, digest: str) -> tuple[dict[str, Any], Tensor] | None:
+    def earlier(self, digest: str) -> tuple[dict[str, Any], Tensor] | None:
         """Fidelity figures of this very comparison and its pictures, when an earlier run left them whole."""
         row = self._earlier.get(digest)
         if row is None or not row.keys() >= set(FIDELITY):
             return None
-        pictures = self._load_pictures(name, digest)
-        return None if pictures is None else ({field: row[field] for field in FIDELITY}, pictures)
+        pictures = self._load_pictures(digest)
+        return None if pictures is None else ({name: row[name] for name in FIDELITY}, pictures)
 
     def _pictures_path(self, name: str) -> Path:
         return self.path.parent / "pictures" / f"{file_name(name.replace('%', 'percent'))}.png"
@@ -146,14 +150,27 @@ class ResultsFolder:
         with replacing(path) as temporary:
             image_grid(pictures_B3HW, len(pictures_B3HW)).save(temporary, format="PNG", pnginfo=told)
 
-    def _load_pictures(self, name: str, digest: str) -> Tensor | None:
+    @cached_property
+    def _earlier_pictures(self) -> dict[str, Path]:
+        """Files of pictures by the comparison that they are of, whatever they are called."""
+        found: dict[str, Path] = {}
+        for path in sorted((self.path.parent / "pictures").glob("*.png")):
+            try:
+                with Image.open(path) as file:
+                    found.setdefault(str(file.info.get("heatkv")), path)
+            except _NO_PICTURE:
+                continue
+        return found
+
+    def _load_pictures(self, digest: str) -> Tensor | None:
+        path = self._earlier_pictures.get(digest)
+        if path is None:
+            return None
         try:
-            with Image.open(self._pictures_path(name)) as file:
-                if file.info.get("heatkv") != digest:
-                    return None
+            with Image.open(path) as file:
                 row = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
                 row = row.view(file.height, file.width, 3)
-        except (OSError, ValueError, SyntaxError):  # Pillow's errors for files that are missing, damaged or no PNG
+        except _NO_PICTURE:
             return None
         width, rest = divmod(row.shape[1] + GAP, self._pictures)
         if rest:

@@ -32,6 +32,8 @@ FOLDER = ".memory_job"
 
 _FILES = JOB, PLAN, RESULT = "job.json", "plan.json", "result.json"
 
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -146,17 +148,17 @@ def do_job(place: Path) -> None:
     job = Job(**read_json(place / JOB))
     try:
         result = {"error": None} | measure(job, load_plan(place / PLAN))
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        result = {"error": f"out of memory: {_line(error)}"}
-    except HeatKVError as error:
-        result = {"error": _line(error)}
     except Exception as error:
-        result = {"error": f"{type(error).__name__}: {_line(error)}"}
+        result = {"error": why_failed(error)}
     write_json(place / RESULT, {"digest": job.digest} | result)
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def why_failed(error: Exception) -> str:
+    """One line for a row of results."""
+    line = " ".join(str(error).split())
+    if isinstance(error, HeatKVError):
+        return line
+    return f"{'out of memory' if isinstance(error, OUT_OF_MEMORY) else type(error).__name__}: {line}"
 
 
 if __name__ == "__main__":

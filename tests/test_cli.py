@@ -698,34 +698,30 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "results.partial.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("seeds", "kills"), [([0], (4,)), pytest.param([0, 1], (1, 6, 10, 11), marks=pytest.mark.slow)], ids=["one", "two"]
+)
 def test_a_sweep_over_batches_and_seeds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    seeds: list[int],
+    kills: tuple[int, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed twice while it measures, it goes on: what is finished stays as it is and is not measured again."""
-    arguments = [
-        "compare",
-        *SMALL[2:],
-        "--policies",
-        "random",
-        "--budgets",
-        "30%",
-        "--batches",
-        "1,2",
-        "--seeds",
-        "0,1",
-    ]
-    arguments += ["--out", str(tmp_path)]
+    """Killed while it measures, it goes on: what is finished stays as it is and is not measured again."""
+    arguments = ["compare", *SMALL[2:], "--policies", "random", "--budgets", "30%", "--batches", "1,2"]
+    arguments += ["--seeds", ",".join(map(str, seeds)), "--out", str(tmp_path)]
     finished: dict[tuple[Any, ...], Any] = {}
     # one save before anything is measured, then one after every figure of memory, time and fidelity
-    for saves in (6, 10):
+    for saves in kills:
         command = [sys.executable, "-c", KILLED_AFTER, str(saves), *arguments]
         process = subprocess.run(
-            command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240
+            command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
         )
         assert process.returncode == -signal.SIGKILL, process.stderr
         now = figures(rows_of(tmp_path, "results.partial.json"))
         assert finished.items() <= now.items()
-        assert len(now) > len(finished)
+        assert len(now) >= len(finished) + saves - 1
         finished = now
     measured: list[str] = []
     for name in ("subject_memory", "measure_latency", "fidelity_row"):
@@ -733,33 +729,32 @@ def test_a_sweep_over_batches_and_seeds(
     assert run(arguments) == 0
     rows = rows_of(tmp_path)
     assert [(row["seed"], row["batch"], row["rows"], row["policy"]) for row in rows] == [
-        (seed, batch, 2 * batch, policy) for seed in (0, 1) for batch in (1, 2) for policy in ("full", "random")
+        (seed, batch, 2 * batch, policy) for seed in seeds for batch in (1, 2) for policy in ("full", "random")
     ]
-    every = figures(rows)
+    every, points = figures(rows), 2 * len(seeds)
     assert finished.items() <= every.items()
-    assert len(every) == 8 * 3
+    assert len(every) == 2 * points * 3
     # batches share comparisons, and a point is timed at once
-    assert measured.count("fidelity_row") == 4 - len({key[1] for key in finished if key[0] == "kl"})
-    assert measured.count("measure_latency") == 4 - len({key[2:4] for key in finished if key[0] == "latency_ms"})
-    assert measured.count("subject_memory") == 8 - len([key for key in finished if key[0] == "memory"])
+    assert measured.count("fidelity_row") == points - len({key[1] for key in finished if key[0] == "kl"})
+    assert measured.count("measure_latency") == points - len({key[2:4] for key in finished if key[0] == "latency_ms"})
+    assert measured.count("subject_memory") == 2 * points - len([key for key in finished if key[0] == "memory"])
     assert not (tmp_path / "results.partial.json").exists()
     assert not list(tmp_path.glob("results.[0-9]*.json"))
-    names = {path.name for path in tmp_path.glob("images*")}
-    assert names == {"images_30percent_seed0.png", "images_30percent_seed1.png"}
+    endings = [f"_seed{seed}" for seed in seeds] if len(seeds) > 1 else [""]
+    assert {path.name for path in tmp_path.glob("images*")} == {f"images_30percent{ending}.png" for ending in endings}
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
-        f"{name}_seed{seed}.png" for name in ("full_100percent", "random_30percent") for seed in (0, 1)
+        f"{name}{ending}.png" for name in ("full_100percent", "random_30percent") for ending in endings
     }
-    # full caches of both batches are the same comparison; the seeds' are not
     kl = {(row["policy"], row["batch"], row["seed"]): row["kl"] for row in rows}
-    assert kl["random", 1, 0] == kl["random", 2, 0] != kl["random", 1, 1]
+    assert len({kl["random", batch, seed] for batch in (1, 2) for seed in seeds}) == len(seeds)
     # and all of it again measures nothing
     measured.clear()
     capsys.readouterr()
     assert run(arguments) == 0
     assert measured == []
     said = capsys.readouterr().err
-    for what in ("the memory of 8 of 8", "the time of 8 of 8", "8 of 8 comparisons"):
-        assert what in said
+    for what in ("the memory of {0} of {0}", "the time of {0} of {0}", "{0} of {0} comparisons"):
+        assert what.format(2 * points) in said
     assert figures(rows_of(tmp_path)) == every
 
 
@@ -795,6 +790,38 @@ def killed(self, rows):
     if len(saved) == most:
         os.kill(os.getpid(), signal.SIGKILL)
 ResultsFolder.save = killed
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_takes_its_worker_with_it(tmp_path: Path) -> None:
+    """Killed when the first worker has started: that ends without a result, and the same command does all there is."""
+    reader, writer = os.pipe()
+    arguments = ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", KILLED_WITH_WORKER, str(writer), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, stderr=subprocess.PIPE, env=environment, pass_fds=(writer,), timeout=300)
+    os.close(writer)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert os.read(reader, 1) == b""  # the worker, who held the other end, is gone
+    os.close(reader)
+    left = tmp_path / ".memory_job"
+    assert {path.name for path in left.iterdir()} == {"job.json", "plan.json"}
+    assert run(arguments) == 0
+    assert [row["memory"]["process"] for row in rows_of(tmp_path)] == ["own", "own"]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json"}
+
+
+KILLED_WITH_WORKER = """
+import os, signal, subprocess, sys
+from heatkv.profiling import worker
+from heatkv.__main__ import main
+held, start = int(sys.argv.pop(1)), subprocess.Popen
+def started(*arguments, **options):
+    process = start(*arguments, pass_fds=(held,), **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+worker.subprocess.Popen = started
 main()
 """
 

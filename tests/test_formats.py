@@ -29,6 +29,15 @@ from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import HeatKVLP
 from heatkv.policies.snapkv import SnapKV
 from heatkv.profiling.fidelity import FidelityBench
+from heatkv.profiling.memory import (
+    AllocatorMemory,
+    AllocatorPeaks,
+    DriverMemory,
+    GraphMemory,
+    HostMemory,
+    Phases,
+    Step,
+)
 from heatkv.profiling.results import ResultsFolder, comparison_digest, measurement_digest
 from heatkv.profiling.runner import (
     bytes_row,
@@ -187,6 +196,14 @@ def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pyte
     told = json.loads(Path("results.json").read_text())
     assert fields("results.json", "field") == set(told)
     assert fields("results.json", "field of a row") == set(told["rows"][0])
+    assert fields("results.json", "field of memory") == set(told["rows"][0]["memory"])
+    text = section("results.json")
+    for value in told["rows"][0]["memory"].values():
+        for name in value if isinstance(value, dict) else ():
+            assert f"`{name}`" in text
+    for kind in (HostMemory, AllocatorMemory, AllocatorPeaks, GraphMemory, DriverMemory, Step, Phases):
+        for field in dataclasses.fields(kind):
+            assert f"`{field.name}`" in text
     assert run_lines("results.json")["kl"] == {("full", "100%"): 0}
 
 

@@ -247,28 +247,37 @@ class _Measurement:
         """Add memory and times to the rows that lack them, saving each."""
         rows = [line.row for line in lines]
         results.save(rows)
-        missing = [line for line in lines if "memory" not in line.row]
+        paths = {id(line): self._snapshot_path(line, results.path.parent) if snapshot else None for line in lines}
+        missing = [
+            line for line in lines
+            if "memory" not in line.row or ((path := paths[id(line)]) is not None and not path.exists())
+        ]  # fmt: skip
         with progress("measuring memory", len(missing)) as advance:
             for line in missing:
-                line.row.update(self._memory(line, results.path.parent, snapshot))
+                line.row.update(self._memory(line, results.path.parent, paths[id(line)]))
                 results.save(rows)
                 advance(1)
         self._time(lines, repeats, results)
 
-    def _memory(self, line: _Line, folder: Path, snapshot: bool) -> dict[str, Any]:
-        """In a process of its own, or quickly in this one."""
+    def _snapshot_path(self, line: _Line, folder: Path) -> Path:
+        return folder / f"snapshot_{file_name(line.subject.name)}{self.point_name(line.point)}.pickle"
+
+    def _memory(self, line: _Line, folder: Path, snapshot: Path | None) -> dict[str, Any]:
+        """In a process of its own, or quickly in this one; the allocator's history goes to `snapshot`."""
         from heatkv.profiling.memory import record_snapshots, save_snapshot
         from heatkv.profiling.runner import memory_row, subject_memory
-        from heatkv.profiling.worker import Job, measure_apart
+        from heatkv.profiling.worker import OUT_OF_MEMORY, Job, measure_apart, why_failed
 
         point, subject = line.point, line.subject
-        path = folder / f"snapshot_{file_name(subject.name)}{self.point_name(point)}.pickle" if snapshot else None
         if self.in_process:
-            if path is not None:
+            if snapshot is not None:
                 record_snapshots()
-            found = memory_row(subject_memory(self.model, subject, point.batch, self.settings, seed=point.seed))
-            if path is not None:
-                save_snapshot(path)
+            try:
+                found = memory_row(subject_memory(self.model, subject, point.batch, self.settings, seed=point.seed))
+            except OUT_OF_MEMORY as error:
+                return self._unmeasured(line, why_failed(error))
+            if snapshot is not None:
+                save_snapshot(snapshot)
             return found
         import torch
 
@@ -276,16 +285,19 @@ class _Measurement:
         job = Job(
             load_arguments(self.source, running), self.model.fingerprint, running.cfg, point.batch, point.seed,
             running.storage, running.attention, torch.get_num_threads(), line.row["measurement"],
-            None if path is None else str(path.absolute()),
+            None if snapshot is None else str(snapshot.absolute()),
         )  # fmt: skip
         found = measure_apart(folder, job, subject.plans[0])
-        if found["error"] is not None:
-            say(f"{subject.name}{self.point_name(point).replace('_', ' ')} was not measured: {found['error']}")
-        return found
+        return found if found["error"] is None else self._unmeasured(line, found["error"])
+
+    def _unmeasured(self, line: _Line, error: str) -> dict[str, Any]:
+        say(f"{line.subject.name}{self.point_name(line.point).replace('_', ' ')} was not measured: {error}")
+        return {"error": error}
 
     def _time(self, lines: Sequence[_Line], repeats: int, results: ResultsFolder) -> None:
         """Times of what could be drawn and has none, in turns with all others of its point."""
         from heatkv.profiling.runner import latency_row, measure_latency
+        from heatkv.profiling.worker import OUT_OF_MEMORY, why_failed
 
         missing = [line for line in lines if "latency_ms" not in line.row and line.row.get("error") is None]
         runs = len(missing) * repeats * (2 if self.model.device.type == "cuda" else 1)
@@ -295,10 +307,14 @@ class _Measurement:
                 if not untimed:
                     continue
                 timed = datetime.now(UTC).isoformat(timespec="milliseconds")
-                measured = measure_latency(
-                    self.model, [line.subject for line in untimed], rows=point.rows, settings=self.settings,
-                    repeats=repeats, seed=point.seed, progress=lambda: advance(1),
-                )  # fmt: skip
+                try:
+                    measured = measure_latency(
+                        self.model, [line.subject for line in untimed], rows=point.rows, settings=self.settings,
+                        repeats=repeats, seed=point.seed, progress=lambda: advance(1),
+                    )  # fmt: skip
+                except OUT_OF_MEMORY as error:
+                    say(f"{point.batch} images of {len(untimed)} policies were not timed: {why_failed(error)}")
+                    continue
                 for line in untimed:
                     timing = measured[line.subject.name]
                     line.row.update(latency_row(timing) | {"timed": timed})
@@ -468,7 +484,7 @@ def compare(
     results = ResultsFolder(folder, model, settings, request, pictures)
     with _told_when_stopped(results):
         lines = measurement.lines(subjects, results, images, pictures, repeats)
-        drawn = _take_earlier(measurement, lines, results)
+        drawn = _take_earlier(lines, results)
         measurement.measure(lines, repeats, results)
         _compare_all(measurement, lines, drawn, results, images, pictures)
     for name, pictures_of in _sheets(measurement, lines, drawn).items():
@@ -496,13 +512,13 @@ def _pictures_name(measurement: _Measurement, line: _Line, lines: Sequence[_Line
     return f"{line.subject.name}{measurement.point_name(first.point, batch=several)}"
 
 
-def _take_earlier(measurement: _Measurement, lines: Sequence[_Line], results: ResultsFolder) -> _Drawn:
+def _take_earlier(lines: Sequence[_Line], results: ResultsFolder) -> _Drawn:
     """Fill in the comparisons that were made before, ahead of the first save; the pictures of these."""
     drawn: _Drawn = {}
     count = 0
     for line in lines:
         digest = line.row["comparison"]
-        earlier = results.earlier(_pictures_name(measurement, line, lines), digest)
+        earlier = results.earlier(digest)
         if earlier is not None:
             figures, drawn[digest] = earlier
             line.row.update(figures)
