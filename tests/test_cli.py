@@ -818,8 +818,10 @@ import os, signal, subprocess, sys
 from heatkv.profiling import worker
 from heatkv.__main__ import main
 held, start = int(sys.argv.pop(1)), subprocess.Popen
-def started(*arguments, **options):
-    process = start(*arguments, pass_fds=(held,), **options)
+def started(command, *arguments, **options):
+    if "heatkv.profiling.worker" not in command:
+        return start(command, *arguments, **options)
+    process = start(command, *arguments, pass_fds=(held,), **options)
     os.kill(os.getpid(), signal.SIGKILL)
 worker.subprocess.Popen = started
 main()
