@@ -40,7 +40,7 @@ from heatkv.profiling.blocks import (
     number_cell,
 )
 from heatkv.profiling.explain import kept_of_heads, kept_of_scales
-from heatkv.profiling.merging import Row, budgets_of
+from heatkv.profiling.merging import Merged, Row, Source, budgets_of
 from heatkv.profiling.reporting import Report, scale_names, under
 
 # ------------------------------------------------------------------------------------------------- what heads look at
@@ -290,11 +290,11 @@ def pictures(report: Report) -> Section:
         else:
             found[id(row)] = _thumbnails(of_row, len(report.merged.rows))
     blocks: list[Block] = []
-    for source in report.merged.sources:
-        reference = next((row for row in source.rows if row.is_reference and id(row) in found), None)
+    for source, of_seed in _seeds(report.merged):
+        reference = next((row for row in of_seed if row.is_reference and id(row) in found), None)
         full = None if reference is None else found[id(reference)]
         full_strip = "" if full is None else _strip(full)
-        for budget, rows in reversed(budgets_of(source.rows).items()):
+        for budget, rows in reversed(budgets_of(of_seed).items()):
             drawn = [row for row in rows if id(row) in found]
             if not drawn:
                 continue
@@ -311,6 +311,7 @@ def pictures(report: Report) -> Section:
                     _difference_strip(images, full) if same and full is not None else "",
                 ))  # fmt: skip
             title = f"{source.label}, cache of {budget}" if report.several else f"Cache of {budget}"
+            title += f", seed {rows[0].seed}" if "seed" in source.axes else ""
             count, _, across, _ = found[id(drawn[0])].shape
             width = count * min(max(across, 72), 112) + (count - 1) * _SHEET_GAP
             sheet = Sheet(title, tuple(strips), width)
@@ -332,6 +333,14 @@ def pictures(report: Report) -> Section:
         "A column is one sample, drawn freely with the same random numbers; under every row, where its pictures differ "
         "from the full cache's. Of a policy that draws at random, its first plan.", blocks,
     )  # fmt: skip
+
+
+def _seeds(merged: Merged) -> list[tuple[Source, list[Row]]]:
+    """The rows of every seed of every folder; batches share comparisons, and so pictures: the first stands for all."""
+    found: dict[tuple[Source, int | None], dict[tuple[object, ...], Row]] = {}
+    for row in merged.rows:
+        found.setdefault((row.source, row.seed), {}).setdefault((row.name, row.told.get("comparison") or row), row)
+    return [(source, list(of_seed.values())) for (source, _), of_seed in found.items()]
 
 
 def _thumbnails(images_BHW3: Thumbnails, rows: int) -> Thumbnails:

@@ -19,7 +19,14 @@ from heatkv.files import check_header, read_json
 from heatkv.images import GAP
 from heatkv.plan import CachePlan
 from heatkv.profiling.merging import Row, Source, is_number
-from heatkv.profiling.results import SCAS_FORMAT, SCAS_VERSION, file_digest, subject_file_name
+from heatkv.profiling.results import (
+    PICTURES,
+    SCAS_FORMAT,
+    SCAS_VERSION,
+    file_digest,
+    pictures_by_comparison,
+    subject_file_name,
+)
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Statistics
 
@@ -56,7 +63,9 @@ def pictures_of(row: Row) -> NDArray[np.uint8] | Missing:
     count = row.number("pictures")
     if not count:
         return Missing("no pictures were drawn")
-    path = row.source.folder / "pictures" / f"{subject_file_name(row.name)}.png"
+    path = pictures_by_comparison(row.source.folder).get(str(row.told.get("comparison")))
+    if path is None:
+        path = row.source.folder / PICTURES / f"{subject_file_name(row.name)}.png"
     if not path.exists():
         return Missing(f"pictures/{path.name} is not there" if path.parent.is_dir() else "this folder has no pictures")
     try:

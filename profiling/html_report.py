@@ -104,7 +104,8 @@ def report_data(merged: Merged) -> dict[str, Any]:
 
 
 def _named(row: Row, **figures: float | None) -> dict[str, Any]:
-    return {"source": row.source.label, "policy": row.policy, "budget": row.budget, **figures}
+    place = {axis: row.told.get(axis) for axis in row.source.axes}
+    return {"source": row.source.label, "policy": row.policy, "budget": row.budget, **place, **figures}
 
 
 def _fidelity_data(group: Group) -> dict[str, Any]:

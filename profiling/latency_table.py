@@ -14,7 +14,8 @@ def latency_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """A line for every row that was timed, one more where it was with graphs; "-" is what was not measured."""
     table = Table(title=title)
     phases = (*PHASES, "other")
-    for name in ("policy", "budget", "ms", "interval", "outliers", *phases, "last scale"):
+    axes = [name for name in ("batch", "seed") if len({row.get(name) for row in rows}) > 1]
+    for name in ("policy", "budget", *axes, "ms", "interval", "outliers", *phases, "last scale"):
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     confidences, outliers = set(), 0
     for row in rows:
@@ -29,13 +30,16 @@ def latency_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             table.add_row(
                 row["policy"] + by,
                 row["budget"],
+                *(str(row[axis]) for axis in axes),
                 f"{told['median']:.1f}",
                 f"{low:.1f} - {high:.1f}",
                 str(told["outliers"]),
                 *(f"{of_phases[name]:.1f}" if name in of_phases else "-" for name in phases),
                 f"{scales[-1]:.1f}" if scales else "-",
             )
-    notes = [f"intervals of the median hold it with {' or '.join(f'{c:.1%}' for c in sorted(confidences))}"]
+    notes = []
+    if confidences:
+        notes.append(f"intervals of the median hold it with {' or '.join(f'{c:.1%}' for c in sorted(confidences))}")
     if outliers:
         notes.append(f"outliers ({outliers}) are counted in")
     notes.append("phases and scales are of further runs, which were watched")

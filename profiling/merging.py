@@ -24,16 +24,34 @@ from heatkv.schedule import ScaleSchedule
 REFERENCE = "full"
 """The policy that all others are compared with; it is in no ranking."""
 
-_TEXTS = ("comparison", "model", "model_fingerprint", "policy", "budget", "dtype", "storage")
+_TEXTS = (
+    "comparison",
+    "model",
+    "model_fingerprint",
+    "policy",
+    "budget",
+    "dtype",
+    "storage",
+    "measurement",
+    "timed",
+    "error",
+)
 _NUMBERS = (
-    "rows", "draws", "images", "pictures", "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
-    "compensation_bytes", "device_peak_bytes", "nvml_bytes", "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
+    "batch", "seed", "rows", "draws", "images", "pictures",
+    "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
+    "current_bytes", "index_bytes", "workspace_bytes", "compensation_bytes", "device_peak_bytes", "nvml_bytes",
+    "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
 )  # fmt: skip
 _LISTS = ("kl_per_scale", "kl_of_draws")
 _FLAGS = ("under_used", "had_no_effect")
+_SERIES = (
+    "timeline_bytes", "kl_of_images", "top1_per_scale", "top1_of_images", "psnr_of_pictures", "ssim_of_pictures",
+    "lpips_of_pictures",
+)  # fmt: skip
+"""Of single samples and moments: other figures sum them up."""
 _TIMES = ("latency_ms", "graph_latency_ms")
 _OBJECTS = ("settings", "plans")
-KNOWN = frozenset((*_TEXTS, *_NUMBERS, *_LISTS, *_FLAGS, *_TIMES, *_OBJECTS, "schedule"))
+KNOWN = frozenset((*_TEXTS, *_NUMBERS, *_LISTS, *_FLAGS, *_TIMES, *_OBJECTS, *_SERIES, "schedule"))
 """Fields of a row that the report has a place for; it lists all others as they are."""
 
 
@@ -55,6 +73,12 @@ class Row:
     @property
     def name(self) -> str:
         return f"{self.policy} {self.budget}"
+
+    @property
+    def seed(self) -> int | None:
+        """Its own, or that of its folder, which older ones told once for all rows."""
+        found = self.told.get("seed", self.source.request.get("seed"))
+        return None if found is None else int(found)
 
     @property
     def is_reference(self) -> bool:
@@ -107,6 +131,11 @@ class Source:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         return tuple(Row(self, told) for told in self.told_rows)
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """What rows of one policy and budget differ in: "batch", "seed", both or nothing."""
+        return tuple(name for name in ("batch", "seed") if len({row.told.get(name) for row in self.rows}) > 1)
 
     @property
     def reference_dtype(self) -> str:
@@ -169,10 +198,11 @@ class Merged:
         return {machine: f"machine {_letter(i)}: {title}" for i, (machine, title) in enumerate(titles.items())}
 
     def label(self, row: Row) -> str:
-        """The policy, with its storage type and folder where several are in the report."""
+        """The policy, with its storage type, batch, seed and folder where several are in the report."""
         parts = [row.policy]
         if len({other.storage for other in self.rows}) > 1:
             parts.append(row.storage or "type not told")
+        parts += [f"{axis} {row.told.get(axis)}" for axis in row.source.axes]
         if len(self.sources) > 1:
             parts.append(row.source.label)
         return " · ".join(parts)
@@ -213,11 +243,14 @@ def _model_key(row: Row) -> dict[str, str]:
 def _fidelity_key(row: Row) -> dict[str, str]:
     told, request, source = row.told, row.source.request, row.source
     # without its seed a folder does not tell its samples, and may share them with none
-    seed = f"not told by {source.label}" if request.get("seed") is None else str(request["seed"])
+    seed = f"not told by {source.label}" if row.seed is None else str(row.seed)
+    samples = request.get("samples_digest")
+    if isinstance(samples, Mapping):  # one for every seed
+        samples = samples.get(seed)
     return _model_key(row) | {
         "type": source.reference_dtype,
         "seed": seed,
-        "samples": str(request.get("samples_digest") or "by seed"),
+        "samples": str(samples or "by seed"),
         "images": str(told.get("images")),
         "pictures": str(told.get("pictures")),
     }

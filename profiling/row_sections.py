@@ -307,7 +307,8 @@ def _time_table(report: Report, group: Group, front: set[int]) -> Table:
 
 _LEDGERS = (
     ("budget_bytes", "allowed"), ("planned_bytes", "planned"), ("allocated_bytes", "allocated"),
-    ("compensation_bytes", "corrections"), ("device_peak_bytes", "device peak"), ("nvml_bytes", "driver"),
+    ("compensation_bytes", "corrections"), ("index_bytes", "tables"), ("workspace_bytes", "workspace"),
+    ("current_bytes", "running layer"), ("device_peak_bytes", "device peak"), ("nvml_bytes", "driver"),
     ("full_bytes", "full cache"),
 )  # fmt: skip
 _TIMED = ("median", "IQR", "runs", "CUDA graphs", "their IQR")
@@ -360,7 +361,9 @@ def all_rows(report: Report) -> Section:
         Note(
             "Ledgers: allowed is the budget; planned, the most that the plan holds at any moment; allocated, the "
             "storage of the arena, as it was made; corrections, parameters beside the cache, once for all images; "
-            "device peak, the allocator's on the device; driver, what NVML counts for the process; full cache, what no "
+            "tables say what is read and written where; workspace is what attention gathers into; running layer, its "
+            "own keys and values at the largest scale; device peak, the allocator's on the device; driver, what NVML "
+            "counts for the process; full cache, what no "
             "policy would take. Timed is one batch, decode included."
         )
     )
@@ -374,14 +377,16 @@ def _remark(row: Row) -> str:
         return "no effect: nothing is dropped"
     used = f"used less than {LEAST_USED:.0%} of its budget" if row.told.get("under_used") else ""
     draws = row.number("draws") or 1
-    return "; ".join(filter(None, [used, f"mean of {draws:g} plans" if draws > 1 else ""]))
+    failed = f"memory not measured: {row.told['error']}" if row.told.get("error") else ""
+    return "; ".join(filter(None, [failed, used, f"mean of {draws:g} plans" if draws > 1 else ""]))
 
 
 def further(report: Report) -> Section | None:
     """Figures that this release has no place for: listed as they are."""
     blocks: list[Block] = []
     for source in report.merged.sources:
-        found = [{name: value for name, value in row.told.items() if name not in KNOWN} for row in source.rows]
+        names = {name for row in source.rows for name, value in row.told.items() if value is not None} - KNOWN
+        found = [{name: value for name, value in row.told.items() if name in names} for row in source.rows]
         flat = [dict(_flat(told)) for told in found]
         columns = list(dict.fromkeys(name for told in flat for name in told))
         if columns:
@@ -400,6 +405,8 @@ def further(report: Report) -> Section | None:
 
 def _flat(told: dict[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
     for name, value in told.items():
+        if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+            continue  # the steps of memory: differences of the figures beside them
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{before}{name} ")
         else:

@@ -21,17 +21,20 @@ from heatkv.profiling.runner import Subject
 from heatkv.sampling import Settings
 
 
-def save_trace(folder: Path, model: ImageModel[Any], subject: Subject, batch: int, settings: Settings) -> Path:
+def save_trace(
+    folder: Path, model: ImageModel[Any], subject: Subject, batch: int, settings: Settings, of_point: str = ""
+) -> Path:
     """Draw `batch` images eagerly under the profiler and write its trace; the file, `<worker>.<time>.pt.trace.json`.
 
-    The worker is the subject, so that torch-tb-profiler lists subjects beside each other as workers of one run. One
-    drawing warms up and one is recorded. Raises OSError when the file cannot be written.
+    The worker is the subject, so that torch-tb-profiler lists subjects beside each other as workers of one run;
+    `of_point` is added to its name. One drawing warms up and one is recorded. Raises OSError when the file cannot be
+    written.
     """
     generator, labels = subject.generator(model, settings, 0, batch), model.labels(batch)
     activities = [ProfilerActivity.CPU]
     if model.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    worker = file_name(f"{subject.name.replace('%', 'percent')} batch {batch}")
+    worker = file_name(f"{subject.name.replace('%', 'percent')} batch {batch}{of_point}")
     path = folder / f"{worker}.{time.time_ns()}.pt.trace.json"
     folder.mkdir(parents=True, exist_ok=True)
 

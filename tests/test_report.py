@@ -27,7 +27,7 @@ from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling.figures import spread_out
 from heatkv.profiling.html_report import report_data, write_report
 from heatkv.profiling.merging import merge
-from heatkv.profiling.results import ResultsFolder, save_scas
+from heatkv.profiling.results import ResultsFolder, save_scas, subject_file_name
 from heatkv.profiling.runner import bytes_row, plan_subjects
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +113,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory, emoji: ClassConditionalMo
     request["statistics"] = statistics.provenance.to_json()
     results = ResultsFolder(folder, emoji, emoji.sampling, request, pictures=2)
     rows = []
-    for place, (subject, plans) in enumerate(zip(subjects, results.save_plans(subjects), strict=True)):
+    files = results.save_plans(subjects, [subject.name for subject in subjects])
+    for place, (subject, plans) in enumerate(zip(subjects, files, strict=True)):
         kls = [0.01 * place + 0.001 * draw for draw in range(len(subject.plans))]
         digest = f"comparison {place}"
         rows.append(bytes_row(emoji, subject, 2) | {
@@ -123,7 +124,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, emoji: ClassConditionalMo
             "latency_ms": {"median": 120.5 - place, "iqr": 1.5, "runs": 2},
         })  # fmt: skip
         generator = torch.Generator().manual_seed(place)
-        results.save_pictures(subject, digest, torch.rand(2, 3, 24, 24, generator=generator))
+        results.save_pictures(subject.name, digest, torch.rand(2, 3, 24, 24, generator=generator))
     save_scas(folder / "scas.json", statistics)
     statistics.save(folder / "statistics.safetensors")
     results.finish(rows)
@@ -222,7 +223,8 @@ def test_the_page_has_all_sections_and_says_the_result_first(compared: Path) -> 
 
 FIGURES = {
     "allowed": "budget_bytes", "planned": "planned_bytes", "allocated": "allocated_bytes",
-    "corrections": "compensation_bytes", "device peak": "device_peak_bytes", "driver": "nvml_bytes",
+    "corrections": "compensation_bytes", "tables": "index_bytes", "workspace": "workspace_bytes",
+    "running layer": "current_bytes", "device peak": "device_peak_bytes", "driver": "nvml_bytes",
     "full cache": "full_bytes", "KL": "kl", "foretold KL": "predicted_kl", "top-1": "top1_agreement",
     "PSNR dB": "psnr_db", "SSIM": "ssim", "images": "images", "pictures": "pictures",
 }  # fmt: skip
@@ -569,17 +571,59 @@ def test_two_folders_without_seeds_are_not_ranked_together(folder: Path) -> None
     assert [group["sources"] for group in data["fidelity"]] == [["laptop"], ["other"]]
 
 
+def test_rows_of_a_sweep_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    """Two seeds and two batch sizes: pictures and fidelity of each seed, times of each batch, a label for every row."""
+
+    def sweep(told: Told) -> None:
+        told["request"] |= {"seeds": [0, 1], "samples_digest": {"0": "a", "1": "b"}}
+        del told["request"]["seed"]
+        rows, told["rows"] = told["rows"], []
+        for seed, batch in itertools.product((0, 1), (1, 2)):
+            for place, row in enumerate(rows):
+                comparison = row["comparison"] if seed == 0 else f"{row['comparison']} of seed 1"
+                more = {"seed": seed, "batch": batch, "rows": 2 * batch, "comparison": comparison}
+                told["rows"].append(copy.deepcopy(row) | more | {"kl": row["kl"] + 0.25 * seed * (place > 0)})
+        for row in rows:  # of the second seed, found by what it is of
+            stem = subject_file_name(f"{row['policy']} {row['budget']}")
+            info = PngImagePlugin.PngInfo()
+            info.add_text("heatkv", f"{row['comparison']} of seed 1")
+            with Image.open(folder / "pictures" / f"{stem}.png") as drawn:
+                flipped = drawn.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+            flipped.save(folder / "pictures" / f"{stem}_seed1.png", pnginfo=info)
+
+    page, data = page_of(edit(folder, sweep), out=tmp_path / "out")
+    assert [group["of"] for group in data["fidelity"]] == [
+        f"rows {2 * batch}, seed {seed}, samples {'ab'[seed]}" for seed, batch in itertools.product((0, 1), (1, 2))
+    ]
+    for group in data["fidelity"]:
+        assert [len(rows) for rows in group["budgets"].values()] == [4, 4]
+    assert len(data["latency"]) == 2
+    for group in data["latency"]:
+        places = [(row["policy"], row["budget"], row["batch"], row["seed"]) for row in group["ranking"]]
+        assert len(set(places)) == len(places) == 18
+    (table, *_) = page.in_section("rows")
+    labels = {(row[0], row[1]) for row in table["rows"][2:]}
+    assert len(labels) == 36
+    assert {f"heatkv · batch {batch} · seed {seed}" for batch in (1, 2) for seed in (0, 1)} <= {
+        one for one, _ in labels
+    }
+    drawn = [told for told in page.of("img") if "samples under" in str(told["alt"])]
+    assert len(drawn) == len({told["src"] for told in drawn}) == 2 * 8
+    titles = [text for text in page.texts if text.startswith("Cache of 20%")]
+    assert titles == ["Cache of 20%, seed 0", "Cache of 20%, seed 1"]
+
+
 def test_quantised_rows_stay_in_the_ranking_of_their_folder(folder: Path, tmp_path: Path) -> None:
     def quantise(told: Told) -> None:
         row = copy.deepcopy(told["rows"][1])
-        row |= {"dtype": "int8", "kl": 0.5, "allocated_bytes": row["allocated_bytes"] // 4, "plans": None}
+        row |= {"storage": "int8/float32", "kl": 0.5, "allocated_bytes": row["allocated_bytes"] // 4, "plans": None}
         told["rows"].append(row)
 
     page, data = page_of(edit(folder, quantise), out=tmp_path / "out")
     (fidelity,) = data["fidelity"]
     assert len([row for row in fidelity["budgets"]["30%"] if row["policy"] == "heatkv"]) == 2
     labels = {row[0] for row in page.in_section("fidelity")[0]["rows"]}
-    assert {"heatkv · float32", "heatkv · int8"} <= labels
+    assert {"heatkv · float32", "heatkv · int8/float32"} <= labels
 
 
 def test_merging_does_not_depend_on_the_order(folder: Path, tmp_path: Path) -> None:
@@ -612,7 +656,13 @@ def test_memory_alone_has_a_report_too(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(data["latency"][0]["ranking"]) == 2
     page = Page((out / "report.html").read_text())
     assert "Fidelity was not measured: there is no KL in these results." in page.texts
-    assert [told["id"] for told in page.of("section")] == [id for id in SECTIONS if id not in ("fidelity", "scales")]
+    assert [told["id"] for told in page.of("section")] == [
+        *(id for id in SECTIONS[:-1] if id not in ("fidelity", "scales")), "further", SECTIONS[-1],
+    ]  # fmt: skip
+    (further,) = page.in_section("further")
+    peaks = [row["memory"]["tensors"]["peak_bytes"]["drawing"] for row in data["rows"]]
+    place = further["rows"][0].index("memory tensors peak_bytes drawing")
+    assert [row[place] for row in further["rows"][1:]] == [str(peak) for peak in peaks]
 
 
 def test_the_command_merges(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
