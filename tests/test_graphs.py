@@ -662,7 +662,7 @@ def test_times_with_graphs(tiny: ClassConditionalModel, monkeypatch: pytest.Monk
     assert (found.eager, found.no_graphs) == (eager.eager, None)
     row = latency_row(dataclasses.replace(found, graph_pool_bytes=5))
     assert (row["graph_latency_ms"]["runs"], row["graph_pool_bytes"]) == (2, 5)
-    shown = bytes_row(tiny, Subject("full", "100%", (tiny.full_plan(),)), 2, "float32") | row
+    shown = bytes_row(tiny, Subject("full", "100%", (tiny.full_plan(),), "float32"), 2) | row
     for told, columns in ((shown, ["ms", "ms, graphs"]), (shown | {"graph_latency_ms": None}, ["ms"])):
         headers = [str(column.header) for column in results_table([told], "").columns]
         assert [name for name in headers if name.startswith("ms")] == columns
