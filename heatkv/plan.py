@@ -388,6 +388,7 @@ class Plan(CachePlan):
         return min(UNCODED_SCALES, self.sink_scales, len(self.schedule) - 1)
 
     def bytes_of(self, token_heads: int, rows: int, storage: str) -> int:
+        """The most bytes that the cache takes while it holds so many token-heads, sinks that are not coded first."""
         return self.geometry.bytes(token_heads, rows, storage, self.uncoded_scales)
 
     def had_no_effect(self) -> bool:

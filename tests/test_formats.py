@@ -192,7 +192,7 @@ def test_scas_and_reports(
 
     subjects = plan_subjects(emoji, ["streaming"], [Budget.parse("20%")], statistics=None, rows=2, storage="float32")
     times = {"latency_ms": {"median": 1, "iqr": 0, "runs": 1}}
-    rows = [bytes_row(emoji, subject, 2, "float32") | times | {"kl": 0.5, "comparison": ""} for subject in subjects]
+    rows = [bytes_row(emoji, subject, 2) | times | {"kl": 0.5, "comparison": ""} for subject in subjects]
     ResultsFolder(Path(), emoji, emoji.sampling, {"seed": 0}).finish(rows)
     data = report_data(merge([Path()]))
     text = section("report.json")
