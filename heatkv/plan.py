@@ -184,8 +184,8 @@ class CachePlan(ABC):
         needed, allowed = self.bytes(rows, storage), self.budget_bytes(rows, storage)
         if needed > allowed:
             raise PlanError(
-                f"the plan was made for a larger type: with {rows} rows in {storage} it takes {needed} bytes, the "
-                f"budget is {allowed}; solve it for {storage} (--dtype)"
+                f"the plan was made for another type: with {rows} rows in {storage} it takes {needed} bytes, the "
+                f"budget is {allowed}; solve it for {storage} (--dtype, --storage)"
             )
 
     @property

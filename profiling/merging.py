@@ -24,7 +24,7 @@ from heatkv.schedule import ScaleSchedule
 REFERENCE = "full"
 """The policy that all others are compared with; it is in no ranking."""
 
-_TEXTS = ("comparison", "model", "model_fingerprint", "policy", "budget", "dtype", "storage")
+_TEXTS = ("comparison", "model", "model_fingerprint", "policy", "budget", "dtype", "storage", "attention")
 _NUMBERS = (
     "rows", "draws", "images", "pictures", "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
     "compensation_bytes", "device_peak_bytes", "nvml_bytes", "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
