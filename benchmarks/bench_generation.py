@@ -3,7 +3,7 @@
 One image with guidance on one thread, decoder left out (it is the same for all), every variant in turns in one process:
 the embedded model, VAR-d16, and Infinity-2B cut to four layers at 0.25M and 1M, these three with random weights and
 random rankings, which decide what is read but not how much. `--out benchmarks/results/generation.json` writes the
-published result.
+published result, case by case; `--cases` and `--dtypes` measure some of them anew.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from random_models import labels_of, random_model
 from yardstick import matrix_product_ms
 
 from heatkv.calibration import calibrate
-from heatkv.files import write_json
+from heatkv.files import read_json, write_json
 from heatkv.generation import Generator
 from heatkv.geometry import Budget
 from heatkv.level_calibration import calibrate_levels
@@ -72,6 +72,7 @@ def measure(case: str, dtype: str) -> dict[str, Any]:
     if "heatkv" in generators:
         generators["heatkv int8"] = Generator(model, generators["heatkv"].plan, 1, storage="int8")
     runs: dict[str, list[float]] = {policy: [] for policy in generators}
+    product = matrix_product_ms()
     for turn in range(repeats + 1):
         for policy, generator in generators.items():
             began = time.process_time()
@@ -86,6 +87,7 @@ def measure(case: str, dtype: str) -> dict[str, Any]:
         "seconds": {policy: round(value, 4) for policy, value in seconds.items()},
         "runs": {policy: [round(x, 4) for x in times] for policy, times in runs.items()},
         "over_full": {policy: round(value / seconds["full"], 4) for policy, value in seconds.items()},
+        "matrix_product_1024_fp32_processor_ms": round(product, 2),
         "grown_bytes": {policy: grown_bytes(generator, labels) for policy, generator in generators.items()},
         "allocated_bytes": {policy: generator.cache.allocated_bytes for policy, generator in generators.items()},
     }
@@ -98,24 +100,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    before, rows = matrix_product_ms(), []
+    told = environment(torch.device("cpu"))
+    rows: dict[str, Any] = {}
+    if given.out is not None and given.out.exists():
+        rows = {f"{row['case']} {row['dtype']}": row for row in read_json(given.out)["rows"]}
     for case in given.cases:
         for dtype in given.dtypes:
             row = measure(case, dtype)
-            rows.append(row)
+            rows[f"{case} {dtype}"] = row
             slower = row["tokens"] >= FROM_TOKENS and row["over_full"]["heatkv"] > 1
             shares = {policy: f"{s:.3f} s ({row['over_full'][policy]:.3f})" for policy, s in row["seconds"].items()}
-            told = ", ".join(f"{policy} {share}" for policy, share in shares.items())
-            print(f"{case}, {dtype}, {row['tokens']} tokens: {told}{'  SLOWER' if slower else ''}", flush=True)
-    after = matrix_product_ms()
-    print(f"1024 cubed fp32 product: {before:.1f} ms before, {after:.1f} ms after")
-    if given.out is not None:
-        told = {
-            "environment": environment(torch.device("cpu")),
-            "matrix_product_1024_fp32_processor_ms": before,
-            "matrix_product_1024_fp32_processor_ms_after": after,
-        }
-        write_json(given.out, told | {"rows": rows}, indent=1)
+            shown = ", ".join(f"{policy} {share}" for policy, share in shares.items())
+            print(
+                f"{case}, {dtype}, {row['tokens']} tokens: {shown}; 1024 cubed fp32 product: "
+                f"{row['matrix_product_1024_fp32_processor_ms']:.1f} ms{'  SLOWER' if slower else ''}",
+                flush=True,
+            )
+            if given.out is not None:
+                write_json(given.out, {"environment": told, "rows": list(rows.values())}, indent=1)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ class ArenaLayout:
         layers, heads, scales = plan.last_read.shape
         tokens = [level_tokens(plan.schedule, level) for level, _ in plan.levels]
         # sinks are never dropped, so that the other cells have their peak while all of them are held
-        first, uncoded_scales = (plan.uncoded_token_heads, plan.uncoded_scales) if coded else (0, 0)
+        first, uncoded_scales = (
+            (plan.geometry.uncoded_token_heads(plan.uncoded_scales), plan.uncoded_scales) if coded else (0, 0)
+        )
         pools = _FreeSlots(0, first), _FreeSlots(first, plan.peak_token_heads - first)
         runs: list[list[list[list[tuple[Run, ...]]]]] = [
             [[[()] * scales for _ in range(heads)] for _ in range(layers)] for _ in plan.levels

@@ -97,14 +97,14 @@ class CapacityPlan(CachePlan):
         """True when everything that can be cached is kept to the end, as the full cache does."""
         return bool((self.capacity == available_tokens(self.geometry)).all())
 
-    def bytes(self, rows: int, storage: str) -> int:
-        """Bytes of the peak, with what is carried and, where heads share, the count of each.
+    def bytes_of(self, token_heads: int, rows: int, storage: str) -> int:
+        """Bytes of so many token-heads, with what is carried and, where heads share, the count of each.
 
         Tokens are chosen while drawing, so that none has a place among uncoded ones.
         """
         _, each = self.geometry.token_head_bytes(rows, storage)
         counts = 4 * rows * self.geometry.layers * self.geometry.heads if self.shared else 0
-        return self.peak_token_heads * (each + 4 * rows * self.carried) + counts
+        return token_heads * (each + 4 * rows * self.carried) + counts
 
     def to_json(self) -> dict[str, Any]:
         mine = {"shared": self.shared, "carried": self.carried, "capacity": self.capacity.tolist()}

@@ -47,12 +47,13 @@ class Drawn:
 class StepKey:
     """Which step: all of a scale, or one side of a choice that is made between them.
 
-    `observed`: whether the logits are kept. `settings` are those that are part of the step.
+    `observed`: whether the logits are kept. `sampler` and `settings` tell how a step of all chooses.
     """
 
     scale: int
     part: Literal["all", "logits", "accept"]
     observed: bool = False
+    sampler: type | None = None
     settings: Settings | None = None
 
     def __str__(self) -> str:
@@ -129,7 +130,7 @@ class _Scales(Generic[Label]):
             self.drawing.accept(tokens_BN)
 
         sampler.noise(scale, noise_BNV)
-        self.runner.run(StepKey(scale, "all", observe is not None, sampler.settings), step)
+        self.runner.run(StepKey(scale, "all", observe is not None, type(sampler), sampler.settings), step)
         if observe is not None and seen_BNV is not None:
             observe(scale, seen_BNV.clone())
 

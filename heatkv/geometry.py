@@ -117,25 +117,28 @@ class CacheGeometry:
         uncoded, others = StorageType.parse(storage).token_head_bytes(self.head_dim)
         return uncoded * rows, others * rows
 
-    @property
-    def uncoded_token_heads(self) -> int:
-        """Token-heads of the scales that are never coded, as many as a full cache holds."""
-        tokens = sum(self.schedule.tokens[: min(UNCODED_SCALES, len(self.schedule) - 1)])
+    def uncoded_token_heads(self, uncoded_scales: int = UNCODED_SCALES) -> int:
+        """Token-heads of so many of the first scales, as many as a full cache holds."""
+        tokens = sum(self.schedule.tokens[: min(uncoded_scales, len(self.schedule) - 1)])
         return tokens * self.layers * self.heads
 
-    def bytes(self, token_heads: int, rows: int = 1, storage: str = "bfloat16") -> int:
+    def bytes(
+        self, token_heads: int, rows: int = 1, storage: str = "bfloat16", uncoded_scales: int = UNCODED_SCALES
+    ) -> int:
         """The most bytes that so many token-heads take over all rows: those of the uncoded scales are among them.
 
         Raises BudgetError.
         """
         uncoded, others = self.token_head_bytes(rows, storage)
-        first = min(whole(token_heads, "token_heads", BudgetError, 0), self.uncoded_token_heads)
+        first = min(whole(token_heads, "token_heads", BudgetError, 0), self.uncoded_token_heads(uncoded_scales))
         return first * uncoded + (token_heads - first) * others
 
-    def token_heads_within(self, amount: Fraction, rows: int = 1, storage: str = "bfloat16") -> Fraction:
+    def token_heads_within(
+        self, amount: Fraction, rows: int = 1, storage: str = "bfloat16", uncoded_scales: int = UNCODED_SCALES
+    ) -> Fraction:
         """The token-heads that so many bytes hold whichever they are, the inverse of `bytes`. Raises BudgetError."""
         uncoded, others = self.token_head_bytes(rows, storage)
-        first = min(amount / uncoded, Fraction(self.uncoded_token_heads))
+        first = min(amount / uncoded, Fraction(self.uncoded_token_heads(uncoded_scales)))
         return first + (amount - first * uncoded) / others
 
     def full_bytes(self, rows: int = 1, storage: str = "bfloat16") -> int:
@@ -206,7 +209,13 @@ class Budget:
             return cls("bytes", number * _UNITS[unit], name)
         raise BudgetError(f"{name} {text!r} has the unknown unit {match[2]!r}; {_HOW}")
 
-    def share(self, geometry: CacheGeometry, rows: int = 1, storage: str = "bfloat16") -> Fraction:
+    def share(
+        self,
+        geometry: CacheGeometry,
+        rows: int = 1,
+        storage: str = "bfloat16",
+        uncoded_scales: int = UNCODED_SCALES,
+    ) -> Fraction:
         """b, the exact share of the full cache. Raises BudgetError when it is above the full cache."""
         of_kind(geometry, CacheGeometry, "geometry", BudgetError, "give the CacheGeometry of a model: model.geometry")
         if self.kind == "share":
@@ -220,15 +229,22 @@ class Budget:
             share = self.amount / geometry.schedule.cached_tokens
             limit = f"{geometry.schedule.cached_tokens} tokens per head"
         else:
-            share = geometry.token_heads_within(self.amount, rows, storage) / geometry.full_token_heads
-            limit = f"{geometry.full_bytes(rows, storage)} bytes with {rows} rows in {storage}"
+            held = geometry.token_heads_within(self.amount, rows, storage, uncoded_scales)
+            share, full = held / geometry.full_token_heads, geometry.full_token_heads
+            limit = f"{geometry.bytes(full, rows, storage, uncoded_scales)} bytes with {rows} rows in {storage}"
         if share > 1:
             raise BudgetError(f"{self.name} {self} is above the full cache of {limit}; use 100% to keep everything")
         return share
 
-    def token_heads(self, geometry: CacheGeometry, rows: int = 1, storage: str = "bfloat16") -> int:
+    def token_heads(
+        self,
+        geometry: CacheGeometry,
+        rows: int = 1,
+        storage: str = "bfloat16",
+        uncoded_scales: int = UNCODED_SCALES,
+    ) -> int:
         """floor(b*N*L*H), the most token-heads that may be live at any checkpoint."""
-        return math.floor(self.share(geometry, rows, storage) * geometry.full_token_heads)
+        return math.floor(self.share(geometry, rows, storage, uncoded_scales) * geometry.full_token_heads)
 
     def __str__(self) -> str:
         if self.kind == "auto":

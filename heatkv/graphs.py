@@ -76,20 +76,22 @@ class GraphRunner(ABC):
         self._recorded[key]()
 
     def _record_named(self, key: Hashable, step: Step) -> Step:
-        failed: Exception | None = None  # what the step raised: ending a broken recording raises once more
+        failed: BaseException | None = None  # what the step raised: ending a broken recording raises once more
 
         def watched() -> None:
             nonlocal failed
             try:
                 step()
-            except Exception as error:
+            except BaseException as error:
                 failed = error
                 raise
 
         try:
             return self._record(watched)
-        except Exception as error:
+        except BaseException as error:
             reason = failed or error
+            if not isinstance(reason, Exception):
+                raise reason from None
             raise GraphError(
                 f"{key} cannot be recorded as a graph: {type(reason).__name__}: {reason}; draw without graphs "
                 "(graphs=False, --no-graphs), or do nothing in it that waits for the device"

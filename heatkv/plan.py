@@ -140,9 +140,22 @@ class CachePlan(ABC):
         target, layer = np.unravel_index(int(self.live.argmax()), self.live.shape)
         return int(target), int(layer)
 
-    @abstractmethod
     def bytes(self, rows: int, storage: str) -> int:
         """Bytes the plan's peak takes with this many rows and this storage type."""
+        return self.bytes_of(self.peak_token_heads, rows, storage)
+
+    @abstractmethod
+    def bytes_of(self, token_heads: int, rows: int, storage: str) -> int:
+        """The most bytes that the cache takes while it holds so many token-heads, as at a checkpoint of `live`."""
+
+    @property
+    def uncoded_scales(self) -> int:
+        """The first scales that a coded arena holds in the compute type."""
+        return 0
+
+    def budget_bytes(self, rows: int, storage: str) -> int:
+        """Bytes that the budget allows."""
+        return self.geometry.bytes(self.budget_token_heads, rows, storage, self.uncoded_scales)
 
     def check_budget(self) -> None:
         """Raise PlanError when a checkpoint holds more than the budget, or the budget is none."""
@@ -168,7 +181,7 @@ class CachePlan(ABC):
     def check_bytes(self, rows: int, storage: str) -> None:
         """Raise PlanError when the plan takes more than its budget in this storage type: what is carried with tokens
         does not shrink with it."""
-        needed, allowed = self.bytes(rows, storage), self.geometry.bytes(self.budget_token_heads, rows, storage)
+        needed, allowed = self.bytes(rows, storage), self.budget_bytes(rows, storage)
         if needed > allowed:
             raise PlanError(
                 f"the plan was made for a larger type: with {rows} rows in {storage} it takes {needed} bytes, the "
@@ -374,15 +387,8 @@ class Plan(CachePlan):
         """The sink scales that a coded arena holds in the compute type."""
         return min(UNCODED_SCALES, self.sink_scales, len(self.schedule) - 1)
 
-    @property
-    def uncoded_token_heads(self) -> int:
-        """Token-heads of the sinks that a coded arena holds in the compute type."""
-        return sum(self.schedule.tokens[: self.uncoded_scales]) * self.geometry.layers * self.geometry.heads
-
-    def bytes(self, rows: int, storage: str) -> int:
-        uncoded, others = self.geometry.token_head_bytes(rows, storage)
-        first = self.uncoded_token_heads
-        return first * uncoded + (self.peak_token_heads - first) * others
+    def bytes_of(self, token_heads: int, rows: int, storage: str) -> int:
+        return self.geometry.bytes(token_heads, rows, storage, self.uncoded_scales)
 
     def had_no_effect(self) -> bool:
         """True when everything that can be cached is kept to the end, as the full cache does."""

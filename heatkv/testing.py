@@ -440,7 +440,7 @@ def check_budget(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> 
 def check_memory(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> None:
     """A real cache takes no more bytes than the budget, also after attention ran through it, and also in 8 bits."""
     tokens, pairs = geometry.schedule.tokens, geometry.layers * geometry.heads
-    full, first = sum(tokens[:-1]) * pairs, sum(tokens[:-1][:2]) * pairs
+    full = sum(tokens[:-1]) * pairs
     for storage, rows in (("float32", 4), ("bfloat16", 1), ("int8/float32", 2)):
         for problem, plan in _some_plans(policy, geometry, seed, storage=storage, rows=rows):
             cache = open_watched(policy, plan, rows, storage)
@@ -448,7 +448,8 @@ def check_memory(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> 
             outs = run_attention(cache, made_up_inputs(geometry, rows, seed))
             each = geometry.head_dim * sum(STORAGE_BYTES[StorageType.parse(storage).compute])
             most = problem.share * full * each * rows
-            if "/" in storage:  # a byte a channel and two of scale, but for the first two scales
+            if "/" in storage:  # a byte a channel and two of scale, but for the first two scales where they are sinks
+                first = sum(tokens[:-1][: min(2, plan.sink_scales)]) * pairs if isinstance(plan, Plan) else 0
                 held = math.floor(problem.share * full)
                 coded = max(0, held - first) * 2 * (geometry.head_dim + 2)
                 most = Fraction(rows * (min(held, first) * each + coded))

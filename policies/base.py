@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from heatkv.checks import as_whole, of_kind, shown, whole
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry, StorageType
+from heatkv.geometry import UNCODED_SCALES, Budget, CacheGeometry, StorageType
 from heatkv.plan import CachePlan, CoarseCells, Plan
 from heatkv.registry import find_policy
 from heatkv.statistics import HeadRankings, Statistics
@@ -43,7 +43,8 @@ IntArray = NDArray[np.int64]
 class PlanningProblem:
     """What a policy may know: the cache's geometry, the budget, and measured statistics or published rankings.
 
-    `rows` and `storage` turn a budget in bytes into token-heads; `seed` is for policies that draw at random. Raises
+    `rows` and `storage` turn a budget in bytes into token-heads, and so do the first `uncoded_scales` where the storage
+    is coded, which a policy sets itself; `seed` is for policies that draw at random. Raises
     PolicyError for what is of the wrong kind, BudgetError for an unknown storage type, and StatisticsError for
     statistics or rankings of another geometry.
     """
@@ -56,6 +57,7 @@ class PlanningProblem:
     rows: int = 1
     storage: str = "bfloat16"
     model: str = ""
+    uncoded_scales: int = UNCODED_SCALES
 
     def __post_init__(self) -> None:
         of_kind(self.geometry, CacheGeometry, "geometry", PolicyError, "give that of a model: model.geometry")
@@ -83,12 +85,12 @@ class PlanningProblem:
     @property
     def share(self) -> Fraction:
         """b, exactly."""
-        return self.budget.share(self.geometry, self.rows, self.storage)
+        return self.budget.share(self.geometry, self.rows, self.storage, self.uncoded_scales)
 
     @property
     def budget_token_heads(self) -> int:
         """floor(b*N*L*H)."""
-        return self.budget.token_heads(self.geometry, self.rows, self.storage)
+        return self.budget.token_heads(self.geometry, self.rows, self.storage, self.uncoded_scales)
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,19 @@ class EvictionPolicy(ABC):
     def check_room(self, problem: PlanningProblem) -> None:  # noqa: B027
         """Raise when the budget is below what the policy must keep."""
 
-    def check_all(self, problem: PlanningProblem) -> None:
-        """All that can be told before planning."""
+    @property
+    def uncoded_scales(self) -> int:
+        """The first scales that a coded cache of its plans holds in the compute type: sinks alone have such places."""
+        return 0
+
+    def checked(self, problem: PlanningProblem) -> PlanningProblem:
+        """The problem as this policy has it, after all that can be told before planning. Raises what is wrong."""
         of_kind(problem, PlanningProblem, "problem", PolicyError, "give a PlanningProblem, or use model.plan")
+        problem = dataclasses.replace(problem, uncoded_scales=self.uncoded_scales)
         self.check_options(problem)
         self.check_measured(problem)
         self.check_room(problem)
+        return problem
 
     def settings(self, problem: PlanningProblem) -> dict[str, Any]:
         """Everything that decided the plan beside geometry and budget."""
@@ -183,13 +192,17 @@ class StaticPolicy(EvictionPolicy):
 
     sink_scales: int = 3
 
+    @property
+    def uncoded_scales(self) -> int:
+        return min(UNCODED_SCALES, self.sink_scales)
+
     @abstractmethod
     def last_read(self, problem: PlanningProblem) -> IntArray:
         """`last_read[l, h, s]` of the plan; the base class checks it against the budget."""
 
     def plan(self, problem: PlanningProblem) -> Plan:
         """A validated plan. Raises BudgetError when the budget cannot hold the sinks, PlanError when it is exceeded."""
-        self.check_all(problem)
+        problem = self.checked(problem)
         try:
             last_read = self.last_read(problem)
         except HeatKVError:

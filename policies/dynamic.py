@@ -138,18 +138,17 @@ class DynamicPolicy(EvictionPolicy):
     def room(self, problem: PlanningProblem) -> int:
         """Token-heads that may be held, after what is carried has taken its part of the budget's bytes."""
         geometry, most = problem.geometry, problem.budget_token_heads
-        # where tokens are chosen while drawing, none has a place among the uncoded ones
+        # where tokens are chosen while drawing, none has a place of its own that is not coded
         _, bytes_each = geometry.token_head_bytes(1, problem.storage)
         counts = 4 * geometry.layers * geometry.heads if self.shared else 0
-        room = geometry.bytes(most, 1, problem.storage) - counts
-        return min(most, max(0, room) // (bytes_each + 4 * self.carried))
+        return max(0, most * bytes_each - counts) // (bytes_each + 4 * self.carried)
 
     def plan(self, problem: PlanningProblem) -> CapacityPlan:
         """The plan with the largest mean capacity that fits at every checkpoint.
 
         Raises BudgetError when not one token per head fits, PlanError when a subclass's capacities are impossible.
         """
-        self.check_all(problem)
+        problem = self.checked(problem)
         return self.resolved(problem)._plan(problem)
 
     def resolved(self, problem: PlanningProblem) -> DynamicPolicy:

@@ -80,7 +80,7 @@ class HeatKVLevels(SolvedPolicy):
         return self.allocation(problem).last_reads()[0]
 
     def plan(self, problem: PlanningProblem) -> Plan:
-        self.check_all(problem)
+        problem = self.checked(problem)
         settings: dict[str, Any] = {}
         if problem.budget.kind == "auto":
             problem = replace(problem, budget=self.smallest_budget(problem))

@@ -177,7 +177,7 @@ class HeatKVLP(SolvedPolicy):
         return self.plan(problem).last_read
 
     def plan(self, problem: PlanningProblem) -> Plan:
-        self.check_all(problem)
+        problem = self.checked(problem)
         if self.value == "joint":
             return self.finish_levels(problem, self.joint_allocation(problem))
         found = self.allocation(problem)

@@ -183,7 +183,7 @@ def _one_image(
         # a layer's tensors are gone before the next one runs; from the second on, its input is not the transformer's
         working=drawing_bytes(short, 1, guided) - prompt_bytes(short, 1, guided),
         full_cache=geometry.full_bytes(rows, held_as),
-        uncoded=geometry.uncoded_token_heads * (uncoded - coded),
+        uncoded=geometry.uncoded_token_heads() * (uncoded - coded),
         tables=table_bytes(geometry),
         gathered=gathered * geometry.heads,
         gathered_head=gathered,

@@ -440,7 +440,7 @@ def measure_memory(
         process="shared" if loading is None else "own",
         weights_bytes=storage_bytes(model_tensors(model)),
         corrections_bytes=corrections_bytes,
-        planned=PlannedMemory(plan.bytes(rows, storage), model.geometry.bytes(plan.budget_token_heads, rows, storage)),
+        planned=PlannedMemory(plan.bytes(rows, storage), plan.budget_bytes(rows, storage)),
         arena=arena,
         tensors=TensorMemory(tensors, seen),
         host=host,

@@ -28,9 +28,11 @@ from heatkv.models.base import ImageModel
 from heatkv.profiling.environment import device_name, environment
 from heatkv.profiling.runner import FIDELITY, Subject
 from heatkv.sampling import Settings
+from heatkv.statistics import Statistics
 from heatkv.versions import versions
 
 FORMAT, VERSION = "heatkv-results", 1
+SCAS_FORMAT, SCAS_VERSION = "heatkv-scas", 1
 
 MEMORY = ("memory", "device_peak_bytes", "nvml_bytes", "error")
 """Fields of a row that measuring memory fills."""
@@ -41,7 +43,7 @@ TIMES = ("latency_ms", "graph_latency_ms", "graph_pool_bytes", "timed")
 _NO_PICTURE = (OSError, ValueError, SyntaxError)
 """Pillow's errors for files that are missing, damaged or no PNG."""
 
-UNMEASURED: dict[str, Any] = dict.fromkeys((*MEMORY, *TIMES, *FIDELITY))
+UNMEASURED: dict[str, Any] = dict.fromkeys(("plans", "samples_digest", *MEMORY, *TIMES, *FIDELITY))
 
 Rows = Sequence[dict[str, Any]]
 
@@ -86,6 +88,34 @@ def _followed_from(model: ImageModel[Any], settings: Settings, subject: Subject)
 
 def _digest(told: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def subject_file_name(name: str) -> str:
+    """What the files of a policy at a budget are called, without their ending."""
+    return file_name(name.replace("%", "percent"))
+
+
+def file_digest(path: Path) -> str:
+    """Names the contents of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def samples_digest(model: ImageModel[Any], seed: int, images: int) -> str:
+    """Names the samples that fidelity is measured on, their labels or prompts included."""
+    names = sample_names(model, seed, model.labels(images), 0)
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
+def save_scas(path: Path, statistics: Statistics) -> None:
+    """S-CAS of every head by source scale, and what it was measured on."""
+    told = {
+        "format": SCAS_FORMAT,
+        "version": SCAS_VERSION,
+        "schedule": statistics.schedule.to_json(),
+        "provenance": statistics.provenance.to_json(),
+        "scas": statistics.scas[:, :, :-1].tolist(),
+    }
+    write_json(path, told)
 
 
 def load_results(path: Path) -> list[dict[str, Any]]:
@@ -138,8 +168,20 @@ class ResultsFolder:
         pictures = self._load_pictures(digest)
         return None if pictures is None else ({name: row[name] for name in FIDELITY}, pictures)
 
+    def save_plans(self, name: str, subject: Subject) -> dict[str, str]:
+        """The plans of a subject under this name: of each file a digest of what is in it."""
+        folder = self.path.parent / "plans"
+        folder.mkdir(exist_ok=True)
+        told: dict[str, str] = {}
+        for draw, plan in enumerate(subject.plans):
+            stem = subject_file_name(name)
+            path = folder / (f"{stem}.{draw}.json" if draw else f"{stem}.json")
+            plan.save(path)
+            told[path.name] = file_digest(path)
+        return told
+
     def _pictures_path(self, name: str) -> Path:
-        return self.path.parent / "pictures" / f"{file_name(name.replace('%', 'percent'))}.png"
+        return self.path.parent / "pictures" / f"{subject_file_name(name)}.png"
 
     def save_pictures(self, name: str, digest: str, pictures_B3HW: Tensor) -> None:
         """The pictures of what has this name in one row; the file tells which comparison they are of."""
@@ -220,10 +262,12 @@ def _key(row: dict[str, Any]) -> tuple[Any, Any]:
 
 def check_replaceable(folder: Path) -> list[dict[str, Any]]:
     """The rows of all results in a folder. Raises FormatError, naming the way out, for files that are none of ours."""
-    rows = []
-    for path in sorted(folder.glob("results*.json")):
-        try:
+    rows, scas = [], folder / "scas.json"
+    try:
+        for path in sorted(folder.glob("results*.json")):
             rows += load_results(path)
-        except FormatError as error:
-            raise FormatError(f"{error}; move it away or write to another folder (--out)") from error
+        if scas.exists():
+            check_header(read_json(scas), scas, SCAS_FORMAT, SCAS_VERSION)
+    except FormatError as error:
+        raise FormatError(f"{error}; move it away or write to another folder (--out)") from error
     return rows

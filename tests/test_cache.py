@@ -290,3 +290,18 @@ def test_wrong_shapes_are_refused(position: int, name: str, wrong: Callable[[Ten
 def test_a_cache_has_rows(rows: int) -> None:
     with pytest.raises(PlanError, match=f"rows is {rows}; it must be a whole number of at least 1"):
         KVCache(by_hand(), rows)
+
+
+def test_gradients_reach_keys_and_values_through_the_cache() -> None:
+    """What is gathered for one head must still be there when another's gradient is taken."""
+    plan = by_hand()
+    images = images_of(plan, 2, 3)
+    leaves = [[[x.clone().requires_grad_() for x in qkv] for qkv in scale] for scale in images]
+    cache = KVCache(plan, 2)
+    outs = [cache.attend(layer, *qkv) for scale in leaves for layer, qkv in enumerate(scale)]
+    outs[-1].sum().backward()
+    doubles = [[tuple(x.detach().double().requires_grad_() for x in qkv) for qkv in scale] for scale in images]
+    dense(plan, doubles)[-1].sum().backward()  # type: ignore[arg-type]
+    for x, expected in zip(leaves[-1][-1], doubles[-1][-1], strict=True):
+        assert x.grad is not None
+        assert (x.grad - expected.grad).abs().max() <= 1e-5

@@ -582,7 +582,7 @@ def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(rows["random"]["kl_of_draws"]) == 2 == rows["random"]["draws"]
     assert {path.name for path in out.iterdir()} == {
         "results.json", "statistics.safetensors", "images_30percent.png", "images_15percent.png", "scas.png",
-        "pictures",
+        "scas.json", "pictures", "plans", "report.html", "report.md", "report.json",
     }  # fmt: skip
     for name in ("images_30percent.png", "scas.png"):
         with Image.open(out / name) as picture:
@@ -645,7 +645,7 @@ def test_a_used_folder_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureF
     assert (out / "images_30percent.png").read_bytes() == sheet
 
 
-@pytest.mark.parametrize("name", ["results.json", "results.partial.json", "statistics.safetensors"])
+@pytest.mark.parametrize("name", ["results.json", "results.partial.json", "scas.json", "statistics.safetensors"])
 @pytest.mark.parametrize("content", ['{"format": "mine"}', '{"format": "heatkv-results", "version": 1}', "{"])
 def test_compare_replaces_no_foreign_file(
     name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -682,7 +682,7 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     """Killed while the third subject is compared: the first two are kept, and a new run takes them."""
     arguments = ["compare", *SMALL, "--policies", "heatkv,streaming", "--budgets", "30%", "--out", str(tmp_path)]
     command = [sys.executable, "-c", KILLED, *arguments]
-    process = subprocess.run(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    process = subprocess.run(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert process.returncode == -signal.SIGKILL, process.stderr
     kept = rows_of(tmp_path, "results.partial.json")
     assert [row["kl"] is None for row in kept] == [False, False, True]
@@ -810,7 +810,7 @@ def test_a_killed_sweep_takes_its_worker_with_it(tmp_path: Path) -> None:
     assert {path.name for path in left.iterdir()} == {"job.json", "plan.json"}
     assert run(arguments) == 0
     assert [row["memory"]["process"] for row in rows_of(tmp_path)] == ["own", "own"]
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "plans"}
 
 
 KILLED_WITH_WORKER = """
@@ -925,7 +925,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(command: list[str], tmp_path: Pa
     )
     given = [sys.executable, "-c", code, *command, "--out", str(tmp_path / "result")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(given, capture_output=True, text=True, env=environment, timeout=120)
+    process = subprocess.run(given, capture_output=True, text=True, env=environment, timeout=600)
     assert (process.returncode, process.stdout) == (2, ""), process.stderr
     assert process.stderr.splitlines()[-1] == f"heatkv: cannot write {tmp_path / 'result'}: File too large"
     assert list(tmp_path.iterdir()) == []
@@ -935,12 +935,12 @@ def test_a_full_disk_is_said_and_leaves_nothing(command: list[str], tmp_path: Pa
 def test_an_output_that_takes_no_more(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "heatkv", *arguments]
     with Path("/dev/full").open("w") as full:
-        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=600)
     assert process.returncode == 2
     assert process.stderr == "heatkv: cannot go on: [Errno 28] No space left on device\n"
     reader, writer = os.pipe()
     os.close(reader)  # as `| head` leaves it
-    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=600)
     os.close(writer)
     assert (process.returncode, process.stderr) == (0, "")
 
@@ -978,7 +978,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Sig
     command = [sys.executable, "-c", INTERRUPTED, "calibrate", "--samples", "64", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert Statistics.load(out).count == 16
@@ -1027,7 +1027,19 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["doctor", "models", "policies", "calibrate", "solve", "generate", "profile", "compare", "explain", "fit"],
+    [
+        "doctor",
+        "models",
+        "policies",
+        "calibrate",
+        "solve",
+        "generate",
+        "profile",
+        "compare",
+        "report",
+        "explain",
+        "fit",
+    ],
 )
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0

@@ -235,7 +235,13 @@ def test_a_budget_that_does_not_fit_names_the_one_that_does(capsys: pytest.Captu
     asked = ["fit", "--model", "infinity-8b", "--memory", "26GiB", "--budget", "60%", "--json"]
     assert run(asked) == 2
     told = json.loads(capsys.readouterr().out)
-    assert [way.split()[0] for way in told["would_fit"]] == ["--budget", "--size", "--cfg", "--no-text-encoder,"]
+    assert [way.split()[0] for way in told["would_fit"]] == [
+        "--budget",
+        "--size",
+        "--cfg",
+        "--storage",
+        "--no-text-encoder,",
+    ]
     for way in told["would_fit"]:
         assert run([*asked, *way.split(",")[0].split()]) == 0
     asked = ["fit", "--model", "var-d30", "--memory", "4GiB", "--dtype", "float32", "--json"]

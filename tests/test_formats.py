@@ -29,6 +29,7 @@ from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import HeatKVLP
 from heatkv.policies.snapkv import SnapKV
 from heatkv.profiling.fidelity import FidelityBench
+from heatkv.profiling.html_report import report_data
 from heatkv.profiling.memory import (
     AllocatorMemory,
     AllocatorPeaks,
@@ -38,7 +39,8 @@ from heatkv.profiling.memory import (
     Phases,
     Step,
 )
-from heatkv.profiling.results import ResultsFolder, comparison_digest, measurement_digest
+from heatkv.profiling.merging import merge
+from heatkv.profiling.results import ResultsFolder, comparison_digest, measurement_digest, save_scas
 from heatkv.profiling.runner import (
     bytes_row,
     fidelity_row,
@@ -205,6 +207,27 @@ def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pyte
         for field in dataclasses.fields(kind):
             assert f"`{field.name}`" in text
     assert run_lines("results.json")["kl"] == {("full", "100%"): 0}
+
+
+def test_scas_and_reports(
+    statistics: Statistics, emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_scas(Path("scas.json"), statistics)
+    assert fields("scas.json", "field") == set(json.loads(Path("scas.json").read_text()))
+    assert np.array_equal(run_lines("scas.json")["scas"], statistics.scas[:, :, :-1])
+
+    subjects = plan_subjects(emoji, ["streaming"], [Budget.parse("20%")], statistics=None, rows=2, storage="float32")
+    times = {"latency_ms": {"median": 1, "iqr": 0, "runs": 1}}
+    rows = [bytes_row(emoji, subject, 2) | times | {"kl": 0.5, "comparison": ""} for subject in subjects]
+    ResultsFolder(Path(), emoji, emoji.sampling, {"seed": 0}).finish(rows)
+    data = report_data(merge([Path()]))
+    text = section("report.json")
+    for part in ("sources", "fidelity", "latency"):
+        assert all(f"`{name}`" in text for name in data[part][0])
+    assert fields("report.json", "field") == set(data)
+    Path("report.json").write_text(json.dumps(data))
+    assert run_lines("report.json")["best"] == {"20%": "streaming"}
 
 
 def test_rankings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from test_infinity import SCHEDULE, TINY, features
 from torch import Tensor
 
 from heatkv.calibration import calibrate
+from heatkv.capacities import CapacityPlan
 from heatkv.compensation import Compensation, fit_compensation
 from heatkv.errors import GraphError, ModelError, PolicyError
 from heatkv.generation import Drawn, Generator, generate
@@ -39,7 +40,14 @@ from heatkv.profiling.ledger import TensorLedger
 from heatkv.profiling.report import results_table
 from heatkv.profiling.runner import Subject, Timing, bytes_row, latency_row, timed_with_graphs
 from heatkv.registry import registered_policies
-from heatkv.sampling import BitSamplingSettings, CommonRandomSampler, PublicSampler, RecordedTokens, SamplingSettings
+from heatkv.sampling import (
+    BitSamplingSettings,
+    CommonRandomSampler,
+    PublicSampler,
+    RecordedTokens,
+    SamplingSettings,
+    Settings,
+)
 from heatkv.selecting_cache import SelectingCache
 from heatkv.statistics import Statistics
 from heatkv.testing import made_up_problem
@@ -70,6 +78,11 @@ def short(emoji: ClassConditionalModel) -> ClassConditionalModel:
 @pytest.fixture(scope="module")
 def measured(short: ClassConditionalModel) -> Statistics:
     return calibrate(short, 2).with_levels(calibrate_levels(short, 2))
+
+
+@pytest.fixture(scope="module")
+def all_measured(emoji: ClassConditionalModel) -> Statistics:
+    return calibrate(emoji, 2).with_levels(calibrate_levels(emoji, 2))
 
 
 def small_classes() -> ClassConditionalModel:
@@ -162,9 +175,8 @@ def test_replayed_steps_draw_what_eager_ones_draw(
 
 @pytest.mark.slow
 @EVERY
-def test_so_they_do_with_all_layers(emoji: ClassConditionalModel, name: str) -> None:
-    statistics = calibrate(emoji, 2).with_levels(calibrate_levels(emoji, 2))
-    plan = plan_of(name, emoji, statistics)
+def test_so_they_do_with_all_layers(emoji: ClassConditionalModel, all_measured: Statistics, name: str) -> None:
+    plan = plan_of(name, emoji, all_measured, "20%")
     check_replays(Generator(emoji, plan, 2, runner=TapeRunner()), Generator(emoji, plan, 2), [[3, 4], [9, 1], [50, 0]])
 
 
@@ -194,6 +206,14 @@ def test_with_corrections(tiny: ClassConditionalModel, family: str, kind: Any) -
     fitted = fit_compensation(model, plan, kind, samples=2)
     assert fitted.corrections
     check_policy(model, plan, batches, fitted)
+
+
+def test_heads_of_different_sizes_that_want_the_input(tiny: ClassConditionalModel) -> None:
+    plan = plan_of("scalekv", tiny)
+    assert isinstance(plan, CapacityPlan)
+    capacity = plan.capacity.copy()
+    capacity[:, 1::2, 2:] -= 1
+    check_policy(tiny, dataclasses.replace(plan, capacity=capacity), [[3, 4], [9, 1], [5, 0]])
 
 
 def test_without_guidance(tiny: ClassConditionalModel) -> None:
@@ -297,11 +317,29 @@ def test_observers_and_other_samplers_see_the_same(tiny: ClassConditionalModel) 
     assert runner.graphs == 4 * scales  # plain, plain and observed, and two steps a scale for the others
 
 
-def test_settings_of_a_sampler_are_part_of_its_graphs(tiny: ClassConditionalModel) -> None:
+class Likeliest:
+    """A sampler in two parts, of which one does nothing."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def noise(self, scale: int, noise_BNV: Tensor) -> None:
+        pass
+
+    def pick(self, logits_BNV: Tensor, noise_BNV: Tensor) -> Tensor:
+        return logits_BNV.argmax(dim=-1)
+
+    def choose(self, scale: int, logits_BNV: Tensor) -> Tensor:
+        return self.pick(logits_BNV, logits_BNV)
+
+
+def test_kinds_and_settings_of_samplers_are_part_of_their_graphs(tiny: ClassConditionalModel) -> None:
     generators = [Generator(tiny, tiny.plan(), 1, runner=r) for r in (TapeRunner(), EagerRunner())]
-    for top_k in (1, 1, 0, 1, 0, 0, 1):
-        settings = dataclasses.replace(tiny.sampling, top_k=top_k)
-        assert same(*(g.draw([3], sampler=CommonRandomSampler(1, [0], settings)) for g in generators))
+    narrow, wide = (dataclasses.replace(tiny.sampling, top_k=top_k) for top_k in (2, 0))
+    samplers = [CommonRandomSampler(1, [0], narrow), CommonRandomSampler(1, [0], wide), Likeliest(wide)]
+    drawn = [[g.draw([3], sampler=samplers[i]) for g in generators] for i in (0, 0, 1, 2, 0, 1, 1, 2, 2, 0)]
+    assert all(same(*pair) for pair in drawn)
+    assert not any(same(drawn[i][1], drawn[j][1]) for i, j in ((0, 2), (0, 3), (2, 3)))
 
 
 def test_what_is_handed_out_is_not_overwritten(tiny: ClassConditionalModel) -> None:
@@ -371,7 +409,7 @@ def test_memory_does_not_grow_from_image_to_image(tiny: ClassConditionalModel, m
         generator = Generator(drawn, plan_of(name, drawn), 2, runner=Fixed() if graphs else None)
         alive = []
         with TensorLedger() as ledger:
-            for labels in (*batches, *batches):
+            for labels in (*batches, batches[0]):
                 generator.draw(labels, observe=lambda *_: None)
                 alive.append(ledger.live)
         assert alive[1:] == alive[:1] * (len(alive) - 1)
@@ -644,6 +682,12 @@ def test_a_capture_that_fails_gives_the_stream_back_and_tells_the_first_reason(m
     with pytest.raises(GraphError, match="RuntimeError: the recording was broken off"):
         runner.run("scale 2", lambda: None)
 
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run("scale 2", interrupted)
+
 
 def test_times_with_graphs(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     eager = Timing(Latency((1.0,)))
@@ -662,7 +706,7 @@ def test_times_with_graphs(tiny: ClassConditionalModel, monkeypatch: pytest.Monk
     assert (found.eager, found.no_graphs) == (eager.eager, None)
     row = latency_row(dataclasses.replace(found, graph_pool_bytes=5))
     assert (row["graph_latency_ms"]["runs"], row["graph_pool_bytes"]) == (2, 5)
-    shown = bytes_row(tiny, Subject("full", "100%", (tiny.full_plan(),)), 2, "float32") | row
+    shown = bytes_row(tiny, Subject("full", "100%", (tiny.full_plan(),), "float32"), 2) | row
     for told, columns in ((shown, ["ms", "ms, graphs"]), (shown | {"graph_latency_ms": None}, ["ms"])):
         headers = [str(column.header) for column in results_table([told], "").columns]
         assert [name for name in headers if name.startswith("ms")] == columns

@@ -149,8 +149,12 @@ def with_held(
         return q, k, v
     rows, heads, tokens, dim = q.shape
     past = store.read(group.places).view(2, rows, heads, group.held, dim)
-    shape = (2, rows, heads, group.held + tokens, dim)
-    joint = q.new_empty(shape) if workspace is None else workspace.room(shape, q)
-    for into, held, new in zip(joint, past, (k, v), strict=True):
-        torch.cat([held.to(new.dtype), new], dim=2, out=into)
+    parts = [(held.to(new.dtype), new) for held, new in zip(past, (k, v), strict=True)]
+    # gradients need what they were made from, which the next group would write over
+    if workspace is None or (torch.is_grad_enabled() and any(x.requires_grad for pair in parts for x in pair)):
+        k, v = (torch.cat(pair, dim=2) for pair in parts)
+        return q, k, v
+    joint = workspace.room((2, rows, heads, group.held + tokens, dim), q)
+    for into, pair in zip(joint, parts, strict=True):
+        torch.cat(pair, dim=2, out=into)
     return q, joint[0], joint[1]

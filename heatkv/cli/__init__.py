@@ -31,6 +31,7 @@ COMMANDS = {
     "profile": "measure",
     "generate": "generate",
     "compare": "measure",
+    "report": "report",
     "new-policy": "new_policy",
 }
 

@@ -36,6 +36,7 @@ from heatkv.cli.options import (
     Sweep,
 )
 from heatkv.cli.output import make_folder, progress, say, show
+from heatkv.cli.report import draw_report
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
 from heatkv.files import file_name, read_json
@@ -214,7 +215,7 @@ class _Measurement:
         repeats: int,
     ) -> list[_Line]:
         """A line for every subject, with its bytes, and its memory and times where they were measured before."""
-        from heatkv.profiling.results import comparison_digest, measurement_digest
+        from heatkv.profiling.results import comparison_digest, measurement_digest, samples_digest
         from heatkv.profiling.runner import bytes_row
 
         lines, kept = [], [0, 0]
@@ -229,6 +230,8 @@ class _Measurement:
                 ),
                 "batch": point.batch,
                 "seed": point.seed,
+                "samples_digest": samples_digest(self.model, point.seed + 1, images) if images else None,
+                "plans": results.save_plans(f"{subject.name}{self.point_name(point)}", subject),
             }
             row |= bytes_row(self.model, subject, point.rows) | self._foretold_elsewhere(subject)
             memory = results.memory(row["measurement"], own=not self.in_process)
@@ -375,13 +378,15 @@ def _told_when_stopped(results: ResultsFolder) -> Iterator[None]:
         raise
 
 
-def _finish(results: ResultsFolder, rows: _Rows, title: str, as_json: bool) -> None:
-    """Write and show the results."""
+def _finish(results: ResultsFolder, rows: _Rows, title: str, as_json: bool, report: bool = False) -> None:
+    """Write and show the results, and the report if wanted."""
     from heatkv.profiling.report import results_table
 
     moved = results.finish(rows)
     if moved is not None:
         say(f"{results.path} held other results; they are in {moved} now")
+    if report:
+        draw_report([results.path.parent], results.path.parent)
     show(results_table(rows, title), as_json, read_json(results.path) if as_json else None)
     say(f"written: {results.path.parent}")
 
@@ -453,17 +458,20 @@ def compare(
     running: Running,
     as_json: AsJson = False,
 ) -> None:
-    """The main job: calibrate if needed, plan, draw, measure; a table, results.json and pictures. It goes on where it
-    was stopped.
+    """The main job: calibrate if needed, plan, draw, measure; a table, results.json, pictures and report.html.
+
+    The same command goes on where it was stopped.
 
     Example: heatkv compare --model emoji --policies heatkv,streaming --budgets 20%,10% --out results/compare
     """
+    from heatkv.profiling.html_report import check_report_replaceable
     from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
-    from heatkv.profiling.results import ResultsFolder, check_replaceable
+    from heatkv.profiling.results import ResultsFolder, check_replaceable, save_scas
 
     positive(samples=samples, images=images, pictures=pictures, draws=draws, repeats=repeats)
     pictures = min(pictures, images)
     check_replaceable(out)
+    check_report_replaceable(out)
     measurement = _Measurement(source, policies, DEFAULT_POLICIES, budgets, plan, ranking, running, sweep)
     measurement.check()
     model, settings = measurement.model, measurement.settings
@@ -496,8 +504,9 @@ def compare(
         )  # fmt: skip
     if statistics is not None:
         save_scas_heat_map(folder / "scas.png", statistics)
+        save_scas(folder / "scas.json", statistics)
     title = f"{measurement.title}, KL and top-1 over {images} images, PSNR and SSIM over {pictures}"
-    _finish(results, [line.row for line in lines], title, as_json)
+    _finish(results, [line.row for line in lines], title, as_json, report=True)
 
 
 _Drawn = dict[str, Any]

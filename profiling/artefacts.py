@@ -1,0 +1,113 @@
+"""What a result folder holds beside its results.json: plans, pictures and S-CAS, each read only if it is of that run.
+
+What is missing, or of another run, is told as Missing; what is there but cannot be read raises a typed error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from heatkv.capacities import load_plan
+from heatkv.errors import FormatError, HeatKVError
+from heatkv.files import check_header, read_json
+from heatkv.images import GAP
+from heatkv.plan import CachePlan
+from heatkv.profiling.merging import Row, Source, is_number
+from heatkv.profiling.results import SCAS_FORMAT, SCAS_VERSION, file_digest, subject_file_name
+from heatkv.schedule import ScaleSchedule
+from heatkv.statistics import Statistics
+
+_MOST_PIXELS = 80_000_000
+"""Of a file of pictures: 16 of 2048 x 2048 have fewer."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why something is not in the report."""
+
+    why: str
+
+
+def plans_of(row: Row) -> tuple[CachePlan, ...] | Missing:
+    """All plans that a row was measured with. Raises FormatError, PlanError or ScheduleError for damaged files."""
+    files: dict[str, Any] = row.told.get("plans") or {}
+    if not files:
+        return Missing("this folder was made before plans were saved")
+    plans = []
+    for name, digest in files.items():
+        path = row.source.folder / "plans" / name
+        if Path(name).name != name or not path.exists():
+            return Missing(f"plans/{name} is not there")
+        plan = load_plan(path)
+        if file_digest(path) != digest:
+            return Missing(f"plans/{name} is not the plan that was measured")
+        plans.append(plan)
+    return tuple(plans)
+
+
+def pictures_of(row: Row) -> NDArray[np.uint8] | Missing:
+    """The pictures of a row, (B, H, W, 3). Raises FormatError for a damaged file."""
+    count = row.number("pictures")
+    if not count:
+        return Missing("no pictures were drawn")
+    path = row.source.folder / "pictures" / f"{subject_file_name(row.name)}.png"
+    if not path.exists():
+        return Missing(f"pictures/{path.name} is not there" if path.parent.is_dir() else "this folder has no pictures")
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > _MOST_PIXELS:
+                raise FormatError(f"{path} has {file.width} x {file.height} pixels, more than {_MOST_PIXELS} in all")
+            told = file.info.get("heatkv")
+            pixels = np.asarray(file.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FormatError(f"{path} is no whole PNG: {error}; make the comparison again") from error
+    width, rest = divmod(pixels.shape[1] + GAP, int(count))
+    if told != row.told.get("comparison") or rest or width <= GAP:
+        return Missing(f"pictures/{path.name} is of another run")
+    return np.stack([pixels[:, i * width : (i + 1) * width - GAP] for i in range(int(count))])
+
+
+@dataclass(frozen=True, eq=False)
+class Scas:
+    """S-CAS of every head by source scale, (L, H, T-1), and where it is from."""
+
+    schedule: ScaleSchedule
+    scas_LHS: NDArray[np.float64]
+    samples: int
+
+
+def scas_of(source: Source) -> Scas | Missing:
+    """The S-CAS that the policies of a folder planned from. Raises FormatError for damaged files."""
+    wanted = source.request.get("statistics")
+    path, statistics = source.folder / "scas.json", source.folder / "statistics.safetensors"
+    if path.exists():
+        found, provenance = _read_scas(path)
+    elif statistics.exists():
+        measured = Statistics.load(statistics)
+        found = Scas(measured.schedule, measured.scas[:, :, :-1], measured.count)
+        provenance = measured.provenance.to_json()
+    else:
+        return Missing("this folder has no statistics: no policy in it planned from any, or they lie elsewhere")
+    of_run = ("fingerprint", "cfg", "settings", "samples")
+    if isinstance(wanted, dict) and any(wanted.get(name) != provenance.get(name) for name in of_run):
+        return Missing("the statistics in this folder are not those of its results")
+    return found
+
+
+def _read_scas(path: Path) -> tuple[Scas, dict[str, Any]]:
+    data = check_header(read_json(path), path, SCAS_FORMAT, SCAS_VERSION)
+    try:
+        schedule = ScaleSchedule.of(data["schedule"])
+        scas, provenance = np.array(data["scas"], dtype=np.float64), dict(data["provenance"])
+        samples = len(provenance["samples"])
+    except (KeyError, TypeError, ValueError, OverflowError, HeatKVError) as error:
+        raise FormatError(f"{path} is not a whole {SCAS_FORMAT} file: {error}") from error
+    if scas.ndim != 3 or scas.shape[2] != len(schedule) - 1 or 0 in scas.shape or not is_number(float(scas.sum())):
+        raise FormatError(f"{path} is not a whole {SCAS_FORMAT} file: its scas is of shape {scas.shape}")
+    return Scas(schedule, scas, samples), provenance

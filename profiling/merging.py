@@ -1,0 +1,396 @@
+"""Result folders, one or several, as one set of rows: read and checked, and told apart where figures do not compare.
+
+Fidelity compares between folders that measured the same weights, schedule, guidance, type, rows and samples; times only
+within one machine as well. What a row lacks is None, "not measured", and never 0. All texts are made printable here,
+where they come in.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from heatkv.checks import shown
+from heatkv.errors import FormatError, ScheduleError
+from heatkv.files import check_header, read_json
+from heatkv.profiling.results import FORMAT, VERSION
+from heatkv.schedule import ScaleSchedule
+
+REFERENCE = "full"
+"""The policy that all others are compared with; it is in no ranking."""
+
+_TEXTS = (
+    "comparison", "model", "model_fingerprint", "policy", "budget", "dtype", "storage",
+    "measurement", "samples_digest", "timed", "error",
+)  # fmt: skip
+_NUMBERS = (
+    "rows", "batch", "seed", "draws", "images", "pictures", "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
+    "compensation_bytes", "device_peak_bytes", "nvml_bytes", "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
+)  # fmt: skip
+_LISTS = ("kl_per_scale", "kl_of_draws")
+_FLAGS = ("under_used", "had_no_effect")
+_TIMES = ("latency_ms", "graph_latency_ms")
+_OBJECTS = ("settings", "plans", "memory")
+KNOWN = frozenset((*_TEXTS, *_NUMBERS, *_LISTS, *_FLAGS, *_TIMES, *_OBJECTS, "schedule", "timeline_bytes"))
+"""Fields of a row that the report has a place for; it lists all others as they are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One row of a results.json, and the folder it is from. `told` holds its fields, of the kinds they must be."""
+
+    source: Source
+    told: Mapping[str, Any]
+
+    @property
+    def policy(self) -> str:
+        return str(self.told["policy"])
+
+    @property
+    def budget(self) -> str:
+        return str(self.told["budget"])
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy} {self.budget}"
+
+    @property
+    def is_reference(self) -> bool:
+        return self.policy == REFERENCE
+
+    @property
+    def storage(self) -> str | None:
+        """How the cache is held; older rows only tell the type that they compute in."""
+        found = self.told.get("storage") or self.told.get("dtype")
+        return None if found is None else str(found)
+
+    def number(self, name: str) -> float | None:
+        """A figure; None where it was not measured."""
+        found: float | None = self.told.get(name)
+        return found
+
+    def time(self, name: str = "latency_ms") -> Mapping[str, float]:
+        """`median`, `iqr` and `runs`; empty where it was not measured."""
+        return self.told.get(name) or {}
+
+    @property
+    def held_bytes(self) -> float | None:
+        """What the policy takes on the device: the arena, and the corrections of its plan if it has some."""
+        allocated = self.number("allocated_bytes")
+        return None if allocated is None else allocated + (self.number("compensation_bytes") or 0)
+
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """Least and most KL of the plans of a policy that draws at random."""
+        draws = self.told.get("kl_of_draws") or ()
+        return (min(draws), max(draws)) if len(draws) > 1 else None
+
+    @cached_property
+    def schedule(self) -> ScaleSchedule | None:
+        told = self.told.get("schedule")
+        return None if told is None else ScaleSchedule.of(told)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A result folder: where and how it was measured. `label` names it in the report."""
+
+    label: str
+    folder: Path
+    environment: Mapping[str, Any]
+    sampling: Mapping[str, Any]
+    request: Mapping[str, Any]
+    told_rows: tuple[Mapping[str, Any], ...]
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(Row(self, told) for told in self.told_rows)
+
+    @property
+    def reference_dtype(self) -> str:
+        """Type of the full cache that the others are compared with, or all types where there is no such row."""
+        of_full = [str(row.told.get("dtype")) for row in self.rows if row.is_reference][:1]
+        return ", ".join(of_full or sorted({str(row.told.get("dtype")) for row in self.rows}))
+
+    @property
+    def machine(self) -> str:
+        """Two folders have the same one only if times of both may stand in one ranking; a folder that does not tell
+        its machine shares it with none."""
+        named = {name: self.environment.get(name) for name in ("device", "device_name", "threads", "versions")}
+        if any(value is None for value in named.values()):
+            return json.dumps(self.label)
+        return json.dumps(named | {"system": self.environment.get("system")}, sort_keys=True)
+
+    @property
+    def machine_title(self) -> str:
+        """The machine in words."""
+        name, threads = self.environment.get("device_name"), self.environment.get("threads")
+        versions = self.environment.get("versions")
+        release = versions.get("torch") if isinstance(versions, dict) else None
+        count = None if threads is None else f"{threads} thread{'' if threads == 1 else 's'}"
+        parts = [name and f"{name}", count, release and f"torch {release}"]
+        return ", ".join(part for part in parts if part) or "a machine that is not told"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows whose figures compare. `title` says what sets them apart from other groups, "" where there are none."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(dict.fromkeys(row.source for row in self.rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """All folders of a report, in an order that does not depend on the one they were named in."""
+
+    sources: tuple[Source, ...]
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(row for source in self.sources for row in source.rows)
+
+    @property
+    def model(self) -> str:
+        return next((str(row.told["model"]) for row in self.rows if row.told.get("model")), "a model that is not told")
+
+    @cached_property
+    def machines(self) -> dict[str, str]:
+        """What the report calls every machine; told apart by a letter where there are several."""
+        titles = {source.machine: source.machine_title for source in self.sources}
+        if len(titles) == 1:
+            return titles
+        return {machine: f"machine {_letter(i)}: {title}" for i, (machine, title) in enumerate(titles.items())}
+
+    def label(self, row: Row) -> str:
+        """The policy, with its storage type and folder where several are in the report."""
+        parts = [row.policy]
+        if len({other.storage for other in self.rows}) > 1:
+            parts.append(row.storage or "type not told")
+        if len(self.sources) > 1:
+            parts.append(row.source.label)
+        return " · ".join(parts)
+
+    @cached_property
+    def fidelity_groups(self) -> tuple[Group, ...]:
+        """Rows with a KL, by what their KL and bytes were measured on."""
+        return _groups((row for row in self.rows if row.number("kl") is not None), _fidelity_key)
+
+    @cached_property
+    def timing_groups(self) -> tuple[Group, ...]:
+        """Rows with a time, by machine and what was timed."""
+
+        def key(row: Row) -> dict[str, str]:
+            return {"": self.machines[row.source.machine]} | _model_key(row)
+
+        # the machine is always told
+        return tuple(
+            Group(", ".join(filter(None, [self.machines[group.rows[0].source.machine], group.title])), group.rows)
+            for group in _groups((row for row in self.rows if row.time()), key)
+        )
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index) if index < 26 else str(index + 1)
+
+
+def _model_key(row: Row) -> dict[str, str]:
+    told, source = row.told, row.source
+    return {
+        "weights": str(told.get("model_fingerprint") or f"not told by {source.label}"),
+        "schedule": "not told" if row.schedule is None else str(row.schedule),
+        "sampling": ", ".join(f"{name} {value}" for name, value in sorted(source.sampling.items())) or "not told",
+        "rows": str(told.get("rows")),
+    }
+
+
+def _fidelity_key(row: Row) -> dict[str, str]:
+    told, request, source = row.told, row.source.request, row.source
+    # without its seed a row does not tell its samples, and may share them with none
+    told_seed = told.get("seed", request.get("seed"))
+    seed = f"not told by {source.label}" if told_seed is None else str(told_seed)
+    return _model_key(row) | {
+        "type": source.reference_dtype,
+        "seed": seed,
+        "samples": str(told.get("samples_digest") or request.get("samples_digest") or "by seed"),
+        "images": str(told.get("images")),
+        "pictures": str(told.get("pictures")),
+    }
+
+
+def _groups(rows: Iterable[Row], key: Callable[[Row], dict[str, str]]) -> tuple[Group, ...]:
+    """By equal keys; the title of a group has what differs between the keys of all groups."""
+    found: dict[str, tuple[dict[str, str], list[Row]]] = {}
+    for row in rows:
+        of_row = key(row)
+        found.setdefault(json.dumps(of_row), (of_row, []))[1].append(row)
+    keys = [of_group for of_group, _ in found.values()]
+    differ = [name for name in (keys[0] if keys else ()) if name and len({of_group[name] for of_group in keys}) > 1]
+    return tuple(
+        Group(", ".join(f"{name} {of_group[name]}" for name in differ), tuple(members))
+        for of_group, members in found.values()
+    )
+
+
+# ------------------------------------------------------------------------------------------- rankings and fronts
+
+
+def budgets_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of every budget, the largest first, by their bytes where these are told; the reference is left out."""
+    found: dict[float | str, list[Row]] = {}
+    for row in rows:
+        if not row.is_reference:
+            room = row.number("budget_bytes")
+            found.setdefault(row.budget if room is None else room, []).append(row)
+    ordered = sorted(found, key=lambda key: (isinstance(key, str), key if isinstance(key, str) else -key))
+    names: dict[str, list[Row]] = {}
+    for key in ordered:
+        text = min(row.budget for row in found[key])
+        names[text if text not in names else f"{text} ({key} bytes)"] = found[key]
+    return names
+
+
+def ranked(rows: Iterable[Row], figure: Callable[[Row], float | None]) -> list[Row]:
+    """From the least figure to the largest, without those that lack it; ties in the order of their names."""
+    having = [(found, row.policy, row.source.label, row) for row in rows if (found := figure(row)) is not None]
+    return [row for *_, row in sorted(having, key=lambda entry: entry[:3])]
+
+
+def pareto_front(rows: Iterable[Row], x: Callable[[Row], float | None], y: Callable[[Row], float | None]) -> list[Row]:
+    """By x, the rows that no other beats in one of the two figures while it is as good in the other; less is better."""
+    points = [(of_x, of_y, row) for row in rows if (of_x := x(row)) is not None and (of_y := y(row)) is not None]
+    front = [
+        (a, b, row) for a, b, row in points if not any(c <= a and d <= b and (c < a or d < b) for c, d, _ in points)
+    ]
+    return [row for *_, row in sorted(front, key=lambda entry: (*entry[:2], entry[2].policy, entry[2].source.label))]
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def merge(folders: Sequence[Path]) -> Merged:
+    """Read result folders of one model. Raises FormatError for a folder that is none, that is named twice, or that is
+    of another model."""
+    places = [folder.resolve() for folder in folders]
+    for index, place in enumerate(places):
+        if place in places[:index]:
+            raise FormatError(f"{folders[index]} is named twice; name every folder once")
+    labels = _labels(places)
+    sources = [_read(folder, labels[place]) for folder, place in zip(folders, places, strict=True)]
+    models: dict[str, Path] = {}
+    for source in sources:
+        for row in source.rows:
+            models.setdefault(str(row.told.get("model") or ""), source.folder)
+    named = [name for name in models if name]
+    if len(named) > 1:
+        raise FormatError(
+            f"{models[named[0]]} is of the model {named[0]}, {models[named[1]]} of {named[1]}; a report compares "
+            "results of one model: report them apart"
+        )
+    return Merged(tuple(sorted(sources, key=lambda source: source.label)))
+
+
+def _labels(places: Sequence[Path]) -> dict[Path, str]:
+    """The last parts of every path, as many as tell them all apart."""
+    depth = 1
+    while len({place.parts[-depth:] for place in places}) < len(places):
+        depth += 1
+    return {place: printable("/".join(place.parts[-depth:])) for place in places}
+
+
+def _read(folder: Path, label: str) -> Source:
+    path = folder / "results.json"
+    if not folder.is_dir():
+        raise FormatError(f"{folder} is no folder; name one that `heatkv compare` or `heatkv profile` wrote")
+    if not path.exists():
+        partial = (folder / "results.partial.json").exists()
+        way_out = "its run was not finished; the same command goes on from there" if partial else (
+            "name one that `heatkv compare` or `heatkv profile` wrote"
+        )  # fmt: skip
+        raise FormatError(f"{folder} has no results.json; {way_out}")
+    data = check_header(read_json(path), path, FORMAT, VERSION)
+    rows = data.get("rows")
+    if not isinstance(rows, list) or not rows:
+        raise FormatError(f"{path} is not a whole {FORMAT} file: its rows are {shown(rows)}, no list of rows")
+    parts = {}
+    for name in ("environment", "sampling", "request"):
+        parts[name] = {} if data.get(name) is None else data[name]
+        if not isinstance(parts[name], dict):
+            raise FormatError(f"{path} is not a whole {FORMAT} file: its {name} is {shown(parts[name])}, no object")
+    checked = tuple(_checked_row(row, f"{path}, row {index}") for index, row in enumerate(rows))
+    return Source(label, folder, **printable(parts), told_rows=checked)
+
+
+def _checked_row(row: Any, where: str) -> dict[str, Any]:
+    """The row, with all known fields of their kinds or None. Raises FormatError."""
+
+    def need(good: bool, name: str, kind: str) -> None:
+        if not good:
+            raise FormatError(f"{where}: {name!r} is {shown(row.get(name))}; it must be {kind}")
+
+    if not isinstance(row, dict):
+        raise FormatError(f"{where} is {shown(row)}, no object")
+    for name in ("policy", "budget"):
+        need(bool(row.get(name)), name, "a text")
+    for name, value in row.items():
+        if value is not None and name in _KINDS:
+            kind, good = _KINDS[name]
+            need(good(value), name, kind)
+    for name in _NUMBERS:
+        if name.endswith("_bytes"):
+            need((row.get(name) or 0) >= 0, name, "at least 0")
+    if row.get("schedule") is not None:
+        try:
+            ScaleSchedule.of(row["schedule"])
+        except ScheduleError as error:
+            raise FormatError(f"{where}: {error}") from error
+        of_scales = row.get("kl_per_scale")
+        need(of_scales is None or len(of_scales) == len(row["schedule"]), "kl_per_scale", "one number for every scale")
+    cleaned: dict[str, Any] = printable(row)
+    return cleaned
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number of JSON, and no boolean; whole ones beyond every float are none either."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_time(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and is_number(value.get("median"))
+        and all(value.get(name) is None or is_number(value[name]) for name in ("iqr", "runs"))
+    )
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(_TEXTS, ("a text", lambda value: isinstance(value, str))),
+    **dict.fromkeys(_NUMBERS, ("a finite number", is_number)),
+    **dict.fromkeys(
+        _LISTS, ("a list of finite numbers", lambda value: isinstance(value, list) and all(map(is_number, value)))
+    ),
+    **dict.fromkeys(_FLAGS, ("true or false", lambda value: isinstance(value, bool))),
+    **dict.fromkeys(_OBJECTS, ("an object", lambda value: isinstance(value, dict))),
+    **dict.fromkeys(_TIMES, ("an object with the median in ms, and perhaps iqr and runs", _is_time)),
+}
+"""What the known fields of a row must be where they are not null."""
+
+
+def printable(value: Any) -> Any:
+    """The same with a mark in the place of every character that cannot be printed, in all texts it holds."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
+    if isinstance(value, Mapping):
+        return {printable(str(name)): printable(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [printable(inner) for inner in value]
+    return value

@@ -1,0 +1,16 @@
+"""The sections of a report, in their order. A new one is a function of the report that gives its blocks, or None where
+it has nothing to say, and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from heatkv.profiling.artefact_sections import pictures, plans, scas
+from heatkv.profiling.blocks import Section
+from heatkv.profiling.reporting import Report
+from heatkv.profiling.row_sections import all_rows, environment, frontier, further, memory_and_time, per_scale, summary
+
+SECTIONS: tuple[Callable[[Report], Section | None], ...] = (
+    summary, frontier, memory_and_time, per_scale, scas, plans, pictures, all_rows, further, environment,
+)  # fmt: skip
