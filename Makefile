@@ -11,7 +11,7 @@ STAMP := $(VENV)/heatkv-$(VERSION).stamp
 # Where the type checker looks: a fresh installation of the current source.
 TYPED := build/typed
 
-.PHONY: compare compare-all test lint types check-slow bench emoji clean
+.PHONY: compare compare-all test lint types check-slow check-baseline baseline bench emoji clean
 
 compare: $(STAMP)
 	$(BIN)/heatkv compare --out results/compare
@@ -33,11 +33,30 @@ types: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(TYPED) .
 	cd $(TYPED) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p heatkv
 
-check-slow: $(STAMP)
+check-slow: $(STAMP) check-baseline
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
+# Bytes and fidelity of a few policies against those that are committed (docs/check.md). The statistics are committed too, so that
+# the plans are the same everywhere; what was compared in an earlier run is not taken over. `make baseline` writes both anew.
+BASELINE := benchmarks/baseline
+BASELINE_RUN := --policies heatkv,streaming,snapkv --budgets 30%,10% --images 8 --pictures 8 --repeats 1
+check-baseline: $(STAMP)
+	rm -rf results/baseline
+	OMP_NUM_THREADS=1 $(BIN)/heatkv compare $(BASELINE_RUN) --statistics $(BASELINE)/statistics.safetensors --out results/baseline
+	$(BIN)/heatkv check results/baseline/results.json --against $(BASELINE)/results.json
+
+baseline: $(STAMP)
+	rm -rf results/baseline
+	OMP_NUM_THREADS=1 $(BIN)/heatkv calibrate --samples 16 --out $(BASELINE)/statistics.safetensors
+	OMP_NUM_THREADS=1 $(BIN)/heatkv compare $(BASELINE_RUN) --statistics $(BASELINE)/statistics.safetensors --out results/baseline
+	cp results/baseline/results.json $(BASELINE)/results.json
+
+# Processor time, which other programs on the machine disturb least. Then a table, as in docs/benchmarks.md.
 bench: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks --benchmark-only --benchmark-autosave
+	mkdir -p results
+	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks --benchmark-only --benchmark-autosave --benchmark-timer=time.process_time \
+	  --benchmark-json results/bench.json
+	$(BIN)/python benchmarks/suite_table.py results/bench.json
 
 # Trains the embedded model again from the npm package emoji-datasource-google, unpacked in IMAGES; hours on two cores.
 EMOJI := heatkv.models.emoji.train

@@ -3,7 +3,8 @@
 One image with guidance on one thread, decoder left out (it is the same for all), every variant in turns in one process:
 the embedded model, VAR-d16, and Infinity-2B cut to four layers at 0.25M and 1M, these three with random weights and
 random rankings, which decide what is read but not how much. `--out benchmarks/results/generation.json` writes the
-published result, case by case; `--cases` and `--dtypes` measure some of them anew.
+published result, case by case; `--cases` and `--dtypes` measure some of them anew. `make bench` times one
+image of the embedded model, decoder included.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from random_models import labels_of, random_model
 from yardstick import matrix_product_ms
@@ -24,6 +26,7 @@ from heatkv.files import read_json, write_json
 from heatkv.generation import Generator
 from heatkv.geometry import Budget
 from heatkv.level_calibration import calibrate_levels
+from heatkv.models import load_model
 from heatkv.models.base import ImageModel
 from heatkv.plan import CachePlan
 from heatkv.policies.base import PlanningProblem, make_policy
@@ -91,6 +94,15 @@ def measure(case: str, dtype: str) -> dict[str, Any]:
         "grown_bytes": {policy: grown_bytes(generator, labels) for policy, generator in generators.items()},
         "allocated_bytes": {policy: generator.cache.allocated_bytes for policy, generator in generators.items()},
     }
+
+
+@pytest.mark.parametrize("policy", ["full", "random", "streaming", "snapkv", "h2o"])
+def bench_generation(benchmark: Any, policy: str) -> None:
+    """One guided image of the embedded model, at 10 % but for the full cache."""
+    torch.set_num_threads(1)
+    model = load_model("emoji")
+    plan = model.full_plan() if policy == "full" else model.plan(policy, BUDGET)
+    benchmark.pedantic(Generator(model, plan, 1).draw, ([0],), rounds=5, warmup_rounds=1)
 
 
 def main() -> None:

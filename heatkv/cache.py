@@ -24,6 +24,7 @@ from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import PlanError
 from heatkv.levels import level_tokens
 from heatkv.plan import CachePlan, Plan
+from heatkv.spans import ATTENTION, CACHE_UPDATE, span
 from heatkv.store import Places, Store
 
 IntArray = NDArray[np.int64]
@@ -266,8 +267,10 @@ class KVCache(ArenaCache):
 
     def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         step = self._steps[self._target][layer]
-        out = self._corrected(layer, q_RHND, self._attention(layer, q_RHND, k_RHND, v_RHND, step))
-        self._keep(k_RHND, v_RHND, step)
+        with span(ATTENTION):
+            out = self._corrected(layer, q_RHND, self._attention(layer, q_RHND, k_RHND, v_RHND, step))
+        with span(CACHE_UPDATE):
+            self._keep(k_RHND, v_RHND, step)
         return out
 
     def _keep(self, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> None:

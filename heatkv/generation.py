@@ -16,7 +16,6 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from heatkv.checks import of_kind, shown
 from heatkv.compensation import Compensation, compensation_of
@@ -27,6 +26,7 @@ from heatkv.models.var import Attend
 from heatkv.plan import CachePlan
 from heatkv.sampling import CommonRandomSampler, NoiseSampler, Sampler, Settings
 from heatkv.selecting_cache import SelectingCache, open_cache
+from heatkv.spans import DECODE, SAMPLING, scale_name, span
 
 Label = TypeVar("Label")
 """What one image is drawn from: a class, or a prompt."""
@@ -102,7 +102,7 @@ class _Scales(Generic[Label]):
         run_scale = self._in_one_step if isinstance(self.sampler, NoiseSampler) else self._in_two_steps
         try:
             for scale in range(scales):
-                with record_function(f"scale {scale}"):
+                with span(scale_name(scale)):
                     run_scale(scale)
         except BaseException:
             self.runner.forget()  # some steps of these images have run and others have not
@@ -110,7 +110,7 @@ class _Scales(Generic[Label]):
         tokens = tuple(tokens_BN.clone() for tokens_BN in self.buffers.tokens)
         if before_decode is not None:
             before_decode()
-        with record_function("decode"):
+        with span(DECODE):
             drawn = Drawn(tokens, self.drawing.image() if decode else None)
         if isinstance(self.cache, SelectingCache):
             self.cache.check()  # waits for the device, so it comes last
@@ -126,10 +126,12 @@ class _Scales(Generic[Label]):
             logits_BNV = self.drawing.logits(self.cache)
             if seen_BNV is not None:
                 seen_BNV.copy_(logits_BNV)
-            tokens_BN.copy_(sampler.pick(logits_BNV, noise_BNV))
+            with span(SAMPLING):
+                tokens_BN.copy_(sampler.pick(logits_BNV, noise_BNV))
             self.drawing.accept(tokens_BN)
 
-        sampler.noise(scale, noise_BNV)
+        with span(SAMPLING):
+            sampler.noise(scale, noise_BNV)
         self.runner.run(StepKey(scale, "all", observe is not None, type(sampler), sampler.settings), step)
         if observe is not None and seen_BNV is not None:
             observe(scale, seen_BNV.clone())
@@ -145,7 +147,8 @@ class _Scales(Generic[Label]):
         logits_BNV = seen_BNV.clone()
         if self.observe is not None:
             self.observe(scale, logits_BNV)
-        chosen_BN = self.sampler.choose(scale, logits_BNV)
+        with span(SAMPLING):
+            chosen_BN = self.sampler.choose(scale, logits_BNV)
         if chosen_BN.shape != tokens_BN.shape:
             raise ModelError(
                 f"the sampler chose {tuple(chosen_BN.shape)} codes at scale {scale}; (images, choices) are "

@@ -30,6 +30,7 @@ from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.registry import find_policy
+from heatkv.spans import ATTENTION, CACHE_UPDATE, span
 from heatkv.store import Places, rows_at
 
 _STORAGE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -179,20 +180,24 @@ class SelectingCache(ArenaCache):
         out_RHND = torch.empty_like(q_RHND) if len(steps) > 1 else None
         writes = []
         for step in steps:
-            q, k, v = with_held(step.group, q_RHND, k_RHND, v_RHND, self.store)
-            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+            with span(ATTENTION):
+                q, k, v = with_held(step.group, q_RHND, k_RHND, v_RHND, self.store)
+                out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+                if out_RHND is None:
+                    out_RHND = out
+                else:
+                    step.group.put(out_RHND, out)
             if step.kept:
-                writes.append((step, *self._chosen(layer, step, q, k, v)))
-            if out_RHND is None:
-                out_RHND = out
-            else:
-                step.group.put(out_RHND, out)
+                with span(CACHE_UPDATE):
+                    writes.append((step, *self._chosen(layer, step, q, k, v)))
         assert out_RHND is not None
-        out_RHND = self._corrected(layer, q_RHND, out_RHND)
-        for step, k, v, carried in writes:  # after all are chosen: heads may take over each other's slots
-            self.store.write(step.places, k.flatten(1, 2), v.flatten(1, 2))
-            if carried is not None and self._carried_RPX is not None:
-                self._carried_RPX.index_copy_(1, step.kept_slots, carried.flatten(1, 2))
+        with span(ATTENTION):
+            out_RHND = self._corrected(layer, q_RHND, out_RHND)
+        with span(CACHE_UPDATE):
+            for step, k, v, carried in writes:  # after all are chosen: heads may take over each other's slots
+                self.store.write(step.places, k.flatten(1, 2), v.flatten(1, 2))
+                if carried is not None and self._carried_RPX is not None:
+                    self._carried_RPX.index_copy_(1, step.kept_slots, carried.flatten(1, 2))
         return out_RHND
 
     def _chosen(
@@ -291,7 +296,19 @@ class SelectingCache(ArenaCache):
 
         What is held lies head by head; it is read into places of equal length, whose first ones may hold nothing.
         """
-        places_P, then_P = self._places[self._target][layer], self._places[self._target + 1][layer]
+        then_P = self._places[self._target + 1][layer]
+        with span(ATTENTION):
+            out_RHND, k, v, slots_RHM, valid_RHC = self._attention_shared(layer, q_RHND, k_RHND, v_RHND)
+        if len(then_P):
+            with span(CACHE_UPDATE):
+                self._keep_shared(layer, then_P, slots_RHM, q_RHND, k, v, valid_RHC)
+        return out_RHND
+
+    def _attention_shared(
+        self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What it gives, the keys and values it is over, the slots of those held, and which places hold a token."""
+        places_P = self._places[self._target][layer]
         _, heads, tokens, _ = q_RHND.shape
         available = self.geometry.schedule.offsets[self._target]
         k, v, valid_RHC, mask = k_RHND, v_RHND, None, None
@@ -312,10 +329,7 @@ class SelectingCache(ArenaCache):
             past_k, past_v = self.store.read_rows(where_RM).unflatten(2, (heads, -1))
             k, v = torch.cat([past_k.to(k.dtype), k], dim=2), torch.cat([past_v.to(v.dtype), v], dim=2)
         out_RHND = F.scaled_dot_product_attention(q_RHND, k, v, attn_mask=mask, scale=1.0)
-        out_RHND = self._corrected(layer, q_RHND, out_RHND)
-        if len(then_P):
-            self._keep_shared(layer, then_P, slots_RHM, q_RHND, k, v, valid_RHC)
-        return out_RHND
+        return self._corrected(layer, q_RHND, out_RHND), k, v, slots_RHM, valid_RHC
 
     def _keep_shared(
         self,

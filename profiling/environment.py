@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from heatkv.profiling.busy import load_of
 from heatkv.versions import versions
 
 _YARDSTICK_SIDE = 1024
@@ -52,11 +53,13 @@ def device_name(device: torch.device) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What every result states about the machine it was measured on."""
+    load = load_of(device)  # before our own product below
     return {
         "device": device.type,
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "versions": versions(),
+        "load": load.to_json(),
         "matrix_product_1024_fp32_one_thread_ms": round(matrix_product_ms(), 3),
     }

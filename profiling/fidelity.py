@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from heatkv.errors import HeatKVError
 from heatkv.generation import Drawn, Generator
 from heatkv.images import to_pixels
 from heatkv.models.base import ImageModel
+from heatkv.profiling.perceptual import fid, open_lpips
 from heatkv.sampling import CommonRandomSampler, RecordedTokens, Settings
 
 ROUNDING_MSE = 1 / (12 * 255**2)
@@ -52,9 +54,60 @@ def ssim(images_B3HW: Tensor, reference_B3HW: Tensor) -> NDArray[np.float64] | N
     return np.asarray(values.double()).reshape(-1)
 
 
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of what one policy's figures are above another's on the same samples, with a percentile interval."""
+
+    mean: float
+    low: float
+    high: float
+    samples: int
+    confidence: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "difference": self.mean, "interval": [self.low, self.high], "confidence": self.confidence,
+            "images": self.samples,
+        }  # fmt: skip
+
+
+def paired_bootstrap(
+    ours: Sequence[float] | NDArray[np.float64],
+    theirs: Sequence[float] | NDArray[np.float64],
+    *,
+    confidence: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> PairedDifference:
+    """Bootstrap (percentiles) of mean(ours - theirs), where equal places are the same sample under two policies.
+
+    What samples have in common cancels, so that far fewer are needed than for two separate intervals. Raises
+    HeatKVError for two lists that are not of the same samples, or are empty.
+    """
+    one, other = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    if one.ndim != 1 or one.shape != other.shape or not len(one):
+        raise HeatKVError(
+            f"figures of shapes {one.shape} and {other.shape} are not of the same samples; compare runs of equal images"
+        )
+    differences = one - other
+    resampled = np.random.default_rng(seed).integers(0, len(differences), (draws, len(differences)))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(differences[resampled].mean(axis=1), [tail, 1 - tail])
+    return PairedDifference(float(differences.mean()), float(low), float(high), len(differences), confidence)
+
+
+def spread(values: NDArray[np.float64]) -> dict[str, Any]:
+    """Standard deviation over samples (null for one alone) and the quartiles."""
+    deviation = float(values.std(ddof=1)) if len(values) > 1 else None
+    return {"sd": deviation, "quartiles": [float(x) for x in np.quantile(values, [0.25, 0.5, 0.75])]}
+
+
 @dataclass
 class Fidelity:
-    """Per-image figures of one policy: KL and agreement summed over tokens by scale, and picture similarities."""
+    """Per-image figures of one policy: KL and agreement summed over tokens by scale, and picture similarities.
+
+    `reasons` says of every measure that could not be had why.
+    """
 
     tokens: tuple[int, ...]
     choices_per_token: int = 1
@@ -62,7 +115,10 @@ class Fidelity:
     agreements: list[NDArray[np.float64]] = field(default_factory=list)
     psnr_db: list[NDArray[np.float64]] = field(default_factory=list)
     ssim: list[NDArray[np.float64]] = field(default_factory=list)
+    lpips: list[NDArray[np.float64]] = field(default_factory=list)
+    fid: float | None = None
     pictures: list[Tensor] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
 
     def kl_of_images(self) -> NDArray[np.float64]:
         """Mean KL over all tokens of every image."""
@@ -78,14 +134,22 @@ class Fidelity:
 
     def top1_agreement(self) -> float:
         """Share of choices (tokens, or bits of tokens) whose most likely value is the full cache's."""
+        return float(self.top1_of_images().mean())
+
+    def top1_of_images(self) -> NDArray[np.float64]:
+        """The share of every image."""
         choices = sum(self.tokens) * self.choices_per_token
-        return float(np.concatenate(self.agreements).sum(axis=1).mean() / choices)
+        shares: NDArray[np.float64] = np.concatenate(self.agreements).sum(axis=1) / choices
+        return shares
 
-    def mean_psnr(self) -> float | None:
-        return float(np.concatenate(self.psnr_db).mean()) if self.psnr_db else None
+    def top1_per_scale(self) -> list[float]:
+        choices = np.array(self.tokens) * self.choices_per_token
+        return [float(x) for x in np.concatenate(self.agreements).mean(axis=0) / choices]
 
-    def mean_ssim(self) -> float | None:
-        return float(np.concatenate(self.ssim).mean()) if self.ssim else None
+    def of_pictures(self, name: Literal["psnr_db", "ssim", "lpips"]) -> NDArray[np.float64] | None:
+        """A figure of every freely drawn picture; None when it was not measured."""
+        found: list[NDArray[np.float64]] = getattr(self, name)
+        return np.concatenate(found) if found else None
 
 
 class FidelityBench:
@@ -108,6 +172,7 @@ class FidelityBench:
         self.model, self.settings, self._seed = model, settings, seed
         self._progress = progress if progress is not None else lambda _: None
         self.pictures = min(pictures, images)
+        self._lpips = open_lpips() if self.pictures else "no pictures were drawn"
         self._batches = [range(first, min(first + batch, images)) for first in range(0, images, batch)]
         self._reference: list[tuple[Drawn, list[Tensor]]] = []
         for samples, generator in self._generators(lambda size: Generator(model, model.full_plan(), size, settings)):
@@ -165,8 +230,23 @@ class FidelityBench:
                 similarity = ssim(images, originals)
                 if similarity is not None:
                     result.ssim.append(similarity)
+                if not isinstance(self._lpips, str):
+                    result.lpips.append(self._lpips(images, originals))
                 result.pictures.append(images)
                 self._progress(len(samples))
         if not all(math.isfinite(x) for x in result.kl_of_images()):
             raise FloatingPointError(f"the logits under policy {generator.plan.policy!r} are not finite")
+        self._measure_sets(result)
         return result
+
+    def _measure_sets(self, result: Fidelity) -> None:
+        """What is known only of all pictures, and why measures are lacking."""
+        if not result.ssim:
+            result.reasons["ssim"] = "torchmetrics not installed" if self.pictures else "no pictures were drawn"
+        if isinstance(self._lpips, str):
+            result.reasons["lpips"] = self._lpips
+        distance = fid(torch.cat(result.pictures), self.reference_pictures()) if self.pictures else "no pictures"
+        if isinstance(distance, str):
+            result.reasons["fid"] = distance
+        else:
+            result.fid = distance

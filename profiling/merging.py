@@ -29,7 +29,8 @@ _TEXTS = (
     "measurement", "samples_digest", "timed", "error",
 )  # fmt: skip
 _NUMBERS = (
-    "rows", "batch", "seed", "draws", "images", "pictures", "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
+    "rows", "batch", "seed", "draws", "images", "pictures",
+    "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
     "compensation_bytes", "device_peak_bytes", "nvml_bytes", "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
 )  # fmt: skip
 _LISTS = ("kl_per_scale", "kl_of_draws")

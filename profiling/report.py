@@ -20,6 +20,14 @@ def _number(value: float | None, form: str, missing: str = "-") -> str:
     return missing if value is None else format(value, form)
 
 
+def _difference(versus: Mapping[str, Any] | None) -> str:
+    """A paired difference with its interval."""
+    if versus is None:
+        return "-"
+    low, high = versus["interval"]
+    return f"{versus['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
 def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """The comparison as a table; "-" is a figure that was not measured."""
     table = Table(title=title)
@@ -27,9 +35,11 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     foretold = any(row.get("predicted_kl") is not None for row in rows)
     graphs = any(row.get("graph_latency_ms") for row in rows)
     axes = [name for name in ("batch", "seed") if len({row.get(name) for row in rows}) > 1]
+    reference = next((row["versus"]["policy"] for row in rows if row.get("versus")), None)
     for name in (
         "policy", "budget", *axes, "budget MiB", "planned MiB", "allocated MiB", "of full",
         *(["corrections MiB"] if corrected else []), "ms", *(["ms, graphs"] if graphs else []), "KL",
+        *([f"KL - {reference}'s [95%]"] if reference else []),
         *(["foretold KL"] if foretold else []), "top-1", "PSNR dB", "SSIM",
     ):  # fmt: skip
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
@@ -52,6 +62,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             _number(time["median"] if time else None, ".1f"),
             *([_number(with_graphs["median"] if with_graphs else None, ".1f")] if graphs else []),
             _number(row.get("kl"), ".4f"),
+            *([_difference(row.get("versus"))] if reference else []),
             *([_number(row.get("predicted_kl"), ".4f")] if foretold else []),
             _number(row.get("top1_agreement"), ".1%"),
             _number(row.get("psnr_db"), ".2f"),

@@ -43,7 +43,7 @@ TIMES = ("latency_ms", "graph_latency_ms", "graph_pool_bytes", "timed")
 _NO_PICTURE = (OSError, ValueError, SyntaxError)
 """Pillow's errors for files that are missing, damaged or no PNG."""
 
-UNMEASURED: dict[str, Any] = dict.fromkeys(("plans", "samples_digest", *MEMORY, *TIMES, *FIDELITY))
+UNMEASURED: dict[str, Any] = dict.fromkeys(("plans", "samples_digest", "versus", *MEMORY, *TIMES, *FIDELITY))
 
 Rows = Sequence[dict[str, Any]]
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from heatkv.compensation import Compensation, compensation_of
 from heatkv.errors import GraphError, HeatKVError
@@ -17,13 +18,15 @@ from heatkv.graphs import GraphRunner
 from heatkv.models.base import ImageModel
 from heatkv.plan import CachePlan
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling.fidelity import Fidelity, FidelityBench
-from heatkv.profiling.latency import Latency, measure_interleaved
+from heatkv.profiling.fidelity import Fidelity, FidelityBench, paired_bootstrap, spread
+from heatkv.profiling.latency import Latency, measure_breakdown, measure_interleaved
 from heatkv.profiling.memory import Loading, MemoryReport, cache_timeline, measure_memory
 from heatkv.sampling import Settings
 from heatkv.selecting_cache import open_cache
 from heatkv.statistics import HeadRankings, Statistics
 
+BREAKDOWN_RUNS = 3
+"""Drawings that are watched, scale by scale and phase by phase."""
 LEAST_USED = 0.95
 """Of the budget: a policy that uses less could not spend what the others may, and its row says so."""
 
@@ -184,6 +187,7 @@ def measure_latency(
     progress: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:
     """Time of drawing `rows` rows of images, decode included, for every subject in turns; its first plan is taken.
+    Then, in at most BREAKDOWN_RUNS further runs each, where the time goes.
 
     On CUDA devices then with graphs, one subject after another, since every one's graphs hold memory. `progress` is
     told of every run.
@@ -196,7 +200,11 @@ def measure_latency(
 
     calls = {subject.name: drawing(subject.generator(model, settings, 0, batch)) for subject in subjects}
     times = measure_interleaved(calls, model.device, repeats, progress)
-    measured = {name: Timing(times[name]) for name in calls}
+    scales, watched = len(model.geometry.schedule), min(repeats, BREAKDOWN_RUNS)
+    measured = {}
+    for name, call in calls.items():
+        breakdown = measure_breakdown(call, model.device, scales, watched)
+        measured[name] = Timing(replace(times[name], breakdown=breakdown))
     if model.device.type == "cuda":
         calls.clear()
         for subject in subjects:
@@ -217,6 +225,9 @@ def timed_with_graphs(
     try:
         draw()  # warms up; the next one, which is not timed either, records
         graph = measure_interleaved({"": draw}, generator.model.device, repeats, progress)[""]
+        scales, watched = len(generator.model.geometry.schedule), min(repeats, BREAKDOWN_RUNS)
+        within = measure_breakdown(draw, generator.model.device, scales, watched, phases=False)
+        graph = replace(graph, breakdown=within)
     except GraphError as error:
         return replace(timing, no_graphs=str(error))
     return replace(timing, graph=graph, graph_pool_bytes=generator.runner.pool_bytes)
@@ -231,32 +242,86 @@ def images_of_rows(rows: int, settings: Settings) -> int:
 
 
 FIDELITY = (
-    "images", "kl", "kl_per_scale", "kl_of_draws", "top1_agreement", "pictures", "psnr_db", "ssim",
+    "images", "kl", "kl_per_scale", "kl_of_draws", "kl_of_images", "top1_agreement", "top1_per_scale", "top1_of_images",
+    "pictures", "psnr_db", "psnr_of_pictures", "ssim", "ssim_of_pictures", "lpips", "lpips_of_pictures", "fid",
+    "spread", "not_measured",
 )  # fmt: skip
 """What `fidelity_row` measures."""
+REFERENCE_POLICY = "heatkv"
+"""Whom every policy is compared with at the same budget, on the same samples."""
+SAME_PLACE = ("budget", "rows", "storage", "seed", "batch")
+"""What a row shares with the one it is compared with, where it is told."""
 
 
 def fidelity_row(bench: FidelityBench, subject: Subject) -> tuple[dict[str, Any], Fidelity]:
-    """Fidelity figures of a subject, means over its plans, and the details of its first plan."""
+    """Fidelity figures of a subject, means over its plans, and the details of its first plan.
+
+    Figures of single images and pictures are kept, so that any two rows of equal samples can be compared in pairs
+    later; where a subject has several plans they are means over those.
+    """
     results = [
         bench.compare(partial(subject.generator, bench.model, bench.settings, plan))
         for plan in range(len(subject.plans))
     ]
-    return {
-        "images": len(results[0].kl_of_images()),
+    kl, top1 = _mean([r.kl_of_images() for r in results]), _mean([r.top1_of_images() for r in results])
+    assert kl is not None
+    assert top1 is not None
+    drawn = {
+        "psnr_db": _mean([r.of_pictures("psnr_db") for r in results]),
+        "ssim": _mean([r.of_pictures("ssim") for r in results]),
+        "lpips": _mean([r.of_pictures("lpips") for r in results]),
+    }
+    of_samples = {"kl": kl, "top1_agreement": top1, **{k: v for k, v in drawn.items() if v is not None}}
+    distances = [result.fid for result in results if result.fid is not None]
+    row: dict[str, Any] = {
+        "images": len(kl),
         "kl": float(np.mean([result.kl() for result in results])),
         "kl_per_scale": np.mean([result.kl_per_scale() for result in results], axis=0).tolist(),
         "kl_of_draws": [result.kl() for result in results],
+        "kl_of_images": kl.tolist(),
         "top1_agreement": float(np.mean([result.top1_agreement() for result in results])),
+        "top1_per_scale": np.mean([result.top1_per_scale() for result in results], axis=0).tolist(),
+        "top1_of_images": top1.tolist(),
         "pictures": bench.pictures,
-        "psnr_db": _mean([result.mean_psnr() for result in results]),
-        "ssim": _mean([result.mean_ssim() for result in results]),
-    }, results[0]
+        "fid": float(np.mean(distances)) if distances else None,
+        "spread": {name: spread(values) for name, values in of_samples.items()},
+        "not_measured": results[0].reasons,
+    }
+    for name, values in drawn.items():
+        row[name] = None if values is None else float(values.mean())
+        row[f"{name.removesuffix('_db')}_of_pictures"] = None if values is None else values.tolist()
+    return row, results[0]
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Sequence[NDArray[np.float64] | None]) -> NDArray[np.float64] | None:
+    """Of every sample, over plans."""
     present = [value for value in values if value is not None]
-    return float(np.mean(present)) if len(present) == len(values) else None
+    return np.mean(present, axis=0) if len(present) == len(values) else None
+
+
+def versus(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+    """How every row's KL differs from its reference's on the same samples, with a paired bootstrap interval.
+
+    The reference is `heatkv` at the row's budget, or, where no row has that policy, the first policy named. None for
+    the full cache, for the reference itself, and where there is none.
+    """
+    policies = [str(row["policy"]) for row in rows if row["policy"] != "full" and row.get("kl_of_images")]
+    wanted = REFERENCE_POLICY if REFERENCE_POLICY in policies else next(iter(policies), None)
+    told: list[dict[str, Any] | None] = []
+    for row in rows:
+        place = [row.get(name) for name in SAME_PLACE]
+        others = [
+            other
+            for other in rows
+            if other["policy"] == wanted and other.get("kl_of_images")
+            and [other.get(name) for name in SAME_PLACE] == place
+        ]  # fmt: skip
+        if row["policy"] in ("full", wanted) or not row.get("kl_of_images") or len(others) != 1:
+            told.append(None)
+            continue
+        found = paired_bootstrap(row["kl_of_images"], others[0]["kl_of_images"])
+        told.append({"policy": wanted, **found.to_json()})
+    return told
 
 
 def latency_row(timing: Timing) -> dict[str, Any]:

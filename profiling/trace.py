@@ -1,27 +1,66 @@
-"""Profiler traces of one generation, for Perfetto or chrome://tracing."""
+"""Traces of one generation by torch's profiler, for TensorBoard (torch-tb-profiler) and Perfetto.
+
+Ranges are those of heatkv.spans: `scale N`, in it `layer L`, in that the phases.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
-from heatkv.files import replacing
-from heatkv.generation import Generator
+from heatkv.files import file_name, replacing
 from heatkv.models.base import ImageModel
-from heatkv.plan import CachePlan
+from heatkv.profiling.runner import Subject
 from heatkv.sampling import Settings
 
 
-def save_trace(path: Path, model: ImageModel[Any], plan: CachePlan, batch: int, settings: Settings) -> None:
-    """Draw `batch` images under the profiler and write a Chrome trace; ranges are named `scale N` and `decode`."""
-    generator, labels = Generator(model, plan, batch, settings), model.labels(batch)
-    generator.draw(labels)
+def save_trace(folder: Path, model: ImageModel[Any], subject: Subject, batch: int, settings: Settings) -> Path:
+    """Draw `batch` images eagerly under the profiler and write its trace; the file, `<worker>.<time>.pt.trace.json`.
+
+    The worker is the subject, so that torch-tb-profiler lists subjects beside each other as workers of one run. One
+    drawing warms up and one is recorded. Raises OSError when the file cannot be written.
+    """
+    generator, labels = subject.generator(model, settings, 0, batch), model.labels(batch)
     activities = [ProfilerActivity.CPU]
     if model.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
-        generator.draw(labels)
-    with replacing(path) as temporary:
-        profiler.export_chrome_trace(str(temporary))
+    worker = file_name(f"{subject.name.replace('%', 'percent')} batch {batch}")
+    path = folder / f"{worker}.{time.time_ns()}.pt.trace.json"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(profiler: Any) -> None:
+        with replacing(path) as temporary:
+            profiler.export_chrome_trace(str(temporary))
+
+    with _output_on_errors(), profile(
+        activities=activities, schedule=schedule(wait=0, warmup=1, active=1, repeat=1), on_trace_ready=write
+    ) as profiler:  # fmt: skip
+        for _ in range(2):
+            generator.draw(labels)
+            profiler.step()
+    return path
+
+
+@contextmanager
+def _output_on_errors() -> Iterator[None]:
+    """What the profiler's library prints goes to the error stream: the output belongs to results."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no output
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,20 +114,39 @@ def _run(place: Path) -> tuple[int, str]:
     """Exit code and last words of the worker."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     command = [sys.executable, "-m", "heatkv.profiling.worker", str(place)]
-    worker = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
-    )
-    assert worker.stderr is not None
+    worker = None
     try:
+        with _interrupts_held():  # one amid starting would leave a process that nobody knows
+            worker = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+            )
+        assert worker.stderr is not None
         said = worker.stderr.read()  # not communicate, which would end its input
         return worker.wait(), said.decode(errors="replace")
     finally:
-        if worker.poll() is None:
-            worker.kill()
-            worker.wait()
-        assert worker.stdin is not None
-        worker.stdin.close()
-        worker.stderr.close()
+        if worker is not None:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+            for pipe in (worker.stdin, worker.stderr):
+                assert pipe is not None
+                pipe.close()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """An interrupt within comes at the end."""
+    if threading.current_thread() is not threading.main_thread():  # which interrupts do not reach
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _why(code: int, said: str) -> str:

@@ -550,7 +550,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, capsys: py
 
 
 def test_profile_measures_bytes_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "2", "--trace", "--json"]
+    arguments = ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "2", "--json"]
+    arguments += ["--trace", str(tmp_path / "traces")]
     assert run([*arguments, "--in-process", "--out", str(tmp_path)]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["policy"] for row in rows] == ["full", "streaming"]
@@ -558,7 +559,7 @@ def test_profile_measures_bytes_and_time(tmp_path: Path, capsys: pytest.CaptureF
     assert all(row["latency_ms"]["runs"] == 2 and row["latency_ms"]["median"] > 0 for row in rows)
     unmeasured = ("kl", "graph_latency_ms", "graph_pool_bytes")
     assert all(row[name] is None for row in rows for name in unmeasured)
-    assert len(list(tmp_path.glob("trace_*.json"))) == 2
+    assert len(list((tmp_path / "traces").glob("*.pt.trace.json"))) == 2
 
 
 SMALL = ["--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1", "--draws", "2", "--in-process"]

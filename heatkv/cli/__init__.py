@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": "generate",
     "compare": "measure",
     "report": "report",
+    "check": "check",
     "new-policy": "new_policy",
 }
 

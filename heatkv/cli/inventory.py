@@ -48,7 +48,7 @@ def doctor(as_json: AsJson = False) -> None:
         "fused attention kernel": triton_kernels.supports(where, torch.bfloat16, 128) or "yes",
         "8-bit storage": ", ".join(available_codings(where)),
         "NVML": extra("pynvml", "nvidia-ml-py", "heatkv[nvml]"),
-        "torchmetrics": extra("torchmetrics", "torchmetrics", "heatkv[metrics]; SSIM needs it"),
+        "torchmetrics": extra("torchmetrics", "torchmetrics", "heatkv[metrics]; SSIM, LPIPS and FID need it"),
         "models with weights": ", ".join(info.name for info in MODELS.values() if info.bundled),
     }
     show(pairs("heatkv doctor", ("what", "found"), facts), as_json, facts)

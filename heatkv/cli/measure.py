@@ -299,10 +299,13 @@ class _Measurement:
 
     def _time(self, lines: Sequence[_Line], repeats: int, results: ResultsFolder) -> None:
         """Times of what could be drawn and has none, in turns with all others of its point."""
+        from heatkv.profiling.busy import load_of
         from heatkv.profiling.runner import latency_row, measure_latency
         from heatkv.profiling.worker import OUT_OF_MEMORY, why_failed
 
         missing = [line for line in lines if "latency_ms" not in line.row and line.row.get("error") is None]
+        if missing and (reasons := load_of(self.model.device).reasons):
+            say(f"warning: the machine is busy ({', '.join(reasons)}); times will be too long and spread")
         runs = len(missing) * repeats * (2 if self.model.device.type == "cuda" else 1)
         with progress("timing", runs) as advance:
             for point in self.points:
@@ -400,7 +403,9 @@ def profile(
     plan: PlanFiles = None,
     ranking: Ranking,
     repeats: Repeats = 10,
-    trace: Annotated[bool, typer.Option("--trace", help="also write a profiler trace (JSON) per policy")] = False,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="folder for profiler traces, for TensorBoard and Perfetto")
+    ] = None,
     snapshot: Annotated[
         bool, typer.Option("--snapshot", help="also write the CUDA allocator's history per policy (pickle)")
     ] = False,
@@ -412,6 +417,7 @@ def profile(
 
     Example: heatkv profile --model emoji --policies streaming --budgets 20%,10% --batches 1,4 --out results/profile
     """
+    from heatkv.profiling.latency_table import latency_table
     from heatkv.profiling.memory import check_snapshots
     from heatkv.profiling.memory_table import memory_table
     from heatkv.profiling.results import ResultsFolder, check_replaceable
@@ -425,18 +431,22 @@ def profile(
         check_snapshots(model.device)
     subjects = measurement.subjects(measurement.statistics)
     folder = make_folder(out)
+    traces = None if trace is None else make_folder(trace)
     results = ResultsFolder(folder, model, measurement.settings, measurement.request(repeats))
     with _told_when_stopped(results):
         lines = measurement.lines(subjects, results, 0, 0, repeats)
         measurement.measure(lines, repeats, results, snapshot)
-        if trace:
+        if traces is not None:
             for point, subject in subjects:
-                path = folder / f"trace_{file_name(subject.name)}{measurement.point_name(point)}.json"
-                save_trace(path, model, subject.plans[0], point.batch, measurement.settings)
+                if point == measurement.points[0]:
+                    save_trace(traces, model, subject, point.batch, measurement.settings)
+            say(f"traces: {traces} (tensorboard --logdir {traces}, or ui.perfetto.dev)")
     rows = [line.row for line in lines]
+    title = f"{measurement.title}, {model.device}"
     if not as_json:
         show(memory_table(rows, f"{model.name}: memory on {model.device}"), False, None)
-    _finish(results, rows, f"{measurement.title}, {model.device}", as_json)
+        show(latency_table(rows, f"{title}: time"), False, None)
+    _finish(results, rows, title, as_json)
 
 
 def compare(
@@ -467,6 +477,7 @@ def compare(
     from heatkv.profiling.html_report import check_report_replaceable
     from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
     from heatkv.profiling.results import ResultsFolder, check_replaceable, save_scas
+    from heatkv.profiling.runner import versus
 
     positive(samples=samples, images=images, pictures=pictures, draws=draws, repeats=repeats)
     pictures = min(pictures, images)
@@ -495,6 +506,12 @@ def compare(
         drawn = _take_earlier(lines, results)
         measurement.measure(lines, repeats, results)
         _compare_all(measurement, lines, drawn, results, images, pictures)
+        for point in measurement.points:
+            of_point = [line.row for line in lines if line.point == point]
+            for row, difference in zip(of_point, versus(of_point), strict=True):
+                row["versus"] = difference
+    for name, reason in lines[0].row["not_measured"].items():
+        say(f"no {name.upper()}: {reason}")
     for name, pictures_of in _sheets(measurement, lines, drawn).items():
         budget = pictures_of[1][2]
         path = folder / f"images_{name.replace('%', 'percent')}.png"

@@ -26,6 +26,7 @@ from heatkv.errors import ModelError
 from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.models.var import MAX_LOG_SCALE, NORM_EPS, Attend, FeedForward, HeadNorm, layer_norm
 from heatkv.schedule import ScaleSchedule
+from heatkv.spans import FEED_FORWARD, layer_name, span
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ class Block(nn.Module):
         q, k, v = self.sa.qkv(torch.addcmul(shift1, layer_norm(x_RNC), gain1 + 1), rotation_2NP)
         x_RNC = torch.addcmul(x_RNC, self.sa.project(cache.attend(layer, q, k, v)), gate1)
         x_RNC = x_RNC + self.ca(self.ca_norm(x_RNC), *condition.keys_values[layer], condition.mask_R11M)
-        return torch.addcmul(x_RNC, self.ffn(torch.addcmul(shift2, layer_norm(x_RNC), gain2 + 1)), gate2)
+        with span(FEED_FORWARD):
+            return torch.addcmul(x_RNC, self.ffn(torch.addcmul(shift2, layer_norm(x_RNC), gain2 + 1)), gate2)
 
 
 class Infinity(nn.Module):
@@ -346,7 +348,8 @@ class Infinity(nn.Module):
     def hidden(self, x_RNC: Tensor, condition: TextCondition, rotation_2NP: Tensor, cache: Attend) -> Tensor:
         """The residual stream after the last block."""
         for layer, block in enumerate(self.blocks):
-            x_RNC = block(x_RNC, condition, layer, rotation_2NP, cache)
+            with span(layer_name(layer)):
+                x_RNC = block(x_RNC, condition, layer, rotation_2NP, cache)
         return x_RNC
 
     def logits(self, hidden_RNC: Tensor, condition: TextCondition) -> Tensor:

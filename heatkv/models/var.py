@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from heatkv.errors import ModelError
 from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.schedule import ScaleSchedule
+from heatkv.spans import FEED_FORWARD, layer_name, span
 
 MAX_LOG_SCALE = math.log(100)
 NORM_EPS = 1e-6
@@ -144,7 +145,8 @@ class Block(nn.Module):
         gate1, gate2, gain1, gain2, shift1, shift2 = modulation_R61C.unbind(1)
         q, k, v = self.attn.qkv(torch.addcmul(shift1, layer_norm(x_RNC), gain1 + 1))
         x_RNC = torch.addcmul(x_RNC, self.attn.project(cache.attend(layer, q, k, v)), gate1)
-        return torch.addcmul(x_RNC, self.ffn(torch.addcmul(shift2, layer_norm(x_RNC), gain2 + 1)), gate2)
+        with span(FEED_FORWARD):
+            return torch.addcmul(x_RNC, self.ffn(torch.addcmul(shift2, layer_norm(x_RNC), gain2 + 1)), gate2)
 
 
 class HeadNorm(nn.Module):
@@ -250,7 +252,8 @@ class VAR(nn.Module):
     def hidden(self, x_RNC: Tensor, condition: Condition, cache: Attend) -> Tensor:
         """The residual stream after the last block."""
         for layer, block in enumerate(self.blocks):
-            x_RNC = block(x_RNC, condition.modulations[layer], layer, cache)
+            with span(layer_name(layer)):
+                x_RNC = block(x_RNC, condition.modulations[layer], layer, cache)
         return x_RNC
 
     def logits(self, hidden_RNC: Tensor, condition: Condition) -> Tensor:

@@ -1,0 +1,250 @@
+"""Times and traces: intervals against scipy, clocks of our own, ranges in a written trace, a machine made up."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import heatkv
+from heatkv.cli import run
+from heatkv.generation import Generator
+from heatkv.geometry import Budget
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.profiling import busy, latency
+from heatkv.profiling.busy import Load, load_of
+from heatkv.profiling.latency import Breakdown, Latency, measure_breakdown, median_interval, turns
+from heatkv.profiling.latency_table import latency_table
+from heatkv.profiling.runner import measure_latency, plan_subjects
+from heatkv.profiling.trace import save_trace
+from heatkv.spans import PHASES, layer_name, listening, scale_name, span
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 9, 20, 101])
+def test_the_interval_of_the_median_is_the_binomials(count: int) -> None:
+    low, high, confidence = median_interval(list(np.random.default_rng(count).permutation(count)))
+    assert low + high == count - 1  # as many are left out on either side
+    # the median lies between if neither too few nor too many values are below it
+    inside = stats.binom(count, 0.5)
+    assert confidence == pytest.approx(inside.cdf(high) - inside.cdf(low), abs=1e-12)
+    assert (confidence >= 0.95) == (count >= 6)
+    if count >= 6:
+        assert inside.cdf(high - 1) - inside.cdf(low + 1) < 0.95  # and none is narrower
+
+
+def test_outliers_are_counted_and_kept() -> None:
+    told = Latency((10.0, 10.1, 10.2, 10.1, 10.0, 10.2, 55.0, 1.0)).to_json()
+    assert told["outliers"] == 2
+    assert told["all"] == [10.0, 10.1, 10.2, 10.1, 10.0, 10.2, 55.0, 1.0]
+    assert Latency((3.0, 3.0)).outliers == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_everyone_has_every_turn_equally_often(count: int) -> None:
+    orders = turns(count, 2 * count)
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    for place in range(count):
+        assert Counter(order[place] for order in orders) == dict.fromkeys(range(count), 2)
+    if count > 1:
+        assert all(one != other for one, other in itertools.pairwise(orders[:2]))
+
+
+def test_a_breakdown_adds_up(emoji: ClassConditionalModel) -> None:
+    generator = Generator(emoji, emoji.plan("streaming", "30%"), 1)
+    scales = len(emoji.geometry.schedule)
+    found = measure_breakdown(lambda: generator.draw([0]), CPU, scales, 1)
+    assert found.phases_ms is not None
+    assert list(found.phases_ms) == [*PHASES, "other"]
+    assert all(value > 0 for value in (*found.scales_ms, *found.phases_ms.values()))
+    # all but preparations and the decoder happens in scales
+    assert len(found.scales_ms) == scales
+    assert sum(found.scales_ms) + found.phases_ms["decode"] <= sum(found.phases_ms.values())
+    assert measure_breakdown(lambda: generator.draw([0]), CPU, scales, 1, phases=False).phases_ms is None
+
+
+def test_a_breakdown_takes_medians_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only moves when told to."""
+    now = 0.0
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now)
+    runs = iter([(1, 5, 2), (2, 4, 2), (9, 3, 2)])
+
+    def call() -> None:
+        nonlocal now
+        first, second, outside = next(runs)
+        for scale, lasts in ((0, first), (1, second)):
+            with span(scale_name(scale)), span("attention"):
+                now += lasts / 1e3
+        with span("decode"):
+            now += 0.5 / 1e3
+        now += outside / 1e3
+
+    found = measure_breakdown(call, CPU, 2, 3)
+    assert found.scales_ms == pytest.approx((2, 4))
+    assert found.phases_ms == pytest.approx(
+        {"attention": 6, "feed-forward": 0, "cache update": 0, "sampling": 0, "decode": 0.5, "other": 2}
+    )
+
+
+def test_spans_are_silent_unless_somebody_listens() -> None:
+    assert span("a") is span("b")
+    heard: list[str] = []
+
+    def listener(name: str) -> Any:
+        heard.append(name)
+        return nullcontext()
+
+    with listening(listener), span("a"), span("b"):
+        assert heard == ["a", "b"]
+    assert span("a") is span("b")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler, span("mine"):
+        torch.zeros(1)
+    assert "mine" in {event.key for event in profiler.key_averages()}
+
+
+@pytest.mark.parametrize("policy", ["streaming", "snapkv", "adakv"])
+def test_a_trace_names_scales_layers_and_phases_inside_each_other(
+    emoji: ClassConditionalModel, tmp_path: Path, capfd: pytest.CaptureFixture[str], policy: str
+) -> None:
+    _, subject = plan_subjects(
+        emoji, [policy], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
+    )  # fmt: skip
+    path = save_trace(tmp_path / "traces", emoji, subject, 1, emoji.sampling)
+    assert capfd.readouterr().out == ""
+    # the pattern by which torch-tb-profiler finds a worker and its span
+    assert re.match(rf"^{policy}_30percent_batch_1\.\d+\.pt\.trace\.json$", path.name)
+    assert list(path.parent.iterdir()) == [path]
+    told = json.loads(path.read_text())
+    assert "schemaVersion" in told
+    events = [event for event in told["traceEvents"] if event.get("cat") == "user_annotation"]
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for event in events:
+        spans.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
+    scales, layers = range(len(emoji.geometry.schedule)), range(emoji.geometry.layers)
+    assert all(len(spans[scale_name(scale)]) == 1 for scale in scales)  # one drawing: the warm-up is not in it
+    assert all(len(spans[layer_name(layer)]) == len(scales) for layer in layers)
+    assert len(spans["feed-forward"]) == len(scales) * len(layers)
+    assert len(spans["decode"]) == 1
+
+    def within(inner: str, outer: list[str]) -> bool:
+        around = [place for name in outer for place in spans[name]]
+        return all(any(low <= a and b <= high for low, high in around) for a, b in spans[inner])
+
+    for layer in layers:
+        assert within(layer_name(layer), [scale_name(scale) for scale in scales])
+    for phase in ("attention", "cache update", "feed-forward"):
+        assert within(phase, [layer_name(layer) for layer in layers])
+    assert within("sampling", [scale_name(scale) for scale in scales])
+
+
+def test_a_profiler_of_the_users_sees_the_same_ranges(emoji: ClassConditionalModel) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        heatkv.generate(emoji, [0], emoji.full_plan())
+    assert {*PHASES, "scale 0", "layer 3"} <= {event.key for event in profiler.key_averages()}
+
+
+def test_being_watched_changes_no_picture(emoji: ClassConditionalModel) -> None:
+    for policy in ("streaming", "snapkv", "adakv"):
+        generator = Generator(emoji, emoji.plan(policy, "20%"), 1)
+        alone = generator.draw([5], seed=2)
+        with listening(latency.SpanClock(CPU).span):
+            watched = generator.draw([5], seed=2)
+        assert alone.images is not None
+        assert watched.images is not None
+        assert torch.equal(alone.images, watched.images)
+
+
+def test_a_busy_processor_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(busy.os, "getloadavg", lambda: (7.26, 1.0, 1.0))
+    monkeypatch.setattr(busy.os, "cpu_count", lambda: 4)
+    assert load_of(CPU).to_json() == {
+        "load_average": 7.26, "cores": 4, "gpu_utilisation": None, "gpu_processes": None, "busy": True,
+    }  # fmt: skip
+    arguments = ["profile", "--policies", "full", "--repeats", "1", "--out", str(tmp_path)]
+    assert run(arguments) == 0
+    assert "warning: the machine is busy (a load average of 7.3 on 4 cores); times" in capsys.readouterr().err
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert told["environment"]["load"]["busy"]
+    times = told["rows"][0]["latency_ms"]
+    assert (len(times["all"]), times["confidence"], len(times["scales"])) == (1, 0, 8)
+    monkeypatch.setattr(busy.os, "getloadavg", lambda: (4.0, 1.0, 1.0))
+    assert not load_of(CPU).reasons
+
+
+def test_the_table_shows_intervals_outliers_and_phases() -> None:
+    phases = {name: float(i) for i, name in enumerate((*PHASES, "other"))}
+    eager = Latency((10.0, 10.0, 10.0, 10.0, 99.0), Breakdown((1.0, 7.25), phases)).to_json()
+    graph = Latency((4.0, 5.0), Breakdown((1.0, 2.5), None)).to_json()
+    row = {"policy": "h2o", "budget": "10%", "latency_ms": eager, "graph_latency_ms": graph}
+    table = latency_table([row, {"policy": "full", "budget": "100%", "latency_ms": None}], "t")
+    lines = list(zip(*([str(cell) for cell in column._cells] for column in table.columns), strict=True))
+    assert lines == [
+        ("h2o", "10%", "10.0", "10.0 - 99.0", "1", "0.0", "1.0", "2.0", "3.0", "4.0", "5.0", "7.2"),
+        ("h2o, graphs", "10%", "4.5", "4.0 - 5.0", "0", *"------", "2.5"),
+    ]
+    assert "hold it with 50.0% or 93.8%; outliers (1) are counted in" in str(table.caption)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="events and graphs need a CUDA device, and there is none")
+def test_a_breakdown_on_a_cuda_device() -> None:
+    model = heatkv.load_model("emoji", device="cuda")
+    (full,) = plan_subjects(model, [], [], statistics=None, rows=2, storage="float32")
+    found = measure_latency(model, [full], rows=2, settings=model.sampling, repeats=2)["full 100%"]
+    assert found.eager.breakdown is not None
+    assert found.eager.breakdown.phases_ms is not None
+    assert all(value > 0 for value in found.eager.breakdown.phases_ms.values())
+    assert found.graph is not None
+    assert found.graph.breakdown is not None
+    assert found.graph.breakdown.phases_ms is None
+    assert all(scale > 0 for scale in found.graph.breakdown.scales_ms)
+
+
+@pytest.mark.parametrize(
+    ("used", "processes", "told"),
+    [
+        (0, 1, []),
+        (5, 1, []),
+        (60, 1, ["the GPU is used 60% of the time by others"]),
+        (0, 3, ["2 other processes on the GPU"]),
+    ],
+)
+def test_a_busy_gpu_is_told(monkeypatch: pytest.MonkeyPatch, used: int, processes: int, told: list[str]) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def no_access(handle: str) -> Any:
+        raise NVMLError
+
+    waits: list[float] = []
+    nvml = ModuleType("pynvml")
+    vars(nvml).update(
+        NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=used),
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [object()] * processes,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(busy.time, "sleep", waits.append)
+    monkeypatch.setattr(busy.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1"))
+    found = load_of(torch.device("cuda", 0))
+    assert found == Load(0.0, found.cores, used, processes - 1)
+    assert found.reasons == told
+    assert waits == [1.0]
+    monkeypatch.setattr(nvml, "nvmlDeviceGetUtilizationRates", no_access)
+    assert load_of(torch.device("cuda", 0)).gpu_utilisation is None
