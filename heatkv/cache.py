@@ -7,7 +7,7 @@ Shapes: R rows, H heads, N tokens of the running scale, D head size, P arena slo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -90,7 +90,17 @@ class ArenaCache(ABC):
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the real storage of all that is held, with the scales of coded tokens."""
-        return self.store.nbytes
+        return storage_bytes(self.held)
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors that hold what is cached."""
+        return self.store.buffers
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """The tensors that say what is read and written where."""
+        return tensors_in(self._prepared())
 
     @property
     def attention(self) -> str:
@@ -99,8 +109,8 @@ class ArenaCache(ABC):
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the tables that say what is read and written where, the same for any number of rows."""
-        return tensor_bytes(self._prepared())
+        """Bytes of the tables, the same for any number of rows."""
+        return storage_bytes(self.tables)
 
     @property
     def workspace_bytes(self) -> int:
@@ -314,16 +324,21 @@ def _slots(runs: tuple[Run, ...]) -> IntArray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(first, first + size) for first, size in runs)])
 
 
-def tensor_bytes(prepared: Any) -> int:
-    """Bytes of the storages of all tensors in nested sequences and dataclasses, each counted once."""
-    storages: dict[int, int] = {}
+def tensors_in(prepared: Any) -> list[Tensor]:
+    """All tensors in nested sequences and dataclasses."""
+    found: list[Tensor] = []
     todo = [prepared]
     while todo:
         one = todo.pop()
         if isinstance(one, Tensor):
-            storages[one.untyped_storage()._cdata] = one.untyped_storage().nbytes()
+            found.append(one)
         elif isinstance(one, list | tuple):
             todo += one
         elif is_dataclass(one):
             todo += [getattr(one, field.name) for field in fields(one)]
-    return sum(storages.values())
+    return found
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of these tensors, each counted once."""
+    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())

@@ -98,7 +98,7 @@ class _Scales(Generic[Label]):
     runner: StepRunner
     observe: Observer | None
 
-    def run(self, scales: int, decode: bool) -> Drawn:
+    def run(self, scales: int, decode: bool, before_decode: Callable[[], None] | None = None) -> Drawn:
         run_scale = self._in_one_step if isinstance(self.sampler, NoiseSampler) else self._in_two_steps
         try:
             for scale in range(scales):
@@ -108,6 +108,8 @@ class _Scales(Generic[Label]):
             self.runner.forget()  # some steps of these images have run and others have not
             raise
         tokens = tuple(tokens_BN.clone() for tokens_BN in self.buffers.tokens)
+        if before_decode is not None:
+            before_decode()
         with span(DECODE):
             drawn = Drawn(tokens, self.drawing.image() if decode else None)
         if isinstance(self.cache, SelectingCache):
@@ -223,12 +225,14 @@ class Generator(Generic[Label]):
         sampler: Sampler | None = None,
         observe: Observer | None = None,
         decode: bool = True,
+        before_decode: Callable[[], None] | None = None,
     ) -> Drawn:
         """Draw one image per label; `samples` number them for the random numbers (default 0, 1, ...).
 
         With graphs, a scale is one graph; a `sampler` that is no NoiseSampler chooses between two of them. `observe`
-        is called when the scale is done. Raises ModelError for labels that the model does not have, or not as many as
-        the batch, PolicyError when a dynamic policy fails, GraphError when a step cannot be recorded.
+        is called when the scale is done, `before_decode` when all are. Raises ModelError for labels that the model does
+        not have, or not as many as the batch, PolicyError when a dynamic policy fails, GraphError when a step cannot be
+        recorded.
         """
         if len(labels) != self.batch:
             raise ModelError(f"{len(labels)} labels for a generator of batch {self.batch}")
@@ -240,7 +244,7 @@ class Generator(Generic[Label]):
             if isinstance(self.cache, SelectingCache) and self.cache.wants_input:
                 watched.enter_context(self.model.adapter.telling_inputs(self.cache.see_input))
             scales = _Scales(drawing, self.cache, sampler, self._buffers, self.runner, observe)
-            return scales.run(len(self.model.geometry.schedule), decode)
+            return scales.run(len(self.model.geometry.schedule), decode, before_decode)
 
     def _begin(self, labels: Sequence[Label]) -> Drawing[Label]:
         """Images at their start: where steps are replayed, in the tensors of those before."""

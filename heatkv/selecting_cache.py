@@ -90,9 +90,9 @@ class SelectingCache(ArenaCache):
         self.reset()
 
     @property
-    def allocated_bytes(self) -> int:
-        held = [self._counts_LRH] if self._carried_RPX is None else [self._counts_LRH, self._carried_RPX]
-        return super().allocated_bytes + sum(x.untyped_storage().nbytes() for x in held)
+    def held(self) -> tuple[Tensor, ...]:
+        beside = (self._counts_LRH,) if self._carried_RPX is None else (self._counts_LRH, self._carried_RPX)
+        return *super().held, *beside
 
     @property
     def wants_input(self) -> bool:

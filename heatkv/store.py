@@ -104,11 +104,6 @@ class Store:
         """All that is held."""
         return tuple(x for x in (self.arena_2RPD, self.codes_2RQD, self.scales_2RQ) if x is not None)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the real storage."""
-        return sum(x.untyped_storage().nbytes() for x in self.buffers)
-
     def spoil(self) -> None:
         """Fill everything with what is no number: what is read before it is written shows."""
         for buffer in self.buffers:

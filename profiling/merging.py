@@ -24,16 +24,21 @@ from heatkv.schedule import ScaleSchedule
 REFERENCE = "full"
 """The policy that all others are compared with; it is in no ranking."""
 
-_TEXTS = ("comparison", "model", "model_fingerprint", "policy", "budget", "dtype", "storage", "attention")
+_TEXTS = (
+    "comparison", "model", "model_fingerprint", "policy", "budget", "dtype", "storage", "attention",
+    "measurement", "samples_digest", "timed", "error",
+)  # fmt: skip
 _NUMBERS = (
-    "rows", "draws", "images", "pictures", "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
+    "rows", "batch", "seed", "draws", "images", "pictures",
+    "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
+    "current_bytes", "index_bytes", "workspace_bytes", "graph_pool_bytes",
     "compensation_bytes", "device_peak_bytes", "nvml_bytes", "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
 )  # fmt: skip
 _LISTS = ("kl_per_scale", "kl_of_draws")
 _FLAGS = ("under_used", "had_no_effect")
 _TIMES = ("latency_ms", "graph_latency_ms")
-_OBJECTS = ("settings", "plans")
-KNOWN = frozenset((*_TEXTS, *_NUMBERS, *_LISTS, *_FLAGS, *_TIMES, *_OBJECTS, "schedule"))
+_OBJECTS = ("settings", "plans", "memory")
+KNOWN = frozenset((*_TEXTS, *_NUMBERS, *_LISTS, *_FLAGS, *_TIMES, *_OBJECTS, "schedule", "timeline_bytes"))
 """Fields of a row that the report has a place for; it lists all others as they are."""
 
 
@@ -212,12 +217,13 @@ def _model_key(row: Row) -> dict[str, str]:
 
 def _fidelity_key(row: Row) -> dict[str, str]:
     told, request, source = row.told, row.source.request, row.source
-    # without its seed a folder does not tell its samples, and may share them with none
-    seed = f"not told by {source.label}" if request.get("seed") is None else str(request["seed"])
+    # without its seed a row does not tell its samples, and may share them with none
+    told_seed = told.get("seed", request.get("seed"))
+    seed = f"not told by {source.label}" if told_seed is None else str(told_seed)
     return _model_key(row) | {
         "type": source.reference_dtype,
         "seed": seed,
-        "samples": str(request.get("samples_digest") or "by seed"),
+        "samples": str(told.get("samples_digest") or request.get("samples_digest") or "by seed"),
         "images": str(told.get("images")),
         "pictures": str(told.get("pictures")),
     }

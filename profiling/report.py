@@ -34,9 +34,10 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     corrected = any(row.get("compensation_bytes") for row in rows)
     foretold = any(row.get("predicted_kl") is not None for row in rows)
     graphs = any(row.get("graph_latency_ms") for row in rows)
+    axes = [name for name in ("batch", "seed") if len({row.get(name) for row in rows}) > 1]
     reference = next((row["versus"]["policy"] for row in rows if row.get("versus")), None)
     for name in (
-        "policy", "budget", "budget MiB", "planned MiB", "allocated MiB", "of full",
+        "policy", "budget", *axes, "budget MiB", "planned MiB", "allocated MiB", "of full",
         *(["corrections MiB"] if corrected else []), "ms", *(["ms, graphs"] if graphs else []), "KL",
         *([f"KL - {reference}'s [95%]"] if reference else []),
         *(["foretold KL"] if foretold else []), "top-1", "PSNR dB", "SSIM",
@@ -52,6 +53,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
         table.add_row(
             name + (" *" if row["had_no_effect"] else " †" if row.get("under_used") else ""),
             row["budget"],
+            *(str(row[axis]) for axis in axes),
             f"{row['budget_bytes'] / 2**20:.3f}",
             f"{row['planned_bytes'] / 2**20:.3f}",
             f"{row['allocated_bytes'] / 2**20:.3f}",

@@ -2,7 +2,8 @@
 result is lost.
 
 While a run lasts its rows are in `results.partial.json`. Files with other rows than a new run's are kept under a
-number. A comparison that any of them holds, of the very same plans, samples and settings, is taken from there.
+number. What any of them holds of the very same plans, samples and settings, a comparison, memory or times, is taken
+from there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +29,21 @@ from heatkv.profiling.environment import device_name, environment
 from heatkv.profiling.runner import FIDELITY, Subject
 from heatkv.sampling import Settings
 from heatkv.statistics import Statistics
+from heatkv.versions import versions
 
 FORMAT, VERSION = "heatkv-results", 1
 SCAS_FORMAT, SCAS_VERSION = "heatkv-scas", 1
 
-UNMEASURED: dict[str, Any] = dict.fromkeys(
-    (
-        "plans",
-        "device_peak_bytes",
-        "nvml_bytes",
-        "latency_ms",
-        "graph_latency_ms",
-        "graph_pool_bytes",
-        "versus",
-        *FIDELITY,
-    )
-)
+MEMORY = ("memory", "device_peak_bytes", "nvml_bytes", "error")
+"""Fields of a row that measuring memory fills."""
+
+TIMES = ("latency_ms", "graph_latency_ms", "graph_pool_bytes", "timed")
+"""Fields of a row that timing fills."""
+
+_NO_PICTURE = (OSError, ValueError, SyntaxError)
+"""Pillow's errors for files that are missing, damaged or no PNG."""
+
+UNMEASURED: dict[str, Any] = dict.fromkeys(("plans", "samples_digest", "versus", *MEMORY, *TIMES, *FIDELITY))
 
 Rows = Sequence[dict[str, Any]]
 
@@ -51,7 +52,30 @@ def comparison_digest(
     model: ImageModel[Any], settings: Settings, subject: Subject, *, seed: int, images: int, pictures: int
 ) -> str:
     """Names all that the fidelity of a subject follows from: weights, plans, samples, and where it is computed."""
-    told = {
+    told = _followed_from(model, settings, subject) | {
+        "plans": [plan.to_json() for plan in subject.plans],
+        "samples": sample_names(model, seed, model.labels(images), 0) if images else [],
+        "seed": seed,
+        "pictures": pictures,
+    }
+    return _digest(told)
+
+
+def measurement_digest(model: ImageModel[Any], settings: Settings, subject: Subject, *, seed: int, batch: int) -> str:
+    """Names all that memory and times of drawing `batch` images under the subject's first plan follow from, but for
+    what else the machine does."""
+    told = _followed_from(model, settings, subject) | {
+        "plan": subject.plans[0].to_json(),
+        "batch": batch,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    return _digest(told)
+
+
+def _followed_from(model: ImageModel[Any], settings: Settings, subject: Subject) -> dict[str, Any]:
+    return {
         "fingerprint": model.fingerprint,
         "dtype": str(model.compute_dtype),
         "device": [model.device.type, device_name(model.device)],
@@ -59,11 +83,10 @@ def comparison_digest(
         "sampling": settings.to_json(),
         "storage": subject.storage,
         "attention": subject.attention,
-        "plans": [plan.to_json() for plan in subject.plans],
-        "samples": sample_names(model, seed, model.labels(images), 0) if images else [],
-        "seed": seed,
-        "pictures": pictures,
     }
+
+
+def _digest(told: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -115,51 +138,81 @@ class ResultsFolder:
         self.path, self.partial = folder / "results.json", folder / "results.partial.json"
         self._model, self._settings, self._request, self._pictures = model, settings, request, pictures
         self._environment: dict[str, Any] | None = None
-        self._earlier = {row.get("comparison"): row for row in check_replaceable(folder) if row.get("kl") is not None}
+        earlier = check_replaceable(folder)
+        self._earlier = {row.get("comparison"): row for row in earlier if row.get("kl") is not None}
+        self._measured: dict[str, list[dict[str, Any]]] = {}
+        for row in earlier:
+            self._measured.setdefault(row.get("measurement", ""), []).append(row)
 
-    def earlier(self, subject: Subject, digest: str) -> tuple[dict[str, Any], Tensor] | None:
+    def memory(self, digest: str, own: bool) -> dict[str, Any] | None:
+        """Memory of this very measurement, when an earlier run left it; with `own`, of a process of its own."""
+        for row in self._measured.get(digest, ()):
+            memory = row.get("memory")
+            if isinstance(memory, dict) and not (own and memory.get("process") != "own"):
+                return {name: row.get(name) for name in MEMORY}
+        return None
+
+    def times(self, digest: str, repeats: int) -> dict[str, Any] | None:
+        """Times of this very measurement, of so many runs, when an earlier run left them."""
+        for row in self._measured.get(digest, ()):
+            latency = row.get("latency_ms")
+            if isinstance(latency, dict) and latency.get("runs") == repeats:
+                return {name: row.get(name) for name in TIMES}
+        return None
+
+    def earlier(self, digest: str) -> tuple[dict[str, Any], Tensor] | None:
         """Fidelity figures of this very comparison and its pictures, when an earlier run left them whole."""
         row = self._earlier.get(digest)
         if row is None or not row.keys() >= set(FIDELITY):
             return None
-        pictures = self._load_pictures(subject, digest)
+        pictures = self._load_pictures(digest)
         return None if pictures is None else ({name: row[name] for name in FIDELITY}, pictures)
 
-    def save_plans(self, subjects: Sequence[Subject]) -> list[dict[str, str]]:
-        """The plans of all subjects; for each the names of its files and digests of what is in them."""
+    def save_plans(self, name: str, subject: Subject) -> dict[str, str]:
+        """The plans of a subject under this name: of each file a digest of what is in it."""
         folder = self.path.parent / "plans"
         folder.mkdir(exist_ok=True)
-        told: list[dict[str, str]] = []
-        for subject in subjects:
-            stem = subject_file_name(subject.name)
-            of_subject = {}
-            for draw, plan in enumerate(subject.plans):
-                path = folder / (f"{stem}.{draw}.json" if draw else f"{stem}.json")
-                plan.save(path)
-                of_subject[path.name] = file_digest(path)
-            told.append(of_subject)
+        told: dict[str, str] = {}
+        for draw, plan in enumerate(subject.plans):
+            stem = subject_file_name(name)
+            path = folder / (f"{stem}.{draw}.json" if draw else f"{stem}.json")
+            plan.save(path)
+            told[path.name] = file_digest(path)
         return told
 
-    def _pictures_path(self, subject: Subject) -> Path:
-        return self.path.parent / "pictures" / f"{subject_file_name(subject.name)}.png"
+    def _pictures_path(self, name: str) -> Path:
+        return self.path.parent / "pictures" / f"{subject_file_name(name)}.png"
 
-    def save_pictures(self, subject: Subject, digest: str, pictures_B3HW: Tensor) -> None:
-        """The pictures of a subject in one row; the file tells which comparison they are of."""
-        path = self._pictures_path(subject)
+    def save_pictures(self, name: str, digest: str, pictures_B3HW: Tensor) -> None:
+        """The pictures of what has this name in one row; the file tells which comparison they are of."""
+        path = self._pictures_path(name)
         path.parent.mkdir(exist_ok=True)
         told = PngImagePlugin.PngInfo()
         told.add_text("heatkv", digest)
         with replacing(path) as temporary:
             image_grid(pictures_B3HW, len(pictures_B3HW)).save(temporary, format="PNG", pnginfo=told)
 
-    def _load_pictures(self, subject: Subject, digest: str) -> Tensor | None:
+    @cached_property
+    def _earlier_pictures(self) -> dict[str, Path]:
+        """Files of pictures by the comparison that they are of, whatever they are called."""
+        found: dict[str, Path] = {}
+        for path in sorted((self.path.parent / "pictures").glob("*.png")):
+            try:
+                with Image.open(path) as file:
+                    found.setdefault(str(file.info.get("heatkv")), path)
+            except _NO_PICTURE:
+                continue
+        return found
+
+    def _load_pictures(self, digest: str) -> Tensor | None:
+        path = self._earlier_pictures.get(digest)
+        if path is None:
+            return None
         try:
-            with Image.open(self._pictures_path(subject)) as file:
-                if file.info.get("heatkv") != digest:
-                    return None
+            with Image.open(path) as file:
                 row = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
                 row = row.view(file.height, file.width, 3)
-        except (OSError, ValueError, SyntaxError):  # Pillow's errors for files that are missing, damaged or no PNG
+        except _NO_PICTURE:
             return None
         width, rest = divmod(row.shape[1] + GAP, self._pictures)
         if rest:
@@ -182,9 +235,7 @@ class ResultsFolder:
 
     def _set_aside(self, path: Path, rows: Rows) -> Path | None:
         """Rename the file when it holds rows that are not among these; its new path, if so."""
-        if not path.exists() or {row.get("comparison") for row in load_results(path)} <= {
-            r["comparison"] for r in rows
-        }:
+        if not path.exists() or set(map(_key, load_results(path))) <= set(map(_key, rows)):
             return None
         taken = (path.with_name(f"results.{number}.json") for number in itertools.count(1))
         free = next(candidate for candidate in taken if not candidate.exists())
@@ -202,6 +253,11 @@ class ResultsFolder:
             "request": self._request,
             "rows": [UNMEASURED | row for row in rows],
         }
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, Any]:
+    """What tells rows apart."""
+    return row.get("comparison"), row.get("measurement")
 
 
 def check_replaceable(folder: Path) -> list[dict[str, Any]]:

@@ -307,7 +307,9 @@ def _time_table(report: Report, group: Group, front: set[int]) -> Table:
 
 _LEDGERS = (
     ("budget_bytes", "allowed"), ("planned_bytes", "planned"), ("allocated_bytes", "allocated"),
-    ("compensation_bytes", "corrections"), ("device_peak_bytes", "device peak"), ("nvml_bytes", "driver"),
+    ("current_bytes", "own keys, values"), ("index_bytes", "tables"), ("workspace_bytes", "workspace"),
+    ("compensation_bytes", "corrections"), ("graph_pool_bytes", "graphs"),
+    ("device_peak_bytes", "device peak"), ("nvml_bytes", "driver"),
     ("full_bytes", "full cache"),
 )  # fmt: skip
 _TIMED = ("median", "IQR", "runs", "CUDA graphs", "their IQR")
@@ -359,8 +361,10 @@ def all_rows(report: Report) -> Section:
     blocks.append(
         Note(
             "Ledgers: allowed is the budget; planned, the most that the plan holds at any moment; allocated, the "
-            "storage of the arena, as it was made; corrections, parameters beside the cache, once for all images; "
-            "device peak, the allocator's on the device; driver, what NVML counts for the process; full cache, what no "
+            "storage of the arena, as it was made; own keys and values, those of the running layer's largest scale; "
+            "tables, what is read and written where; workspace, what attention gathers into; corrections, parameters "
+            "beside the cache, once for all images; graphs, their memory pool; device peak, the allocator's on the "
+            "device; driver, what NVML counts for the process; full cache, in the compute type, what no "
             "policy would take. Timed is one batch, decode included."
         )
     )

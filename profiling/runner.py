@@ -20,7 +20,7 @@ from heatkv.plan import CachePlan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.fidelity import Fidelity, FidelityBench, paired_bootstrap, spread
 from heatkv.profiling.latency import Latency, measure_breakdown, measure_interleaved
-from heatkv.profiling.memory import DeviceMemory, measure_device
+from heatkv.profiling.memory import Loading, MemoryReport, cache_timeline, measure_memory
 from heatkv.sampling import Settings
 from heatkv.selecting_cache import open_cache
 from heatkv.statistics import HeadRankings, Statistics
@@ -150,6 +150,7 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int) -> dict[str, 
         "workspace_bytes": max(cache.workspace_bytes for cache in caches),
         "compensation_bytes": max(0 if fitted is None else fitted.bytes for fitted in subject.compensations),
         "predicted_kl": plans[0].predicted_kl,
+        "timeline_bytes": cache_timeline(plans[0], rows, storage).tolist(),
         "under_used": max(plan.bytes(rows, storage) for plan in plans)
         < LEAST_USED * plans[0].budget_bytes(rows, storage),
         "had_no_effect": subject.policy != "full" and all(plan.had_no_effect() for plan in plans),
@@ -165,13 +166,12 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int) -> dict[str, 
 
 @dataclass(frozen=True)
 class Timing:
-    """Latency and device memory of drawing as Python runs it; latency with graphs and what these hold on the device.
+    """Latency of drawing as Python runs it, and with graphs, with what these hold on the device.
 
     Without a CUDA device there is nothing of graphs; nor where they could not be had, for the reason `no_graphs`.
     """
 
     eager: Latency
-    memory: DeviceMemory
     graph: Latency | None = None
     graph_pool_bytes: int | None = None
     no_graphs: str | None = None
@@ -204,9 +204,8 @@ def measure_latency(
     scales, watched = len(model.geometry.schedule), min(repeats, BREAKDOWN_RUNS)
     measured = {}
     for name, call in calls.items():
-        memory = measure_device(call, model.device)
-        eager = replace(times[name], breakdown=measure_breakdown(call, model.device, scales, watched))
-        measured[name] = Timing(eager, memory)
+        breakdown = measure_breakdown(call, model.device, scales, watched)
+        measured[name] = Timing(replace(times[name], breakdown=breakdown))
     if model.device.type == "cuda":
         calls.clear()
         for subject in subjects:
@@ -327,11 +326,36 @@ def versus(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
 
 
 def latency_row(timing: Timing) -> dict[str, Any]:
-    """Latency and device memory as fields of a result row."""
+    """Latency as fields of a result row."""
     return {
         "latency_ms": timing.eager.to_json(),
-        "device_peak_bytes": timing.memory.peak_bytes,
-        "nvml_bytes": timing.memory.nvml_bytes,
         "graph_latency_ms": None if timing.graph is None else timing.graph.to_json(),
         "graph_pool_bytes": timing.graph_pool_bytes,
+    }
+
+
+def subject_memory(
+    model: ImageModel[Any],
+    subject: Subject,
+    batch: int,
+    settings: Settings,
+    *,
+    seed: int = 0,
+    loading: Loading | None = None,
+) -> MemoryReport:
+    """All ledgers of drawing `batch` images under the first plan of a subject; `loading` is told of a process of its
+    own."""
+    fitted = subject.compensations[0]
+    return measure_memory(
+        model, subject.plans[0], lambda graphs: subject.generator(model, settings, 0, batch, graphs), batch,
+        subject.storage, seed=seed, corrections_bytes=0 if fitted is None else fitted.bytes, loading=loading,
+    )  # fmt: skip
+
+
+def memory_row(report: MemoryReport) -> dict[str, Any]:
+    """Measured memory as fields of a result row."""
+    return {
+        "memory": report.to_json(),
+        "device_peak_bytes": report.device_peak_bytes,
+        "nvml_bytes": None if report.driver is None else report.driver.process_bytes,
     }

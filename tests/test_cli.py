@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -173,7 +174,7 @@ def test_options_of_policies_are_set(statistics_file: Path, tmp_path: Path, caps
 
 
 def test_what_a_composed_policy_plans_from_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1"]
+    sizes = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1", "--in-process"]
     base = ["--policies", "adakv", "--set", "base=hack-like", "--budgets", "20%"]
     assert run(["compare", *base, *sizes, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "statistics.safetensors").exists()
@@ -183,7 +184,17 @@ def test_what_a_composed_policy_plans_from_is_measured(tmp_path: Path, capsys: p
 def test_an_option_goes_to_the_policies_that_have_it(
     statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = ["profile", "--policies", "heatkv-lp,streaming", "--budgets", "20%", "--repeats", "1", "--json"]
+    base = [
+        "profile",
+        "--policies",
+        "heatkv-lp,streaming",
+        "--budgets",
+        "20%",
+        "--repeats",
+        "1",
+        "--in-process",
+        "--json",
+    ]
     base += ["--statistics", str(statistics_file), "--out", str(tmp_path)]
     capsys.readouterr()
     for sinks in (["--sink-scales", "2"], ["--set", "sink_scales=2"]):
@@ -285,6 +296,20 @@ def test_progress_in_a_log_is_a_line_for_every_tenth(capsys: pytest.CaptureFixtu
         for _ in range(100):
             advance(1)
     assert capsys.readouterr().err.splitlines() == [f"counting: {done} of 100" for done in range(10, 101, 10)]
+
+
+def test_progress_in_a_log_tells_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 130.0, 220.0, 229.0])
+    monkeypatch.setattr("heatkv.cli.output.time.monotonic", lambda: next(clock))
+    with progress("counting", 10) as advance:
+        for count in (2, 7, 1):
+            advance(count)
+    # 30 s for two: 120 s for eight; 120 s for nine: 13 s for one
+    assert capsys.readouterr().err.splitlines() == [
+        "counting: 2 of 10, 2:00 left", "counting: 9 of 10, 0:13 left", "counting: 10 of 10",
+    ]  # fmt: skip
 
 
 def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -527,7 +552,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, capsys: py
 def test_profile_measures_bytes_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "2", "--json"]
     arguments += ["--trace", str(tmp_path / "traces")]
-    assert run([*arguments, "--out", str(tmp_path)]) == 0
+    assert run([*arguments, "--in-process", "--out", str(tmp_path)]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["policy"] for row in rows] == ["full", "streaming"]
     assert rows[1]["allocated_bytes"] <= 0.2 * rows[0]["allocated_bytes"]
@@ -537,7 +562,7 @@ def test_profile_measures_bytes_and_time(tmp_path: Path, capsys: pytest.CaptureF
     assert len(list((tmp_path / "traces").glob("*.pt.trace.json"))) == 2
 
 
-SMALL = ["--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1", "--draws", "2"]
+SMALL = ["--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1", "--draws", "2", "--in-process"]
 
 
 def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -605,7 +630,7 @@ def test_a_used_folder_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureF
     }
     # times alone lose none of it, and other seeds, counts or precision are other comparisons
     assert run(["profile", "--policies", "heatkv", "--statistics", str(out / "statistics.safetensors"), *arguments[-2:],
-                "--budgets", "30%", "--repeats", "1"]) == 0  # fmt: skip
+                "--budgets", "30%", "--repeats", "1", "--in-process"]) == 0  # fmt: skip
     assert rows_of(out)[1]["kl"] is None
     assert {row["policy"] for row in rows_of(out, "results.2.json")} == {"full", "heatkv", "streaming"}
     capsys.readouterr()
@@ -665,13 +690,193 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(row["latency_ms"] is not None for row in kept)
     assert not (tmp_path / "results.json").exists()
     # another run in between loses nothing of it
-    assert run(["profile", "--policies", "streaming", *arguments[-4:], "--repeats", "1"]) == 0
+    assert run(["profile", "--policies", "streaming", *arguments[-4:], "--repeats", "1", "--in-process"]) == 0
     capsys.readouterr()
     assert run(arguments) == 0
     assert "2 of 3 comparisons were made before" in capsys.readouterr().err
     assert [row["kl"] for row in rows_of(tmp_path)[:2]] == [row["kl"] for row in kept[:2]]
     assert rows_of(tmp_path)[2]["kl"] > 0
     assert not (tmp_path / "results.partial.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "kills"), [([0], (4,)), pytest.param([0, 1], (1, 6, 6, 5), marks=pytest.mark.slow)], ids=["one", "two"]
+)
+def test_a_sweep_over_batches_and_seeds(
+    seeds: list[int],
+    kills: tuple[int, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed while it measures, it goes on: what is finished stays as it is and is not measured again."""
+    arguments = ["compare", *SMALL[2:], "--policies", "random", "--budgets", "30%", "--batches", "1,2"]
+    arguments += ["--seeds", ",".join(map(str, seeds)), "--out", str(tmp_path)]
+    finished: dict[tuple[Any, ...], Any] = {}
+    # one save before anything is measured, then one after every figure of memory, time and fidelity
+    for saves in kills:
+        command = [sys.executable, "-c", KILLED_AFTER, str(saves), *arguments]
+        process = subprocess.run(
+            command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
+        )
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        now = figures(rows_of(tmp_path, "results.partial.json"))
+        assert finished.items() <= now.items()
+        assert len(now) >= len(finished) + saves - 1
+        finished = now
+    measured: list[str] = []
+    for name in ("subject_memory", "measure_latency", "fidelity_row"):
+        monkeypatch.setattr(f"heatkv.profiling.runner.{name}", counting(name, measured))
+    assert run(arguments) == 0
+    rows = rows_of(tmp_path)
+    assert [(row["seed"], row["batch"], row["rows"], row["policy"]) for row in rows] == [
+        (seed, batch, 2 * batch, policy) for seed in seeds for batch in (1, 2) for policy in ("full", "random")
+    ]
+    every, points = figures(rows), 2 * len(seeds)
+    assert finished.items() <= every.items()
+    assert len(every) == 2 * points * 3
+    # batches share comparisons, and a point is timed at once
+    assert measured.count("fidelity_row") == points - len({key[1] for key in finished if key[0] == "kl"})
+    assert measured.count("measure_latency") == points - len({key[2:4] for key in finished if key[0] == "latency_ms"})
+    assert measured.count("subject_memory") == 2 * points - len([key for key in finished if key[0] == "memory"])
+    assert not (tmp_path / "results.partial.json").exists()
+    assert not list(tmp_path.glob("results.[0-9]*.json"))
+    endings = [f"_seed{seed}" for seed in seeds] if len(seeds) > 1 else [""]
+    assert {path.name for path in tmp_path.glob("images*")} == {f"images_30percent{ending}.png" for ending in endings}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        f"{name}{ending}.png" for name in ("full_100percent", "random_30percent") for ending in endings
+    }
+    kl = {(row["policy"], row["batch"], row["seed"]): row["kl"] for row in rows}
+    assert len({kl["random", batch, seed] for batch in (1, 2) for seed in seeds}) == len(seeds)
+    # and all of it again measures nothing
+    measured.clear()
+    capsys.readouterr()
+    assert run(arguments) == 0
+    assert measured == []
+    said = capsys.readouterr().err
+    for what in ("the memory of {0} of {0}", "the time of {0} of {0}", "{0} of {0} comparisons"):
+        assert what.format(2 * points) in said
+    assert figures(rows_of(tmp_path)) == every
+
+
+def figures(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], str]:
+    """What is measured: (what, comparison, batch, seed, policy) -> figure."""
+    return {
+        (name, row["comparison"], row["batch"], row["seed"], row["policy"]): json.dumps(row[name])
+        for row in rows
+        for name in ("memory", "latency_ms", "kl")
+        if row[name] is not None
+    }
+
+
+def counting(name: str, calls: list[str]) -> Any:
+    """The function of this name of the runner, which notes its calls."""
+    original = getattr(importlib.import_module("heatkv.profiling.runner"), name)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        return original(*arguments, **options)
+
+    return called
+
+
+KILLED_AFTER = """
+import os, signal, sys
+from heatkv.profiling.results import ResultsFolder
+from heatkv.__main__ import main
+save, saved, most = ResultsFolder.save, [], int(sys.argv.pop(1))
+def killed(self, rows):
+    save(self, rows)
+    saved.append(1)
+    if len(saved) == most:
+        os.kill(os.getpid(), signal.SIGKILL)
+ResultsFolder.save = killed
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_takes_its_worker_with_it(tmp_path: Path) -> None:
+    """Killed when the first worker has started: that ends without a result, and the same command does all there is."""
+    reader, writer = os.pipe()
+    arguments = ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", KILLED_WITH_WORKER, str(writer), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, stderr=subprocess.PIPE, env=environment, pass_fds=(writer,), timeout=300)
+    os.close(writer)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert os.read(reader, 1) == b""  # the worker, who held the other end, is gone
+    os.close(reader)
+    left = tmp_path / ".memory_job"
+    assert {path.name for path in left.iterdir()} == {"job.json", "plan.json"}
+    assert run(arguments) == 0
+    assert [row["memory"]["process"] for row in rows_of(tmp_path)] == ["own", "own"]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "plans"}
+
+
+KILLED_WITH_WORKER = """
+import os, signal, subprocess, sys
+from heatkv.profiling import worker
+from heatkv.__main__ import main
+held, start = int(sys.argv.pop(1)), subprocess.Popen
+def started(command, *arguments, **options):
+    if "heatkv.profiling.worker" not in command:
+        return start(command, *arguments, **options)
+    process = start(command, *arguments, pass_fds=(held,), **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+worker.subprocess.Popen = started
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batches", "1,1"], "batch '1' is named twice"),
+        (["--batches", "1,01"], "batch 1 is named twice"),
+        (["--batches", "0"], "--batches is 0; it must be at least 1"),
+        (["--batches", "few"], "cannot read the batch list 'few'; write whole numbers as 1,4"),
+        (["--batches", "2", "--rows", "4"], "--batches and --rows both say how much"),
+        (["--seeds", "1.5"], "cannot read the seed list '1.5'"),
+        (["--seeds", "1", "--seed", "2"], "--seeds and --seed both name seeds"),
+        (["--snapshot"], "a snapshot is one of the CUDA allocator; the model is on cpu: leave --snapshot out"),
+    ],
+)
+def test_sweeps_that_are_none_are_refused(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, "profile", *arguments, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_goes_on_after_what_cannot_be_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of three runs out of memory: its row says so and has no figures; once more it is tried again."""
+    asked: list[int] = []
+
+    def apart(folder: Path, job: Any, plan: Any) -> dict[str, Any]:
+        asked.append(job.batch)
+        out_of_memory = len(asked) == 2
+        return {"error": "out of memory: 5 GiB"} if out_of_memory else {"error": None, "memory": told}
+
+    arguments = ["profile", "--policies", "streaming", "--budgets", "20%,10%", "--repeats", "1", "--out", str(tmp_path)]
+    assert run([*arguments[:4], "20%", *arguments[5:7], "--in-process", "--out", str(tmp_path / "first")]) == 0
+    told = rows_of(tmp_path / "first")[0]["memory"] | {"process": "own"}
+    monkeypatch.setattr("heatkv.profiling.worker.measure_apart", apart)
+    capsys.readouterr()
+    assert run(arguments) == 0
+    out, said = capsys.readouterr()
+    assert "streaming 20% was not measured: out of memory: 5 GiB" in said
+    assert "out of memory: 5 GiB" in out
+    rows = rows_of(tmp_path)
+    assert [row["error"] for row in rows] == [None, "out of memory: 5 GiB", None]
+    for name in ("memory", "latency_ms"):
+        assert [row[name] is None for row in rows] == [False, True, False]
+    assert run(arguments) == 0
+    assert len(asked) == 4
+    assert [row["error"] for row in rows_of(tmp_path)] == [None] * 3
+    assert [row["latency_ms"] for row in rows_of(tmp_path)][::2] == [row["latency_ms"] for row in rows][::2]
 
 
 KILLED = """

@@ -125,7 +125,7 @@ def test_solve_replaces_plans_only(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_plan_in_bytes_for_another_type_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = tmp_path / "plan.json"
     assert run(["solve", "--policy", "streaming", "--budget", "1MiB", "--out", str(plan)]) == 0
-    given = ["profile", "--plan", str(plan), "--repeats", "1", "--json", "--out", str(tmp_path / "out")]
+    given = ["profile", "--plan", str(plan), "--repeats", "1", "--in-process", "--json", "--out", str(tmp_path / "out")]
     assert run([*given, "--dtype", "bfloat16"]) == 0
     out, error = capsys.readouterr()
     assert "was made for" not in error

@@ -30,9 +30,26 @@ from heatkv.policies.lp import HeatKVLP
 from heatkv.policies.snapkv import SnapKV
 from heatkv.profiling.fidelity import FidelityBench
 from heatkv.profiling.html_report import report_data
+from heatkv.profiling.memory import (
+    AllocatorMemory,
+    AllocatorPeaks,
+    DriverMemory,
+    GraphMemory,
+    HostMemory,
+    Phases,
+    Step,
+)
 from heatkv.profiling.merging import merge
-from heatkv.profiling.results import ResultsFolder, comparison_digest, save_scas
-from heatkv.profiling.runner import bytes_row, fidelity_row, latency_row, measure_latency, plan_subjects
+from heatkv.profiling.results import ResultsFolder, comparison_digest, measurement_digest, save_scas
+from heatkv.profiling.runner import (
+    bytes_row,
+    fidelity_row,
+    latency_row,
+    measure_latency,
+    memory_row,
+    plan_subjects,
+    subject_memory,
+)
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import HeadRankings, Statistics
 from heatkv.testing import made_up_mass
@@ -170,7 +187,9 @@ def test_unknown_arrays_are_refused(statistics: Statistics, tmp_path: Path, name
 def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (full,) = plan_subjects(emoji, [], [], statistics=None, rows=2, storage="float32")
     digest = comparison_digest(emoji, emoji.sampling, full, seed=0, images=1, pictures=1)
-    row = {"comparison": digest} | bytes_row(emoji, full, 2)
+    measurement = measurement_digest(emoji, emoji.sampling, full, seed=0, batch=1)
+    row = {"comparison": digest, "measurement": measurement, "batch": 1, "seed": 0} | bytes_row(emoji, full, 2)
+    row |= memory_row(subject_memory(emoji, full, 1, emoji.sampling))
     row |= latency_row(measure_latency(emoji, [full], rows=2, settings=emoji.sampling, repeats=1)[full.name])
     bench = FidelityBench(emoji, images=1, pictures=1, seed=0, settings=emoji.sampling)
     row |= fidelity_row(bench, full)[0]
@@ -179,6 +198,14 @@ def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pyte
     told = json.loads(Path("results.json").read_text())
     assert fields("results.json", "field") == set(told)
     assert fields("results.json", "field of a row") == set(told["rows"][0])
+    assert fields("results.json", "field of memory") == set(told["rows"][0]["memory"])
+    text = section("results.json")
+    for value in told["rows"][0]["memory"].values():
+        for name in value if isinstance(value, dict) else ():
+            assert f"`{name}`" in text
+    for kind in (HostMemory, AllocatorMemory, AllocatorPeaks, GraphMemory, DriverMemory, Step, Phases):
+        for field in dataclasses.fields(kind):
+            assert f"`{field.name}`" in text
     assert run_lines("results.json")["kl"] == {("full", "100%"): 0}
 
 

@@ -37,7 +37,6 @@ from heatkv.policies.dynamic import Candidates
 from heatkv.policies.recent_tokens import SlidingWindowTokens
 from heatkv.profiling.latency import Latency
 from heatkv.profiling.ledger import TensorLedger
-from heatkv.profiling.memory import DeviceMemory
 from heatkv.profiling.report import results_table
 from heatkv.profiling.runner import Subject, Timing, bytes_row, latency_row, timed_with_graphs
 from heatkv.registry import registered_policies
@@ -691,7 +690,7 @@ def test_a_capture_that_fails_gives_the_stream_back_and_tells_the_first_reason(m
 
 
 def test_times_with_graphs(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    eager = Timing(Latency((1.0,)), DeviceMemory(None, None))
+    eager = Timing(Latency((1.0,)))
     generator = Generator(tiny, tiny.plan(), 1, runner=TapeRunner())
     runs: list[int] = []
     found = timed_with_graphs(

@@ -146,7 +146,7 @@ def test_calibrate_solve_and_generate(tiny: list[str], capsys: pytest.CaptureFix
 def test_compare(tiny: list[str]) -> None:
     small = ["--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1"]
     asked = ["--prompts", "prompts.txt", "--policies", "heatkv", "--budgets", "50%"]
-    assert run(["compare", *tiny, *small, *asked, "--out", "out"]) == 0
+    assert run(["compare", *tiny, *small, *asked, "--in-process", "--out", "out"]) == 0
     full, pruned = json.loads(Path("out/results.json").read_text())["rows"]
     assert (full["policy"], pruned["policy"]) == ("full", "heatkv")
     assert full["planned_bytes"] == full["allocated_bytes"] == FULL_BYTES

@@ -19,7 +19,6 @@ from heatkv.profiling import latency
 from heatkv.profiling.environment import environment
 from heatkv.profiling.fidelity import FidelityBench, kl_divergence, psnr, ssim
 from heatkv.profiling.latency import Latency, measure_interleaved
-from heatkv.profiling.memory import measure_device, nvml_process_bytes
 from heatkv.profiling.report import results_table
 from heatkv.profiling.results import ResultsFolder
 from heatkv.profiling.runner import Subject, bytes_row, fidelity_row, images_of_rows, plan_subjects
@@ -140,13 +139,6 @@ def test_latency_takes_turns_and_drops_nothing(monkeypatch: pytest.MonkeyPatch) 
         "median": 3, "iqr": 2, "runs": 5, "interval": [1, 100], "confidence": 0.9375, "outliers": 1,
         "all": [1, 2, 3, 4, 100],
     }  # fmt: skip
-
-
-def test_what_the_cpu_cannot_measure_is_none() -> None:
-    assert nvml_process_bytes(CPU) is None
-    called = []
-    memory = measure_device(lambda: called.append(1), CPU)
-    assert (memory.peak_bytes, memory.nvml_bytes, called) == (None, None, [1])
 
 
 def test_results_say_where_they_come_from(emoji: ClassConditionalModel, tmp_path: Path) -> None:

@@ -113,7 +113,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory, emoji: ClassConditionalMo
     request["statistics"] = statistics.provenance.to_json()
     results = ResultsFolder(folder, emoji, emoji.sampling, request, pictures=2)
     rows = []
-    for place, (subject, plans) in enumerate(zip(subjects, results.save_plans(subjects), strict=True)):
+    for place, subject in enumerate(subjects):
+        plans = results.save_plans(subject.name, subject)
         kls = [0.01 * place + 0.001 * draw for draw in range(len(subject.plans))]
         digest = f"comparison {place}"
         rows.append(bytes_row(emoji, subject, 2) | {
@@ -123,7 +124,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, emoji: ClassConditionalMo
             "latency_ms": {"median": 120.5 - place, "iqr": 1.5, "runs": 2},
         })  # fmt: skip
         generator = torch.Generator().manual_seed(place)
-        results.save_pictures(subject, digest, torch.rand(2, 3, 24, 24, generator=generator))
+        results.save_pictures(subject.name, digest, torch.rand(2, 3, 24, 24, generator=generator))
     save_scas(folder / "scas.json", statistics)
     statistics.save(folder / "statistics.safetensors")
     results.finish(rows)
@@ -209,7 +210,7 @@ def test_the_page_can_be_read_by_all(compared: Path) -> None:
     assert len(scrolled) >= len(page.tables)
 
 
-SECTIONS = ["summary", "fidelity", "latency", "scales", "scas", "plans", "pictures", "rows", "environment"]
+SECTIONS = ["summary", "fidelity", "latency", "scales", "scas", "plans", "pictures", "rows", "further", "environment"]
 
 
 def test_the_page_has_all_sections_and_says_the_result_first(compared: Path) -> None:
@@ -222,7 +223,9 @@ def test_the_page_has_all_sections_and_says_the_result_first(compared: Path) -> 
 
 FIGURES = {
     "allowed": "budget_bytes", "planned": "planned_bytes", "allocated": "allocated_bytes",
-    "corrections": "compensation_bytes", "device peak": "device_peak_bytes", "driver": "nvml_bytes",
+    "own keys, values": "current_bytes", "tables": "index_bytes", "workspace": "workspace_bytes",
+    "graphs": "graph_pool_bytes", "corrections": "compensation_bytes",
+    "device peak": "device_peak_bytes", "driver": "nvml_bytes",
     "full cache": "full_bytes", "KL": "kl", "foretold KL": "predicted_kl", "top-1": "top1_agreement",
     "PSNR dB": "psnr_db", "SSIM": "ssim", "images": "images", "pictures": "pictures",
 }  # fmt: skip
@@ -299,8 +302,10 @@ def test_unknown_figures_are_told_as_they_are(folder: Path, tmp_path: Path) -> N
 
     page, _ = page_of(edit(folder, more), out=tmp_path / "out")
     (table,) = page.in_section("further")
-    assert table["rows"][0] == ["policy", "budget", "phase_ms attention", "phase_ms decode", "kl_interval"]
-    assert [row[2:] for row in table["rows"][1:4]] == [
+    names = table["rows"][0]
+    assert names[:2] == ["policy", "budget"]
+    added = [names.index(name) for name in ("phase_ms attention", "phase_ms decode", "kl_interval")]
+    assert [[row[at] for at in added] for row in table["rows"][1:4]] == [
         ["0", "not measured", "0.25, 0.5"], ["1.25", "not measured", "0.25, 0.5"], ["2.5", "not measured", "0.25, 0.5"],
     ]  # fmt: skip
 
@@ -572,14 +577,14 @@ def test_two_folders_without_seeds_are_not_ranked_together(folder: Path) -> None
 def test_quantised_rows_stay_in_the_ranking_of_their_folder(folder: Path, tmp_path: Path) -> None:
     def quantise(told: Told) -> None:
         row = copy.deepcopy(told["rows"][1])
-        row |= {"dtype": "int8", "kl": 0.5, "allocated_bytes": row["allocated_bytes"] // 4, "plans": None}
+        row |= {"storage": "int8/float32", "kl": 0.5, "allocated_bytes": row["allocated_bytes"] // 4, "plans": None}
         told["rows"].append(row)
 
     page, data = page_of(edit(folder, quantise), out=tmp_path / "out")
     (fidelity,) = data["fidelity"]
     assert len([row for row in fidelity["budgets"]["30%"] if row["policy"] == "heatkv"]) == 2
     labels = {row[0] for row in page.in_section("fidelity")[0]["rows"]}
-    assert {"heatkv · float32", "heatkv · int8"} <= labels
+    assert {"heatkv · float32", "heatkv · int8/float32"} <= labels
 
 
 def test_merging_does_not_depend_on_the_order(folder: Path, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_compare_measures_with_the_sinks_of_its_policies(
     for name in ("BIAS_SAMPLES", "LEVEL_SAMPLES"):
         monkeypatch.setattr(f"heatkv.cli.calibrate.{name}", 1)
     few = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1"]
-    command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", *few]
+    command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", "--in-process", *few]
 
     def sinks_of_costs(folder: Path, sinks: str) -> int:
         assert run([*command, "--sink-scales", sinks, "--out", str(folder)]) == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,7 @@ import typer
 
 from heatkv.cli.calibrate import statistics_of_folder
 from heatkv.cli.opening import (
+    load_arguments,
     open_model,
     open_plan,
     open_rankings,
@@ -20,12 +23,23 @@ from heatkv.cli.opening import (
     say_bytes,
     storage_of,
 )
-from heatkv.cli.options import AsJson, Budgets, OutFolder, PlanFiles, Policies, Ranking, Repeats, Running, Source
+from heatkv.cli.options import (
+    AsJson,
+    Budgets,
+    OutFolder,
+    PlanFiles,
+    Policies,
+    Ranking,
+    Repeats,
+    Running,
+    Source,
+    Sweep,
+)
 from heatkv.cli.output import make_folder, progress, say, show
 from heatkv.cli.report import draw_report
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError
-from heatkv.files import read_json
+from heatkv.files import file_name, read_json
 from heatkv.geometry import Budget
 from heatkv.levels import SINK_SCALES
 from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
@@ -43,6 +57,24 @@ DEFAULT_BUDGETS = "50%,30%,20%,10%"
 _Rows = list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class _Point:
+    """Where in a sweep: images at once, the cache rows that they take, and the seed."""
+
+    batch: int
+    rows: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A subject at a point, with the row of results that is being filled."""
+
+    point: _Point
+    subject: Subject
+    row: dict[str, Any]
+
+
 class _Measurement:
     """Policies at budgets and finished plans, on a model; names and numbers are read before the model is."""
 
@@ -55,9 +87,9 @@ class _Measurement:
         plans: Sequence[Path] | None,
         ranking: Ranking,
         running: Running,
+        sweep: Sweep,
     ) -> None:
-        from heatkv.profiling.runner import images_of_rows
-
+        batches, seeds = _axes(sweep, running)
         if policies is None:
             self.policies = ["full"] if plans else parse_names(default, "policy")
         elif policies.strip() == "all":
@@ -76,13 +108,29 @@ class _Measurement:
         sinks = [p.sink_scales for p in made if isinstance(p, StaticPolicy) and p.level_cost is not None]
         self.level_sinks = min(sinks, default=SINK_SCALES)
         self.model, self.settings = open_model(source, running)
-        self.storage, self.seed = storage_of(self.model, running.storage), running.seed
-        self.running = running
-        self.rows = running.rows if running.rows is not None else self.settings.rows_per_image
-        self.batch = images_of_rows(self.rows, self.settings)
+        self.storage = storage_of(self.model, running.storage)
+        self.source, self.running, self.in_process = source, running, sweep.in_process
+        self.points = self._points(batches, seeds)
         self.statistics = open_statistics(ranking.statistics, self.model, self.settings)
         self.plans = [(path, open_plan(path, self.model.geometry, source.model)) for path in plans or []]
         self.rankings = open_rankings(ranking.orders, self.model.geometry, source.model)
+
+    def _points(self, batches: Sequence[int] | None, seeds: Sequence[int]) -> list[_Point]:
+        """Every batch with every seed."""
+        from heatkv.profiling.runner import images_of_rows
+
+        each = self.settings.rows_per_image
+        if batches is None:
+            rows = self.running.rows if self.running.rows is not None else each
+            batches = [images_of_rows(rows, self.settings)]
+        return [_Point(batch, batch * each, seed) for seed in seeds for batch in batches]
+
+    def point_name(self, point: _Point, batch: bool = True) -> str:
+        """What to add to a name so that it is of this point alone; nothing where there is one point only."""
+        told = [("seed", {p.seed for p in self.points}, point.seed)]
+        if batch:
+            told.append(("batch", {p.batch for p in self.points}, point.batch))
+        return "".join(f"_{axis}{value}" for axis, values, value in told if len(values) > 1)
 
     def check(self) -> None:
         """Refuse bad policies and budgets before anything is measured."""
@@ -104,11 +152,12 @@ class _Measurement:
                 budget,
                 self.statistics,
                 self.rankings,
-                rows=self.rows,
+                rows=rows,
                 storage=self.storage,
                 model=name_of_model,
             )
             for budget in self.budgets
+            for rows in dict.fromkeys(point.rows for point in self.points)
         ]
         for name in self.policies:
             policy = make_policy(name, **self.policy_options[name])
@@ -116,21 +165,30 @@ class _Measurement:
                 policy.check(problem)
                 policy.check_room(problem)
 
-    def subjects(self, statistics: Statistics | None, draws: int = 1) -> list[Subject]:
-        """Every policy at every budget, and every finished plan."""
+    def subjects(self, statistics: Statistics | None, draws: int = 1) -> list[tuple[_Point, Subject]]:
+        """Every policy at every budget, and every finished plan, at every point."""
+        found: dict[_Point, list[Subject]] = {}
+        for point in self.points:
+            # only a budget in bytes makes other plans for other rows
+            same = [p for p in found if p.seed == point.seed and not any(b.kind == "bytes" for b in self.budgets)]
+            found[point] = found[same[0]] if same else self._subjects_at(point, statistics, draws)
+            for path, plan in self.plans if point.seed == self.points[0].seed else ():
+                say_bytes(plan, str(path), point.rows, self.storage)
+        return [(point, subject) for point, subjects in found.items() for subject in subjects]
+
+    def _subjects_at(self, point: _Point, statistics: Statistics | None, draws: int) -> list[Subject]:
         from heatkv.profiling.runner import Subject, plan_subjects
 
         subjects = plan_subjects(
-            self.model, self.policies, self.budgets, statistics=statistics, rankings=self.rankings, rows=self.rows,
-            storage=self.storage, seed=self.seed, draws=draws, options=self.policy_options, settings=self.settings,
+            self.model, self.policies, self.budgets, statistics=statistics, rankings=self.rankings, rows=point.rows,
+            storage=self.storage, seed=point.seed, draws=draws, options=self.policy_options, settings=self.settings,
             attention=self.running.attention,
         )  # fmt: skip
         for path, plan in self.plans:
-            say_bytes(plan, str(path), self.rows, self.storage)
             title, budget = f"{plan.policy} ({path.name})", f"{plan.budget:.4%}".replace(".0000", "")
             subjects.append(
                 Subject.of(
-                    title, budget, [plan], self.model, self.seed, self.settings, self.storage, self.running.attention
+                    title, budget, [plan], self.model, point.seed, self.settings, self.storage, self.running.attention
                 )
             )
         taken: set[str] = set()
@@ -148,41 +206,168 @@ class _Measurement:
         say(f"{subject.name}: its KL was foretold for cfg {told['predicted_cfg']}, this run has {own}")
         return {"predicted_kl": None}
 
-    def digests(self, subjects: Sequence[Subject], images: int, pictures: int) -> list[str]:
-        """What every subject's fidelity follows from; its images are other samples than the calibration's."""
-        from heatkv.profiling.results import comparison_digest
+    def lines(
+        self,
+        subjects: Sequence[tuple[_Point, Subject]],
+        results: ResultsFolder,
+        images: int,
+        pictures: int,
+        repeats: int,
+    ) -> list[_Line]:
+        """A line for every subject, with its bytes, and its memory and times where they were measured before."""
+        from heatkv.profiling.results import comparison_digest, measurement_digest, samples_digest
+        from heatkv.profiling.runner import bytes_row
 
-        return [
-            comparison_digest(self.model, self.settings, s, seed=self.seed + 1, images=images, pictures=pictures)
-            for s in subjects
-        ]
+        lines, kept = [], [0, 0]
+        for point, subject in subjects:
+            row: dict[str, Any] = {
+                # the images that are compared are other samples than the calibration's
+                "comparison": comparison_digest(
+                    self.model, self.settings, subject, seed=point.seed + 1, images=images, pictures=pictures
+                ),
+                "measurement": measurement_digest(
+                    self.model, self.settings, subject, seed=point.seed, batch=point.batch
+                ),
+                "batch": point.batch,
+                "seed": point.seed,
+                "samples_digest": samples_digest(self.model, point.seed + 1, images) if images else None,
+                "plans": results.save_plans(f"{subject.name}{self.point_name(point)}", subject),
+            }
+            row |= bytes_row(self.model, subject, point.rows) | self._foretold_elsewhere(subject)
+            memory = results.memory(row["measurement"], own=not self.in_process)
+            times = results.times(row["measurement"], repeats)
+            kept = [count + (found is not None) for count, found in zip(kept, (memory, times), strict=True)]
+            lines.append(_Line(point, subject, row | (memory or {}) | (times or {})))
+        for count, what in zip(kept, ("memory", "time"), strict=True):
+            if count:
+                say(
+                    f"the {what} of {count} of {len(lines)} was measured before: taken from {results.path.parent}; "
+                    "another folder (--out) measures anew"
+                )
+        return lines
 
-    def bytes_and_times(
-        self, subjects: Sequence[Subject], digests: Sequence[str], repeats: int, results: ResultsFolder
-    ) -> _Rows:
-        """A result row for every subject; bytes are saved before times are taken, so that an interrupt keeps them."""
-        from heatkv.profiling.busy import load_of
-        from heatkv.profiling.runner import bytes_row, latency_row, measure_latency
-
-        rows = [
-            {"comparison": digest, "plans": files}
-            | bytes_row(self.model, subject, self.rows)
-            | self._foretold_elsewhere(subject)
-            for subject, digest, files in zip(subjects, digests, results.save_plans(subjects), strict=True)
-        ]
+    def measure(self, lines: Sequence[_Line], repeats: int, results: ResultsFolder, snapshot: bool = False) -> None:
+        """Add memory and times to the rows that lack them, saving each."""
+        rows = [line.row for line in lines]
         results.save(rows)
-        if reasons := load_of(self.model.device).reasons:
+        paths = {id(line): self._snapshot_path(line, results.path.parent) if snapshot else None for line in lines}
+        missing = [
+            line for line in lines
+            if "memory" not in line.row or ((path := paths[id(line)]) is not None and not path.exists())
+        ]  # fmt: skip
+        with progress("measuring memory", len(missing)) as advance:
+            for line in missing:
+                line.row.update(self._memory(line, results.path.parent, paths[id(line)]))
+                results.save(rows)
+                advance(1)
+        self._time(lines, repeats, results)
+
+    def _snapshot_path(self, line: _Line, folder: Path) -> Path:
+        return folder / f"snapshot_{file_name(line.subject.name)}{self.point_name(line.point)}.pickle"
+
+    def _memory(self, line: _Line, folder: Path, snapshot: Path | None) -> dict[str, Any]:
+        """In a process of its own, or quickly in this one; the allocator's history goes to `snapshot`."""
+        from heatkv.profiling.memory import record_snapshots, save_snapshot
+        from heatkv.profiling.runner import memory_row, subject_memory
+        from heatkv.profiling.worker import OUT_OF_MEMORY, Job, measure_apart, why_failed
+
+        point, subject = line.point, line.subject
+        if self.in_process:
+            if snapshot is not None:
+                record_snapshots()
+            try:
+                found = memory_row(subject_memory(self.model, subject, point.batch, self.settings, seed=point.seed))
+            except OUT_OF_MEMORY as error:
+                return self._unmeasured(line, why_failed(error))
+            if snapshot is not None:
+                save_snapshot(snapshot)
+            return found
+        import torch
+
+        running = self.running
+        job = Job(
+            load_arguments(self.source, running), self.model.fingerprint, running.cfg, point.batch, point.seed,
+            running.storage, running.attention, torch.get_num_threads(), line.row["measurement"],
+            None if snapshot is None else str(snapshot.absolute()),
+        )  # fmt: skip
+        found = measure_apart(folder, job, subject.plans[0])
+        return found if found["error"] is None else self._unmeasured(line, found["error"])
+
+    def _unmeasured(self, line: _Line, error: str) -> dict[str, Any]:
+        say(f"{line.subject.name}{self.point_name(line.point).replace('_', ' ')} was not measured: {error}")
+        return {"error": error}
+
+    def _time(self, lines: Sequence[_Line], repeats: int, results: ResultsFolder) -> None:
+        """Times of what could be drawn and has none, in turns with all others of its point."""
+        from heatkv.profiling.busy import load_of
+        from heatkv.profiling.runner import latency_row, measure_latency
+        from heatkv.profiling.worker import OUT_OF_MEMORY, why_failed
+
+        missing = [line for line in lines if "latency_ms" not in line.row and line.row.get("error") is None]
+        if missing and (reasons := load_of(self.model.device).reasons):
             say(f"warning: the machine is busy ({', '.join(reasons)}); times will be too long and spread")
-        runs = len(subjects) * repeats * (2 if self.model.device.type == "cuda" else 1)
+        runs = len(missing) * repeats * (2 if self.model.device.type == "cuda" else 1)
         with progress("timing", runs) as advance:
-            measured = measure_latency(
-                self.model, subjects, rows=self.rows, settings=self.settings, repeats=repeats, seed=self.seed,
-                progress=lambda: advance(1),
-            )  # fmt: skip
-        for name, timing in measured.items():
-            if timing.no_graphs is not None:
-                say(f"{name} has no time with graphs: {timing.no_graphs}")
-        return [row | latency_row(measured[s.name]) for s, row in zip(subjects, rows, strict=True)]
+            for point in self.points:
+                untimed = [line for line in missing if line.point == point]
+                if not untimed:
+                    continue
+                timed = datetime.now(UTC).isoformat(timespec="milliseconds")
+                try:
+                    measured = measure_latency(
+                        self.model, [line.subject for line in untimed], rows=point.rows, settings=self.settings,
+                        repeats=repeats, seed=point.seed, progress=lambda: advance(1),
+                    )  # fmt: skip
+                except OUT_OF_MEMORY as error:
+                    say(f"{point.batch} images of {len(untimed)} policies were not timed: {why_failed(error)}")
+                    continue
+                for line in untimed:
+                    timing = measured[line.subject.name]
+                    line.row.update(latency_row(timing) | {"timed": timed})
+                    if timing.no_graphs is not None:
+                        say(f"{line.subject.name} has no time with graphs: {timing.no_graphs}")
+                results.save([line.row for line in lines])
+
+    @property
+    def title(self) -> str:
+        """The model, and how it runs."""
+        rows = " and ".join(str(rows) for rows in dict.fromkeys(point.rows for point in self.points))
+        return f"{self.model.name}: cache of {rows} rows in {self.storage}"
+
+    def request(self, repeats: int) -> dict[str, Any]:
+        """What was asked for, as results tell it."""
+        return {
+            "seeds": list(dict.fromkeys(point.seed for point in self.points)),
+            "batches": list(dict.fromkeys(point.batch for point in self.points)),
+            "repeats": repeats,
+        }
+
+
+def _axes(sweep: Sweep, running: Running) -> tuple[list[int] | None, list[int]]:
+    """Batches, None for the one of --rows, and seeds. Raises HeatKVError."""
+    batches, seeds = None, [running.seed]
+    if sweep.batches is not None:
+        if running.rows is not None:
+            raise HeatKVError("--batches and --rows both say how much is drawn at once; give one of them")
+        batches = _whole_numbers(sweep.batches, "batch")
+        for batch in batches:
+            positive(batches=batch)
+    if sweep.seeds is not None:
+        if running.seed != 0:
+            raise HeatKVError("--seeds and --seed both name seeds; give one of them")
+        seeds = _whole_numbers(sweep.seeds, "seed")
+    return batches, seeds
+
+
+def _whole_numbers(text: str, what: str) -> list[int]:
+    try:
+        numbers = [int(name) for name in parse_names(text, what)]
+    except ValueError as error:
+        raise HeatKVError(f"cannot read the {what} list {text!r}; write whole numbers as 1,4") from error
+    twice = [number for number in numbers if numbers.count(number) > 1]
+    if twice:
+        raise HeatKVError(f"{what} {twice[0]} is named twice")
+    return numbers
 
 
 @contextmanager
@@ -221,32 +406,45 @@ def profile(
     trace: Annotated[
         Path | None, typer.Option("--trace", help="folder for profiler traces, for TensorBoard and Perfetto")
     ] = None,
+    snapshot: Annotated[
+        bool, typer.Option("--snapshot", help="also write the CUDA allocator's history per policy (pickle)")
+    ] = False,
+    sweep: Sweep,
     running: Running,
     as_json: AsJson = False,
 ) -> None:
-    """Memory and latency of every policy at every budget.
+    """Memory and latency of every policy at every budget, batch size and seed; goes on where it was stopped.
 
-    Example: heatkv profile --model emoji --policies streaming --budgets 20%,10% --out results/profile
+    Example: heatkv profile --model emoji --policies streaming --budgets 20%,10% --batches 1,4 --out results/profile
     """
     from heatkv.profiling.latency_table import latency_table
-    from heatkv.profiling.results import ResultsFolder
+    from heatkv.profiling.memory import check_snapshots
+    from heatkv.profiling.memory_table import memory_table
+    from heatkv.profiling.results import ResultsFolder, check_replaceable
     from heatkv.profiling.trace import save_trace
 
     positive(repeats=repeats)
-    measurement = _Measurement(source, policies, PROFILED_POLICIES, budgets, plan, ranking, running)
+    check_replaceable(out)
+    measurement = _Measurement(source, policies, PROFILED_POLICIES, budgets, plan, ranking, running, sweep)
     model = measurement.model
+    if snapshot:
+        check_snapshots(model.device)
     subjects = measurement.subjects(measurement.statistics)
     folder = make_folder(out)
     traces = None if trace is None else make_folder(trace)
-    results = ResultsFolder(folder, model, measurement.settings, {"seed": running.seed, "repeats": repeats})
+    results = ResultsFolder(folder, model, measurement.settings, measurement.request(repeats))
     with _told_when_stopped(results):
-        rows = measurement.bytes_and_times(subjects, measurement.digests(subjects, 0, 0), repeats, results)
+        lines = measurement.lines(subjects, results, 0, 0, repeats)
+        measurement.measure(lines, repeats, results, snapshot)
         if traces is not None:
-            for subject in subjects:
-                save_trace(traces, model, subject, measurement.batch, measurement.settings)
+            for point, subject in subjects:
+                if point == measurement.points[0]:
+                    save_trace(traces, model, subject, point.batch, measurement.settings)
             say(f"traces: {traces} (tensorboard --logdir {traces}, or ui.perfetto.dev)")
-    title = f"{model.name}, {measurement.rows} rows, {measurement.storage}, {model.device}"
+    rows = [line.row for line in lines]
+    title = f"{measurement.title}, {model.device}"
     if not as_json:
+        show(memory_table(rows, f"{model.name}: memory on {model.device}"), False, None)
         show(latency_table(rows, f"{title}: time"), False, None)
     _finish(results, rows, title, as_json)
 
@@ -266,99 +464,145 @@ def compare(
     pictures: Annotated[int, typer.Option("--pictures", help="images drawn freely and compared (PSNR, SSIM)")] = 16,
     draws: Annotated[int, typer.Option("--draws", help="plans of every policy that draws at random")] = 3,
     repeats: Repeats = 5,
+    sweep: Sweep,
     running: Running,
     as_json: AsJson = False,
 ) -> None:
     """The main job: calibrate if needed, plan, draw, measure; a table, results.json, pictures and report.html.
 
+    The same command goes on where it was stopped.
+
     Example: heatkv compare --model emoji --policies heatkv,streaming --budgets 20%,10% --out results/compare
     """
     from heatkv.profiling.html_report import check_report_replaceable
     from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
-    from heatkv.profiling.results import ResultsFolder, check_replaceable, samples_digest, save_scas
+    from heatkv.profiling.results import ResultsFolder, check_replaceable, save_scas
     from heatkv.profiling.runner import versus
 
     positive(samples=samples, images=images, pictures=pictures, draws=draws, repeats=repeats)
     pictures = min(pictures, images)
     check_replaceable(out)
     check_report_replaceable(out)
-    measurement = _Measurement(source, policies, DEFAULT_POLICIES, budgets, plan, ranking, running)
+    measurement = _Measurement(source, policies, DEFAULT_POLICIES, budgets, plan, ranking, running, sweep)
     measurement.check()
-    model, settings, seed = measurement.model, measurement.settings, running.seed
+    model, settings = measurement.model, measurement.settings
     statistics = measurement.statistics
     if measurement.lacks_statistics:
         folder = make_folder(out)
+        # of the least seed: images are compared at seeds above it
+        seed = min(point.seed for point in measurement.points)
         statistics = statistics_of_folder(
             folder, model, samples, seed, settings, measurement.levels, measurement.level_sinks
         )
     subjects = measurement.subjects(statistics, draws)
     folder = make_folder(out)
-    request: dict[str, Any] = {
-        "seed": seed, "images": images, "pictures": pictures, "draws": draws, "repeats": repeats,
-        "samples_digest": samples_digest(model, seed + 1, images),
+    request = measurement.request(repeats) | {
+        "images": images, "pictures": pictures, "draws": draws,
         "statistics": None if statistics is None else statistics.provenance.to_json(),
     }  # fmt: skip
     results = ResultsFolder(folder, model, settings, request, pictures)
     with _told_when_stopped(results):
-        digests = measurement.digests(subjects, images, pictures)
-        rows = measurement.bytes_and_times(subjects, digests, repeats, results)
-        drawn = _compare_all(measurement, subjects, rows, results, images, pictures)
-        rows = [row | {"versus": difference} for row, difference in zip(rows, versus(rows), strict=True)]
-    for name, reason in rows[0]["not_measured"].items():
+        lines = measurement.lines(subjects, results, images, pictures, repeats)
+        drawn = _take_earlier(lines, results)
+        measurement.measure(lines, repeats, results)
+        _compare_all(measurement, lines, drawn, results, images, pictures)
+        for point in measurement.points:
+            of_point = [line.row for line in lines if line.point == point]
+            for row, difference in zip(of_point, versus(of_point), strict=True):
+                row["versus"] = difference
+    for name, reason in lines[0].row["not_measured"].items():
         say(f"no {name.upper()}: {reason}")
-    sheets: dict[str, list[tuple[str, Any]]] = {}
-    for subject, of_subject in zip(subjects, drawn, strict=True):
-        if subject.policy != "full":
-            sheets.setdefault(subject.budget, []).append((subject.policy, of_subject))
-    for budget, lines in sheets.items():
-        path = folder / f"images_{budget.replace('%', 'percent')}.png"
-        title = f"{model.name}, cache of {budget}"
-        save_image_sheet(path, [("full", drawn[0]), *lines], min(pictures, 12), title)
+    for name, pictures_of in _sheets(measurement, lines, drawn).items():
+        budget = pictures_of[1][2]
+        path = folder / f"images_{name.replace('%', 'percent')}.png"
+        save_image_sheet(
+            path, [(policy, images) for policy, images, _ in pictures_of], min(pictures, 12),
+            f"{model.name}, cache of {budget}",
+        )  # fmt: skip
     if statistics is not None:
         save_scas_heat_map(folder / "scas.png", statistics)
         save_scas(folder / "scas.json", statistics)
-    title = (
-        f"{model.name}: cache of {measurement.rows} rows in {measurement.storage}, KL and top-1 over {images} images, "
-        f"PSNR and SSIM over {pictures}"
-    )
-    _finish(results, rows, title, as_json, report=True)
+    title = f"{measurement.title}, KL and top-1 over {images} images, PSNR and SSIM over {pictures}"
+    _finish(results, [line.row for line in lines], title, as_json, report=True)
+
+
+_Drawn = dict[str, Any]
+"""Pictures by the digest of the comparison that they are of."""
+
+
+def _pictures_name(measurement: _Measurement, line: _Line, lines: Sequence[_Line]) -> str:
+    """Of the subject and its point; batches share pictures where they share plans."""
+    first = next(other for other in lines if other.row["comparison"] == line.row["comparison"])
+    alike = [o for o in lines if (o.subject.name, o.point.seed) == (line.subject.name, line.point.seed)]
+    several = len({other.row["comparison"] for other in alike}) > 1
+    return f"{line.subject.name}{measurement.point_name(first.point, batch=several)}"
+
+
+def _take_earlier(lines: Sequence[_Line], results: ResultsFolder) -> _Drawn:
+    """Fill in the comparisons that were made before, ahead of the first save; the pictures of these."""
+    drawn: _Drawn = {}
+    count = 0
+    for line in lines:
+        digest = line.row["comparison"]
+        earlier = results.earlier(digest)
+        if earlier is not None:
+            figures, drawn[digest] = earlier
+            line.row.update(figures)
+            count += 1
+    if count:
+        say(f"{count} of {len(lines)} comparisons were made before: taken from {results.path.parent}")
+    return drawn
 
 
 def _compare_all(
     measurement: _Measurement,
-    subjects: Sequence[Subject],
-    rows: _Rows,
+    lines: Sequence[_Line],
+    drawn: _Drawn,
     results: ResultsFolder,
     images: int,
     pictures: int,
-) -> list[Any]:
-    """Add to every row how far its subject is from the full cache, saving each; the pictures of every subject."""
+) -> None:
+    """Add to every row that lacks it how far its subject is from the full cache, saving each; and the pictures."""
     import torch
 
     from heatkv.profiling.fidelity import FidelityBench
     from heatkv.profiling.runner import fidelity_row
 
-    found = [results.earlier(subject, row["comparison"]) for subject, row in zip(subjects, rows, strict=True)]
-    kept = sum(earlier is not None for earlier in found)
-    if kept:
-        say(f"{kept} of {len(subjects)} comparisons were made before: taken from {results.path.parent}")
-    drawn: list[Any] = []
-    bench = None
-    missing = [subject for subject, earlier in zip(subjects, found, strict=True) if earlier is None]
+    missing = {line.row["comparison"]: line for line in lines if line.row["comparison"] not in drawn}
+    seeds = dict.fromkeys(line.point.seed for line in missing.values())
     of_plan = images + min(images, -(-pictures // 16) * 16)
-    with progress("comparing", (images if missing else 0) + of_plan * sum(len(s.plans) for s in missing)) as advance:
-        for index, (subject, earlier) in enumerate(zip(subjects, found, strict=True)):
-            if earlier is not None:
-                figures, of_subject = earlier
-            else:
-                bench = bench or FidelityBench(
-                    measurement.model, images=images, pictures=pictures, seed=measurement.seed + 1,
-                    settings=measurement.settings, progress=advance,
-                )  # fmt: skip
-                figures, details = fidelity_row(bench, subject)
-                of_subject = torch.cat(details.pictures)
-                results.save_pictures(subject, rows[index]["comparison"], of_subject)
-            rows[index] |= figures
-            drawn.append(of_subject)
-            results.save(rows)
-    return drawn
+    total = images * len(seeds) + of_plan * sum(len(line.subject.plans) for line in missing.values())
+    with progress("comparing", total) as advance:
+        for seed in seeds:
+            bench = FidelityBench(
+                measurement.model, images=images, pictures=pictures, seed=seed + 1, settings=measurement.settings,
+                progress=advance,
+            )  # fmt: skip
+            for digest, line in missing.items():
+                if line.point.seed != seed:
+                    continue
+                figures, details = fidelity_row(bench, line.subject)
+                drawn[digest] = torch.cat(details.pictures)
+                results.save_pictures(_pictures_name(measurement, line, lines), digest, drawn[digest])
+                for other in lines:
+                    if other.row["comparison"] == digest:
+                        other.row.update(figures)
+                results.save([other.row for other in lines])
+
+
+def _sheets(measurement: _Measurement, lines: Sequence[_Line], drawn: _Drawn) -> dict[str, list[tuple[str, Any, str]]]:
+    """(policy, pictures, budget) of every sheet by its name; the full cache's first. Batches share a sheet."""
+    sheets: dict[str, list[tuple[str, Any, str]]] = {}
+    full: dict[int, Any] = {}
+    batch = measurement.points[0].batch
+    for line in lines:
+        pictures, seed, subject = drawn[line.row["comparison"]], line.point.seed, line.subject
+        if line.point.batch != batch:
+            continue
+        if subject.policy == "full":
+            full[seed] = pictures
+            continue
+        name = subject.budget + measurement.point_name(line.point, batch=False)
+        sheet = sheets.setdefault(name, [("full", full[seed], "100%")])
+        sheet.append((subject.policy, pictures, subject.budget))
+    return sheets

@@ -86,15 +86,26 @@ def check_device(name: str) -> None:
         raise ModelError(f"unknown device {name!r}; write cpu, cuda, cuda:1 or mps") from error
 
 
+def load_arguments(source: Source, running: Running) -> dict[str, Any]:
+    """What `load_model` is called with, in JSON's types: the name, weights, prompts of a file, type and device."""
+    return {
+        "name": source.model,
+        "weights": None if source.weights is None else str(source.weights),
+        "vae": None if source.vae is None else str(source.vae),
+        "text_encoder": source.text_encoder,
+        "prompts": [] if source.prompts is None else _prompts(source.prompts),
+        "size": source.size,
+        "ratio": parse_ratio(source.ratio),
+        "dtype": known_dtype(running.dtype),
+        "device": running.device,
+    }
+
+
 def open_model(source: Source, running: Running, measuring: bool = True) -> tuple[Loaded, Settings]:
     """The named model, with the prompts of a file for measurements, and the settings that it draws with."""
     if measuring and source.prompts is None and model_info(source.model).family == "infinity":
         raise ModelError(f"measuring {source.model} needs prompts to draw; name a file of them (--prompts)")
-    prompts = () if source.prompts is None else _prompts(source.prompts)
-    model = load_model(
-        source.model, source.weights, vae=source.vae, text_encoder=source.text_encoder, prompts=prompts,
-        size=source.size, ratio=parse_ratio(source.ratio), dtype=known_dtype(running.dtype), device=running.device,
-    )  # fmt: skip
+    model = load_model(**load_arguments(source, running))
     say_template(source.model, source.ratio)
     return model, model.sampling if running.cfg is None else replace(model.sampling, cfg=running.cfg)
 

@@ -106,6 +106,20 @@ class Running:
     attention: Attention = "auto"
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What is measured over, beside policies and budgets, and in which process memory is."""
+
+    batches: Annotated[
+        str | None, typer.Option("--batches", help="images at once, separated by commas, in place of --rows")
+    ] = None
+    seeds: Annotated[str | None, typer.Option("--seeds", help="separated by commas, in place of --seed")] = None
+    in_process: Annotated[
+        bool,
+        typer.Option("--in-process", help="a quick look: memory in this process, not a fresh one for every figure"),
+    ] = False
+
+
 class Without(str):
     """In `Annotated[Group, Without(name)]`: the command lacks this option of the group, which keeps its default."""
 

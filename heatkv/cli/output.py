@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ from rich.table import Table
 
 from heatkv.errors import FormatError
 from heatkv.plan import CachePlan, Plan
+
+_TOLD_SECONDS = 10
+"""Less time left than this is not told in logs."""
 
 
 def say(text: str) -> None:
@@ -73,17 +77,19 @@ def chosen_by_kl(plan: CachePlan) -> dict[str, str]:
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Progress on the error stream, as a bar, or in a log as a line for every tenth; the callback is told how much
-    more is done. Without a total the bar only moves."""
+    """Progress on the error stream, as a bar, or in a log as a line for every tenth, with the time left; the callback
+    is told how much more is done. Without a total the bar only moves."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        done = 0
+        done, began = 0, time.monotonic()
 
         def advance(count: int) -> None:
             nonlocal done
             before, done = done, done + count
             if total is not None and 10 * done // total > 10 * before // total:
-                say(f"{what}: {done} of {total}")
+                left = round((time.monotonic() - began) * (total - done) / done)
+                more = f", {left // 60}:{left % 60:02} left" if left >= _TOLD_SECONDS else ""
+                say(f"{what}: {done} of {total}{more}")
 
         yield advance
         return

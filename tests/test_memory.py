@@ -1,0 +1,454 @@
+"""The three ledgers of memory against counts by hand, and the processes that measure it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from heatkv.errors import HeatKVError
+from heatkv.geometry import UNCODED_SCALES, Budget, CacheGeometry
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.plan import Plan
+from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.profiling import memory, worker
+from heatkv.profiling.ledger import TensorLedger
+from heatkv.profiling.memory import (
+    AllocatorMemory,
+    AllocatorPeaks,
+    ArenaMemory,
+    DriverMemory,
+    HostMemory,
+    Loading,
+    MemoryReport,
+    Phases,
+    PlannedMemory,
+    ResidentMemory,
+    TensorMemory,
+    cache_timeline,
+    check_snapshots,
+    driver_memory,
+    measure_memory,
+)
+from heatkv.profiling.memory_table import memory_table, sparkline
+from heatkv.profiling.runner import Subject, subject_memory
+from heatkv.schedule import ScaleSchedule
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+GEOMETRY = CacheGeometry(2, 3, 32, ScaleSchedule.square((1, 2, 3, 4, 5)))
+
+
+def steps_of(report: MemoryReport) -> dict[tuple[str, str], dict[str, int]]:
+    """The parts by the figures that they lead from and to; every step adds up."""
+    steps = report.steps
+    for step in steps:
+        assert step.source_bytes + sum(step.parts.values()) == step.target_bytes
+    for one, next_one in itertools.pairwise(steps):
+        assert (one.target, one.target_bytes) == (next_one.source, next_one.source_bytes)
+    return {(step.source, step.target): dict(step.parts) for step in steps}
+
+
+# ------------------------------------------------------------------------------------------------ counting
+
+
+def test_the_ledger_counts_what_it_is_told_of() -> None:
+    from_numpy = torch.from_numpy(np.zeros(100, dtype=np.int32))
+    with TensorLedger(CPU) as ledger:
+        kept = torch.zeros(1000)
+        torch.zeros(500)
+        assert (ledger.peak, ledger.live) == (6000, 4000)
+        ledger.reset_peak()
+        assert ledger.peak == 4000
+        assert ledger.bytes_seen([kept, kept[10:], from_numpy]) == 4000
+        ledger.follow([from_numpy, from_numpy[1:]])
+        assert (ledger.peak, ledger.live) == (4400, 4400)
+        assert ledger.bytes_seen([kept, from_numpy]) == 4400
+    with TensorLedger(torch.device("meta")) as ledger:
+        torch.zeros(1000)
+        elsewhere = torch.zeros(10, device="meta")
+        assert ledger.live == elsewhere.numel() * 4
+
+
+class Counted:
+    """What draws with tensors of known sizes: 4000 bytes of a cache, 400 of tables, 8000 while it draws, 12000 and then
+    2000 while it decodes."""
+
+    def __init__(self) -> None:
+        self.arena, self.table = torch.zeros(1000), torch.from_numpy(np.zeros(100, dtype=np.int32))
+        self.cache = SimpleNamespace(
+            held=(self.arena,), tables=[self.table], allocated_bytes=4000, index_bytes=400, workspace_bytes=0, rows=2
+        )
+
+    def draw(self, labels: list[int], seed: int, before_decode: Callable[[], None]) -> Tensor:
+        assert (labels, seed) == ([0], 5)
+        drawn = torch.zeros(2000)
+        kept = drawn[:250].clone()
+        del drawn
+        before_decode()
+        torch.zeros(3000)
+        return kept + 1
+
+
+def test_every_phase_of_tensors_counted_by_hand() -> None:
+    plan = make_policy("streaming").plan(PlanningProblem(GEOMETRY, Budget.parse("100%")))
+    model: Any = SimpleNamespace(device=CPU, geometry=GEOMETRY, labels=lambda batch: list(range(batch)))
+    report = measure_memory(model, plan, lambda graphs: Counted(), 1, "float32", seed=5)  # type: ignore[arg-type, return-value]
+    # 30 cached tokens of 6 heads, 2 rows, 32 channels of 4 bytes for key and value each
+    assert report.planned == PlannedMemory(30 * 6 * 2 * 32 * 2 * 4, 30 * 6 * 2 * 32 * 2 * 4)
+    assert report.arena == ArenaMemory(4000, 400, 0)
+    assert report.tensors == TensorMemory(Phases(4400, 4400 + 8000 + 1000, 4400 + 1000 + 12000), 4000)
+    assert report.weights_bytes == 0
+    steps = steps_of(report)
+    assert steps["planned cache", "arena"] == {"unexplained": 4000 - report.planned.cache_bytes}
+    assert steps["arena", "tensors"] == {
+        "unexplained": 0, "index tables": 400, "workspace": 0, "activations": 13000,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(emoji: ClassConditionalModel) -> MemoryReport:
+    subject = Subject("streaming", "20%", (emoji.plan("streaming", "20%"),), "float32")
+    return subject_memory(emoji, subject, 2, emoji.sampling)
+
+
+def test_the_embedded_model(emoji: ClassConditionalModel, report: MemoryReport) -> None:
+    peak = emoji.plan("streaming", "20%").peak_token_heads
+    assert report.planned.cache_bytes == report.arena.cache_bytes == peak * 4 * 32 * 2 * 4  # four rows
+    assert report.planned.budget_bytes == int(0.2 * 230 * 72) * 4 * 32 * 2 * 4
+    modules = (emoji.transformer, emoji.vqvae)
+    weights = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+    assert report.weights_bytes == sum({x.data_ptr(): x.numel() * x.element_size() for x in weights}.values())
+    steps = steps_of(report)
+    assert steps["planned cache", "arena"] == {"unexplained": 0}
+    assert steps["arena", "tensors"]["unexplained"] == 0
+    # two images of 48 x 48 x 3 in fp32 at least
+    assert report.tensors.peak_bytes.decode >= report.arena.cache_bytes + 2 * 48 * 48 * 3 * 4
+    assert report.tensors.peak_bytes.opened >= sum(vars(report.arena).values())
+
+
+def test_what_a_cpu_cannot_tell_is_none(report: MemoryReport) -> None:
+    assert report.process == "shared"
+    assert (report.allocator, report.graphs, report.driver, report.device_peak_bytes) == (None, None, None, None)
+    assert report.host is not None
+    assert (report.host.before_bytes, report.host.loading_peak_bytes, report.host.loaded_bytes) == (None, None, None)
+    assert ("tensors", "resident") not in steps_of(report)
+    told = report.to_json()
+    assert [told[name] for name in ("allocator", "graphs", "driver")] == [None, None, None]
+    assert driver_memory(CPU) is None
+    with pytest.raises(HeatKVError, match="a snapshot is one of the CUDA allocator; the model is on cpu"):
+        check_snapshots(CPU)
+    check_snapshots(GPU)
+
+
+# ---------------------------------------------------------------------------------------- the system, the device
+
+
+def test_resident_memory_of_the_system() -> None:
+    resident = ResidentMemory()
+    before = resident.peak_bytes()
+    now = resident.now_bytes()
+    assert now is None or 0 < now <= before
+    touched = np.ones(128 << 20, dtype=np.uint8)
+    assert resident.peak_bytes() >= (now or 0) + 0.9 * touched.nbytes
+    if resident.resets:
+        del touched
+        resident.reset()
+        assert resident.peak_bytes() < before + (64 << 20)
+        assert resident.source == "VmHWM"
+
+
+def test_where_the_peak_of_resident_memory_is_read(tmp_path: Path) -> None:
+    assert ResidentMemory(tmp_path / "none").source == "ru_maxrss of the whole process"
+    assert ResidentMemory(tmp_path / "none").now_bytes() is None
+    assert ResidentMemory(tmp_path / "none").peak_bytes() > 10 << 20
+    (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t    2180 kB\nVmRSS:\t    2000 kB\n")
+    (tmp_path / "clear_refs").mkdir()  # cannot be written
+    resident = ResidentMemory(tmp_path)
+    assert (resident.resets, resident.source) == (False, "VmHWM of the whole process")
+    assert (resident.peak_bytes(), resident.now_bytes()) == (2180 << 10, 2000 << 10)
+    (tmp_path / "clear_refs").rmdir()
+    resident = ResidentMemory(tmp_path)
+    assert (resident.resets, (tmp_path / "clear_refs").read_text()) == (True, "5")
+
+
+def fake_nvml(v2: bool, process: int | None, listed: bool = True) -> Any:
+    """NVML of a driver that knows the second version of memory or does not."""
+
+    class NVMLError(Exception):
+        pass
+
+    def info(handle: str, version: int | None = None) -> SimpleNamespace:
+        if not v2:
+            raise NVMLError("Function Not Found")
+        assert (handle, version) == ("handle of GPU-u", 7)
+        return SimpleNamespace(total=1000, reserved=100, used=600, free=300)
+
+    processes = [SimpleNamespace(pid=os.getpid() + 1, usedGpuMemory=9)]
+    if listed:
+        processes.append(SimpleNamespace(pid=os.getpid(), usedGpuMemory=process))
+    return SimpleNamespace(
+        NVMLError=NVMLError, nvmlMemory_v2=7, nvmlInit=lambda: None, nvmlDeviceGetMemoryInfo=info,
+        nvmlDeviceGetHandleByUUID=lambda uuid: f"handle of {uuid}",
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: processes,
+    )  # fmt: skip
+
+
+def test_the_driver_separates_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
+    for nvml, expected in (
+        (fake_nvml(True, 400), DriverMemory(400, 1000, 100, 600, 300)),
+        (fake_nvml(True, None), DriverMemory(None, 1000, 100, 600, 300)),
+        (fake_nvml(True, 400, listed=False), DriverMemory(None, 1000, 100, 600, 300)),
+        (fake_nvml(False, 400), DriverMemory(400, None, None, None, None)),
+        (None, None),
+    ):
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        assert driver_memory(GPU) == expected
+
+
+def on_a_gpu(requested: bool = True, driver: DriverMemory | None = None) -> MemoryReport:
+    def peaks(requested_bytes: int, allocated: int, reserved: int) -> AllocatorPeaks:
+        return AllocatorPeaks(requested_bytes if requested else None, allocated, reserved)
+
+    return MemoryReport(
+        "own", 300, 10, PlannedMemory(100, 110), ArenaMemory(100, 7, 20),
+        TensorMemory(Phases(130, 190, 160), 100), None,
+        AllocatorMemory(
+            320, peaks(700, 720, 800), Phases(peaks(450, 460, 810), peaks(520, 540, 820), peaks(500, 545, 815))
+        ),
+        None, driver,
+    )  # fmt: skip
+
+
+def test_the_way_from_the_plan_to_the_device() -> None:
+    report = on_a_gpu(driver=DriverMemory(1200, 9000, 300, 1500, 7200))
+    assert steps_of(report) == {
+        ("planned cache", "arena"): {"unexplained": 0},
+        ("arena", "tensors"): {"unexplained": 0, "index tables": 7, "workspace": 20, "activations": 63},
+        ("tensors", "requested"): {"weights": 300, "corrections": 10, "unexplained": 20},
+        ("requested", "allocated"): {"rounding": 25},
+        ("allocated", "reserved"): {"kept by the allocator": 275},
+        ("reserved", "process"): {"driver context": 380},
+        ("process", "device"): {"reserved by the driver": 300, "other processes": 300},
+    }
+    assert report.device_peak_bytes == 545 - 320
+    assert ("tensors", "allocated") in steps_of(on_a_gpu(requested=False))
+    assert list(steps_of(on_a_gpu()))[-1] == ("allocated", "reserved")
+    hidden = on_a_gpu(driver=DriverMemory(None, 9000, 300, 1500, 7200))
+    assert list(steps_of(hidden))[-1] == ("allocated", "reserved")
+    columns = [str(c.header) for c in memory_table([row_of(report.to_json())], "").columns]
+    assert columns[8:13] == ["allocated", "reserved", "graph pool", "process (NVML)", "driver's own"]
+
+
+def test_resident_memory_of_an_own_process_is_explained() -> None:
+    host = HostMemory("VmHWM", 1000, 1500, 1400, Phases(1500, 1800, 1700), 1800)
+    report = MemoryReport(
+        "own", 300, 10, PlannedMemory(100, 110), ArenaMemory(100, 7, 20), TensorMemory(Phases(130, 190, 160), 100),
+        host, None, None, None,
+    )  # fmt: skip
+    assert steps_of(report)["tensors", "resident"] == {
+        "weights": 300, "corrections": 10, "Python and libraries": 1000, "left by loading": 100, "unexplained": 200,
+    }  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_allocator_sees_the_arena(tmp_path: Path) -> None:
+    from heatkv.models import load_model
+
+    model = load_model("emoji", device="cuda")
+    subject = Subject("streaming", "20%", (model.plan("streaming", "20%"),), "float32")
+    memory.record_snapshots()
+    report = subject_memory(model, subject, 1, model.sampling)
+    memory.save_snapshot(tmp_path / "snapshot.pickle")
+    assert (tmp_path / "snapshot.pickle").stat().st_size > 1000
+    steps_of(report)
+    assert report.allocator is not None
+    assert report.host is None
+    for peaks in vars(report.allocator.peaks).values():
+        assert report.weights_bytes + report.arena.cache_bytes <= peaks.allocated_bytes <= peaks.reserved_bytes
+    assert report.graphs is not None
+    assert report.graphs.pool_bytes is None or report.graphs.pool_bytes > 0
+
+
+# ------------------------------------------------------------------------------------------------ over time
+
+
+def held_cells(plan: Plan, target: int, layer: int) -> list[tuple[int, int]]:
+    """(source scale, tokens) of all that is held after a layer has run a target, cell by cell."""
+    last = len(plan.schedule) - 1
+    found = []
+    for at in range(plan.geometry.layers):
+        reader = target + 1 if at <= layer else target  # the next target that reads what is there
+        for head in range(plan.geometry.heads):
+            for source, tokens in enumerate(plan.schedule.tokens):
+                there = source < reader <= last
+                if there and plan.last_read[at, head, source] >= reader:
+                    found.append((source, tokens))
+    return found
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8/bfloat16"])
+@pytest.mark.parametrize("name", ["streaming", "random", "full"])
+def test_the_cache_over_time_cell_by_cell(name: str, storage: str) -> None:
+    budget = Budget.parse("100%" if name == "full" else "60%")
+    plan = make_policy(name).plan(PlanningProblem(GEOMETRY, budget, seed=3, rows=2, storage=storage))
+    assert isinstance(plan, Plan)
+    sinks = min(UNCODED_SCALES, plan.sink_scales)
+    # a key and a value of 32 channels for two rows: in 4 bytes; in codes of one byte with a scale of two, sinks in two
+    first, others = (512, 512) if storage == "float32" else (256, 2 * 2 * (32 + 2))
+    timeline = cache_timeline(plan, 2, storage)
+    assert timeline.shape == (5, 2)
+    for (target, layer), count in np.ndenumerate(timeline):
+        cells = held_cells(plan, target, layer)
+        assert count == sum(tokens * (first if source < sinks else others) for source, tokens in cells)
+    assert timeline.max() <= plan.bytes(2, storage)
+    if storage == "float32":
+        assert timeline.max() == plan.bytes(2, storage)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "adakv"])
+def test_dynamic_policies_over_time(name: str) -> None:
+    plan = make_policy(name).plan(PlanningProblem(GEOMETRY, Budget.parse("60%"), rows=2, storage="float32"))
+    timeline = cache_timeline(plan, 2, "float32")
+    assert timeline.max() == plan.bytes(2, "float32")
+    # after the last layer of a scale, all layers hold what the next one reads
+    carried = 4 * 2 * getattr(plan, "carried", 0)
+    counts = 4 * 2 * 2 * 3 if getattr(plan, "shared", False) else 0
+    after = plan.held.sum(axis=(0, 1))[1:]
+    assert timeline[:-1, -1].tolist() == (after * (512 + carried) + counts).tolist()
+
+
+def row_of(told: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
+    return {
+        "policy": "p", "budget": "20%", "batch": 1, "planned_bytes": 1 << 20, "allocated_bytes": 1 << 20,
+        "budget_bytes": 100, "timeline_bytes": [[0, 1], [50, 13], [100, 100]], "memory": told, **more,
+    }  # fmt: skip
+
+
+def test_the_table_tells_what_was_not_measured(report: MemoryReport) -> None:
+    assert sparkline([[0, 1], [50, 13], [100, 100], [0, 0]], 100) == "▁▄█ "
+    table = memory_table([row_of(report.to_json()), row_of(None, error="out of memory: 5 GiB")], "t")
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[3] == ["1.000", "1.000"]
+    assert [of_column[1] for of_column in cells[5:-1]] == ["-"] * len(cells[5:-1])
+    assert "p 20%, 1 images: out of memory: 5 GiB" in str(table.caption)
+    assert "in a process that has done other things" in str(table.caption)
+
+
+# ------------------------------------------------------------------------------------------------ own processes
+
+
+def job_of(model: ClassConditionalModel, **more: Any) -> worker.Job:
+    arguments: dict[str, Any] = {
+        "model": {"name": "emoji", "device": "cpu"}, "fingerprint": model.fingerprint, "cfg": None, "batch": 1,
+        "seed": 0, "storage": None, "attention": "auto", "threads": 1, "digest": "d",
+    }  # fmt: skip
+    return worker.Job(**arguments | more)
+
+
+def test_a_process_of_its_own(emoji: ClassConditionalModel, tmp_path: Path) -> None:
+    plan = emoji.plan("streaming", "20%")
+    found = worker.measure_apart(tmp_path, job_of(emoji), plan)
+    assert found["error"] is None
+    told = found["memory"]
+    assert told["process"] == "own"
+    assert told["arena"]["cache_bytes"] == plan.peak_token_heads * 2 * 32 * 2 * 4
+    (resident,) = [step["parts"] for step in told["steps"] if step["target"] == "resident"] or [None]
+    if resident is not None:  # the system tells
+        assert resident["Python and libraries"] > 50 << 20
+        assert told["host"]["most_bytes"] > told["host"]["before_bytes"] + told["weights_bytes"]
+    assert (found["device_peak_bytes"], found["nvml_bytes"]) == (None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_weights_must_be_the_same(emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "load_model", lambda **given: emoji)
+    with pytest.raises(HeatKVError, match=r"the weights of emoji are .* now, and were other when the run began"):
+        worker.measure(job_of(emoji, fingerprint="other"), emoji.plan())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("no\nmore"), "out of memory: no more"),
+        (torch.OutOfMemoryError("Tried to allocate 5 GiB"), "out of memory: Tried to allocate 5 GiB"),
+        (HeatKVError("bad"), "bad"),
+        (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
+    ],
+)
+def test_what_fails_is_told(
+    error: Exception, said: str, emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the worker would do it, here."""
+
+    def run(place: Path) -> tuple[int, str]:
+        worker.do_job(place)
+        return 0, ""
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "_run", run)
+    monkeypatch.setattr(worker, "measure", fails)
+    assert worker.measure_apart(tmp_path, job_of(emoji), emoji.plan()) == {"error": said}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("kill -9 $$", "the worker was ended by SIGKILL, as the system does when memory runs out"),
+        ("kill -SEGV $$", "the worker was ended by SIGSEGV"),
+        ("echo one >&2; echo it broke >&2; exit 3", "the worker ended with code 3: it broke"),
+        ("exit 0", "the worker ended with code 0: it said nothing"),
+        ('echo "{\\"digest\\": \\"other\\"}" > "$3/result.json"', "the worker gave {}"),
+    ],
+)
+def test_a_worker_that_breaks_is_told(
+    does: str, said: str, emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.sys, "executable", script(tmp_path, does))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    assert worker.measure_apart(folder, job_of(emoji), emoji.plan()) == {"error": said}
+    assert list(folder.iterdir()) == []
+
+
+def test_an_interrupt_ends_the_worker(
+    emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker tells its number, interrupts this process, and waits for its end."""
+    does = f"echo $$ > {tmp_path}/number; kill -INT {os.getpid()}; exec cat <&0 >/dev/null"
+    monkeypatch.setattr(worker.sys, "executable", script(tmp_path, does))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        worker.measure_apart(folder, job_of(emoji), emoji.plan())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "number").read_text()), 0)
+    assert list(folder.iterdir()) == []
+
+
+def script(folder: Path, does: str) -> str:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_loading_is_watched(emoji: ClassConditionalModel) -> None:
+    model, loading = Loading.watch(lambda: emoji, CPU)
+    assert model is emoji
+    assert loading.allocator is None
+    if loading.before_bytes is not None and loading.resident_peak_bytes is not None:
+        assert 0 < loading.before_bytes <= loading.resident_peak_bytes
