@@ -6,6 +6,7 @@ but weights and cache as they came alive, and how much the process's resident me
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from dataclasses import replace
@@ -78,8 +79,14 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        given_name, given_size, given_dtype, given_images, given_how = sys.argv[1:]
-        measure(given_name, given_size, given_dtype, int(given_images), given_how)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "case", nargs="*", metavar="MODEL SIZE TYPE IMAGES HOW", help="one measurement, in this process"
+    )
+    given = parser.parse_args().case
+    if len(given) not in (0, 5):
+        parser.error("give all five words of a case, or none for the table")
+    if given:
+        measure(given[0], given[1], given[2], int(given[3]), given[4])
     else:
         main()

@@ -25,9 +25,12 @@ from heatkv.errors import PlanError
 from heatkv.levels import level_tokens
 from heatkv.plan import CachePlan, Plan
 from heatkv.spans import ATTENTION, CACHE_UPDATE, span
-from heatkv.store import Places, Store
+from heatkv.store import Places, Store, known_device
 
 IntArray = NDArray[np.int64]
+
+COMPUTE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types that keys and values can be held in as they are."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,14 @@ class ArenaCache(ABC):
         storage: str | None,
     ) -> None:
         of_kind(dtype, torch.dtype, "dtype", PlanError, "give a type of torch, such as torch.float32")
+        if dtype not in COMPUTE_TYPES:
+            known = ", ".join(str(kind) for kind in COMPUTE_TYPES)
+            raise PlanError(f"dtype {dtype} cannot hold keys and values; known: {known}; for 8 bits, give storage")
         self.geometry = plan.geometry
         self.rows = whole(rows, "rows", PlanError, 1)
         self._correct = correct
         self.store = Store(
-            self.rows, slots, plan.geometry.head_dim, dtype, torch.device(device), storage, uncoded_slots
+            self.rows, slots, plan.geometry.head_dim, dtype, known_device(device), storage, uncoded_slots
         )
 
     @property
@@ -95,6 +101,11 @@ class ArenaCache(ABC):
     def tables(self) -> list[Tensor]:
         """The tensors that say what is read and written where."""
         return tensors_in(self._prepared())
+
+    @property
+    def attention(self) -> str:
+        """The name of the attention kernel that runs."""
+        return "ragged"
 
     @property
     def index_bytes(self) -> int:
@@ -138,6 +149,8 @@ class ArenaCache(ABC):
         for name, x in (("v", v_RHND), ("q", q_RHND), ("k", k_RHND)):
             if not isinstance(x, Tensor):
                 raise PlanError(f"{name} of layer {layer}, scale {self._target} is {shown(x)}; it must be a tensor")
+            if not x.dtype.is_floating_point:
+                raise PlanError(f"{name} is of {x.dtype}; attention is over floating-point numbers")
             if x.dtype != v_RHND.dtype:
                 raise PlanError(f"{name} is of {x.dtype}, v of {v_RHND.dtype}; give q, k and v in one type")
             if x.shape != expected:
@@ -296,6 +309,10 @@ class KVCache(ArenaCache):
 
     def _prepared(self) -> Any:
         return self._steps
+
+    @property
+    def attention(self) -> str:
+        return self.kernel.name
 
     @property
     def workspace_bytes(self) -> int:

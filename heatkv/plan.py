@@ -184,8 +184,8 @@ class CachePlan(ABC):
         needed, allowed = self.bytes(rows, storage), self.budget_bytes(rows, storage)
         if needed > allowed:
             raise PlanError(
-                f"the plan was made for a larger type: with {rows} rows in {storage} it takes {needed} bytes, the "
-                f"budget is {allowed}; solve it for {storage} (--dtype)"
+                f"the plan was made for another type: with {rows} rows in {storage} it takes {needed} bytes, the "
+                f"budget is {allowed}; solve it for {storage} (--dtype, --storage)"
             )
 
     @property
@@ -388,6 +388,7 @@ class Plan(CachePlan):
         return min(UNCODED_SCALES, self.sink_scales, len(self.schedule) - 1)
 
     def bytes_of(self, token_heads: int, rows: int, storage: str) -> int:
+        """The most bytes that the cache takes while it holds so many token-heads, sinks that are not coded first."""
         return self.geometry.bytes(token_heads, rows, storage, self.uncoded_scales)
 
     def had_no_effect(self) -> bool:

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heatkv.arena import CapacityLayout
+from heatkv.attention.kernels import check_kernel
 from heatkv.attention.ragged import HeadGroup, head_indices, with_held
 from heatkv.cache import ArenaCache, KVCache
 from heatkv.capacities import CapacityPlan
-from heatkv.checks import shown
 from heatkv.errors import PlanError, PolicyError
 from heatkv.geometry import Budget, StorageType
 from heatkv.plan import CachePlan, Plan
@@ -31,7 +31,7 @@ from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.registry import find_policy
 from heatkv.spans import ATTENTION, CACHE_UPDATE, span
-from heatkv.store import Places, rows_at
+from heatkv.store import CODES, Places, check_coding, known_device, rows_at
 
 _STORAGE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -396,14 +396,21 @@ def open_cache(
     Dynamic policies look at every candidate, which are gathered for them, so that attention is always the plain one.
     """
     if isinstance(plan, CapacityPlan):
-        if attention not in ("auto", "ragged"):
-            raise PlanError(
-                f"attention kernel {shown(attention)} is not for dynamic policies, whose tokens are gathered to be "
-                "scored; use auto or ragged"
-            )
+        check_cache(plan, dtype, device, storage, attention)
         return SelectingCache(plan, policy_of(plan), rows, dtype, device, correct, query_weight, storage)
     assert isinstance(plan, Plan)
     return KVCache(plan, rows, dtype, device, key_angles, correct, storage, attention)
+
+
+def check_cache(
+    plan: CachePlan, dtype: torch.dtype, device: torch.device | str, storage: str | None, attention: str
+) -> None:
+    """Raise PlanError for a storage or a kernel that a cache of this plan cannot have here."""
+    on = known_device(device)
+    if storage is not None:
+        check_coding(storage, on)
+    code = None if storage is None else CODES[storage]
+    check_kernel(attention, on, dtype, plan.geometry.head_dim, code, gathered=isinstance(plan, CapacityPlan))
 
 
 def policy_of(plan: CapacityPlan) -> DynamicPolicy:

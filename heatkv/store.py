@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from heatkv.checks import shown
 from heatkv.errors import PlanError
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -38,7 +39,11 @@ def encode(x_RMD: Tensor, code: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def decode(codes_RMD: Tensor, scales_RM: Tensor, dtype: torch.dtype) -> Tensor:
     """What codes stand for, (..., M, D)."""
-    return (codes_RMD.float() * scales_RM.float()[..., None]).to(dtype)
+    x_RMD = codes_RMD.float() * scales_RM.float()[..., None]
+    if dtype is torch.float16:  # a scale that was rounded up may lead beyond its largest number
+        largest = torch.finfo(dtype).max
+        x_RMD = x_RMD.clamp_(-largest, largest)
+    return x_RMD.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,17 @@ def _bits(codes: Tensor) -> Tensor:
     return codes.view(torch.int8)
 
 
+def known_device(device: torch.device | str) -> torch.device:
+    """The device of this name. Raises PlanError when there is none."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise PlanError(f"unknown device {shown(device)}; write cpu, cuda, cuda:1 or mps") from error
+    if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
+        raise PlanError(f"device {found} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
 def available_codings(device: torch.device) -> tuple[str, ...]:
     """The codings that the device has."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -187,7 +203,7 @@ def available_codings(device: torch.device) -> tuple[str, ...]:
 
 def check_coding(coding: str, device: torch.device) -> None:
     """Raise PlanError for an unknown coding, or one that the device does not have."""
-    if coding not in CODES:
-        raise PlanError(f"unknown storage {coding!r}; known: {', '.join(CODES)}, or none for the compute type")
+    if not isinstance(coding, str) or coding not in CODES:
+        raise PlanError(f"unknown storage {shown(coding)}; known: {', '.join(CODES)}, or none for the compute type")
     if coding not in available_codings(device):
         raise PlanError(f"storage {coding} needs a CPU, or a GPU of compute capability 8.9; use int8 on {device}")

@@ -155,8 +155,8 @@ class EvictionPolicy(ABC):
     def checked(self, problem: PlanningProblem) -> PlanningProblem:
         """The problem as this policy has it, after all that can be told before planning. Raises what is wrong."""
         of_kind(problem, PlanningProblem, "problem", PolicyError, "give a PlanningProblem, or use model.plan")
-        problem = dataclasses.replace(problem, uncoded_scales=self.uncoded_scales)
         self.check_options(problem)
+        problem = dataclasses.replace(problem, uncoded_scales=self.uncoded_scales)
         self.check_measured(problem)
         self.check_room(problem)
         return problem
@@ -194,7 +194,7 @@ class StaticPolicy(EvictionPolicy):
 
     @property
     def uncoded_scales(self) -> int:
-        return min(UNCODED_SCALES, self.sink_scales)
+        return max(0, min(UNCODED_SCALES, as_whole(self.sink_scales) or 0))  # what is no number is refused later
 
     @abstractmethod
     def last_read(self, problem: PlanningProblem) -> IntArray:

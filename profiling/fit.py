@@ -149,12 +149,16 @@ def drawing_bytes(model: _Shapes, images: int, guided: bool) -> int:
     return peak
 
 
-def table_bytes(geometry: CacheGeometry) -> int:
+def table_bytes(geometry: CacheGeometry, coded: bool = False) -> int:
     """Of the full cache's tables: the slots that every target reads, in 4 bytes, and those that are written, in 8, with
-    whose they are."""
+    whose they are. Where sinks and codes are read together, 8 more say which comes where."""
     schedule = geometry.schedule
     read = sum(schedule.offsets[: len(schedule)])
-    return (4 * read + 8 * (schedule.cached_tokens + len(schedule) - 1)) * geometry.layers * geometry.heads
+    return (
+        ((12 if coded else 4) * read + 8 * (schedule.cached_tokens + len(schedule) - 1))
+        * geometry.layers
+        * geometry.heads
+    )
 
 
 def _settings(model: _Shapes, guided: bool) -> Any:
@@ -184,7 +188,7 @@ def _one_image(
         working=drawing_bytes(short, 1, guided) - prompt_bytes(short, 1, guided),
         full_cache=geometry.full_bytes(rows, held_as),
         uncoded=geometry.uncoded_token_heads() * (uncoded - coded),
-        tables=table_bytes(geometry),
+        tables=table_bytes(geometry, storage is not None),
         gathered=gathered * geometry.heads,
         gathered_head=gathered,
     )

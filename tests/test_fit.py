@@ -22,7 +22,7 @@ from heatkv.models.emoji import VQVAE_CONFIG
 from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.models.vqvae import VQVAE
 from heatkv.policies.base import PlanningProblem
-from heatkv.policies.windows import Full
+from heatkv.policies.windows import Full, Streaming
 from heatkv.profiling.fit import (
     Footprint,
     drawing_bytes,
@@ -107,6 +107,10 @@ def test_what_attention_keeps_is_foretold(images: int, guided: bool) -> None:
         plan = Full().plan(PlanningProblem(info.geometry(size), Budget.parse("100%")))
         cache = KVCache(plan, taken.rows, torch.float32, "meta")
         assert cache.index_bytes == taken.tables
+        coded = footprint(info, images, size=size, dtype="float32", guided=guided, storage="int8")
+        sinks = Streaming(sink_scales=3).plan(PlanningProblem(info.geometry(size), Budget.parse("100%")))
+        mixed = KVCache(sinks, taken.rows, torch.float32, "meta", storage="int8")
+        assert 0.9 * coded.tables <= mixed.index_bytes <= coded.tables
         assert cache.workspace_bytes <= taken.attention - taken.tables <= max(2 * cache.workspace_bytes, 1 << 21)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -20,8 +21,10 @@ from heatkv.cache import KVCache
 from heatkv.errors import BudgetError, PlanError
 from heatkv.geometry import CODED_BYTES, STORAGE_BYTES, Budget, CacheGeometry, StorageType
 from heatkv.plan import Plan
+from heatkv.policies.base import make_policy
 from heatkv.schedule import ScaleSchedule
 from heatkv.store import Store, decode, encode
+from heatkv.testing import made_up_problem
 
 CPU = torch.device("cpu")
 LARGEST = {"int8": 127, "fp8": 448}
@@ -230,3 +233,55 @@ def test_unknown_coding_and_kernel_are_refused() -> None:
         KVCache(plan, 1, storage="int4")
     with pytest.raises(PlanError, match="unknown attention kernel 'flash'"):
         KVCache(plan, 1, attention="flash")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.complex64, torch.float8_e4m3fn, torch.bool])
+def test_types_that_hold_no_keys_are_refused(dtype: torch.dtype) -> None:
+    plan = Plan("by-hand", CacheGeometry(1, 1, 8, ScaleSchedule.square((1, 2))), np.array([[[1, 1]]]), 1.0, 1, 0)
+    for storage in (None, "int8"):
+        with pytest.raises(PlanError, match="cannot hold keys and values"):
+            KVCache(plan, 1, dtype, storage=storage)
+    q = torch.ones(1, 1, 1, 8, dtype=torch.int32)
+    with pytest.raises(PlanError, match="floating-point"):
+        KVCache(plan, 1).attend(0, q, q, q)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"storage": ["int8"]}, "unknown storage"), ({"attention": ["ragged"]}, "unknown attention kernel"),
+        ({"device": "nonsense"}, "unknown device"), ({"device": ["cpu"]}, "unknown device"),
+        *([] if torch.cuda.is_available() else [({"device": "cuda"}, "is not there")]),
+    ],
+)  # fmt: skip
+def test_options_of_a_cache_are_refused_in_words(given: dict[str, object], said: str) -> None:
+    plan = Plan("by-hand", CacheGeometry(1, 1, 8, ScaleSchedule.square((1, 2))), np.array([[[1, 1]]]), 1.0, 1, 0)
+    with pytest.raises(PlanError, match=said):
+        KVCache(plan, 1, **given)  # type: ignore[arg-type]
+
+
+def test_half_precision_does_not_overflow_where_a_scale_was_rounded_up() -> None:
+    x = torch.full((1, 1, 32), torch.finfo(torch.float16).max, dtype=torch.float16)
+    for code in (torch.int8, torch.float8_e4m3fn):
+        got = decode(*encode(x, code), torch.float16)
+        assert got.isfinite().all()
+        assert (got.double() / x.double() - 1).abs().max() < 0.005
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "sliding-window", "heatkv", "streaming-tokens", "full"])
+@pytest.mark.parametrize("amount", [123457, 200000])
+def test_equal_bytes_are_used_by_policies_of_every_kind(policy: str, amount: int) -> None:
+    """The embedded model's geometry: what a policy leaves uncoded, and nothing else, is paid for."""
+    geometry = CacheGeometry(12, 6, 32, ScaleSchedule.square((1, 2, 3, 4, 6, 8, 10, 12)))
+    budget = Budget("bytes", Fraction(geometry.full_bytes(2, "int8/float32") if policy == "full" else 3 * amount))
+    needs_ranks = {"heatkv": {"sink_scales": 1}}.get(policy, {})
+    made = make_policy(policy, **needs_ranks)
+    problem = made_up_problem(made, geometry, Budget.parse("100%"))
+    if policy == "full":
+        plan = made.plan(replace(problem, storage="int8/float32", rows=2))
+        assert plan.bytes(2, "int8/float32") == plan.budget_bytes(2, "int8/float32")
+        return
+    plan = made.plan(replace(problem, budget=budget, storage="int8/float32", rows=2))
+    assert plan.bytes(2, "int8/float32") <= 3 * amount
+    most_of_it = 0.6 if policy == "sliding-window" else 0.93  # whole scales of all heads
+    assert plan.bytes(2, "int8/float32") >= most_of_it * 3 * amount

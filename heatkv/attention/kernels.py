@@ -18,6 +18,7 @@ from heatkv.attention import triton_kernels
 from heatkv.attention.grouping import AttentionCost, CallShape
 from heatkv.attention.held import HeldTokens
 from heatkv.attention.ragged import HeadGroup, Workspace, group_heads, group_numbers, ragged_attention
+from heatkv.checks import shown
 from heatkv.errors import PlanError
 from heatkv.store import Store
 
@@ -158,16 +159,30 @@ KERNELS = {kernel.name: kernel for kernel in (RaggedAttention, TritonAttention)}
 """The kernels by the name that a user may give."""
 
 
+def check_kernel(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, code: torch.dtype | None, gathered: bool
+) -> None:
+    """Raise PlanError for an unknown kernel, or one that cannot run with this device and these types, or, where tokens
+    are `gathered` to be scored, one that reads them where they are."""
+    if not isinstance(name, str) or (name != "auto" and name not in KERNELS):
+        raise PlanError(f"unknown attention kernel {shown(name)}; known: auto, {', '.join(KERNELS)}")
+    if name == "triton" and gathered:
+        raise PlanError(
+            "attention kernel triton is not for dynamic policies, whose tokens are gathered to be scored; use auto or "
+            "ragged"
+        )
+    missing = triton_kernels.supports(device, dtype, head_dim, code)
+    if name == "triton" and missing is not None:
+        raise PlanError(f"attention kernel triton cannot run here: {missing}; use ragged")
+
+
 def choose_kernel(name: str, store: Store) -> AttentionKernel:
     """The kernel of this name; "auto" is the fused one on a GPU that can run it, the plain one everywhere else.
 
     Raises PlanError for an unknown name, or for a kernel that cannot run on the store's device or with its types.
     """
-    if name != "auto" and name not in KERNELS:
-        raise PlanError(f"unknown attention kernel {name!r}; known: auto, {', '.join(KERNELS)}")
+    check_kernel(name, store.device, store.dtype, store.head_dim, store.code, gathered=False)
     missing = triton_kernels.supports(store.device, store.dtype, store.head_dim, store.code)
     if name == "auto":
         return TritonAttention(store) if store.device.type == "cuda" and missing is None else RaggedAttention(store)
-    if name == "triton" and missing is not None:
-        raise PlanError(f"attention kernel triton cannot run here: {missing}; use ragged")
     return KERNELS[name](store)

@@ -54,6 +54,7 @@ def generate(
     from heatkv.graphs import check_has_graphs
     from heatkv.images import image_grid
     from heatkv.profiling.runner import images_of_rows
+    from heatkv.selecting_cache import check_cache
 
     positive(count=count)
     loaded, settings = open_model(source, running, measuring=False)
@@ -81,6 +82,7 @@ def generate(
     if kind_of(chosen) is not None:
         with progress("fitting corrections", len(chosen.schedule)) as advance:
             compensation = compensation_of(loaded, chosen, seed=running.seed, settings=settings, progress=advance)
+    check_cache(chosen, loaded.compute_dtype, loaded.device, running.storage, running.attention)
     folder = make_folder(out)
     done = replaced = 0
     with progress("drawing", len(labels)) as advance:

@@ -111,7 +111,7 @@ def solve(
         **chosen_by_kl(solved),
         "peak": f"{solved.peak_token_heads} of {solved.budget_token_heads} token-heads ({share:.2%} of the budget)",
         "at": f"after layer {layer} of scale {target}",
-        "bytes": f"{held:.2f} MiB of {full:.2f} MiB ({rows} rows, {held_as})",
+        "bytes": f"{held:.2f} MiB of {full:.2f} MiB in {dtype} ({rows} rows, {held_as})",
         **({"corrections": f"{corrections / 2**20:.2f} MiB, once for all rows"} if corrections else {}),
         **({} if static is None else {"sink scales": str(static.sink_scales), **certificate(static)}),
     }

@@ -119,7 +119,7 @@ class ImageModel(ABC, Generic[Label]):
         """A plan of the named policy for this model; `options` are the policy's own, such as sink_scales.
 
         `rows` (default: those of one image) and `storage` ("int8" or "fp8" for a cache of 8-bit codes) only matter for
-        a budget in bytes. Raises PolicyError for an unknown
+        a budget in bytes, and for policies that carry numbers of their own. Raises PolicyError for an unknown
         policy or option, BudgetError for a budget that cannot be read or kept, and StatisticsError for statistics of
         other weights.
         """
