@@ -32,6 +32,7 @@ _TEXTS = (
     "budget",
     "dtype",
     "storage",
+    "attention",
     "measurement",
     "timed",
     "error",

@@ -210,7 +210,7 @@ def test_the_page_can_be_read_by_all(compared: Path) -> None:
     assert len(scrolled) >= len(page.tables)
 
 
-SECTIONS = ["summary", "fidelity", "latency", "scales", "scas", "plans", "pictures", "rows", "further", "environment"]
+SECTIONS = ["summary", "fidelity", "latency", "scales", "scas", "plans", "pictures", "rows", "environment"]
 
 
 def test_the_page_has_all_sections_and_says_the_result_first(compared: Path) -> None:

@@ -232,8 +232,6 @@ class _Measurement:
                 ),
                 "batch": point.batch,
                 "seed": point.seed,
-                "samples_digest": samples_digest(self.model, point.seed + 1, images) if images else None,
-                "plans": results.save_plans(f"{subject.name}{self.point_name(point)}", subject),
             }
             row |= bytes_row(self.model, subject, point.rows) | self._foretold_elsewhere(subject)
             memory = results.memory(row["measurement"], own=not self.in_process)
@@ -466,7 +464,6 @@ def profile(
                 save_trace(traces, model, subject, point.batch, measurement.settings, of_point)
             say(f"traces: {traces} (tensorboard --logdir {traces}, or ui.perfetto.dev)")
     rows = [line.row for line in lines]
-    title = f"{measurement.title}, {model.device}"
     if not as_json:
         show(memory_table(rows, f"{model.name}: memory on {model.device}"), False, None)
         show(latency_table(rows, f"{measurement.title}, {model.device}: time"), False, None)
