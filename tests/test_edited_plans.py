@@ -196,7 +196,7 @@ def test_what_is_carried_does_not_shrink_with_the_type() -> None:
     plan = dynamic_plan("h2o")
     open_cache(plan, 2, torch.float32)
     plan.check_bytes(2, "float32")
-    with pytest.raises(PlanError, match="made for a larger type: with 2 rows in bfloat16"):
+    with pytest.raises(PlanError, match="made for another type: with 2 rows in bfloat16"):
         open_cache(plan, 2, torch.bfloat16)
 
 
