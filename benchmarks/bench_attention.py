@@ -25,7 +25,7 @@ from yardstick import matrix_product_ms
 import heatkv.attention
 from heatkv.attention.grouping import AttentionCost, CallShape
 from heatkv.attention.kernels import RaggedAttention
-from heatkv.files import write_json
+from heatkv.files import read_json, write_json
 from heatkv.geometry import Budget
 from heatkv.models import model_info
 from heatkv.plan import Plan
@@ -179,7 +179,9 @@ def fitted(dtype: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="measure the cost model anew and write its table")
-    parser.add_argument("--out", type=Path, help="also write the result as JSON")
+    parser.add_argument("--sizes", nargs="+", default=["2b", "8b"], choices=["2b", "8b"])
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--out", type=Path, help="also write the result as JSON, in place of the same cases there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -190,7 +192,11 @@ def main() -> None:
         print(json.dumps(table, indent=1))
         return
     before = matrix_product_ms()
-    rows = [measure(size, dtype) for size in ("2b", "8b") for dtype in DTYPES]
+    rows = [
+        measure(size, dtype) | {"matrix_product_1024_fp32_processor_ms": before}
+        for size in given.sizes
+        for dtype in given.dtypes
+    ]
     for row in rows:
         print(
             f"{row['model']:12} {row['dtype']:9} {row['ms']['chosen']:8.1f} ms: {row['over_full_cache']:.3f} of the "
@@ -200,8 +206,10 @@ def main() -> None:
         )
     print(f"1024 cubed fp32 product: {before:.1f} ms before, {matrix_product_ms():.1f} ms after")
     if given.out is not None:
-        told = {"environment": environment(torch.device("cpu")), "matrix_product_1024_fp32_processor_ms": before}
-        write_json(given.out, told | {"rows": rows}, indent=1)
+        earlier = read_json(given.out)["rows"] if given.out.exists() else []
+        cases = {(row["model"], row["dtype"]): row for row in (*earlier, *rows)}
+        told = {"environment": environment(torch.device("cpu"))}
+        write_json(given.out, told | {"rows": list(cases.values())}, indent=1)
 
 
 if __name__ == "__main__":

@@ -114,11 +114,17 @@ def tiny() -> ClassConditionalModel:
     return small_classes()
 
 
-def plan_of(name: str, model: ImageModel[Any], statistics: Statistics | None = None, budget: str = "50%") -> CachePlan:
+def plan_of(
+    name: str,
+    model: ImageModel[Any],
+    statistics: Statistics | None = None,
+    budget: str = "50%",
+    storage: str = "float32",
+) -> CachePlan:
     """With made-up statistics when none are given."""
     policy_name, options = OTHERS.get(name, (name, {}))
     policy = make_policy(policy_name, **options)
-    more = {} if statistics is None else {"statistics": statistics}
+    more: dict[str, Any] = {"storage": storage} | ({} if statistics is None else {"statistics": statistics})
     return policy.plan(made_up_problem(policy, model.geometry, "100%" if name == "full" else budget, **more))
 
 
@@ -191,7 +197,7 @@ def test_in_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("coding", ["int8", "fp8"])
 @pytest.mark.parametrize("name", KINDS)
 def test_in_8_bits(tiny: ClassConditionalModel, name: str, coding: str) -> None:
-    plan = plan_of(name, tiny)
+    plan = plan_of(name, tiny, storage=f"{coding}/float32")
     made, plain = (Generator(tiny, plan, 2, runner=run, storage=coding) for run in (TapeRunner(), EagerRunner()))
     check_replays(made, plain, [[3, 4], [9, 1], [5, 0]])
 
