@@ -153,7 +153,8 @@ def test_compare(tiny: list[str]) -> None:
     assert pruned["planned_bytes"] == pruned["allocated_bytes"] <= pruned["budget_bytes"] == FULL_BYTES // 2
     assert full["kl"] == 0 < pruned["kl"]
     assert {path.name for path in Path("out").iterdir()} == {
-        "results.json", "statistics.safetensors", "images_50percent.png", "scas.png", "pictures",
+        "results.json", "statistics.safetensors", "images_50percent.png", "scas.png", "scas.json", "pictures", "plans",
+        "report.html", "report.md", "report.json",
     }  # fmt: skip
 
 
