@@ -14,10 +14,10 @@ TYPED := build/typed
 .PHONY: compare compare-all test lint types check-slow check-baseline baseline bench emoji clean
 
 compare: $(STAMP)
-	$(BIN)/heatkv compare --out results/compare
+	OMP_NUM_THREADS=1 $(BIN)/heatkv compare --out results/compare
 
 compare-all: $(STAMP)
-	$(BIN)/heatkv compare --policies all --out results/compare-all
+	OMP_NUM_THREADS=1 $(BIN)/heatkv compare --policies all --out results/compare-all
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
