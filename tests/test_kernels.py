@@ -62,6 +62,16 @@ def test_both_kernels_agree_about_codes(plan: Plan, rows: int, seed: int, coding
         assert (one - other).abs().max() <= 1e-4
 
 
+@needs_triton
+def test_the_fused_kernel_does_not_lose_gradients_in_silence() -> None:
+    plan = Plan("by-hand", CacheGeometry(1, 1, 8, ScaleSchedule.square((1, 2))), np.array([[[1, 1]]]), 1.0, 1, 0)
+    cache, q = KVCache(plan, 1, attention="triton"), torch.randn(1, 1, 1, 8, requires_grad=True)
+    with pytest.raises(PlanError, match=r"no gradients.*ragged"):
+        cache.attend(0, q, q, q)
+    with torch.no_grad():
+        assert not cache.attend(0, q, q, q).requires_grad
+
+
 @pytest.mark.parametrize("name", ["auto", "ragged"])
 def test_a_cpu_takes_the_plain_kernel(name: str) -> None:
     store = Store(1, 4, 8, torch.float32, torch.device("cpu"))

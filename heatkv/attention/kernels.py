@@ -132,6 +132,11 @@ class TritonAttention(AttentionKernel):
         v_RHND: Tensor,
         prepared: tuple[HeldTokens | None, HeldTokens | None],
     ) -> Tensor:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q_RHND, k_RHND, v_RHND)):
+            raise PlanError(
+                "attention kernel triton gives no gradients; draw under torch.inference_mode() or torch.no_grad(), or "
+                'use attention="ragged"'
+            )
         uncoded, coded = prepared
         plain = None if uncoded is None else (self.store.arena_2RPD, uncoded)
         codes = None
