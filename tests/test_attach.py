@@ -316,6 +316,40 @@ def test_a_dropping_plan_equals_hidden_cells() -> None:
             assert attached.plan is plan
 
 
+@pytest.mark.parametrize("policy", ["full", "sliding-window", "snapkv"])
+def test_8_bits_under_another_model(policy: str) -> None:
+    """Near what the same plan gives uncoded, in fewer bytes; also with a finished plan."""
+    model = make_var()
+    budget = "100%" if policy == "full" else "60%"
+    with heatkv.attach(model, policy, budget) as attached:
+        plain = draw_var(model)
+        plain_bytes = attached.cache.allocated_bytes
+    with heatkv.attach(model, policy, budget, storage="int8", attention="ragged") as attached:
+        coded = draw_var(model)
+        assert attached.cache.allocated_bytes == attached.plan.bytes(4, "int8/float32") < plain_bytes
+        plan = attached.plan
+    with heatkv.attach(model, plan=plan, storage="int8"):
+        again = draw_var(model)
+    for one, other, third in zip(plain, coded, again, strict=True):
+        assert torch.equal(other, third)
+        assert (one - other).abs().max() <= 0.05 * one.abs().max()
+    assert any(not torch.equal(one, other) for one, other in zip(plain, coded, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"storage": "int4"}, PlanError, "unknown storage"),
+        ({"attention": "flash"}, PlanError, "unknown attention kernel"),
+    ],
+)
+def test_options_of_the_cache_are_refused(given: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        heatkv.attach(make_var(), "full", "100%", **given)
+    with pytest.raises(PolicyError, match="only go with policy="):
+        heatkv.attach(make_var(), measure=True, **given)
+
+
 def test_the_model_keeps_no_cache_of_its_own(kind: Any) -> None:
     model, draw, schedule = kind
     seen: list[tuple[bool, Any]] = []

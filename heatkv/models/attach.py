@@ -30,7 +30,7 @@ from heatkv.calibration import MeasuringCache, ObservingCache, add_sums
 from heatkv.checks import of_kind, shown, whole
 from heatkv.compensation import kind_of
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry
+from heatkv.geometry import Budget, CacheGeometry, StorageType
 from heatkv.level_calibration import BiasCache, ErrorCostCache, level_choices
 from heatkv.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.levels import LEVELS, SINK_SCALES
@@ -40,8 +40,9 @@ from heatkv.models.infinity import rotation_angles
 from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.schedule import ScaleSchedule
-from heatkv.selecting_cache import SelectingCache, open_cache
+from heatkv.selecting_cache import SelectingCache, check_cache, open_cache
 from heatkv.statistics import Provenance, Statistics
+from heatkv.store import check_coding
 from heatkv.versions import versions
 
 FloatArray = NDArray[np.float64]
@@ -313,8 +314,11 @@ class Attached:
         seed: int,
         first_sample: int,
         level_sinks: int,
+        storage: str | None,
+        attention: str,
     ) -> None:
         self.plan = plan
+        self._storage, self._attention = storage, attention
         self._name = type(model).__name__
         self._layers = [_Layer(self, index, where, module) for index, (where, module) in enumerate(found)]
         self._guided, self._measure, self._most_bytes = guided, measure, most_bytes
@@ -417,11 +421,12 @@ class Attached:
         if old is not None and (old.rows, old.store.dtype, old.store.device) == (rows, dtype, device):
             old.reset()
         else:
-            needed = self.plan.bytes(rows, str(dtype).removeprefix("torch."))
+            held_as = str(StorageType(str(dtype).removeprefix("torch."), self._storage))
+            needed = self.plan.bytes(rows, held_as)
             if self._most_bytes is not None and needed > self._most_bytes:
                 raise BudgetError(
-                    f"{rows} rows in {dtype} need {needed} bytes, the budget is {self._most_bytes}; attach with "
-                    f"rows={rows} so that the plan counts them all"
+                    f"{rows} rows in {dtype if self._storage is None else held_as} need {needed} bytes, the budget is "
+                    f"{self._most_bytes}; attach with rows={rows} so that the plan counts them all"
                 )
             self._cache = old = None  # frees the old arena first
             # a tensor made in inference mode could not be written to outside of it, by the next image
@@ -430,8 +435,9 @@ class Attached:
                     self._cache = self._observing(self._measure, rows, images, dtype, device)
                 else:
                     self._cache = open_cache(
-                        self.plan, rows, dtype, device, self.key_angles, query_weight=self._query_weight
-                    )
+                        self.plan, rows, dtype, device, self.key_angles, query_weight=self._query_weight,
+                        storage=self._storage, attention=self._attention,
+                    )  # fmt: skip
         if isinstance(self._cache, ObservingCache) and self._seen is not None:
             self._cache.see(*self._seen)  # the first layer was told of before the cache was at its start
         self._rows = rows
@@ -550,6 +556,8 @@ def attach(
     rows: int | None = None,
     seed: int = 0,
     first_sample: int = 0,
+    storage: str | None = None,
+    attention: str = "auto",
     **options: Any,
 ) -> Attached:
     """A context manager that puts HeatKV under the self-attention of `model` and restores it at the end.
@@ -561,6 +569,8 @@ def attach(
     `schedule` is needed where the model does not tell it: VAR does, in `patch_nums` or `lvl_1L`; Infinity needs it
     unless the plan or the statistics bring it. `guided` says that rows are doubled, conditional half first. `rows`
     (default: those of one image) only matters for a budget in bytes; `seed` and `first_sample` name the samples.
+    `storage` is "int8" or "fp8" for a cache of 8-bit codes, and `attention` names the kernel, as in `heatkv.generate`;
+    what is measured is measured on the full cache as it is.
 
     Raises ModelError for a model that is not recognised, PlanError, StatisticsError, PolicyError, BudgetError or
     ScheduleError for what does not fit it, or is of the wrong kind.
@@ -570,7 +580,7 @@ def attach(
     if policy is not None:
         of_kind(policy, str, "policy", PolicyError, "give its name; `heatkv policies` lists them")
     if plan is not None:
-        of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
+        of_kind(plan, CachePlan, "plan", PlanError, "make one with model.plan, or load one with load_plan")
     if statistics is not None:
         way_out = "load statistics with Statistics.load, or measure them with measure=True"
         of_kind(statistics, Statistics, "statistics", StatisticsError, way_out)
@@ -592,6 +602,8 @@ def attach(
         raise ModelError(f"the blocks of {name} differ in (heads, head size): {sorted(sizes)}")
     ((heads, head_dim),) = sizes
 
+    if measure and (storage is not None or attention != "auto"):
+        raise PolicyError("storage= and attention= only go with policy= or plan=; what is measured is the full cache")
     ways = [way for way, chosen in (("policy", policy), ("plan", plan), ("measure", measure)) if chosen]
     if len(ways) != 1:
         raise PolicyError(
@@ -635,6 +647,8 @@ def attach(
         plan = make_policy("full").plan(PlanningProblem(geometry, Budget.parse("100%"), model=name))
     else:
         assert policy is not None
+        if storage is not None:
+            check_coding(storage, found[0][1].mat_qkv.weight.device)
         if parsed is None:
             raise BudgetError(f"policy {policy!r} needs a budget; write it as 10%, 0.1, 600MiB, 2GB or 650tokens")
         # statistics of this package's own model with the same weights name all of them, those measured here the
@@ -642,15 +656,17 @@ def attach(
         all_weights = fingerprint(model) if isinstance(model, nn.Module) else None
         if statistics is not None and statistics.provenance.fingerprint != all_weights:
             statistics.check_fingerprint(_attention_fingerprint(found))
-        storage = str(found[0][1].mat_qkv.weight.dtype).removeprefix("torch.")
+        held_as = str(StorageType(str(found[0][1].mat_qkv.weight.dtype).removeprefix("torch."), storage))
         rows = rows if rows is not None else (2 if guided else 1)
-        problem = PlanningProblem(geometry, parsed, statistics, seed=seed, rows=rows, storage=storage, model=name)
+        problem = PlanningProblem(geometry, parsed, statistics, seed=seed, rows=rows, storage=held_as, model=name)
         plan = make_policy(policy, **options).plan(problem)
     if kind_of(plan) is not None:
         raise PolicyError(
             f"the plan asks for corrections (compensation={plan.settings['compensation']}), which need a model of "
             "heatkv.load_model to be fitted; plan with compensation=none"
         )
+    weight = found[0][1].mat_qkv.weight
+    check_cache(plan, weight.dtype, weight.device, storage, attention)
     return Attached(
         model,
         found,
@@ -663,4 +679,6 @@ def attach(
         seed=seed,
         first_sample=first_sample,
         level_sinks=level_sinks,
+        storage=storage,
+        attention=attention,
     )
