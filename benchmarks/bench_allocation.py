@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from yardstick import matrix_product_ms, parse, write
+from yardstick import matrix_product_ms, parse
 
+from heatkv.files import write_json
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models import model_info
 from heatkv.policies.base import EvictionPolicy, PlanningProblem
@@ -129,7 +130,7 @@ def main() -> None:
             )
     told = {"repeats": REPEATS, "seed": SEED, "target_seconds": TARGET_SECONDS, "target_gap": TARGET_GAP}
     if arguments.out:
-        write(arguments.out, {"environment": before, **told, "rows": rows})
+        write_json(arguments.out, {"environment": before, **told, "rows": rows}, indent=1)
     for row in rows:
         slow = row["lp"]["processor_seconds"] > TARGET_SECONDS.get(row["model"], float("inf"))
         if slow or row["lp"]["own_gap"] > TARGET_GAP:

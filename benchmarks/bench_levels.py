@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from yardstick import matrix_product_ms, parse, write
+from yardstick import matrix_product_ms, parse
 
 from heatkv.allocation import Capacity
+from heatkv.files import write_json
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.level_allocation import ALL_LEVELS, allocate_levels
 from heatkv.level_statistics import LevelStatistics
@@ -146,7 +147,7 @@ def main() -> None:
             )
         costs.cache_clear()
     if arguments.out:
-        write(arguments.out, {**told, "rows": rows, "missed": missed(rows)})
+        write_json(arguments.out, {**told, "rows": rows, "missed": missed(rows)}, indent=1)
     for name in missed(rows):
         print(f"target missed: {name}")
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,8 +26,3 @@ def parse(description: str | None, models: Iterable[str]) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(models), choices=list(models))
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     return parser.parse_args()
-
-
-def write(out: Path, results: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
