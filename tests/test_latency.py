@@ -149,6 +149,38 @@ def test_a_trace_names_scales_layers_and_phases_inside_each_other(
     assert within("sampling", [scale_name(scale) for scale in scales])
 
 
+def test_viewers_open_a_trace(emoji: ClassConditionalModel, tmp_path: Path) -> None:
+    _, subject = plan_subjects(
+        emoji, ["streaming"], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
+    )  # fmt: skip
+    path = save_trace(tmp_path / "traces", emoji, subject, 1, emoji.sampling)
+
+    # Perfetto leaves out what overlaps an earlier slice of its thread without lying in it
+    slices: dict[Any, list[tuple[float, float]]] = {}
+    for event in json.loads(path.read_text())["traceEvents"]:
+        if event["ph"] == "X" and event.get("cat") != "Trace":  # the profiler's own, on a line of its own
+            slices.setdefault((event["pid"], event["tid"]), []).append((event["ts"], -event["ts"] - event["dur"]))
+    assert max(map(len, slices.values())) > 1000
+    rounding = 0.002  # us: times are written in thousandths
+    for places in slices.values():
+        around: list[float] = []
+        for start, end in sorted(places):
+            while around and around[-1] <= start + rounding:
+                around.pop()
+            assert not around or -end <= around[-1] + rounding
+            around.append(-end)
+
+    # TensorBoard's plug-in, read by what it reads with
+    from torch_tb_profiler.profiler.data import RunProfileData
+
+    (tmp_path / "cache").mkdir()
+    seen = RunProfileData.parse("worker", "1", str(path), str(tmp_path / "cache"))
+    seen.process()
+    seen.analyze()
+    assert seen.steps_names == ["1"]  # the one that is recorded
+    assert seen.op_list_groupby_name
+
+
 def test_a_profiler_of_the_users_sees_the_same_ranges(emoji: ClassConditionalModel) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         heatkv.generate(emoji, [0], emoji.full_plan())
