@@ -49,15 +49,17 @@ def measure(name: str, size: str, dtype: str, images: int, how: str) -> None:
     if isinstance(model, TextConditionalModel):
         model.rotations()  # made once, and counted with the weights
 
-    labels = labels_of(model, images, TEXT_POSITIONS)
+    def draw() -> None:
+        generator.draw(labels_of(model, images, TEXT_POSITIONS))  # who draws holds the features of prompts, too
+
     if how == "alive":
         with TensorLedger() as ledger:
-            generator.draw(labels)
+            draw()
         print(ledger.peak / MEBI)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the highest value so far
         before = resident("VmRSS")
-        generator.draw(labels)
+        draw()
         print((resident("VmHWM") - before) / MEBI)
 
 
