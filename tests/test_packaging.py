@@ -105,6 +105,14 @@ def test_wheel_imports_from_where_it_was_installed(installed: Path, tmp_path: Pa
     assert not [path for path in bare if path.is_relative_to(installed) or path.is_relative_to(ROOT)]
 
 
+def test_wheel_tests_itself(installed: Path, tmp_path: Path) -> None:
+    script = "import sys, heatkv; print(heatkv.__file__); from heatkv.__main__ import main; main()"
+    told = run(sys.executable, "-c", script, "doctor", "--self-test", cwd=tmp_path, PYTHONPATH=installed)
+    assert Path(told.partition("\n")[0]) == installed / "heatkv/__init__.py"
+    assert told.count("passed") >= 6
+    assert not list(tmp_path.iterdir())
+
+
 def test_wheel_declares_what_it_is(installed: Path) -> None:
     (distribution,) = metadata.distributions(name="heatkv", path=[str(installed)])
     assert distribution.version == "0.1.0"
@@ -113,7 +121,9 @@ def test_wheel_declares_what_it_is(installed: Path) -> None:
     assert list(pythons.filter(f"3.{minor}.0" for minor in range(8, 17))) == ["3.11.0", "3.12.0", "3.13.0"]
     (script,) = distribution.entry_points.select(group="console_scripts")
     assert (script.name, script.value) == ("heatkv", "heatkv.__main__:main")
-    assert {"dev", "infinity", "metrics", "nvml", "traces", "triton"} == set(distribution.metadata.get_all("Provides-Extra", []))
+    assert {"dev", "infinity", "metrics", "nvml", "traces", "triton"} == set(
+        distribution.metadata.get_all("Provides-Extra", [])
+    )
 
 
 def test_editable_installation_imports_from_anywhere(tmp_path: Path) -> None:

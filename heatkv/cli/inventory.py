@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import MISSING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+from rich.console import Group as RenderGroup
 from rich.table import Table
 
 from heatkv.cli.options import AsJson
-from heatkv.cli.output import pairs, show
+from heatkv.cli.output import pairs, progress, show
 from heatkv.models import MODELS
 from heatkv.policies.options import options_of
 from heatkv.registry import broken_plugins, registered_policies
 
+if TYPE_CHECKING:
+    import torch
 
-def doctor(as_json: AsJson = False) -> None:
+    from heatkv.profiling.self_test import Outcome
+
+
+def doctor(
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="also check in seconds that the package does here what it promises")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """What this machine offers: torch, devices, Triton, NVML, optional extras, models with weights.
 
-    Example: heatkv doctor
+    Example: heatkv doctor --self-test
     """
     import importlib.util
     from importlib import metadata
@@ -51,7 +64,34 @@ def doctor(as_json: AsJson = False) -> None:
         "torchmetrics": extra("torchmetrics", "torchmetrics", "heatkv[metrics]; SSIM, LPIPS and FID need it"),
         "models with weights": ", ".join(info.name for info in MODELS.values() if info.bundled),
     }
-    show(pairs("heatkv doctor", ("what", "found"), facts), as_json, facts)
+    table = pairs("heatkv doctor", ("what", "found"), facts)
+    if not self_test:
+        show(table, as_json, facts)
+        return
+    outcomes = _self_test(where)
+    data = {**facts, "self_test": [{"check": o.name, "passed": o.passed, "told": o.told} for o in outcomes]}
+    show(RenderGroup(table, _self_test_table(outcomes)), as_json, data)
+    if any(outcome.passed is False for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _self_test(device: torch.device) -> list[Outcome]:
+    from heatkv.profiling.self_test import CHECKS, self_test
+
+    outcomes = []
+    with progress("self-test", len(CHECKS)) as advance:
+        for outcome in self_test(device):
+            outcomes.append(outcome)
+            advance(1)
+    return outcomes
+
+
+def _self_test_table(outcomes: list[Outcome]) -> Table:
+    table = Table("check", "result", "what was seen", title="self-test")
+    for outcome in outcomes:
+        result = {True: "passed", False: "FAILED", None: "not here"}[outcome.passed]
+        table.add_row(outcome.name, result, outcome.told)
+    return table
 
 
 def models(as_json: AsJson = False) -> None:
