@@ -1,6 +1,6 @@
 """Does the package do here what it promises? A few checks in seconds, each against something worked out another way.
 
-They need nothing but the installed package: no test runner, no network, no files. `heatkv doctor --self-test` runs them.
+They need nothing but the installed package: no test runner, network or files of theirs (`heatkv doctor --self-test`).
 Shapes: R rows, H heads, N queries, M keys, D head size.
 """
 
