@@ -11,7 +11,7 @@ STAMP := $(VENV)/heatkv-$(VERSION).stamp
 # Where the type checker looks: a fresh installation of the current source.
 TYPED := build/typed
 
-.PHONY: compare compare-all test lint types check-slow check-baseline baseline bench emoji clean
+.PHONY: compare compare-all test lint types docs check-slow check-baseline baseline bench emoji clean
 
 compare: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/heatkv compare --out results/compare
@@ -33,7 +33,11 @@ types: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(TYPED) .
 	cd $(TYPED) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p heatkv
 
-check-slow: $(STAMP) check-baseline
+# The site, into build/site; a warning is an error. Its pages of commands and of Python come from the package as installed.
+docs: types
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH="$(CURDIR)" $(BIN)/mkdocs build --quiet
+
+check-slow: $(STAMP) check-baseline docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
 # Bytes and fidelity of a few policies against those that are committed (docs/check.md). The statistics are committed too, so that

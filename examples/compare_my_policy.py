@@ -1,0 +1,76 @@
+"""Write a policy, check that it keeps the contract of all policies, and compare it with others at equal bytes.
+
+    python examples/compare_my_policy.py --budget 20%
+
+The policy keeps the cells with the most attention for their size. From the command line the same is
+`heatkv new-policy`, then `heatkv compare` (docs/new-policy.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+import heatkv
+from heatkv.errors import PolicyError
+from heatkv.generation import Generator
+from heatkv.policies.base import StaticPolicy
+from heatkv.profiling.fidelity import FidelityBench, paired_bootstrap
+from heatkv.testing import check_policy
+
+
+@heatkv.register
+@dataclass(frozen=True)
+class MassPerToken(StaticPolicy):
+    """Keeps to the end the cells with the most attention per token, while they fit."""
+
+    name: ClassVar[str] = "mass-per-token"
+    needs: ClassVar[str] = "statistics"
+    source: ClassVar[str] = "examples/compare_my_policy.py"
+
+    def last_read(self, problem: heatkv.PlanningProblem) -> NDArray[np.int64]:
+        if problem.statistics is None:
+            raise PolicyError("mass-per-token needs statistics; measure them with heatkv.calibrate")
+        tokens, last = np.array(problem.geometry.schedule.tokens), len(problem.geometry.schedule) - 1
+        last_read = self.never_cached(problem)  # but for the sinks, which are whole
+        heads = problem.geometry.layers * problem.geometry.heads
+        room = problem.budget_token_heads - heads * tokens[: self.sink_scales].sum()
+        worth = problem.statistics.scas[:, :, self.sink_scales : last] / tokens[self.sink_scales : last]
+        for place in np.argsort(-worth, axis=None, kind="stable"):
+            layer, head, index = np.unravel_index(place, worth.shape)
+            scale = self.sink_scales + index
+            if tokens[scale] <= room:
+                room -= tokens[scale]
+                last_read[layer, head, scale] = last
+        return last_read
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", default="20%")
+    parser.add_argument("--samples", type=int, default=16, help="images to calibrate on")
+    parser.add_argument("--images", type=int, default=16, help="images to compare on")
+    given = parser.parse_args()
+
+    check_policy(MassPerToken.name)
+    print("the policy keeps the contract")
+
+    model = heatkv.load_model("emoji")
+    statistics = heatkv.calibrate(model, samples=given.samples)
+    bench = FidelityBench(model, images=given.images, pictures=0, seed=1, settings=model.sampling)
+    kl = {}
+    for name in (MassPerToken.name, "heatkv", "streaming"):
+        plan = model.plan(name, given.budget, statistics=statistics)
+        # under another name, as the loop goes on
+        kl[name] = bench.compare(lambda size, plan=plan: Generator(model, plan, size)).kl_of_images()
+        print(f"{name:>15}: {plan.peak_token_heads} token-heads, KL {kl[name].mean():.4f} nats per token")
+    found = paired_bootstrap(kl[MassPerToken.name], kl["heatkv"])
+    print(f"against heatkv, image by image: {found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})")
+
+
+if __name__ == "__main__":
+    main()
