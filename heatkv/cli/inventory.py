@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING
+from pathlib import Path
 
 from rich.table import Table
 
@@ -14,7 +15,8 @@ from heatkv.registry import broken_plugins, registered_policies
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """What this machine offers: torch, devices, Triton, NVML, optional extras, models with weights.
+    """What this machine offers: torch, devices, Triton, NVML, optional extras, weights for LPIPS and FID, models with
+    weights. Nothing is downloaded.
 
     Example: heatkv doctor
     """
@@ -25,6 +27,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     from heatkv.attention import triton_kernels
     from heatkv.profiling.environment import environment
+    from heatkv.profiling.perceptual import fid_weights, lpips_weights
     from heatkv.store import available_codings
 
     def extra(package: str, distribution: str, why: str) -> str:
@@ -49,9 +52,16 @@ def doctor(as_json: AsJson = False) -> None:
         "8-bit storage": ", ".join(available_codings(where)),
         "NVML": extra("pynvml", "nvidia-ml-py", "heatkv[nvml]"),
         "torchmetrics": extra("torchmetrics", "torchmetrics", "heatkv[metrics]; SSIM, LPIPS and FID need it"),
+        "LPIPS": _weights(lpips_weights()),
+        "FID": _weights(fid_weights()),
         "models with weights": ", ".join(info.name for info in MODELS.values() if info.bundled),
     }
     show(pairs("heatkv doctor", ("what", "found"), facts), as_json, facts)
+
+
+def _weights(found: Path | str) -> str:
+    """What `found` tells: where the weights are, or why there are none."""
+    return f"no: {found}" if isinstance(found, str) else f"yes, with the weights at {found}"
 
 
 def models(as_json: AsJson = False) -> None:
