@@ -36,7 +36,7 @@ class Part:
 @dataclass(frozen=True)
 class Bar:
     """Parts end to end, from 0. Over them, where they are told, an interval with a mark at its middle figure, and
-    single values that lie far off; `tip` is told over the bar."""
+    single values that lie far off; `tip` is told over every part."""
 
     parts: tuple[Part, ...]
     tip: str
@@ -82,9 +82,9 @@ def bar_chart(name: str, label: str, groups: Sequence[BarGroup], axis: str, thic
                     bbox={"facecolor": SURFACE, "edgecolor": "none", "pad": 0.5})  # fmt: skip
             middle = top + above + thick / 2
             for index, bar in enumerate(group.bars):
-                gid = f"bar-{place}-{index}"
-                tips[gid] = bar.tip
-                _draw_bar(ax, bar, middle + pitch * index, thick, edge, gid)
+                gids = [f"bar-{place}-{index}-{part}" for part in range(len(bar.parts))]
+                tips |= dict.fromkeys(gids, bar.tip)
+                _draw_bar(ax, bar, middle + pitch * index, thick, edge, gids)
             bottom = top + above + pitch * len(group.bars)
             if group.limit is not None:
                 ax.plot([group.limit] * 2, [top + above - 1, bottom], color=LIMIT, linewidth=1.5,
@@ -94,12 +94,12 @@ def bar_chart(name: str, label: str, groups: Sequence[BarGroup], axis: str, thic
         return svg(figure, name, label, tips)
 
 
-def _draw_bar(ax: Any, bar: Bar, at: float, thick: float, edge: float, gid: str) -> None:
+def _draw_bar(ax: Any, bar: Bar, at: float, thick: float, edge: float, gids: Sequence[str]) -> None:
     begin = 0.0
-    for place, part in enumerate(bar.parts):
+    for gid, part in zip(gids, bar.parts, strict=True):
         drawn = ax.barh(at, part.length, thick, left=begin, color=Style(part.colour, 0).sentinel, alpha=part.strength,
                         linewidth=0, zorder=2)  # fmt: skip
-        drawn[0].set_gid(f"{gid}-{place}" if place else gid)
+        drawn[0].set_gid(gid)
         begin += part.length
     if bar.interval is not None:
         ax.plot(bar.interval, [at, at], color=INK, linewidth=1.2, zorder=4, solid_capstyle="butt")

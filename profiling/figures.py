@@ -150,7 +150,7 @@ class _InlineSvg:
             title.text = self._tips[gid]
             element.insert(0, title)
         for index, child in reversed(list(enumerate(element))):
-            if child.tag == "g" and not child.attrib:  # a group without meaning
+            if child.tag == "g" and not child.attrib and child.find("title") is None:  # a group without meaning
                 element[index : index + 1] = list(child)
             elif child.tag == "path" and child.attrib.get("style") == "fill: none":  # nothing to be seen
                 element.remove(child)

@@ -196,7 +196,8 @@ def _tables(report: Report, group: Group) -> list[Block]:
     spans = (("", 3), ("one batch, not watched", len(medians)), ("median of watched drawings", len(names)))
     blocks: list[Block] = [
         Table(
-            "Time of one batch by phase, with the interval of its median; with CUDA graphs phases cannot be told",
+            "Time of one batch by phase, with the interval of its median"
+            + ("; with CUDA graphs phases cannot be told" if any(row.time(_GRAPHS) for _, row in shown) else ""),
             ("policy", "budget", "drawn", *medians, *(f"{name}, ms" for name in names)), tuple(by_phase), 1,
             spans if names else (),
         )
