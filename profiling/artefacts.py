@@ -18,7 +18,7 @@ from heatkv.errors import FormatError, HeatKVError
 from heatkv.files import check_header, read_json
 from heatkv.images import GAP
 from heatkv.plan import CachePlan
-from heatkv.profiling.merging import Row, Source, is_number
+from heatkv.profiling.merging import Row, Source
 from heatkv.profiling.results import (
     PICTURES,
     SCAS_FORMAT,
@@ -27,6 +27,7 @@ from heatkv.profiling.results import (
     pictures_by_comparison,
     subject_file_name,
 )
+from heatkv.profiling.row_fields import is_number
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Statistics
 

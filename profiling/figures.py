@@ -150,7 +150,7 @@ class _InlineSvg:
             title.text = self._tips[gid]
             element.insert(0, title)
         for index, child in reversed(list(enumerate(element))):
-            if child.tag == "g" and not child.attrib:  # a group without meaning
+            if child.tag == "g" and not child.attrib and child.find("title") is None:  # a group without meaning
                 element[index : index + 1] = list(child)
             elif child.tag == "path" and child.attrib.get("style") == "fill: none":  # nothing to be seen
                 element.remove(child)
@@ -299,14 +299,23 @@ def share_ticks(places: Mapping[float, str], least: float = 0.085) -> tuple[tupl
     return tuple(shown)
 
 
+@dataclass(frozen=True)
+class ScaleLine:
+    """A series by target scale."""
+
+    style: Style
+    values: Sequence[float]
+    dashed: bool = False
+
+
 def scale_panels(
-    name: str, label: str, panels: Mapping[str, Sequence[tuple[str, Style, Sequence[float]]]], names: Sequence[str]
+    name: str, label: str, panels: Mapping[str, Sequence[ScaleLine]], names: Sequence[str], y: str
 ) -> Markup:
-    """A panel for every title: a line for every series by scale, all panels on one axis of y."""
+    """A panel for every title: lines by scale, all panels on one axis of y, which is titled."""
     columns = 1 if len(panels) == 1 else 2
     rows = -(-len(panels) // columns)
     width, height = 380.0, 46 + 136.0 * rows
-    most = max((max(values, default=0) for lines in panels.values() for *_, values in lines), default=0) or 1
+    most = max((max(line.values, default=0) for lines in panels.values() for line in lines), default=0) or 1
     with chart(width, height) as figure:
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         figure.subplots_adjust(
@@ -317,8 +326,9 @@ def scale_panels(
         for ax, (title, lines) in zip(axes.flat, panels.items(), strict=False):
             ax.grid(axis="y")
             ax.set_title(title, fontsize=10, loc="left", color=INK, pad=4)
-            for _, style, values in lines:
-                ax.plot(range(len(values)), values, color=style.sentinel, linewidth=1.3, marker=MARKERS[style.marker],
+            for line in lines:
+                ax.plot(range(len(line.values)), line.values, color=line.style.sentinel, linewidth=1.3,
+                        linestyle=(0, (3, 1.5)) if line.dashed else "-", marker=MARKERS[line.style.marker],
                         markersize=4, markeredgecolor=SURFACE, markeredgewidth=0.5, clip_on=False)  # fmt: skip
             step = -(-len(names) // 9)
             ax.set_xticks(range(0, len(names), step), names[::step], fontsize=9)
@@ -330,7 +340,7 @@ def scale_panels(
             fontsize=10,
             y=4 / height,
         )
-        figure.supylabel("KL, nats per token", fontsize=10, x=3 / width)
+        figure.supylabel(y, fontsize=10, x=3 / width)
         return svg(figure, name, label)
 
 

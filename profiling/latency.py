@@ -38,6 +38,13 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return ordered[kept], ordered[n - 1 - kept], inside
 
 
+def outliers_of(values: Sequence[float]) -> list[float]:
+    """Those further than OUTLIER_IQRS quartile distances outside the quartiles, in their order."""
+    low, high = np.percentile(values, [25, 75])
+    far = OUTLIER_IQRS * (high - low)
+    return [value for value in values if not low - far <= value <= high + far]
+
+
 @dataclass(frozen=True)
 class Breakdown:
     """Medians over instrumented runs in milliseconds: of every scale, and of every phase of one drawing.
@@ -70,9 +77,7 @@ class Latency:
     @property
     def outliers(self) -> int:
         """How many runs lie far outside the quartiles; they count in everything else."""
-        low, high = np.percentile(self.runs_ms, [25, 75])
-        far = OUTLIER_IQRS * (high - low)
-        return sum(not low - far <= run <= high + far for run in self.runs_ms)
+        return len(outliers_of(self.runs_ms))
 
     def to_json(self) -> dict[str, Any]:
         low, high, confidence = median_interval(self.runs_ms)

@@ -7,14 +7,15 @@ from typing import Any
 
 from rich.table import Table
 
+from heatkv.profiling.wide_table import WideTable
 from heatkv.spans import PHASES
 
 
 def latency_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """A line for every row that was timed, one more where it was with graphs; "-" is what was not measured."""
-    table = Table(title=title)
     phases = (*PHASES, "other")
     axes = [name for name in ("batch", "seed") if len({row.get(name) for row in rows}) > 1]
+    table = WideTable(heads=2 + len(axes), title=title)
     for name in ("policy", "budget", *axes, "ms", "interval", "outliers", *phases, "last scale"):
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     confidences, outliers = set(), 0

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from heatkv.profiling.wide_table import WideTable
+
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -22,7 +24,7 @@ def memory_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     cuda = any(memory["allocator"] for memory in measured)
     host = any(memory["host"] for memory in measured)
     seeds = len({row.get("seed") for row in rows}) > 1
-    table = Table(title=title)
+    table = WideTable(heads=3 + seeds, title=title)
     for name in (
         "policy", "budget", "images", *(["seed"] if seeds else []),
         "planned", "arena", "tensors, drawing", "tensors, decode", "weights",

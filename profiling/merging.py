@@ -8,52 +8,24 @@ where they come in.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from heatkv.checks import shown
-from heatkv.errors import FormatError, ScheduleError
+from heatkv.errors import FormatError
 from heatkv.files import check_header, read_json
+from heatkv.profiling.memory_figures import MemoryFigure, in_memory
 from heatkv.profiling.results import FORMAT, VERSION
+from heatkv.profiling.row_fields import checked_row, printable
 from heatkv.schedule import ScaleSchedule
 
+SEPARATOR = " · "
+"""Between the parts of a label."""
 REFERENCE = "full"
 """The policy that all others are compared with; it is in no ranking."""
-
-_TEXTS = (
-    "comparison",
-    "model",
-    "model_fingerprint",
-    "policy",
-    "budget",
-    "dtype",
-    "storage",
-    "attention",
-    "measurement",
-    "timed",
-    "error",
-)
-_NUMBERS = (
-    "batch", "seed", "rows", "draws", "images", "pictures",
-    "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
-    "current_bytes", "index_bytes", "workspace_bytes", "compensation_bytes", "device_peak_bytes", "nvml_bytes",
-    "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
-)  # fmt: skip
-_LISTS = ("kl_per_scale", "kl_of_draws")
-_FLAGS = ("under_used", "had_no_effect")
-_SERIES = (
-    "timeline_bytes", "kl_of_images", "top1_per_scale", "top1_of_images", "psnr_of_pictures", "ssim_of_pictures",
-    "lpips_of_pictures",
-)  # fmt: skip
-"""Of single samples and moments: other figures sum them up."""
-_TIMES = ("latency_ms", "graph_latency_ms")
-_OBJECTS = ("settings", "plans")
-KNOWN = frozenset((*_TEXTS, *_NUMBERS, *_LISTS, *_FLAGS, *_TIMES, *_OBJECTS, *_SERIES, "schedule"))
-"""Fields of a row that the report has a place for; it lists all others as they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +68,19 @@ class Row:
         found: float | None = self.told.get(name)
         return found
 
-    def time(self, name: str = "latency_ms") -> Mapping[str, float]:
-        """`median`, `iqr` and `runs`; empty where it was not measured."""
+    def memory(self, figure: MemoryFigure) -> float | None:
+        """Bytes of a ledger under the row's first plan; None where they were not measured."""
+        found: float | None = in_memory(self.told.get("memory"), figure.path)
+        return self.number(figure.field) if found is None and figure.field else found
+
+    @property
+    def timeline(self) -> Sequence[Sequence[float]] | None:
+        """Bytes of the cache after every layer of every scale, [T][L], under the row's first plan."""
+        found: Sequence[Sequence[float]] | None = self.told.get("timeline_bytes")
+        return found
+
+    def time(self, name: str = "latency_ms") -> Mapping[str, Any]:
+        """A time as results.json has it, with `median` at least; empty where it was not measured."""
         return self.told.get(name) or {}
 
     @property
@@ -206,12 +189,25 @@ class Merged:
         parts += [f"{axis} {row.told.get(axis)}" for axis in row.source.axes]
         if len(self.sources) > 1:
             parts.append(row.source.label)
-        return " · ".join(parts)
+        return SEPARATOR.join(parts)
 
     @cached_property
     def fidelity_groups(self) -> tuple[Group, ...]:
         """Rows with a KL, by what their KL and bytes were measured on."""
         return _groups((row for row in self.rows if row.number("kl") is not None), _fidelity_key)
+
+    @cached_property
+    def paired_groups(self) -> tuple[Group, ...]:
+        """Rows that were compared in pairs, by what on. Batches share a comparison: its first row stands for all."""
+        found: dict[tuple[object, ...], Row] = {}
+        for row in self.rows:
+            if row.told.get("versus") is not None:
+                found.setdefault((row.source, row.name, row.told.get("comparison") or row), row)
+
+        def key(row: Row) -> dict[str, str]:
+            return {name: value for name, value in _fidelity_key(row).items() if name != "rows"}
+
+        return _groups(found.values(), key)
 
     @cached_property
     def timing_groups(self) -> tuple[Group, ...]:
@@ -356,71 +352,5 @@ def _read(folder: Path, label: str) -> Source:
         parts[name] = {} if data.get(name) is None else data[name]
         if not isinstance(parts[name], dict):
             raise FormatError(f"{path} is not a whole {FORMAT} file: its {name} is {shown(parts[name])}, no object")
-    checked = tuple(_checked_row(row, f"{path}, row {index}") for index, row in enumerate(rows))
+    checked = tuple(checked_row(row, f"{path}, row {index}") for index, row in enumerate(rows))
     return Source(label, folder, **printable(parts), told_rows=checked)
-
-
-def _checked_row(row: Any, where: str) -> dict[str, Any]:
-    """The row, with all known fields of their kinds or None. Raises FormatError."""
-
-    def need(good: bool, name: str, kind: str) -> None:
-        if not good:
-            raise FormatError(f"{where}: {name!r} is {shown(row.get(name))}; it must be {kind}")
-
-    if not isinstance(row, dict):
-        raise FormatError(f"{where} is {shown(row)}, no object")
-    for name in ("policy", "budget"):
-        need(bool(row.get(name)), name, "a text")
-    for name, value in row.items():
-        if value is not None and name in _KINDS:
-            kind, good = _KINDS[name]
-            need(good(value), name, kind)
-    for name in _NUMBERS:
-        if name.endswith("_bytes"):
-            need((row.get(name) or 0) >= 0, name, "at least 0")
-    if row.get("schedule") is not None:
-        try:
-            ScaleSchedule.of(row["schedule"])
-        except ScheduleError as error:
-            raise FormatError(f"{where}: {error}") from error
-        of_scales = row.get("kl_per_scale")
-        need(of_scales is None or len(of_scales) == len(row["schedule"]), "kl_per_scale", "one number for every scale")
-    cleaned: dict[str, Any] = printable(row)
-    return cleaned
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a finite number of JSON, and no boolean; whole ones beyond every float are none either."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_time(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and is_number(value.get("median"))
-        and all(value.get(name) is None or is_number(value[name]) for name in ("iqr", "runs"))
-    )
-
-
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(_TEXTS, ("a text", lambda value: isinstance(value, str))),
-    **dict.fromkeys(_NUMBERS, ("a finite number", is_number)),
-    **dict.fromkeys(
-        _LISTS, ("a list of finite numbers", lambda value: isinstance(value, list) and all(map(is_number, value)))
-    ),
-    **dict.fromkeys(_FLAGS, ("true or false", lambda value: isinstance(value, bool))),
-    **dict.fromkeys(_OBJECTS, ("an object", lambda value: isinstance(value, dict))),
-    **dict.fromkeys(_TIMES, ("an object with the median in ms, and perhaps iqr and runs", _is_time)),
-}
-"""What the known fields of a row must be where they are not null."""
-
-
-def printable(value: Any) -> Any:
-    """The same with a mark in the place of every character that cannot be printed, in all texts it holds."""
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
-    if isinstance(value, Mapping):
-        return {printable(str(name)): printable(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [printable(inner) for inner in value]
-    return value

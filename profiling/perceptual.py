@@ -32,17 +32,33 @@ def _lacking(*packages: str) -> str | None:
     return f"{' and '.join(absent)} not installed (pip install heatkv[metrics])" if absent else None
 
 
-def open_lpips() -> Similarity | str:
-    """LPIPS with AlexNet, every picture by itself; or why it cannot be had."""
+def lpips_weights() -> Path | str:
+    """The file of AlexNet's weights, which LPIPS needs; or why LPIPS cannot be had."""
     lacking = _lacking("torchmetrics", "torchvision")
     if lacking is not None:
         return lacking
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
     from torchvision.models import AlexNet_Weights
 
     weights = _checkpoints() / Path(str(AlexNet_Weights.DEFAULT.url)).name
-    if not weights.is_file():
-        return f"AlexNet's weights are not at {weights}"
+    return weights if weights.is_file() else f"AlexNet's weights are not at {weights}"
+
+
+def fid_weights() -> Path | str:
+    """The file of Inception's weights, which FID needs; or why no FID can be had, of however many pictures."""
+    lacking = _lacking("torchmetrics", "torch_fidelity")
+    if lacking is not None:
+        return lacking
+    weights = _checkpoints() / INCEPTION_FILE
+    return weights if weights.is_file() else f"Inception's weights are not at {weights}"
+
+
+def open_lpips() -> Similarity | str:
+    """LPIPS with AlexNet, every picture by itself; or why it cannot be had."""
+    found = lpips_weights()
+    if isinstance(found, str):
+        return found
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
     metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
 
     def of_pictures(images_B3HW: Tensor, reference_B3HW: Tensor) -> NDArray[np.float64]:
@@ -56,11 +72,8 @@ def why_no_fid(pictures: int) -> str | None:
     """Why the FID of so many pictures cannot be had; None where it can."""
     if pictures < FID_LEAST_PICTURES:
         return f"{pictures} pictures are fewer than the {FID_LEAST_PICTURES} that FID needs at least (--pictures)"
-    lacking = _lacking("torchmetrics", "torch_fidelity")
-    if lacking is not None:
-        return lacking
-    weights = _checkpoints() / INCEPTION_FILE
-    return None if weights.is_file() else f"Inception's weights are not at {weights}"
+    found = fid_weights()
+    return found if isinstance(found, str) else None
 
 
 def fid(images_B3HW: Tensor, reference_B3HW: Tensor, batch: int = 64) -> float | str:

@@ -13,6 +13,7 @@ from heatkv.files import replacing
 from heatkv.images import to_pixels
 from heatkv.profiling.runner import LEAST_USED
 from heatkv.profiling.stability import Agreement
+from heatkv.profiling.wide_table import WideTable
 from heatkv.statistics import Statistics
 
 
@@ -30,12 +31,12 @@ def _difference(versus: Mapping[str, Any] | None) -> str:
 
 def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """The comparison as a table; "-" is a figure that was not measured."""
-    table = Table(title=title)
+    axes = [name for name in ("batch", "seed") if len({row.get(name) for row in rows}) > 1]
+    table = WideTable(heads=2 + len(axes), title=title)
     corrected = any(row.get("compensation_bytes") for row in rows)
     foretold = any(row.get("predicted_kl") is not None for row in rows)
     graphs = any(row.get("graph_latency_ms") for row in rows)
     reference = next((row["versus"]["policy"] for row in rows if row.get("versus")), None)
-    axes = [name for name in ("batch", "seed") if len({row.get(name) for row in rows}) > 1]
     for name in (
         "policy", "budget", *axes, "budget MiB", "planned MiB", "allocated MiB", "of full",
         *(["corrections MiB"] if corrected else []), "ms", *(["ms, graphs"] if graphs else []), "KL",

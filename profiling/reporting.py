@@ -9,7 +9,7 @@ from functools import cached_property
 from heatkv.profiling import figures
 from heatkv.profiling.blocks import Block, Cell, Heading
 from heatkv.profiling.figures import Style
-from heatkv.profiling.merging import Group, Merged, Row
+from heatkv.profiling.merging import SEPARATOR, Group, Merged, Row
 from heatkv.schedule import ScaleSchedule
 
 
@@ -48,6 +48,15 @@ class Report:
     def name(self, row: Row) -> Cell:
         """The policy of a row as a cell."""
         return Cell(self.merged.label(row), self.merged.label(row), style=self.style(row))
+
+    def short_labels(self, rows: Sequence[Row]) -> dict[Row, str]:
+        """Labels for one chart: what all of its rows share, but for the policy, is left out."""
+        parts = {row: self.merged.label(row).split(SEPARATOR) for row in rows}
+        shared = set.intersection(*(set(of_row[1:]) for of_row in parts.values())) if parts else set()
+        return {
+            row: SEPARATOR.join([of_row[0], *(part for part in of_row[1:] if part not in shared)])
+            for row, of_row in parts.items()
+        }
 
     @property
     def several(self) -> bool:

@@ -24,8 +24,10 @@ from heatkv.profiling.blocks import (
     mib_cell,
     number_cell,
 )
-from heatkv.profiling.merging import KNOWN, Group, Row, Source, budgets_of, is_number, pareto_front, ranked
+from heatkv.profiling.memory_figures import unplaced
+from heatkv.profiling.merging import Group, Row, Source, budgets_of, pareto_front, ranked
 from heatkv.profiling.reporting import Report, heading, held_of, kl_of, median_of, of_cache, scale_names
+from heatkv.profiling.row_fields import KNOWN, is_number
 from heatkv.profiling.runner import LEAST_USED
 
 # ------------------------------------------------------------------------------------------------------ summary
@@ -386,8 +388,12 @@ def further(report: Report) -> Section | None:
     blocks: list[Block] = []
     for source in report.merged.sources:
         names = {name for row in source.rows for name, value in row.told.items() if value is not None} - KNOWN
-        found = [{name: value for name, value in row.told.items() if name in names} for row in source.rows]
-        flat = [dict(_flat(told)) for told in found]
+        flat = []
+        for row in source.rows:
+            told = {name: value for name, value in row.told.items() if name in names}
+            flat.append(
+                dict(_flat(told | ({"memory": rest} if (rest := unplaced(row.told.get("memory") or {})) else {})))
+            )
         columns = list(dict.fromkeys(name for told in flat for name in told))
         if columns:
             lines = tuple(
@@ -405,8 +411,6 @@ def further(report: Report) -> Section | None:
 
 def _flat(told: dict[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
     for name, value in told.items():
-        if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
-            continue  # the steps of memory: differences of the figures beside them
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{before}{name} ")
         else:
@@ -456,15 +460,15 @@ def per_scale(report: Report) -> Section | None:
         names = [str(s) for s in range(len(of_scales[0]))] if schedule is None else scale_names(schedule)
         blocks += heading(group, groups)
         panels = {
-            budget: [(report.merged.label(row), report.style(row), row.told["kl_per_scale"]) for row in rows]
+            budget: [figures.ScaleLine(report.style(row), row.told["kl_per_scale"]) for row in rows]
             for budget, rows in budgets.items()
         }
         if panels:
-            labels = dict.fromkeys(label for lines in panels.values() for label, *_ in lines)
+            labels = dict.fromkeys(report.merged.label(row) for rows in budgets.values() for row in rows)
             legend = Legend(tuple(Key(label, report.styles[label]) for label in labels))
             drawing = figures.scale_panels(
                 f"scales-{index}", "KL by target scale, a panel for every budget; the table below has the figures.",
-                panels, names,
+                panels, names, "KL, nats per token",
             )  # fmt: skip
             captions = ("A panel for every budget, all on the same axes.", _first_losses(budgets, names))
             blocks.append(Chart(drawing, captions, (legend,)))

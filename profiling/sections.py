@@ -8,9 +8,13 @@ from collections.abc import Callable
 
 from heatkv.profiling.artefact_sections import pictures, plans, scas
 from heatkv.profiling.blocks import Section
+from heatkv.profiling.memory_section import memory
+from heatkv.profiling.paired_section import paired
 from heatkv.profiling.reporting import Report
 from heatkv.profiling.row_sections import all_rows, environment, frontier, further, memory_and_time, per_scale, summary
+from heatkv.profiling.time_section import phases
 
 SECTIONS: tuple[Callable[[Report], Section | None], ...] = (
-    summary, frontier, memory_and_time, per_scale, scas, plans, pictures, all_rows, further, environment,
+    summary, frontier, paired, per_scale, memory_and_time, phases, memory, scas, plans, pictures,
+    all_rows, further, environment,
 )  # fmt: skip

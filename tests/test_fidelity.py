@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import socket
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
+from heatkv.cli import run
 from heatkv.errors import HeatKVError
 from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -128,6 +133,37 @@ def test_what_is_lacking_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Any)
         why_no_fid(FID_LEAST_PICTURES)
         == f"Inception's weights are not at {perceptual._checkpoints()}/{perceptual.INCEPTION_FILE}"
     )
+
+
+def test_doctor_tells_of_weights_and_opens_no_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reasons without packages and without files, and the files once they are there; nothing is read or downloaded."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asks the network"))
+
+    def told() -> tuple[str, str]:
+        assert run(["doctor", "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        return facts["LPIPS"], facts["FID"]
+
+    found = importlib.util.find_spec
+    packages = ("torchmetrics", "torchvision", "torch_fidelity")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else found(name))
+    assert told() == (
+        "no: torchmetrics and torchvision not installed (pip install heatkv[metrics])",
+        "no: torchmetrics and torch_fidelity not installed (pip install heatkv[metrics])",
+    )
+    monkeypatch.setattr(perceptual, "_lacking", lambda *packages: None)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(url="https://download.example/alexnet.pth"))
+    stand_in(monkeypatch, "torchvision")
+    stand_in(monkeypatch, "torchvision.models", AlexNet_Weights=weights)
+    files = [tmp_path / "checkpoints" / name for name in ("alexnet.pth", perceptual.INCEPTION_FILE)]
+    assert told() == (f"no: AlexNet's weights are not at {files[0]}", f"no: Inception's weights are not at {files[1]}")
+    files[0].parent.mkdir()
+    for file in files:
+        file.write_bytes(b"no weights at all")
+    assert told() == (f"yes, with the weights at {files[0]}", f"yes, with the weights at {files[1]}")
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:

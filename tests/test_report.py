@@ -201,7 +201,7 @@ def test_the_page_can_be_read_by_all(compared: Path) -> None:
     assert page.of("img")
     assert all(told.get("alt") for told in page.of("img"))
     charts = [told for told in page.of("svg") if told.get("class") == "chart"]
-    assert len(charts) == 3 + 4 * 2  # fidelity, latency, scales; a timeline for every plan
+    assert len(charts) == 4 + 4 * 2  # fidelity, scales, latency, all of the cache over time; a timeline for every plan
     assert all(told["role"] == "img" and told["aria-label"] for told in charts)
     assert all(told.get("aria-hidden") == "true" for told in page.of("svg") if told not in charts)
     assert {told.get("scope") for told in page.of("th")} == {"col", "row", "colgroup"}
@@ -210,7 +210,7 @@ def test_the_page_can_be_read_by_all(compared: Path) -> None:
     assert len(scrolled) >= len(page.tables)
 
 
-SECTIONS = ["summary", "fidelity", "latency", "scales", "scas", "plans", "pictures", "rows", "environment"]
+SECTIONS = ["summary", "fidelity", "scales", "latency", "memory", "scas", "plans", "pictures", "rows", "environment"]
 
 
 def test_the_page_has_all_sections_and_says_the_result_first(compared: Path) -> None:
@@ -397,7 +397,7 @@ def test_what_a_folder_lacks_is_said(tmp_path: Path) -> None:
     old.mkdir()
     shutil.copy(ALL_POLICIES, old / "results.json")
     page, data = page_of(old, out=old)
-    assert [told["id"] for told in page.of("section")] == SECTIONS
+    assert [told["id"] for told in page.of("section")] == [id for id in SECTIONS if id != "memory"]
     notes = [text for text in page.texts if text.startswith(("No plan", "No pictures", "No S-CAS"))]
     assert len(notes) == 3
     assert "made before plans were saved" in notes[1]
@@ -659,12 +659,12 @@ def test_memory_alone_has_a_report_too(tmp_path: Path, capsys: pytest.CaptureFix
     page = Page((out / "report.html").read_text())
     assert "Fidelity was not measured: there is no KL in these results." in page.texts
     assert [told["id"] for told in page.of("section")] == [
-        *(id for id in SECTIONS[:-1] if id not in ("fidelity", "scales")), "further", SECTIONS[-1],
+        "summary", "latency", "phases", "memory", *SECTIONS[SECTIONS.index("scas") :],
     ]  # fmt: skip
-    (further,) = page.in_section("further")
+    _, device, _ = page.in_section("memory")
     peaks = [row["memory"]["tensors"]["peak_bytes"]["drawing"] for row in data["rows"]]
-    place = further["rows"][0].index("memory tensors peak_bytes drawing")
-    assert [row[place] for row in further["rows"][1:]] == [str(peak) for peak in peaks]
+    place = device["rows"][0].index("tensors: drawing, MiB")
+    assert [row[place] for row in device["numbers"][1:]] == [str(peak) for peak in peaks]
 
 
 def test_the_command_merges(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

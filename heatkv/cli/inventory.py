@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,7 +28,8 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What this machine offers: torch, devices, Triton, NVML, optional extras, models with weights.
+    """What this machine offers: torch, devices, Triton, NVML, optional extras, weights for LPIPS and FID, models with
+    weights. Nothing is downloaded.
 
     Example: heatkv doctor --self-test
     """
@@ -38,6 +40,7 @@ def doctor(
 
     from heatkv.attention import triton_kernels
     from heatkv.profiling.environment import environment
+    from heatkv.profiling.perceptual import fid_weights, lpips_weights
     from heatkv.store import available_codings
 
     def extra(package: str, distribution: str, why: str) -> str:
@@ -61,7 +64,10 @@ def doctor(
         "fused attention kernel": triton_kernels.supports(where, torch.bfloat16, 128) or "yes",
         "8-bit storage": ", ".join(available_codings(where)),
         "NVML": extra("pynvml", "nvidia-ml-py", "heatkv[nvml]"),
+        "trace viewer": extra("torch_tb_profiler", "torch-tb-profiler", "heatkv[traces]; Perfetto needs nothing"),
         "torchmetrics": extra("torchmetrics", "torchmetrics", "heatkv[metrics]; SSIM, LPIPS and FID need it"),
+        "LPIPS": _weights(lpips_weights()),
+        "FID": _weights(fid_weights()),
         "models with weights": ", ".join(info.name for info in MODELS.values() if info.bundled),
     }
     table = pairs("heatkv doctor", ("what", "found"), facts)
@@ -92,6 +98,11 @@ def _self_test_table(outcomes: list[Outcome]) -> Table:
         result = {True: "passed", False: "FAILED", None: "not here"}[outcome.passed]
         table.add_row(outcome.name, result, outcome.told)
     return table
+
+
+def _weights(found: Path | str) -> str:
+    """What `found` tells: where the weights are, or why there are none."""
+    return f"no: {found}" if isinstance(found, str) else f"yes, with the weights at {found}"
 
 
 def models(as_json: AsJson = False) -> None:
