@@ -84,7 +84,7 @@ def _spread(held_LHT: FloatArray, ranks: int) -> IntArray:
 
 def _swap(held_LHT: FloatArray, rank_LH: IntArray, ranks: int) -> bool:
     """Change places in `rank_LH` while that helps, every layer once; false where nothing did."""
-    layers, heads, scales = held_LHT.shape
+    layers, heads, _ = held_LHT.shape
     of_rank_RLT = np.stack([(held_LHT * (rank_LH == rank)[:, :, None]).sum(axis=1) for rank in range(ranks)])
     live_RTL = np.stack([_live(held_LT) for held_LT in of_rank_RLT])
     whole_TL = live_RTL.sum(axis=0)

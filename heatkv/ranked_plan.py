@@ -31,7 +31,7 @@ VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class RankedPlan(EqualByContents):
-    """One plan per rank, and the heads it is of: `heads[r, l]` are those of layer l, (R, L, H / R), in the rank's order.
+    """One plan per rank, and the heads it is of: `heads[r, l]`, (R, L, H / R), in the rank's own order.
 
     `budget_token_heads` is that of the whole cache, floor(b*N*L*H). `unsplit_value` is what the policy's plan for one
     device is worth, `unsplit_bound` what no plan for one device exceeds, and so none for any split, where a solver
@@ -128,9 +128,17 @@ class RankedPlan(EqualByContents):
     @property
     def contiguous(self) -> bool:
         """Whether rank r has the r-th part of every layer's heads, as weights that were split elsewhere have them."""
-        return np.array_equal(
-            self.heads, contiguous_heads(self.geometry.layers, self.geometry.heads, self.ranks)
-        )
+        return np.array_equal(self.heads, contiguous_heads(self.geometry.layers, self.geometry.heads, self.ranks))
+
+    def check_geometry(self, geometry: CacheGeometry) -> None:
+        """Raise PlanError unless it was made for a whole model of this geometry and schedule."""
+        of_kind(geometry, CacheGeometry, "geometry", PlanError, "give the CacheGeometry of a model: model.geometry")
+        if geometry.heads != self.geometry.heads:
+            raise PlanError(
+                f"the plan is for {self.geometry.heads} heads over {self.ranks} ranks, the model has {geometry.heads}; "
+                "solve a plan for this model"
+            )
+        self.plans[0].check_geometry(geometry.of_heads(geometry.heads // self.ranks))
 
     # ------------------------------------------------------------------ what it is worth
 

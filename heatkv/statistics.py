@@ -292,9 +292,19 @@ class Statistics(EqualByContents):
         The similarity of scales, which is a mean over heads, stays that of the layer.
         """
         layers = np.arange(self.layers)[:, None]
-        taken = {name: array[layers, heads_LH] for name, array in self._arrays().items() if name != "similarity_sum"}
-        levels = None if self.levels is None else self.levels.of_heads(heads_LH)
-        return replace(self, levels=levels, **taken)
+
+        def taken(array: FloatArray | None) -> FloatArray | None:
+            return None if array is None else array[layers, heads_LH]
+
+        return replace(
+            self,
+            mass_sum=self.mass_sum[layers, heads_LH],
+            mass_square_sum=self.mass_square_sum[layers, heads_LH],
+            all_mass_sum=taken(self.all_mass_sum),
+            error_sum=taken(self.error_sum),
+            concentration_sum=taken(self.concentration_sum),
+            levels=None if self.levels is None else self.levels.of_heads(heads_LH),
+        )
 
     def with_levels(self, levels: LevelStatistics | None) -> Statistics:
         """The same with these level costs. Raises StatisticsError when they are of another geometry."""

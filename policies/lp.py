@@ -57,7 +57,7 @@ class SolvedPolicy(StaticPolicy):
     def of_heads(self, heads_LH: NDArray[np.int64], heads: int) -> SolvedPolicy:
         if self.ranks != 1:
             raise PolicyError(
-                f"ranks={shown(self.ranks)} splits the heads within one plan; leave it out where every rank gets its own"
+                f"ranks={shown(self.ranks)} splits the heads within one plan; leave it out where each rank gets its own"
             )
         cap = self.cap()
         if cap is None or cap.kind != "bytes":

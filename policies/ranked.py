@@ -63,9 +63,7 @@ def plan_ranks(
     return _best(policy, problem, unsplit, splits)
 
 
-def _best(
-    policy: EvictionPolicy, problem: PlanningProblem, unsplit: CachePlan, splits: list[IntArray]
-) -> RankedPlan:
+def _best(policy: EvictionPolicy, problem: PlanningProblem, unsplit: CachePlan, splits: list[IntArray]) -> RankedPlan:
     """The plans under the split that is worth most; without values, under the first that can be planned for."""
     found: RankedPlan | None = None
     error: HeatKVError | None = None
@@ -85,9 +83,7 @@ def _best(
     return found
 
 
-def _planned(
-    policy: EvictionPolicy, problem: PlanningProblem, unsplit: CachePlan, heads_RLH: IntArray
-) -> RankedPlan:
+def _planned(policy: EvictionPolicy, problem: PlanningProblem, unsplit: CachePlan, heads_RLH: IntArray) -> RankedPlan:
     """The plans of all ranks under this split."""
     ranks, plans = len(heads_RLH), []
     for rank, heads_LH in enumerate(heads_RLH):

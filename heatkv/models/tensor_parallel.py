@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,21 +19,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heatkv.checks import as_whole, shown
+from heatkv.checks import shown
 from heatkv.errors import ModelError
 from heatkv.head_assignment import check_ranks, contiguous_heads
-from heatkv.models.base import Drawing, ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.class_conditional import Drawing as ClassDrawing
 from heatkv.models.infinity import CrossAttention
 from heatkv.models.infinity import SelfAttention as InfinitySelfAttention
+from heatkv.models.text_conditional import Drawing as TextDrawing
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
-from heatkv.models.var import Attend, FeedForward
+from heatkv.models.var import FeedForward
 from heatkv.models.var import SelfAttention as VARSelfAttention
 from heatkv.plan import IntArray
 from heatkv.sampling import Settings
-
-LabelT = TypeVar("LabelT")
-
 
 # ----------------------------------------------------------------------------------------------------- ranks
 
@@ -82,7 +79,10 @@ def launched_ranks(device: str = "cpu") -> Iterator[Ranks]:
     size, rank, local = launched_size(), _number("RANK", 0), _number("LOCAL_RANK", 0)
     if rank >= size:
         raise ModelError(f"the environment has RANK={rank} and WORLD_SIZE={size}; start with torchrun")
-    on = torch.device(f"cuda:{local}" if device == "cuda" and size > 1 else device)
+    try:
+        on = torch.device(f"cuda:{local}" if device == "cuda" and size > 1 else device)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {device!r}; write cpu or cuda") from error
     if size == 1:
         yield Ranks(0, 1, on)
         return
@@ -112,7 +112,8 @@ class SummedLinear(nn.Linear):
         self.ranks = ranks
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.ranks.sum(F.linear(input, self.weight)) + self.bias
+        out: Tensor = self.ranks.sum(F.linear(input, self.weight)) + self.bias
+        return out
 
 
 def _parameter(values: Tensor) -> nn.Parameter:
@@ -136,7 +137,8 @@ class _Part:
 
     def outputs(self, values: Tensor, groups: int = 1) -> Tensor:
         """Rows of (groups * H * D, ...): those of its heads in every group, such as queries, keys and values."""
-        return values.detach().unflatten(0, (groups, self.of, -1))[:, self.heads].flatten(0, 2)
+        taken: Tensor = values.detach().unflatten(0, (groups, self.of, -1))[:, self.heads].flatten(0, 2)
+        return taken
 
     def summed(self, layer: nn.Linear) -> SummedLinear:
         """An output projection that reads its heads."""
@@ -177,35 +179,26 @@ def _shard_feed_forward(layer: FeedForward, ranks: Ranks) -> None:
 # ---------------------------------------------------------------------------------------------------- models
 
 
-class _AgreedDrawing:
-    """Images on their way on all ranks, with what rank 0 chose: rounding may differ between devices."""
-
-    def __init__(self, drawing: Drawing[Any], ranks: Ranks) -> None:
-        self._drawing, self._ranks = drawing, ranks
-
-    def logits(self, cache: Attend) -> Tensor:
-        return self._drawing.logits(cache)
-
-    def accept(self, choices_BN: Tensor) -> None:
-        self._ranks.take_first(choices_BN)
-        self._drawing.accept(choices_BN)
-
-    def image(self) -> Tensor:
-        return self._drawing.image()
-
-    def restart(self, labels: Sequence[Any]) -> bool:
-        return self._drawing.restart(labels)
-
-
 @dataclass(frozen=True)
 class ShardedClassModel(ClassConditionalModel):
     """One rank's part of a class-conditional model; all ranks draw the same images together."""
 
     ranks: Ranks = field(kw_only=True)
 
-    def begin(self, labels: Sequence[int], settings: Settings, *, reusable: bool = False) -> Drawing[int]:  # type: ignore[override]
+    def begin(self, labels: Sequence[int], settings: Settings, *, reusable: bool = False) -> ClassDrawing:
         """Start drawing one image per label, on all ranks at once. Raises ModelError for what is no class."""
-        return _AgreedDrawing(super().begin(labels, settings, reusable=reusable), self.ranks)
+        del reusable
+        return _AgreedClassDrawing(self, labels, settings)
+
+
+class _AgreedClassDrawing(ClassDrawing):
+    """All ranks take what rank 0 chose: where they differ in rounding, a choice might."""
+
+    _model: ShardedClassModel
+
+    def accept(self, tokens_BN: Tensor) -> None:
+        self._model.ranks.take_first(tokens_BN)
+        super().accept(tokens_BN)
 
 
 @dataclass(frozen=True)
@@ -214,9 +207,19 @@ class ShardedTextModel(TextConditionalModel):
 
     ranks: Ranks = field(kw_only=True)
 
-    def begin(self, labels: Sequence[Prompt], settings: Settings, *, reusable: bool = False) -> Drawing[Prompt]:  # type: ignore[override]
+    def begin(self, labels: Sequence[Prompt], settings: Settings, *, reusable: bool = False) -> TextDrawing:
         """Start drawing one image per prompt, on all ranks at once. Raises ModelError for features that do not fit."""
-        return _AgreedDrawing(super().begin(labels, settings, reusable=reusable), self.ranks)
+        return _AgreedTextDrawing(self, labels, settings, reusable)
+
+
+class _AgreedTextDrawing(TextDrawing):
+    """All ranks take what rank 0 chose."""
+
+    _model: ShardedTextModel
+
+    def accept(self, choices_BN: Tensor) -> None:
+        self._model.ranks.take_first(choices_BN)
+        super().accept(choices_BN)
 
 
 def shard_model(
@@ -234,22 +237,23 @@ def shard_model(
         raise ModelError(f"{model.name} is one rank's part already; load the model again")
     if not isinstance(model, ClassConditionalModel | TextConditionalModel):
         raise ModelError(f"model is {shown(model)}; load one with heatkv.load_model")
-    geometry: Any = model.geometry
+    geometry = model.geometry
     check_ranks(geometry.heads, ranks.size)
     even_RLH = contiguous_heads(geometry.layers, geometry.heads, ranks.size)
     taken = np.asarray(even_RLH[ranks.rank] if heads_LH is None else heads_LH)
     _check_heads(taken, geometry.layers, geometry.heads, ranks.size)
-    with torch.no_grad():
-        for layer, block in enumerate(model.transformer.layers()):
-            part = _Part(taken[layer].tolist(), geometry.heads, ranks)
+    parts = [_Part(heads, geometry.heads, ranks) for heads in taken.tolist()]
+    if isinstance(model, ClassConditionalModel):
+        for block, part in zip(model.transformer.layers(), parts, strict=True):
+            _shard_self_attention(block.attn, part)
             _shard_feed_forward(block.ffn, ranks)
-            if isinstance(model, ClassConditionalModel):
-                _shard_self_attention(block.attn, part)
-            else:
-                _shard_self_attention(block.sa, part)
-                _shard_cross_attention(block.ca, _Part(even_RLH[ranks.rank, layer].tolist(), geometry.heads, ranks))
-    kind = ShardedClassModel if isinstance(model, ClassConditionalModel) else ShardedTextModel
-    return kind(**{own.name: getattr(model, own.name) for own in fields(model)}, ranks=ranks)
+        return ShardedClassModel(**{own.name: getattr(model, own.name) for own in fields(model)}, ranks=ranks)
+    even = _Part(even_RLH[ranks.rank, 0].tolist(), geometry.heads, ranks)
+    for text_block, part in zip(model.transformer.layers(), parts, strict=True):
+        _shard_self_attention(text_block.sa, part)
+        _shard_cross_attention(text_block.ca, even)
+        _shard_feed_forward(text_block.ffn, ranks)
+    return ShardedTextModel(**{own.name: getattr(model, own.name) for own in fields(model)}, ranks=ranks)
 
 
 def _check_heads(heads_LH: IntArray, layers: int, heads: int, size: int) -> None:
@@ -260,5 +264,7 @@ def _check_heads(heads_LH: IntArray, layers: int, heads: int, size: int) -> None
             f"{(layers, heads // size)}"
         )
     for layer, of_layer in enumerate(heads_LH.tolist()):
-        if len(set(of_layer)) < len(of_layer) or not all(0 <= (as_whole(head) or 0) < heads for head in of_layer):
-            raise ModelError(f"heads of layer {layer} are {shown(of_layer)}; they are different ones from 0 to {heads - 1}")
+        if len(set(of_layer)) < len(of_layer) or not all(0 <= head < heads for head in of_layer):
+            raise ModelError(
+                f"heads of layer {layer} are {shown(of_layer)}; they are different ones from 0 to {heads - 1}"
+            )
