@@ -80,12 +80,12 @@ class RankedPlan(EqualByContents):
                     raise PlanError(f"{name} of rank {rank} is {shown(mine)}, that of rank 0 {shown(others)}")
 
     def _checked_heads(self) -> IntArray:
-        geometry = self.plans[0].geometry
+        geometry = self.geometry
         try:
             given = np.asarray(self.heads)
         except ValueError:
             raise PlanError("heads is no regular array") from None
-        expected = (self.ranks, geometry.layers, geometry.heads)
+        expected = (self.ranks, geometry.layers, geometry.heads // self.ranks)
         if given.shape != expected or not np.issubdtype(given.dtype, np.integer):
             raise PlanError(f"heads is {given.dtype} of shape {given.shape}; it must be whole numbers, {expected}")
         heads = given.astype(np.int64)
