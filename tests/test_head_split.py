@@ -97,9 +97,7 @@ def unevenness(held_LHT: IntArray, heads_RLH: IntArray) -> float:
 # --------------------------------------------------------------------------------------------- who gets what
 
 
-@given(
-    layers=st.integers(1, 4), each=st.integers(1, 3), ranks=st.integers(1, 4), scales=st.integers(2, 6), seed=SEEDS
-)
+@given(layers=st.integers(1, 4), each=st.integers(1, 3), ranks=st.integers(1, 4), scales=st.integers(2, 6), seed=SEEDS)
 def test_every_head_has_one_rank(layers: int, each: int, ranks: int, scales: int, seed: int) -> None:
     heads = each * ranks
     held = np.random.default_rng(seed).integers(0, 50, (layers, heads, scales))
@@ -426,13 +424,13 @@ class FewestHeads(HeatKV):
 
 
 def test_a_rank_that_has_no_plan_is_named() -> None:
-    with pytest.raises(BudgetError, match="^rank 0 of 2: nothing fits"):
+    with pytest.raises(BudgetError, match=r"^rank 0 of 2: nothing fits"):
         plan_ranks(FewestHeads(), problem(), 2)
 
 
 def test_a_split_that_has_no_plan_gives_way_to_one_that_has() -> None:
     assert not plan_ranks(FewestHeads(fails="contiguous"), problem(), 2).contiguous
-    with pytest.raises(BudgetError, match="^rank 0 of 2: nothing fits"):
+    with pytest.raises(BudgetError, match=r"^rank 0 of 2: nothing fits"):
         plan_ranks(FewestHeads(fails="contiguous"), problem(), 2, "contiguous")
 
 

@@ -71,7 +71,8 @@ def launched_size() -> int:
 
 @contextmanager
 def launched_ranks(device: str = "cpu") -> Iterator[Ranks]:
-    """The ranks that torchrun started, with a process group inside the block: nccl on CUDA, gloo elsewhere.
+    """The ranks that torchrun started, with a process group inside the block: nccl on CUDA, gloo elsewhere, or the one
+    that is open already.
 
     Of "cuda" every process of a host takes its own device. Raises ModelError for an environment of no launcher and
     where a process group cannot be opened.
@@ -83,8 +84,8 @@ def launched_ranks(device: str = "cpu") -> Iterator[Ranks]:
         on = torch.device(f"cuda:{local}" if device == "cuda" and size > 1 else device)
     except RuntimeError as error:
         raise ModelError(f"unknown device {device!r}; write cpu or cuda") from error
-    if size == 1:
-        yield Ranks(0, 1, on)
+    if size == 1 or dist.is_initialized():
+        yield Ranks(rank, size, on)
         return
     try:
         if on.type == "cuda":
