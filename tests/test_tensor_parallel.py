@@ -448,6 +448,18 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
+@pytest.mark.parametrize("name", ["all_reduce", "broadcast"])
+def test_a_rank_that_ended_is_told_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*given: Any, **named: Any) -> None:
+        raise RuntimeError("Connection closed by peer\nmore")
+
+    monkeypatch.setattr(torch.distributed, name, closed)
+    ranks, x = Ranks(1, 2, torch.device("cpu")), torch.ones(1)
+    call = ranks.sum if name == "all_reduce" else ranks.take_first
+    with pytest.raises(ModelError, match=r"rank 1 of 2 has lost the others \('Connection closed by peer"):
+        call(x)
+
+
 # ----------------------------------------------------------------------------------------------- command line
 
 

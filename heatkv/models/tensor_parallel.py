@@ -45,15 +45,27 @@ class Ranks:
     device: torch.device
 
     def sum(self, part: Tensor) -> Tensor:
-        """The sum of all ranks' tensors, in the place of this one's."""
+        """The sum of all ranks' tensors, in the place of this one's. Raises ModelError when another rank has ended."""
         if self.size > 1:
-            dist.all_reduce(part)
+            with self._together():
+                dist.all_reduce(part)
         return part
 
     def take_first(self, value: Tensor) -> None:
-        """Make it rank 0's, in place."""
+        """Make it rank 0's, in place. Raises ModelError when another rank has ended."""
         if self.size > 1:
-            dist.broadcast(value, src=0)
+            with self._together():
+                dist.broadcast(value, src=0)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """In one line that the others are gone; why, they tell themselves."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ModelError(
+                f"rank {self.rank} of {self.size} has lost the others ({shown(str(error))}); see what they said before"
+            ) from error
 
 
 def _number(name: str, default: int) -> int:
