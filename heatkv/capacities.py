@@ -20,6 +20,7 @@ from heatkv.files import check_header, read_json
 from heatkv.geometry import CacheGeometry
 from heatkv.plan import (
     FORMAT,
+    RANKED_FORMAT,
     VERSION,
     CachePlan,
     IntArray,
@@ -116,13 +117,22 @@ def load_plan(path: str | Path, head_dim: int | None = None) -> CachePlan:
 
     `head_dim` is the head size of a plan that does not state its own (it only matters for bytes).
     """
-    value = read_json(path)
-    data = check_header(value, path, FORMAT, VERSION)
+    return plan_from_json(read_json(path), path, head_dim)
+
+
+def plan_from_json(value: Any, source: str | Path = "plan", head_dim: int | None = None) -> CachePlan:
+    """Validate a parsed plan.json of a static or a dynamic policy; `source` names it in messages.
+
+    Raises what `load_plan` raises.
+    """
+    if isinstance(value, dict) and value.get("format") == RANKED_FORMAT:
+        raise FormatError(f"{source} holds a plan for each of several ranks; read it with RankedPlan.load")
+    data = check_header(value, source, FORMAT, VERSION)
     if "capacity" not in data:
-        return Plan.from_json(value, path, head_dim)
+        return Plan.from_json(value, source, head_dim)
     if "last_read" in data:
-        raise FormatError(f"{path} holds both 'last_read' and 'capacity'; a plan is of a static or a dynamic policy")
-    with named(path):
+        raise FormatError(f"{source} holds both 'last_read' and 'capacity'; a plan is of a static or a dynamic policy")
+    with named(source):
         plan = CapacityPlan(
             **common_fields(data, head_dim),
             capacity=integer_array(data["capacity"], "capacity"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -126,6 +126,16 @@ class LevelStatistics(EqualByContents):
         """Mean over samples of the cost of one source at a level, [l, h, t, s, level]."""
         mean: FloatArray = self.single_sum / len(self.samples)
         return mean
+
+    def of_heads(self, heads_LH: NDArray[np.int64]) -> LevelStatistics:
+        """The costs of these heads of every layer, in this order; (L, heads to take) indices."""
+        layers = np.arange(self.layers)[:, None]
+        return replace(
+            self,
+            log_bias=self.log_bias[layers, heads_LH],
+            joint_sum=tuple(joint[layers, heads_LH] for joint in self.joint_sum),
+            single_sum=self.single_sum[layers, heads_LH],
+        )
 
     def merge(self, other: LevelStatistics) -> LevelStatistics:
         """Both sample sets as one, exactly. Raises StatisticsError for other biases, kinds, choices or a shared

@@ -30,6 +30,8 @@ from heatkv.levels import FULL, LEVELS, level_tokens, log_counts
 from heatkv.schedule import ScaleSchedule
 
 FORMAT, VERSION = "heatkv-plan", 1
+RANKED_FORMAT = "heatkv-ranked-plan"
+"""Of files that hold one plan for each of several devices."""
 
 _MOST_BIAS = 1000.0
 """Far beyond every logit: temperatures are up to 100."""

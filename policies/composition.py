@@ -91,7 +91,15 @@ class Wrapper(DynamicPolicy):
         self.inner.check_measured(problem)
 
     def resolved(self, problem: PlanningProblem) -> DynamicPolicy:
-        inner = self.inner.resolved(problem)
+        return self._over(self.inner.resolved(problem))
+
+    def of_heads(self, heads_LH: IntArray, heads: int) -> DynamicPolicy:
+        inner = self.inner.of_heads(heads_LH, heads)
+        assert isinstance(inner, DynamicPolicy)
+        return self._over(inner)
+
+    def _over(self, inner: DynamicPolicy) -> DynamicPolicy:
+        """The same over another base."""
         told = [f"{field.name}={getattr(inner, field.name)}" for field in dataclasses.fields(inner)]
         return self if inner == self.inner else dataclasses.replace(self, base=":".join([inner.name, *told]))
 

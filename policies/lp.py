@@ -54,6 +54,16 @@ class SolvedPolicy(StaticPolicy):
             raise PolicyError(f"ranks={shown(self.ranks)} does not split {heads} heads evenly")
         self.cap()
 
+    def of_heads(self, heads_LH: NDArray[np.int64], heads: int) -> SolvedPolicy:
+        if self.ranks != 1:
+            raise PolicyError(
+                f"ranks={shown(self.ranks)} splits the heads within one plan; leave it out where each rank gets its own"
+            )
+        cap = self.cap()
+        if cap is None or cap.kind != "bytes":
+            return self
+        return replace(self, layer_cap=str(cap.part(Fraction(heads_LH.shape[1], heads))))
+
     def cap(self) -> Budget | None:
         """`layer_cap`, read. Raises BudgetError for what cannot be read, PolicyError for auto."""
         if self.layer_cap is None:

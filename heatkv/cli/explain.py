@@ -9,15 +9,15 @@ import numpy as np
 import typer
 from rich.console import Group
 
-from heatkv.capacities import load_plan
 from heatkv.cli import options
-from heatkv.cli.opening import statistics_of_model
+from heatkv.cli.opening import statistics_of_model, whole_of
 from heatkv.cli.output import certificate, chosen_by_kl, make_folder, pairs, progress, say, show
 from heatkv.compensation import compensation_bytes
 from heatkv.errors import HeatKVError, PlanError, PolicyError, StatisticsError
 from heatkv.levels import FULL, level_tokens
 from heatkv.models import MODELS
 from heatkv.plan import CachePlan, Plan
+from heatkv.ranked_plan import RankedPlan, load_either
 
 if TYPE_CHECKING:
     from heatkv.profiling.explain import Worth
@@ -40,7 +40,8 @@ def explain(
     from heatkv.profiling import explain as explaining
     from heatkv.profiling import plan_report as report
 
-    told = load_plan(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
+    found = load_either(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
+    told = whole_of(found, plan) if isinstance(found, RankedPlan) else found
     if not isinstance(told, Plan):
         _explain_capacities(told, statistics, out, as_json)
         return

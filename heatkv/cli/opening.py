@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from heatkv.capacities import CapacityPlan, load_plan
+from heatkv.capacities import CapacityPlan
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
@@ -18,7 +18,8 @@ from heatkv.models import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_i
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.text_conditional import TextConditionalModel
-from heatkv.plan import CachePlan
+from heatkv.plan import CachePlan, named
+from heatkv.ranked_plan import RankedPlan, load_either
 from heatkv.sampling import Settings
 from heatkv.schedule import ScaleSchedule
 from heatkv.selecting_cache import policy_of
@@ -183,17 +184,31 @@ def storage_name(dtype: str, coding: str | None) -> str:
 
 
 def open_plan(path: Path, geometry: CacheGeometry, model: str) -> CachePlan:
-    """A finished plan, when it is of this geometry and of no other model that has a name here.
+    """A finished plan, when it is of this geometry and of no other model that has a name here; of one for several
+    ranks, what all of them hold together.
 
     Attached models have names of their own, those of their classes.
     """
-    plan = load_plan(path, geometry.head_dim)
-    try:
+    plan = open_either(path, geometry, model)
+    return whole_of(plan, path) if isinstance(plan, RankedPlan) else plan
+
+
+def whole_of(plan: RankedPlan, path: Path) -> CachePlan:
+    """The plan for one device that holds what all ranks do, and a line that says so. Raises PlanError."""
+    with named(path):
+        whole = plan.whole()
+    say(f"{path} is for {plan.ranks} ranks; taken as the plan of one process that holds what all of them do")
+    return whole
+
+
+def open_either(path: Path, geometry: CacheGeometry, model: str) -> CachePlan | RankedPlan:
+    """As `open_plan`, but one for several ranks as it is."""
+    plan = load_either(path, geometry.head_dim)
+    with named(path):
         plan.check_geometry(geometry)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error
-    if isinstance(plan, CapacityPlan):
-        policy_of(plan)
+    for of_rank in plan.plans if isinstance(plan, RankedPlan) else (plan,):
+        if isinstance(of_rank, CapacityPlan):
+            policy_of(of_rank)
     if plan.model != model and plan.model in MODELS:
         raise PlanError(f"{path} was made for {plan.model}, not for {model}; name that model (--model) or solve again")
     return plan
@@ -213,9 +228,9 @@ def say_bytes(plan: CachePlan, name: str, rows: int, storage: str) -> None:
         )
 
 
-def open_only_plan(path: Path, geometry: CacheGeometry, model: str, budget: str | None, ranking: Ranking) -> CachePlan:
-    """A finished plan; refuses the options that would have gone into making one."""
+def only_plan(path: Path, budget: str | None, ranking: Ranking) -> Path:
+    """The file of a finished plan; refuses the options that would have gone into making one."""
     for name, value in {"budget": budget, **vars(ranking)}.items():
         if value is not None:
             raise HeatKVError(f"--plan is a finished plan; leave --{name.replace('_', '-')} out")
-    return open_plan(path, geometry, model)
+    return path

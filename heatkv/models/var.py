@@ -83,11 +83,11 @@ class SelfAttention(nn.Module):
 
     def qkv(self, u_RNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (scaled for a softmax of scale 1), keys as they are cached, and values."""
-        rows, tokens, width = u_RNC.shape
+        rows, tokens, _ = u_RNC.shape
         weight = self.mat_qkv.weight
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(weight.dtype)
         qkv = F.linear(u_RNC.to(weight.dtype), weight, bias)
-        q, k, v = qkv.view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         if self.l2_norm:
             scale = self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
             q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
@@ -211,6 +211,11 @@ class VAR(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return next(self.layers()).attn.mat_qkv.weight.dtype
 
+    @property
+    def heads(self) -> int:
+        """Heads of a layer that run here: all of them, unless several devices share them."""
+        return next(self.layers()).attn.heads
+
     def layers(self) -> Iterator[Block]:
         """The blocks in order, with their type."""
         for block in self.blocks:
@@ -223,7 +228,7 @@ class VAR(nn.Module):
             tuple(
                 BlockView(block, block.attn, block.attn.proj, lambda given: given[1][:, 0]) for block in self.layers()
             ),
-            self.config.heads,
+            self.heads,
         )
 
     def condition(self, classes_R: Tensor) -> Condition:
