@@ -53,14 +53,10 @@ class Parts:
             raise FormatError(f"{path} does not tell what the run was; delete the folder {self.folder} to discard it")
         return told
 
-    def remove(self, names: Iterable[str] | None = None) -> None:
-        """Remove these parts, or all, and the folder when there are no others."""
-        if names is None:
-            for path in self.folder.glob(f"[!.]*{ENDING}"):
-                path.unlink(missing_ok=True)
-        else:
-            for name in names:
-                self.path(name).unlink(missing_ok=True)
+    def remove(self, beginning: str = "") -> None:
+        """Remove all parts whose names begin so, and the folder when there are no others."""
+        for path in self.folder.glob(f"{beginning or '[!.]'}*{ENDING}"):
+            path.unlink(missing_ok=True)
         if self.folder.is_dir() and not self.count():
             clear_temporaries(self.folder)
             (self.folder / RUN).unlink(missing_ok=True)

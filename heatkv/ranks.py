@@ -28,7 +28,7 @@ JOINING_SECONDS = 600
 
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LONGEST = timedelta(days=7)  # rank 0 may measure times for hours while the others wait; a rank that ends is noticed
-_LOOK_SECONDS = 0.02
+_LOOK_SECONDS, _LONG_LOOK_SECONDS = 0.005, 0.2  # first, and where others measure times, which must not be disturbed
 RESUME = "what was finished is kept, and the same command with --resume goes on"
 
 
@@ -88,6 +88,10 @@ class Ranks:
         while (index := asked(1) - 1) < len(items):
             yield items[index]
 
+    def share_of(self, items: Sequence[Item], rank: int) -> Sequence[Item]:
+        """Neighbouring items that fall to a rank when all get as many; for what is cheaper beside its neighbours."""
+        return items[len(items) * rank // self.size : len(items) * (rank + 1) // self.size]
+
     def may_tell(self, error: str) -> bool:
         """Whether this rank is the one to say that the command failed so: the same is said once."""
         return True
@@ -144,11 +148,13 @@ class _Launched(Ranks):
     def _done(self, work: Work | None) -> None:
         """Wait for it, so that a signal ends the wait."""
         assert work is not None
+        pause = _LOOK_SECONDS
         try:
             while not work.is_completed():
                 if self.while_waiting is not None:
                     self.while_waiting()
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(pause)
+                pause = min(2 * pause, _LONG_LOOK_SECONDS)
             work.wait()
         except RuntimeError as error:
             raise RanksError(f"another rank has ended; {RESUME}") from error

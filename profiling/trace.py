@@ -21,6 +21,15 @@ from heatkv.profiling.runner import Subject
 from heatkv.sampling import Settings
 
 
+def _worker(subject: Subject, batch: int, of_point: str) -> str:
+    return file_name(f"{subject.name.replace('%', 'percent')} batch {batch}{of_point}")
+
+
+def has_trace(folder: Path, subject: Subject, batch: int, of_point: str = "") -> bool:
+    """Whether a trace of this drawing is in the folder."""
+    return any(folder.glob(f"{_worker(subject, batch, of_point)}.*.pt.trace.json"))
+
+
 def save_trace(
     folder: Path, model: ImageModel[Any], subject: Subject, batch: int, settings: Settings, of_point: str = ""
 ) -> Path:
@@ -34,8 +43,7 @@ def save_trace(
     activities = [ProfilerActivity.CPU]
     if model.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    worker = file_name(f"{subject.name.replace('%', 'percent')} batch {batch}{of_point}")
-    path = folder / f"{worker}.{time.time_ns()}.pt.trace.json"
+    path = folder / f"{_worker(subject, batch, of_point)}.{time.time_ns()}.pt.trace.json"
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(profiler: Any) -> None:

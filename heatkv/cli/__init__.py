@@ -81,7 +81,7 @@ def _alone(name: str, function: Callable[..., None]) -> Callable[..., None]:
     def called(**given: Any) -> None:
         if current().size > 1:
             raise RanksError(
-                f"heatkv {name} runs in one process; start it without torchrun (shared are {' and '.join(SHARED)})"
+                f"{name} runs in one process; start it without torchrun (shared are {' and '.join(SHARED)})"
             )
         function(**given)
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from heatkv.cli.opening import Loaded, open_model, open_statistics, parse_names, positive, storage_of
 from heatkv.cli.options import AsJson, Resume, Running, Source, Without
 from heatkv.cli.output import progress, say, shared_progress, show
-from heatkv.errors import FormatError, HeatKVError, StatisticsError
+from heatkv.errors import FormatError, HeatKVError, RanksError, StatisticsError
 from heatkv.files import check_writable, clear_temporaries
 from heatkv.geometry import Budget
 from heatkv.level_statistics import COSTS, LevelStatistics
@@ -123,8 +123,9 @@ class _Run:
             if kept:
                 say(f"{self.parts.folder}: {kept} finished parts; the same command with --resume goes on")
             else:
-                self.parts.remove()
-                say(f"{self.path}: nothing yet, the first {self.batches[0] if self.batches else 0} were not done")
+                if current().size == 1:  # others may be writing their first ones
+                    self.parts.remove()
+                say(f"{self.path}: nothing yet, no batch was finished")
             raise
         return total, found
 
@@ -164,8 +165,8 @@ class _Run:
         missing = self.parts.missing(list(sizes), ranks)
         if len(missing) < len(sizes):
             say(f"{len(sizes) - len(missing)} of {len(sizes)} batches were measured before: {self.parts.folder}")
-        if 0 < len(missing) < ranks.size:
-            say(f"{ranks.size} ranks share {len(missing)} batches; the others have nothing to do")
+        if 1 < len(sizes) < ranks.size:
+            say(f"there are {len(sizes)} batches for {ranks.size} ranks; some have nothing to do")
         with shared_progress(what, sum(sizes[name] for name in missing)) as advance:
             mine = ranks.deal(missing)
             self.parts.fill(list(sizes), mine, lambda name, path: make(name, path, advance), ranks)
@@ -220,6 +221,13 @@ class _Run:
     def is_finished(self, told: dict[str, Any] | None, found: Statistics | None) -> bool:
         """Whether the file `found` holds all that is asked for, or that the run which was stopped, as it is `told`, was
         to give; the same at all ranks. Raises FormatError for a stopped run over other samples."""
+        ranks = current()
+        for rank, run in enumerate(ranks.gather(self.parts.run)):
+            if run != self.parts.run:
+                raise RanksError(
+                    f"rank {rank} has another task than rank {ranks.rank}; all need the same releases, and to see the "
+                    f"same {self.path}, if it is there"
+                )
         own = self.parts.run if self.before is None else None  # what is appended is not there yet
         held = None
         if found is not None:
@@ -231,7 +239,6 @@ class _Run:
         assert self.parts.run is not None
         if not done and told is not None and told.get("samples") != self.parts.run["samples"]:
             raise FormatError(f"{self.parts.folder} holds parts of a run over other samples; {_DISCARD}")
-        ranks = current()
         return bool(ranks.gather(done)[0])
 
     def left_masses(self) -> list[Statistics] | None:
@@ -543,7 +550,9 @@ def statistics_of_folder(
         sinks = min(sink_scales, SINK_SCALES) if costs is None else costs.choices.sink_scales
         of_levels = _Levels(levels, sinks, missing)
     asked = {"samples": samples, "seed": seed, "levels": levels, "sink-scales": sink_scales}
-    run = _Run(path, model, settings, asked, seed, _batches(samples - done), before, of_levels)
+    run = _Run(
+        path, model, settings, asked, seed, _batches(samples - done) if done < samples else [], before, of_levels
+    )
     try:
         stopped = _check_left(run.parts, resume=True)
         finished = run.is_finished(stopped, before)
