@@ -1,0 +1,392 @@
+"""Commands that are stopped at random moments: nothing cut off, nothing lost, and in the end the same as without.
+
+Moments are drawn with a seed among all file operations and all attentions of a command, see stopping.py.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from PIL import Image
+from stopping import Kind, Moment, count_events, run_apart
+
+from heatkv.cli import run
+from heatkv.errors import FormatError
+from heatkv.files import clear_temporaries, move, replacing, write_json
+from heatkv.parts import load_arrays
+from heatkv.plan import Plan
+from heatkv.profiling.results import MEMORY, TIMES
+
+Command = Literal["calibrate", "compare", "profile"]
+
+# Batches of 2 and 1 samples, biases, and two batches of level costs; comparisons in batches of 16 and 1 images.
+QUICK: dict[Command, list[str]] = {
+    "calibrate": ["calibrate", "--samples", "3"],
+    "compare": ["compare", "--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1", "--policies",
+                "heatkv", "--budgets", "30%"],
+    "profile": ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "1", "--in-process"],
+}  # fmt: skip
+LONG: dict[Command, list[str]] = {
+    "calibrate": ["calibrate", "--samples", "3", "--levels", "fisher", "--level-samples", "6"],
+    "compare": ["compare", "--samples", "3", "--images", "17", "--pictures", "2", "--repeats", "1", "--policies",
+                "heatkv,random", "--draws", "2", "--budgets", "30%"],
+    "profile": ["profile", "--policies", "streaming,random", "--budgets", "20%", "--repeats", "2", "--in-process",
+                "--batches", "1,2"],
+}  # fmt: skip
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+class Stopped:
+    """A command, what it gives when nothing stops it, and how many moments it has."""
+
+    def __init__(self, command: Command, arguments: list[str], folder: Path) -> None:
+        self.command, self.arguments = command, arguments
+        self.folder = folder / "whole"
+        self.folder.mkdir()
+        self.events: Counter[Kind] = count_events(self.given(self.folder), self.folder)
+
+    def given(self, folder: Path) -> list[str]:
+        """Its arguments, when it is to write in this folder."""
+        out = folder / "s.safetensors" if self.command == "calibrate" else folder
+        return [*self.arguments, "--out", str(out)]
+
+    def moment(self, draw: random.Random, number: signal.Signals) -> Moment:
+        kind: Kind = draw.choice(("file", "attention"))
+        return Moment(kind, draw.randint(1, self.events[kind]), number)
+
+    def check(self, folder: Path, moment: Moment) -> None:
+        """Stop it at the moment, look at what is there, and finish it."""
+        folder.mkdir()
+        (ended,) = run_apart(self.given(folder), folder, moment)
+        assert ended.code == CODES[moment.number], (moment, ended)
+        assert "Traceback" not in ended.error, ended.error
+        check_whole(folder)
+        parts = {path: path.read_bytes() for path in folder.rglob("*.parts/*.safetensors") if path.name[0] != "."}
+        finished = figures(folder)
+        measured = Counter[str]()
+        with pytest.MonkeyPatch.context() as patch:
+            count_measured(patch, measured)
+            assert run([*self.given(folder), "--resume"]) == 0, moment
+        # what was finished is neither measured again nor another one now
+        whole = Counter(self.measured_whole())
+        for path in parts:
+            whole[kind_of(path.name)] -= 1
+        for name, _ in finished:
+            whole[name] -= name != "latency_ms"
+        if self.command != "profile" and not (folder / "results.json").exists():
+            assert measured["samples"] <= whole["samples"]
+        assert measured["memory"] <= max(whole["memory"], 0)
+        assert finished.items() <= figures(folder).items()
+        self.check_same(folder)
+
+    def measured_whole(self) -> dict[str, int]:
+        """How often each thing is measured when nothing stops it."""
+        rows = [] if self.command == "calibrate" else json.loads((self.folder / "results.json").read_text())["rows"]
+        return {"samples": 2, "memory": len(rows)}
+
+    def check_same(self, folder: Path) -> None:
+        """All is as without a stop, but for times and memory."""
+        assert {p.relative_to(folder) for p in folder.rglob("*")} == {
+            p.relative_to(self.folder) for p in self.folder.rglob("*")
+        }
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.name not in ("results.json", "report.html", "report.md", "report.json"):
+                assert path.read_bytes() == (folder / path.relative_to(self.folder)).read_bytes(), path
+        if self.command != "calibrate":
+            mine, theirs = (rows_without_times(at) for at in (folder, self.folder))
+            assert mine == theirs
+
+
+def rows_without_times(folder: Path) -> list[dict[str, Any]]:
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return [{name: value for name, value in row.items() if name not in (*MEMORY, *TIMES)} for row in rows]
+
+
+def figures(folder: Path) -> dict[tuple[str, str], str]:
+    """What is measured in a folder of results: (what, comparison and measurement) -> figure."""
+    found = {}
+    for path in folder.glob("results*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            for name in ("memory", "latency_ms", "kl"):
+                if row[name] is not None:
+                    found[name, f"{row['comparison']} {row['measurement']}"] = json.dumps(row[name])
+    return found
+
+
+def kind_of(part: str) -> str:
+    return part.split(".")[0]
+
+
+def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
+    """Count batches of samples that are measured, and memory."""
+    import heatkv.calibration
+    import heatkv.profiling.runner
+
+    def counting(module: Any, name: str, what: str) -> None:
+        original: Callable[..., Any] = getattr(module, name)
+
+        def called(*given: Any, **named: Any) -> Any:
+            measured[what] += 1
+            return original(*given, **named)
+
+        patch.setattr(module, name, called)
+
+    counting(heatkv.calibration, "calibrate", "samples")
+    counting(heatkv.profiling.runner, "subject_memory", "memory")
+
+
+def check_whole(folder: Path) -> None:
+    """Every file under a final name can be read to its end."""
+    for path in folder.rglob("*"):
+        if path.is_dir() or path.name.startswith("."):
+            continue
+        if path.suffix == ".safetensors":
+            load_arrays(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".png":
+            with Image.open(path) as picture:
+                picture.load()
+        elif path.suffix == ".html":
+            assert path.read_text().rstrip().endswith("</html>")
+        else:
+            assert path.name == "report.md"
+            assert path.read_text().endswith("\n")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Command], Stopped]:
+    made: dict[Command, Stopped] = {}
+
+    def of(command: Command) -> Stopped:
+        if command not in made:
+            made[command] = Stopped(command, QUICK[command], tmp_path_factory.mktemp(command))
+        return made[command]
+
+    return of
+
+
+@pytest.fixture(scope="module", params=["calibrate", "compare", "profile"])
+def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    command: Command = request.param
+    return Stopped(command, LONG[command], tmp_path_factory.mktemp(f"long_{command}"))
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [("calibrate", signal.SIGKILL), ("compare", signal.SIGINT), ("profile", signal.SIGTERM)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_a_stopped_command_is_finished(
+    command: Command, number: signal.Signals, quick: Callable[[Command], Stopped], tmp_path: Path
+) -> None:
+    stopped = quick(command)
+    stopped.check(tmp_path / "stopped", stopped.moment(random.Random(f"{command} 0"), number))
+
+
+@pytest.mark.slow
+def test_commands_stopped_at_27_random_moments(long: Stopped, tmp_path: Path) -> None:
+    """Nine for each command, three for each signal."""
+    draw = random.Random(long.command)
+    for index in range(9):
+        long.check(tmp_path / str(index), long.moment(draw, SIGNALS[index % 3]))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_again_and_again_ends(long: Stopped, tmp_path: Path) -> None:
+    """Always the same share of what is left: every run goes on from where the one before was."""
+    folder = tmp_path / "again"
+    folder.mkdir()
+    most = long.events["attention"] // 2
+    for _ in range(20):
+        (ended,) = run_apart([*long.given(folder), "--resume"], folder, Moment("attention", most, signal.SIGKILL))
+        check_whole(folder)
+        if ended.code == 0:
+            break
+        assert ended.code == -9
+    assert ended.code == 0
+    long.check_same(folder)
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    capsys.readouterr()
+    assert run(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in lines if line.startswith("heatkv: ")]) == 1
+    return lines[-1]
+
+
+def test_resuming_is_for_the_same_run_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parts of a calibration are finished by the same options with --resume, or the folder is deleted."""
+    out = tmp_path / "s.safetensors"
+    arguments = ["calibrate", "--samples", "2", "--out", str(out)]
+    # stopped at its second batch, which begins with the 97th attention: 12 layers, 8 scales
+    (ended,) = run_apart(arguments, tmp_path, Moment("attention", 100, signal.SIGINT))
+    assert ended.code == 130
+    assert ended.error.splitlines()[-2].startswith(f"{out}.parts: 1 finished parts; the same command with --resume")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    said = refused(capsys, arguments)
+    assert f"{out}.parts holds 1 finished parts of a run that was stopped; finish it with --resume, or delete" in said
+    for other, told in (
+        (["--samples", "3"], "holds parts of a run with samples=2, this one has samples=3; give the same options, or"),
+        (["--seed", "1"], "holds parts of a run with seed=0, this one has seed=1"),
+        (["--cfg", "1"], "holds parts of a run with cfg=3.0, this one has cfg=1.0"),
+        (["--dtype", "bfloat16"], "with dtype=float32, this one has dtype=bfloat16"),
+    ):
+        assert told in refused(capsys, [*arguments, *other, "--resume"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+    part = next(path for path in before if path.name.startswith("samples"))
+    part.write_bytes(part.read_bytes()[:-9])
+    assert f"{part}" in refused(capsys, [*arguments, "--resume"])
+    part.unlink()
+    assert run([*arguments, "--resume"]) == 0
+    # once more there is nothing to do, and no other file is taken for this one's
+    capsys.readouterr()
+    assert run([*arguments, "--resume"]) == 0
+    assert f"{out} was finished before: nothing is measured" in capsys.readouterr().err
+    assert "exists, and no run that writes it was stopped" in refused(
+        capsys, ["calibrate", "--samples", "3", "--out", str(out), "--resume"]
+    )
+
+
+def test_resuming_results_is_for_the_same_rows_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile = ["profile", "--budgets", "20%", "--repeats", "1", "--in-process", "--out", str(tmp_path), "--policies"]
+    (ended,) = run_apart([*profile, "streaming"], tmp_path, Moment("attention", 1, signal.SIGTERM))
+    assert ended.code == 143
+    partial = tmp_path / "results.partial.json"
+    assert partial.exists()
+    assert f"{partial} is of a run over other rows than this one's; give the same options, or leave --resume out" in (
+        refused(capsys, [*profile, "random", "--resume"])
+    )
+    assert run([*profile, "streaming", "--resume"]) == 0
+    assert not partial.exists()
+
+
+def test_traces_are_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from heatkv.profiling import trace
+
+    original, saved = trace.save_trace, list[str]()
+
+    def save(folder: Path, model: Any, subject: Any, *more: Any) -> Path:
+        saved.append(subject.name)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        return original(folder, model, subject, *more)
+
+    monkeypatch.setattr(trace, "save_trace", save)
+    arguments = ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "1", "--in-process", "--out",
+                 str(tmp_path), "--trace", str(tmp_path / "traces")]  # fmt: skip
+    assert run(arguments) == 130
+    assert run([*arguments, "--resume"]) == 0
+    assert saved == ["full 100%", "streaming 20%", "streaming 20%"]
+    assert len(list((tmp_path / "traces").glob("*.pt.trace.json"))) == 2
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def test_a_file_and_its_name_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First what is in it, then its name: in this order neither an empty nor a lost file is left by a power cut."""
+    import os
+
+    done: list[str] = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("folder" if is_folder(fd) else "file"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), rename(a, b)))
+
+    def is_folder(descriptor: int) -> bool:
+        return os.path.isdir(f"/proc/self/fd/{descriptor}")
+
+    write_json(tmp_path / "a.json", [1])
+    assert done == ["file", "rename", "folder"]
+    done.clear()
+    move(tmp_path / "a.json", tmp_path / "b.json")
+    assert done == ["folder"]
+    with pytest.raises(FormatError, match=r"cannot rename .*a\.json to b\.json: No such file"):
+        move(tmp_path / "a.json", tmp_path / "b.json")
+
+
+def test_a_file_system_that_syncs_no_folders_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import os
+
+    fsync = os.fsync
+
+    def sync(descriptor: int, failing: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(failing, os.strerror(failing))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: sync(descriptor, errno.EINVAL))
+    write_json(tmp_path / "a.json", [1])
+    monkeypatch.setattr(os, "fsync", lambda descriptor: sync(descriptor, errno.EIO))
+    with pytest.raises(FormatError, match="Input/output error"):
+        write_json(tmp_path / "a.json", [2])
+
+
+def test_only_what_writers_left_is_cleared(tmp_path: Path) -> None:
+    names = (".s.json.abcd1234.tmp", ".t.json.abcd1234.tmp", ".hidden", "s.json", ".s.json.tmp", "[s].tmp")
+    for name in names:
+        (tmp_path / name).write_text("")
+    with pytest.raises(KeyError), replacing(tmp_path / "s.json"):
+        raise KeyError
+    clear_temporaries(tmp_path, "s.json")
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+    clear_temporaries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(names[2:])
+
+
+@pytest.mark.parametrize("command", ["calibrate", "compare", "profile"])
+@pytest.mark.parametrize("fault", ["ENOSPC", "EROFS"])
+def test_a_full_or_read_only_disk_gives_one_line(
+    command: Command, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file can be made in the folder, or none can be finished."""
+    import errno
+    import os
+    import tempfile
+
+    number = int(getattr(errno, fault))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    out = tmp_path / "out"
+    out.mkdir()
+    given = out / "s.safetensors" if command == "calibrate" else out
+    if fault == "EROFS":
+        monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    else:
+        monkeypatch.setattr(os, "fsync", fail)
+    said = refused(capsys, [*QUICK[command], "--out", str(given)])
+    assert os.strerror(number) in said
+    assert str(out) in said
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+def test_a_plan_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old file stays as it was."""
+    import errno
+    import os
+
+    from heatkv.models import load_model
+
+    path, plan = tmp_path / "plan.json", load_model("emoji").plan("streaming", "20%")
+    plan.save(path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FormatError, match=r"cannot write .*plan\.json: No space left on device"):
+        load_model("emoji").plan("streaming", "10%").save(path)
+    assert Plan.load(path) == plan
+    assert list(tmp_path.iterdir()) == [path]
