@@ -95,7 +95,8 @@ def move(path: Path, to: Path) -> None:
 def clear_temporaries(folder: Path, name: str | None = None) -> None:
     """Remove what writers that were killed left in this folder, of all files or of one; nobody may be writing them."""
     of_files = "*" if name is None else glob.escape(name)
-    for left in folder.glob(f".{of_files}.????????.tmp"):  # as `replacing` names them
+    # as `replacing` names them, and torch's profiler what it writes beside that
+    for left in [*folder.glob(f".{of_files}.????????.tmp"), *folder.glob(f".{of_files}.????????.tmp.tmp")]:
         left.unlink(missing_ok=True)
 
 

@@ -105,6 +105,7 @@ class _Launched(Ranks):
 
     def __init__(self, rank: int, size: int, local_rank: int) -> None:
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
         super().__init__()
@@ -112,7 +113,8 @@ class _Launched(Ranks):
         self._dist = dist
         self._sending: tuple[torch.device, ProcessGroup | None] | None = None
         try:
-            self._store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOINING_SECONDS)))
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOINING_SECONDS)))
+            self._store = PrefixStore(_attempt(), store)
             self._await_all()
             dist.init_process_group("gloo", store=self._store, rank=rank, world_size=size, timeout=_LONGEST)
         except RuntimeError as error:
@@ -205,6 +207,13 @@ class _Launched(Ranks):
         # those who still wait for this one must learn that it is gone
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """The launcher's try that this is. On one host torchrun starts again (--max-restarts) with the store as it was
+    left; of several hosts not all count tries alike, but they get a new store."""
+    one_host = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return f"heatkv/try/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_host else '0'}"
 
 
 def _one_line(error: Exception) -> str:

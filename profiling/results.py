@@ -262,7 +262,7 @@ class ResultsFolder:
         write_json(self.path, self._told(rows), indent=1)
         self.partial.unlink(missing_ok=True)
         for row in rows:
-            self.parts.remove(row["comparison"])
+            self.parts.remove(f"{row['comparison']}.")
         for folder in (self.path.parent, self.path.parent / "plans", self.path.parent / PICTURES):
             clear_temporaries(folder)
         return moved

@@ -6,8 +6,11 @@ Moments are drawn with a seed among all file operations and all attentions of a 
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +29,6 @@ from heatkv.profiling.results import MEMORY, TIMES
 
 Command = Literal["calibrate", "compare", "profile"]
 
-# Batches of 2 and 1 samples, biases, and two batches of level costs; comparisons in batches of 16 and 1 images.
 QUICK: dict[Command, list[str]] = {
     "calibrate": ["calibrate", "--samples", "3"],
     "compare": ["compare", "--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1", "--policies",
@@ -40,6 +42,16 @@ LONG: dict[Command, list[str]] = {
     "profile": ["profile", "--policies", "streaming,random", "--budgets", "20%", "--repeats", "2", "--in-process",
                 "--batches", "1,2"],
 }  # fmt: skip
+# How often each thing is measured: batches of 2 and 1 samples, or 1 and 1; biases and two batches of level costs;
+# memory of every row; every comparison in batches of at most 16 images.
+WORK = {
+    ("calibrate", False): {"samples": 2},
+    ("calibrate", True): {"samples": 2, "levels": 3},
+    ("compare", False): {"samples": 2, "memory": 2, "comparisons": 2},
+    ("compare", True): {"samples": 2, "memory": 3, "comparisons": 6},
+    ("profile", False): {"memory": 2},
+    ("profile", True): {"memory": 6},
+}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -47,8 +59,9 @@ CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 class Stopped:
     """A command, what it gives when nothing stops it, and how many moments it has."""
 
-    def __init__(self, command: Command, arguments: list[str], folder: Path) -> None:
-        self.command, self.arguments = command, arguments
+    def __init__(self, command: Command, folder: Path, long: bool = False) -> None:
+        self.command, self.arguments = command, (LONG if long else QUICK)[command]
+        self.work, self.batches = Counter(WORK[command, long]), 2 if long else 1
         self.folder = folder / "whole"
         self.folder.mkdir()
         self.events: Counter[Kind] = count_events(self.given(self.folder), self.folder)
@@ -69,28 +82,15 @@ class Stopped:
         assert ended.code == CODES[moment.number], (moment, ended)
         assert "Traceback" not in ended.error, ended.error
         check_whole(folder)
-        parts = {path: path.read_bytes() for path in folder.rglob("*.parts/*.safetensors") if path.name[0] != "."}
-        finished = figures(folder)
+        finished, kept = figures(folder), kept_work(folder, self.batches)
         measured = Counter[str]()
         with pytest.MonkeyPatch.context() as patch:
             count_measured(patch, measured)
             assert run([*self.given(folder), "--resume"]) == 0, moment
-        # what was finished is neither measured again nor another one now
-        whole = Counter(self.measured_whole())
-        for path in parts:
-            whole[kind_of(path.name)] -= 1
-        for name, _ in finished:
-            whole[name] -= name != "latency_ms"
-        if self.command != "profile" and not (folder / "results.json").exists():
-            assert measured["samples"] <= whole["samples"]
-        assert measured["memory"] <= max(whole["memory"], 0)
+        # what was finished is not measured again, and no other one now
+        assert measured == self.work - kept, (moment, kept)
         assert finished.items() <= figures(folder).items()
         self.check_same(folder)
-
-    def measured_whole(self) -> dict[str, int]:
-        """How often each thing is measured when nothing stops it."""
-        rows = [] if self.command == "calibrate" else json.loads((self.folder / "results.json").read_text())["rows"]
-        return {"samples": 2, "memory": len(rows)}
 
     def check_same(self, folder: Path) -> None:
         """All is as without a stop, but for times and memory."""
@@ -121,13 +121,28 @@ def figures(folder: Path) -> dict[tuple[str, str], str]:
     return found
 
 
-def kind_of(part: str) -> str:
-    return part.split(".")[0]
+def kept_work(folder: Path, batches: int) -> Counter[str]:
+    """What need not be measured again: parts, and what is made of parts; a comparison has so many batches."""
+    kept = Counter[str]()
+    for path in folder.rglob("*.parts/*.safetensors"):
+        if not path.name.startswith("."):
+            kind = path.name.split(".")[0]
+            kept[{"samples": "samples", "biases": "levels", "fisher": "levels"}.get(kind, "comparisons")] += 1
+    if (folder / "s.safetensors").exists() or (folder / "statistics.safetensors").exists():
+        kept |= Counter({"samples": 2, "levels": 3})
+    found = figures(folder)
+    kept["memory"] = sum(name == "memory" for name, _ in found)
+    compared = {key.split()[0] for name, key in found if name == "kl"}
+    left = [path for path in folder.glob("results.parts/*.safetensors") if path.name.split(".")[0] in compared]
+    kept["comparisons"] += batches * len(compared) - len(left)
+    return kept
 
 
 def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
-    """Count batches of samples that are measured, and memory."""
+    """Count what is measured: batches of samples, of level costs and of comparisons, biases, and memory."""
     import heatkv.calibration
+    import heatkv.cli.calibrate
+    import heatkv.profiling.fidelity
     import heatkv.profiling.runner
 
     def counting(module: Any, name: str, what: str) -> None:
@@ -140,6 +155,8 @@ def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
         patch.setattr(module, name, called)
 
     counting(heatkv.calibration, "calibrate", "samples")
+    counting(heatkv.cli.calibrate, "save_arrays", "levels")
+    counting(heatkv.profiling.fidelity, "save_compared", "comparisons")
     counting(heatkv.profiling.runner, "subject_memory", "memory")
 
 
@@ -168,7 +185,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Command], Stopp
 
     def of(command: Command) -> Stopped:
         if command not in made:
-            made[command] = Stopped(command, QUICK[command], tmp_path_factory.mktemp(command))
+            made[command] = Stopped(command, tmp_path_factory.mktemp(command))
         return made[command]
 
     return of
@@ -177,12 +194,16 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Command], Stopp
 @pytest.fixture(scope="module", params=["calibrate", "compare", "profile"])
 def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     command: Command = request.param
-    return Stopped(command, LONG[command], tmp_path_factory.mktemp(f"long_{command}"))
+    return Stopped(command, tmp_path_factory.mktemp(f"long_{command}"), long=True)
 
 
 @pytest.mark.parametrize(
     ("command", "number"),
-    [("calibrate", signal.SIGKILL), ("compare", signal.SIGINT), ("profile", signal.SIGTERM)],
+    [
+        ("calibrate", signal.SIGKILL),
+        ("profile", signal.SIGTERM),
+        pytest.param("compare", signal.SIGINT, marks=pytest.mark.slow),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_a_stopped_command_is_finished(
@@ -295,8 +316,6 @@ def test_traces_are_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_file_and_its_name_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """First what is in it, then its name: in this order neither an empty nor a lost file is left by a power cut."""
-    import os
-
     done: list[str] = []
     fsync, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append("folder" if is_folder(fd) else "file"), fsync(fd)))
@@ -316,7 +335,6 @@ def test_a_file_and_its_name_are_synced(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_file_system_that_syncs_no_folders_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
-    import os
 
     fsync = os.fsync
 
@@ -351,7 +369,6 @@ def test_a_full_or_read_only_disk_gives_one_line(
 ) -> None:
     """No file can be made in the folder, or none can be finished."""
     import errno
-    import os
     import tempfile
 
     number = int(getattr(errno, fault))
@@ -372,10 +389,27 @@ def test_a_full_or_read_only_disk_gives_one_line(
     assert not [path for path in out.rglob("*") if path.is_file()]
 
 
+def test_a_trace_on_a_full_disk(tmp_path: Path) -> None:
+    """The profiler's library writes it, and does not say when it cannot."""
+    code = (
+        "import resource; import heatkv.cli, heatkv.profiling.trace as t; save = t.save_trace\n"
+        "def small(*given):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "    return save(*given)\n"
+        "t.save_trace = small\n"
+        "from heatkv.__main__ import main; main()"
+    )
+    arguments = [*QUICK["profile"], "--out", str(tmp_path), "--trace", str(tmp_path / "traces")]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2, done.stderr
+    assert "the profiler could not finish it; is there room on the disk?" in done.stderr.splitlines()[-1]
+    assert list((tmp_path / "traces").iterdir()) == []
+
+
 def test_a_plan_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An old file stays as it was."""
     import errno
-    import os
 
     from heatkv.models import load_model
 

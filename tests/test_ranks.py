@@ -51,7 +51,7 @@ def test_ranks_measure_what_one_process_does(alone: Path, tmp_path: Path) -> Non
     assert [line for line in ended[0].error.splitlines() if "calibrating" in line][-1] == "calibrating emoji: 3 of 3"
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_killed_is_told_and_its_work_is_kept(killed: int, alone: Path, tmp_path: Path) -> None:
     """Killed while it writes: the other rank does what there is, notices, and --resume does the rest."""
     out = tmp_path / "s.safetensors"

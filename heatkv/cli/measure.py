@@ -561,7 +561,7 @@ def compare(
         _compare_all(measurement, missing, results, images, pictures, lambda *_: None)
         ranks.wait()
         for digest in missing:  # where this rank does not see the folder of the first
-            results.parts.remove(digest)
+            results.parts.remove(f"{digest}.")
         return
     with _told_when_stopped(results):
         lines = measurement.lines(subjects, results, images, pictures, repeats, resume)
@@ -578,7 +578,7 @@ def compare(
                     line.row.update(figures)
             results.save([line.row for line in lines])
             if ranks.size == 1:  # others may be writing parts
-                results.parts.remove(digest)
+                results.parts.remove(f"{digest}.")
 
         missing = {digest: at for digest, at in by_digest.items() if digest not in drawn}
         ranks.gather(list(missing))
