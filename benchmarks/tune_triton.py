@@ -21,6 +21,7 @@ import torch
 
 from heatkv.attention.held import HeldTokens
 from heatkv.attention.triton_kernels import Tile, fused_attention, supports
+from heatkv.files import write_text
 from heatkv.models import model_info
 
 TABLE = Path(__file__).resolve().parents[1] / "heatkv/attention/tiles.json"
@@ -112,7 +113,7 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
         entries = ",\n".join(f"   {json.dumps(of)}" for of in told["entries"])
         facts.append(f'  "entries": [\n{entries}\n  ]')
         devices.append(f" {json.dumps(name)}: {{\n" + ",\n".join(facts) + "\n }")
-    path.write_text("{\n" + ",\n".join(devices) + "\n}\n")
+    write_text(path, "{\n" + ",\n".join(devices) + "\n}\n")
 
 
 def main() -> None:

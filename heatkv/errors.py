@@ -37,3 +37,7 @@ class GraphError(HeatKVError):
 
 class FormatError(HeatKVError):
     """A file that is unreadable, truncated, or of another format or version."""
+
+
+class RanksError(HeatKVError):
+    """Processes that were launched together and cannot work together, or one of which has ended."""

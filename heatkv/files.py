@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import math
 import os
@@ -53,10 +55,49 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise FormatError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder last: a new name, too, is lost with the power until its folder is synced."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # a system that opens no folders, or one that may be written and not read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all. Raises FormatError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def move(path: Path, to: Path) -> None:
+    """Give a file another name in its folder, for good. Raises FormatError."""
+    try:
+        path.rename(to)
+        _sync_folder(to.parent)
+    except OSError as error:
+        raise FormatError(f"cannot rename {path} to {to.name}: {error.strerror or error}") from error
+
+
+def clear_temporaries(folder: Path, name: str | None = None) -> None:
+    """Remove what writers that were killed left in this folder, of all files or of one; nobody may be writing them."""
+    of_files = "*" if name is None else glob.escape(name)
+    # as `replacing` names them, and torch's profiler what it writes beside that
+    for left in [*folder.glob(f".{of_files}.????????.tmp"), *folder.glob(f".{of_files}.????????.tmp.tmp")]:
+        left.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -75,9 +116,7 @@ def file_name(text: str) -> str:
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
     """Write `value` as JSON, whole or not at all. Raises FormatError, also for NaN, infinity and what JSON lacks."""
-    text = as_json(value, path, indent)
-    with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, as_json(value, path, indent) + "\n")
 
 
 def as_json(value: Any, path: str | Path, indent: int | None = None) -> str:

@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from heatkv.errors import FormatError
-from heatkv.files import check_header, read_json, replacing, write_json
+from heatkv.files import check_header, read_json, write_json, write_text
 from heatkv.profiling import figures
 from heatkv.profiling.blocks import Block, Cell, Chart, Fold, Heading, Note, Section, Table
 from heatkv.profiling.merging import Group, Merged, Row, budgets_of, merge, pareto_front, ranked
@@ -59,8 +59,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Written:
     sections = [section for make in SECTIONS if (section := make(report)) is not None]
     data = report_data(merged)
     for name, text in ((FILES[0], as_html(report, sections)), (FILES[1], as_markdown(report, sections))):
-        with replacing(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     write_json(out / FILES[2], data, indent=1)
     return Written(tuple(out / name for name in FILES), data)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from heatkv.cache import storage_bytes
 from heatkv.capacities import CapacityPlan
 from heatkv.errors import GraphError, HeatKVError
+from heatkv.files import replacing
 from heatkv.generation import Generator
 from heatkv.levels import level_tokens
 from heatkv.models.base import ImageModel
@@ -507,5 +508,6 @@ def record_snapshots() -> None:
 
 def save_snapshot(path: Path) -> None:
     """The allocator's state and history as a pickle, for https://pytorch.org/memory_viz; ends the recording."""
-    torch.cuda.memory._dump_snapshot(str(path))
+    with replacing(path) as temporary:
+        torch.cuda.memory._dump_snapshot(str(temporary))
     torch.cuda.memory._record_memory_history(enabled=None)

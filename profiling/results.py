@@ -1,7 +1,8 @@
 """The folder of a run: results.json and the pictures behind it, saved so that an interrupt loses little and no earlier
 result is lost.
 
-While a run lasts its rows are in `results.partial.json`. Files with other rows than a new run's are kept under a
+While a run lasts its rows are in `results.partial.json`, and what was compared of a row that is not finished, batch by
+batch of images, in the folder `results.parts`. Files with other rows than a new run's are kept under a
 number. What any of them holds of the very same plans, samples and settings, a comparison, memory or times, is taken
 from there.
 """
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from heatkv.calibration import sample_names
 from heatkv.errors import FormatError
-from heatkv.files import check_header, file_name, read_json, replacing, write_json
+from heatkv.files import check_header, clear_temporaries, file_name, move, read_json, replacing, write_json
 from heatkv.images import GAP, image_grid
 from heatkv.models.base import ImageModel
+from heatkv.parts import Parts
 from heatkv.profiling.environment import device_name, environment
 from heatkv.profiling.runner import FIDELITY, Subject
 from heatkv.sampling import Settings
@@ -93,6 +95,11 @@ def _digest(told: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def part_name(comparison: str, images: range) -> str:
+    """The part of a comparison over these images."""
+    return f"{comparison}.{images.start:06}-{images.stop - 1:06}"
+
+
 def subject_file_name(name: str) -> str:
     """What the files of a policy at a budget, or at one seed and batch of them, are called, without their ending."""
     return file_name(name.replace("%", "percent"))
@@ -151,6 +158,7 @@ class ResultsFolder:
         self, folder: Path, model: ImageModel[Any], settings: Settings, request: dict[str, Any], pictures: int = 0
     ) -> None:
         self.path, self.partial = folder / "results.json", folder / "results.partial.json"
+        self.parts = Parts(folder / "results.parts")
         self._model, self._settings, self._request, self._pictures = model, settings, request, pictures
         self._environment: dict[str, Any] | None = None
         earlier = check_replaceable(folder)
@@ -235,6 +243,14 @@ class ResultsFolder:
         images = torch.stack([row[:, start : start + width - GAP] for start in starts])
         return images.permute(0, 3, 1, 2).float() / 255
 
+    def check_stopped(self, rows: Rows) -> None:
+        """Raise FormatError when the run that was stopped here, if there is one, had other rows than these."""
+        if self.partial.exists() and not set(map(_key, load_results(self.partial))) <= set(map(_key, rows)):
+            raise FormatError(
+                f"{self.partial} is of a run over other rows than this one's; give the same options, or leave --resume "
+                "out to keep it aside"
+            )
+
     def save(self, rows: Rows) -> None:
         """What is measured so far."""
         self._set_aside(self.partial, rows)
@@ -245,6 +261,10 @@ class ResultsFolder:
         moved = self._set_aside(self.path, rows)
         write_json(self.path, self._told(rows), indent=1)
         self.partial.unlink(missing_ok=True)
+        for row in rows:
+            self.parts.remove(f"{row['comparison']}.")
+        for folder in (self.path.parent, self.path.parent / "plans", self.path.parent / PICTURES):
+            clear_temporaries(folder)
         return moved
 
     def _set_aside(self, path: Path, rows: Rows) -> Path | None:
@@ -253,7 +273,7 @@ class ResultsFolder:
             return None
         taken = (path.with_name(f"results.{number}.json") for number in itertools.count(1))
         free = next(candidate for candidate in taken if not candidate.exists())
-        path.rename(free)
+        move(path, free)
         return free
 
     def _told(self, rows: Rows) -> dict[str, Any]:

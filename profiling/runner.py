@@ -254,16 +254,48 @@ SAME_PLACE = ("budget", "rows", "storage", "seed", "batch")
 """What a row shares with the one it is compared with, where it is told."""
 
 
-def fidelity_row(bench: FidelityBench, subject: Subject) -> tuple[dict[str, Any], Fidelity]:
-    """Fidelity figures of a subject, means over its plans, and the details of its first plan.
+class BatchComparison:
+    """Compares subjects batch by batch; the generator stays for the next batch of the same plan."""
+
+    def __init__(self, bench: FidelityBench) -> None:
+        self.bench = bench
+        self._last: tuple[tuple[int, int, int], Generator[Any]] | None = None
+
+    def of(self, subject: Subject, index: int) -> list[Fidelity]:
+        """What every plan of the subject gives over the images of a batch."""
+        if not self.bench.has(index):
+            self._last = None  # two caches at once may be too many
+            self.bench.reference(index)
+        return [
+            self.bench.compare_batch(self._generator(subject, plan, len(self.bench.batches[index])), index)
+            for plan in range(len(subject.plans))
+        ]
+
+    def _generator(self, subject: Subject, plan: int, batch: int) -> Generator[Any]:
+        key = (id(subject), plan, batch)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # frees its cache first
+            self._last = key, subject.generator(self.bench.model, self.bench.settings, plan, batch)
+        return self._last[1]
+
+
+def fidelity_row(
+    bench: FidelityBench, subject: Subject, compared: Sequence[Fidelity] | None = None
+) -> tuple[dict[str, Any], Fidelity]:
+    """Fidelity figures of a subject, means over its plans, and the details of its first plan; from what was `compared`
+    of every plan, or compared now.
 
     Figures of single images and pictures are kept, so that any two rows of equal samples can be compared in pairs
     later; where a subject has several plans they are means over those.
     """
-    results = [
-        bench.compare(partial(subject.generator, bench.model, bench.settings, plan))
-        for plan in range(len(subject.plans))
-    ]
+    results = (
+        list(compared)
+        if compared is not None
+        else [
+            bench.compare(partial(subject.generator, bench.model, bench.settings, plan))
+            for plan in range(len(subject.plans))
+        ]
+    )
     kl, top1 = _mean([r.kl_of_images() for r in results]), _mean([r.top1_of_images() for r in results])
     assert kl is not None
     assert top1 is not None

@@ -135,18 +135,20 @@ def _run(place: Path) -> tuple[int, str]:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """An interrupt within comes at the end."""
-    if threading.current_thread() is not threading.main_thread():  # which interrupts do not reach
+    """An interrupt or SIGTERM within comes at the end."""
+    if threading.current_thread() is not threading.main_thread():  # which they do not reach
         yield
         return
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    held = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in held}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if came:
-        raise KeyboardInterrupt
+        signal.raise_signal(came[0])
 
 
 def _why(code: int, said: str) -> str:

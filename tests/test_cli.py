@@ -883,13 +883,13 @@ KILLED = """
 import os, signal
 from heatkv.profiling.fidelity import FidelityBench
 from heatkv.__main__ import main
-compare, compared = FidelityBench.compare, []
+compare, compared = FidelityBench.compare_batch, []
 def killed(self, *arguments):
     compared.append(1)
     if len(compared) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return compare(self, *arguments)
-FidelityBench.compare = killed
+FidelityBench.compare_batch = killed
 main()
 """
 
@@ -916,9 +916,13 @@ def test_a_refused_comparison_leaves_no_folder(
 
 
 @pytest.mark.parametrize(
-    "command", [["calibrate", "--samples", "1"], ["solve", "--policy", "streaming", "--budget", "9%"]]
+    ("command", "file"),
+    [
+        (["calibrate", "--samples", "1"], "result.parts/samples.seed0.000000-000000.safetensors"),
+        (["solve", "--policy", "streaming", "--budget", "9%"], "result"),
+    ],
 )
-def test_a_full_disk_is_said_and_leaves_nothing(command: list[str], tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_leaves_nothing(command: list[str], file: str, tmp_path: Path) -> None:
     """The largest file that may be written is smaller than the result."""
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
@@ -928,7 +932,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(command: list[str], tmp_path: Pa
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.run(given, capture_output=True, text=True, env=environment, timeout=600)
     assert (process.returncode, process.stdout) == (2, ""), process.stderr
-    assert process.stderr.splitlines()[-1] == f"heatkv: cannot write {tmp_path / 'result'}: File too large"
+    assert process.stderr.splitlines()[-1] == f"heatkv: cannot write {tmp_path / file}: File too large"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -974,7 +978,7 @@ def test_compare_refuses_before_it_measures(
 
 @pytest.mark.parametrize("number", [signal.SIGINT])
 def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C while samples are measured: exit code 130, and the finished batches are in the file."""
+    """Ctrl-C while samples are measured: exit code 130, and the finished batches are kept for --resume."""
     out = tmp_path / "s.safetensors"
     command = [sys.executable, "-c", INTERRUPTED, "calibrate", "--samples", "64", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -982,8 +986,12 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Sig
     _, error = process.communicate(timeout=600)
     assert process.returncode == 130, error
     assert "Traceback" not in error
-    assert Statistics.load(out).count == 16
-    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
+    assert error.splitlines()[-2:] == [
+        f"{out}.parts: 1 finished parts; the same command with --resume goes on", "heatkv: stopped"
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors.parts"]
+    part = tmp_path / "s.safetensors.parts" / "samples.seed0.000000-000015.safetensors"
+    assert Statistics.load(part).count == 16
 
 
 INTERRUPTED = """

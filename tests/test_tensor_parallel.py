@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,11 +28,10 @@ from heatkv.compensation import fit_compensation
 from heatkv.errors import ModelError, PlanError
 from heatkv.generation import Generator
 from heatkv.geometry import Budget, CacheGeometry
-from heatkv.models import tensor_parallel
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
 from heatkv.models.infinity import Infinity, InfinityConfig
-from heatkv.models.tensor_parallel import Ranks, launched_ranks, shard_model
+from heatkv.models.tensor_parallel import shard_model
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
@@ -45,6 +43,7 @@ from heatkv.policies.lp import HeatKVLP
 from heatkv.policies.ranked import plan_ranks
 from heatkv.policies.windows import Full
 from heatkv.ranked_plan import RankedPlan
+from heatkv.ranks import Ranks
 from heatkv.sampling import BitSamplingSettings, SamplingSettings
 from heatkv.schedule import ScaleSchedule
 from heatkv.selecting_cache import SelectingCache, open_cache
@@ -189,11 +188,19 @@ class Room:
         self.barrier = threading.Barrier(self.size, timeout=120)
 
 
-@dataclass(frozen=True)
+def one_of(size: int, rank: int = 0) -> Ranks:
+    """A rank that the others need not answer."""
+    team = Ranks()
+    team.rank, team.size = rank, size
+    return team
+
+
 class ThreadRanks(Ranks):
     """Ranks that are threads."""
 
-    room: Room = field(kw_only=True)
+    def __init__(self, rank: int, room: Room) -> None:
+        super().__init__()
+        self.rank, self.size, self.room = rank, room.size, room
 
     def _parts(self, mine: Tensor) -> list[Tensor]:
         self.room.parts[self.rank] = mine.clone()
@@ -215,7 +222,7 @@ def on_threads(size: int, task: Callable[[Ranks], Result]) -> list[Result]:
 
     def work(rank: int) -> None:
         try:
-            results[rank] = task(ThreadRanks(rank, size, torch.device("cpu"), room=room))
+            results[rank] = task(ThreadRanks(rank, room))
         except BaseException as error:
             errors.append(error)
             room.barrier.abort()
@@ -327,7 +334,7 @@ def test_a_part_takes_a_part_of_the_memory() -> None:
     blocks = [name for name, _ in model.transformer.named_parameters() if name.startswith("blocks")]
     split = [n for n in blocks if any(part in n for part in ("mat_", "proj.weight", "fc1", "fc2.weight"))]
     before = {name: model.transformer.get_parameter(name).numel() for name in blocks}
-    part = shard_model(model, Ranks(1, 4, torch.device("cpu")))
+    part = shard_model(model, one_of(4, 1))
     after = {name: part.transformer.get_parameter(name) for name in blocks}
     for name in split:
         assert after[name].numel() * 4 == before[name], name
@@ -400,64 +407,19 @@ def test_corrections_are_fitted_on_the_heads_of_a_part() -> None:
 )
 def test_heads_that_a_model_does_not_have_are_refused(heads: Any, says: str) -> None:
     with pytest.raises(ModelError, match=says):
-        shard_model(tiny_infinity(), Ranks(0, 2, torch.device("cpu")), np.array(heads))
+        shard_model(tiny_infinity(), one_of(2, 0), np.array(heads))
 
 
 def test_what_is_no_whole_model_is_refused() -> None:
     with pytest.raises(PlanError, match=r"4 heads cannot be split evenly over 3 ranks; take one of 1, 2, 4"):
-        shard_model(tiny_infinity(), Ranks(0, 3, torch.device("cpu")))
-    part = shard_model(tiny_infinity(), Ranks(0, 2, torch.device("cpu")))
+        shard_model(tiny_infinity(), one_of(3, 0))
+    part = shard_model(tiny_infinity(), one_of(2, 0))
     with pytest.raises(ModelError, match="is one rank's part already"):
-        shard_model(part, Ranks(0, 2, torch.device("cpu")))
+        shard_model(part, one_of(2, 0))
     with pytest.raises(ModelError, match=r"load one with heatkv\.load_model"):
-        shard_model(part.transformer, Ranks(0, 2, torch.device("cpu")))  # type: ignore[arg-type]
+        shard_model(part.transformer, one_of(2, 0))  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="the plan is for 3 layers x 4 heads, the model has 3 x 2"):
         draw(part, tiny_infinity().full_plan())
-
-
-# ----------------------------------------------------------------------------------------------- environment
-
-
-@pytest.mark.parametrize(
-    ("told", "says"),
-    [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which is no whole number"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 and WORLD_SIZE=2"),
-        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK='-1'"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "rank 0 of 2 found no other ranks: .*; start with torchrun"),
-    ],
-)
-def test_an_environment_of_no_launcher_is_told(
-    told: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ModelError, match=says), launched_ranks():
-        pass
-
-
-def test_without_a_launcher_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with launched_ranks() as ranks:
-        assert (ranks.rank, ranks.size, ranks.device.type) == (0, 1, "cpu")
-        x = torch.ones(2)
-        assert torch.equal(ranks.sum(x), x)
-    with pytest.raises(ModelError, match="unknown device 'abacus'"), launched_ranks("abacus"):
-        pass
-
-
-@pytest.mark.parametrize("name", ["all_reduce", "broadcast"])
-def test_a_rank_that_ended_is_told_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def closed(*given: Any, **named: Any) -> None:
-        raise RuntimeError("Connection closed by peer\nmore")
-
-    monkeypatch.setattr(torch.distributed, name, closed)
-    ranks, x = Ranks(1, 2, torch.device("cpu")), torch.ones(1)
-    call = ranks.sum if name == "all_reduce" else ranks.take_first
-    with pytest.raises(ModelError, match=r"rank 1 of 2 has lost the others \('Connection closed by peer"):
-        call(x)
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -544,12 +506,9 @@ def test_processes_that_do_not_fit_the_plan_are_told(
     solve_emoji(Path("ranked.json"))
     assert run(["solve", "--policy", "streaming", "--budget", "30%", "--out", "plain.json"]) == 0
 
-    @contextmanager
-    def launched(device: str) -> Any:
-        yield Ranks(0, ranks, torch.device(device))
-
-    monkeypatch.setattr(tensor_parallel, "launched_size", lambda: ranks)
-    monkeypatch.setattr(tensor_parallel, "launched_ranks", launched)
+    team = one_of(ranks)
+    monkeypatch.setattr("heatkv.ranks._current", team)
+    monkeypatch.setattr("heatkv.cli.join", lambda: team)
     capsys.readouterr()
     assert run(["generate", *arguments, "--label", "0", "--out", "out"]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
@@ -565,18 +524,20 @@ def test_two_processes_draw_the_pictures_of_one(tmp_path: Path, emoji: ClassCond
     ranked = ranked_plan(HeatKVLP(value="error"), "50%", 2, infinity.geometry)
     ranked.save(tmp_path / "infinity.json")
     paths = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            str(HERE / "tensor_parallel_worker.py"), str(tmp_path),
-        ],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("written: 2 images") == 1
-    assert "on each of 2 ranks" in " ".join(ran.stderr.split())
-    alone = ["--plan", str(tmp_path / "emoji.json"), "--label", "pizza", "--label", "star"]
-    assert run(["generate", *alone, "--out", str(tmp_path / "alone")]) == 0
+    pictures = ["--plan", str(tmp_path / "emoji.json"), "--label", "pizza", "--label", "star"]
+
+    def launch(*what: str) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *what]
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        return " ".join(ran.stderr.split())
+
+    told = launch("-m", "heatkv", "generate", *pictures, "--out", str(tmp_path / "together"))
+    assert told.count("written: 2 images") == 1
+    assert "on each of 2 ranks" in told
+    launch(str(HERE / "tensor_parallel_worker.py"), str(tmp_path))
+    assert run(["generate", *pictures, "--out", str(tmp_path / "alone")]) == 0
     for name in ("0000_pizza.png", "0001_star.png"):
         one, two = (np.asarray(Image.open(tmp_path / where / name), dtype=int) for where in ("alone", "together"))
         assert np.abs(one - two).max() <= 1

@@ -1,5 +1,5 @@
-"""The command line: its commands and how a run ends. Bad input gives one line and exit code 2; Ctrl-C gives 130 and
-keeps what was finished.
+"""The command line: its commands and how a run ends. Bad input gives one line and exit code 2; Ctrl-C gives 130,
+SIGTERM 143, and both keep what was finished.
 
 Every command is a function of its own name in a module of this package; a new one is such a module and a line below.
 """
@@ -7,16 +7,22 @@ Every command is a function of its own name in a module of this package; a new o
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from heatkv.cli.options import command
-from heatkv.cli.output import say
-from heatkv.errors import HeatKVError
+from heatkv.cli.output import say_of_any_rank
+from heatkv.errors import HeatKVError, RanksError
+from heatkv.ranks import RESUME, current, join, leave
 from heatkv.versions import versions
 
 # Command -> its module, in the order of `heatkv --help`.
@@ -35,6 +41,12 @@ COMMANDS = {
     "check": "check",
     "new-policy": "new_policy",
 }
+
+# Those that several ranks share, samples or heads; all others run in one process.
+SHARED = ("calibrate", "compare", "generate")
+
+AGAIN_SECONDS = 2.0
+"""In which another signal to stop is taken for the same one: a launcher passes on what its processes got themselves."""
 
 app = typer.Typer(
     name="heatkv",
@@ -62,8 +74,23 @@ def _program(
     pass
 
 
+def _alone(name: str, function: Callable[..., None]) -> Callable[..., None]:
+    """The command, refused where several ranks would each do the same."""
+
+    @wraps(function)
+    def called(**given: Any) -> None:
+        if current().size > 1:
+            raise RanksError(
+                f"{name} runs in one process; start it without torchrun (shared are {' and '.join(SHARED)})"
+            )
+        function(**given)
+
+    return called
+
+
 for _name, _module in COMMANDS.items():
-    app.command(_name)(command(getattr(import_module(f"heatkv.cli.{_module}"), _name.replace("-", "_"))))
+    _function = command(getattr(import_module(f"heatkv.cli.{_module}"), _name.replace("-", "_")))
+    app.command(_name)(_function if _name in SHARED else _alone(_name, _function))
 
 
 def _usage_message(error: Exception) -> str | None:
@@ -72,35 +99,84 @@ def _usage_message(error: Exception) -> str | None:
     return str(form()) if callable(form) and hasattr(error, "exit_code") else None
 
 
+@contextmanager
+def _stopped_by_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT within end a run alike, by a KeyboardInterrupt; what came."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # which no signal reaches
+        yield came
+        return
+    first = 0.0
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal first
+        came.append(number)
+        if len(came) > 1 and time.monotonic() - first < AGAIN_SECONDS:
+            return
+        first = time.monotonic()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
+    with _stopped_by_signals() as came:
+        try:
+            return _run(arguments, came)
+        finally:
+            leave()
+
+
+def _run(arguments: Sequence[str], came: list[int]) -> int:
     try:
+        join()
         outcome = app(args=list(arguments), prog_name="heatkv", standalone_mode=False)
         if sys.stdout is not None:  # it may have been closed before we began
             sys.stdout.flush()
         if outcome == 130:
-            say("heatkv: stopped")
+            return _stopped(came)
         return outcome if isinstance(outcome, int) else 0
     except HeatKVError as error:
-        say(f"heatkv: {' '.join(str(error).split())}")
+        _fail(" ".join(str(error).split()))
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        say("heatkv: stopped")
-        return 130
+        return _stopped(came)
     except (BrokenPipeError, SystemExit):  # the reader of our output has seen enough; rich exits for that
         _discard_output()
         return 0
     except OSError as error:
         _discard_output()
-        say(f"heatkv: cannot go on: {error}")
+        _fail(f"cannot go on: {error}")
         return 2
     except Exception as error:
         message = _usage_message(error)
         if message is None:
             raise
         if message:
-            say(f"heatkv: {' '.join(message.split())}")
+            _fail(" ".join(message.split()))
         return 2
+
+
+def _stopped(came: Sequence[int]) -> int:
+    """Say that a signal ended the run; the exit code for it."""
+    if not came or came[0] == signal.SIGINT:
+        _fail("stopped")
+        return 130
+    several = current().size > 1
+    _fail(f"stopped by SIGTERM, as torchrun does when another rank has ended; {RESUME}" if several else "stopped")
+    return 128 + came[0]
+
+
+def _fail(text: str) -> None:
+    """Say why the command failed, at one rank."""
+    if current().may_tell(text):
+        say_of_any_rank(f"heatkv: {text}")
 
 
 def _discard_output() -> None:

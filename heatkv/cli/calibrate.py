@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,21 +14,25 @@ from rich.console import Group
 from rich.table import Table
 
 from heatkv.cli.opening import Loaded, open_model, open_statistics, parse_names, positive, storage_of
-from heatkv.cli.options import AsJson, Running, Source, Without
-from heatkv.cli.output import progress, say, show
-from heatkv.errors import FormatError, HeatKVError, StatisticsError
-from heatkv.files import check_writable
+from heatkv.cli.options import AsJson, Resume, Running, Source, Without
+from heatkv.cli.output import progress, say, shared_progress, show
+from heatkv.errors import FormatError, HeatKVError, RanksError, StatisticsError
+from heatkv.files import check_writable, clear_temporaries
 from heatkv.geometry import Budget
 from heatkv.level_statistics import COSTS, LevelStatistics
 from heatkv.levels import SINK_SCALES
 from heatkv.models.base import ImageModel
+from heatkv.parts import Parts, load_arrays, save_arrays
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP
+from heatkv.ranks import current
 from heatkv.sampling import Settings
 from heatkv.statistics import Statistics
+from heatkv.versions import versions
 
 if TYPE_CHECKING:
+    from heatkv.level_calibration import LevelCalibration
     from heatkv.profiling.stability import Agreement
 
 MOST_AT_ONCE = 16
@@ -39,37 +44,278 @@ LEVEL_SAMPLES = 32
 BIAS_SAMPLES = 16
 """Images that the biases of level costs are measured on."""
 
+BIAS_PART = "biases"
+_DISCARD = "give the same options, or delete that folder to discard them"
+
 REPORTED_POLICIES = (HeatKV(), HeatKVLP(value="error"))
 REPORTED_BUDGET = "20%"
 
 
-def _calibrate(
-    model: ImageModel[Any],
-    batches: Sequence[int],
-    seed: int,
-    settings: Settings,
-    first: int,
-    before: Statistics | None,
-    path: Path,
-) -> list[Statistics]:
-    """Statistics of every batch. With those of `before` they are saved after each, so that an interrupt loses one."""
-    from heatkv.calibration import calibrate as measure
+@dataclass(frozen=True)
+class _Levels:
+    """Level costs that a run is to measure: of so many images, with biases of its own where the file has none."""
 
-    parts: list[Statistics] = []
-    total = before
-    try:
-        with progress(f"calibrating {model.name}", sum(batches)) as advance:
-            for count in batches:
-                part = measure(model, count, seed=seed, first_sample=first, batch=count, settings=settings)
-                total = part if total is None else total.merge(part)
-                total.save(path)
-                parts.append(part)
-                first += count
-                advance(count)
-    finally:
-        kept = f"{total.count} samples" if total is not None else f"nothing yet, the first {batches[0]} were not done"
-        say(f"{path}: {kept}")
-    return parts
+    cost: str
+    sink_scales: int
+    samples: int
+
+
+class _Run:
+    """What a run of calibration adds to the statistics `before`, batch by batch; every finished batch is kept in a
+    folder beside the file until all are done, and the file is written once."""
+
+    def __init__(
+        self,
+        path: Path,
+        model: ImageModel[Any],
+        settings: Settings,
+        asked: dict[str, Any],
+        seed: int,
+        batches: Sequence[int],
+        before: Statistics | None,
+        levels: _Levels | None,
+    ) -> None:
+        self.path, self.model, self.settings, self.seed = path, model, settings, seed
+        self.before, self.levels = before, levels
+        self.batches = _ranges(_next_sample(() if before is None else before.provenance.samples, seed), batches)
+        costs = None if before is None else before.levels
+        self.level_batches: list[range] = []
+        if levels is not None:
+            start, whole = _next_sample(() if costs is None else costs.samples, seed), _level_measure(levels.cost).batch
+            sizes = [min(whole, levels.samples - done) for done in range(0, levels.samples, whole)]
+            self.level_batches = _ranges(start, sizes)
+        self.parts = Parts(_parts_folder(path), self._described(asked))
+
+    def _names(self, images: range) -> list[str]:
+        from heatkv.calibration import sample_names
+
+        labels = self.model.labels(len(images), images.start)
+        return sample_names(self.model, self.seed, labels, images.start)
+
+    def _described(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """All that the parts follow from, and the samples that the file will hold in the end."""
+        from heatkv.calibration import told_settings
+
+        cfg, told = told_settings(self.settings, self.model)
+        old = self.before
+        samples = [] if old is None else list(old.provenance.samples)
+        of_levels = [] if old is None or old.levels is None else list(old.levels.samples)
+        return {
+            "asked": asked,
+            "model": self.model.name,
+            "fingerprint": self.model.fingerprint,
+            "settings": {"cfg": cfg, **told},
+            "versions": versions(),
+            "batches": [[images.start, images.stop] for images in self.batches],
+            "samples": samples + [name for images in self.batches for name in self._names(images)],
+            "level_samples": of_levels + [name for images in self.level_batches for name in self._names(images)],
+        }
+
+    def measure(self) -> tuple[Statistics, list[Statistics]]:
+        """All that is asked for, what was measured before with it; and the new batches apart."""
+        try:
+            found = self._measure_masses()
+            total = _merged(found if self.before is None else [self.before, *found])
+            if self.levels is not None:
+                total = self._with_levels(total, self.levels)
+        except BaseException:
+            kept = self.parts.count()
+            if kept:
+                say(f"{self.parts.folder}: {kept} finished parts; the same command with --resume goes on")
+            else:
+                if current().size == 1:  # others may be writing their first ones
+                    self.parts.remove()
+                say(f"{self.path}: nothing yet, no batch was finished")
+            raise
+        return total, found
+
+    def _measure_masses(self) -> list[Statistics]:
+        from heatkv.calibration import calibrate as measure
+
+        named = {_part_name("samples", self.seed, images): images for images in self.batches}
+
+        def make(name: str, path: Path, advance: Callable[[int], None]) -> None:
+            images = named[name]
+            part = measure(
+                self.model, len(images), seed=self.seed, first_sample=images.start, batch=len(images),
+                settings=self.settings,
+            )  # fmt: skip
+            part.save(path)
+            advance(len(images))
+
+        self._fill(f"calibrating {self.model.name}", {name: len(images) for name, images in named.items()}, make)
+        return [self._mass_part(name, images) for name, images in named.items()]
+
+    def _mass_part(self, name: str, images: range) -> Statistics:
+        part = Statistics.load(self.parts.path(name))
+        self._check_part(name, part.provenance.samples, images)
+        part.check_fingerprint(self.model.fingerprint)
+        return part
+
+    def _check_part(self, name: str, samples: Sequence[str], images: range) -> None:
+        if list(samples) != self._names(images):
+            raise StatisticsError(
+                f"{self.parts.path(name)} holds other samples than {images.start} to {images.stop - 1} of seed "
+                f"{self.seed}; delete it, and --resume measures them again"
+            )
+
+    def _fill(self, what: str, sizes: dict[str, int], make: Callable[[str, Path, Callable[[int], None]], None]) -> None:
+        """Have parts of these names, each of so many images."""
+        ranks = current()
+        missing = self.parts.missing(list(sizes), ranks)
+        if len(missing) < len(sizes):
+            say(f"{len(sizes) - len(missing)} of {len(sizes)} batches were measured before: {self.parts.folder}")
+        if 1 < len(sizes) < ranks.size:
+            say(f"there are {len(sizes)} batches for {ranks.size} ranks; some have nothing to do")
+        with shared_progress(what, sum(sizes[name] for name in missing)) as advance:
+            mine = ranks.deal(missing)
+            self.parts.fill(list(sizes), mine, lambda name, path: make(name, path, advance), ranks)
+
+    def _with_levels(self, statistics: Statistics, levels: _Levels) -> Statistics:
+        """The statistics with the level costs of so many more images."""
+        from heatkv.level_calibration import calibrate_biases, level_choices
+
+        measure = _level_measure(levels.cost)
+        found = statistics.levels
+        named = {_part_name(levels.cost, self.seed, images): images for images in self.level_batches}
+        of_bias: tuple[str, ...] = ()
+        log_bias = None if found is None else found.log_bias
+        if log_bias is None:
+            choices = level_choices(self.model.geometry.schedule, levels.sink_scales)
+
+            def make_bias(name: str, path: Path, advance: Callable[[int], None]) -> None:
+                bias = calibrate_biases(
+                    self.model, choices, BIAS_SAMPLES, seed=self.seed, settings=self.settings, progress=advance
+                )
+                save_arrays(path, {"log_bias": bias})
+
+            self._fill(f"level biases of {self.model.name}", {BIAS_PART: BIAS_SAMPLES}, make_bias)
+            log_bias = load_arrays(self.parts.path(BIAS_PART))[1]["log_bias"]
+            of_bias = tuple(self._names(range(BIAS_SAMPLES)))
+
+        def make(name: str, path: Path, advance: Callable[[int], None]) -> None:
+            images = named[name]
+            part = measure(
+                self.model, len(images), seed=self.seed, first_sample=images.start, log_bias=log_bias,
+                sink_scales=levels.sink_scales, settings=self.settings, progress=advance,
+            )  # fmt: skip
+            save_arrays(path, part.arrays(), part.header())
+
+        self._fill(f"level costs of {self.model.name}", {name: len(images) for name, images in named.items()}, make)
+        for name, images in named.items():
+            part = self._level_part(name)
+            self._check_part(name, part.samples, images)
+            found = replace(part, bias_samples=of_bias) if found is None else found.merge(part)
+        return replace(statistics, levels=found)
+
+    def _level_part(self, name: str) -> LevelStatistics:
+        path = self.parts.path(name)
+        header, arrays = load_arrays(path)
+        try:
+            return LevelStatistics.from_file(self.model.geometry.schedule, header, arrays)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"{path} is no part of level costs: {error}; delete it, and --resume measures it"
+            ) from error
+
+    def is_finished(self, told: dict[str, Any] | None, found: Statistics | None) -> bool:
+        """Whether the file `found` holds all that is asked for, or that the run which was stopped, as it is `told`, was
+        to give; the same at all ranks. Raises FormatError for a stopped run over other samples."""
+        ranks = current()
+        for rank, run in enumerate(ranks.gather(self.parts.run)):
+            if run != self.parts.run:
+                raise RanksError(
+                    f"rank {rank} has another task than rank {ranks.rank}; all need the same releases, and to see the "
+                    f"same {self.path}, if it is there"
+                )
+        own = self.parts.run if self.before is None else None  # what is appended is not there yet
+        held = None
+        if found is not None:
+            of_levels = [] if found.levels is None else list(found.levels.samples)
+            held = [list(found.provenance.samples), of_levels]
+        done = held is not None and any(
+            run is not None and held == [run.get("samples"), run.get("level_samples")] for run in (told, own)
+        )
+        assert self.parts.run is not None
+        if not done and told is not None and told.get("samples") != self.parts.run["samples"]:
+            raise FormatError(f"{self.parts.folder} holds parts of a run over other samples; {_DISCARD}")
+        return bool(ranks.gather(done)[0])
+
+    def left_masses(self) -> list[Statistics] | None:
+        """The batches of a run that was stopped when it had written the file; None where some are removed already."""
+        told = self.parts.told()
+        batches = [] if told is None else [range(*batch) for batch in told["batches"]]
+        named = {_part_name("samples", self.seed, images): images for images in batches}
+        if not named or len(self.parts.among(named)) < len(named):
+            return None
+        return [self._mass_part(name, images) for name, images in named.items()]
+
+    def write(self, total: Statistics) -> None:
+        """Write the file, once."""
+        if current().first:
+            total.save(self.path)
+            of_levels = "" if total.levels is None else f", level costs of {len(total.levels.samples)}"
+            say(f"{self.path}: {total.count} samples{of_levels}")
+
+    def close(self) -> None:
+        """Remove the parts, all ranks together, when the file is written and told."""
+        if current().first:
+            self.parts.remove()
+            clear_temporaries(self.path.parent, self.path.name)
+        current().wait()
+        self.parts.remove()
+
+
+def _level_measure(cost: str) -> LevelCalibration:
+    from heatkv.fisher_calibration import calibrate_fisher
+    from heatkv.level_calibration import calibrate_levels
+
+    return calibrate_fisher if cost == "fisher" else calibrate_levels
+
+
+def _parts_folder(path: Path) -> Path:
+    return path.with_name(f"{path.name}.parts")
+
+
+def _part_name(kind: str, seed: int, images: range) -> str:
+    return f"{kind}.seed{seed}.{images.start:06}-{images.stop - 1:06}"
+
+
+def _next_sample(names: Sequence[str], seed: int) -> int:
+    """The first sample of the seed that is not among these names, seed:index:label, nor before any of them."""
+    return max(
+        (int(index) + 1 for given, index, _ in (n.split(":", 2) for n in names) if int(given) == seed), default=0
+    )
+
+
+def _ranges(first: int, sizes: Sequence[int]) -> list[range]:
+    """The samples of batches of these sizes, one after another."""
+    stops = list(accumulate(sizes, initial=first))
+    return [range(start, stop) for start, stop in pairwise(stops)]
+
+
+def _check_left(parts: Parts, resume: bool) -> dict[str, Any] | None:
+    """What the run was that was stopped here, if there is one. Raises FormatError when it is not to be finished, or is
+    another than this one."""
+    told, own = parts.told(), parts.run
+    assert own is not None
+    if told is None:
+        return None
+    if not resume:
+        raise FormatError(
+            f"{parts.folder} holds {parts.count()} finished parts of a run that was stopped; finish it with --resume, "
+            "or delete that folder to discard them"
+        )
+    for name in ("asked", "settings", "versions"):
+        of_told = told.get(name)
+        if of_told != own[name]:
+            before = of_told if isinstance(of_told, dict) else {}
+            differing = [key for key in own[name] if before.get(key) != own[name][key]]
+            this, that = (", ".join(f"{key}={of.get(key)}" for key in differing) for of in (before, own[name]))
+            raise FormatError(f"{parts.folder} holds parts of a run with {this}, this one has {that}; {_DISCARD}")
+    if told.get("fingerprint") != own["fingerprint"]:
+        raise FormatError(f"{parts.folder} holds parts of other weights than this run's; {_DISCARD}")
+    return told
 
 
 def _batches(samples: int) -> list[int]:
@@ -94,42 +340,6 @@ def _level_sinks(before: Statistics | None, out: Path, model: ImageModel[Any], c
             "another file"
         )
     return sinks
-
-
-def _with_levels(
-    statistics: Statistics,
-    out: Path,
-    model: ImageModel[Any],
-    cost: str,
-    sink_scales: int,
-    samples: int,
-    seed: int,
-    settings: Settings,
-) -> Statistics:
-    """The statistics with the costs of so many more images; saved batch by batch, so that an interrupt loses one."""
-    from heatkv.fisher_calibration import calibrate_fisher
-    from heatkv.level_calibration import calibrate_levels
-
-    measure = calibrate_fisher if cost == "fisher" else calibrate_levels
-    found = statistics.levels
-    taken = [] if found is None else [name.split(":", 2) for name in found.samples]
-    first = max((int(index) + 1 for given, index, _ in taken if int(given) == seed), default=0)
-    of_bias = BIAS_SAMPLES if found is None else 0
-    try:
-        with progress(f"level costs of {model.name}", of_bias + samples) as advance:
-            for start in range(first, first + samples, measure.batch):
-                part = measure(
-                    model, min(measure.batch, first + samples - start), seed=seed, first_sample=start,
-                    log_bias=None if found is None else found.log_bias, bias_samples=BIAS_SAMPLES,
-                    sink_scales=sink_scales, settings=settings, progress=advance,
-                )  # fmt: skip
-                found = part if found is None else found.merge(part)
-                statistics = replace(statistics, levels=found)
-                statistics.save(out)
-    finally:
-        done = 0 if statistics.levels is None else len(statistics.levels.samples)
-        say(f"{out}: level costs of {done} samples")
-    return statistics
 
 
 def _merged(parts: Sequence[Statistics]) -> Statistics:
@@ -185,6 +395,7 @@ def calibrate(
         ),
     ] = None,
     append: Annotated[bool, typer.Option("--append", help="add samples to an existing file")] = False,
+    resume: Resume = False,
     report: Annotated[
         bool, typer.Option("--report", help="tell how many samples are enough, from halves of the new ones")
     ] = False,
@@ -194,12 +405,12 @@ def calibrate(
     running: Annotated[Running, Without("rows"), Without("storage"), Without("attention")],
     as_json: AsJson = False,
 ) -> None:
-    """Measure how much every head looks back at every scale; writes a statistics file.
+    """Measure how much every head looks back at every scale; writes a statistics file. Shares its batches over the
+    ranks that torchrun starts.
 
     Example: heatkv calibrate --model emoji --samples 64 --out statistics.safetensors
     """
-    from heatkv.profiling.report import stability_tables
-    from heatkv.profiling.stability import ENOUGH_LOSS, batch_sizes, enough, verdict
+    from heatkv.profiling.stability import batch_sizes
 
     level_images = LEVEL_SAMPLES if level_samples is None else level_samples
     positive(samples=samples, level_samples=level_images)
@@ -216,7 +427,7 @@ def calibrate(
     if report and samples < 2:
         raise HeatKVError("--report compares two halves of the new samples; take at least 2 (--samples)")
     wanted = [Budget.parse(text) for text in parse_names(budgets or REPORTED_BUDGET, "budget")]
-    if out.exists() and not append:
+    if out.exists() and not append and not resume:
         raise FormatError(f"{out} exists; add samples to it with --append or name another file")
     if append and not out.exists():
         raise FormatError(f"{out} does not exist; leave --append out to create it")
@@ -225,23 +436,48 @@ def calibrate(
     check_writable(out.parent)
     loaded, settings = open_model(source, running)
     compared = _Compared(loaded, settings, wanted) if report else None
-    before = _to_be_continued(out, loaded, settings) if append else None
-    sinks = 0 if levels is None else _level_sinks(before, out, loaded, levels, sink_scales)
-    taken = [] if before is None else [s.split(":", 2) for s in before.provenance.samples]
-    first = max((int(index) + 1 for given, index, _ in taken if int(given) == running.seed), default=0)
+    before = _to_be_continued(out, loaded, settings) if out.exists() else None
+    asked = {
+        "samples": samples, "seed": running.seed, "levels": levels, "level-samples": level_samples,
+        "sink-scales": sink_scales, "append": append, "report": report,
+    }  # fmt: skip
+    base = before if append else None
+    sinks = 0 if levels is None else _level_sinks(base, out, loaded, levels, sink_scales)
     batches = _batches(samples) if compared is None else batch_sizes(samples, MOST_AT_ONCE)
-    parts = _calibrate(loaded, batches, running.seed, settings, first, before, out)
-    total = _merged(parts if before is None else [before, *parts])
-    if levels is not None:
-        total = _with_levels(total, out, loaded, levels, sinks, level_images, running.seed, settings)
-    agreement = _agreement(parts)
+    of_levels = None if levels is None else _Levels(levels, sinks, level_images)
+    run = _Run(out, loaded, settings, asked, running.seed, batches, base, of_levels)
+    parts: list[Statistics] | None
+    if run.is_finished(_check_left(run.parts, resume), before):
+        assert before is not None
+        total, parts = before, run.left_masses()
+        say(f"{out} was finished before: nothing is measured")
+    else:
+        if before is not base:
+            raise FormatError(f"{out} exists, and no run that writes it was stopped; add samples to it with --append")
+        total, parts = run.measure()
+        run.write(total)
+    try:
+        if current().first:
+            _tell(out, total, parts, compared, as_json)
+    finally:
+        run.close()
+
+
+def _tell(
+    out: Path, total: Statistics, parts: Sequence[Statistics] | None, compared: _Compared | None, as_json: bool
+) -> None:
+    """The result, on screen; without the parts nothing is known of halves."""
+    from heatkv.profiling.report import stability_tables
+    from heatkv.profiling.stability import ENOUGH_LOSS, enough, verdict
+
+    agreement = None if parts is None else _agreement(parts)
     gini = total.gini().tolist()
     data = {
         "out": str(out), "samples": total.count, "gini": gini, "rank_agreement_of_halves": agreement,
         "levels": None if total.levels is None else total.levels.header(),
     }  # fmt: skip
     table = _calibration_table(total, agreement)
-    if compared is None:
+    if compared is None or parts is None:
         show(table, as_json, data)
         return
     found = compared.agreements(parts)
@@ -308,21 +544,36 @@ def statistics_of_folder(
     path = folder / "statistics.safetensors"
     names = sample_names(model, seed, model.labels(samples), 0)
     before = _found_in_folder(path, model, settings, names, levels, sink_scales)
-    done = 0 if before is None else before.count
-    if before is not None and done == samples:
+    costs = None if before is None else before.levels
+    done, of_levels = 0 if before is None else before.count, None
+    if levels is not None and (missing := LEVEL_SAMPLES - (0 if costs is None else len(costs.samples))) > 0:
+        sinks = min(sink_scales, SINK_SCALES) if costs is None else costs.choices.sink_scales
+        of_levels = _Levels(levels, sinks, missing)
+    asked = {"samples": samples, "seed": seed, "levels": levels, "sink-scales": sink_scales}
+    run = _Run(
+        path, model, settings, asked, seed, _batches(samples - done) if done < samples else [], before, of_levels
+    )
+    try:
+        stopped = _check_left(run.parts, resume=True)
+        finished = run.is_finished(stopped, before)
+    except FormatError as error:
+        raise FormatError(f"{error}, or write to another folder (--out)") from error
+    if finished or (before is not None and done == samples and of_levels is None):
+        assert before is not None
         say(f"using {path} ({done} samples)")
-        return _levels_of_folder(before, path, model, levels, sink_scales, seed, settings)
-    parts = _calibrate(model, _batches(samples - done), seed, settings, done, before, path)
-    if before is not None:
-        parts.insert(0, before)
-    agreement = _agreement(parts)
-    if agreement is not None:
+        run.close()
+        return before
+    total, parts = run.measure()
+    agreement = _agreement(parts if before is None else [before, *parts])
+    if parts and agreement is not None:
         worst, mean = min(agreement), sum(agreement) / len(agreement)
         say(
             f"calibrated on {samples} samples; head rankings of two halves agree by {mean:.2f} "
             f"(Spearman, mean over scales; worst {worst:.2f})"
         )
-    return _levels_of_folder(_merged(parts), path, model, levels, sink_scales, seed, settings)
+    run.write(total)
+    run.close()
+    return total
 
 
 def _found_in_folder(
@@ -362,23 +613,3 @@ def _check_level_costs(found: LevelStatistics, path: Path, cost: str, sink_scale
         raise StatisticsError(
             f"{path} has level costs for plans with sink_scales={sinks} or more, this run has {sink_scales}"
         )
-
-
-def _levels_of_folder(
-    statistics: Statistics,
-    path: Path,
-    model: ImageModel[Any],
-    cost: str | None,
-    sink_scales: int,
-    seed: int,
-    settings: Settings,
-) -> Statistics:
-    """With level costs of 32 images of that kind, those that the folder has as far as they fit."""
-    if cost is None:
-        return statistics
-    found = statistics.levels
-    missing = LEVEL_SAMPLES - (0 if found is None else len(found.samples))
-    if missing <= 0:
-        return statistics
-    sinks = min(sink_scales, SINK_SCALES) if found is None else found.choices.sink_scales
-    return _with_levels(statistics, path, model, cost, sinks, missing, seed, settings)

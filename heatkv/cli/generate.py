@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -32,10 +31,8 @@ from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import CachePlan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.ranked_plan import RankedPlan
+from heatkv.ranks import current
 from heatkv.sampling import Settings
-
-if TYPE_CHECKING:
-    from heatkv.models.tensor_parallel import Ranks
 
 
 def generate(
@@ -62,50 +59,47 @@ def generate(
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
     from heatkv.graphs import check_has_graphs
-    from heatkv.models.tensor_parallel import launched_ranks, launched_size
     from heatkv.profiling.runner import images_of_rows
 
     positive(count=count)
-    with launched_ranks(running.device) if launched_size() > 1 else nullcontext() as ranks:
-        if ranks is not None:
-            if plan is None or graphs:
-                raise HeatKVError(
-                    f"{ranks.size} processes draw together with --plan and a plan for as many ranks (heatkv solve "
-                    f"--ranks {ranks.size}), and without --graphs"
-                )
-            running = replace(running, device=str(ranks.device))
-        loaded, settings = open_model(source, running, measuring=False)
-        if graphs:
-            check_has_graphs(loaded.device)
-        if negative is not None and not settings.guided:
-            raise ModelError(f"--negative takes no part without guidance, and cfg {running.cfg:g} is none")
-        wanted = _what_to_draw(loaded, label or [], prompt or [], negative)
-        labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
-        batch = min(len(labels), 16 if running.rows is None else images_of_rows(running.rows, settings))
-        held_rows, storage = batch * settings.rows_per_image, storage_of(loaded, running.storage)
-        if plan is not None and ranks is not None:
-            loaded, chosen = _part(loaded, only_plan(plan, budget, ranking), source.model, ranks)
-        elif plan is not None:
-            chosen = open_plan(only_plan(plan, budget, ranking), loaded.geometry, source.model)
-        else:
-            if budget is None and policy != "full":
-                raise HeatKVError(f"policy {policy!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
-            problem = PlanningProblem(
-                loaded.geometry, Budget.parse(budget or "100%"), open_statistics(ranking.statistics, loaded, settings),
-                open_rankings(ranking.orders, loaded.geometry, source.model), running.seed, held_rows, storage,
-                source.model,
-            )  # fmt: skip
-            chosen = make_policy(policy, **policy_options([policy], ranking)[policy]).plan(problem)
-        writes = ranks is None or ranks.rank == 0
-        if plan is not None and writes:
-            say_bytes(chosen, str(plan), held_rows, storage)
-        _draw(loaded, settings, labels, titles, chosen, batch, out, graphs, running, ranks)
+    ranks = current()
+    if ranks.size > 1 and (plan is None or graphs):
+        raise HeatKVError(
+            f"{ranks.size} processes draw together with --plan and a plan for as many ranks (heatkv solve "
+            f"--ranks {ranks.size}), and without --graphs"
+        )
+    loaded, settings = open_model(source, running, measuring=False)
+    if graphs:
+        check_has_graphs(loaded.device)
+    if negative is not None and not settings.guided:
+        raise ModelError(f"--negative takes no part without guidance, and cfg {running.cfg:g} is none")
+    wanted = _what_to_draw(loaded, label or [], prompt or [], negative)
+    labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
+    batch = min(len(labels), 16 if running.rows is None else images_of_rows(running.rows, settings))
+    held_rows, storage = batch * settings.rows_per_image, storage_of(loaded, running.storage)
+    if plan is not None and ranks.size > 1:
+        loaded, chosen = _part(loaded, only_plan(plan, budget, ranking), source.model)
+    elif plan is not None:
+        chosen = open_plan(only_plan(plan, budget, ranking), loaded.geometry, source.model)
+    else:
+        if budget is None and policy != "full":
+            raise HeatKVError(f"policy {policy!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
+        problem = PlanningProblem(
+            loaded.geometry, Budget.parse(budget or "100%"), open_statistics(ranking.statistics, loaded, settings),
+            open_rankings(ranking.orders, loaded.geometry, source.model), running.seed, held_rows, storage,
+            source.model,
+        )  # fmt: skip
+        chosen = make_policy(policy, **policy_options([policy], ranking)[policy]).plan(problem)
+    if plan is not None:
+        say_bytes(chosen, str(plan), held_rows, storage)
+    _draw(loaded, settings, labels, titles, chosen, batch, out, graphs, running)
 
 
-def _part(model: Loaded, path: Path, name: str, ranks: Ranks) -> tuple[Loaded, CachePlan]:
+def _part(model: Loaded, path: Path, name: str) -> tuple[Loaded, CachePlan]:
     """This rank's part of the model, and its plan."""
     from heatkv.models.tensor_parallel import shard_model
 
+    ranks = current()
     plan = open_either(path, model.geometry, name)
     size = plan.ranks if isinstance(plan, RankedPlan) else 1
     if not isinstance(plan, RankedPlan) or size != ranks.size:
@@ -126,7 +120,6 @@ def _draw(
     out: Path,
     graphs: bool,
     running: Running,
-    ranks: Ranks | None,
 ) -> None:
     """Draw and write the pictures; of several ranks, which draw them together, the first one writes and tells."""
     from heatkv.compensation import compensation_of, kind_of
@@ -134,7 +127,8 @@ def _draw(
     from heatkv.images import image_grid
     from heatkv.selecting_cache import check_cache
 
-    writes = ranks is None or ranks.rank == 0
+    ranks = current()
+    writes = ranks.first
 
     def told(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         return progress(what, total) if writes else nullcontext(lambda count: None)
@@ -163,7 +157,7 @@ def _draw(
     held = plan.bytes(batch * settings.rows_per_image, storage_of(model, running.storage)) / 2**20
     where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
     extra = "" if compensation is None else f" and its corrections {compensation.bytes / 2**20:.2f} MiB"
-    each = "" if ranks is None else f" on each of {ranks.size} ranks"
+    each = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
     took = f"{plan.policy}, the cache took {held:.2f} MiB for {batch} at a time{each}{extra}"
     say(f"written: {done} images in {where}; {took}")
 

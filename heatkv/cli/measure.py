@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -31,19 +31,21 @@ from heatkv.cli.options import (
     Policies,
     Ranking,
     Repeats,
+    Resume,
     Running,
     Source,
     Sweep,
     Without,
 )
-from heatkv.cli.output import make_folder, progress, say, show
+from heatkv.cli.output import make_folder, progress, say, shared_progress, show
 from heatkv.cli.report import draw_report
 from heatkv.cli.settings import policy_options
-from heatkv.errors import HeatKVError
-from heatkv.files import file_name, read_json
+from heatkv.errors import HeatKVError, RanksError
+from heatkv.files import clear_temporaries, file_name, read_json
 from heatkv.geometry import Budget
 from heatkv.levels import SINK_SCALES
 from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
+from heatkv.ranks import current
 from heatkv.registry import registered_policies
 from heatkv.statistics import Statistics
 
@@ -207,6 +209,29 @@ class _Measurement:
         say(f"{subject.name}: its KL was foretold for cfg {told['predicted_cfg']}, this run has {own}")
         return {"predicted_kl": None}
 
+    def _comparison(self, point: _Point, subject: Subject, images: int, pictures: int) -> str:
+        from heatkv.profiling.results import comparison_digest
+
+        # the images that are compared are other samples than the calibration's
+        return comparison_digest(
+            self.model, self.settings, subject, seed=point.seed + 1, images=images, pictures=pictures
+        )
+
+    def by_comparison(
+        self, subjects: Sequence[tuple[_Point, Subject]], images: int, pictures: int
+    ) -> dict[str, tuple[_Point, Subject]]:
+        """The first subject of every comparison by its digest. Raises RanksError where ranks differ."""
+        found: dict[str, tuple[_Point, Subject]] = {}
+        for point, subject in subjects:
+            found.setdefault(self._comparison(point, subject, images, pictures), (point, subject))
+        for rank, digests in enumerate(current().gather(list(found))):
+            if digests != list(found):
+                raise RanksError(
+                    f"rank {rank} makes other comparisons than rank {current().rank}; all need the same releases, "
+                    "files and devices"
+                )
+        return found
+
     def lines(
         self,
         subjects: Sequence[tuple[_Point, Subject]],
@@ -214,19 +239,17 @@ class _Measurement:
         images: int,
         pictures: int,
         repeats: int,
+        resume: bool,
     ) -> list[_Line]:
         """A line for every subject, with its bytes, and its memory and times where they were measured before; all plans
-        are saved."""
-        from heatkv.profiling.results import comparison_digest, measurement_digest
+        are saved. With `resume` a run over other rows that was stopped is refused."""
+        from heatkv.profiling.results import measurement_digest
         from heatkv.profiling.runner import bytes_row
 
         lines, kept = [], [0, 0]
         for point, subject in subjects:
             row: dict[str, Any] = {
-                # the images that are compared are other samples than the calibration's
-                "comparison": comparison_digest(
-                    self.model, self.settings, subject, seed=point.seed + 1, images=images, pictures=pictures
-                ),
+                "comparison": self._comparison(point, subject, images, pictures),
                 "measurement": measurement_digest(
                     self.model, self.settings, subject, seed=point.seed, batch=point.batch
                 ),
@@ -238,6 +261,8 @@ class _Measurement:
             times = results.times(row["measurement"], repeats)
             kept = [count + (found is not None) for count, found in zip(kept, (memory, times), strict=True)]
             lines.append(_Line(point, subject, row | (memory or {}) | (times or {})))
+        if resume:
+            results.check_stopped([line.row for line in lines])
         files = results.save_plans([subject for _, subject in subjects], [self.files_name(o, lines) for o in lines])
         for line, of_line in zip(lines, files, strict=True):
             line.row["plans"] = of_line
@@ -433,6 +458,7 @@ def profile(
     ] = False,
     sweep: Sweep,
     running: Running,
+    resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Memory and latency of every policy at every budget, batch size and seed; goes on where it was stopped.
@@ -443,7 +469,7 @@ def profile(
     from heatkv.profiling.memory import check_snapshots
     from heatkv.profiling.memory_table import memory_table
     from heatkv.profiling.results import ResultsFolder, check_replaceable
-    from heatkv.profiling.trace import save_trace
+    from heatkv.profiling.trace import has_trace, save_trace
 
     positive(repeats=repeats)
     check_replaceable(out)
@@ -456,12 +482,14 @@ def profile(
     traces = None if trace is None else make_folder(trace)
     results = ResultsFolder(folder, model, measurement.settings, measurement.request(repeats))
     with _told_when_stopped(results):
-        lines = measurement.lines(subjects, results, 0, 0, repeats)
+        lines = measurement.lines(subjects, results, 0, 0, repeats, resume)
         measurement.measure(lines, repeats, results, snapshot)
         if traces is not None:
             for point, subject in subjects:
                 of_point = measurement.point_name(point, batch=False)
-                save_trace(traces, model, subject, point.batch, measurement.settings, of_point)
+                if not (resume and has_trace(traces, subject, point.batch, of_point)):
+                    save_trace(traces, model, subject, point.batch, measurement.settings, of_point)
+            clear_temporaries(traces)
             say(f"traces: {traces} (tensorboard --logdir {traces}, or ui.perfetto.dev)")
     rows = [line.row for line in lines]
     if not as_json:
@@ -487,13 +515,16 @@ def compare(
     repeats: Repeats = 5,
     sweep: Annotated[Sweep, Without("in_process")],
     running: Running,
+    resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """The main job: calibrate if needed, plan, draw, measure; a table, results.json, pictures and report.html. It
-    goes on where it was stopped.
+    goes on where it was stopped, and shares comparisons over the ranks that torchrun starts.
 
     Example: heatkv compare --model emoji --policies heatkv,streaming --budgets 20%,10% --out results/compare
     """
+    import torch
+
     from heatkv.profiling.html_report import check_report_replaceable
     from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
     from heatkv.profiling.results import ResultsFolder, check_replaceable, save_scas
@@ -523,11 +554,35 @@ def compare(
         "statistics": None if statistics is None else statistics.provenance.to_json(),
     }  # fmt: skip
     results = ResultsFolder(folder, model, settings, request, pictures)
+    ranks = current()
+    by_digest = measurement.by_comparison(subjects, images, pictures)
+    if not ranks.first:
+        missing = {digest: by_digest[digest] for digest in ranks.gather([])[0]}
+        _compare_all(measurement, missing, results, images, pictures, lambda *_: None)
+        ranks.wait()
+        for digest in missing:  # where this rank does not see the folder of the first
+            results.parts.remove(f"{digest}.")
+        return
     with _told_when_stopped(results):
-        lines = measurement.lines(subjects, results, images, pictures, repeats)
+        lines = measurement.lines(subjects, results, images, pictures, repeats, resume)
         drawn = _take_earlier(lines, results)
+        # alone, as others at work would colour times
         measurement.measure(lines, repeats, results)
-        _compare_all(measurement, lines, drawn, results, images, pictures)
+
+        def finish(digest: str, figures: dict[str, Any], pictures_of_batches: Any) -> None:
+            first = next(line for line in lines if line.row["comparison"] == digest)
+            drawn[digest] = torch.cat(pictures_of_batches)
+            results.save_pictures(measurement.files_name(first, lines), digest, drawn[digest])
+            for line in lines:
+                if line.row["comparison"] == digest:
+                    line.row.update(figures)
+            results.save([line.row for line in lines])
+            if ranks.size == 1:  # others may be writing parts
+                results.parts.remove(f"{digest}.")
+
+        missing = {digest: at for digest, at in by_digest.items() if digest not in drawn}
+        ranks.gather(list(missing))
+        _compare_all(measurement, missing, results, images, pictures, finish)
     rows = [line.row for line in lines]
     rows = [row | {"versus": difference} for row, difference in zip(rows, versus(rows), strict=True)]
     for figure, reason in rows[0]["not_measured"].items():
@@ -544,6 +599,7 @@ def compare(
         save_scas(folder / "scas.json", statistics)
     title = f"{measurement.title}, KL and top-1 over {images} images, PSNR and SSIM over {pictures}"
     _finish(results, rows, title, as_json, report=True)
+    ranks.wait()
 
 
 _Drawn = dict[str, Any]
@@ -568,38 +624,66 @@ def _take_earlier(lines: Sequence[_Line], results: ResultsFolder) -> _Drawn:
 
 def _compare_all(
     measurement: _Measurement,
-    lines: Sequence[_Line],
-    drawn: _Drawn,
+    subjects: Mapping[str, tuple[_Point, Subject]],
     results: ResultsFolder,
     images: int,
     pictures: int,
+    finish: Callable[[str, dict[str, Any], Any], None],
 ) -> None:
-    """Add to every row that lacks it how far its subject is from the full cache, saving each; and the pictures."""
-    import torch
+    """Compare the subjects, by the digests of their comparisons, with the full cache; `finish` is given figures and
+    pictures of each. Several ranks share them batch by batch of images; every batch is kept when it is done."""
+    from heatkv.profiling.fidelity import FidelityBench, drawings, image_batches, load_compared, save_compared
+    from heatkv.profiling.results import part_name
+    from heatkv.profiling.runner import BatchComparison, fidelity_row
 
-    from heatkv.profiling.fidelity import FidelityBench
-    from heatkv.profiling.runner import fidelity_row
+    ranks, batches = current(), image_batches(images)
+    # one after another, so that a stopped run has whole rows; or batch by batch, so that a rank draws few references
+    seeds = dict.fromkeys(point.seed for point, _ in subjects.values())
+    groups = [[digest] for digest in subjects]
+    if ranks.size > 1:
+        groups = [[digest for digest, (point, _) in subjects.items() if point.seed == seed] for seed in seeds]
+    parts_of = [
+        {part_name(digest, samples): (digest, index) for index, samples in enumerate(batches) for digest in group}
+        for group in groups
+    ]
+    missing = [results.parts.missing(list(names), ranks) for names in parts_of]
 
-    missing = {line.row["comparison"]: line for line in lines if line.row["comparison"] not in drawn}
-    seeds = dict.fromkeys(line.point.seed for line in missing.values())
-    of_plan = images + min(images, -(-pictures // 16) * 16)
-    total = images * len(seeds) + of_plan * sum(len(line.subject.plans) for line in missing.values())
-    with progress("comparing", total) as advance:
-        for seed in seeds:
-            bench = FidelityBench(
-                measurement.model, images=images, pictures=pictures, seed=seed + 1, settings=measurement.settings,
-                progress=advance,
-            )  # fmt: skip
-            for digest, line in missing.items():
-                if line.point.seed != seed:
-                    continue
-                figures, details = fidelity_row(bench, line.subject)
-                drawn[digest] = torch.cat(details.pictures)
-                results.save_pictures(measurement.files_name(line, lines), digest, drawn[digest])
-                for other in lines:
-                    if other.row["comparison"] == digest:
-                        other.row.update(figures)
-                results.save([other.row for other in lines])
+    def work(names: Sequence[str], of: Mapping[str, tuple[str, int]]) -> int:
+        return sum(len(subjects[of[n][0]][1].plans) * drawings(batches[of[n][1]], pictures) for n in names)
+
+    references = images * len(seeds)
+    if ranks.size > 1:
+        touched = [
+            {of[name][1] for name in ranks.share_of(names, rank)}
+            for names, of in zip(missing, parts_of, strict=True) for rank in range(ranks.size)
+        ]  # fmt: skip
+        references = sum(len(batches[index]) for indices in touched for index in indices)
+    total = references + sum(work(names, of) for names, of in zip(missing, parts_of, strict=True))
+    with shared_progress("comparing", total) as advance:
+        bench: FidelityBench | None = None
+        seed = None
+        for group, of, lacking in zip(groups, parts_of, missing, strict=True):
+            if bench is None or subjects[group[0]][0].seed != seed:
+                bench = None  # frees its references first
+                seed = subjects[group[0]][0].seed
+                bench = FidelityBench(
+                    measurement.model, images=images, pictures=pictures, seed=seed + 1, settings=measurement.settings,
+                    hold=ranks.size == 1, progress=advance,
+                )  # fmt: skip
+            comparison = BatchComparison(bench)
+
+            def make(
+                name: str, path: Path, of: Mapping[str, tuple[str, int]] = of, by: BatchComparison = comparison
+            ) -> None:
+                digest, index = of[name]
+                save_compared(path, by.of(subjects[digest][1], index), pictures)
+
+            results.parts.fill(list(of), ranks.share_of(lacking, ranks.rank), make, ranks)
+            for digest in group if ranks.first else ():
+                compared = [load_compared(results.parts.path(part_name(digest, samples))) for samples in batches]
+                of_plans = [bench.joined(of_plan) for of_plan in zip(*compared, strict=True)]
+                figures, details = fidelity_row(bench, subjects[digest][1], of_plans)
+                finish(digest, figures, details.pictures)
 
 
 def _sheets(measurement: _Measurement, lines: Sequence[_Line], drawn: _Drawn) -> dict[str, list[tuple[str, Any, str]]]:

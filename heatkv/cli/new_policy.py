@@ -15,6 +15,7 @@ from rich.table import Table
 from heatkv.cli.options import AsJson
 from heatkv.cli.output import say, show
 from heatkv.errors import FormatError, PolicyError
+from heatkv.files import write_text
 from heatkv.registry import check_name, registered_policies
 
 
@@ -41,7 +42,7 @@ def new_policy(
         raise FormatError(f"{folder} exists already; name a folder that does not (--out)")
     for path, (text, _) in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text, encoding="utf-8")
+        write_text(folder / path, text)
     table = Table("file", "what it is", title=f"policy {name} in {folder}")
     for path, (_, what) in files.items():
         table.add_row(path, what)

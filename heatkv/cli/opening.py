@@ -20,6 +20,7 @@ from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.plan import CachePlan, named
 from heatkv.ranked_plan import RankedPlan, load_either
+from heatkv.ranks import current
 from heatkv.sampling import Settings
 from heatkv.schedule import ScaleSchedule
 from heatkv.selecting_cache import policy_of
@@ -98,7 +99,7 @@ def load_arguments(source: Source, running: Running) -> dict[str, Any]:
         "size": source.size,
         "ratio": parse_ratio(source.ratio),
         "dtype": known_dtype(running.dtype),
-        "device": running.device,
+        "device": current().device(running.device),
     }
 
 
@@ -107,6 +108,7 @@ def open_model(source: Source, running: Running, measuring: bool = True) -> tupl
     if measuring and source.prompts is None and model_info(source.model).family == "infinity":
         raise ModelError(f"measuring {source.model} needs prompts to draw; name a file of them (--prompts)")
     model = load_model(**load_arguments(source, running))
+    current().use(model.device)
     say_template(source.model, source.ratio)
     return model, model.sampling if running.cfg is None else replace(model.sampling, cfg=running.cfg)
 

@@ -69,6 +69,10 @@ Prompts = Annotated[
 Size = Annotated[str | None, typer.Option("--size", help="0.06M, 0.25M, 0.60M or 1M (Infinity); see `heatkv models`")]
 Ratio = Annotated[str | None, typer.Option("--ratio", help="height/width, as 1.5 or 3:2")]
 Repeats = Annotated[int, typer.Option("--repeats", help="timed runs of every policy")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="finish the run that was stopped here, and no other; starts where there is none"),
+]
 OutFolder = Annotated[Path, typer.Option("--out", help="folder to write to")]
 
 

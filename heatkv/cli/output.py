@@ -23,14 +23,22 @@ from rich.progress import (
 from rich.table import Table
 
 from heatkv.errors import FormatError
+from heatkv.files import check_writable
 from heatkv.plan import CachePlan, Plan
+from heatkv.ranks import current
 
 _TOLD_SECONDS = 10
 """Less time left than this is not told in logs."""
 
 
 def say(text: str) -> None:
-    """A line for the user, beside the result."""
+    """A line for the user, beside the result; the first of several ranks says it."""
+    if current().first:
+        say_of_any_rank(text)
+
+
+def say_of_any_rank(text: str) -> None:
+    """A line that this rank says, whichever it is."""
     Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
 
 
@@ -100,8 +108,40 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
         yield lambda count: bar.advance(task, count)
 
 
+@contextmanager
+def shared_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress of all ranks together, in one place: the first rank shows what each has told."""
+    ranks, shown = current(), 0
+    if ranks.size == 1:
+        with progress(what, total) as advance:
+            yield advance
+        return
+    counter = ranks.counter()
+    if not ranks.first:
+
+        def add(count: int) -> None:
+            counter(count)
+
+        yield add
+        return
+    with progress(what, total) as advance:
+
+        def tell(count: int) -> None:
+            nonlocal shown
+            done = counter(count)
+            if done > shown:
+                advance(done - shown)
+                shown = done
+
+        ranks.while_waiting = lambda: tell(0)
+        try:
+            yield tell
+        finally:
+            ranks.while_waiting = None
+
+
 def make_folder(path: Path) -> Path:
-    """Create the folder of --out and its parents, or say in one line why that cannot be."""
+    """Create the folder of --out and its parents, or say in one line why that cannot be, or why it takes no files."""
     if path.suffix.lower() in (".png", ".json") and not os.path.isdir(path):
         raise FormatError(f"--out {path} names a file, but takes a folder for several; write --out {path.parent}")
     try:
@@ -111,4 +151,5 @@ def make_folder(path: Path) -> Path:
         if file is not None:
             raise FormatError(f"--out {path} cannot be a folder: {file} is a file; name another folder") from error
         raise FormatError(f"cannot create the folder {path}: {error.strerror or error}; name another folder") from error
+    check_writable(path)
     return path

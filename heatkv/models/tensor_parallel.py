@@ -8,14 +8,10 @@ Shapes: R rows, N tokens, C width, H heads of the rank, D head size, L layers.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,87 +27,8 @@ from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.models.var import FeedForward
 from heatkv.models.var import SelfAttention as VARSelfAttention
 from heatkv.plan import IntArray
+from heatkv.ranks import Ranks
 from heatkv.sampling import Settings
-
-# ----------------------------------------------------------------------------------------------------- ranks
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that share a model: which one this is, of how many, and its device."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def sum(self, part: Tensor) -> Tensor:
-        """The sum of all ranks' tensors, in the place of this one's. Raises ModelError when another rank has ended."""
-        if self.size > 1:
-            with self._together():
-                dist.all_reduce(part)
-        return part
-
-    def take_first(self, value: Tensor) -> None:
-        """Make it rank 0's, in place. Raises ModelError when another rank has ended."""
-        if self.size > 1:
-            with self._together():
-                dist.broadcast(value, src=0)
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """In one line that the others are gone; why, they tell themselves."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise ModelError(
-                f"rank {self.rank} of {self.size} has lost the others ({shown(str(error))}); see what they said before"
-            ) from error
-
-
-def _number(name: str, default: int) -> int:
-    """A whole number of the environment. Raises ModelError."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal() or len(text) > 9:
-        raise ModelError(f"the environment has {name}={text!r}, which is no whole number; start with torchrun")
-    return int(text)
-
-
-def launched_size() -> int:
-    """How many processes the launcher (torchrun) started; 1 without one. Raises ModelError."""
-    return max(1, _number("WORLD_SIZE", 1))
-
-
-@contextmanager
-def launched_ranks(device: str = "cpu") -> Iterator[Ranks]:
-    """The ranks that torchrun started, with a process group inside the block: nccl on CUDA, gloo elsewhere, or the one
-    that is open already.
-
-    Of "cuda" every process of a host takes its own device. Raises ModelError for an environment of no launcher and
-    where a process group cannot be opened.
-    """
-    size, rank, local = launched_size(), _number("RANK", 0), _number("LOCAL_RANK", 0)
-    if rank >= size:
-        raise ModelError(f"the environment has RANK={rank} and WORLD_SIZE={size}; start with torchrun")
-    try:
-        on = torch.device(f"cuda:{local}" if device == "cuda" and size > 1 else device)
-    except RuntimeError as error:
-        raise ModelError(f"unknown device {device!r}; write cpu or cuda") from error
-    if size == 1 or dist.is_initialized():
-        yield Ranks(rank, size, on)
-        return
-    try:
-        if on.type == "cuda":
-            torch.cuda.set_device(on)
-        dist.init_process_group("nccl" if on.type == "cuda" else "gloo")
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ModelError(
-            f"rank {rank} of {size} found no other ranks: {str(error).splitlines()[0]}; start with torchrun"
-        ) from error
-    try:
-        yield Ranks(rank, size, on)
-    finally:
-        dist.destroy_process_group()
-
 
 # --------------------------------------------------------------------------------------------- split weights
 

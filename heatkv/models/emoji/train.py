@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heatkv.files import replacing
+from heatkv.files import replacing, write_text
 from heatkv.generation import generate
 from heatkv.images import image_grid
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS, load
@@ -40,9 +39,8 @@ LEAST_LOG_SCALE, MOST_LOG_SCALE = math.log(3.0), math.log(24.0)
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint beside its final name, then move it there, so that a killed run leaves a whole one."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def rate(step: int, steps: int, warmup: int, decay: float) -> float:
@@ -358,10 +356,12 @@ def judge(
     print(f"real images named right {real:.1%}; samples named right {right.float().mean():.1%}")
     print(f"missed: {', '.join(wrong) or 'none'}")
     sheet = samples[: len(CLASSES)]
-    image_grid(sheet, columns=8, enlarge=2).save(work / "contact_sheet.png")
+    with replacing(work / "contact_sheet.png") as temporary:
+        image_grid(sheet, columns=8, enlarge=2).save(temporary, format="PNG")
     shuffled = torch.randperm(len(CLASSES), generator=generator)
-    image_grid(sheet[shuffled], columns=8, enlarge=3).save(work / "shuffled_sheet.png")
-    (work / "shuffled_labels.txt").write_text("\n".join(CLASSES[int(i)] for i in shuffled) + "\n")
+    with replacing(work / "shuffled_sheet.png") as temporary:
+        image_grid(sheet[shuffled], columns=8, enlarge=3).save(temporary, format="PNG")
+    write_text(work / "shuffled_labels.txt", "\n".join(CLASSES[int(i)] for i in shuffled) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,238 @@
+"""Commands shared by several processes give what one gives, byte by byte, and survive the death of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from stopping import Ended, Moment, run_apart
+
+from heatkv import ranks as ranks_module
+from heatkv.cli import run
+from heatkv.errors import RanksError
+from heatkv.parts import Parts, load_arrays, save_arrays
+from heatkv.profiling.runner import FIDELITY
+from heatkv.ranks import Ranks, current, join
+
+CALIBRATE = ["calibrate", "--samples", "3"]  # batches of 2 and 1
+COMPARE = ["compare", "--samples", "2", "--images", "18", "--pictures", "17", "--repeats", "1", "--policies"]
+COMPARE += ["streaming,random", "--draws", "2", "--budgets", "30%"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics that one process measured."""
+    path = tmp_path_factory.mktemp("alone") / "s.safetensors"
+    assert run([*CALIBRATE, "--out", str(path)]) == 0
+    return path
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def codes(ended: list[Ended]) -> list[int]:
+    return [end.code for end in ended]
+
+
+def test_ranks_measure_what_one_process_does(alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.safetensors"
+    ended = run_apart([*CALIBRATE, "--out", str(out)], tmp_path, ranks=2)
+    assert codes(ended) == [0, 0], ended
+    assert out.read_bytes() == alone.read_bytes()
+    assert names_in(tmp_path) == {"s.safetensors"}
+    # progress and all else is told once
+    assert ended[1].error == ""
+    assert [line for line in ended[0].error.splitlines() if "calibrating" in line][-1] == "calibrating emoji: 3 of 3"
+
+
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_that_is_killed_is_told_and_its_work_is_kept(killed: int, alone: Path, tmp_path: Path) -> None:
+    """Killed while it writes: the other rank does what there is, notices, and --resume does the rest."""
+    out = tmp_path / "s.safetensors"
+    arguments = [*CALIBRATE, "--out", str(out)]
+    ended = run_apart(arguments, tmp_path, Moment("file", 8, signal.SIGKILL), ranks=2, stopped_rank=killed)
+    assert ended[killed].code == -signal.SIGKILL
+    assert ended[1 - killed].code == 2
+    lines = ended[1 - killed].error.splitlines()
+    assert "Traceback" not in ended[1 - killed].error
+    assert lines[-1].startswith("heatkv: ")
+    assert "has ended; what was finished is kept, and the same command with --resume goes on" in lines[-1]
+    assert len([line for line in lines if line.startswith("heatkv: ")]) == 1
+    assert not out.exists()
+    kept = list((tmp_path / "s.safetensors.parts").glob("samples.*.safetensors"))
+    assert kept
+    assert run(arguments) == 2
+    assert run([*arguments, "--resume"]) == 0
+    assert out.read_bytes() == alone.read_bytes()
+    assert names_in(tmp_path) == {"s.safetensors"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_torchrun_calibrates_and_compares(ranks: int, tmp_path: Path) -> None:
+    """Also level costs, --append, and an interrupted rank, through torch's own launcher."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "heatkv"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    paths = {"one": tmp_path / "one.safetensors", "ranks": tmp_path / "ranks.safetensors"}
+    costs = ["--levels", "fisher", "--level-samples", "6", "--report"]
+    for more in (costs, ["--append"]):
+        for name, path in paths.items():
+            arguments = ["calibrate", "--samples", "5", *more, "--out", str(path), "--json"]
+            command = [*(launcher if name == "ranks" else [sys.executable, "-m", "heatkv"]), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+            assert done.returncode == 0, done.stderr
+            told = json.loads(done.stdout)
+            assert told["samples"] == (10 if more == ["--append"] else 5)
+        assert paths["one"].read_bytes() == paths["ranks"].read_bytes()
+    for name in paths:
+        arguments = [*COMPARE, "--out", str(tmp_path / name)]
+        command = [*(launcher if name == "ranks" else [sys.executable, "-m", "heatkv"]), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("KL and top-1 over 18 images") == 1
+    check_alike(tmp_path / "one", tmp_path / "ranks")
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert isinstance(rows, list)
+    return rows
+
+
+def check_alike(one: Path, other: Path) -> None:
+    """Two folders hold the same but for times and memory."""
+    timed = ("latency_ms", "timed", "memory")
+    for mine, theirs in zip(rows_of(one), rows_of(other), strict=True):
+        assert {k: v for k, v in mine.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
+        assert all(mine[name] is not None for name in FIDELITY if name not in ("lpips", "lpips_of_pictures", "fid"))
+    assert {p.relative_to(one) for p in one.rglob("*")} == {p.relative_to(other) for p in other.rglob("*")}
+    for path in [*one.glob("*.png"), *one.glob("*/*"), *one.glob("*.safetensors"), one / "scas.json"]:
+        assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_while_comparing(tmp_path: Path) -> None:
+    """What the others compared is kept, also for one process that goes on."""
+    assert run([*COMPARE, "--out", str(tmp_path / "one")]) == 0
+    arguments = [*COMPARE, "--out", str(tmp_path / "ranks")]
+    # 12 layers, 8 scales: while it calibrates on one image, 96; then the reference of its batch, and the first subject
+    ended = run_apart(arguments, tmp_path / "ranks", Moment("attention", 600, signal.SIGKILL), ranks=3, stopped_rank=2)
+    assert codes(ended) == [2, 2, -signal.SIGKILL], ended
+    assert [end.error.count("heatkv: ") for end in ended[:2]] in ([1, 0], [0, 1])
+    kept = list((tmp_path / "ranks" / "results.parts").iterdir())
+    assert len(kept) >= 2
+    assert run([*arguments, "--resume"]) == 0
+    check_alike(tmp_path / "one", tmp_path / "ranks")
+
+
+def test_ranks_without_a_common_folder_send_parts(tmp_path: Path) -> None:
+    """Two ranks of a team of two, played in turn: what one lacks is asked of the one that has it."""
+
+    class Second(Ranks):
+        rank, size = 1, 2
+        asked: list[tuple[bool, int]] = []  # noqa: RUF012 - of this class alone
+
+        def gather(self, value: Any) -> list[Any]:
+            return [["a"], value]
+
+        def share(self, payload: bytes | None, source: int) -> bytes:
+            self.asked.append((payload is not None, source))
+            return payload if payload is not None else b"of the first"
+
+    parts = Parts(tmp_path / "parts", {"asked": 1})
+    second = Second()
+    assert parts.missing(["a", "b"], second) == ["b"]
+    parts.fill(["a", "b"], ["b"], lambda name, path: path.write_bytes(b"of the second"), second)
+    assert second.asked == [(False, 0), (True, 1)]
+    assert parts.path("a").read_bytes() == b"of the first"
+    assert parts.path("b").read_bytes() == b"of the second"
+    assert parts.told() == {"asked": 1}
+    parts.remove()
+    assert not parts.folder.exists()
+
+
+def test_a_part_is_an_array_and_what_it_says(tmp_path: Path) -> None:
+    import numpy as np
+
+    from heatkv.errors import FormatError
+
+    path = tmp_path / "p.safetensors"
+    save_arrays(path, {"x": np.arange(3.0)}, {"of": "this"})
+    header, arrays = load_arrays(path)
+    assert header == {"of": "this"}
+    assert arrays["x"].tolist() == [0, 1, 2]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(FormatError, match="delete it, and the run measures it again"):
+        load_arrays(path)
+
+
+def test_items_are_dealt_once_and_in_order() -> None:
+    ranks = Ranks()
+    assert list(ranks.deal("abc")) == list("abc")
+    assert list(ranks.deal("abc")) == list("abc")  # a new deal
+    for size in (1, 2, 3, 7):
+        ranks.size = size
+        dealt = [item for rank in range(size) for item in ranks.share_of("abcde", rank)]
+        assert dealt == list("abcde")
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT are not set; start with torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; torchrun sets it to a whole number"),
+    ],
+)
+def test_variables_that_do_not_fit_are_refused(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RanksError, match=said):
+        join()
+    assert run(["policies"]) == 2
+    assert said in capsys.readouterr().err
+    assert current().size == 1
+
+
+def test_one_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from heatkv.ranks import _Launched
+
+    ranks = object.__new__(_Launched)
+    ranks.rank, ranks.size, ranks.local_rank = 5, 8, 1
+    assert ranks.device("cpu") == "cpu"
+    assert ranks.device("cuda") == "cuda:1"
+    with pytest.raises(RanksError, match="--device cuda:0 is one GPU, and 8 ranks each need one: write --device cuda"):
+        ranks.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RanksError, match="number 1 on its host, which has 1 GPUs; start no more processes"):
+        ranks.device("cuda")
+
+
+def test_one_process_does_not_wait_for_torch_distributed() -> None:
+    code = "import sys, heatkv.ranks; heatkv.ranks.join(); print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize("call", ["sum", "take_first"])
+def test_a_rank_that_ended_between_steps_is_told_in_one_line(call: str) -> None:
+    def closed(*given: Any, **named: Any) -> None:
+        raise RuntimeError("Connection closed by peer\nmore")
+
+    team = ranks_module._Launched.__new__(ranks_module._Launched)
+    team._dist, team._sending = SimpleNamespace(all_reduce=closed, broadcast=closed), None
+    with pytest.raises(RanksError, match="^another rank has ended; what was finished is kept"):
+        getattr(team, call)(torch.ones(1))
