@@ -234,5 +234,5 @@ def test_a_rank_that_ended_between_steps_is_told_in_one_line(call: str) -> None:
 
     team = ranks_module._Launched.__new__(ranks_module._Launched)
     team._dist, team._sending = SimpleNamespace(all_reduce=closed, broadcast=closed), None
-    with pytest.raises(RanksError, match="^another rank has ended; what was finished is kept"):
+    with pytest.raises(RanksError, match=r"^another rank has ended; what was finished is kept"):
         getattr(team, call)(torch.ones(1))
