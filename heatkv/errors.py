@@ -41,3 +41,12 @@ class FormatError(HeatKVError):
 
 class RanksError(HeatKVError):
     """Processes that were launched together and cannot work together, or one of which has ended."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a device or of the machine; torch has no error of its own for the latter."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

@@ -51,15 +51,23 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
+_PRODUCT = "matrix_product_1024_fp32_one_thread_ms"
+
+
+def timing_machine(device: torch.device) -> tuple[dict[str, Any], list[str]]:
+    """What times are to be read with, taken as they are measured, and why the machine counts as busy, if it does."""
+    load = load_of(device)  # before our own product
+    return {"load": load.to_json(), _PRODUCT: round(matrix_product_ms(), 3)}, load.reasons
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What every result states about the machine it was measured on."""
-    load = load_of(device)  # before our own product below
+    machine, _ = timing_machine(device)
     return {
         "device": device.type,
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "versions": versions(),
-        "load": load.to_json(),
-        "matrix_product_1024_fp32_one_thread_ms": round(matrix_product_ms(), 3),
+        **machine,
     }

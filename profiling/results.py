@@ -39,7 +39,7 @@ SCAS_FORMAT, SCAS_VERSION = "heatkv-scas", 1
 MEMORY = ("memory", "device_peak_bytes", "nvml_bytes", "error")
 """Fields of a row that measuring memory fills."""
 
-TIMES = ("latency_ms", "graph_latency_ms", "graph_pool_bytes", "timed")
+TIMES = ("latency_ms", "graph_latency_ms", "graph_pool_bytes", "timed", "timing_machine")
 """Fields of a row that timing fills."""
 
 PICTURES = "pictures"
@@ -217,10 +217,21 @@ class ResultsFolder:
         """The pictures of what has this name in one row; the file tells which comparison they are of."""
         path = self._pictures_path(name)
         path.parent.mkdir(exist_ok=True)
+        self._keep_pictures(path, digest)
         told = PngImagePlugin.PngInfo()
         told.add_text("heatkv", digest)
         with replacing(path) as temporary:
             image_grid(pictures_B3HW, len(pictures_B3HW)).save(temporary, format="PNG", pnginfo=told)
+
+    def _keep_pictures(self, path: Path, digest: str) -> None:
+        """Pictures of another comparison go aside, as its results do."""
+        try:
+            with Image.open(path) as file:
+                other = str(file.info.get("heatkv"))
+        except _NO_PICTURE:
+            return
+        if other != digest and other.isalnum():
+            move(path, path.with_name(f"{path.stem}.{other}.png"))
 
     @cached_property
     def _earlier_pictures(self) -> dict[str, Path]:

@@ -115,8 +115,8 @@ def plan_subjects(
     return subjects
 
 
-def bytes_row(model: ImageModel[Any], subject: Subject, rows: int) -> dict[str, Any]:
-    """Planned, allocated and full bytes; allocated is read from the storage of a real arena.
+def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, allocate: bool = True) -> dict[str, Any]:
+    """Planned, allocated and full bytes; allocated is read from the storage of a real arena, null unless `allocate`.
 
     What is there beside the arena is told as well: tables, memory to work in, and the running layer's own keys and
     values.
@@ -125,7 +125,7 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int) -> dict[str, 
     held = StorageType.parse(storage)
     caches = [
         open_cache(
-            plan, rows, model.compute_dtype, model.device, model.key_angles,
+            plan, rows, model.compute_dtype, model.device if allocate else "meta", model.key_angles,
             storage=held.coding, attention=subject.attention,
         )
         for plan in plans
@@ -143,7 +143,7 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int) -> dict[str, 
         "schedule": geometry.schedule.to_json(),
         "budget_bytes": plans[0].budget_bytes(rows, storage),
         "planned_bytes": max(plan.bytes(rows, storage) for plan in plans),
-        "allocated_bytes": max(cache.allocated_bytes for cache in caches),
+        "allocated_bytes": max(cache.allocated_bytes for cache in caches) if allocate else None,
         "full_bytes": geometry.full_bytes(rows, held.compute),
         "current_bytes": max(cache.current_bytes for cache in caches),
         "index_bytes": max(cache.index_bytes for cache in caches),
@@ -156,7 +156,7 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int) -> dict[str, 
         "had_no_effect": subject.policy != "full" and all(plan.had_no_effect() for plan in plans),
         "draws": len(plans),
     }
-    if row["allocated_bytes"] > row["budget_bytes"]:
+    if allocate and row["allocated_bytes"] > row["budget_bytes"]:
         raise HeatKVError(
             f"{subject.name}: the arena takes {row['allocated_bytes']} bytes, more than the budget of "
             f"{row['budget_bytes']}; this is a fault of HeatKV, please report it"

@@ -21,7 +21,7 @@ import torch
 
 from heatkv.capacities import load_plan
 from heatkv.checks import shown
-from heatkv.errors import FormatError, HeatKVError
+from heatkv.errors import FormatError, HeatKVError, out_of_memory
 from heatkv.files import read_json, write_json
 from heatkv.geometry import StorageType
 from heatkv.models import load_model
@@ -33,8 +33,6 @@ FOLDER = ".memory_job"
 """Within the folder of results; there while a worker runs."""
 
 _FILES = JOB, PLAN, RESULT = "job.json", "plan.json", "result.json"
-
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def why_failed(error: Exception) -> str:
     line = " ".join(str(error).split())
     if isinstance(error, HeatKVError):
         return line
-    return f"{'out of memory' if isinstance(error, OUT_OF_MEMORY) else type(error).__name__}: {line}"
+    return f"{'out of memory' if out_of_memory(error) else type(error).__name__}: {line}"
 
 
 if __name__ == "__main__":

@@ -1064,3 +1064,78 @@ def test_unknown_commands_and_no_command(capsys: pytest.CaptureFixture[str]) -> 
     assert "No such command 'sovle'" in refused(capsys, "sovle")
     run([])
     assert "compare" in "".join(capsys.readouterr())
+
+
+SMALL = ["--policies", "streaming", "--budgets", "30%", "--repeats", "1", "--samples", "2"]
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())["rows"]
+    return found
+
+
+def test_what_does_not_fit_is_a_row_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from heatkv.profiling import runner
+
+    opened = runner.open_cache
+
+    def too_many(plan: Any, rows: int, dtype: Any, device: Any, *more: Any, **options: Any) -> Any:
+        if rows > 2 and str(device) != "meta":
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+        return opened(plan, rows, dtype, device, *more, **options)
+
+    monkeypatch.setattr(runner, "open_cache", too_many)
+    asked = ["profile", "--policies", "streaming", "--budgets", "30%", "--repeats", "1", "--in-process"]
+    assert run([*asked, "--batches", "1,2", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "streaming 30% batch2 was not measured: out of memory: " in " ".join(said.err.split())
+    for row in rows_of(tmp_path):
+        fits = row["batch"] == 1
+        assert (row["error"] is None) == (row["allocated_bytes"] is not None) == (row["latency_ms"] is not None) == fits
+        assert row["planned_bytes"] <= row["budget_bytes"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_memory_that_runs_out_is_told_in_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*given: Any, **named: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("heatkv.generation.Generator.draw", full)
+    said = refused(capsys, "generate", "--label", "pizza", "--out", str(tmp_path))
+    assert "out of memory: " in said
+    assert "draw fewer images at once" in said
+
+
+def test_no_more_pictures_than_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "compare", *SMALL, "--images", "2", "--pictures", "5", "--out", str(tmp_path / "out"))
+    assert "--pictures 5 is more than the 2 images" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_alternate_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, machines = [], []
+    for images in ("2", "3", "2"):
+        assert run(["compare", *SMALL, "--images", images, "--out", str(tmp_path)]) == 0
+        said = capsys.readouterr().err
+        kept.append([{name: row[name] for name in ("kl", "psnr_db", "timed")} for row in rows_of(tmp_path)])
+        machines.append([row["timing_machine"] for row in rows_of(tmp_path)])
+    assert "comparing" not in said  # not even a line of progress: all is there
+    assert kept[0] == kept[2] != kept[1]
+    assert machines[0] == machines[1] == machines[2]  # the machine as it was when the times were taken
+    assert machines[0][0].keys() == {"load", "matrix_product_1024_fp32_one_thread_ms"}
+    assert len(list((tmp_path / "pictures").glob("streaming_30percent*.png"))) == 2
+
+
+def test_results_are_written_before_they_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*given: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("heatkv.cli.measure.show", gone)
+    monkeypatch.setattr("heatkv.cli._discard_output", lambda: None)
+    asked = ["profile", "--policies", "streaming", "--budgets", "30%", "--repeats", "1", "--in-process"]
+    assert run([*asked, "--out", str(tmp_path)]) == 0
+    assert len(rows_of(tmp_path)) == 2

@@ -21,7 +21,7 @@ import typer
 
 from heatkv.cli.options import command
 from heatkv.cli.output import say_of_any_rank
-from heatkv.errors import HeatKVError, RanksError
+from heatkv.errors import HeatKVError, RanksError, out_of_memory
 from heatkv.ranks import RESUME, current, join, leave
 from heatkv.versions import versions
 
@@ -155,6 +155,10 @@ def _run(arguments: Sequence[str], came: list[int]) -> int:
         _fail(f"cannot go on: {error}")
         return 2
     except Exception as error:
+        if out_of_memory(error):
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            _fail(f"out of memory: {why}; draw fewer images at once, take a smaller budget, or see `heatkv fit`")
+            return 2
         message = _usage_message(error)
         if message is None:
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from heatkv.cli.calibrate import statistics_of_folder
 from heatkv.cli.opening import (
@@ -40,7 +41,7 @@ from heatkv.cli.options import (
 from heatkv.cli.output import make_folder, progress, say, shared_progress, show
 from heatkv.cli.report import draw_report
 from heatkv.cli.settings import policy_options
-from heatkv.errors import HeatKVError, RanksError
+from heatkv.errors import HeatKVError, RanksError, out_of_memory
 from heatkv.files import clear_temporaries, file_name, read_json
 from heatkv.geometry import Budget
 from heatkv.levels import SINK_SCALES
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
 
 DEFAULT_POLICIES = "heatkv,sliding-window,streaming,random"
 PROFILED_POLICIES = "sliding-window,streaming"
+PICTURES = 16
+"""Images that are drawn freely, where as many are compared."""
 DEFAULT_BUDGETS = "50%,30%,20%,10%"
 
 _Rows = list[dict[str, Any]]
@@ -245,6 +248,7 @@ class _Measurement:
         are saved. With `resume` a run over other rows that was stopped is refused."""
         from heatkv.profiling.results import measurement_digest
         from heatkv.profiling.runner import bytes_row
+        from heatkv.profiling.worker import why_failed
 
         lines, kept = [], [0, 0]
         for point, subject in subjects:
@@ -256,9 +260,18 @@ class _Measurement:
                 "batch": point.batch,
                 "seed": point.seed,
             }
-            row |= bytes_row(self.model, subject, point.rows) | self._foretold_elsewhere(subject)
-            memory = results.memory(row["measurement"], own=not self.in_process)
-            times = results.times(row["measurement"], repeats)
+            try:
+                row |= bytes_row(self.model, subject, point.rows)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                row |= bytes_row(self.model, subject, point.rows, allocate=False)
+                row |= self._unmeasured(point, subject, why_failed(error))
+            row |= self._foretold_elsewhere(subject)
+            memory = times = None
+            if row.get("error") is None:
+                memory = results.memory(row["measurement"], own=not self.in_process)
+                times = results.times(row["measurement"], repeats)
             kept = [count + (found is not None) for count, found in zip(kept, (memory, times), strict=True)]
             lines.append(_Line(point, subject, row | (memory or {}) | (times or {})))
         if resume:
@@ -288,7 +301,8 @@ class _Measurement:
         paths = {id(line): self._snapshot_path(line, results.path.parent) if snapshot else None for line in lines}
         missing = [
             line for line in lines
-            if "memory" not in line.row or ((path := paths[id(line)]) is not None and not path.exists())
+            if not {"memory", "error"} & line.row.keys()
+            or ((path := paths[id(line)]) is not None and not path.exists())
         ]  # fmt: skip
         with progress("measuring memory", len(missing)) as advance:
             for line in missing:
@@ -304,7 +318,7 @@ class _Measurement:
         """In a process of its own, or quickly in this one; the allocator's history goes to `snapshot`."""
         from heatkv.profiling.memory import record_snapshots, save_snapshot
         from heatkv.profiling.runner import memory_row, subject_memory
-        from heatkv.profiling.worker import OUT_OF_MEMORY, Job, measure_apart, why_failed
+        from heatkv.profiling.worker import Job, measure_apart, why_failed
 
         point, subject = line.point, line.subject
         if self.in_process:
@@ -312,8 +326,10 @@ class _Measurement:
                 record_snapshots()
             try:
                 found = memory_row(subject_memory(self.model, subject, point.batch, self.settings, seed=point.seed))
-            except OUT_OF_MEMORY as error:
-                return self._unmeasured(line, why_failed(error))
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                return self._unmeasured(point, subject, why_failed(error))
             if snapshot is not None:
                 save_snapshot(snapshot)
             return found
@@ -326,21 +342,19 @@ class _Measurement:
             None if snapshot is None else str(snapshot.absolute()),
         )  # fmt: skip
         found = measure_apart(folder, job, subject.plans[0])
-        return found if found["error"] is None else self._unmeasured(line, found["error"])
+        return found if found["error"] is None else self._unmeasured(point, subject, found["error"])
 
-    def _unmeasured(self, line: _Line, error: str) -> dict[str, Any]:
-        say(f"{line.subject.name}{self.point_name(line.point).replace('_', ' ')} was not measured: {error}")
+    def _unmeasured(self, point: _Point, subject: Subject, error: str) -> dict[str, Any]:
+        say(f"{subject.name}{self.point_name(point).replace('_', ' ')} was not measured: {error}")
         return {"error": error}
 
     def _time(self, lines: Sequence[_Line], repeats: int, results: ResultsFolder) -> None:
         """Times of what could be drawn and has none, in turns with all others of its point."""
-        from heatkv.profiling.busy import load_of
+        from heatkv.profiling.environment import timing_machine
         from heatkv.profiling.runner import latency_row, measure_latency
-        from heatkv.profiling.worker import OUT_OF_MEMORY, why_failed
+        from heatkv.profiling.worker import why_failed
 
         missing = [line for line in lines if "latency_ms" not in line.row and line.row.get("error") is None]
-        if missing and (reasons := load_of(self.model.device).reasons):
-            say(f"warning: the machine is busy ({', '.join(reasons)}); times will be too long and spread")
         runs = len(missing) * repeats * (2 if self.model.device.type == "cuda" else 1)
         with progress("timing", runs) as advance:
             for point in self.points:
@@ -348,17 +362,22 @@ class _Measurement:
                 if not untimed:
                     continue
                 timed = datetime.now(UTC).isoformat(timespec="milliseconds")
+                machine, busy = timing_machine(self.model.device)
+                if busy:
+                    say(f"warning: the machine is busy ({', '.join(busy)}); times will be too long and spread")
                 try:
                     measured = measure_latency(
                         self.model, [line.subject for line in untimed], rows=point.rows, settings=self.settings,
                         repeats=repeats, seed=point.seed, progress=lambda: advance(1),
                     )  # fmt: skip
-                except OUT_OF_MEMORY as error:
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
                     say(f"{point.batch} images of {len(untimed)} policies were not timed: {why_failed(error)}")
                     continue
                 for line in untimed:
                     timing = measured[line.subject.name]
-                    line.row.update(latency_row(timing) | {"timed": timed})
+                    line.row.update(latency_row(timing) | {"timed": timed, "timing_machine": machine})
                     if timing.no_graphs is not None:
                         say(f"{line.subject.name} has no time with graphs: {timing.no_graphs}")
                 results.save([line.row for line in lines])
@@ -428,8 +447,15 @@ def _told_when_stopped(results: ResultsFolder) -> Iterator[None]:
         raise
 
 
-def _finish(results: ResultsFolder, rows: _Rows, title: str, as_json: bool, report: bool = False) -> None:
-    """Write and show the results, and the report if wanted."""
+def _finish(
+    results: ResultsFolder,
+    rows: _Rows,
+    title: str,
+    as_json: bool,
+    report: bool = False,
+    before: Callable[[], Iterable[Table]] = tuple,
+) -> None:
+    """Write the results, and the report if wanted, then show them, with the tables `before` them."""
     from heatkv.profiling.report import results_table
 
     moved = results.finish(rows)
@@ -437,6 +463,8 @@ def _finish(results: ResultsFolder, rows: _Rows, title: str, as_json: bool, repo
         say(f"{results.path} held other results; they are in {moved} now")
     if report:
         draw_report([results.path.parent], results.path.parent)
+    for table in before() if not as_json else ():
+        show(table, False, None)
     show(results_table(rows, title), as_json, read_json(results.path) if as_json else None)
     say(f"written: {results.path.parent}")
 
@@ -479,7 +507,7 @@ def profile(
         check_snapshots(model.device)
     subjects = measurement.subjects(measurement.statistics)
     folder = make_folder(out)
-    traces = None if trace is None else make_folder(trace)
+    traces = None if trace is None else make_folder(trace, "--trace")
     results = ResultsFolder(folder, model, measurement.settings, measurement.request(repeats))
     with _told_when_stopped(results):
         lines = measurement.lines(subjects, results, 0, 0, repeats, resume)
@@ -492,10 +520,14 @@ def profile(
             clear_temporaries(traces)
             say(f"traces: {traces} (tensorboard --logdir {traces}, or ui.perfetto.dev)")
     rows = [line.row for line in lines]
-    if not as_json:
-        show(memory_table(rows, f"{model.name}: memory on {model.device}"), False, None)
-        show(latency_table(rows, f"{measurement.title}, {model.device}: time"), False, None)
-    _finish(results, rows, f"{measurement.title}, {model.device}", as_json)
+
+    def tables() -> list[Table]:
+        return [
+            memory_table(rows, f"{model.name}: memory on {model.device}"),
+            latency_table(rows, f"{measurement.title}, {model.device}: time"),
+        ]
+
+    _finish(results, rows, f"{measurement.title}, {model.device}", as_json, before=tables)
 
 
 def compare(
@@ -510,7 +542,12 @@ def compare(
         int, typer.Option("--samples", help="images to calibrate on, when no statistics are given")
     ] = 64,
     images: Annotated[int, typer.Option("--images", help="images whose logits are compared (KL, top-1)")] = 32,
-    pictures: Annotated[int, typer.Option("--pictures", help="images drawn freely and compared (PSNR, SSIM)")] = 16,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            "--pictures", help=f"of them, images drawn freely and compared (PSNR, SSIM); default {PICTURES} at most"
+        ),
+    ] = None,
     draws: Annotated[int, typer.Option("--draws", help="plans of every policy that draws at random")] = 3,
     repeats: Repeats = 5,
     sweep: Annotated[Sweep, Without("in_process")],
@@ -530,8 +567,15 @@ def compare(
     from heatkv.profiling.results import ResultsFolder, check_replaceable, save_scas
     from heatkv.profiling.runner import versus
 
-    positive(samples=samples, images=images, pictures=pictures, draws=draws, repeats=repeats)
-    pictures = min(pictures, images)
+    positive(samples=samples, images=images, draws=draws, repeats=repeats)
+    if pictures is None:
+        pictures = min(PICTURES, images)
+    positive(pictures=pictures)
+    if pictures > images:
+        raise HeatKVError(
+            f"--pictures {pictures} is more than the {images} images that are compared, whose first ones are drawn "
+            f"freely; write --images {pictures}, or at most {images} pictures"
+        )
     check_replaceable(out)
     check_report_replaceable(out)
     # a fresh process for every row would take longer than all the rest; `profile` has them

@@ -140,16 +140,17 @@ def shared_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
             ranks.while_waiting = None
 
 
-def make_folder(path: Path) -> Path:
-    """Create the folder of --out and its parents, or say in one line why that cannot be, or why it takes no files."""
+def make_folder(path: Path, option: str = "--out") -> Path:
+    """Create the folder of an option and its parents, or say in one line why that cannot be, or why it takes no
+    files."""
     if path.suffix.lower() in (".png", ".json") and not os.path.isdir(path):
-        raise FormatError(f"--out {path} names a file, but takes a folder for several; write --out {path.parent}")
+        raise FormatError(f"{option} {path} names a file, but takes a folder for several; write {option} {path.parent}")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         file = next((part for part in (path, *path.parents) if os.path.isfile(part)), None)
         if file is not None:
-            raise FormatError(f"--out {path} cannot be a folder: {file} is a file; name another folder") from error
+            raise FormatError(f"{option} {path} cannot be a folder: {file} is a file; name another folder") from error
         raise FormatError(f"cannot create the folder {path}: {error.strerror or error}; name another folder") from error
     check_writable(path)
     return path
