@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heatkv.checks import shown
 from heatkv.errors import FormatError, HeatKVError
-from heatkv.files import check_header, read_json
-from heatkv.profiling.results import FORMAT, VERSION, load_results
+from heatkv.profiling.reading import Results, is_number, printable, read_results
 
 BYTES = ("planned_bytes", "allocated_bytes", "current_bytes", "index_bytes", "workspace_bytes", "compensation_bytes")
 DEVICE_BYTES = ("device_peak_bytes", "graph_pool_bytes")
@@ -124,8 +124,8 @@ def check_results(results: Path, baseline: Path, tolerances: Tolerances | None =
     other samples, seeds or sampling, or a baseline without rows.
     """
     tolerances = tolerances if tolerances is not None else Tolerances()
-    told, earlier = (check_header(read_json(path), path, FORMAT, VERSION) for path in (results, baseline))
-    rows_now, rows_before = load_results(results), load_results(baseline)
+    told, earlier = read_results(results), read_results(baseline)
+    rows_now, rows_before = told.rows, earlier.rows
     told_by_all = [name for name in IDENTITY_WHERE_TOLD if all(name in row for row in (*rows_now, *rows_before))]
     names = (*IDENTITY, *told_by_all)
     now, before = _by_identity(results, rows_now, names), _by_identity(baseline, rows_before, names)
@@ -153,37 +153,50 @@ def _by_identity(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return f"{row['policy']} {row['budget']}, {row.get('rows')} rows, {row.get('storage')}"
+    return printable(f"{row['policy']} {row['budget']}, {row.get('rows')} rows, {row.get('storage')}")
 
 
-def _check_same_measurement(told: Mapping[str, Any], earlier: Mapping[str, Any], results: Path, baseline: Path) -> None:
+def _check_same_measurement(told: Results, earlier: Results, results: Path, baseline: Path) -> None:
     """Figures over other samples, or under other guidance, are other figures."""
-    asked, before = told.get("request") or {}, earlier.get("request") or {}
-    named = [("sampling", told.get("sampling"), earlier.get("sampling"))]
+    asked, before = told.request, earlier.request
+    named: list[tuple[str, Any, Any]] = [("sampling", told.sampling, earlier.sampling)]
     told_by_both = [name for name in ("seed", "images", "pictures") if name in asked and name in before]
     named += [(name, asked[name], before[name]) for name in told_by_both]
     for name, one, other in named:
         if one != other:
             raise HeatKVError(
-                f"{results} has {name} {one}, {baseline} has {other}; measure with the baseline's, or make a new one"
+                f"{results} has {name} {_told(one)}, {baseline} has {_told(other)}; measure with the baseline's, or make a new one"
             )
 
 
-def _notes(told: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
+def _notes(told: Results, earlier: Results) -> list[str]:
     """What differs and may explain a change."""
     one, other = (
         {
-            "device": (e := made.get("environment") or {}).get("device_name"),
-            "versions": {k: v for k, v in (e.get("versions") or {}).items() if k in ("heatkv", "torch", "numpy")},
-            "statistics": _samples((made.get("request") or {}).get("statistics")),
+            "device": made.environment.get("device_name"),
+            "versions": _known_versions(made.environment.get("versions")),
+            "statistics": _samples(made.request.get("statistics")),
         }
         for made in (told, earlier)
     )
-    return [f"{name}: {one[name]}, in the baseline {other[name]}" for name in one if one[name] != other[name]]
+    return [
+        f"{name}: {_told(one[name])}, in the baseline {_told(other[name])}" for name in one if one[name] != other[name]
+    ]
 
 
-def _samples(provenance: Any) -> Any:
-    return len(provenance["samples"]) if isinstance(provenance, dict) and "samples" in provenance else None
+def _told(value: Any) -> str:
+    """A value of a file in a line that can be printed."""
+    return str(printable(value))[:300]
+
+
+def _known_versions(versions: Any) -> dict[str, Any]:
+    known = ("heatkv", "torch", "numpy")
+    return {k: v for k, v in versions.items() if k in known} if isinstance(versions, dict) else {}
+
+
+def _samples(provenance: Any) -> int | None:
+    samples = provenance.get("samples") if isinstance(provenance, dict) else None
+    return len(samples) if isinstance(samples, list) else None
 
 
 def _checked(row: Mapping[str, Any], now: Mapping[str, Any] | None, tolerances: Tolerances) -> RowCheck:
@@ -206,8 +219,8 @@ def _figure(row: Mapping[str, Any], name: str) -> float | None:
     value = row.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FormatError(f"{_name(row)} has {name} {value!r}, which is no number; write the file with heatkv compare")
+    if not is_number(value):
+        raise FormatError(f"{_name(row)} has {name} {shown(value)}, which is no number; write the file with heatkv compare")
     return value
 
 

@@ -8,53 +8,19 @@ where they come in.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from heatkv.checks import shown
-from heatkv.errors import FormatError, ScheduleError
-from heatkv.files import check_header, read_json
-from heatkv.profiling.results import FORMAT, VERSION
+from heatkv.errors import FormatError
+from heatkv.files import is_folder, is_there, resolved
+from heatkv.profiling.reading import FORMAT, printable, read_results
 from heatkv.schedule import ScaleSchedule
 
 REFERENCE = "full"
 """The policy that all others are compared with; it is in no ranking."""
-
-_TEXTS = (
-    "comparison",
-    "model",
-    "model_fingerprint",
-    "policy",
-    "budget",
-    "dtype",
-    "storage",
-    "attention",
-    "measurement",
-    "timed",
-    "error",
-)
-_NUMBERS = (
-    "batch", "seed", "rows", "draws", "images", "pictures",
-    "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
-    "current_bytes", "index_bytes", "workspace_bytes", "compensation_bytes", "device_peak_bytes", "nvml_bytes",
-    "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
-)  # fmt: skip
-_LISTS = ("kl_per_scale", "kl_of_draws")
-_FLAGS = ("under_used", "had_no_effect")
-_SERIES = (
-    "timeline_bytes", "kl_of_images", "top1_per_scale", "top1_of_images", "psnr_of_pictures", "ssim_of_pictures",
-    "lpips_of_pictures",
-)  # fmt: skip
-"""Of single samples and moments: other figures sum them up."""
-_TIMES = ("latency_ms", "graph_latency_ms")
-_OBJECTS = ("settings", "plans")
-KNOWN = frozenset((*_TEXTS, *_NUMBERS, *_LISTS, *_FLAGS, *_TIMES, *_OBJECTS, *_SERIES, "schedule"))
-"""Fields of a row that the report has a place for; it lists all others as they are."""
-
 
 @dataclass(frozen=True, eq=False)
 class Row:
@@ -310,7 +276,7 @@ def pareto_front(rows: Iterable[Row], x: Callable[[Row], float | None], y: Calla
 def merge(folders: Sequence[Path]) -> Merged:
     """Read result folders of one model. Raises FormatError for a folder that is none, that is named twice, or that is
     of another model."""
-    places = [folder.resolve() for folder in folders]
+    places = [resolved(folder) for folder in folders]
     for index, place in enumerate(places):
         if place in places[:index]:
             raise FormatError(f"{folders[index]} is named twice; name every folder once")
@@ -339,88 +305,22 @@ def _labels(places: Sequence[Path]) -> dict[Path, str]:
 
 def _read(folder: Path, label: str) -> Source:
     path = folder / "results.json"
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise FormatError(f"{folder} is no folder; name one that `heatkv compare` or `heatkv profile` wrote")
-    if not path.exists():
-        partial = (folder / "results.partial.json").exists()
+    if not is_there(path):
+        partial = is_there(folder / "results.partial.json")
         way_out = "its run was not finished; the same command goes on from there" if partial else (
             "name one that `heatkv compare` or `heatkv profile` wrote"
         )  # fmt: skip
         raise FormatError(f"{folder} has no results.json; {way_out}")
-    data = check_header(read_json(path), path, FORMAT, VERSION)
-    rows = data.get("rows")
-    if not isinstance(rows, list) or not rows:
-        raise FormatError(f"{path} is not a whole {FORMAT} file: its rows are {shown(rows)}, no list of rows")
-    parts = {}
-    for name in ("environment", "sampling", "request"):
-        parts[name] = {} if data.get(name) is None else data[name]
-        if not isinstance(parts[name], dict):
-            raise FormatError(f"{path} is not a whole {FORMAT} file: its {name} is {shown(parts[name])}, no object")
-    checked = tuple(_checked_row(row, f"{path}, row {index}") for index, row in enumerate(rows))
-    return Source(label, folder, **printable(parts), told_rows=checked)
-
-
-def _checked_row(row: Any, where: str) -> dict[str, Any]:
-    """The row, with all known fields of their kinds or None. Raises FormatError."""
-
-    def need(good: bool, name: str, kind: str) -> None:
-        if not good:
-            raise FormatError(f"{where}: {name!r} is {shown(row.get(name))}; it must be {kind}")
-
-    if not isinstance(row, dict):
-        raise FormatError(f"{where} is {shown(row)}, no object")
-    for name in ("policy", "budget"):
-        need(bool(row.get(name)), name, "a text")
-    for name, value in row.items():
-        if value is not None and name in _KINDS:
-            kind, good = _KINDS[name]
-            need(good(value), name, kind)
-    for name in _NUMBERS:
-        if name.endswith("_bytes"):
-            need((row.get(name) or 0) >= 0, name, "at least 0")
-    if row.get("schedule") is not None:
-        try:
-            ScaleSchedule.of(row["schedule"])
-        except ScheduleError as error:
-            raise FormatError(f"{where}: {error}") from error
-        of_scales = row.get("kl_per_scale")
-        need(of_scales is None or len(of_scales) == len(row["schedule"]), "kl_per_scale", "one number for every scale")
-    cleaned: dict[str, Any] = printable(row)
-    return cleaned
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a finite number of JSON, and no boolean; whole ones beyond every float are none either."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_time(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and is_number(value.get("median"))
-        and all(value.get(name) is None or is_number(value[name]) for name in ("iqr", "runs"))
+    told = read_results(path)
+    if not told.rows:
+        raise FormatError(f"{path} is not a whole {FORMAT} file: its rows are [], no list of rows")
+    return Source(
+        label,
+        folder,
+        environment=printable(told.environment),
+        sampling=printable(told.sampling),
+        request=printable(told.request),
+        told_rows=tuple(printable(row) for row in told.rows),
     )
-
-
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(_TEXTS, ("a text", lambda value: isinstance(value, str))),
-    **dict.fromkeys(_NUMBERS, ("a finite number", is_number)),
-    **dict.fromkeys(
-        _LISTS, ("a list of finite numbers", lambda value: isinstance(value, list) and all(map(is_number, value)))
-    ),
-    **dict.fromkeys(_FLAGS, ("true or false", lambda value: isinstance(value, bool))),
-    **dict.fromkeys(_OBJECTS, ("an object", lambda value: isinstance(value, dict))),
-    **dict.fromkeys(_TIMES, ("an object with the median in ms, and perhaps iqr and runs", _is_time)),
-}
-"""What the known fields of a row must be where they are not null."""
-
-
-def printable(value: Any) -> Any:
-    """The same with a mark in the place of every character that cannot be printed, in all texts it holds."""
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
-    if isinstance(value, Mapping):
-        return {printable(str(name)): printable(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [printable(inner) for inner in value]
-    return value

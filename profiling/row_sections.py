@@ -24,7 +24,8 @@ from heatkv.profiling.blocks import (
     mib_cell,
     number_cell,
 )
-from heatkv.profiling.merging import KNOWN, Group, Row, Source, budgets_of, is_number, pareto_front, ranked
+from heatkv.profiling.merging import Group, Row, Source, budgets_of, pareto_front, ranked
+from heatkv.profiling.reading import KNOWN, is_number
 from heatkv.profiling.reporting import Report, heading, held_of, kl_of, median_of, of_cache, scale_names
 from heatkv.profiling.runner import LEAST_USED
 

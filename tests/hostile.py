@@ -72,7 +72,7 @@ from heatkv.profiling.latency_table import latency_table
 from heatkv.profiling.memory_table import memory_table
 from heatkv.profiling.merging import merge
 from heatkv.profiling.results import ResultsFolder, check_replaceable, save_scas
-from heatkv.profiling.runner import FIDELITY
+from heatkv.profiling.runner import FIDELITY, versus
 from heatkv.registry import registered_policies
 from heatkv.schedule import ScaleSchedule
 from heatkv.selecting_cache import policy_of
@@ -258,12 +258,13 @@ def _results_folder(folder: Path, emoji: ClassConditionalModel) -> None:
         row: dict[str, Any] = {
             "model": "tiny", "model_fingerprint": "0f", "policy": policy, "budget": "50%" if place else "100%",
             "settings": {"budget": "50%"}, "rows": 2, "dtype": "float32", "storage": "float32", "attention": "auto",
-            "schedule": GEOMETRY.schedule.to_json(), "images": 2, "pictures": 2, "draws": 1, "seed": 0, "batch": 1,
+            "schedule": GEOMETRY.schedule.to_json(), "draws": 1, "seed": 0, "batch": 1,
             "budget_bytes": 1000, "planned_bytes": 900, "allocated_bytes": 900, "full_bytes": 2000,
             "current_bytes": 10, "index_bytes": 1, "workspace_bytes": 2, "compensation_bytes": 0,
             "timeline_bytes": [[1, 2]] * 5, "comparison": f"c{place}", "measurement": f"m{place}",
         } | dict.fromkeys(FIDELITY) | {
-            "kl": 0.1 * place, "kl_per_scale": [0.1] * 5, "kl_of_draws": [0.1 * place], "top1_agreement": 0.9,
+            "images": 2, "pictures": 2, "kl": 0.1 * place, "kl_per_scale": [0.1] * 5, "kl_of_draws": [0.1 * place], "top1_agreement": 0.9,
+            "kl_of_images": [0.1, 0.2], "psnr_of_pictures": [30.0, 31.0], "not_measured": {"lpips": "x"},
             "psnr_db": 30.0, "ssim": 0.9, "device_peak_bytes": None, "nvml_bytes": None, "error": None,
             "under_used": False, "had_no_effect": False, "timed": "now",
             "latency_ms": {
@@ -417,6 +418,7 @@ def _journal(folder: Path, emoji: ClassConditionalModel) -> None:
         rows.append(row)
     memory_table(rows, "memory")
     latency_table(rows, "time")
+    versus(rows)
     results.save(rows)
     results.finish(rows)
 

@@ -3,6 +3,7 @@ words what it did, so that a failure can be read without the file."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -121,7 +122,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     waiting = [value]
     while waiting:
         holder = waiting.pop()
-        members = holder.items() if isinstance(holder, dict) else enumerate(holder) if isinstance(holder, list) else ()
+        members = holder.items() if isinstance(holder, dict) else enumerate(holder) if type(holder) is list else ()
         for key, inner in list(members)[:60]:
             found.append((holder, key))
             waiting.append(inner)
@@ -140,7 +141,7 @@ def _change_json(root: list[Any], rng: random.Random) -> str:
         case 0 if holder is not root:
             del holder[key]
             return f"without {told}"
-        case 1 if isinstance(holder, list) and holder is not root:
+        case 1 if type(holder) is list and holder is not root:
             holder.insert(key, inner)
             return f"{told} twice"
         case 2 if isinstance(holder, dict):
@@ -154,10 +155,10 @@ def _change_json(root: list[Any], rng: random.Random) -> str:
             name = rng.choice(pairs)[0]
             holder[key] = Pairs([*pairs, (name, hostile_value(rng))])
             return f"{name!r:.40} twice in {told}"
-        case 5 if isinstance(inner, list) and inner:
+        case 5 if type(inner) is list and inner:
             holder[key] = inner * rng.choice((2, 2, 50))
             return f"{told} repeated"
-        case 6 if isinstance(inner, list) and inner:
+        case 6 if type(inner) is list and inner:
             holder[key] = [[inner], inner[:-1], inner[::-1], [*inner, hostile_value(rng)]][rng.randrange(4)]
             return f"{told} of another shape"
         case 7 if isinstance(inner, int | float) and not isinstance(inner, bool):
@@ -393,6 +394,20 @@ def zipped(members: dict[str, bytes], compressed: bool = False) -> bytes:
     return out.getvalue()
 
 
+@functools.cache
+def with_bomb(members: tuple[tuple[str, bytes], ...], name: str) -> bytes:
+    """An archive whose member of this name is 2 GB of zeros, packed."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        for other, content in members:
+            if other != name:
+                file.writestr(other, content, zipfile.ZIP_STORED)
+        with file.open(name, "w") as bomb:
+            for _ in range(128):
+                bomb.write(bytes(1 << 24))
+    return out.getvalue()
+
+
 def torch_damager(canary: Path) -> Mutator:
     """Mutates torch files: their zip archive, and the pickle and the storages in it."""
     pickles = hostile_pickles(canary)
@@ -424,7 +439,8 @@ def torch_damager(canary: Path) -> Mutator:
             case 8:
                 return f"{name} damaged", zipped(members | {name: damage_bytes(members[name], rng)[1]})
             case 9:
-                return f"a bomb in {name}", zipped(members | {name: bytes(200_000_000)}, compressed=True)
+                name = rng.choice((of_pickle, f"{stem}version"))
+                return f"a bomb in {name}", with_bomb(tuple(members.items()), name)
             case 10:
                 return "compressed", zipped(members, compressed=True)
             case 11:
