@@ -92,7 +92,8 @@ def regular_array(value: Any, axes: int, *, floats: bool = False) -> NDArray[Any
     Ragged lists, texts, booleans and numbers out of range are refused before numpy sees them: it would make a text of
     every entry, each as long as the longest.
     """
-    flat, shape = [value], []
+    flat: list[Any] = [value]
+    shape: list[int] = []
     for _ in range(axes):
         if not all(type(entry) is list for entry in flat):
             return None

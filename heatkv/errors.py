@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 LONGEST_MESSAGE = 2000
 """Characters of a message: what is quoted from a file may be as long as the file."""
 

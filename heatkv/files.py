@@ -177,15 +177,13 @@ def parse_json(text: str | bytes, source: str | Path) -> Any:
     NaN, numbers beyond every float, a name twice in one object. So is what is nested deeper than MAX_DEPTH."""
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
-        value = json.loads(
-            decoded, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_each_name_once
-        )
+        value = json.loads(decoded, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_each_name_once)
     except RecursionError as error:
         raise FormatError(f"{source} is not JSON of ours: it is nested deeper than {MAX_DEPTH}") from error
     except ValueError as error:
         raise FormatError(f"{source} is not JSON: {error}") from error
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         level = [inner for holder in level for inner in _members(holder) if isinstance(inner, list | dict)]
     if level:
         raise FormatError(f"{source} is not JSON of ours: it is nested deeper than {MAX_DEPTH}")

@@ -50,7 +50,8 @@ def _opened(path: Path) -> Image.Image:
     if file.mode != "RGB" or file.width * file.height > MOST_PIXELS:
         file.close()
         raise FormatError(
-            f"{path} has {file.width} x {file.height} pixels of kind {file.mode}; it must be RGB, of at most {MOST_PIXELS}"
+            f"{path} has {file.width} x {file.height} pixels of kind {file.mode}; it must be RGB, of at most "
+            f"{MOST_PIXELS}"
         )
     return file
 

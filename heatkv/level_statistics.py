@@ -105,7 +105,8 @@ class LevelStatistics(EqualByContents):
                 raise StatisticsError(f"level costs: {name} has shape {np.shape(array)}, not {expected[name]}")
             if not (np.abs(array) <= LARGEST_SUM).all() or (name != "log_bias" and (array < 0).any()):
                 raise StatisticsError(
-                    f"level costs: {name} holds a number that is not finite, a negative cost, or one above {LARGEST_SUM:g}"
+                    f"level costs: {name} holds a number that is not finite, a negative cost, or one above "
+                    f"{LARGEST_SUM:g}"
                 )
         if not self.samples or len(set(self.samples)) != len(self.samples):
             raise StatisticsError("level costs are of no sample, or count one twice")

@@ -69,7 +69,7 @@ def held_for_targets(last_reads: Sequence[IntArray], tokens: Sequence[Sequence[i
     """Past tokens that every head holds for every target, (L, H, T), from the last_read and the tokens per scale of
     every level, fine to coarse."""
     layers, heads, scales = last_reads[0].shape
-    # a level's tokens of a cell are held for the targets after the last that read a finer one, up to the last of its own
+    # a cell's tokens at a level are held for the targets after the last that read a finer one, to the level's own last
     change = np.zeros((layers * heads, scales + 1), dtype=np.int64)
     pairs = np.arange(layers * heads)[:, None]
     before = np.broadcast_to(np.arange(scales), (layers * heads, scales))

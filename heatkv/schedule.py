@@ -32,7 +32,8 @@ _VAR_SIDES = {
 class ScaleSchedule:
     """The scales of one image or clip, coarse to fine; `scales[s]` is (t, h, w) in tokens.
 
-    Raises ScheduleError for fewer than two scales, more than MAX_SCALES, or a side that is no whole number from 1 to MAX_SIDE.
+    Raises ScheduleError for fewer than two scales, more than MAX_SCALES, or a side that is no whole number from 1 to
+    MAX_SIDE.
     """
 
     scales: tuple[tuple[int, int, int], ...]

@@ -130,7 +130,8 @@ class Statistics(EqualByContents):
                 layer, head, target, source = (int(i) for i in np.argwhere(~((array >= 0) & (array <= LARGEST_SUM)))[0])
                 raise StatisticsError(
                     f"{name} of layer {layer}, head {head}, target {target}, source {source} is "
-                    f"{array[layer, head, target, source]}; it must be finite and not negative, and below {LARGEST_SUM:g}"
+                    f"{array[layer, head, target, source]}; it must be finite and not negative, and below "
+                    f"{LARGEST_SUM:g}"
                 )
             if array.shape != np.shape(self.mass_sum):
                 raise StatisticsError(f"mass_sum is {np.shape(self.mass_sum)}, {name} {array.shape}")
@@ -354,6 +355,11 @@ class Statistics(EqualByContents):
             raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
         except Exception as error:  # whatever safetensors stumbles over: types that numpy lacks, shapes beyond it
             raise FormatError(f"{path} is not a whole statistics file: {error}") from error
+        if other := sorted(name for name, array in arrays.items() if array.dtype.kind != "f"):
+            raise FormatError(
+                f"{path} is not a whole statistics file: {shown(other[0])} is of {arrays[other[0]].dtype}, not of "
+                "floating-point numbers"
+            )
         header = check_header(parse_json(text, path), path, FORMAT, VERSION)
         try:
             told = header["provenance"]

@@ -30,6 +30,7 @@ from heatkv.profiling.results import (
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Statistics
 
+
 @dataclass(frozen=True)
 class Missing:
     """Why something is not in the report."""
@@ -63,7 +64,9 @@ def pictures_of(row: Row) -> NDArray[np.uint8] | Missing:
     if path is None:
         path = row.source.folder / PICTURES / f"{subject_file_name(row.name)}.png"
     if not is_there(path):
-        return Missing(f"pictures/{path.name} is not there" if is_folder(path.parent) else "this folder has no pictures")
+        return Missing(
+            f"pictures/{path.name} is not there" if is_folder(path.parent) else "this folder has no pictures"
+        )
     told, pixels = picture_text(path, "heatkv"), read_pixels(path)
     width, rest = divmod(pixels.shape[1] + GAP, int(count))
     if told != row.told.get("comparison") or rest or width <= GAP:
@@ -108,9 +111,14 @@ def _read_scas(path: Path) -> tuple[Scas, dict[str, Any]]:
         raise FormatError(f"{path} is not a whole {SCAS_FORMAT} file: it lacks {shown(error.args[0])}") from error
     except (TypeError, ValueError, HeatKVError) as error:
         raise FormatError(f"{path} is not a whole {SCAS_FORMAT} file: {error}") from error
-    if scas is None or scas.shape[2] != len(schedule) - 1 or 0 in scas.shape or not ((scas >= 0) & (scas <= 1.01)).all():
+    if (
+        scas is None
+        or scas.shape[2] != len(schedule) - 1
+        or 0 in scas.shape
+        or not ((scas >= 0) & (scas <= 1.01)).all()
+    ):
         raise FormatError(
-            f"{path} is not a whole {SCAS_FORMAT} file: its scas are not shares of attention, one for every layer, head "
-            f"and cached scale of {len(schedule) - 1}"
+            f"{path} is not a whole {SCAS_FORMAT} file: its scas are not shares of attention, one for every layer, "
+            f"head and cached scale of {len(schedule) - 1}"
         )
     return Scas(schedule, scas, samples), provenance

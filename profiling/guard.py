@@ -153,7 +153,7 @@ def _by_identity(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return printable(f"{row['policy']} {row['budget']}, {row.get('rows')} rows, {row.get('storage')}")
+    return str(printable(f"{row['policy']} {row['budget']}, {row.get('rows')} rows, {row.get('storage')}"))
 
 
 def _check_same_measurement(told: Results, earlier: Results, results: Path, baseline: Path) -> None:
@@ -165,7 +165,8 @@ def _check_same_measurement(told: Results, earlier: Results, results: Path, base
     for name, one, other in named:
         if one != other:
             raise HeatKVError(
-                f"{results} has {name} {_told(one)}, {baseline} has {_told(other)}; measure with the baseline's, or make a new one"
+                f"{results} has {name} {_told(one)}, {baseline} has {_told(other)}; measure with the baseline's, or "
+                "make a new one"
             )
 
 
@@ -220,7 +221,9 @@ def _figure(row: Mapping[str, Any], name: str) -> float | None:
     if value is None:
         return None
     if not is_number(value):
-        raise FormatError(f"{_name(row)} has {name} {shown(value)}, which is no number; write the file with heatkv compare")
+        raise FormatError(
+            f"{_name(row)} has {name} {shown(value)}, which is no number; write the file with heatkv compare"
+        )
     return value
 
 

@@ -22,6 +22,7 @@ from heatkv.schedule import ScaleSchedule
 REFERENCE = "full"
 """The policy that all others are compared with; it is in no ranking."""
 
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """One row of a results.json, and the folder it is from. `told` holds its fields, of the kinds they must be."""

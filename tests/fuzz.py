@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import os
 import resource
 import selectors
 import signal
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,7 +55,16 @@ def work(count: int, offset: int, skip: int, only: str | None) -> None:
     import torch
     from conftest import make_t5
     from hostile import (
-        CANARY, Broken, Watch, load_model, make_targets, outcome, prepare, schedule_of_trials, text_targets, whole,
+        CANARY,
+        Broken,
+        Watch,
+        load_model,
+        make_targets,
+        outcome,
+        prepare,
+        schedule_of_trials,
+        text_targets,
+        whole,
     )  # fmt: skip
 
     torch.set_num_threads(1)
@@ -69,7 +76,7 @@ def work(count: int, offset: int, skip: int, only: str | None) -> None:
         (root / "t5").mkdir()
         make_t5(root / "t5")
         targets: list[Any] = [
-            *make_targets(root / "whole", canary, load_model("emoji"), root / "t5"), *text_targets(),
+            *make_targets(root / "whole", canary, load_model("emoji"), root / "t5", 1280), *text_targets(),
         ]  # fmt: skip
         limits: dict[str, float] = {}
         for target in targets:
@@ -84,7 +91,12 @@ def work(count: int, offset: int, skip: int, only: str | None) -> None:
             if index < skip or (only is not None and target.name != only):
                 continue
             trial = prepare(target, seed + offset, place / "x")
-            _tell(index=index, seed=seed + offset, target=trial.target, told=trial.told.encode("ascii", "replace").decode())
+            _tell(
+                index=index,
+                seed=seed + offset,
+                target=trial.target,
+                told=trial.told.encode("ascii", "replace").decode(),
+            )
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins with what is held now
             before, began = _status("VmRSS"), time.process_time()
             signal.setitimer(signal.ITIMER_REAL, 30)
@@ -93,8 +105,6 @@ def work(count: int, offset: int, skip: int, only: str | None) -> None:
                 broken = None
             except Broken as error:
                 told, broken = "broken", str(error)
-                if os.environ.get("HEATKV_FUZZ_TRACE"):
-                    traceback.print_exc()
             except TooLong:
                 told, broken = "broken", "it stood still for 30 seconds"
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -125,7 +135,16 @@ def main() -> int:
     largest: dict[str, int] = collections.defaultdict(int)
     skip = 0
     while True:
-        command = [sys.executable, __file__, "--count", str(given.count), "--seed", str(given.seed), "--work", str(skip)]
+        command = [
+            sys.executable,
+            __file__,
+            "--count",
+            str(given.count),
+            "--seed",
+            str(given.seed),
+            "--work",
+            str(skip),
+        ]
         command += [] if given.only is None else ["--only", given.only]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
@@ -166,7 +185,9 @@ def main() -> int:
         print(failures[-1], flush=True)
         done, skip = done + 1, now["index"] + 1
     for name in slowest:
-        print(f"{name:28} {counts[name]:6} mutants, slowest {slowest[name]:6.2f} s, grew by {largest[name] >> 20:5} MiB")
+        print(
+            f"{name:28} {counts[name]:6} mutants, slowest {slowest[name]:6.2f} s, grew by {largest[name] >> 20:5} MiB"
+        )
     valid = counts["valid"]
     print(f"{done} mutants in {time.monotonic() - began:.0f} s: {valid} valid, {done - valid - len(failures)} refused")
     print(f"{len(failures)} broken")

@@ -12,7 +12,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from mutations import (
-    CANARY,
     NUMBERS,
     TEXTS,
     Mutator,
-    Raw,
     damage_bytes,
     damage_json,
     damage_lines,
@@ -41,12 +39,11 @@ from heatkv.cli.measure import _whole_numbers
 from heatkv.cli.opening import _prompts, open_plan, parse_names, parse_ratio
 from heatkv.cli.options import Ranking
 from heatkv.cli.settings import policy_options
-from heatkv.errors import HeatKVError
+from heatkv.errors import LONGEST_MESSAGE, HeatKVError
 from heatkv.geometry import Budget, CacheGeometry
 from heatkv.layer_budgets import LayerBudgets
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS, LevelChoices
-from heatkv.models import load_model
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.checkpoint import (
     build_bsq,
@@ -71,7 +68,7 @@ from heatkv.profiling.html_report import report_data, write_report
 from heatkv.profiling.latency_table import latency_table
 from heatkv.profiling.memory_table import memory_table
 from heatkv.profiling.merging import merge
-from heatkv.profiling.results import ResultsFolder, check_replaceable, save_scas
+from heatkv.profiling.results import ResultsFolder, check_replaceable, file_digest, save_scas
 from heatkv.profiling.runner import FIDELITY, versus
 from heatkv.registry import registered_policies
 from heatkv.schedule import ScaleSchedule
@@ -80,7 +77,6 @@ from heatkv.statistics import HeadRankings, Provenance, Statistics
 
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4), (5, 4)]))
 SIDES = (1, 2, 3)
-LONGEST_MESSAGE = 4_000
 
 
 @dataclass(frozen=True)
@@ -109,6 +105,9 @@ class TextTarget:
 
 
 # ------------------------------------------------------------------------------------------------------ watching
+
+
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class Broken(AssertionError):
@@ -148,11 +147,8 @@ class Watch:
             return
         if event in self._FORBIDDEN:
             self.seen.append(f"{event} {str(arguments)[:200]}")
-        elif event in self._CHANGING:
+        elif event in self._CHANGING or (event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING):
             self._written(event, arguments[0])
-        elif event == "open" and isinstance(arguments[2], int):
-            if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                self._written(event, arguments[0])
 
     def _written(self, event: str, path: Any) -> None:
         if isinstance(path, str | bytes | os.PathLike):
@@ -208,7 +204,8 @@ def _statistics() -> Statistics:
     later = np.tril(np.ones((scales, scales)), -1)
     return Statistics(
         GEOMETRY.schedule, 2 * mass, 2 * mass**2 + 0.01 * later, where, all_mass_sum=2 * mass, error_sum=mass * later,
-        levels=levels, concentration_sum=rng.random((*shape, scales)), similarity_sum=rng.random((layers, scales)) - 0.5,
+        levels=levels, concentration_sum=rng.random((*shape, scales)),
+        similarity_sum=rng.random((layers, scales)) - 0.5,
     )  # fmt: skip
 
 
@@ -240,7 +237,9 @@ def _use_statistics(path: Path) -> None:
 
 
 _OTHER_STATISTICS = dataclasses.replace(
-    _statistics(), provenance=Provenance("tiny", "0f", 1.5, {"top_k": 10}, ("8:0:1", "8:1:2"), {"torch": "2"}), levels=None
+    _statistics(),
+    provenance=Provenance("tiny", "0f", 1.5, {"top_k": 10}, ("8:0:1", "8:1:2"), {"torch": "2"}),
+    levels=None,
 )
 
 
@@ -263,7 +262,8 @@ def _results_folder(folder: Path, emoji: ClassConditionalModel) -> None:
             "current_bytes": 10, "index_bytes": 1, "workspace_bytes": 2, "compensation_bytes": 0,
             "timeline_bytes": [[1, 2]] * 5, "comparison": f"c{place}", "measurement": f"m{place}",
         } | dict.fromkeys(FIDELITY) | {
-            "images": 2, "pictures": 2, "kl": 0.1 * place, "kl_per_scale": [0.1] * 5, "kl_of_draws": [0.1 * place], "top1_agreement": 0.9,
+            "images": 2, "pictures": 2, "kl": 0.1 * place, "kl_per_scale": [0.1] * 5,
+            "kl_of_draws": [0.1 * place], "top1_agreement": 0.9,
             "kl_of_images": [0.1, 0.2], "psnr_of_pictures": [30.0, 31.0], "not_measured": {"lpips": "x"},
             "psnr_db": 30.0, "ssim": 0.9, "device_peak_bytes": None, "nvml_bytes": None, "error": None,
             "under_used": False, "had_no_effect": False, "timed": "now",
@@ -272,7 +272,8 @@ def _results_folder(folder: Path, emoji: ClassConditionalModel) -> None:
                 "phases": {"attention": 1.0}, "scales": [1.0] * 5,
             },
             "memory": {
-                "process": "own", "device": "cpu", "weights_bytes": 5, "tensors": {"peak_bytes": {"drawing": 1, "decode": 2}},
+                "process": "own", "device": "cpu", "weights_bytes": 5,
+                "tensors": {"peak_bytes": {"drawing": 1, "decode": 2}},
                 "allocator": None, "host": {"most_bytes": 3}, "graphs": None, "driver": None,
                 "steps": [{"parts": {"unexplained": 1}}],
             },
@@ -280,8 +281,6 @@ def _results_folder(folder: Path, emoji: ClassConditionalModel) -> None:
         if plan is not None:
             path = folder / "plans" / f"{policy}.json"
             plan.save(path)
-            from heatkv.profiling.results import file_digest
-
             row["plans"] = {path.name: file_digest(path)}
         results.save_pictures(f"{policy} {row['budget']}", f"c{place}", torch.rand(2, 3, 6, 6))
         rows.append(row)
@@ -339,9 +338,9 @@ def _bsq() -> dict[str, torch.Tensor]:
     return BitwiseVAE(BSQConfig(4, 32, (1, 1)), encoder=False).state_dict()
 
 
-def _checkpoints(root: Path, canary: Path) -> Iterator[Target]:
+def _checkpoints(root: Path, canary: Path, bomb_mib: int) -> Iterator[Target]:
     """Every network in every form of file."""
-    damage_torch = torch_damager(canary)
+    damage_torch = torch_damager(canary, bomb_mib)
     made: dict[str, tuple[dict[str, torch.Tensor], Callable[[Any], Any]]] = {
         "VAR": (_var(), lambda content: build_var(var_state(content))),
         "VQVAE": (_vqvae(), lambda content: build_vqvae(vqvae_state(content), SIDES)),
@@ -385,7 +384,9 @@ def _checkpoints(root: Path, canary: Path) -> Iterator[Target]:
         index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
         whole: Mutator = damage_safetensors if kind.endswith("safetensors") else damage_torch
         mutators: dict[str, Mutator] = {f"in/{index.name}": _damage_index, f"in/{stem}-0.{kind.split('.')[1]}": whole}
-        yield Target(f"index of {kind}", folder, mutators, lambda place, build=build: build(read_checkpoint(place / "in")))
+        yield Target(
+            f"index of {kind}", folder, mutators, lambda place, build=build: build(read_checkpoint(place / "in"))
+        )
 
 
 def _damage_index(data: bytes, rng: random.Random) -> tuple[str, bytes]:
@@ -439,8 +440,10 @@ def _check(folder: Path) -> None:
     json.dumps(verdict.to_json(), allow_nan=False)
 
 
-def make_targets(root: Path, canary: Path, emoji: ClassConditionalModel, t5_folder: Path | None) -> list[Target]:
-    """All loaders of files; their whole files are made below `root`."""
+def make_targets(
+    root: Path, canary: Path, emoji: ClassConditionalModel, t5_folder: Path | None, bomb_mib: int = 32
+) -> list[Target]:
+    """All loaders of files; their whole files are made below `root`. Bombs unpack to so many MiB."""
     (root / "plan").mkdir(parents=True)
     folder = root / "plan"
     _plan().save(folder / "plan.json")
@@ -456,7 +459,8 @@ def make_targets(root: Path, canary: Path, emoji: ClassConditionalModel, t5_fold
         shutil.copy(folder / name, place / name)
     targets = [
         Target(
-            "plan", own["plan.json"], {"plan.json": damage_json}, lambda place: _use_plan(load_plan(place / "plan.json", 64)), 2
+            "plan", own["plan.json"], {"plan.json": damage_json},
+            lambda place: _use_plan(load_plan(place / "plan.json", 64)), 2,
         ),
         Target(
             "capacity plan", own["capacities.json"], {"capacities.json": damage_json},
@@ -474,12 +478,14 @@ def make_targets(root: Path, canary: Path, emoji: ClassConditionalModel, t5_fold
             "layer budgets", own["budgets.json"], {"budgets.json": damage_json},
             lambda place: LayerBudgets.load(place / "budgets.json", GEOMETRY),
         ),
-        Target("prompts", own["prompts.txt"], {"prompts.txt": damage_lines}, lambda place: _prompts(place / "prompts.txt")),
+        Target(
+            "prompts", own["prompts.txt"], {"prompts.txt": damage_lines}, lambda place: _prompts(place / "prompts.txt"),
+        ),
         Target(
             "statistics", root / "statistics", {"statistics.safetensors": damage_safetensors},
             lambda place: _use_statistics(place / "statistics.safetensors"), 3,
         ),
-        *_checkpoints(root, canary),
+        *_checkpoints(root, canary, bomb_mib),
     ]  # fmt: skip
     folder = root / "results"
     folder.mkdir()
@@ -516,7 +522,9 @@ def make_targets(root: Path, canary: Path, emoji: ClassConditionalModel, t5_fold
             "config.json": damage_json, "tokenizer.json": damage_json, "tokenizer_config.json": damage_json,
             "model.safetensors": damage_safetensors,
         }  # fmt: skip
-        targets.append(Target("text encoder", root / "t5", files, lambda place: T5TextEncoder(place).encode(["a cat"]), 0.15))
+        targets.append(
+            Target("text encoder", root / "t5", files, lambda place: T5TextEncoder(place).encode(["a cat"]), 0.15)
+        )
     return targets
 
 
@@ -547,7 +555,17 @@ def _use_set(text: str) -> None:
 
 def text_targets() -> list[TextTarget]:
     """All texts of a command line that mean numbers."""
-    sets = ("sink_scales=2", "value=error", "window=3", "joint=2", "seed=4", "max_kl=0.1", "kernel=5", "cost=fisher", "x=1")
+    sets = (
+        "sink_scales=2",
+        "value=error",
+        "window=3",
+        "joint=2",
+        "seed=4",
+        "max_kl=0.1",
+        "kernel=5",
+        "cost=fisher",
+        "x=1",
+    )
     return [
         TextTarget("budget", ("10%", "0.1", "600MiB", "2GB", "650tokens", "auto", "1e-3"), _use_budget),
         TextTarget("--set", sets, _use_set, 0.6),
@@ -559,7 +577,27 @@ def text_targets() -> list[TextTarget]:
     ]
 
 
-_SIGNS = ("%", "-", "+", ".", "e", "E", "_", ",", ":", "=", " ", "\0", "\n", "\u0661", "\u00bd", "0x", "inf", "nan", "/")
+_SIGNS = (
+    "%",
+    "-",
+    "+",
+    ".",
+    "e",
+    "E",
+    "_",
+    ",",
+    ":",
+    "=",
+    " ",
+    "\0",
+    "\n",
+    "\u0661",
+    "\u00bd",
+    "0x",
+    "inf",
+    "nan",
+    "/",
+)
 
 
 def damage_text(text: str, rng: random.Random) -> str:
@@ -625,10 +663,8 @@ def whole(target: Target | TextTarget, folder: Path) -> Callable[[], Any]:
 
 
 def _tolerant(load: Callable[[str], Any], text: str) -> None:
-    try:
+    with suppress(HeatKVError):  # a policy that needs what this has not, or a file that is not there
         load(text)
-    except HeatKVError:  # a policy that needs what this has not, or a file that is not there
-        pass
 
 
 def schedule_of_trials(targets: list[Any], count: int) -> Iterator[tuple[Any, int]]:
@@ -644,9 +680,3 @@ def schedule_of_trials(targets: list[Any], count: int) -> Iterator[tuple[Any, in
             return
         yield targets[seed % len(targets)], seed
         made += 1
-
-
-__all__ = [
-    "CANARY", "Broken", "Raw", "Target", "TextTarget", "Trial", "Watch", "load_model", "make_targets", "outcome", "prepare",
-    "schedule_of_trials", "text_targets", "whole",
-]  # fmt: skip

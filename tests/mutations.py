@@ -93,14 +93,17 @@ NUMBERS = (
 )  # fmt: skip
 TEXTS = (
     "", "x", "1", "NaN", "None", "full", "\ud800", "\0", "a\nb", "\u202e", "\x1b[31m", "e\u0301" * 20, "\U0001f355",
-    "../../x", "/etc/passwd", "..", ".", "~", "a/b", "..\\x", "C:\\x", "con", "%s%n", "{0}", "{{7*7}}", "<script>1</script>",
+    "../../x", "/etc/passwd", "..", ".", "~", "a/b", "..\\x", "C:\\x", "con", "%s%n", "{0}", "{{7*7}}",
+    "<script>1</script>",
     "[/red]", "a" * 300, "a" * 100_000, "Scale 99999999999", "Block -1",
 )  # fmt: skip
+_WIDE = ["x"] * 2_000 + ["y" * 500_000]
+"""As an array of numpy, 4 GB: every entry would be as wide as the widest."""
 OTHERS = (
     None, True, False, [], {}, [[]], [[[]]], [{}], {"": None}, [1], [1, 2], [[1, 1]] * 2, [[[0, 1], [1]]],
-    ["x", "y" * 200_000] * 50, [["x", "y" * 200_000] * 50] * 2, [[["x", "y" * 200_000] * 50] * 2],
-    [[10**9, 10**9]] * 3, [[65536, 65536, 65536]] * 5, [[1, 1]] * 3_000, [[1, 1, 1]] * 40_000, [[65537, 1]] * 2,
-    Pairs([("a", 1), ("a", 2)]), {"__class__": "os.system", "py/object": "os.system"},
+    _WIDE, [_WIDE], [[_WIDE]], [[10**9, 10**9]] * 3, [[65536, 65536, 65536]] * 5, [[1, 1]] * 3_000,
+    [[1, 1, 1]] * 40_000,
+    [[65537, 1]] * 2, Pairs([("a", 1), ("a", 2)]), {"__class__": "os.system", "py/object": "os.system"},
 )  # fmt: skip
 
 
@@ -155,10 +158,10 @@ def _change_json(root: list[Any], rng: random.Random) -> str:
             name = rng.choice(pairs)[0]
             holder[key] = Pairs([*pairs, (name, hostile_value(rng))])
             return f"{name!r:.40} twice in {told}"
-        case 5 if type(inner) is list and inner:
+        case 5 if type(inner) is list and 0 < len(inner) < 1_000:
             holder[key] = inner * rng.choice((2, 2, 50))
             return f"{told} repeated"
-        case 6 if type(inner) is list and inner:
+        case 6 if type(inner) is list and 0 < len(inner) < 1_000:
             holder[key] = [[inner], inner[:-1], inner[::-1], [*inner, hostile_value(rng)]][rng.randrange(4)]
             return f"{told} of another shape"
         case 7 if isinstance(inner, int | float) and not isinstance(inner, bool):
@@ -236,7 +239,16 @@ def damage_safetensors(data: bytes, rng: random.Random) -> tuple[str, bytes]:
             told = f"shape {entry['shape']}"
         case 4:
             entry["data_offsets"] = rng.choice(
-                ([0, end - start], [start, end + 8], [end, start], [0, 2**63], [-8, end], [start], [2**64, 2**64], [0, 0])
+                (
+                    [0, end - start],
+                    [start, end + 8],
+                    [end, start],
+                    [0, 2**63],
+                    [-8, end],
+                    [start],
+                    [2**64, 2**64],
+                    [0, 0],
+                )
             )
             told = f"offsets {entry['data_offsets']}"
         case 5:
@@ -251,16 +263,25 @@ def damage_safetensors(data: bytes, rng: random.Random) -> tuple[str, bytes]:
         case 7 if "heatkv" in header.get("__metadata__", ()):
             told, header["__metadata__"]["heatkv"] = change_json(json.loads(header["__metadata__"]["heatkv"]), rng)
         case 8 if "__metadata__" in header:
-            header["__metadata__"] = rng.choice(({}, None, [], {"heatkv": ""}, {"heatkv": "[]"}, {"heatkv": 1}, {"a": "b"}))
+            header["__metadata__"] = rng.choice(
+                ({}, None, [], {"heatkv": ""}, {"heatkv": "[]"}, {"heatkv": 1}, {"a": "b"})
+            )
             told = f"metadata {header['__metadata__']!r}"
         case 9:
             told, text = change_json(header, rng)
             return told, joined_safetensors(text, body)
         case 10:  # a tensor of no bytes and any shape
-            header["empty"] = {"dtype": "F32", "shape": [0, rng.choice((1, 2**40, 2**62))], "data_offsets": [len(body)] * 2}
+            header["empty"] = {
+                "dtype": "F32",
+                "shape": [0, rng.choice((1, 2**40, 2**62))],
+                "data_offsets": [len(body)] * 2,
+            }
             told = "an empty tensor"
         case 11 if entry["shape"] and entry["dtype"] in ("F32", "F64"):
-            more = {"dtype": entry["dtype"], "shape": rng.choice((entry["shape"][::-1], [*entry["shape"], 1], [end - start]))}
+            more = {
+                "dtype": entry["dtype"],
+                "shape": rng.choice((entry["shape"][::-1], [*entry["shape"], 1], [end - start])),
+            }
             entry |= more if rng.random() < 0.6 else {}
             told = f"shape {entry['shape']}"
         case _:
@@ -305,9 +326,14 @@ def hostile_pickles(canary: Path) -> dict[str, bytes]:
     """Pickles that would run code, or take memory, time or stack far beyond their size."""
     made = str(canary)
     shared = b"\x80\x02}K\x01K\x01\x86" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
-    lists = b"\x80\x02}" + _text("a") + b"]" + b"".join(
-        b"q" + bytes([i]) + b"]h" + bytes([i]) + b"ah" + bytes([i]) + b"a" for i in range(60)
-    )  # fmt: skip
+    lists = b"\x80\x02}" + b"".join(
+        _text(str(i))
+        + b"]q"
+        + bytes([i])
+        + (b"h" + bytes([i - 1]) + b"ah" + bytes([i - 1]) + b"a" if i else b"")
+        + b"s"
+        for i in range(60)
+    )
     return {
         "os.mkdir": _called("os", "mkdir", _text(made)),
         "posix.mkdir": _called("posix", "mkdir", _text(made)),
@@ -315,7 +341,7 @@ def hostile_pickles(canary: Path) -> dict[str, bytes]:
         "builtins.eval": _called("builtins", "eval", _text(f"__import__('os').mkdir({made!r})")),
         "builtins.getattr": _called("builtins", "getattr", b"cos\npath\n" + _text("join")),
         "subprocess.call": _called("subprocess", "call", b"](" + _text("mkdir") + _text(made) + b"e"),
-        "stack global": b"\x80\x04" + b"\x8c\x02os\x8c\x05mkdir\x93\x8c" + bytes([len(made)]) + made.encode() + b"\x85R.",
+        "stack global": b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93" + _text(made) + b"\x85R.",
         "INST": b"(" + b"S" + _opcodes(repr(made)) + b"\nios\nmkdir\n.",
         "OBJ": b"(cos\nmkdir\nS" + _opcodes(repr(made)) + b"\no.",
         "BUILD": b"\x80\x02ctorch._utils\n_rebuild_parameter\n}" + _text("__setstate__") + b"cos\nsystem\nsb.",
@@ -325,7 +351,7 @@ def hostile_pickles(canary: Path) -> dict[str, bytes]:
         "a set of tuples": _called("builtins", "set", shared[3:] + b"\x85"),
         "storage of 8 TB": _called("torch", "FloatStorage", _int(2**41)),
         "tuples within tuples as a name": shared + b"K\x01s.",
-        "lists within lists": lists + b"s.",
+        "lists within lists": lists + b".",
         "a deep tuple as a name": b"\x80\x02}K\x01" + b"\x85" * 400_000 + b"K\x01s.",
         "a deep list": b"\x80\x02}" + _text("a") + b"]" * 100_000 + b"a" * 99_999 + b"s.",
         "a memo place of 10^9": b"\x80\x02}r" + struct.pack("<I", 10**9) + b".",
@@ -342,7 +368,25 @@ def hostile_pickles(canary: Path) -> dict[str, bytes]:
     }  # fmt: skip
 
 
-_CALLS = (b"c", b"R", b"\x81", b"b", b"i", b"o", b"\x93", b"Q", b"0", b"2", b"e", b"u", b"s", b"t", b"\x85", b"h\x00", b"j")
+_CALLS = (
+    b"c",
+    b"R",
+    b"\x81",
+    b"b",
+    b"i",
+    b"o",
+    b"\x93",
+    b"Q",
+    b"0",
+    b"2",
+    b"e",
+    b"u",
+    b"s",
+    b"t",
+    b"\x85",
+    b"h\x00",
+    b"j",
+)
 
 
 def _change_pickle(data: bytes, rng: random.Random) -> tuple[str, bytes]:
@@ -352,7 +396,8 @@ def _change_pickle(data: bytes, rng: random.Random) -> tuple[str, bytes]:
         case 0:
             old, new = rng.choice(
                 (
-                    (b"FloatStorage", b"DoubleStorage"), (b"FloatStorage", b"QInt8Storage"), (b"FloatStorage", b"NoStorage"),
+                    (b"FloatStorage", b"DoubleStorage"), (b"FloatStorage", b"QInt8Storage"),
+                    (b"FloatStorage", b"NoStorage"),
                     (b"FloatStorage", b"ComplexFloatStorage"), (b"FloatStorage", b"BoolStorage"),
                     (b"_rebuild_tensor_v2", b"_rebuild_sparse_tensor"), (b"_rebuild_tensor_v2", b"_rebuild_qtensor"),
                     (b"_rebuild_tensor_v2", b"_rebuild_meta_tensor_no_storage"), (b"torch._utils", b"torch._tensor"),
@@ -395,21 +440,21 @@ def zipped(members: dict[str, bytes], compressed: bool = False) -> bytes:
 
 
 @functools.cache
-def with_bomb(members: tuple[tuple[str, bytes], ...], name: str) -> bytes:
-    """An archive whose member of this name is 2 GB of zeros, packed."""
+def with_bomb(name: str, mib: int) -> bytes:
+    """A torch file whose member of this name is so many MiB of zeros, packed."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-        for other, content in members:
+        for other, content in (("data.pkl", b"\x80\x02}."), ("version", b"3\n"), ("byteorder", b"little")):
             if other != name:
-                file.writestr(other, content, zipfile.ZIP_STORED)
-        with file.open(name, "w") as bomb:
-            for _ in range(128):
-                bomb.write(bytes(1 << 24))
+                file.writestr(f"x/{other}", content, zipfile.ZIP_STORED)
+        with file.open(f"x/{name}", "w") as bomb:
+            for _ in range(mib):
+                bomb.write(bytes(1 << 20))
     return out.getvalue()
 
 
-def torch_damager(canary: Path) -> Mutator:
-    """Mutates torch files: their zip archive, and the pickle and the storages in it."""
+def torch_damager(canary: Path, bomb_mib: int) -> Mutator:
+    """Mutates torch files: their zip archive, and the pickle and the storages in it. Bombs unpack to so many MiB."""
     pickles = hostile_pickles(canary)
 
     def damage(data: bytes, rng: random.Random) -> tuple[str, bytes]:
@@ -439,14 +484,16 @@ def torch_damager(canary: Path) -> Mutator:
             case 8:
                 return f"{name} damaged", zipped(members | {name: damage_bytes(members[name], rng)[1]})
             case 9:
-                name = rng.choice((of_pickle, f"{stem}version"))
-                return f"a bomb in {name}", with_bomb(tuple(members.items()), name)
+                name = rng.choice(("data.pkl", "version"))
+                return f"a bomb in {name}", with_bomb(name, bomb_mib)
             case 10:
                 return "compressed", zipped(members, compressed=True)
             case 11:
                 return _central_directory(data, rng)
             case 12:
-                extra = rng.choice(("../../x", "/tmp/x", "constants.pkl", "code/a.py", "byteorder", "version", "a" * 60_000))
+                extra = rng.choice(
+                    ("../../x", "/tmp/x", "constants.pkl", "code/a.py", "byteorder", "version", "a" * 60_000)
+                )
                 return f"{extra[:20]} added", zipped(members | {rng.choice(("", stem)) + extra: rng.randbytes(20)})
             case 13:
                 return "something in front", rng.choice((b"x", bytes(64), data)) + data
@@ -467,8 +514,10 @@ def _central_directory(data: bytes, rng: random.Random) -> tuple[str, bytes]:
         at = data.find(b"PK\x01\x02", at + 4)
     field, kind, value = rng.choice(
         (
-            (10, "<H", 8), (10, "<H", 99), (8, "<H", 1), (16, "<I", 0), (20, "<I", 2**31), (20, "<I", 0), (24, "<I", 2**31),
-            (24, "<I", 2**32 - 2), (24, "<I", 2**32 - 1), (28, "<H", 65535), (30, "<H", 65535), (42, "<I", 0), (42, "<I", 2**31),
+            (10, "<H", 8), (10, "<H", 99), (8, "<H", 1), (16, "<I", 0), (20, "<I", 2**31), (20, "<I", 0),
+            (24, "<I", 2**31),
+            (24, "<I", 2**32 - 2), (24, "<I", 2**32 - 1), (28, "<H", 65535), (30, "<H", 65535),
+            (42, "<I", 0), (42, "<I", 2**31),
         )
     )  # fmt: skip
     for entry in entries if rng.random() < 0.5 else [rng.choice(entries)]:

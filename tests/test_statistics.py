@@ -271,7 +271,11 @@ def test_the_documented_header_is_enough(tmp_path: Path) -> None:
         (lambda _, arrays: arrays.update(mass_sum=-arrays["mass_sum"]), StatisticsError, "not negative"),
         (lambda _, arrays: arrays.update(mass_sum=arrays["mass_sum"][0]), StatisticsError, "shape"),
         # finite, but no sum of it is
-        (lambda _, arrays: arrays.update(mass_sum=np.tril(arrays["mass_sum"] * 0 + 1.7e308)), StatisticsError, "below 1e"),
+        (
+            lambda _, arrays: arrays.update(mass_sum=np.tril(arrays["mass_sum"] * 0 + 1.7e308)),
+            StatisticsError,
+            "below 1e",
+        ),
     ],
 )
 def test_a_file_changed_by_hand_is_refused(

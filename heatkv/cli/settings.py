@@ -47,7 +47,9 @@ def _having(option: str, known: Mapping[str, Mapping[str, PolicyOption]]) -> lis
     """The policies that have this option."""
     having = [name for name, options in known.items() if option in options]
     if not having:
-        near = difflib.get_close_matches(option[:40], {o for options in known.values() for o in options}, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(
+            option[:40], {o for options in known.values() for o in options}, n=1, cutoff=0.5
+        )
         hint = f"; did you mean {near[0]!r}?" if near else "."
         listed = "; ".join(f"{name}: {', '.join(options) or 'none'}" for name, options in known.items())
         who = f"policy {next(iter(known))!r} has no" if len(known) == 1 else "none of these policies has an"

@@ -200,7 +200,9 @@ def var_config(state: State) -> VARConfig:
     if "lvl_1L" in state:
         of_tokens = state["lvl_1L"].flatten()
         if len(of_tokens) != total or of_tokens.is_complex() or not ((of_tokens >= 0) & (of_tokens < levels)).all():
-            raise ModelError(f"these are no {what} weights: lvl_1L does not tell the scales, below {levels}, of {total} tokens")
+            raise ModelError(
+                f"these are no {what} weights: lvl_1L does not tell the scales, below {levels}, of {total} tokens"
+            )
         counts = torch.bincount(of_tokens.long(), minlength=levels).tolist()
         sides: Sequence[int] = [math.isqrt(count) for count in counts]
         if [side * side for side in sides] != counts:

@@ -36,7 +36,8 @@ _REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_reb
 _CALLED = frozenset(
     {
         "collections OrderedDict", "collections Counter", "__builtin__ set", "builtins set", "__builtin__ complex",
-        "builtins complex", "_codecs encode", "torch Size", "torch device", *(f"torch._utils {name}" for name in _REBUILD),
+        "builtins complex", "_codecs encode", "torch Size", "torch device",
+        *(f"torch._utils {name}" for name in _REBUILD),
     }
 )  # fmt: skip
 """What pickles of tensors and plain values call. Torch allows more: byte arrays and tensors of any size, of nothing."""
@@ -49,8 +50,8 @@ _NAMED = _CALLED | {
 """And what they name: types of tensors too."""
 
 _ONE = {
-    "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "BININT", "BININT1", "BININT2",
-    "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1",
+    "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "BININT", "BININT1",
+    "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1",
 }  # fmt: skip
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _CONSUMED = {"APPEND": 1, "SETITEM": 2, "BUILD": 1, "REDUCE": 1, "BINPERSID": 0}
@@ -64,7 +65,7 @@ class _Refused(Exception):
 class _Entry(NamedTuple):
     """Something on a pickle's stack."""
 
-    count: int = 1
+    entries: int = 1
     depth: int = 0
     name: str = ""
 
@@ -150,6 +151,7 @@ def check_pickle(data: bytes) -> None:
     marks: list[int] = []
     memo: dict[int, _Entry] = {}
     shared = 0
+    argument: Any
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name == "GLOBAL":
@@ -164,7 +166,7 @@ def check_pickle(data: bytes) -> None:
                 raise IndexError("its pickle takes more than there is")
             inner = stack[start:]
             del stack[start:]
-            count, depth = sum(entry.count for entry in inner), max((entry.depth for entry in inner), default=0)
+            count, depth = sum(entry.entries for entry in inner), max((entry.depth for entry in inner), default=0)
             stack.append(_Entry(1 + count, 1 + depth))
             if depth >= _MOST_DEPTH:
                 raise _Refused(f"nests tuples deeper than {_MOST_DEPTH}")
@@ -181,10 +183,10 @@ def check_pickle(data: bytes) -> None:
         elif name == "MARK":
             marks.append(len(stack))
         elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
+            memo[int(argument)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-            shared += stack[-1].count
+            stack.append(memo[int(argument)])
+            shared += stack[-1].entries
             if shared > _MOST_SHARED + len(data):
                 raise _Refused("repeats tuples within tuples")
         elif name not in ("PROTO", "STOP"):
