@@ -52,20 +52,11 @@ def _tell(**fields: Any) -> None:
 
 def work(count: int, offset: int, skip: int, only: str | None) -> None:
     """Load the mutants from the `skip`th on, telling of every one before and after."""
-    import torch
     from conftest import make_t5
-    from hostile import (
-        CANARY,
-        Broken,
-        Watch,
-        load_model,
-        make_targets,
-        outcome,
-        prepare,
-        schedule_of_trials,
-        text_targets,
-        whole,
-    )  # fmt: skip
+    from hostile import Broken, Watch, make_targets, outcome, prepare, schedule_of_trials, text_targets, whole
+    from mutations import CANARY
+
+    from heatkv.models import load_model
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, _stop)

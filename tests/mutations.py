@@ -158,10 +158,10 @@ def _change_json(root: list[Any], rng: random.Random) -> str:
             name = rng.choice(pairs)[0]
             holder[key] = Pairs([*pairs, (name, hostile_value(rng))])
             return f"{name!r:.40} twice in {told}"
-        case 5 if type(inner) is list and 0 < len(inner) < 1_000:
+        case 5 if type(inner) is list and inner and len(dumped(inner)) < 20_000:
             holder[key] = inner * rng.choice((2, 2, 50))
             return f"{told} repeated"
-        case 6 if type(inner) is list and 0 < len(inner) < 1_000:
+        case 6 if type(inner) is list and inner:
             holder[key] = [[inner], inner[:-1], inner[::-1], [*inner, hostile_value(rng)]][rng.randrange(4)]
             return f"{told} of another shape"
         case 7 if isinstance(inner, int | float) and not isinstance(inner, bool):
