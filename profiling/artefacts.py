@@ -47,10 +47,10 @@ def plans_of(row: Row) -> tuple[CachePlan, ...] | Missing:
     for name, digest in files.items():
         path = row.source.folder / "plans" / name
         if Path(name).name != name or not is_there(path):
-            return Missing(f"plans/{shown(name)} is not there")
+            return Missing(f"plans/{name[:80]} is not there")
         plan = load_plan(path)
         if file_digest(path) != digest:
-            return Missing(f"plans/{shown(name)} is not the plan that was measured")
+            return Missing(f"plans/{name[:80]} is not the plan that was measured")
         plans.append(plan)
     return tuple(plans)
 

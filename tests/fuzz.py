@@ -52,6 +52,7 @@ def _tell(**fields: Any) -> None:
 
 def work(count: int, offset: int, skip: int, only: str | None) -> None:
     """Load the mutants from the `skip`th on, telling of every one before and after."""
+    import torch
     from conftest import make_t5
     from hostile import Broken, Watch, make_targets, outcome, prepare, schedule_of_trials, text_targets, whole
     from mutations import CANARY

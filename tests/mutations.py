@@ -3,6 +3,7 @@ words what it did, so that a failure can be read without the file."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import json
@@ -114,7 +115,7 @@ def hostile_value(rng: random.Random) -> Any:
         case 1 | 2:
             return rng.choice(TEXTS)
         case 3 | 4:
-            return rng.choice(OTHERS)
+            return copy.deepcopy(rng.choice(OTHERS))  # it may be changed in turn
         case _:
             return rng.choice(NUMBERS)
 
