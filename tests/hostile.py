@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import warnings
@@ -107,6 +108,7 @@ class TextTarget:
 # ------------------------------------------------------------------------------------------------------ watching
 
 
+_OUT_OF_MEMORY = re.compile(r"(can't|cannot|unable to) allocate|not enough memory|MemoryError|bad_alloc", re.IGNORECASE)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -169,7 +171,7 @@ def outcome(load: Callable[[], Any], watch: Watch, canary: Path, inside: Path | 
             told = str(error)
             if not told.strip() or len(told) > LONGEST_MESSAGE or not told.isprintable():
                 raise Broken(f"{type(error).__name__} of {len(told)} characters: {told[:300]!r}") from error
-            if any(word in told for word in ("allocate", "MemoryError", "bad_alloc", "Traceback")):
+            if _OUT_OF_MEMORY.search(told):
                 raise Broken(f"it ran out of memory: {told[:300]}") from error
         except Exception as error:
             raise Broken(f"{type(error).__module__}.{type(error).__name__}: {str(error)[:300]}") from error
