@@ -11,7 +11,7 @@ STAMP := $(VENV)/heatkv-$(VERSION).stamp
 # Where the type checker looks: a fresh installation of the current source.
 TYPED := build/typed
 
-.PHONY: compare compare-all test lint types docs check-slow check-baseline baseline bench emoji clean
+.PHONY: compare compare-all test lint types docs check-slow check-baseline baseline bench fuzz emoji clean
 
 compare: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/heatkv compare --out results/compare
@@ -61,6 +61,11 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks --benchmark-only --benchmark-autosave --benchmark-timer=time.process_time \
 	  --benchmark-json results/bench.json
 	$(BIN)/python benchmarks/suite_table.py results/bench.json
+
+# Thousands of damaged and hostile files against every loader (SECURITY.md); `make fuzz FUZZ="--seed 1"` makes others.
+FUZZ :=
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(FUZZ)
 
 # Trains the embedded model again from the npm package emoji-datasource-google, unpacked in IMAGES; hours on two cores.
 EMOJI := heatkv.models.emoji.train

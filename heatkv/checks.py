@@ -4,17 +4,48 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
+from itertools import chain
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from heatkv.errors import HeatKVError
 
 _LONGEST = 60
 
 
+class _Shortened(reprlib.Repr):
+    """repr() of the beginning of a value, so that showing it takes no more than the line it is shown in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 8
+        self.maxtuple = self.maxlist = self.maxarray = self.maxdict = self.maxset = self.maxfrozenset = _LONGEST
+        self.maxdeque = self.maxother = self.maxstring = self.maxlong = 4 * _LONGEST
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() < 10_000:  # Python refuses to write out more than 4300 digits
+            return super().repr_int(value, level)
+        return f"a whole number of {value.bit_length()} bits"
+
+
+_SHORTENED = _Shortened()
+
+
 def shown(value: Any) -> str:
     """A value in one line, cut where it is long."""
-    text = " ".join(repr(value).split())
+    text = " ".join(_SHORTENED.repr(value).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def written_out(value: Any) -> str:
+    """str(value); whole numbers of more digits than Python writes out are described."""
+    try:
+        return str(value)
+    except ValueError:
+        return shown(value)
 
 
 def as_whole(value: Any) -> int | None:
@@ -53,6 +84,30 @@ def number(
     if not math.isfinite(found) or (least is not None and found < least) or (most is not None and found > most):
         raise error(f"{name} is {shown(value)}; it must be a finite number{_range(least, most)}")
     return found
+
+
+def regular_array(value: Any, axes: int, *, floats: bool = False) -> NDArray[Any] | None:
+    """Nested lists of numbers, `axes` deep, as an array of int64, or float64 with `floats`; None for everything else.
+
+    Ragged lists, texts, booleans and numbers out of range are refused before numpy sees them: it would make a text of
+    every entry, each as long as the longest.
+    """
+    flat: list[Any] = [value]
+    shape: list[int] = []
+    for _ in range(axes):
+        if not all(type(entry) is list for entry in flat):
+            return None
+        lengths = set(map(len, flat))
+        if len(lengths) != 1:
+            return None
+        shape += lengths
+        flat = list(chain.from_iterable(flat))
+    if not all(type(entry) is int or (floats and type(entry) is float) for entry in flat):
+        return None
+    try:
+        return np.array(flat, dtype=np.float64 if floats else np.int64).reshape(shape)
+    except OverflowError:
+        return None
 
 
 def _range(least: float | None, most: float | None) -> str:

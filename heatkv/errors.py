@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 2000
+"""Characters of a message: what is quoted from a file may be as long as the file."""
+
 
 class HeatKVError(Exception):
-    """Base of everything HeatKV raises on purpose; the command line prints it in one line and exits with 2."""
+    """Base of everything HeatKV raises on purpose; the command line prints it in one line and exits with 2.
+
+    Its message is one line that can be printed, whatever was quoted in it.
+    """
+
+    def __str__(self) -> str:
+        line = " ".join(super().__str__()[: 2 * LONGEST_MESSAGE].splitlines())
+        line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+        return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 3]}..."
 
 
 class ScheduleError(HeatKVError):

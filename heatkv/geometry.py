@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Literal
 
-from heatkv.checks import of_kind, shown, whole
+from heatkv.checks import of_kind, shown, whole, written_out
 from heatkv.errors import BudgetError, PlanError
 from heatkv.schedule import ScaleSchedule
 
@@ -36,6 +36,9 @@ UNCODED_SCALES = 2
 """The first scales, which are held in the compute type whatever the storage: few tokens that all others look at."""
 
 _DIMENSION_LIMIT = 1 << 16
+
+_MOST_TOKEN_HEADS = 1 << 56
+"""Of all scales of a model: sums of these, and their bytes for any number of rows in use, stay whole in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class StorageType:
 class CacheGeometry:
     """Layers, heads and head size of a model, with the schedule it runs: all that a cache's size depends on.
 
-    `head_dim` is in channels. Raises PlanError for what is no whole number from 1 to 65536, or no ScaleSchedule.
+    `head_dim` is in channels. Raises PlanError for what is no whole number from 1 to 65536, no ScaleSchedule, or more
+    token-heads than can be counted.
     """
 
     layers: int
@@ -102,6 +106,12 @@ class CacheGeometry:
             value = whole(getattr(self, name), name, PlanError, 1, _DIMENSION_LIMIT)
             object.__setattr__(self, name, value)
         of_kind(self.schedule, ScaleSchedule, "schedule", PlanError, "make one with ScaleSchedule.of([[h, w], ...])")
+        token_heads = self.schedule.total_tokens * self.layers * self.heads
+        if token_heads > _MOST_TOKEN_HEADS:
+            raise PlanError(
+                f"{self.layers} layers x {self.heads} heads of {self.schedule.total_tokens} tokens are {token_heads} "
+                f"token-heads; at most {_MOST_TOKEN_HEADS} can be counted"
+            )
 
     @cached_property
     def full_token_heads(self) -> int:
@@ -156,6 +166,7 @@ _UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 _BUDGET = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3})?)\s*([a-zA-Z%]*)\s*")
+_LONGEST_BUDGET = 100
 _HOW = "write it as 10%, 0.1, 600MiB, 2GB or 650tokens"
 
 
@@ -190,9 +201,11 @@ class Budget:
             return text
         if isinstance(text, Fraction):
             return cls("share", text, name)
-        if str(text).strip().lower() == "auto":
+        if isinstance(text, str) and text.strip().lower() == "auto":
             return cls("auto", Fraction(1), name)
-        match = _BUDGET.fullmatch(str(text))
+        written = text if isinstance(text, str) else written_out(text)
+        # the pattern tries a long row of digits at every length
+        match = _BUDGET.fullmatch(written) if len(written) <= _LONGEST_BUDGET else None
         if match is None:
             raise BudgetError(f"cannot read the {name} {shown(text)}; {_HOW}")
         try:

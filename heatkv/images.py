@@ -1,13 +1,59 @@
-"""Tensors to pictures: grids of images for people to look at."""
+"""Tensors to pictures, grids of images for people to look at, and back."""
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from heatkv.errors import FormatError
+from heatkv.files import whole_file
+
 GAP = 2
 """Pixels between the images of a grid."""
+
+
+MOST_PIXELS = 80_000_000
+"""Of a file of pictures: 16 of 2048 x 2048 have fewer."""
+
+
+def picture_text(path: Path, name: str) -> str | None:
+    """What a PNG says under a name, without its pixels. Raises FormatError for what is none of ours."""
+    with _opened(path) as file:
+        told = file.info.get(name)
+        return told if isinstance(told, str) else None
+
+
+def read_pixels(path: Path) -> NDArray[np.uint8]:
+    """The pixels of a PNG of ours, (H, W, 3). Raises FormatError for any other, also one that unpacks too large."""
+    with _opened(path) as file:
+        try:
+            return np.asarray(file)
+        except Exception as error:  # Pillow raises nearly everything for damaged files
+            raise FormatError(f"{path} is no whole PNG: {error}; make the comparison again") from error
+
+
+def _opened(path: Path) -> Image.Image:
+    path = whole_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit of our own
+            # no other format: for some, Pillow starts programs
+            file = Image.open(path, formats=["PNG"])
+    except Exception as error:  # Pillow raises nearly everything for damaged files
+        raise FormatError(f"{path} is no whole PNG: {error}; make the comparison again") from error
+    if file.mode != "RGB" or file.width * file.height > MOST_PIXELS:
+        file.close()
+        raise FormatError(
+            f"{path} has {file.width} x {file.height} pixels of kind {file.mode}; it must be RGB, of at most "
+            f"{MOST_PIXELS}"
+        )
+    return file
 
 
 def to_pixels(images_B3HW: Tensor) -> Tensor:

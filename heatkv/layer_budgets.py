@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.checks import shown
 from heatkv.contents import EqualByContents
 from heatkv.errors import FormatError, StatisticsError
 from heatkv.files import read_json
@@ -66,7 +67,7 @@ class LayerBudgets(EqualByContents):
         numbers = [int(match[1]) if (match := _SCALE.fullmatch(name)) else None for name in value]
         first, scales = numbers[0], len(geometry.schedule)
         if first is None or numbers != list(range(first, first + len(numbers))):
-            raise FormatError(f"{source} must hold 'Scale n' for consecutive n, not {', '.join(value)[:80]!r}")
+            raise FormatError(f"{source} must hold 'Scale n' for consecutive n, not {shown(', '.join(value))}")
         last = first + len(numbers) - 1
         if first < 2 or last != scales:
             raise StatisticsError(
@@ -86,7 +87,7 @@ def _row(entry: Any, layers: int, source: str) -> tuple[list[bool], int, int]:
     blocks = [name for name in entry if name.startswith("Block ")]
     unknown = set(entry) - set(blocks) - {"High", "Max", "Min", "Limit"}
     if unknown:
-        raise FormatError(f"{source} holds {min(unknown)!r}, which a published file does not")
+        raise FormatError(f"{source} holds {shown(min(unknown))}, which a published file does not")
     if set(blocks) != {f"Block {layer}" for layer in range(len(blocks))}:
         raise FormatError(f"{source} must number its layers 'Block 0', 'Block 1' and so on without a gap")
     if len(blocks) != layers:
@@ -103,5 +104,5 @@ def _row(entry: Any, layers: int, source: str) -> tuple[list[bool], int, int]:
 def _whole(entry: Mapping[str, Any], name: str, most: int, source: str) -> int:
     value = entry.get(name)
     if type(value) is not int or not 0 <= value <= most:
-        raise FormatError(f"{source}: {name!r} is {str(value)[:40]}; it must be a whole number from 0 to {most}")
+        raise FormatError(f"{source}: {name!r} is {shown(value)}; it must be a whole number from 0 to {most}")
     return value

@@ -23,6 +23,9 @@ from heatkv.schedule import ScaleSchedule
 FloatArray = NDArray[np.float64]
 COSTS = ("error", "fisher")
 
+LARGEST_SUM = 1e100
+"""Of anything that was measured: far beyond every real one, and its sums and squares still finite."""
+
 
 def calibrated_bias(schedule: ScaleSchedule, whole_LHT: FloatArray, pooled_LHTV: FloatArray) -> FloatArray:
     """log_bias[l, h, s, level] = log(attention mass on the whole cell / the same with its pooled keys and no bias).
@@ -100,8 +103,11 @@ class LevelStatistics(EqualByContents):
         for name, array in arrays.items():
             if np.shape(array) != expected[name] or not layers * heads:
                 raise StatisticsError(f"level costs: {name} has shape {np.shape(array)}, not {expected[name]}")
-            if not np.isfinite(array).all() or (name != "log_bias" and (array < 0).any()):
-                raise StatisticsError(f"level costs: {name} holds a number that is not finite, or a negative cost")
+            if not (np.abs(array) <= LARGEST_SUM).all() or (name != "log_bias" and (array < 0).any()):
+                raise StatisticsError(
+                    f"level costs: {name} holds a number that is not finite, a negative cost, or one above "
+                    f"{LARGEST_SUM:g}"
+                )
         if not self.samples or len(set(self.samples)) != len(self.samples):
             raise StatisticsError("level costs are of no sample, or count one twice")
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.checks import as_number, number, of_kind, shown, whole
+from heatkv.checks import as_number, number, of_kind, regular_array, shown, whole
 from heatkv.contents import EqualByContents
 from heatkv.errors import FormatError, HeatKVError, PlanError
 from heatkv.files import check_header, read_json, write_json
@@ -70,16 +70,18 @@ class CoarseCells(EqualByContents):
 def held_for_targets(last_reads: Sequence[IntArray], tokens: Sequence[Sequence[int]]) -> IntArray:
     """Past tokens that every head holds for every target, (L, H, T), from the last_read and the tokens per scale of
     every level, fine to coarse."""
-    scales = last_reads[0].shape[2]
-    targets = np.arange(scales)[:, None]
-    past = targets > np.arange(scales)
-    held = np.zeros((*last_reads[0].shape[:2], scales), dtype=np.int64)
-    finer = np.zeros((*held.shape, scales), dtype=bool)
+    layers, heads, scales = last_reads[0].shape
+    # a cell's tokens at a level are held for the targets after the last that read a finer one, to the level's own last
+    change = np.zeros((layers * heads, scales + 1), dtype=np.int64)
+    pairs = np.arange(layers * heads)[:, None]
+    before = np.broadcast_to(np.arange(scales), (layers * heads, scales))
     for last_read, sizes in zip(last_reads, tokens, strict=True):
-        reads = (last_read[:, :, None, :] >= targets) & past
-        held += (reads & ~finer) @ np.asarray(sizes, dtype=np.int64)
-        finer = reads
-    return held
+        last = np.maximum(last_read.reshape(-1, scales), before)
+        counts = np.broadcast_to(np.asarray(sizes, dtype=np.int64), last.shape)
+        np.add.at(change, (pairs, before + 1), counts)
+        np.subtract.at(change, (pairs, last + 1), counts)
+        before = last
+    return change[:, :-1].cumsum(axis=1).reshape(layers, heads, scales)
 
 
 def live_of_held(held_LT: IntArray) -> IntArray:
@@ -525,27 +527,18 @@ def _optional_number(data: Mapping[str, Any], name: str) -> float | None:
 
 def integer_array(value: Any, name: str) -> IntArray:
     """Nested lists of whole numbers to an array; floats, booleans and ragged lists are refused."""
-    try:
-        array = np.array(value)
-    except (ValueError, OverflowError) as error:
-        raise FormatError(f"{name!r} is not a regular array of whole numbers: {error}") from error
-    whole = array.ndim == 3 and array.dtype == np.int64
-    # among whole numbers numpy takes a boolean for one
-    if not whole or any(isinstance(cell, bool) for heads in value for cells in heads for cell in cells):
+    array = regular_array(value, 3)
+    if array is None:
         raise FormatError(f"{name!r} must be [layers][heads][scales] whole numbers, not {_short(value)}")
     return array
 
 
 def _float_array(value: Any, name: str) -> FloatArray:
     """Nested lists of numbers to an array; texts, booleans and ragged lists are refused."""
-    try:
-        array = np.array(value)
-    except (ValueError, OverflowError) as error:
-        raise FormatError(f"{name!r} is not a regular array of numbers: {error}") from error
-    numbers = array.ndim == 3 and array.dtype.kind in "if"
-    if not numbers or any(isinstance(cell, bool) for heads in value for cells in heads for cell in cells):
+    array = regular_array(value, 3, floats=True)
+    if array is None:
         raise FormatError(f"{name!r} must be [layers][heads][scales] numbers, not {_short(value)}")
-    return array.astype(np.float64)
+    return array
 
 
 def _short(value: Any) -> str:

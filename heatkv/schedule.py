@@ -18,6 +18,9 @@ from heatkv.errors import ScheduleError
 MAX_SIDE = 1 << 16
 """Largest number of frames, rows or columns a scale may have: far above any model, far below integer trouble."""
 
+MAX_SCALES = 1024
+"""Most scales of a schedule; published ones have 10 to 14. What is made of every pair of scales stays small."""
+
 _VAR_SIDES = {
     "256": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
     "512": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
@@ -29,7 +32,8 @@ _VAR_SIDES = {
 class ScaleSchedule:
     """The scales of one image or clip, coarse to fine; `scales[s]` is (t, h, w) in tokens.
 
-    Raises ScheduleError for fewer than two scales, or a side that is no whole number from 1 to MAX_SIDE.
+    Raises ScheduleError for fewer than two scales, more than MAX_SCALES, or a side that is no whole number from 1 to
+    MAX_SIDE.
     """
 
     scales: tuple[tuple[int, int, int], ...]
@@ -40,6 +44,8 @@ class ScaleSchedule:
             raise ScheduleError(
                 f"a schedule needs at least 2 scales, this one has {len(scales)}: with one scale nothing is cached"
             )
+        if len(scales) > MAX_SCALES:
+            raise ScheduleError(f"a schedule has at most {MAX_SCALES} scales, this one has {len(scales)}")
         for index, scale in enumerate(scales):
             if len(scale) != 3 or not all(1 <= (as_whole(side) or 0) <= MAX_SIDE for side in scale):
                 raise ScheduleError(

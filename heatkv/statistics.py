@@ -9,7 +9,6 @@ Arrays: L layers, H heads, T scales; mass[l, h, t, s] is target scale t looking 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,15 +17,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from heatkv.checks import number, of_kind, shown, whole
+from heatkv.checks import number, of_kind, regular_array, shown, whole
 from heatkv.contents import EqualByContents
 from heatkv.errors import FormatError, StatisticsError
-from heatkv.files import as_json, as_path, check_header, read_json, replacing
+from heatkv.files import as_json, check_header, parse_json, read_json, replacing, whole_file
 from heatkv.geometry import CacheGeometry
-from heatkv.level_statistics import LevelStatistics
+from heatkv.level_statistics import LARGEST_SUM, LevelStatistics
 from heatkv.schedule import ScaleSchedule
 
 FORMAT, VERSION = "heatkv-statistics", 1
@@ -127,11 +126,12 @@ class Statistics(EqualByContents):
                 raise StatisticsError(f"{name} is {shown(given)}; it must be an array of numbers") from None
             if array.ndim != 4 or array.shape[2:] != (scales, scales) or 0 in array.shape:
                 raise StatisticsError(f"{name} has shape {array.shape}; it must be (layers, heads, {scales}, {scales})")
-            if not np.isfinite(array).all() or (array < 0).any():
-                layer, head, target, source = (int(i) for i in np.argwhere(~(np.isfinite(array) & (array >= 0)))[0])
+            if not ((array >= 0) & (array <= LARGEST_SUM)).all():
+                layer, head, target, source = (int(i) for i in np.argwhere(~((array >= 0) & (array <= LARGEST_SUM)))[0])
                 raise StatisticsError(
                     f"{name} of layer {layer}, head {head}, target {target}, source {source} is "
-                    f"{array[layer, head, target, source]}; it must be finite and not negative"
+                    f"{array[layer, head, target, source]}; it must be finite and not negative, and below "
+                    f"{LARGEST_SUM:g}"
                 )
             if array.shape != np.shape(self.mass_sum):
                 raise StatisticsError(f"mass_sum is {np.shape(self.mass_sum)}, {name} {array.shape}")
@@ -154,8 +154,7 @@ class Statistics(EqualByContents):
         for sums in (self.mass_sum, self.all_mass_sum):
             if sums is None:
                 continue
-            with np.errstate(over="ignore"):  # a damaged file may hold numbers whose sum is infinite
-                off = np.abs((sums / self.count).sum(axis=3) - 1).max()
+            off = np.abs((sums / self.count).sum(axis=3) - 1).max()
             if off > _MASS_TOLERANCE:
                 raise StatisticsError(f"the attention mass of a head sums to 1 +- {off:.3g} over its sources, not to 1")
 
@@ -170,8 +169,10 @@ class Statistics(EqualByContents):
         wanted = (self.layers, *((self.heads,) if of_heads else ()), len(self.schedule))
         if array.shape != wanted:
             raise StatisticsError(f"{name} has shape {array.shape}; it must be {wanted}")
-        if not np.isfinite(array).all() or (of_heads and (array < 0).any()):
-            raise StatisticsError(f"{name} must be finite{' and not negative' if of_heads else ''}")
+        if not (np.abs(array) <= LARGEST_SUM).all() or (of_heads and (array < 0).any()):
+            raise StatisticsError(
+                f"{name} must be finite{' and not negative' if of_heads else ''}, and below {LARGEST_SUM:g}"
+            )
         array.setflags(write=False)
         object.__setattr__(self, name, array)
 
@@ -365,12 +366,22 @@ class Statistics(EqualByContents):
 
         Raises FormatError, ScheduleError or StatisticsError.
         """
-        path = as_path(path)
+        path = whole_file(path)
         try:
             with safe_open(path, framework="numpy") as file:
                 text = (file.metadata() or {}).get("heatkv", "null")
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            header = check_header(json.loads(text), path, FORMAT, VERSION)
+        except OSError as error:
+            raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+        except Exception as error:  # whatever safetensors stumbles over: types that numpy lacks, shapes beyond it
+            raise FormatError(f"{path} is not a whole statistics file: {error}") from error
+        if other := sorted(name for name, array in arrays.items() if array.dtype.kind != "f"):
+            raise FormatError(
+                f"{path} is not a whole statistics file: {shown(other[0])} is of {arrays[other[0]].dtype}, not of "
+                "floating-point numbers"
+            )
+        header = check_header(parse_json(text, path), path, FORMAT, VERSION)
+        try:
             told = header["provenance"]
             levels = None
             if "levels" in header:
@@ -392,11 +403,9 @@ class Statistics(EqualByContents):
                     versions=dict(told["versions"]),
                 ),
             )
-        except OSError as error:
-            raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-        except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise FormatError(f"{path} is not a whole statistics file: {error}") from error
-        except AttributeError as error:  # safetensors, for a type that numpy does not have, such as float8
+        except KeyError as error:
+            raise FormatError(f"{path} is not a whole statistics file: it lacks {shown(error.args[0])}") from error
+        except (TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"{path} is not a whole statistics file: {error}") from error
 
 
@@ -494,14 +503,11 @@ class HeadRankings(EqualByContents):
         layers, heads, scales = geometry.layers, geometry.heads, len(geometry.schedule)
         if not isinstance(value, list) or not value:
             raise FormatError(f"{source} is no list of rankings")
-        try:
-            pairs = np.array(value)
-        except ValueError as error:
-            raise FormatError(f"{source}: the rankings are not all of the same length") from error
-        whole = pairs.ndim == 3 and pairs.shape[2] == 2 and pairs.dtype == np.int64
-        # among whole numbers numpy takes a boolean for one
-        if not whole or any(isinstance(index, bool) for ranking in value for pair in ranking for index in pair):
-            raise FormatError(f"{source} must be a list of rankings of [head, layer] pairs of whole numbers")
+        pairs = regular_array(value, 3)
+        if pairs is None or pairs.shape[2] != 2:
+            raise FormatError(
+                f"{source} must be a list of rankings, all of the same length, of [head, layer] pairs of whole numbers"
+            )
         if pairs.shape[1] != layers * heads:
             raise StatisticsError(
                 f"{source} ranks {pairs.shape[1]} (head, layer) pairs; the model has {layers} layers x {heads} heads = "

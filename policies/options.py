@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from heatkv.checks import shown
 from heatkv.errors import PolicyError
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -41,7 +42,7 @@ class PolicyOption:
         try:
             return _read(self.kind, text)
         except ValueError as error:
-            raise PolicyError(f"{self.name} of policy {policy!r} is {self.wanted}, not {text!r}") from error
+            raise PolicyError(f"{self.name} of policy {policy!r} is {self.wanted}, not {shown(text)}") from error
 
 
 def options_of(policy: Any) -> dict[str, PolicyOption]:

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from heatkv.capacities import load_plan
+from heatkv.checks import regular_array, shown
 from heatkv.errors import FormatError, HeatKVError
-from heatkv.files import check_header, read_json
-from heatkv.images import GAP
+from heatkv.files import check_header, is_folder, is_there, read_json
+from heatkv.images import GAP, picture_text, read_pixels
 from heatkv.plan import CachePlan
 from heatkv.profiling.merging import Row, Source
 from heatkv.profiling.results import (
@@ -27,12 +27,8 @@ from heatkv.profiling.results import (
     pictures_by_comparison,
     subject_file_name,
 )
-from heatkv.profiling.row_fields import is_number
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Statistics
-
-_MOST_PIXELS = 80_000_000
-"""Of a file of pictures: 16 of 2048 x 2048 have fewer."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +46,11 @@ def plans_of(row: Row) -> tuple[CachePlan, ...] | Missing:
     plans = []
     for name, digest in files.items():
         path = row.source.folder / "plans" / name
-        if Path(name).name != name or not path.exists():
-            return Missing(f"plans/{name} is not there")
+        if Path(name).name != name or not is_there(path):
+            return Missing(f"plans/{name[:80]} is not there")
         plan = load_plan(path)
         if file_digest(path) != digest:
-            return Missing(f"plans/{name} is not the plan that was measured")
+            return Missing(f"plans/{name[:80]} is not the plan that was measured")
         plans.append(plan)
     return tuple(plans)
 
@@ -67,16 +63,11 @@ def pictures_of(row: Row) -> NDArray[np.uint8] | Missing:
     path = pictures_by_comparison(row.source.folder).get(str(row.told.get("comparison")))
     if path is None:
         path = row.source.folder / PICTURES / f"{subject_file_name(row.name)}.png"
-    if not path.exists():
-        return Missing(f"pictures/{path.name} is not there" if path.parent.is_dir() else "this folder has no pictures")
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > _MOST_PIXELS:
-                raise FormatError(f"{path} has {file.width} x {file.height} pixels, more than {_MOST_PIXELS} in all")
-            told = file.info.get("heatkv")
-            pixels = np.asarray(file.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FormatError(f"{path} is no whole PNG: {error}; make the comparison again") from error
+    if not is_there(path):
+        return Missing(
+            f"pictures/{path.name} is not there" if is_folder(path.parent) else "this folder has no pictures"
+        )
+    told, pixels = picture_text(path, "heatkv"), read_pixels(path)
     width, rest = divmod(pixels.shape[1] + GAP, int(count))
     if told != row.told.get("comparison") or rest or width <= GAP:
         return Missing(f"pictures/{path.name} is of another run")
@@ -96,9 +87,9 @@ def scas_of(source: Source) -> Scas | Missing:
     """The S-CAS that the policies of a folder planned from. Raises FormatError for damaged files."""
     wanted = source.request.get("statistics")
     path, statistics = source.folder / "scas.json", source.folder / "statistics.safetensors"
-    if path.exists():
+    if is_there(path):
         found, provenance = _read_scas(path)
-    elif statistics.exists():
+    elif is_there(statistics):
         measured = Statistics.load(statistics)
         found = Scas(measured.schedule, measured.scas[:, :, :-1], measured.count)
         provenance = measured.provenance.to_json()
@@ -114,10 +105,20 @@ def _read_scas(path: Path) -> tuple[Scas, dict[str, Any]]:
     data = check_header(read_json(path), path, SCAS_FORMAT, SCAS_VERSION)
     try:
         schedule = ScaleSchedule.of(data["schedule"])
-        scas, provenance = np.array(data["scas"], dtype=np.float64), dict(data["provenance"])
+        scas, provenance = regular_array(data["scas"], 3, floats=True), dict(data["provenance"])
         samples = len(provenance["samples"])
-    except (KeyError, TypeError, ValueError, OverflowError, HeatKVError) as error:
+    except KeyError as error:
+        raise FormatError(f"{path} is not a whole {SCAS_FORMAT} file: it lacks {shown(error.args[0])}") from error
+    except (TypeError, ValueError, HeatKVError) as error:
         raise FormatError(f"{path} is not a whole {SCAS_FORMAT} file: {error}") from error
-    if scas.ndim != 3 or scas.shape[2] != len(schedule) - 1 or 0 in scas.shape or not is_number(float(scas.sum())):
-        raise FormatError(f"{path} is not a whole {SCAS_FORMAT} file: its scas is of shape {scas.shape}")
+    if (
+        scas is None
+        or scas.shape[2] != len(schedule) - 1
+        or 0 in scas.shape
+        or not ((scas >= 0) & (scas <= 1.01)).all()
+    ):
+        raise FormatError(
+            f"{path} is not a whole {SCAS_FORMAT} file: its scas are not shares of attention, one for every layer, "
+            f"head and cached scale of {len(schedule) - 1}"
+        )
     return Scas(schedule, scas, samples), provenance

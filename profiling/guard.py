@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from heatkv.errors import FormatError, HeatKVError
-from heatkv.files import check_header, read_json
-from heatkv.profiling.results import FORMAT, VERSION, load_results
+from heatkv.profiling.reading import Results, read_results
+from heatkv.profiling.row_fields import printable
 
 BYTES = ("planned_bytes", "allocated_bytes", "current_bytes", "index_bytes", "workspace_bytes", "compensation_bytes")
 DEVICE_BYTES = ("device_peak_bytes", "graph_pool_bytes")
@@ -53,12 +53,12 @@ class Tolerances:
         """The worst value that every figure of a baseline's row allows, and whether more is worse."""
         limits: dict[str, tuple[float, bool]] = {}
         for name in (*BYTES, *DEVICE_BYTES):
-            if (value := _figure(row, name)) is not None:
+            if (value := row.get(name)) is not None:
                 limits[name] = value * (1 + self.bytes), True
-        if (kl := _figure(row, "kl")) is not None:
+        if (kl := row.get("kl")) is not None:
             limits["kl"] = kl + max(self.kl * kl, self.kl_floor), True
         for name, allowed in (("top1_agreement", self.top1), ("psnr_db", self.psnr), ("ssim", self.ssim)):
-            if (value := _figure(row, name)) is not None:
+            if (value := row.get(name)) is not None:
                 limits[name] = value - allowed, False
         return limits
 
@@ -124,8 +124,8 @@ def check_results(results: Path, baseline: Path, tolerances: Tolerances | None =
     other samples, seeds or sampling, or a baseline without rows.
     """
     tolerances = tolerances if tolerances is not None else Tolerances()
-    told, earlier = (check_header(read_json(path), path, FORMAT, VERSION) for path in (results, baseline))
-    rows_now, rows_before = load_results(results), load_results(baseline)
+    told, earlier = read_results(results), read_results(baseline)
+    rows_now, rows_before = told.rows, earlier.rows
     told_by_all = [name for name in IDENTITY_WHERE_TOLD if all(name in row for row in (*rows_now, *rows_before))]
     names = (*IDENTITY, *told_by_all)
     now, before = _by_identity(results, rows_now, names), _by_identity(baseline, rows_before, names)
@@ -140,9 +140,8 @@ def check_results(results: Path, baseline: Path, tolerances: Tolerances | None =
 def _by_identity(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for row in rows:
-        lacking = [name for name in ("policy", "budget", "model_fingerprint") if name not in row]
-        if lacking:
-            raise FormatError(f"a row of {path} lacks {lacking[0]}; write the file with heatkv compare or profile")
+        if "model_fingerprint" not in row:
+            raise FormatError(f"a row of {path} lacks model_fingerprint; write the file with heatkv compare or profile")
         settings = row.get("settings")
         asked = {k: v for k, v in settings.items() if k not in OUTCOMES} if isinstance(settings, dict) else settings
         key = json.dumps([row.get(name) if name != "settings" else asked for name in names], sort_keys=True)
@@ -153,37 +152,51 @@ def _by_identity(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return f"{row['policy']} {row['budget']}, {row.get('rows')} rows, {row.get('storage')}"
+    return str(printable(f"{row['policy']} {row['budget']}, {row.get('rows')} rows, {row.get('storage')}"))
 
 
-def _check_same_measurement(told: Mapping[str, Any], earlier: Mapping[str, Any], results: Path, baseline: Path) -> None:
+def _check_same_measurement(told: Results, earlier: Results, results: Path, baseline: Path) -> None:
     """Figures over other samples, or under other guidance, are other figures."""
-    asked, before = told.get("request") or {}, earlier.get("request") or {}
-    named = [("sampling", told.get("sampling"), earlier.get("sampling"))]
+    asked, before = told.request, earlier.request
+    named: list[tuple[str, Any, Any]] = [("sampling", told.sampling, earlier.sampling)]
     told_by_both = [name for name in ("seed", "images", "pictures") if name in asked and name in before]
     named += [(name, asked[name], before[name]) for name in told_by_both]
     for name, one, other in named:
         if one != other:
             raise HeatKVError(
-                f"{results} has {name} {one}, {baseline} has {other}; measure with the baseline's, or make a new one"
+                f"{results} has {name} {_told(one)}, {baseline} has {_told(other)}; measure with the baseline's, or "
+                "make a new one"
             )
 
 
-def _notes(told: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
+def _notes(told: Results, earlier: Results) -> list[str]:
     """What differs and may explain a change."""
     one, other = (
         {
-            "device": (e := made.get("environment") or {}).get("device_name"),
-            "versions": {k: v for k, v in (e.get("versions") or {}).items() if k in ("heatkv", "torch", "numpy")},
-            "statistics": _samples((made.get("request") or {}).get("statistics")),
+            "device": made.environment.get("device_name"),
+            "versions": _known_versions(made.environment.get("versions")),
+            "statistics": _samples(made.request.get("statistics")),
         }
         for made in (told, earlier)
     )
-    return [f"{name}: {one[name]}, in the baseline {other[name]}" for name in one if one[name] != other[name]]
+    return [
+        f"{name}: {_told(one[name])}, in the baseline {_told(other[name])}" for name in one if one[name] != other[name]
+    ]
 
 
-def _samples(provenance: Any) -> Any:
-    return len(provenance["samples"]) if isinstance(provenance, dict) and "samples" in provenance else None
+def _told(value: Any) -> str:
+    """A value of a file in a line that can be printed."""
+    return str(printable(value))[:300]
+
+
+def _known_versions(versions: Any) -> dict[str, Any]:
+    known = ("heatkv", "torch", "numpy")
+    return {k: v for k, v in versions.items() if k in known} if isinstance(versions, dict) else {}
+
+
+def _samples(provenance: Any) -> int | None:
+    samples = provenance.get("samples") if isinstance(provenance, dict) else None
+    return len(samples) if isinstance(samples, list) else None
 
 
 def _checked(row: Mapping[str, Any], now: Mapping[str, Any] | None, tolerances: Tolerances) -> RowCheck:
@@ -191,7 +204,7 @@ def _checked(row: Mapping[str, Any], now: Mapping[str, Any] | None, tolerances: 
         return RowCheck(_name(row), True, ())
     changes = []
     for name, (limit, more_is_worse) in tolerances.limits(row).items():
-        value, before = _figure(now, name), _figure(row, name)
+        value, before = now.get(name), row.get(name)
         assert before is not None
         if value is None:
             if name not in DEVICE_BYTES:
@@ -200,15 +213,6 @@ def _checked(row: Mapping[str, Any], now: Mapping[str, Any] | None, tolerances: 
         failed = value > limit if more_is_worse else value < limit
         changes.append(Change(name, before, value, limit, failed))
     return RowCheck(_name(row), False, tuple(changes))
-
-
-def _figure(row: Mapping[str, Any], name: str) -> float | None:
-    value = row.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FormatError(f"{_name(row)} has {name} {value!r}, which is no number; write the file with heatkv compare")
-    return value
 
 
 def change_lines(verdict: Verdict, everything: bool = False) -> Sequence[tuple[str, ...]]:

@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from heatkv.errors import FormatError
-from heatkv.files import check_header, read_json, write_json, write_text
+from heatkv.files import check_header, is_there, opened, read_json, write_json, write_text
 from heatkv.profiling import figures
 from heatkv.profiling.blocks import Block, Cell, Chart, Fold, Heading, Note, Section, Table
 from heatkv.profiling.merging import Group, Merged, Row, budgets_of, merge, pareto_front, ranked
@@ -68,12 +68,12 @@ def check_report_replaceable(out: Path) -> None:
     """Raise FormatError for a file in the place of a report that is none of ours."""
     for name, mark in zip(FILES[:2], (_HTML_MARK, _MD_MARK), strict=True):
         path = out / name
-        if path.exists():
-            with path.open("rb") as file:
+        if is_there(path):
+            with opened(path) as file:
                 start = file.read(1000)
             if mark.encode() not in start:
                 raise FormatError(f"{path} is no report of HeatKV; move it away or write to another folder (--out)")
-    if (path := out / FILES[2]).exists():
+    if is_there(path := out / FILES[2]):
         try:
             check_header(read_json(path), path, FORMAT, VERSION)
         except FormatError as error:

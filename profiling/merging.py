@@ -14,12 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from heatkv.checks import shown
 from heatkv.errors import FormatError
-from heatkv.files import check_header, read_json
+from heatkv.files import is_folder, is_there, resolved
 from heatkv.profiling.memory_figures import MemoryFigure, in_memory
-from heatkv.profiling.results import FORMAT, VERSION
-from heatkv.profiling.row_fields import checked_row, printable
+from heatkv.profiling.reading import FORMAT, read_results
+from heatkv.profiling.row_fields import printable
 from heatkv.schedule import ScaleSchedule
 
 SEPARATOR = " · "
@@ -306,7 +305,7 @@ def pareto_front(rows: Iterable[Row], x: Callable[[Row], float | None], y: Calla
 def merge(folders: Sequence[Path]) -> Merged:
     """Read result folders of one model. Raises FormatError for a folder that is none, that is named twice, or that is
     of another model."""
-    places = [folder.resolve() for folder in folders]
+    places = [resolved(folder) for folder in folders]
     for index, place in enumerate(places):
         if place in places[:index]:
             raise FormatError(f"{folders[index]} is named twice; name every folder once")
@@ -335,22 +334,22 @@ def _labels(places: Sequence[Path]) -> dict[Path, str]:
 
 def _read(folder: Path, label: str) -> Source:
     path = folder / "results.json"
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise FormatError(f"{folder} is no folder; name one that `heatkv compare` or `heatkv profile` wrote")
-    if not path.exists():
-        partial = (folder / "results.partial.json").exists()
+    if not is_there(path):
+        partial = is_there(folder / "results.partial.json")
         way_out = "its run was not finished; the same command goes on from there" if partial else (
             "name one that `heatkv compare` or `heatkv profile` wrote"
         )  # fmt: skip
         raise FormatError(f"{folder} has no results.json; {way_out}")
-    data = check_header(read_json(path), path, FORMAT, VERSION)
-    rows = data.get("rows")
-    if not isinstance(rows, list) or not rows:
-        raise FormatError(f"{path} is not a whole {FORMAT} file: its rows are {shown(rows)}, no list of rows")
-    parts = {}
-    for name in ("environment", "sampling", "request"):
-        parts[name] = {} if data.get(name) is None else data[name]
-        if not isinstance(parts[name], dict):
-            raise FormatError(f"{path} is not a whole {FORMAT} file: its {name} is {shown(parts[name])}, no object")
-    checked = tuple(checked_row(row, f"{path}, row {index}") for index, row in enumerate(rows))
-    return Source(label, folder, **printable(parts), told_rows=checked)
+    told = read_results(path)
+    if not told.rows:
+        raise FormatError(f"{path} is not a whole {FORMAT} file: its rows are [], no list of rows")
+    return Source(
+        label,
+        folder,
+        environment=printable(told.environment),
+        sampling=printable(told.sampling),
+        request=printable(told.request),
+        told_rows=told.rows,
+    )

@@ -12,28 +12,40 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import PngImagePlugin
 from torch import Tensor
 
 from heatkv.calibration import sample_names
 from heatkv.errors import FormatError
-from heatkv.files import check_header, clear_temporaries, file_name, move, read_json, replacing, write_json
-from heatkv.images import GAP, image_grid
+from heatkv.files import (
+    check_header,
+    clear_temporaries,
+    file_name,
+    is_there,
+    move,
+    opened,
+    read_json,
+    replacing,
+    write_json,
+)
+from heatkv.images import GAP, image_grid, picture_text, read_pixels
 from heatkv.models.base import ImageModel
 from heatkv.parts import Parts
 from heatkv.profiling.environment import device_name, environment
+from heatkv.profiling.reading import FORMAT, VERSION, read_results
 from heatkv.profiling.runner import FIDELITY, Subject
 from heatkv.sampling import Settings
 from heatkv.statistics import Statistics
 from heatkv.versions import versions
 
-FORMAT, VERSION = "heatkv-results", 1
 SCAS_FORMAT, SCAS_VERSION = "heatkv-scas", 1
 
 MEMORY = ("memory", "device_peak_bytes", "nvml_bytes", "error")
@@ -45,8 +57,8 @@ TIMES = ("latency_ms", "graph_latency_ms", "graph_pool_bytes", "timed", "timing_
 PICTURES = "pictures"
 """The folder of pictures within one of results."""
 
-_NO_PICTURE = (OSError, ValueError, SyntaxError)
-"""Pillow's errors for files that are missing, damaged or no PNG."""
+_INTERVAL = {"interval", "confidence", "outliers"}
+"""Fields of times that older files lack."""
 
 UNMEASURED: dict[str, Any] = dict.fromkeys(("plans", *MEMORY, *TIMES, *FIDELITY, "versus"))
 
@@ -109,17 +121,18 @@ def pictures_by_comparison(folder: Path) -> dict[str, Path]:
     """The files of pictures in a folder of results by the comparison that they are of, whatever they are called."""
     found: dict[str, Path] = {}
     for path in sorted((folder / PICTURES).glob("*.png")):
-        try:
-            with Image.open(path) as file:
-                found.setdefault(str(file.info.get("heatkv")), path)
-        except _NO_PICTURE:
-            continue
+        with suppress(FormatError):  # what is no picture of ours is of no comparison
+            found.setdefault(str(picture_text(path, "heatkv")), path)
     return found
 
 
 def file_digest(path: Path) -> str:
-    """Names the contents of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    """Names the contents of a file. Raises FormatError for what is none."""
+    digest = hashlib.sha256()
+    with opened(path) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def samples_digest(model: ImageModel[Any], seed: int, images: int) -> str:
@@ -138,14 +151,6 @@ def save_scas(path: Path, statistics: Statistics) -> None:
         "scas": statistics.scas[:, :, :-1].tolist(),
     }
     write_json(path, told)
-
-
-def load_results(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results.json. Raises FormatError when it is none."""
-    rows = check_header(read_json(path), path, FORMAT, VERSION).get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise FormatError(f"{path} is not a whole {FORMAT} file: its rows are no list of objects")
-    return rows
 
 
 class ResultsFolder:
@@ -178,8 +183,9 @@ class ResultsFolder:
     def times(self, digest: str, repeats: int) -> dict[str, Any] | None:
         """Times of this very measurement, of so many runs, when an earlier run left them."""
         for row in self._measured.get(digest, ()):
-            latency = row.get("latency_ms")
-            if isinstance(latency, dict) and latency.get("runs") == repeats:
+            latency, graphs = row.get("latency_ms"), row.get("graph_latency_ms")
+            whole = all(told.keys() >= _INTERVAL for told in (latency, graphs) if told is not None)
+            if latency is not None and whole and latency.get("runs") == repeats:
                 return {name: row.get(name) for name in TIMES}
         return None
 
@@ -226,11 +232,10 @@ class ResultsFolder:
     def _keep_pictures(self, path: Path, digest: str) -> None:
         """Pictures of another comparison go aside, as its results do."""
         try:
-            with Image.open(path) as file:
-                other = str(file.info.get("heatkv"))
-        except _NO_PICTURE:
+            other = picture_text(path, "heatkv")
+        except FormatError:  # none, or none of ours
             return
-        if other != digest and other.isalnum():
+        if other is not None and other != digest and re.fullmatch("[0-9a-f]{16}", other):
             move(path, path.with_name(f"{path.stem}.{other}.png"))
 
     @cached_property
@@ -242,13 +247,11 @@ class ResultsFolder:
         if path is None:
             return None
         try:
-            with Image.open(path) as file:
-                row = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
-                row = row.view(file.height, file.width, 3)
-        except _NO_PICTURE:
+            row = torch.from_numpy(read_pixels(path).copy())
+        except FormatError:
             return None
         width, rest = divmod(row.shape[1] + GAP, self._pictures)
-        if rest:
+        if rest or width <= GAP:
             return None
         starts = range(0, row.shape[1], width)
         images = torch.stack([row[:, start : start + width - GAP] for start in starts])
@@ -256,7 +259,7 @@ class ResultsFolder:
 
     def check_stopped(self, rows: Rows) -> None:
         """Raise FormatError when the run that was stopped here, if there is one, had other rows than these."""
-        if self.partial.exists() and not set(map(_key, load_results(self.partial))) <= set(map(_key, rows)):
+        if self.partial.exists() and not set(map(_key, read_results(self.partial).rows)) <= set(map(_key, rows)):
             raise FormatError(
                 f"{self.partial} is of a run over other rows than this one's; give the same options, or leave --resume "
                 "out to keep it aside"
@@ -280,7 +283,7 @@ class ResultsFolder:
 
     def _set_aside(self, path: Path, rows: Rows) -> Path | None:
         """Rename the file when it holds rows that are not among these; its new path, if so."""
-        if not path.exists() or set(map(_key, load_results(path))) <= set(map(_key, rows)):
+        if not is_there(path) or set(map(_key, read_results(path).rows)) <= set(map(_key, rows)):
             return None
         taken = (path.with_name(f"results.{number}.json") for number in itertools.count(1))
         free = next(candidate for candidate in taken if not candidate.exists())
@@ -307,11 +310,12 @@ def _key(row: dict[str, Any]) -> tuple[Any, Any]:
 
 def check_replaceable(folder: Path) -> list[dict[str, Any]]:
     """The rows of all results in a folder. Raises FormatError, naming the way out, for files that are none of ours."""
-    rows, scas = [], folder / "scas.json"
+    rows: list[dict[str, Any]] = []
+    scas = folder / "scas.json"
     try:
         for path in sorted(folder.glob("results*.json")):
-            rows += load_results(path)
-        if scas.exists():
+            rows += read_results(path).rows
+        if is_there(scas):
             check_header(read_json(scas), scas, SCAS_FORMAT, SCAS_VERSION)
     except FormatError as error:
         raise FormatError(f"{error}; move it away or write to another folder (--out)") from error

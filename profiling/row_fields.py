@@ -5,7 +5,6 @@ A field that is null or missing is None, "not measured". Fields that are not kno
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -30,6 +29,13 @@ SERIES = (
     "kl_of_images", "top1_per_scale", "top1_of_images", "psnr_of_pictures", "ssim_of_pictures", "lpips_of_pictures",
 )  # fmt: skip
 """Of single samples: other figures sum them up."""
+OF_SAMPLES = {
+    "kl_of_images": "images", "top1_of_images": "images", "psnr_of_pictures": "pictures",
+    "ssim_of_pictures": "pictures", "lpips_of_pictures": "pictures",
+}  # fmt: skip
+"""Lists of one figure for every sample, and what counts these."""
+LARGEST = 1e100
+"""Of a figure: far beyond every real one, and what is worked out from it still finite."""
 TIMES = ("latency_ms", "graph_latency_ms")
 OBJECTS = ("settings", "plans")
 KNOWN = frozenset((
@@ -56,6 +62,9 @@ def checked_row(row: Any, where: str) -> dict[str, Any]:
     for name in NUMBERS:
         if name.endswith("_bytes"):
             need((row.get(name) or 0) >= 0, name, "at least 0")
+    for name, count in OF_SAMPLES.items():
+        told = row.get(name)
+        need(told is None or len(told) == row.get(count), name, f"one number for each of the {count}")
     if row.get("schedule") is not None:
         try:
             ScaleSchedule.of(row["schedule"])
@@ -73,8 +82,8 @@ def checked_row(row: Any, where: str) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a finite number of JSON, and no boolean; whole ones beyond every float are none either."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Whether it is a number of JSON from -1e100 to 1e100, and no boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _are_numbers(value: Any) -> TypeGuard[Sequence[float]]:
@@ -108,7 +117,7 @@ def _is_timeline(value: Any) -> bool:
 
 def _is_memory(value: Any) -> bool:
     """An object whose known figures are at least 0, or null, or of a part that is null."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not {"process", "allocator", "host"} <= value.keys():
         return False
     for figure in FIGURES:
         part: Any = value
@@ -142,12 +151,23 @@ def _is_versus(value: Any) -> bool:
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(TEXTS, ("a text", lambda value: isinstance(value, str))),
     **dict.fromkeys(NUMBERS, ("a finite number", is_number)),
+    **dict.fromkeys(
+        ("batch", "rows", "draws", "images", "pictures"),
+        ("a whole number of at least 0", lambda value: type(value) is int and 0 <= value < 1 << 31),
+    ),
+    "seed": ("a whole number", lambda value: type(value) is int and is_number(value)),
     **dict.fromkeys(LISTS, ("a list of finite numbers", _are_numbers)),
     **dict.fromkeys(FLAGS, ("true or false", lambda value: isinstance(value, bool))),
     **dict.fromkeys(OBJECTS, ("an object", lambda value: isinstance(value, dict))),
     **dict.fromkeys(
         TIMES,
         ("an object with the median in ms, and perhaps iqr, runs, interval, all, scales and phases", _is_time),
+    ),
+    **dict.fromkeys((*OF_SAMPLES, "top1_per_scale"), ("a list of finite numbers", _are_numbers)),
+    **dict.fromkeys(("lpips", "fid"), ("a finite number", is_number)),
+    "not_measured": (
+        "an object of texts",
+        lambda value: isinstance(value, dict) and all(isinstance(reason, str) for reason in value.values()),
     ),
     "timeline_bytes": ("bytes of every layer for every scale", _is_timeline),
     "memory": ("an object of ledgers, whose figures are numbers of at least 0", _is_memory),

@@ -1069,11 +1069,6 @@ def test_unknown_commands_and_no_command(capsys: pytest.CaptureFixture[str]) -> 
 SMALL = ["--policies", "streaming", "--budgets", "30%", "--repeats", "1", "--samples", "2"]
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())["rows"]
-    return found
-
-
 def test_what_does_not_fit_is_a_row_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,10 +106,18 @@ def test_pipes_and_folders_are_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_device_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), tmp_path / "pipe"):
+        with pytest.raises(FormatError, match="a device or a pipe"):
+            read_json(path)
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("heatkv.files.MAX_JSON_BYTES", 1000)
+    (tmp_path / "large.json").write_text("[" + "1," * 1000 + "1]")
     with pytest.raises(FormatError, match="more than the 1000 bytes"):
-        read_json("/dev/zero")
+        read_json(tmp_path / "large.json")
 
 
 def test_solve_replaces_plans_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ def file(folder: Path, name: str, edit: Edit = lambda told: None) -> Path:
     """A results file with three rows, changed by `edit`."""
     row = {
         "model_fingerprint": "f", "policy": "heatkv", "settings": {"sink_scales": 3, "predicted_kl": 0.1},
-        "budget": "10%", "rows": 2, "storage": "float32", "dtype": "float32", "schedule": [[1, 1, 1]],
+        "budget": "10%", "rows": 2, "storage": "float32", "dtype": "float32", "schedule": [[1, 1, 1], [1, 2, 2]],
         "images": 8, "pictures": 4, "draws": 1, "budget_bytes": 1000, "planned_bytes": 900, "allocated_bytes": 900,
         "full_bytes": 9000, "current_bytes": 10, "index_bytes": 20, "workspace_bytes": 30, "compensation_bytes": 0,
         "device_peak_bytes": None, "kl": 0.2, "top1_agreement": 0.8, "psnr_db": 30.0, "ssim": 0.9,
@@ -141,8 +141,8 @@ def test_the_command_tells_what_changed(tmp_path: Path, capsys: pytest.CaptureFi
         (lambda told: told["sampling"].update(cfg=1.5), "has sampling {'cfg': 1.5}"),
         (lambda told: told["request"].update(seed=1), "has seed 1"),
         (lambda told: told["rows"].append(told["rows"][0]), "has heatkv 10%, 2 rows, float32 twice"),
-        (lambda told: told["rows"][0].update(kl="low"), "has kl 'low', which is no number"),
-        (lambda told: told["rows"][0].pop("budget"), "lacks budget"),
+        (lambda told: told["rows"][0].update(kl="low"), "'kl' is 'low'; it must be a finite number"),
+        (lambda told: told["rows"][0].pop("budget"), "'budget' is None; it must be a text"),
         (lambda told: told.update(version=9), "version 9"),
     ],
 )

@@ -127,7 +127,7 @@ def without(*path: str) -> Any:
         (changed("Scale 3", "Max", to=5.0), FormatError, r"'Max' is 5\.0"),
         (changed("Scale 3", "Min", to=-1), FormatError, "'Min' is -1"),
         (changed("Scale 3", "Max", to=10**400), FormatError, "'Max' is 1000"),
-        (changed("Scale 3", "Min", to="2"), FormatError, "'Min' is 2"),
+        (changed("Scale 3", "Min", to="2"), FormatError, "'Min' is '2'"),
         (changed("Scale 3", "High", to=2), FormatError, "says High 2, but 1 layers are marked 1"),
         (changed("Scale 4", "Min", to=13), FormatError, "Scale 4 says Min 13, above Max 12"),
     ],

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from heatkv.checks import shown
 from heatkv.cli.options import AsJson
 from heatkv.cli.output import say, show
 from heatkv.errors import HeatKVError
@@ -19,7 +20,7 @@ def _share(text: str, name: str) -> float:
     try:
         return float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
     except ValueError:
-        raise HeatKVError(f"--{name} {text!r} is no number; write 5% or 0.05") from None
+        raise HeatKVError(f"--{name} {shown(text)} is no number; write 5% or 0.05") from None
 
 
 def check(

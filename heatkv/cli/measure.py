@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from heatkv.checks import shown
 from heatkv.cli.calibrate import statistics_of_folder
 from heatkv.cli.opening import (
     load_arguments,
@@ -429,8 +431,8 @@ def _whole_numbers(text: str, what: str) -> list[int]:
     try:
         numbers = [int(name) for name in parse_names(text, what)]
     except ValueError as error:
-        raise HeatKVError(f"cannot read the {what} list {text!r}; write whole numbers as 1,4") from error
-    twice = [number for number in numbers if numbers.count(number) > 1]
+        raise HeatKVError(f"cannot read the {what} list {shown(text)}; write whole numbers as 1,4") from error
+    twice = [number for number, count in Counter(numbers).items() if count > 1]
     if twice:
         raise HeatKVError(f"{what} {twice[0]} is named twice")
     return numbers

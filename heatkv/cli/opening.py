@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 
 from heatkv.capacities import CapacityPlan
+from heatkv.checks import shown
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
+from heatkv.files import read_bytes
 from heatkv.geometry import CODED_BYTES, Budget, CacheGeometry, StorageType
 from heatkv.models import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_info
 from heatkv.models.base import ImageModel
@@ -29,6 +32,8 @@ from heatkv.statistics import HeadRankings, Statistics
 MOST = 1_000_000
 """Of whatever is counted on the command line."""
 
+_MOST_PROMPT_BYTES = 64 << 20
+
 Loaded = ClassConditionalModel | TextConditionalModel
 
 
@@ -44,9 +49,9 @@ def parse_names(text: str, what: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise HeatKVError(f"no {what} was named")
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
-        raise HeatKVError(f"{what} {twice[0]!r} is named twice")
+        raise HeatKVError(f"{what} {shown(twice[0])} is named twice")
     return names
 
 
@@ -58,7 +63,7 @@ def parse_ratio(text: str | None) -> float | None:
         height, colon, width = text.partition(":")
         return float(height) / (float(width) if colon else 1.0)
     except (ValueError, ZeroDivisionError) as error:
-        raise ScheduleError(f"cannot read the height/width ratio {text!r}; write it as 1.5 or 3:2") from error
+        raise ScheduleError(f"cannot read the height/width ratio {shown(text)}; write it as 1.5 or 3:2") from error
 
 
 def say_template(model: str, ratio: str | None) -> None:
@@ -123,9 +128,7 @@ def is_guided(info: ModelInfo, cfg: float | None) -> bool:
 def _prompts(path: Path) -> list[str]:
     """The lines of a text file, empty ones left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+        lines = read_bytes(path, _MOST_PROMPT_BYTES, "prompts").decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is no UTF-8 text, one prompt a line") from error
     found = [line.strip() for line in lines if line.strip()]

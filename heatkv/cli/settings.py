@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from heatkv.checks import shown
 from heatkv.cli.options import Ranking
 from heatkv.errors import PolicyError
 from heatkv.policies.options import PolicyOption, options_of
@@ -35,9 +36,9 @@ def _pairs(ranking: Ranking) -> dict[str, str]:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name:
-            raise PolicyError(f"cannot read --set {text!r}; write it as name=value, see `heatkv policies`")
+            raise PolicyError(f"cannot read --set {shown(text)}; write it as name=value, see `heatkv policies`")
         if name in pairs or (name == "sink_scales" and ranking.sink_scales is not None):
-            raise PolicyError(f"option {name!r} is set twice")
+            raise PolicyError(f"option {shown(name)} is set twice")
         pairs[name] = value.strip()
     return pairs
 
@@ -46,9 +47,11 @@ def _having(option: str, known: Mapping[str, Mapping[str, PolicyOption]]) -> lis
     """The policies that have this option."""
     having = [name for name, options in known.items() if option in options]
     if not having:
-        near = difflib.get_close_matches(option, {o for options in known.values() for o in options}, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(
+            option[:40], {o for options in known.values() for o in options}, n=1, cutoff=0.5
+        )
         hint = f"; did you mean {near[0]!r}?" if near else "."
         listed = "; ".join(f"{name}: {', '.join(options) or 'none'}" for name, options in known.items())
         who = f"policy {next(iter(known))!r} has no" if len(known) == 1 else "none of these policies has an"
-        raise PolicyError(f"{who} option {option!r}{hint} Options of {listed}")
+        raise PolicyError(f"{who} option {shown(option)}{hint} Options of {listed}")
     return having

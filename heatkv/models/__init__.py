@@ -12,7 +12,7 @@ import torch
 
 from heatkv.checks import as_number, shown
 from heatkv.errors import ModelError, ScheduleError
-from heatkv.files import as_path
+from heatkv.files import as_path, is_folder, is_there
 from heatkv.geometry import CacheGeometry
 from heatkv.models.checkpoint import SHARDED, build_var, build_vqvae, read_checkpoint, var_state, vqvae_state
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
@@ -203,25 +203,25 @@ def _placed(model: ClassConditionalModel, dtype: torch.dtype, device: torch.devi
 def find_weights(path: str | Path, names: Sequence[str]) -> Path:
     """`path` itself when it is a file or a sharded folder, else the first of `names` inside it."""
     path = as_path(path)
-    if not path.is_dir():
+    if not is_folder(path):
         return path
-    if any((path / name).exists() for name in SHARDED):
+    if any(is_there(path / name) for name in SHARDED):
         return path
     return _first(path, names)
 
 
 def find_beside(weights: Path, names: Sequence[str]) -> Path:
     """The first of `names` in the folder of `weights`, or in the folder around it."""
-    for folder in (weights if weights.is_dir() else weights.parent, weights.parent):
+    for folder in (weights if is_folder(weights) else weights.parent, weights.parent):
         for name in names:
-            if (folder / name).exists():
+            if is_there(folder / name):
                 return folder / name
     raise ModelError(f"no {names[0]} lies beside {weights}; name it (--vae)")
 
 
 def _first(folder: Path, names: Sequence[str]) -> Path:
     for name in names:
-        if (folder / name).exists():
+        if is_there(folder / name):
             return folder / name
     raise ModelError(f"{folder} holds none of {', '.join(names)}; name the file itself")
 

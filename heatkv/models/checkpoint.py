@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from heatkv.checks import shown
 from heatkv.errors import FormatError, ModelError
-from heatkv.files import read_json
+from heatkv.files import as_path, is_folder, is_there, read_json, whole_file
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.infinity import Infinity, InfinityConfig
+from heatkv.models.torch_file import load_torch_file
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
 
@@ -33,11 +34,12 @@ _PUBLIC_SIDES = {(10, 680): (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (10, 2240): (1, 2
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises FormatError when it is missing, truncated or something else."""
+    path = whole_file(path)
     try:
         return load_file(path)
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
+    except Exception as error:  # whatever safetensors and torch stumble over: types and shapes that one of them lacks
         raise FormatError(f"{path} is not a whole safetensors file: {error}") from error
 
 
@@ -47,22 +49,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     A torch file is read without executing anything in it. Raises FormatError for what is missing, broken, or holds
     more than tensors and plain values.
     """
-    path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
+    path = as_path(path)
+    return _read_folder(path) if is_folder(path) else _read_file(path)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return dict(read_safetensors(path))
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise FormatError(
-            f"{path} is no torch file of tensors and plain values only, and nothing else is loaded, as it could run "
-            "code; where you trust it, load it elsewhere and save its state dict"
-        ) from error
-    except (RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise FormatError(f"{path} is not a whole torch file: {str(error).splitlines()[0]}") from error
+    content = load_torch_file(path)
     if not isinstance(content, dict):
         raise FormatError(f"{path} holds a {type(content).__name__}, not named tensors")
     return content
@@ -76,10 +70,10 @@ SHARDED = (*(f"{name}.index.json" for name in _WHOLE), *_WHOLE)
 def _read_folder(folder: Path) -> dict[str, Any]:
     for name in _WHOLE:
         index = folder / f"{name}.index.json"
-        if index.exists():
+        if is_there(index):
             return _read_shards(index)
-        if (folder / name).exists():
-            return read_checkpoint(folder / name)
+        if is_there(folder / name):
+            return _read_file(folder / name)
     raise FormatError(f"{folder} holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
 
 
@@ -89,15 +83,17 @@ def _read_shards(index: Path) -> dict[str, Any]:
     shard_of = told.get("weight_map") if isinstance(told, dict) else None
     if not isinstance(shard_of, dict) or not all(isinstance(file, str) for file in shard_of.values()):
         raise FormatError(f"{index} has no weight_map of tensor names to file names")
+    names_in: dict[str, list[str]] = {}
+    for name, file in shard_of.items():
+        names_in.setdefault(file, []).append(name)
     state: dict[str, Any] = {}
-    for file in sorted(set(shard_of.values())):
-        if Path(file).name != file:
-            raise FormatError(f"{index} names {file!r}, which is not a file of its folder")
-        shard = read_checkpoint(index.parent / file)
-        names = [name for name, its_file in shard_of.items() if its_file == file]
+    for file, names in sorted(names_in.items()):
+        if file == ".." or Path(file).name != file:  # the name of `.` and of nothing is empty
+            raise FormatError(f"{index} names {shown(file)}, which is not a file of its folder")
+        shard = _read_file(index.parent / file)
         absent = [name for name in names if name not in shard]
         if absent:
-            raise FormatError(f"{index.parent / file} lacks {absent[0]}, which {index.name} says it holds")
+            raise FormatError(f"{index.parent / file} lacks {absent[0][:100]}, which {index.name} says it holds")
         state |= {name: shard[name] for name in names}
     return state
 
@@ -114,28 +110,64 @@ def check_state(module: nn.Module, state: State, what: str) -> set[str]:
         for name in sorted(needed & given)
         if state[name].shape != expected[name].shape
     ]
+    problems += [
+        f"{name} is of {state[name].dtype}, not of floating-point numbers"
+        for name in sorted(needed & given)
+        if expected[name].is_floating_point() and not state[name].is_floating_point()
+    ]
     if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise ModelError(f"these weights are not the {what}'s: {shown}")
+        some = "; ".join(problem[:200] for problem in problems[:6])
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ModelError(f"these weights are not the {what}'s: {some}{more}")
     return needed
 
 
 def load_strictly(module: nn.Module, state: State, what: str) -> None:
     """Copy `state` into `module`, when it fits without rest."""
     needed = check_state(module, state, what)
-    module.load_state_dict({name: state[name] for name in needed}, strict=False)
+    with _shapes_of(what):
+        module.load_state_dict({name: state[name] for name in needed}, strict=False)
 
 
-def _tensor(state: State, name: str, what: str) -> Tensor:
+@contextmanager
+def _shapes_of(what: str) -> Iterator[None]:
+    """Sizes that no such network can have, which torch refuses in its own way while one is made, are a ModelError."""
+    try:
+        yield
+    except (ArithmeticError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"these are no {what} weights: no network has these shapes ({reason})") from error
+
+
+def _check_fit(make: Callable[[], nn.Module], state: State, what: str) -> None:
+    """Hold the tensors against the network that `make` makes before it takes memory: its shapes follow from a few of
+    theirs, and may be those of a network of any size."""
+    with _shapes_of(what), torch.device("meta"):
+        skeleton = make()
+    check_state(skeleton, state, what)
+
+
+def _shape(state: State, name: str, what: str, axes: int) -> tuple[int, ...]:
+    """The sizes of a tensor that must be there, none of them zero."""
     if name not in state:
         raise ModelError(f"these are no {what} weights: {name} is missing")
-    return state[name]
+    shape = tuple(state[name].shape)
+    if len(shape) != axes or 0 in shape:
+        raise ModelError(f"these are no {what} weights: {name} is of shape {shape}; it must have {axes} axes")
+    return shape
 
 
-def _count(state: State, pattern: str) -> int:
-    """1 + the largest number that `pattern`'s group matches in the keys, 0 when there is none."""
-    found = (re.match(pattern, name) for name in state)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+_MOST_LAYERS = 256
+"""Of a network, six times the largest public one's: so many are made before anything else about them is known."""
+
+
+def _count(state: State, before: str) -> int:
+    """1 + the largest number that follows `before` in the keys, 0 when there is none."""
+    pattern = re.compile(re.escape(before) + r"([0-9]{1,6})\.")
+    count = max((int(match[1]) + 1 for match in map(pattern.match, state) if match), default=0)
+    if count > _MOST_LAYERS:
+        raise ModelError(f"{before}{count - 1} makes {count} of them; at most {_MOST_LAYERS} can be loaded")
+    return count
 
 
 _PREFIXES = ("module.", "_orig_mod.")
@@ -162,11 +194,16 @@ def vqvae_state(content: Mapping[str, Any]) -> State:
 def var_config(state: State) -> VARConfig:
     """The configuration of a VAR transformer, from its keys and shapes. Raises ModelError when it is none."""
     what = "VAR transformer"
-    width, z_channels = _tensor(state, "word_embed.weight", what).shape
-    levels, total = _tensor(state, "lvl_embed.weight", what).shape[0], _tensor(state, "pos_1LC", what).shape[1]
-    scale = state.get("blocks.0.attn.scale_mul_1H11")
+    width, z_channels = _shape(state, "word_embed.weight", what, 2)
+    levels, total = _shape(state, "lvl_embed.weight", what, 2)[0], _shape(state, "pos_1LC", what, 3)[1]
+    scale = "blocks.0.attn.scale_mul_1H11"
     if "lvl_1L" in state:
-        counts = torch.bincount(state["lvl_1L"].flatten().long(), minlength=levels).tolist()
+        of_tokens = state["lvl_1L"].flatten()
+        if len(of_tokens) != total or of_tokens.is_complex() or not ((of_tokens >= 0) & (of_tokens < levels)).all():
+            raise ModelError(
+                f"these are no {what} weights: lvl_1L does not tell the scales, below {levels}, of {total} tokens"
+            )
+        counts = torch.bincount(of_tokens.long(), minlength=levels).tolist()
         sides: Sequence[int] = [math.isqrt(count) for count in counts]
         if [side * side for side in sides] != counts:
             raise ModelError(f"the scales of these weights have {counts} tokens, which are not all squares")
@@ -176,45 +213,49 @@ def var_config(state: State) -> VARConfig:
             raise ModelError(f"{levels} scales with {total} tokens are no published schedule, and lvl_1L is missing")
     return VARConfig(
         patch_sides=tuple(sides),
-        depth=_count(state, r"blocks\.(\d+)\."),
+        depth=_count(state, "blocks."),
         width=width,
-        heads=width // 64 if scale is None else scale.shape[1],
-        num_classes=_tensor(state, "class_emb.weight", what).shape[0] - 1,
-        vocab_size=_tensor(state, "head.weight", what).shape[0],
+        heads=_shape(state, scale, what, 4)[1] if scale in state else width // 64,
+        num_classes=_shape(state, "class_emb.weight", what, 2)[0] - 1,
+        vocab_size=_shape(state, "head.weight", what, 2)[0],
         z_channels=z_channels,
-        mlp_ratio=_tensor(state, "blocks.0.ffn.fc1.weight", what).shape[0] / width,
+        mlp_ratio=_shape(state, "blocks.0.ffn.fc1.weight", what, 2)[0] / width,
         shared_adaln="shared_ada_lin.1.weight" in state,
-        l2_norm=scale is not None,
+        l2_norm=scale in state,
     )
 
 
 def vqvae_config(state: State, patch_sides: Sequence[int]) -> VQVAEConfig:
     """The configuration of a VQVAE, from its keys and shapes. Raises ModelError when it is none."""
     what = "VQVAE"
-    vocab_size, z_channels = _tensor(state, "quantize.embedding.weight", what).shape
-    channels = _tensor(state, "decoder.conv_out.weight", what).shape[1]
-    levels = _count(state, r"decoder\.up\.(\d+)\.")
-    sizes = [_tensor(state, f"decoder.up.{i}.block.0.conv1.weight", what).shape[0] for i in range(levels)]
+    vocab_size, z_channels = _shape(state, "quantize.embedding.weight", what, 2)
+    channels = _shape(state, "decoder.conv_out.weight", what, 4)[1]
+    levels = _count(state, "decoder.up.")
+    sizes = [_shape(state, f"decoder.up.{i}.block.0.conv1.weight", what, 4)[0] for i in range(levels)]
     return VQVAEConfig(
         patch_sides=tuple(patch_sides),
         vocab_size=vocab_size,
         z_channels=z_channels,
         channels=channels,
         channel_multipliers=tuple(size // channels for size in sizes),
-        num_phi=_count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.") or 1,
+        num_phi=_count(state, "quantize.quant_resi.qresi_ls.") or 1,
     )
 
 
 def build_var(state: State) -> VAR:
     """A VAR transformer with these weights, in evaluation mode and fp32."""
-    model = VAR(var_config(state))
-    load_strictly(model, state, "VAR transformer")
+    config, what = var_config(state), "VAR transformer"
+    _check_fit(lambda: VAR(config), state, what)
+    model = VAR(config)
+    load_strictly(model, state, what)
     return model.eval().requires_grad_(False)
 
 
 def build_vqvae(state: State, patch_sides: Sequence[int]) -> VQVAE:
     """A VQVAE with these weights, with its encoder when they have one, in evaluation mode and fp32."""
-    model = VQVAE(vqvae_config(state, patch_sides), encoder="encoder.conv_in.weight" in state)
+    config, encoder = vqvae_config(state, patch_sides), "encoder.conv_in.weight" in state
+    _check_fit(lambda: VQVAE(config, encoder), state, "VQVAE")
+    model = VQVAE(config, encoder)
     load_strictly(model, state, "VQVAE")
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions run faster on CPUs
     return model.eval().requires_grad_(False)
@@ -222,7 +263,7 @@ def build_vqvae(state: State, patch_sides: Sequence[int]) -> VQVAE:
 
 # -------------------------------------------------------------------------------------------------- Infinity
 
-_CHUNKED = re.compile(r"block_chunks\.(\d+)\.module\.(\d+)\.(.*)")
+_CHUNKED = re.compile(r"block_chunks\.([0-9]{1,6})\.module\.([0-9]{1,6})\.(.*)")
 _TRAINED, _AVERAGED = ("gpt_fsdp", "gpt_wo_ddp"), ("gpt_ema_fsdp", "gpt_ema_for_vis")
 _VARIANTS = {
     r"blocks\.\d+\.ca_gamma": "a gain on cross attention",
@@ -243,9 +284,10 @@ def _tensors_of(content: Mapping[str, Any], paths: Sequence[tuple[str, ...]], wh
         if isinstance(inner, Mapping):
             content = inner
             break
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor) and isinstance(name, str)}
     if not state:
-        raise ModelError(f"these are no {what} weights: they have the entries {', '.join(map(str, content)) or 'none'}")
+        entries = ", ".join(name if isinstance(name, str) else shown(name) for name in list(content)[:20])
+        raise ModelError(f"these are no {what} weights: they have the entries {entries or 'none'}")
     return state
 
 
@@ -268,7 +310,9 @@ def infinity_state(content: Mapping[str, Any], *, average: bool = False) -> Stat
         if match:
             name = f"blocks.{int(match[1]) * per_chunk + int(match[2])}.{match[3]}"
         if name.endswith(".sa.scale_mul_1H11"):  # (1, 1, H, 1) in files made for another attention kernel
-            tensor = tensor.reshape(1, -1, 1, 1)
+            tensor = tensor.reshape(1, tensor.numel(), 1, 1)
+        if name in state:
+            raise ModelError(f"these are no {what} weights: {name} is there twice")
         state[name] = tensor
     for pattern, variant in _VARIANTS.items():
         found = next((name for name in state if re.fullmatch(pattern, name)), None)
@@ -280,26 +324,27 @@ def infinity_state(content: Mapping[str, Any], *, average: bool = False) -> Stat
 def infinity_config(content: Mapping[str, Any]) -> InfinityConfig:
     """The configuration of an Infinity transformer, from names and shapes. Raises ModelError when it is none."""
     state, what = infinity_state(content), "Infinity transformer"
-    width, bits = _tensor(state, "word_embed.weight", what).shape
-    positions, channels = _tensor(state, "cfg_uncond", what).shape
+    width, bits = _shape(state, "word_embed.weight", what, 2)
+    positions, channels = _shape(state, "cfg_uncond", what, 2)
     return InfinityConfig(
-        depth=_count(state, r"blocks\.(\d+)\."),
+        depth=_count(state, "blocks."),
         width=width,
-        heads=_tensor(state, "blocks.0.sa.scale_mul_1H11", what).numel(),
+        heads=_shape(state, "blocks.0.sa.scale_mul_1H11", what, 4)[1],
         bits=bits,
-        mlp_hidden=_tensor(state, "blocks.0.ffn.fc1.weight", what).shape[0],
-        pool_heads=_tensor(state, "text_proj_for_sos.ca.mat_q", what).shape[1],
+        mlp_hidden=_shape(state, "blocks.0.ffn.fc1.weight", what, 2)[0],
+        pool_heads=_shape(state, "text_proj_for_sos.ca.mat_q", what, 3)[1],
         text_channels=channels,
         text_positions=positions,
-        max_scales=_tensor(state, "lvl_embed.weight", what).shape[0],
+        max_scales=_shape(state, "lvl_embed.weight", what, 2)[0],
     )
 
 
 def _adopt(module: nn.Module, state: State, what: str) -> None:
     """Make the tensors of `state` those of a module made without storage, so that weights never lie in memory twice."""
     needed = check_state(module, state, what)
-    module.load_state_dict({name: state[name] for name in needed}, strict=False, assign=True)
-    module.eval().requires_grad_(False)
+    with _shapes_of(what):
+        module.load_state_dict({name: state[name] for name in needed}, strict=False, assign=True)
+        module.eval().requires_grad_(False)
 
 
 def build_infinity(
@@ -310,8 +355,9 @@ def build_infinity(
     `dtype=None` leaves every tensor in the type of the file, for `set_compute_dtype` to settle before it runs.
     """
     state = infinity_state(content, average=average)
-    with torch.device("meta"):
-        model = Infinity(infinity_config(state))
+    config = infinity_config(state)
+    with _shapes_of("Infinity transformer"), torch.device("meta"):
+        model = Infinity(config)
     _adopt(model, state, "Infinity transformer")
     return model if dtype is None else model.set_compute_dtype(dtype)
 
@@ -335,11 +381,11 @@ def bsq_state(content: Mapping[str, Any]) -> State:
 def bsq_config(content: Mapping[str, Any]) -> BSQConfig:
     """The configuration of a bitwise VAE, from names and shapes. Raises ModelError when it is none."""
     state, what = bsq_state(content), "bitwise VAE"
-    channels = _tensor(state, "decoder.conv_out.weight", what).shape[1]
-    levels = _count(state, r"decoder\.up\.(\d+)\.")
-    sizes = [_tensor(state, f"decoder.up.{i}.block.0.conv1.weight", what).shape[0] for i in range(levels)]
+    channels = _shape(state, "decoder.conv_out.weight", what, 4)[1]
+    levels = _count(state, "decoder.up.")
+    sizes = [_shape(state, f"decoder.up.{i}.block.0.conv1.weight", what, 4)[0] for i in range(levels)]
     return BSQConfig(
-        z_channels=_tensor(state, "decoder.conv_in.weight", what).shape[1],
+        z_channels=_shape(state, "decoder.conv_in.weight", what, 4)[1],
         channels=channels,
         channel_multipliers=tuple(size // channels for size in sizes),
     )
@@ -348,7 +394,8 @@ def bsq_config(content: Mapping[str, Any]) -> BSQConfig:
 def build_bsq(content: Mapping[str, Any]) -> BitwiseVAE:
     """A bitwise VAE with these weights, with its encoder when they have one, in evaluation mode and fp32."""
     state = bsq_state(content)
-    with torch.device("meta"):
-        model = BitwiseVAE(bsq_config(state), encoder="encoder.conv_in.weight" in state)
+    config = bsq_config(state)
+    with _shapes_of("bitwise VAE"), torch.device("meta"):
+        model = BitwiseVAE(config, encoder="encoder.conv_in.weight" in state)
     _adopt(model, state, "bitwise VAE")
     return model.float()

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from heatkv.errors import ModelError
-from heatkv.files import as_path
+from heatkv.files import as_path, is_folder, is_there
 
 PUBLIC_ENCODER = "google/flan-t5-xl"
 MAX_POSITIONS = 512
@@ -60,18 +59,19 @@ class T5TextEncoder:
                 "features"
             ) from error
         folder = as_path(source)
-        if not folder.is_dir() and not _HUB_NAME.fullmatch(str(source)):
+        if not is_folder(folder) and not _HUB_NAME.fullmatch(str(source)):
             raise ModelError(f"no T5 encoder can be loaded from {source}: it is neither a folder nor a hub name")
         # without any of these, transformers makes a tokenizer that knows no word
-        if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZERS):
+        if is_folder(folder) and not any(is_there(folder / name) for name in _TOKENIZERS):
             raise ModelError(f"no T5 encoder can be loaded from {source}: it holds none of {', '.join(_TOKENIZERS)}")
         try:
             with _quietly():
-                self._tokenizer = AutoTokenizer.from_pretrained(str(source))
+                self._tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
                 encoder, told = T5EncoderModel.from_pretrained(
-                    str(source), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-                )
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+                    str(source), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+                    trust_remote_code=False, weights_only=True,
+                )  # fmt: skip
+        except Exception as error:  # transformers and tokenizers raise nearly everything for damaged files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(f"no T5 encoder can be loaded from {source}: {reason}") from error
         # transformers would go on with random numbers in their place

@@ -52,7 +52,7 @@ class VARConfig:
     l2_norm: bool = True
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
+        if self.heads < 1 or self.width % self.heads:
             raise ModelError(f"width {self.width} is not a multiple of {self.heads} heads")
 
     @property
