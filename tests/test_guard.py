@@ -401,6 +401,13 @@ def test_the_command_tells_what_changed(tmp_path: Path, capsys: pytest.CaptureFi
     told = json.loads(capsys.readouterr().out)
     assert not told["failed"]
     assert {c["figure"]: c["now"] for c in told["rows"][0]["changes"]}["kl"] == 0.25
+    # nothing is cut, however long it is
+    after = file(tmp_path, "after.json", at(10**15, "memory", "arena", "cache_bytes"))
+    assert run(["check", str(after), "--against", str(before)]) == 1
+    out = capsys.readouterr().out
+    told = "memory.arena.cache_bytes is 1,000,000,000,000,000, allocated_bytes 900"
+    assert set(told.split()) <= set(out.split())
+    assert out.count("FAILED") == 2
     after = file(tmp_path, "after.json", lambda told: told["environment"]["versions"].update(torch="2.13"))
     assert run(["check", str(after), "--against", str(before)]) == 0
     assert "note: versions: {'torch': '2.13'}, in the baseline {'torch': '2.11'}" in capsys.readouterr().err

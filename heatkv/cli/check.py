@@ -69,8 +69,13 @@ def check(
     )
     lines = change_lines(verdict, everything)
     table = Table(title=told, caption=f"{'' if lines else 'no figure changed; '}{tolerances}")
-    for name in ("row", "figure", "baseline", "now", "change", "worst allowed", ""):
-        table.add_column(name, justify="left" if name in ("row", "figure", "") else "right", no_wrap=True)
+    for place, name in enumerate(("row", "figure", "baseline", "now", "change", "worst allowed", "")):
+        # texts go on in the next line where there is no room, numbers and verdicts are never cut
+        text = name in ("row", "figure", "change")
+        table.add_column(
+            name, justify="left" if name in ("row", "figure", "") else "right", no_wrap=not text, overflow="fold",
+            min_width=None if text else max(len(cells[place]) for cells in [*lines, (name,) * 7]),
+        )  # fmt: skip
     for line in lines:
         table.add_row(*line)
     show(table, as_json, verdict.to_json())
