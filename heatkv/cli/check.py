@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +16,21 @@ from heatkv.errors import HeatKVError
 
 
 def _share(text: str, name: str) -> float:
-    """ "5%" or "0.05"."""
+    """ "5%" or "0.05"; a number from 1 on without % may mean either, and is refused."""
     number = text.strip()
+    in_percent = number.endswith("%")
     try:
-        return float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+        value = float(number.removesuffix("%"))
     except ValueError:
-        raise HeatKVError(f"--{name} {shown(text)} is no number; write 5% or 0.05") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise HeatKVError(f"--{name} {shown(text)} is no number; write 5% or 0.05")
+    if not in_percent and value >= 1:
+        raise HeatKVError(
+            f"--{name} {text!r} without % is a share, {value * 100:g}%; write {value:g}%, or {value * 100:g}% if that "
+            "is meant"
+        )
+    return value / 100 if in_percent else value
 
 
 def check(
@@ -28,6 +38,9 @@ def check(
     results: Annotated[Path, typer.Argument(help="results.json of `heatkv compare` or `profile`")],
     against: Annotated[Path, typer.Option("--against", help="results.json to compare it with")],
     bytes_: Annotated[str, typer.Option("--bytes", help="growth of bytes that is allowed, of the baseline's")] = "0%",
+    tensors: Annotated[
+        str, typer.Option("--tensors", help="growth of the peaks of tensors that is allowed, of the baseline's")
+    ] = "1%",
     kl: Annotated[str, typer.Option("--kl", help="growth of the KL that is allowed, of the baseline's")] = "10%",
     top1: Annotated[str, typer.Option("--top1", help="fall of the top-1 agreement that is allowed")] = "1%",
     psnr: Annotated[float, typer.Option("--psnr", help="fall of the PSNR that is allowed, in dB")] = 0.5,
@@ -35,14 +48,18 @@ def check(
     everything: Annotated[bool, typer.Option("--all", help="also show what did not change")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Exit code 1 when bytes grew or fidelity fell beyond the tolerances, or a row is missing; times are not looked at.
+    """Exit code 1 when bytes grew or fidelity fell beyond the tolerances, or a row, a ledger or a figure is missing;
+    times are not compared.
 
     Example: heatkv check results/compare/results.json --against benchmarks/baseline/results.json
     """
     from heatkv.profiling.guard import Tolerances, change_lines, check_results
 
-    shares = {"bytes": _share(bytes_, "bytes"), "kl": _share(kl, "kl"), "top1": _share(top1, "top1")}
-    verdict = check_results(results, against, Tolerances(**shares, psnr=psnr, ssim=ssim))
+    tolerances = Tolerances(
+        bytes=_share(bytes_, "bytes"), tensors=_share(tensors, "tensors"), kl=_share(kl, "kl"),
+        top1=_share(top1, "top1"), psnr=psnr, ssim=ssim,
+    )  # fmt: skip
+    verdict = check_results(results, against, tolerances)
     for note in verdict.notes:
         say(f"note: {note}")
     failed = sum(row.failed for row in verdict.rows)
@@ -51,14 +68,17 @@ def check(
         if failed
         else f"nothing is worse than {against}"
     )
-    table = Table(title=told)
-    for name in ("row", "figure", "baseline", "now", "change", "worst allowed", ""):
-        table.add_column(name, justify="left" if name in ("row", "figure", "") else "right", no_wrap=True)
     lines = change_lines(verdict, everything)
+    table = Table(title=told, caption=f"{'' if lines else 'no figure changed; '}{tolerances}")
+    for place, name in enumerate(("row", "figure", "baseline", "now", "change", "worst allowed", "")):
+        # texts go on in the next line where there is no room, numbers and verdicts are never cut
+        text = name in ("row", "figure", "change")
+        table.add_column(
+            name, justify="left" if name in ("row", "figure", "") else "right", no_wrap=not text, overflow="fold",
+            min_width=None if text else max(len(cells[place]) for cells in [*lines, (name,) * 7]),
+        )  # fmt: skip
     for line in lines:
         table.add_row(*line)
-    if not lines:
-        table.caption = "no figure changed"
     show(table, as_json, verdict.to_json())
     if verdict.failed:
         raise typer.Exit(1)
