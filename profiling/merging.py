@@ -19,7 +19,7 @@ from heatkv.errors import FormatError
 from heatkv.files import check_header, read_json
 from heatkv.profiling.memory_figures import MemoryFigure, in_memory
 from heatkv.profiling.results import FORMAT, VERSION
-from heatkv.profiling.row_fields import checked_row, printable
+from heatkv.profiling.row_fields import checked_rows, printable
 from heatkv.schedule import ScaleSchedule
 
 SEPARATOR = " · "
@@ -352,5 +352,4 @@ def _read(folder: Path, label: str) -> Source:
         parts[name] = {} if data.get(name) is None else data[name]
         if not isinstance(parts[name], dict):
             raise FormatError(f"{path} is not a whole {FORMAT} file: its {name} is {shown(parts[name])}, no object")
-    checked = tuple(checked_row(row, f"{path}, row {index}") for index, row in enumerate(rows))
-    return Source(label, folder, **printable(parts), told_rows=checked)
+    return Source(label, folder, **printable(parts), told_rows=checked_rows(rows, str(path)))

@@ -375,12 +375,32 @@ def all_rows(report: Report) -> Section:
 
 
 def _remark(row: Row) -> str:
-    if row.told.get("had_no_effect"):
-        return "no effect: nothing is dropped"
-    used = f"used less than {LEAST_USED:.0%} of its budget" if row.told.get("under_used") else ""
     draws = row.number("draws") or 1
-    failed = f"memory not measured: {row.told['error']}" if row.told.get("error") else ""
-    return "; ".join(filter(None, [failed, used, f"mean of {draws:g} plans" if draws > 1 else ""]))
+    told = [
+        f"memory not measured: {row.told['error']}" if row.told.get("error") else "",
+        *broken_promises(row),
+        "no effect: nothing is dropped" if row.told.get("had_no_effect") else "",
+        f"used less than {LEAST_USED:.0%} of its budget" if row.told.get("under_used") else "",
+        f"mean of {draws:g} plans" if draws > 1 else "",
+    ]
+    return "; ".join(filter(None, told))
+
+
+def broken_promises(row: Row) -> list[str]:
+    """What a row's bytes are that they must not be, in words."""
+    allowed, planned, allocated = (row.number(f"{name}_bytes") for name in ("budget", "planned", "allocated"))
+    told = []
+    if allocated is not None and planned is not None and allocated != planned:
+        told.append(f"allocated and planned differ by {_difference(allocated - planned)}")
+    for name, count in (("allocated", allocated), ("planned", planned)):
+        if count is not None and allowed is not None and count > allowed:
+            told.append(f"{name} is above the budget by {_difference(count - allowed)}")
+    return told
+
+
+def _difference(count: float) -> str:
+    """Bytes with what they are in MiB, where these are more than a few."""
+    return f"{abs(count):,.0f} bytes" + (f" ({mib(abs(count))} MiB)" if abs(count) >= 2**17 else "")
 
 
 def further(report: Report) -> Section | None:
