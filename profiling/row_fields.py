@@ -94,7 +94,9 @@ def checked_rows(rows: Sequence[Any], where: str) -> tuple[dict[str, Any], ...]:
     for index, row in enumerate(checked):
         first = found.setdefault(json.dumps([row.get(name) for name in IDENTITY], sort_keys=True), index)
         if first != index:
-            place = [f"{name} {row[name]}" for name in ("storage", "rows", "batch", "seed") if row.get(name) is not None]
+            place = [
+                f"{name} {row[name]}" for name in ("storage", "rows", "batch", "seed") if row.get(name) is not None
+            ]
             named = ", ".join([f"{row['policy']} {row['budget']}", *place])
             raise FormatError(f"{where} has {named} twice, as rows {first} and {index}; keep one of them")
     return checked
