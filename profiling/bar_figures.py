@@ -18,7 +18,7 @@ from heatkv.profiling.figures import GRID, INK, LIMIT, MARKERS, MUTED, SURFACE, 
 WIDTH = 380.0
 LONGEST = 56
 """Letters of the name of a row."""
-MOST_ROWS = 30
+MOST_ROWS = 20
 """Rows of results in one chart: tables have them all."""
 _FAR = 1.5
 """Times the longest bar: what lies further out is drawn at the edge."""

@@ -89,7 +89,7 @@ def summary(report: Report) -> Section:
 def _over_title(report: Report, family: Family) -> str:
     """The heading of means over seeds."""
     seeds = listed(map(str, family.seeds))
-    return ", ".join(filter(None, [family.title, f"means over {len(family.seeds)} seeds ({seeds})"]))
+    return ", ".join(filter(None, [f"Means over {len(family.seeds)} seeds ({seeds})", family.title]))
 
 
 def _apart(report: Report) -> str:

@@ -26,7 +26,9 @@ def memory_and_time(report: Report) -> Section | None:
             "is not equally fast at all times. A share of the full cache's time is of the full cache in the same turns."
         ))  # fmt: skip
         blocks += _yardsticks(groups)
-        blocks += _shares(report, groups)
+        if shares := _shares(report, groups):
+            sources = {source: None for group in groups for source in group.sources}
+            blocks += [*busy(list(sources)), *shares]
 
     def of_group(index: int, group: Group) -> list[Block]:
         names = report.short_labels(group.rows)
@@ -36,7 +38,7 @@ def memory_and_time(report: Report) -> Section | None:
             [Point(row, row.held_bytes, median_of(row), _quartiles(row), _time_tip(names, row)) for row in group.rows],
             names, set(front),
         )  # fmt: skip
-        made: list[Block] = [*busy(group)]
+        made: list[Block] = [*busy(group.sources)]
         if lines:
             points = [(x / 2**20, y) for row in front if (x := held_of(row)) and (y := median_of(row)) is not None]
             on_front = f"On the Pareto front: {at_budgets(names, reversed(front))}."
@@ -63,12 +65,12 @@ def memory_and_time(report: Report) -> Section | None:
     )  # fmt: skip
 
 
-def busy(group: Group) -> list[Block]:
-    """A warning where times were taken beside other work."""
-    reasons = {source: told for source in group.sources if (told := busy_reasons(source.environment))}
+def busy(sources: Sequence[Source]) -> list[Block]:
+    """A warning where times of these folders were taken beside other work."""
+    reasons = {source: told for source in sources if (told := busy_reasons(source.environment))}
     if not reasons:
         return []
-    of_folder = "" if len(group.sources) == 1 else f" of {listed(source.label for source in reasons)}"
+    of_folder = "" if len(sources) == 1 else f" of {listed(source.label for source in reasons)}"
     told = list(dict.fromkeys(reason for of_source in reasons.values() for reason in of_source))
     return [
         Note(
