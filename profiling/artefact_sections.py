@@ -107,10 +107,9 @@ def plans(report: Report) -> Section:
     missing: dict[str, list[str]] = {}
     folds: list[Block] = []
     kinds: dict[str, CachePlan] = {}
-    order = [(budget, row) for budget, rows in reversed(budgets_of(report.merged.rows).items()) for row in rows]
-    order += [(row.budget, row) for row in report.merged.rows if row.is_reference]
+    order = _order(report)
     cards: dict[str, list[Card]] = {}
-    for number, (budget, row) in enumerate(order):
+    for number, (title, row, name) in enumerate(order):
         found = plans_of(row)
         if isinstance(found, Missing):
             missing.setdefault(found.why, []).append(f"{report.merged.label(row)} {row.budget}")
@@ -120,12 +119,12 @@ def plans(report: Report) -> Section:
         if not row.is_reference:
             kinds.setdefault("dynamic" if isinstance(found[0], CapacityPlan) else "static", found[0])
             picture = _plan_heats(report, row, found[0])
-            cards.setdefault(budget, []).append(
-                Card(report.merged.label(row), report.style(row), _card_text(row, found), (*picture, *timed))
+            cards.setdefault(title, []).append(
+                Card(name, report.style(row), _card_text(row, found), (*picture, *timed))
             )
     blocks: list[Block] = [*_plan_legends(kinds)]
-    for place, (budget, of_budget) in enumerate(cards.items()):
-        folds.append(Fold(f"Plans at {budget}", (Cards(tuple(of_budget)),), open=place == 0))
+    for place, (title, of_title) in enumerate(cards.items()):
+        folds.append(Fold(title, (Cards(tuple(of_title)),), open=place == 0))
     blocks += folds
     if lines:
         columns = ("policy", "budget", "most held, MiB", "planned, MiB", "budget, MiB", "after scale", "after layer")
@@ -139,6 +138,23 @@ def plans(report: Report) -> Section:
         "Above, what a plan keeps: a block for every scale, in it a row for every layer and a column for every head. "
         "Below, the memory that the cache takes after every layer of every scale, against the budget (dashed).", blocks,
     )  # fmt: skip
+
+
+def _order(report: Report) -> list[tuple[str, Row, str]]:
+    """All rows with their title and a name under it: those of a batch and seed together, the smallest budget first; the
+    full cache last."""
+    points: dict[str, list[Row]] = {}
+    for row in report.merged.rows:
+        points.setdefault(report.merged.point(row), []).append(row)
+    order = []
+    for point, rows in points.items():
+        for budget, of_budget in reversed(budgets_of(rows).items()):
+            names = report.short_labels(of_budget)
+            room = of_budget[0].number("budget_bytes")
+            size = "" if room is None or "MiB" in budget or not point else f"{mib(room)} MiB"
+            title = ", ".join(filter(None, [f"Plans at {budget}", size, point]))
+            order += [(title, row, names[row]) for row in of_budget]
+    return order + [("", row, row.policy) for row in report.merged.rows if row.is_reference]
 
 
 def _live_bytes(row: Row, plan: CachePlan) -> list[int] | None:
@@ -248,7 +264,8 @@ def _plan_legends(kinds: dict[str, CachePlan]) -> list[Block]:
         blocks.append(
             Note(
                 "Kept until: a block for every source scale; the colour is the last target scale that reads the cell. "
-                "Numbers under the blocks are the share kept of the scale's tokens over time, in %."
+                "Numbers under the blocks are the share kept of the scale's tokens over time, in %.",
+                of_drawing=True,
             )
         )
         blocks.append(Legend(tuple(keys)))
@@ -262,7 +279,8 @@ def _plan_legends(kinds: dict[str, CachePlan]) -> list[Block]:
         blocks.append(
             Note(
                 "Share held: policies that choose tokens while drawing have a block for every target scale; the colour "
-                "is how many of all earlier tokens the head holds, and the numbers are the mean in %."
+                "is how many of all earlier tokens the head holds, and the numbers are the mean in %.",
+                of_drawing=True,
             )
         )
         blocks.append(Legend(tuple(keys)))

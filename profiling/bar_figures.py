@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from heatkv.profiling.figures import GRID, INK, LIMIT, MARKERS, MUTED, SURFACE, Style, chart, cut, svg
+from heatkv.profiling.figures import GRID, INK, LIMIT, MARKERS, MUTED, SURFACE, Style, chart, cut, shortened, svg
 
 WIDTH = 380.0
 LONGEST = 56
 """Letters of the name of a row."""
+MOST_ROWS = 20
+"""Rows of results in one chart: tables have them all."""
 _FAR = 1.5
 """Times the longest bar: what lies further out is drawn at the edge."""
+_ROOM_FOR_NAME = 26
+"""Letters of a name beside its figures."""
 _MOST_STEPS = 160
 """Of a line over time: more checkpoints than so many are drawn by the fullest of several layers."""
 
@@ -158,12 +162,12 @@ def forest(name: str, label: str, panels: Mapping[str, Sequence[Difference]], ax
             ax.grid(axis="x")
             ax.set_title(title, fontsize=10.5, loc="left", color=INK, pad=5, fontweight="bold")
             ax.axvline(0, color=MUTED, linewidth=1.1, linestyle=(0, (3, 1.5)), zorder=1)
+            texts = shortened([line.title for line in lines], _ROOM_FOR_NAME)
             for index, line in enumerate(lines):
                 at, gid = pitch * index + 20.5, f"line-{place}-{index}"
                 words = {"fontsize": 10.5, "va": "center", "color": INK, "transform": ax.get_yaxis_transform()}
                 words["bbox"] = {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.5}
-                room_for_name = 26
-                ax.text(0.0, at - 11.5, cut(line.title, room_for_name), ha="left", **words)
+                ax.text(0.0, at - 11.5, texts[line.title], ha="left", **words)
                 ax.text(1.0, at - 11.5, line.text, ha="right", **words)
                 ax.plot([line.low, line.high], [at, at], color=line.style.sentinel, linewidth=2.2, zorder=2,
                         solid_capstyle="butt")  # fmt: skip

@@ -78,12 +78,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Note:
-    """A paragraph; `missing` when it says what the folder lacks."""
+    """A paragraph; `missing` when it says what the folder lacks, or what speaks against its figures. One `of_drawing`
+    is about what is seen above or below it, and left out where there is nothing to see."""
 
     kind: ClassVar[str] = "note"
 
     text: str
     missing: bool = False
+    of_drawing: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,23 @@ class Load:
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "busy": bool(self.reasons)}
+
+
+def busy_reasons(environment: Mapping[str, Any]) -> list[str]:
+    """What a results.json tells of a busy machine; empty when nothing does, or the load is not told."""
+    load = environment.get("load")
+    if not isinstance(load, Mapping):
+        return []
+
+    def told(name: str) -> Any:
+        value = load.get(name)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    cores, utilisation, processes = told("cores"), told("gpu_utilisation"), told("gpu_processes")
+    # without a count of cores no load average is too high
+    average = None if cores is None else told("load_average")
+    found = Load(average, cores or 1, utilisation, processes).reasons
+    return found or (["it says so itself"] if load.get("busy") is True else [])
 
 
 def load_of(device: torch.device) -> Load:

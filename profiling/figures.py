@@ -11,6 +11,8 @@ import base64
 import io
 import math
 import re
+import unicodedata
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +76,9 @@ def chart(width: float, height: float) -> Iterator[Any]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(_RC), warnings.catch_warnings():
+        # texts stay texts, which the browser's own fonts draw: matplotlib's need no glyph for them
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         yield Figure(figsize=(width / 72, height / 72))
 
 
@@ -190,13 +194,15 @@ def spread_out(wanted: Sequence[float], least: float, low: float, high: float) -
 
 @dataclass(frozen=True)
 class Line:
-    """A series of a chart: points by x, each with the range of y around it, and what is told over it."""
+    """A series of a chart: points by x, each with the range of y around it, and what is told over it. `named` is
+    whether its name stands at its end."""
 
     name: str
     style: Style
     points: tuple[tuple[float, float], ...]
     ranges: tuple[tuple[float, float], ...]
     tips: tuple[str, ...]
+    named: bool = True
 
 
 @dataclass(frozen=True)
@@ -211,17 +217,19 @@ class Axis:
 _LABEL_PITCH = 14.0
 _LETTER = 5.7  # points of a letter of 10.5 points, on the wide side
 _LONGEST = 26
-"""Letters of a name at the end of a line; the tables have the whole."""
+"""Letters of a name at the end of a line, more only if they tell two names apart; the tables have the whole."""
+MOST_NAMED = 24
+"""Lines of a chart that have their names in it."""
 
 
 def line_chart(
     name: str, label: str, lines: Sequence[Line], front: Sequence[tuple[float, float]], x: Axis, y: Axis
 ) -> Markup:
     """Lines named at their ends, none of the names over another, with the Pareto front under them."""
-    longest = max((len(line.name) for line in lines), default=0)
-    beside = 24 + _LETTER * min(longest, _LONGEST)
+    texts = shortened([line.name for line in lines if line.named], _LONGEST)
+    beside = 24 + _LETTER * max(map(columns, texts.values()), default=0)
     width = max(360.0, 262 + beside)
-    height = max(278.0, 70 + _LABEL_PITCH * len(lines))
+    height = max(278.0, 70 + _LABEL_PITCH * len(texts))
     left, bottom, top = 48.0, 52.0, 8.0
     tips: dict[str, str] = {}
     with chart(width, height) as figure:
@@ -250,7 +258,7 @@ def line_chart(
         ax.set_xlabel(x.title)
         ax.set_ylabel(y.title)
         ax.margins(0.06, 0.08)
-        _name_ends(figure, ax, lines, height - bottom - top)
+        _name_ends(ax, [line for line in lines if line.named], texts, height - bottom - top)
         return svg(figure, name, label, tips)
 
 
@@ -269,23 +277,47 @@ def _scale(axis: Any, set_scale: Any, told: Axis) -> None:
         axis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
 
 
-def _name_ends(figure: Any, ax: Any, lines: Sequence[Line], room: float) -> None:
-    """The name of every line beside its last point, with a thin line to it."""
+def _name_ends(ax: Any, lines: Sequence[Line], texts: Mapping[str, str], room: float) -> None:
+    """The text for the name of every line beside its last point, with a thin line to it."""
     ends = [max(line.points) for line in lines]
     heights = [float(ax.transAxes.inverted().transform(ax.transData.transform(end))[1]) * room for end in ends]
     ax.set_autoscale_on(False)
     for line, end, place in zip(lines, ends, spread_out(heights, _LABEL_PITCH, 4, room - 4), strict=True):
         ax.annotate(
-            cut(line.name, _LONGEST), end, (1.06, place / room), textcoords="axes fraction", va="center", fontsize=10.5,
+            texts[line.name], end, (1.06, place / room), textcoords="axes fraction", va="center", fontsize=10.5,
             color=INK, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": line.style.sentinel, "linewidth": 0.7,
                         "alpha": 0.6, "shrinkA": 1, "shrinkB": 4},
         )  # fmt: skip
 
 
+def columns(text: str) -> int:
+    """How wide a text is, in letters: those of East Asia take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
 def cut(text: str, most: int) -> str:
-    """The text, with its end cut off where it is longer."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    """The text, with its middle left out where it is wider than so many letters: names differ at their ends."""
+    if columns(text) <= most:
+        return text
+    begin, end = "", ""
+    for first, last in zip(text, reversed(text), strict=True):
+        if columns(begin + end + first) >= most:
+            break
+        begin += first
+        if columns(begin + end + last) >= most:
+            break
+        end = last + end
+    return f"{begin}…{end}"
+
+
+def shortened(names: Sequence[str], most: int) -> dict[str, str]:
+    """Every name cut to so many letters, or to as few more as are needed to tell all of them apart."""
+    while True:
+        texts = {name: cut(name, most) for name in names}
+        if len(set(texts.values())) == len(texts):
+            return texts
+        most += 2
 
 
 def share_ticks(places: Mapping[float, str], least: float = 0.085) -> tuple[tuple[float, str], ...]:

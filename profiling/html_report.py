@@ -21,9 +21,12 @@ from heatkv.errors import FormatError
 from heatkv.files import check_header, is_there, opened, read_json, write_json, write_text
 from heatkv.profiling import figures
 from heatkv.profiling.blocks import Block, Cell, Chart, Fold, Heading, Note, Section, Table
+from heatkv.profiling.busy import busy_reasons
+from heatkv.profiling.fidelity_sections import headline
+from heatkv.profiling.latency_section import of_full
 from heatkv.profiling.merging import Group, Merged, Row, budgets_of, merge, pareto_front, ranked
+from heatkv.profiling.over_seeds import Entry, Family, families
 from heatkv.profiling.reporting import Report, held_of, kl_of, median_of
-from heatkv.profiling.row_sections import headline
 from heatkv.profiling.sections import SECTIONS
 
 FORMAT, VERSION = "heatkv-report", 1
@@ -84,7 +87,8 @@ def check_report_replaceable(out: Path) -> None:
 
 
 def report_data(merged: Merged) -> dict[str, Any]:
-    """The rows of all folders, with what compares: rankings by KL, within a budget, and by time, within a machine."""
+    """The rows of all folders, with what compares: rankings by KL, within a budget, and by time, of what was timed in
+    turns."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -96,6 +100,7 @@ def report_data(merged: Merged) -> dict[str, Any]:
             }
             for source in merged.sources
         ],
+        "over_seeds": [_seeds_data(family) for family in families(merged) if family.entries],
         "fidelity": [_fidelity_data(group) for group in merged.fidelity_groups],
         "latency": [_latency_data(merged, group) for group in merged.timing_groups],
         "rows": [{"source": row.source.label, **row.told} for row in merged.rows],
@@ -107,11 +112,30 @@ def _named(row: Row, **figures: float | None) -> dict[str, Any]:
     return {"source": row.source.label, "policy": row.policy, "budget": row.budget, **place, **figures}
 
 
+def _seeds_data(family: Family) -> dict[str, Any]:
+    def named(entry: Entry) -> dict[str, Any]:
+        place = {axis: entry.first.told.get(axis) for axis in entry.source.axes if axis != "seed"}
+        return {
+            "source": entry.source.label, "policy": entry.policy, "budget": entry.first.budget, **place,
+            "kl": entry.kl, "sd": entry.sd, "range": [min(entry.kls), max(entry.kls)], "bytes": entry.held_bytes,
+        }  # fmt: skip
+
+    return {
+        "of": family.title,
+        "seeds": family.seeds,
+        "budgets": {
+            budget: [named(entry) for entry in ranked(entries, lambda entry: entry.kl)]
+            for budget, entries in family.entries.items()
+        },
+    }
+
+
 def _fidelity_data(group: Group) -> dict[str, Any]:
     budgets = budgets_of(group.rows)
     positive = [row for rows in budgets.values() for row in rows if (kl_of(row) or 0) > 0]
     return {
         "of": group.title,
+        "also": list(group.also),
         "sources": [source.label for source in group.sources],
         "budgets": {
             budget: [_named(row, kl=kl_of(row)) for row in ranked(rows, kl_of)] for budget, rows in budgets.items()
@@ -126,7 +150,10 @@ def _latency_data(merged: Merged, group: Group) -> dict[str, Any]:
         "of": group.title,
         "machine": merged.machines[group.rows[0].source.machine],
         "sources": [source.label for source in group.sources],
-        "ranking": [_named(row, median_ms=median_of(row)) for row in ranked(group.rows, median_of)],
+        "busy": list(dict.fromkeys(told for source in group.sources for told in busy_reasons(source.environment))),
+        "ranking": [
+            _named(row, median_ms=median_of(row), of_full=of_full(group, row)) for row in ranked(group.rows, median_of)
+        ],
         "front": [_named(row, bytes=held_of(row), median_ms=median_of(row)) for row in front],
     }
 
@@ -170,7 +197,7 @@ def _squeezed(style: str) -> str:
 
 
 def as_markdown(report: Report, sections: Sequence[Section]) -> str:
-    """Headings, tables and notes; charts and pictures are in the page only."""
+    """Headings, tables, notes and titles of folds over tables; charts and pictures are in the page only."""
     parts = [_MD_MARK, f"# {_escaped(headline(report))}"]
     for section in sections:
         if section.id != "summary":
@@ -186,12 +213,14 @@ def _markdown_blocks(blocks: Sequence[Block]) -> list[str]:
     for block in blocks:
         if isinstance(block, Table):
             parts.append(f"**{_escaped(block.caption)}**\n\n{_markdown_table(block)}")
-        elif isinstance(block, Note) and block.missing:
+        elif isinstance(block, Note) and not block.of_drawing:
             parts.append(_escaped(block.text))
         elif isinstance(block, Heading):
             parts.append(f"### {_escaped(block.text)}")
         elif isinstance(block, Fold):
-            parts += _markdown_blocks(block.blocks)
+            inner = _markdown_blocks(block.blocks)
+            alone = len(block.blocks) == 1 and isinstance(block.blocks[0], Table)  # which has a title of its own
+            parts += inner if alone or not inner else [f"**{_escaped(block.title)}**", *inner]
         elif isinstance(block, Chart):
             parts += _markdown_blocks(block.beside)
     return parts

@@ -100,8 +100,12 @@ def unplaced(memory: Mapping[str, Any], at: Path = ()) -> dict[str, Any]:
     return found
 
 
-def unexplained(memory: Mapping[str, Any] | None) -> float | None:
-    """Bytes that no ledger accounts for, summed over the steps from one to the next; None where none was taken."""
-    parts = [step["parts"] for step in (memory or {}).get("steps") or []]
-    found = [of_step["unexplained"] for of_step in parts if "unexplained" in of_step]
-    return sum(found) if found else None
+def unexplained(memory: Mapping[str, Any] | None) -> dict[str, float]:
+    """Bytes that the parts of a step leave over, by step, from one ledger to the next; below 0 they are more than the
+    step."""
+    found = {}
+    for place, step in enumerate((memory or {}).get("steps") or []):
+        if (rest := step["parts"].get("unexplained")) is not None:
+            named = f"{step.get('source') or f'ledger {place + 1}'} to {step.get('target') or f'ledger {place + 2}'}"
+            found[named] = rest
+    return found

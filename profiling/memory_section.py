@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from heatkv.profiling import bar_figures
-from heatkv.profiling.bar_figures import LONGEST, Bar, BarGroup, Held, Panel, Part
+from heatkv.profiling.bar_figures import LONGEST, MOST_ROWS, Bar, BarGroup, Held, Panel, Part
 from heatkv.profiling.blocks import (
     MISSING,
     Block,
@@ -24,7 +24,7 @@ from heatkv.profiling.blocks import (
     mib,
     mib_cell,
 )
-from heatkv.profiling.figures import Style, cut
+from heatkv.profiling.figures import shortened
 from heatkv.profiling.memory_figures import ARENA, DEVICE, FIGURES, PHASES, PLANNED, TEXTS, in_memory, unexplained
 from heatkv.profiling.merging import Row, Source, budgets_of
 from heatkv.profiling.reporting import Report, scale_names, under
@@ -76,7 +76,9 @@ def _by_size(rows: Sequence[Row]) -> Mapping[str, list[Row]]:
 def titles(report: Report, pairs: Sequence[tuple[str, Row]]) -> dict[Row, str]:
     """Names of the rows of one chart with their budgets, which stay whole."""
     names = report.short_labels([row for _, row in pairs])
-    return {row: cut(names[row], LONGEST - len(f" at {budget}")) + f" at {budget}" for budget, row in pairs}
+    room = LONGEST - max((len(f" at {budget}") for budget, _ in pairs), default=0)
+    texts = shortened(list(dict.fromkeys(names.values())), room)
+    return {row: f"{texts[names[row]]} at {budget}" for budget, row in pairs}
 
 
 def told_apart(
@@ -94,8 +96,12 @@ def told_apart(
         return [] if made is None else [made]
     blocks: list[Block] = []
     for place, (budget, pairs) in enumerate(budgets.items()):
-        if (made := make([*full, *pairs], f"-{place}")) is not None:
-            blocks.append(Fold(f"At {budget}, beside the full cache", (made,), open=not blocks))
+        of_budget = [*full, *pairs]
+        if (made := make(of_budget[:MOST_ROWS], f"-{place}")) is None:
+            continue
+        more = len(of_budget) - MOST_ROWS
+        note = [Note(f"Drawn are {MOST_ROWS} rows; {more} more are in the table.", of_drawing=True)] if more > 0 else []
+        blocks.append(Fold(f"At {budget}, beside the full cache", (made, *note), open=not blocks))
     return blocks
 
 
@@ -217,22 +223,28 @@ def _tables(report: Report, source: Source) -> list[Block]:
         blocks.append(Table(f"Cache{of_folder}: what is planned, and what the arena allocated", columns, lines))
         seen = [figure for figure in DEVICE if any(row.memory(figure) is not None for row in measured)]
         texts = [(title, path) for title, path in TEXTS if any(_text(row, path) for row in measured)]
-        rest = any(unexplained(row.told.get("memory")) is not None for row in measured)
+        rests = [unexplained(row.told.get("memory")) for row in measured]
+        steps = list(dict.fromkeys(step for of_row in rests for step in of_row))
         lines = tuple(
             (
                 *_names(report, row), *(mib_cell(row.memory(figure)) for figure in seen),
-                *([mib_cell(unexplained(row.told.get("memory")))] if rest else []),
+                *(mib_cell(rest.get(step)) for step in steps),
                 *(Cell(_text(row, path)) if _text(row, path) else MISSING for _, path in texts),
             )
-            for row in measured
+            for row, rest in zip(measured, rests, strict=True)
         )  # fmt: skip
         columns = ("policy", "budget", *(figure.title for figure in seen),
-                   *(["no ledger: unexplained, MiB"] if rest else []), *(title for title, _ in texts))  # fmt: skip
+                   *(f"unexplained, {step}, MiB" for step in steps), *(title for title, _ in texts))  # fmt: skip
         blocks.append(Table(f"Device{of_folder}: what was seen, by who counts it", columns, lines))
         blocks.append(Note(
             "Tensors are storages alive at once by torch's operations, without the model's; the allocator is torch's "
             "on a GPU, with the weights in its figures; NVML counts for the driver; resident is what the system holds "
             "for the whole process, Python and libraries with it."
+            + (
+                " Unexplained is what the known parts of a step, from one ledger to the next, leave over: where it is "
+                "negative, the parts are more than the step, since peaks of two ledgers need not be of one moment, and "
+                "pages that were never touched are in no resident figure." if steps else ""
+            )
         ))  # fmt: skip
     if timed := [row for row in source.rows if row.timeline is not None]:
         schedule = timed[0].schedule
@@ -275,15 +287,16 @@ def _timelines(report: Report, rows: Sequence[Row], name: str) -> list[Block]:
     """What every policy holds over time, a panel for every budget."""
     timed = [row for row in rows if row.timeline is not None]
     panels: list[Panel] = []
-    labels: dict[str, Style] = {}
+    drawn: list[Row] = []
     for budget, of_budget in budgets_of(timed).items():
         limit = of_budget[0].number("budget_bytes")
         if not limit:
             continue
         lines = [Held(report.style(row), row.timeline or ()) for row in of_budget]
-        labels |= {report.merged.label(row): report.style(row) for row in of_budget}
+        drawn += of_budget
         texts = {0.0: "0", limit / 2: f"{limit / 2**21:.3g}", limit: f"{limit / 2**20:.3g}"}
-        panels.append(Panel(f"{budget}, {mib(limit)} MiB", limit, lines, texts))
+        title = budget if "MiB" in budget else f"{budget}, {mib(limit)} MiB"
+        panels.append(Panel(title, limit, lines, texts))
     if not panels:
         return []
     names = _under(timed)
@@ -296,7 +309,7 @@ def _timelines(report: Report, rows: Sequence[Row], name: str) -> list[Block]:
         "highest point may reach and not pass. Every panel has an axis of its own; the full cache is not drawn.",
         _fullest(budgets_of(timed), names),
     )
-    return [Chart(drawing, captions, (Legend(tuple(Key(label, style) for label, style in labels.items())),))]
+    return [Chart(drawing, captions, (report.legend(drawn),))]
 
 
 def _under(rows: Iterable[Row]) -> tuple[str, ...]:

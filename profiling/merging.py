@@ -1,28 +1,34 @@
 """Result folders, one or several, as one set of rows: read and checked, and told apart where figures do not compare.
 
 Fidelity compares between folders that measured the same weights, schedule, guidance, type, rows and samples; times only
-within one machine as well. What a row lacks is None, "not measured", and never 0. All texts are made printable here,
-where they come in.
+between runs that were timed in turns, on one machine. What a row lacks is None, "not measured", and never 0. All texts
+are made printable here, where they come in.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from heatkv.errors import FormatError
 from heatkv.files import is_folder, is_there, resolved
+from heatkv.profiling.blocks import mib
 from heatkv.profiling.memory_figures import MemoryFigure, in_memory
 from heatkv.profiling.reading import FORMAT, read_results
-from heatkv.profiling.row_fields import printable
+from heatkv.profiling.row_fields import check_apart, printable
 from heatkv.schedule import ScaleSchedule
 
 SEPARATOR = " · "
 """Between the parts of a label."""
+AXES = ("batch", "seed")
+"""What rows of one policy and budget of a folder may differ in."""
 REFERENCE = "full"
 """The policy that all others are compared with; it is in no ranking."""
 
@@ -83,6 +89,12 @@ class Row:
         return self.told.get(name) or {}
 
     @property
+    def timed(self) -> str:
+        """When it was timed: rows of one moment were timed in turns. Those of a folder that does not tell it, too."""
+        found = self.told.get("timed")
+        return f"not told by {self.source.label}" if found is None else _moment(str(found))
+
+    @property
     def held_bytes(self) -> float | None:
         """What the policy takes on the device: the arena, and the corrections of its plan if it has some."""
         allocated = self.number("allocated_bytes")
@@ -118,7 +130,7 @@ class Source:
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """What rows of one policy and budget differ in: "batch", "seed", both or nothing."""
-        return tuple(name for name in ("batch", "seed") if len({row.told.get(name) for row in self.rows}) > 1)
+        return tuple(name for name in AXES if len({row.told.get(name) for row in self.rows}) > 1)
 
     @property
     def reference_dtype(self) -> str:
@@ -148,10 +160,13 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Rows whose figures compare. `title` says what sets them apart from other groups, "" where there are none."""
+    """Rows whose figures compare. `title` says what sets them apart from other groups, "" where there are none; `key`
+    is all that they share. The very same figures were found at what `also` names, which has no group of its own."""
 
     title: str
     rows: tuple[Row, ...]
+    key: Mapping[str, str] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -180,20 +195,49 @@ class Merged:
             return titles
         return {machine: f"machine {_letter(i)}: {title}" for i, (machine, title) in enumerate(titles.items())}
 
-    def label(self, row: Row) -> str:
-        """The policy, with its storage type, batch, seed and folder where several are in the report."""
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """What rows of one policy and budget of any folder differ in."""
+        return tuple(axis for axis in AXES if any(axis in source.axes for source in self.sources))
+
+    @cached_property
+    def _several_storages(self) -> bool:
+        return len({row.storage for row in self.rows}) > 1
+
+    def label(self, row: Row, axes: Sequence[str] = AXES) -> str:
+        """The policy, with its storage type, batch, seed and folder where several are in the report; of batch and seed
+        only those in `axes`."""
         parts = [row.policy]
-        if len({other.storage for other in self.rows}) > 1:
+        if self._several_storages:
             parts.append(row.storage or "type not told")
-        parts += [f"{axis} {row.told.get(axis)}" for axis in row.source.axes]
+        parts += [f"{axis} {row.told.get(axis)}" for axis in row.source.axes if axis in axes]
         if len(self.sources) > 1:
             parts.append(row.source.label)
         return SEPARATOR.join(parts)
 
+    def point(self, row: Row) -> str:
+        """Batch and seed of a row, of those that differ in the report."""
+        told = [f"{axis} {row.told.get(axis)}" for axis in self.axes if row.told.get(axis) is not None]
+        return ", ".join(told)
+
     @cached_property
     def fidelity_groups(self) -> tuple[Group, ...]:
-        """Rows with a KL, by what their KL and bytes were measured on."""
-        return _groups((row for row in self.rows if row.number("kl") is not None), _fidelity_key)
+        """Rows with a KL, by what their KL and bytes were measured on.
+
+        The KL of images is the same however many are drawn at once: a group whose every figure is in an earlier one is
+        left out, and named there.
+        """
+        kept: list[Group] = []
+        figures: list[set[tuple[object, ...]]] = []
+        for group in _groups((row for row in self.rows if row.number("kl") is not None), _fidelity_key):
+            told = {_figure_of(row) for row in group.rows}
+            same = next((place for place, others in enumerate(figures) if told <= others), None)
+            if same is None:
+                kept.append(group)
+                figures.append(told)
+            else:
+                kept[same] = replace(kept[same], also=(*kept[same].also, _size_of(group.rows[0])))
+        return _titled(kept)
 
     @cached_property
     def paired_groups(self) -> tuple[Group, ...]:
@@ -206,20 +250,43 @@ class Merged:
         def key(row: Row) -> dict[str, str]:
             return {name: value for name, value in _fidelity_key(row).items() if name != "rows"}
 
-        return _groups(found.values(), key)
+        return _titled(_groups(found.values(), key))
 
     @cached_property
     def timing_groups(self) -> tuple[Group, ...]:
-        """Rows with a time, by machine and what was timed."""
+        """Rows with a time, by machine, what was timed, and when: only what was timed in turns stands in one ranking,
+        since machines are not equally fast at all times."""
 
         def key(row: Row) -> dict[str, str]:
-            return {"": self.machines[row.source.machine]} | _model_key(row)
+            seed = {} if row.seed is None else {"seed": str(row.seed)}
+            return {"": self.machines[row.source.machine]} | _model_key(row) | seed | {"timed": row.timed}
 
         # the machine is always told
         return tuple(
-            Group(", ".join(filter(None, [self.machines[group.rows[0].source.machine], group.title])), group.rows)
-            for group in _groups((row for row in self.rows if row.time()), key)
+            replace(group, title=", ".join(filter(None, [group.key[""], group.title])))
+            for group in _titled(_groups((row for row in self.rows if row.time()), key))
         )
+
+
+def _figure_of(row: Row) -> tuple[object, ...]:
+    """What a KL is of; unlike all others where that is not told."""
+    of = row.told.get("comparison") or row
+    return row.source, row.policy, row.budget, row.storage, row.seed, of, row.number("kl")
+
+
+def _size_of(row: Row) -> str:
+    """How much is drawn at once, in words."""
+    batch = row.told.get("batch")
+    return f"a cache of {row.told.get('rows')} rows" if batch is None else f"batch {batch}"
+
+
+def _moment(told: str) -> str:
+    """A time of day to the second, or the text as it is where it is none."""
+    try:
+        moment = datetime.fromisoformat(told)
+    except ValueError:
+        return told
+    return f"{moment:%Y-%m-%d %H:%M:%S %Z}".strip()
 
 
 def _letter(index: int) -> str:
@@ -252,17 +319,26 @@ def _fidelity_key(row: Row) -> dict[str, str]:
     }
 
 
-def _groups(rows: Iterable[Row], key: Callable[[Row], dict[str, str]]) -> tuple[Group, ...]:
-    """By equal keys; the title of a group has what differs between the keys of all groups."""
+def _groups(rows: Iterable[Row], key: Callable[[Row], dict[str, str]]) -> list[Group]:
+    """By equal keys, without titles."""
     found: dict[str, tuple[dict[str, str], list[Row]]] = {}
     for row in rows:
         of_row = key(row)
         found.setdefault(json.dumps(of_row), (of_row, []))[1].append(row)
-    keys = [of_group for of_group, _ in found.values()]
-    differ = [name for name in (keys[0] if keys else ()) if name and len({of_group[name] for of_group in keys}) > 1]
+    return [Group("", tuple(members), of_group) for of_group, members in found.values()]
+
+
+def _titled(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """The groups with what differs between their keys as titles; samples go without saying where each seed has its
+    own."""
+    names = dict.fromkeys(name for group in groups for name in group.key if name)
+    differ = [name for name in names if len({group.key.get(name) for group in groups}) > 1]
+    seeds = {group.key.get("seed") for group in groups}
+    if "samples" in differ and len({(group.key.get("seed"), group.key["samples"]) for group in groups}) == len(seeds):
+        differ.remove("samples")
     return tuple(
-        Group(", ".join(f"{name} {of_group[name]}" for name in differ), tuple(members))
-        for of_group, members in found.values()
+        replace(group, title=", ".join(f"{name} {group.key[name]}" for name in differ if name in group.key))
+        for group in groups
     )
 
 
@@ -277,26 +353,65 @@ def budgets_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
             room = row.number("budget_bytes")
             found.setdefault(row.budget if room is None else room, []).append(row)
     ordered = sorted(found, key=lambda key: (isinstance(key, str), key if isinstance(key, str) else -key))
+    texts = {key: min(row.budget for row in found[key]) for key in ordered}
+    shared = Counter(texts.values())
     names: dict[str, list[Row]] = {}
     for key in ordered:
-        text = min(row.budget for row in found[key])
-        names[text if text not in names else f"{text} ({key} bytes)"] = found[key]
+        text = texts[key]
+        if shared[text] > 1:  # of caches of several sizes
+            text += " of an untold size" if isinstance(key, str) else f" ({mib(key)} MiB)"
+        names[text if text not in names else f"{text}, {key} bytes"] = found[key]
     return names
 
 
-def ranked(rows: Iterable[Row], figure: Callable[[Row], float | None]) -> list[Row]:
+class Ranked(Protocol):
+    """What can stand in a ranking."""
+
+    @property
+    def policy(self) -> str: ...
+
+    @property
+    def source(self) -> Source: ...
+
+
+R = TypeVar("R", bound=Ranked)
+
+TIE = 1e-9
+"""Of a figure: what lies closer together is the same but for rounding."""
+EQUAL_BYTES = 0.01
+"""Of the fewer bytes: what differs by no more counts as equally large on a Pareto front. Policies fill the same budget
+up to a cell or two, which is no merit of theirs."""
+
+
+def ranked(rows: Iterable[R], figure: Callable[[R], float | None]) -> list[R]:
     """From the least figure to the largest, without those that lack it; ties in the order of their names."""
     having = [(found, row.policy, row.source.label, row) for row in rows if (found := figure(row)) is not None]
     return [row for *_, row in sorted(having, key=lambda entry: entry[:3])]
 
 
-def pareto_front(rows: Iterable[Row], x: Callable[[Row], float | None], y: Callable[[Row], float | None]) -> list[Row]:
-    """By x, the rows that no other beats in one of the two figures while it is as good in the other; less is better."""
-    points = [(of_x, of_y, row) for row in rows if (of_x := x(row)) is not None and (of_y := y(row)) is not None]
-    front = [
-        (a, b, row) for a, b, row in points if not any(c <= a and d <= b and (c < a or d < b) for c, d, _ in points)
-    ]
-    return [row for *_, row in sorted(front, key=lambda entry: (*entry[:2], entry[2].policy, entry[2].source.label))]
+def leaders(rows: Iterable[R], figure: Callable[[R], float | None]) -> list[R]:
+    """The first of a ranking, and all that tie with it."""
+    having = [(found, row) for row in ranked(rows, figure) if (found := figure(row)) is not None]
+    return [row for found, row in having if math.isclose(found, having[0][0], rel_tol=TIE, abs_tol=1e-12)]
+
+
+def pareto_front(rows: Iterable[R], x: Callable[[R], float | None], y: Callable[[R], float | None]) -> list[R]:
+    """By x, in bytes, the rows that no other on the front beats; less is better in both figures.
+
+    One beats another with a smaller y in as many bytes at most, or with the same y in fewer; numbers of bytes within
+    EQUAL_BYTES of each other are equal.
+    """
+    points = [(of_y, of_x, row) for row in rows if (of_x := x(row)) is not None and (of_y := y(row)) is not None]
+    front: list[tuple[float, float, R]] = []
+    # from the least y on: only what is on the front already can beat the next one
+    for of_y, of_x, row in sorted(points, key=lambda point: point[:2]):
+        beaten = any(
+            least <= of_x * (1 + EQUAL_BYTES) if lower < of_y else least * (1 + EQUAL_BYTES) < of_x
+            for lower, least, _ in front
+        )
+        if not beaten:
+            front.append((of_y, of_x, row))
+    return [row for *_, row in sorted(front, key=lambda p: (p[1], p[0], p[2].policy, p[2].source.label))]
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -345,6 +460,7 @@ def _read(folder: Path, label: str) -> Source:
     told = read_results(path)
     if not told.rows:
         raise FormatError(f"{path} is not a whole {FORMAT} file: its rows are [], no list of rows")
+    check_apart(told.rows, str(path))
     return Source(
         label,
         folder,

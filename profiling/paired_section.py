@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from heatkv.profiling import bar_figures
-from heatkv.profiling.bar_figures import Difference
+from heatkv.profiling.bar_figures import MOST_ROWS, Difference
 from heatkv.profiling.blocks import Block, Cell, Chart, Section, Table, number_cell
 from heatkv.profiling.figures import Style
 from heatkv.profiling.merging import Group, Row, budgets_of
-from heatkv.profiling.reporting import Report, heading, kl_of
+from heatkv.profiling.reporting import Report, apart, kl_of
 
 
 def paired(report: Report) -> Section | None:
@@ -17,24 +17,29 @@ def paired(report: Report) -> Section | None:
     groups = report.merged.paired_groups
     if not groups:
         return None
-    blocks: list[Block] = []
-    for index, group in enumerate(groups):
+
+    def of_group(index: int, group: Group) -> list[Block]:
         budgets = {
             budget: sorted(rows, key=lambda row: (_versus(row)["difference"], report.merged.label(row)))
             for budget, rows in budgets_of(group.rows).items()
         }
         if not budgets:
-            continue
-        blocks += heading(group, groups)
+            return []
         names = report.short_labels(group.rows)
         panels = {
-            f"{budget}, against {_bases(rows)}": [_difference(names[row], report.style(row), row) for row in rows]
+            f"{budget}, against {_bases(rows)}": [
+                _difference(names[row], report.style(row), row) for row in rows[:MOST_ROWS]
+            ]
             for budget, rows in budgets.items()
-        }
+        }  # fmt: skip
         label = "Paired differences of the KL with their intervals; the table beside has the figures."
         drawing = bar_figures.forest(f"paired-{index}", label, panels, "difference of the KL, nats per token")
-        blocks.append(Chart(drawing, _captions(group)))
-        blocks.append(_table(report, budgets))
+        captions = list(_captions(group))
+        if any(len(rows) > MOST_ROWS for rows in budgets.values()):
+            captions.append(f"Drawn are the {MOST_ROWS} least of every budget; the table has all.")
+        return [Chart(drawing, tuple(captions)), _table(report, names, budgets)]
+
+    blocks = apart(report, groups, of_group)
     return Section(
         "paired", "Paired", "Differences on the same images",
         "The KL of a policy less that of the base at the same budget, image by image. What images have in common "
@@ -81,14 +86,15 @@ def _verdict(row: Row) -> str:
     return f"closer than {base}" if high < 0 else f"further than {base}" if low > 0 else "not told apart"
 
 
-def _table(report: Report, budgets: dict[str, list[Row]]) -> Table:
+def _table(report: Report, names: dict[Row, str], budgets: dict[str, list[Row]]) -> Table:
     lines = []
     for budget, rows in budgets.items():
         for row in rows:
             told = _versus(row)
             low, high = told["interval"]
             lines.append((
-                report.name(row), Cell(budget, row.number("budget_bytes")), Cell(told["policy"], told["policy"]),
+                report.name(row, names[row]), Cell(budget, row.number("budget_bytes")),
+                Cell(told["policy"], told["policy"]),
                 number_cell(kl_of(row), ".4f"), number_cell(told["difference"], "+.4f"), number_cell(low, "+.4f"),
                 number_cell(high, "+.4f"), number_cell(told.get("confidence"), ".0%"),
                 number_cell(told.get("images"), "g"), Cell(_verdict(row)),

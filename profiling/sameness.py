@@ -13,10 +13,8 @@ from typing import Any
 
 from heatkv.checks import shown
 from heatkv.errors import FormatError, HeatKVError
-from heatkv.files import check_header, read_json
-from heatkv.profiling.plausible import check_plausible
-from heatkv.profiling.results import FORMAT, VERSION
-from heatkv.profiling.row_fields import checked_row, printable
+from heatkv.profiling.reading import read_results
+from heatkv.profiling.row_fields import printable
 
 IDENTITY = (
     "model_fingerprint", "policy", "settings", "budget", "rows", "storage", "dtype", "schedule", "images", "pictures",
@@ -46,23 +44,12 @@ class Measurement:
     @classmethod
     def read(cls, path: Path) -> Measurement:
         """Raises FormatError for what is no results file, and for fields and figures that cannot be."""
-        told = check_header(read_json(path), path, FORMAT, VERSION)
-        rows = told.get("rows")
-        if not isinstance(rows, list):
-            raise FormatError(f"{path} is not a whole {FORMAT} file: its rows are {shown(rows)}, no list of rows")
-        parts = {name: told.get(name) for name in ("environment", "sampling", "request")}
-        for name, part in parts.items():
-            if part is not None and not isinstance(part, dict):
-                raise FormatError(f"{path} is not a whole {FORMAT} file: its {name} is {shown(part)}, no object")
-        checked = []
-        for index, row in enumerate(rows):
-            where = f"{path}, row {index}"
-            checked.append(checked_row(row, where))
-            check_plausible(checked[-1], where)
-            if checked[-1].get("model_fingerprint") is None:
-                raise FormatError(f"{where} lacks model_fingerprint; {ANEW}")
-        of_file = printable(parts)
-        return cls(path, of_file["environment"] or {}, of_file["sampling"], of_file["request"] or {}, tuple(checked))
+        told = read_results(path)
+        for index, row in enumerate(told.rows):
+            if row.get("model_fingerprint") is None:
+                raise FormatError(f"{path}, row {index} lacks model_fingerprint; {ANEW}")
+        parts = printable({name: getattr(told, name) for name in ("environment", "sampling", "request")})
+        return cls(path, parts["environment"], parts["sampling"] or None, parts["request"], told.rows)
 
     @property
     def device(self) -> Any:

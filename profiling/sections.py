@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 from heatkv.profiling.artefact_sections import pictures, plans, scas
 from heatkv.profiling.blocks import Section
+from heatkv.profiling.fidelity_sections import frontier, per_scale, summary
+from heatkv.profiling.latency_section import memory_and_time
 from heatkv.profiling.memory_section import memory
 from heatkv.profiling.paired_section import paired
 from heatkv.profiling.reporting import Report
-from heatkv.profiling.row_sections import all_rows, environment, frontier, further, memory_and_time, per_scale, summary
+from heatkv.profiling.row_sections import all_rows, environment, further
 from heatkv.profiling.time_section import phases
 
 SECTIONS: tuple[Callable[[Report], Section | None], ...] = (

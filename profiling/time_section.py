@@ -9,9 +9,10 @@ from heatkv.profiling import bar_figures, figures
 from heatkv.profiling.bar_figures import Bar, BarGroup, Part
 from heatkv.profiling.blocks import MISSING, Block, Cell, Chart, Key, Legend, Note, Section, Table, number_cell
 from heatkv.profiling.latency import OUTLIER_IQRS, outliers_of
+from heatkv.profiling.latency_section import busy
 from heatkv.profiling.memory_section import titles, told_apart
 from heatkv.profiling.merging import Group, Row, budgets_of
-from heatkv.profiling.reporting import Report, heading, scale_names, under
+from heatkv.profiling.reporting import Report, apart, scale_names, under
 from heatkv.profiling.row_fields import TIMES
 from heatkv.spans import PHASES
 
@@ -32,12 +33,17 @@ def phases(report: Report) -> Section | None:
         return None
     blocks: list[Block] = []
     if len(groups) > 1:
-        blocks.append(Note("Of every machine, and of different work, apart: such times do not compare."))
-    for index, group in enumerate(groups):
-        blocks += heading(group, groups)
-        blocks += _phase_bars(report, group, f"phases-{index}")
-        blocks += _scale_lines(report, group, f"times-{index}")
-        blocks += _tables(report, group)
+        blocks.append(Note("Apart is what was not timed in turns, on one machine and of the same work."))
+
+    def of_group(index: int, group: Group) -> list[Block]:
+        return [
+            *busy(group.sources),
+            *_phase_bars(report, group, f"phases-{index}"),
+            *_scale_lines(report, group, f"times-{index}"),
+            *_tables(report, group),
+        ]
+
+    blocks += apart(report, groups, of_group)
     return Section(
         "phases", "Phases", "Where the time goes",
         "Phases and scales were timed in drawings of their own, which were watched; the medians are of drawings that "
@@ -163,9 +169,7 @@ def _scale_lines(report: Report, group: Group, name: str) -> list[Block]:
     ]
     if graphs:
         captions.append("Solid lines are eager drawing, dashed ones replay CUDA graphs.")
-    labels = {report.merged.label(row): report.style(row) for shown in panels.values() for row in shown}
-    legend = Legend(tuple(Key(label, style) for label, style in labels.items()))
-    return [Chart(drawing, tuple(captions), (legend,))]
+    return [Chart(drawing, tuple(captions), (report.legend(row for shown in panels.values() for row in shown),))]
 
 
 # ------------------------------------------------------------------------------------------------------- tables
@@ -176,13 +180,14 @@ def _tables(report: Report, group: Group) -> list[Block]:
     budgets = [(budget, row) for budget, rows in budgets_of(group.rows).items() for row in rows]
     shown = [*((row.budget, row) for row in group.rows if row.is_reference), *budgets]
     names = _names([row for _, row in shown])
+    labels = report.short_labels(group.rows)
     by_phase, by_scale = [], []
     scales = _scale_names([row for _, row in shown])
     for budget, row in shown:
         for field, how in _DRAWN.items():
             if not (time := row.time(field)):
                 continue
-            heads = (report.name(row), Cell(budget, row.number("budget_bytes")), Cell(how, how))
+            heads = (report.name(row, labels[row]), Cell(budget, row.number("budget_bytes")), Cell(how, how))
             told, (low, high) = time.get("phases") or {}, time.get("interval") or (None, None)
             by_phase.append((
                 *heads, number_cell(time["median"], ".1f"), number_cell(low, ".1f"), number_cell(high, ".1f"),

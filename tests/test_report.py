@@ -64,7 +64,7 @@ class Page(HTMLParser):
         if tag == "section":
             self._section = str(told["id"])
             self._heading = ""
-        if tag == "h3":
+        if tag in ("h3", "summary"):
             self._heading = ""
         if tag == "table":
             self.tables.append({"section": self._section, "heading": self._heading, "rows": [], "numbers": []})
@@ -83,7 +83,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
-        if self._open and self._open[-1] == "h3":
+        if self._open and self._open[-1] in ("h3", "summary"):
             self._heading += data
         if {"td", "th"} & set(self._open):
             self.tables[-1]["rows"][-1][-1] += data
@@ -222,11 +222,11 @@ def test_the_page_has_all_sections_and_says_the_result_first(compared: Path) -> 
 
 
 FIGURES = {
-    "allowed": "budget_bytes", "planned": "planned_bytes", "allocated": "allocated_bytes",
-    "corrections": "compensation_bytes", "tables": "index_bytes", "workspace": "workspace_bytes",
-    "running layer": "current_bytes", "device peak": "device_peak_bytes", "driver": "nvml_bytes",
-    "full cache": "full_bytes", "KL": "kl", "foretold KL": "predicted_kl", "top-1": "top1_agreement",
-    "PSNR dB": "psnr_db", "SSIM": "ssim", "images": "images", "pictures": "pictures",
+    "allowed, MiB": "budget_bytes", "planned, MiB": "planned_bytes", "allocated, MiB": "allocated_bytes",
+    "corrections, MiB": "compensation_bytes", "tables, MiB": "index_bytes", "workspace, MiB": "workspace_bytes",
+    "running layer, MiB": "current_bytes", "device peak, MiB": "device_peak_bytes", "driver, MiB": "nvml_bytes",
+    "full cache, MiB": "full_bytes", "KL, nats": "kl", "foretold KL, nats": "predicted_kl", "top-1": "top1_agreement",
+    "PSNR, dB": "psnr_db", "SSIM": "ssim", "images": "images", "pictures": "pictures",
 }  # fmt: skip
 
 
@@ -254,12 +254,12 @@ def test_all_figures_are_in_the_table_and_null_is_not_measured(folder: Path, tmp
                 digits = len(shown[title].rstrip("%").partition(".")[2])
                 assert float(shown[title].rstrip("%")) == pytest.approx(row[name] / unit, abs=0.51 * 10**-digits), title
         times = row["latency_ms"] or {}
-        for title, name in (("median", "median"), ("IQR", "iqr"), ("runs", "runs")):
+        for title, name in (("median, ms", "median"), ("IQR, ms", "iqr"), ("runs", "runs")):
             assert (shown[title] == "not measured") == (name not in times)
             assert name not in times or float(found[title]) == times[name]
-        assert shown["CUDA graphs"] == "not measured"
-        assert [float(kl) for kl in shown["of its plans"].split()] == pytest.approx(row["kl_of_draws"], abs=5e-5)
-    assert float(table["rows"][2 + 4][columns.index("corrections")]) == 0
+        assert shown["CUDA graphs, ms"] == "not measured"
+        assert [float(kl) for kl in shown["of its plans, nats"].split()] == pytest.approx(row["kl_of_draws"], abs=5e-5)
+    assert float(table["rows"][2 + 4][columns.index("corrections, MiB")]) == 0
     (scales,) = page.in_section("scales")
     of_rows = {(row["policy"], row["budget"]): row["kl_per_scale"] for row in rows}
     for texts, numbers in zip(scales["rows"][1:], scales["numbers"][1:], strict=True):
@@ -515,14 +515,17 @@ def test_nor_are_they_on_the_page(folder: Path, tmp_path: Path) -> None:
     server = another(folder, "server", machine(threads=99))
     other = another(folder, "other", lambda told: told["request"].update(seed=5))
     page, _ = page_of(folder, server, other, out=tmp_path / "out")
-    tables = page.in_section("latency")
-    assert [set(column(table, 1)) for table in tables] == [{"laptop", "other"}, {"server"}]
-    assert tables[0]["heading"].startswith("machine A: ")
-    assert tables[1]["heading"].startswith("machine B: ")
+    shares, *tables = page.in_section("latency")
+    assert set(column(shares, 0)) == {"laptop", "other"}
+    for table, letter, name in zip(tables, "AAB", ("laptop", "other", "server"), strict=True):
+        assert table["heading"].startswith(f"machine {letter}: ")
+        assert table["heading"].endswith(f"({name})")
+        assert [row[1] for row in table["rows"][1:]].count("heatkv") == 2
     assert [len(set(column(table, 0, 2))) for table in page.in_section("rows")] == [1, 1, 1]
     # what was measured on other samples has a ranking of its own, too
     tables = page.in_section("fidelity")
-    assert [set(column(table, 0)) for table in tables] == [{"laptop", "server"}, {"other"}]
+    assert set(column(tables[0], 0)) == {"laptop", "server"}
+    assert {row[0] for row in tables[1]["rows"][1:]} == {"heatkv", "random", "adakv", "ams-kv-like"}
     assert [table["heading"] for table in tables] == ["seed 0 (laptop, server)", "seed 5 (other)"]
 
 
@@ -531,12 +534,11 @@ def column(table: Told, index: int, heads: int = 1) -> list[str]:
     return [row[index].rpartition(" · ")[2] for row in table["rows"][heads:]]
 
 
-def test_times_of_one_machine_are_ranked_together(folder: Path, tmp_path: Path) -> None:
+def test_times_of_one_machine_at_two_times_are_ranked_apart(folder: Path, tmp_path: Path) -> None:
     again = another(folder, "again", machine(matrix_product_1024_fp32_one_thread_ms=1e6))
     page, data = page_of(folder, again, out=tmp_path / "out")
-    (ranking,) = data["latency"]
-    assert ranking["sources"] == ["again", "laptop"]
-    assert len(ranking["ranking"]) == 18
+    assert [ranking["sources"] for ranking in data["latency"]] == [["again"], ["laptop"]]
+    assert [len(ranking["ranking"]) for ranking in data["latency"]] == [9, 9]
     assert any("A fixed matrix product took" in text and "1000000.0 ms" in text for text in page.texts)
 
 
@@ -594,15 +596,16 @@ def test_rows_of_a_sweep_are_told_apart(folder: Path, tmp_path: Path) -> None:
             flipped.save(folder / "pictures" / f"{stem}_seed1.png", pnginfo=info)
 
     page, data = page_of(edit(folder, sweep), out=tmp_path / "out")
-    assert [group["of"] for group in data["fidelity"]] == [
-        f"rows {2 * batch}, seed {seed}, samples {'ab'[seed]}" for seed, batch in itertools.product((0, 1), (1, 2))
-    ]
+    assert [(group["of"], group["also"]) for group in data["fidelity"]] == [
+        ("seed 0", ["batch 2"]), ("seed 1", ["batch 2"])
+    ]  # fmt: skip
     for group in data["fidelity"]:
         assert [len(rows) for rows in group["budgets"].values()] == [4, 4]
-    assert len(data["latency"]) == 2
+    assert len(data["latency"]) == 4
     for group in data["latency"]:
-        places = [(row["policy"], row["budget"], row["batch"], row["seed"]) for row in group["ranking"]]
-        assert len(set(places)) == len(places) == 18
+        assert len({(row["batch"], row["seed"]) for row in group["ranking"]}) == 1
+        places = [(row["policy"], row["budget"]) for row in group["ranking"]]
+        assert len(set(places)) == len(places) == 9
     (table, *_) = page.in_section("rows")
     labels = {(row[0], row[1]) for row in table["rows"][2:]}
     assert len(labels) == 36
@@ -611,6 +614,11 @@ def test_rows_of_a_sweep_are_told_apart(folder: Path, tmp_path: Path) -> None:
     }
     drawn = [told for told in page.of("img") if "samples under" in str(told["alt"])]
     assert len(drawn) == len({told["src"] for told in drawn}) == 2 * 8
+    plans = [text.partition(", ")[0::2] for text in page.texts if text.startswith("Plans at")]
+    assert [budget for budget, _ in plans] == ["Plans at 20%", "Plans at 30%"] * 4
+    assert [re.sub(r"^\d\.\d{3} MiB, ", "", size) for _, size in plans] == [
+        f"batch {batch}, seed {seed}" for seed, batch in itertools.product((0, 1), (1, 2)) for _ in range(2)
+    ]
     titles = [text for text in page.texts if text.startswith("Cache of 20%")]
     assert titles == ["Cache of 20%, seed 0", "Cache of 20%, seed 1"]
 
