@@ -100,8 +100,13 @@ class LevelStatistics(EqualByContents):
         for name, array in arrays.items():
             if np.shape(array) != expected[name] or not layers * heads:
                 raise StatisticsError(f"level costs: {name} has shape {np.shape(array)}, not {expected[name]}")
-            if not np.isfinite(array).all() or (name != "log_bias" and (array < 0).any()):
-                raise StatisticsError(f"level costs: {name} holds a number that is not finite, or a negative cost")
+            fine = np.isfinite(array) & ((array >= 0) | (name == "log_bias"))
+            if not fine.all():
+                layer, head, *rest = (int(i) for i in np.argwhere(~fine)[0])
+                raise StatisticsError(
+                    f"level costs: {name} of layer {layer}, head {head}, at {rest} is {array[layer, head, *rest]}; it "
+                    f"must be finite{'' if name == 'log_bias' else ' and not negative'}"
+                )
         if not self.samples or len(set(self.samples)) != len(self.samples):
             raise StatisticsError("level costs are of no sample, or count one twice")
 

@@ -477,11 +477,10 @@ class Attached:
         return tuple(rotation_angles(schedule, scale, head_dim) for scale in range(len(schedule)))
 
     def _finish(self, cache: ArenaCache) -> None:
+        cache.check(self._rows // 2 if self._guided and not self._rows % 2 else self._rows)
         if isinstance(cache, ObservingCache):  # an image that was broken off is not counted
             self._measured_images += cache.images
             self._sums = add_sums(self._sums, cache.sums())
-        if isinstance(cache, SelectingCache):
-            cache.check()
 
     # ------------------------------------------------------------------ what was measured
 

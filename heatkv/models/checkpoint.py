@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from heatkv.errors import FormatError, ModelError
+from heatkv.errors import FormatError, ModelError, NumericsError
 from heatkv.files import read_json
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.infinity import Infinity, InfinityConfig
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
+from heatkv.numerics import finite
 
 State = Mapping[str, Tensor]
 
@@ -103,7 +104,10 @@ def _read_shards(index: Path) -> dict[str, Any]:
 
 
 def check_state(module: nn.Module, state: State, what: str) -> set[str]:
-    """The names in `state` that `module` takes; every tensor must be there, none left over, all of the right shape."""
+    """The names in `state` that `module` takes; every tensor must be there, none left over, all of the right shape.
+
+    Raises ModelError, and NumericsError for NaN and infinity.
+    """
     expected = module.state_dict()
     needed = {name for name in expected if not _REDUNDANT.fullmatch(name)}
     given = {name for name in state if not _REDUNDANT.fullmatch(name)}
@@ -117,6 +121,13 @@ def check_state(module: nn.Module, state: State, what: str) -> set[str]:
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise ModelError(f"these weights are not the {what}'s: {shown}")
+    broken = [name for name in sorted(needed) if not finite(state[name])]
+    if broken:
+        more = f" and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+        raise NumericsError(
+            f"the {what}'s weights are not all finite: {broken[0]}{more} {'hold' if more else 'holds'} NaN or "
+            "infinity; take the file anew from where it came, or one that was not stored in float16"
+        )
     return needed
 
 
