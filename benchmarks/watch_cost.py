@@ -1,9 +1,9 @@
 """What watching for numbers that are not finite costs: `python benchmarks/watch_cost.py`.
 
 One image with guidance on one thread, decoder left out, with and without the watch in turns in one process, in
-processor time: the embedded model, VAR-d16, and Infinity-2B cut to four layers at 0.25M, these two with random weights. The cost
-is the median over turns of the ratio of neighbours. `--out benchmarks/results/watch_cost.json` writes the published
-result.
+processor time: the embedded model, VAR-d16, and Infinity-2B cut to four layers at 0.25M, these two with random weights.
+The cost is the median over turns of the ratio of neighbours. `--out benchmarks/results/watch_cost.json` writes the
+published result.
 """
 
 from __future__ import annotations

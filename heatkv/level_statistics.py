@@ -103,9 +103,10 @@ class LevelStatistics(EqualByContents):
             fine = np.isfinite(array) & ((array >= 0) | (name == "log_bias"))
             if not fine.all():
                 layer, head, *rest = (int(i) for i in np.argwhere(~fine)[0])
+                value = array[layer, head, *rest]
                 raise StatisticsError(
-                    f"level costs: {name} of layer {layer}, head {head}, at {rest} is {array[layer, head, *rest]}; it "
-                    f"must be finite{'' if name == 'log_bias' else ' and not negative'}"
+                    f"level costs: {name} of layer {layer}, head {head}, at {rest} is {value}, "
+                    f"{'a negative cost' if np.isfinite(value) else 'which is not finite'}; measure them again"
                 )
         if not self.samples or len(set(self.samples)) != len(self.samples):
             raise StatisticsError("level costs are of no sample, or count one twice")

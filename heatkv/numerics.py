@@ -153,9 +153,10 @@ def naming_samples(names: Sequence[str]) -> Iterator[None]:
 
 
 def run_deterministically() -> None:
-    """Make torch give the same bits every time on one machine, for the rest of this process.
+    """Make torch give the same bits every time on one machine, in this process from now on; call it before CUDA is
+    used.
 
-    Operations that could not would raise RuntimeError. Raises HeatKVError where CUDA runs already, too late for cuBLAS.
+    Operations that could not raise RuntimeError. Raises HeatKVError for a setting of cuBLAS that is not deterministic.
     """
     workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     if workspace not in (CUBLAS_WORKSPACE, ":16:8"):

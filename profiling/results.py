@@ -25,6 +25,7 @@ from heatkv.errors import FormatError
 from heatkv.files import check_header, file_name, read_json, replacing, write_json
 from heatkv.images import GAP, image_grid
 from heatkv.models.base import ImageModel
+from heatkv.numerics import is_deterministic
 from heatkv.profiling.environment import device_name, environment
 from heatkv.profiling.runner import FIDELITY, Subject
 from heatkv.sampling import Settings
@@ -78,7 +79,7 @@ def measurement_digest(model: ImageModel[Any], settings: Settings, subject: Subj
 
 
 def _followed_from(model: ImageModel[Any], settings: Settings, subject: Subject) -> dict[str, Any]:
-    return {
+    told = {
         "fingerprint": model.fingerprint,
         "dtype": str(model.compute_dtype),
         "device": [model.device.type, device_name(model.device)],
@@ -87,6 +88,7 @@ def _followed_from(model: ImageModel[Any], settings: Settings, subject: Subject)
         "storage": subject.storage,
         "attention": subject.attention,
     }
+    return told | ({"deterministic": True} if is_deterministic() else {})
 
 
 def _digest(told: dict[str, Any]) -> str:

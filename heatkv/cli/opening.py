@@ -18,6 +18,7 @@ from heatkv.models import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_i
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.text_conditional import TextConditionalModel
+from heatkv.numerics import run_deterministically
 from heatkv.plan import CachePlan
 from heatkv.sampling import Settings
 from heatkv.schedule import ScaleSchedule
@@ -105,6 +106,8 @@ def open_model(source: Source, running: Running, measuring: bool = True) -> tupl
     """The named model, with the prompts of a file for measurements, and the settings that it draws with."""
     if measuring and source.prompts is None and model_info(source.model).family == "infinity":
         raise ModelError(f"measuring {source.model} needs prompts to draw; name a file of them (--prompts)")
+    if running.deterministic:
+        run_deterministically()
     model = load_model(**load_arguments(source, running))
     say_template(source.model, source.ratio)
     return model, model.sampling if running.cfg is None else replace(model.sampling, cfg=running.cfg)
