@@ -331,7 +331,7 @@ def test_logits_of_100_and_minus_100_neither_overflow_nor_lose_what_they_say(
     else:
         made = make_policy(how)
         cache = open_cache(made.plan(made_up_problem(made, GEOMETRY, Budget.parse("100%"), 0)), ROWS, dtype)
-    tolerance = 6e4 * 3 * torch.finfo(dtype).eps
+    tolerance = 6e4 * torch.finfo(dtype).eps
     for out, wanted in zip(run(cache, inputs, dtype), in_float64(inputs), strict=True):
         assert bool(out.isfinite().all())
         assert float((out.double() - wanted).abs().max()) < tolerance
@@ -352,15 +352,17 @@ def test_models_at_the_clamp_and_with_a_large_residual_stream(family: str, dtype
         else:
             block.ada_gss[:, :, :2].fill_(1e4)
 
-    seen: list[list[Tensor]] = [[], []]
-    recorded = Generator(model, model.full_plan(), 1).draw([label], observe=lambda _, x: seen[0].append(x))
     model.transformer.set_compute_dtype(dtype)
-    Generator(model, model.full_plan(), 1).draw(
-        [label], sampler=RecordedTokens(recorded.tokens), observe=lambda _, x: seen[1].append(x)
-    )
-    for wanted, got in zip(*seen, strict=True):
-        assert bool(got.isfinite().all())
-        assert float((got - wanted).abs().max()) < 1600 * torch.finfo(dtype).eps * float(wanted.abs().max())
+    largest: list[float] = []
+    generator = Generator(model, model.full_plan(), 1)
+    with model.adapter.watching(lambda _layer, residual, _gate: largest.append(float(residual.abs().max()))):
+        drawn = generator.draw(
+            [label], observe=lambda _, x: largest.append(0.0 if bool(x.isfinite().all()) else math.nan)
+        )
+    assert drawn.images is not None
+    assert bool(drawn.images.isfinite().all())
+    assert max(largest) > 1e6
+    assert not any(map(math.isnan, largest))
 
 
 def test_what_overflows_in_float16_is_told_and_bfloat16_draws_it() -> None:
@@ -391,6 +393,8 @@ def test_gelu_of_large_numbers_in_16_bits(dtype: torch.dtype) -> None:
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 """Of the largest logit, see docs/numerics.md."""
+CODED = 5e-3
+"""The same, where a code may be rounded the other way."""
 
 
 def logits_of(
@@ -416,7 +420,7 @@ def test_images_are_those_of_single_ones_in_any_batch(policy: str, how: dict[str
     budget = Budget.parse("100%" if policy == "full" else "60%")
     storage = "/".join([*how.values(), dtype])
     plan = made.plan(made_up_problem(made, model.geometry, budget, 0, storage=storage))
-    labels, tolerance = [3, 8, 21], TOLERANCE[dtype]
+    labels, tolerance = [3, 8, 21], max(TOLERANCE[dtype], CODED if how else 0)
     together, drawn = logits_of(model, plan, labels, range(3), **how)
     for image, label in enumerate(labels):
         tokens = [of_scale[image : image + 1] for of_scale in drawn.tokens]
