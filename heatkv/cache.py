@@ -23,6 +23,7 @@ from heatkv.attention.pooling import Reduction
 from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import PlanError
 from heatkv.levels import level_tokens
+from heatkv.numerics import Watch
 from heatkv.plan import CachePlan, Plan
 from heatkv.spans import ATTENTION, CACHE_UPDATE, span
 from heatkv.store import Places, Store, known_device
@@ -86,6 +87,7 @@ class ArenaCache(ABC):
         self.store = Store(
             self.rows, slots, plan.geometry.head_dim, dtype, known_device(device), storage, uncoded_slots
         )
+        self.watch = Watch(plan.geometry, self.rows, dtype, self.store.device)
 
     @property
     def allocated_bytes(self) -> int:
@@ -130,8 +132,19 @@ class ArenaCache(ABC):
         """All that was prepared for the plan: nested sequences and dataclasses of tensors."""
 
     def reset(self) -> None:
-        """Start the next images; nothing needs clearing."""
+        """Start the next images; nothing that is held needs clearing."""
         self._target, self._next_layer = 0, 0
+        self.watch.clear()
+
+    def check(self, images: int | None = None) -> None:
+        """Call this when images are done; it waits for the device.
+
+        Raises NumericsError when a query, key or value was not finite, and names the first one; with `images`, the
+        number of them, its row is told as one of theirs.
+        """
+        found = self.watch.first(images)
+        if found is not None:
+            raise found[1]
 
     def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         """Attention over what the plan still holds plus the current scale; then drop, then write what is kept.
@@ -158,6 +171,7 @@ class ArenaCache(ABC):
                     f"{name} of layer {layer}, scale {self._target} is {tuple(x.shape)}; the plan needs (rows, heads, "
                     f"tokens, head_dim) = {expected}"
                 )
+        self.watch.see(self._target, layer, q_RHND, k_RHND, v_RHND)
         out = self._run(layer, q_RHND, k_RHND, v_RHND)
         self._next_layer += 1
         if self._next_layer == geometry.layers:

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from heatkv.attention.ragged import HeadGroup
 from heatkv.cache import KVCache, LayerStep
 from heatkv.checks import whole
-from heatkv.errors import PlanError, StatisticsError
+from heatkv.errors import NumericsError, PlanError, StatisticsError
 from heatkv.generation import run_scales
 from heatkv.models.base import ImageModel, checked_run
+from heatkv.numerics import naming_samples
 from heatkv.plan import Plan
 from heatkv.sampling import CommonRandomSampler, Settings
 from heatkv.statistics import Provenance, Statistics
@@ -256,16 +257,41 @@ class MeasuringCache(ObservingCache):
         }
         return sums if self.error_sum is None else sums | {"error_sum": self.error_sum}
 
+    def _checked(self, what: str, layer: int, numbers_RHX: Tensor) -> Tensor:
+        """What was measured of the rows in the running layer, (rows, heads, ...), on the host.
+
+        Raises NumericsError when it is not finite, and names the place.
+        """
+        numbers_RHX = numbers_RHX.cpu()
+        if not bool(numbers_RHX.isfinite().all()):
+            self.check(self.images)  # what it was measured from comes first
+            row, head, *source = (~numbers_RHX.isfinite()).nonzero()[0].tolist()
+            of_source = f", source {source[0]}" if source else ""
+            raise NumericsError(
+                f"{what} of layer {layer}, head {head}, target scale {self._target}{of_source}, image "
+                f"{row % self.images} is not finite, though q, k and v are; the residual stream or the weights of the "
+                "layer may not be, or overflowed: calibrate in float32 (--dtype float32)",
+                row % self.images,
+            )
+        return numbers_RHX
+
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
         halves, images, target = self.rows // self.images, self.images, self._target
         reads = read_sources(q_RHND, keys, values, self.factors[layer] if self.factors else None)
-        mass_IBHS = (reads.mass / q_RHND.shape[2]).unflatten(0, (halves, images)).cpu().numpy()
+        mass_RHS = self._checked("the attention mass", layer, reads.mass / q_RHND.shape[2])
+        mass_IBHS = mass_RHS.unflatten(0, (halves, images)).numpy()
         of_images = slice(images)
         k_BHMD = torch.cat([k[of_images] for k in keys], dim=2)
-        self.concentration_sum[layer, :, target] += concentration(q_RHND[of_images], k_BHMD).sum(dim=0).cpu().numpy()
+        uneven_BH = self._checked("the concentration", layer, concentration(q_RHND[of_images], k_BHMD))
+        self.concentration_sum[layer, :, target] += uneven_BH.sum(dim=0).numpy()
         if target:
             sides = [self.plan.schedule.scales[scale] for scale in (target - 1, target)]
-            alike = [similarity(x[target - 1][of_images], x[target][of_images], *sides) for x in (keys, values)]
+            alike = [
+                self._checked(
+                    "the similarity", layer, similarity(x[target - 1][of_images], x[target][of_images], *sides)
+                )
+                for x in (keys, values)
+            ]
             self.similarity_sum[layer, target] += float(torch.stack(alike).mean(dim=(0, 2)).sum())
         at = (layer, slice(None), target, slice(target + 1))
         self.mass_sum[at] += mass_IBHS[0].sum(axis=0)
@@ -273,8 +299,8 @@ class MeasuringCache(ObservingCache):
         self.all_mass_sum[at] += mass_IBHS.mean(axis=0).sum(axis=0)
         if self.error_sum is not None:
             assert reads.drop_error is not None
-            error_RHS = reads.drop_error * self.relative()[:, None, None]
-            self.error_sum[at] += error_RHS.sum(dim=0).cpu().numpy() / halves
+            error_RHS = self._checked("the drop error", layer, reads.drop_error * self.relative()[:, None, None])
+            self.error_sum[at] += error_RHS.sum(dim=0).numpy() / halves
 
 
 def add_sums(
@@ -297,7 +323,8 @@ def calibrate(
     """Statistics over `samples` images of all classes (or example prompts) in turn, drawn with the full cache.
 
     `first_sample` numbers the first one, so that disjoint sets can be measured and merged; `progress` is told how many
-    are done. Raises StatisticsError for fewer than one sample, ModelError for what the model cannot draw.
+    are done. Raises StatisticsError for fewer than one sample, ModelError for what the model cannot draw, NumericsError
+    for numbers that are not finite, with their place.
     """
     seed, first_sample, batch, settings = checked_run(model, seed, first_sample, batch, settings, progress)
     samples = whole(samples, "samples", StatisticsError, 1)
@@ -313,10 +340,11 @@ def calibrate(
             model.full_plan(), rows, count, model.compute_dtype, model.device, output_weights=weights
         )
         sampler = CommonRandomSampler(seed, range(start, start + count), settings)
-        with adapter.watching(cache.see):
+        drawn = sample_names(model, seed, labels, start)
+        with naming_samples(drawn), adapter.watching(cache.see):
             run_scales(model, labels, cache, sampler, settings, decode=False)
         sums = add_sums(sums, cache.sums())
-        names += sample_names(model, seed, labels, start)
+        names += drawn
         if progress is not None:
             progress(len(names))
     cfg, told = told_settings(settings, model)

@@ -46,6 +46,14 @@ class GraphError(HeatKVError):
     """CUDA graphs where there are none, or a step that cannot be recorded as one."""
 
 
+class NumericsError(HeatKVError):
+    """Numbers that are not finite, or too large for their type; `image` is the first one's index, where it is known."""
+
+    def __init__(self, message: str, image: int | None = None) -> None:
+        super().__init__(message)
+        self.image = image
+
+
 class FormatError(HeatKVError):
     """A file that is unreadable, truncated, or of another format or version."""
 

@@ -17,12 +17,14 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from heatkv.cache import ArenaCache
 from heatkv.checks import of_kind, shown
 from heatkv.compensation import Compensation, compensation_of
 from heatkv.errors import ModelError, PlanError
 from heatkv.graphs import CUDAGraphRunner, EagerRunner, StepRunner
 from heatkv.models.base import Drawing, ImageModel, checked_run
 from heatkv.models.var import Attend
+from heatkv.numerics import logits_error
 from heatkv.plan import CachePlan
 from heatkv.sampling import CommonRandomSampler, NoiseSampler, Sampler, Settings
 from heatkv.selecting_cache import SelectingCache, open_cache
@@ -68,6 +70,8 @@ class _Buffers:
         self._batch, self._device = batch, model.device
         self._counts = [each * tokens for tokens in model.geometry.schedule.tokens]
         self._tokens: list[Tensor] = []
+        # of the logits of every scale and image, finite where they are
+        self.sums_TB = torch.zeros(len(self._counts), batch, device=self._device)
         self._of_largest: dict[str, Tensor] = {}
 
     @property
@@ -100,21 +104,42 @@ class _Scales(Generic[Label]):
 
     def run(self, scales: int, decode: bool, before_decode: Callable[[], None] | None = None) -> Drawn:
         run_scale = self._in_one_step if isinstance(self.sampler, NoiseSampler) else self._in_two_steps
+        self.buffers.sums_TB.zero_()
         try:
             for scale in range(scales):
                 with span(scale_name(scale)):
                     run_scale(scale)
-        except BaseException:
+        except BaseException as error:
             self.runner.forget()  # some steps of these images have run and others have not
+            if isinstance(error, RuntimeError | ValueError):
+                self._check()  # what failed, such as a sampler, may not know why
             raise
         tokens = tuple(tokens_BN.clone() for tokens_BN in self.buffers.tokens)
         if before_decode is not None:
             before_decode()
         with span(DECODE):
             drawn = Drawn(tokens, self.drawing.image() if decode else None)
-        if isinstance(self.cache, SelectingCache):
-            self.cache.check()  # waits for the device, so it comes last
+        self._check()  # waits for the device, so it comes last
         return drawn
+
+    def _logits(self, scale: int) -> Tensor:
+        logits_BNV = self.drawing.logits(self.cache)
+        torch.sum(logits_BNV, dim=(1, 2), out=self.buffers.sums_TB[scale])
+        return logits_BNV
+
+    def _check(self) -> None:
+        """Raise NumericsError for the first place with numbers that are not finite, and what else the cache raises."""
+        if not isinstance(self.cache, ArenaCache) or self.buffers.sums_TB.is_meta:  # tensors of shapes alone
+            return
+        fine_TB = self.buffers.sums_TB.isfinite()
+        images = fine_TB.shape[1]
+        if not bool(fine_TB.all()):
+            broken = (~fine_TB).nonzero().tolist()
+            scale, of_cache = broken[0][0], self.cache.watch.first(images)
+            if of_cache is None or scale < of_cache[0]:
+                layers, dtype = self.cache.geometry.layers, self.cache.store.dtype
+                raise logits_error(scale, layers, [image for t, image in broken if t == scale], dtype)
+        self.cache.check(images)
 
     def _in_one_step(self, scale: int) -> None:
         sampler, observe = self.sampler, self.observe
@@ -123,7 +148,7 @@ class _Scales(Generic[Label]):
         seen_BNV = None if observe is None else self.buffers.of_scale("logits", scale)
 
         def step() -> None:
-            logits_BNV = self.drawing.logits(self.cache)
+            logits_BNV = self._logits(scale)
             if seen_BNV is not None:
                 seen_BNV.copy_(logits_BNV)
             with span(SAMPLING):
@@ -141,7 +166,7 @@ class _Scales(Generic[Label]):
         tokens_BN, seen_BNV = self.buffers.tokens[scale], self.buffers.of_scale("logits", scale)
 
         def step() -> None:
-            seen_BNV.copy_(self.drawing.logits(self.cache))
+            seen_BNV.copy_(self._logits(scale))
 
         self.runner.run(StepKey(scale, "logits", observed=True), step)
         logits_BNV = seen_BNV.clone()
@@ -232,7 +257,7 @@ class Generator(Generic[Label]):
         With graphs, a scale is one graph; a `sampler` that is no NoiseSampler chooses between two of them. `observe`
         is called when the scale is done, `before_decode` when all are. Raises ModelError for labels that the model does
         not have, or not as many as the batch, PolicyError when a dynamic policy fails, GraphError when a step cannot be
-        recorded.
+        recorded, NumericsError when the images were made of numbers that are not finite.
         """
         if len(labels) != self.batch:
             raise ModelError(f"{len(labels)} labels for a generator of batch {self.batch}")

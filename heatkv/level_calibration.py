@@ -18,11 +18,12 @@ from torch import Tensor
 from heatkv.attention.pooling import pooled_cells
 from heatkv.calibration import MAX_BLOCK_NUMBERS, ObservingCache, add_sums, sample_names
 from heatkv.checks import as_whole, shown, whole
-from heatkv.errors import StatisticsError
+from heatkv.errors import NumericsError, StatisticsError
 from heatkv.generation import run_scales
 from heatkv.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.levels import LEVELS, NONE, SINK_SCALES, LevelChoices
 from heatkv.models.base import ImageModel, checked_run
+from heatkv.numerics import naming_samples
 from heatkv.sampling import CommonRandomSampler, Settings
 from heatkv.schedule import ScaleSchedule
 
@@ -34,6 +35,14 @@ _FAR = 30.0
 _LEAST = 1e-15
 """The least weight of what is always held: where all else is dropped, its square must not be 0 in fp32."""
 
+
+_AXES = {
+    "whole": ("layer", "head", "source"),
+    "pooled_mass": ("layer", "head", "source", "level"),
+    "joint": ("layer", "head", "combination"),
+    "single": ("layer", "head", "target scale", "source", "level"),
+}
+"""Of the sums of level caches."""
 
 BIAS_BATCH = 16
 """Images at once for biases, which take little memory."""
@@ -54,6 +63,22 @@ class LevelCache(ObservingCache):
             for level in self.choices.of_source(source)
             if level != NONE
         }
+
+    def checked_sums(self, samples: Sequence[str]) -> dict[str, FloatArray]:
+        """The sums over these samples. Raises NumericsError when one is not finite, and names the place."""
+        sums = self.sums()
+        for name, array in sums.items():
+            if not np.isfinite(array).all():
+                places = map(int, np.argwhere(~np.isfinite(array))[0])
+                what, _, target = name.partition(".")
+                of_target = f", target scale {target}" if target else ""
+                place = ", ".join(f"{axis} {at}" for axis, at in zip(_AXES[what], places, strict=True))
+                raise NumericsError(
+                    f"level costs: {what}{of_target} of {place} is not finite, though q, k and v are, in one of the "
+                    f"samples {samples[0]} to {samples[-1]}; the residual stream or the weights of the layer may not "
+                    "be, or overflowed: calibrate in float32 (--dtype float32)"
+                )
+        return sums
 
 
 class BiasCache(LevelCache):
@@ -337,8 +362,10 @@ def calibrate_biases(
             choices, model.full_plan(), rows, len(indices), model.compute_dtype, model.device, model.key_angles
         )
         labels, sampler = model.labels(len(indices), indices.start), CommonRandomSampler(seed, indices, settings)
-        run_scales(model, labels, cache, sampler, settings, decode=False)
-        sums = add_sums(sums, cache.sums())
+        names = sample_names(model, seed, labels, indices.start)
+        with naming_samples(names):
+            run_scales(model, labels, cache, sampler, settings, decode=False)
+        sums = add_sums(sums, cache.checked_sums(names))
         if progress is not None:
             progress(len(indices))
     return calibrated_bias(choices.schedule, sums["whole"], sums["pooled_mass"])
@@ -429,8 +456,12 @@ class LevelCalibration:
         names: list[str] = []
         for indices in _batches(first_sample, samples, at_once):
             drawn = CostBatch(model, choices, log_bias, indices, seed, settings)
-            sums = add_sums(sums, self.draw(drawn).sums())
-            names += sample_names(model, seed, drawn.labels, indices.start)
+            now = sample_names(model, seed, drawn.labels, indices.start)
+            with naming_samples(now):
+                cache = self.draw(drawn)
+                cache.check(len(indices))
+            sums = add_sums(sums, cache.checked_sums(now))
+            names += now
             if progress is not None:
                 progress(len(indices))
         joint = tuple(sums[f"joint.{target}"] for target in range(len(choices.schedule)))

@@ -103,10 +103,14 @@ class LevelStatistics(EqualByContents):
         for name, array in arrays.items():
             if np.shape(array) != expected[name] or not layers * heads:
                 raise StatisticsError(f"level costs: {name} has shape {np.shape(array)}, not {expected[name]}")
-            if not (np.abs(array) <= LARGEST_SUM).all() or (name != "log_bias" and (array < 0).any()):
+            fine = (np.abs(array) <= LARGEST_SUM) & ((array >= 0) | (name == "log_bias"))
+            if not fine.all():
+                layer, head, *rest = (int(i) for i in np.argwhere(~fine)[0])
+                value = array[layer, head, *rest]
+                why = "which is not finite" if not np.isfinite(value) else "a negative cost" if value < 0 else ""
                 raise StatisticsError(
-                    f"level costs: {name} holds a number that is not finite, a negative cost, or one above "
-                    f"{LARGEST_SUM:g}"
+                    f"level costs: {name} of layer {layer}, head {head}, at {rest} is {value}, "
+                    f"{why or f'above {LARGEST_SUM:g}'}; measure them again"
                 )
         if not self.samples or len(set(self.samples)) != len(self.samples):
             raise StatisticsError("level costs are of no sample, or count one twice")

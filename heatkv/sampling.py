@@ -150,10 +150,22 @@ def cut_logits(logits_BNV: Tensor, top_k: int, top_p: float) -> Tensor:
         logits_BNV = logits_BNV.masked_fill(logits_BNV < least, -torch.inf)
     if top_p > 0:
         ascending, order = logits_BNV.sort(dim=-1)
-        outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        outside = _cumulative(ascending.softmax(dim=-1)) <= 1 - top_p
         outside[..., -1] = False
         logits_BNV = logits_BNV.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
     return logits_BNV
+
+
+def _cumulative(shares: Tensor) -> Tensor:
+    # on CUDA torch sums floating-point numbers up in an order that changes, and refuses to where none may
+    if shares.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return cumulative_in_fixed_point(shares)
+    return shares.cumsum(dim=-1)
+
+
+def cumulative_in_fixed_point(shares: Tensor) -> Tensor:
+    """Cumulative sums along the last dimension of numbers from 0 to 1, in steps of 2^-40, so that no order matters."""
+    return shares.double().mul_(2.0**40).round_().long().cumsum(dim=-1).double().mul_(2.0**-40)
 
 
 class Sampler(Protocol):

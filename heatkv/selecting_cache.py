@@ -105,8 +105,9 @@ class SelectingCache(ArenaCache):
         self._counts_LRH.zero_()
         self._not_numbers_L.zero_()
 
-    def check(self) -> None:
-        """Call this when images are done. Raises PolicyError when scores were not numbers; it waits for the device."""
+    def check(self, images: int | None = None) -> None:
+        """As of every cache. Raises PolicyError when scores were not numbers, though all they were made of were."""
+        super().check(images)
         broken = [layer for layer, found in enumerate(self._not_numbers_L.tolist()) if found]
         if broken:
             raise PolicyError(

@@ -169,9 +169,13 @@ class Statistics(EqualByContents):
         wanted = (self.layers, *((self.heads,) if of_heads else ()), len(self.schedule))
         if array.shape != wanted:
             raise StatisticsError(f"{name} has shape {array.shape}; it must be {wanted}")
-        if not (np.abs(array) <= LARGEST_SUM).all() or (of_heads and (array < 0).any()):
+        fine = (np.abs(array) <= LARGEST_SUM) & ((array >= 0) | (not of_heads))
+        if not fine.all():
+            layer, *head, target = (int(i) for i in np.argwhere(~fine)[0])
+            of_head = f", head {head[0]}" if head else ""
             raise StatisticsError(
-                f"{name} must be finite{' and not negative' if of_heads else ''}, and below {LARGEST_SUM:g}"
+                f"{name} of layer {layer}{of_head}, target {target} is {array[layer, *head, target]}; it must be finite"
+                f"{' and not negative' if of_heads else ''}, and below {LARGEST_SUM:g}"
             )
         array.setflags(write=False)
         object.__setattr__(self, name, array)

@@ -178,8 +178,7 @@ def run_attention(cache: KVCache | SelectingCache, inputs: Sequence[Sequence[Att
             if isinstance(cache, SelectingCache) and cache.wants_input:
                 cache.see_input(layer, given.input_RNW)
             outs.append(cache.attend(layer, given.q_RHND, given.k_RHND, given.v_RHND))
-    if isinstance(cache, SelectingCache):
-        cache.check()
+    cache.check()
     return outs
 
 

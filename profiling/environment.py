@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from heatkv.numerics import is_deterministic
 from heatkv.profiling.busy import load_of
 from heatkv.versions import versions
 
@@ -67,6 +68,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
+        "deterministic": is_deterministic(),
         "system": platform.platform(),
         "versions": versions(),
         **machine,

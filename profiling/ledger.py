@@ -73,7 +73,8 @@ class TensorLedger(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Lets `scaled_dot_product_attention` take what a fused kernel takes: its output, never the matrix of weights.
+    """Lets `scaled_dot_product_attention` take what a fused kernel takes: its output, which is zeros here, never the
+    matrix of weights.
 
     On meta tensors torch would otherwise choose the path that materialises it.
     """
@@ -83,5 +84,5 @@ class FusedAttention(TorchFunctionMode):
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             q, _, v = args[:3]
-            return q.new_empty((*q.shape[:-1], v.shape[-1]))
+            return q.new_zeros((*q.shape[:-1], v.shape[-1]))
         return func(*args, **(kwargs or {}))

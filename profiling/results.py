@@ -38,6 +38,7 @@ from heatkv.files import (
 )
 from heatkv.images import GAP, image_grid, picture_text, read_pixels
 from heatkv.models.base import ImageModel
+from heatkv.numerics import is_deterministic
 from heatkv.parts import Parts
 from heatkv.profiling.environment import device_name, environment
 from heatkv.profiling.reading import FORMAT, VERSION, read_results
@@ -92,7 +93,7 @@ def measurement_digest(model: ImageModel[Any], settings: Settings, subject: Subj
 
 
 def _followed_from(model: ImageModel[Any], settings: Settings, subject: Subject) -> dict[str, Any]:
-    return {
+    told = {
         "fingerprint": model.fingerprint,
         "dtype": str(model.compute_dtype),
         "device": [model.device.type, device_name(model.device)],
@@ -101,6 +102,7 @@ def _followed_from(model: ImageModel[Any], settings: Settings, subject: Subject)
         "storage": subject.storage,
         "attention": subject.attention,
     }
+    return told | ({"deterministic": True} if is_deterministic() else {})
 
 
 def _digest(told: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from heatkv.errors import FormatError, HeatKVError, out_of_memory
 from heatkv.files import read_json, write_json
 from heatkv.geometry import StorageType
 from heatkv.models import load_model
+from heatkv.numerics import run_deterministically
 from heatkv.plan import CachePlan
 from heatkv.profiling.memory import Loading, record_snapshots, save_snapshot
 from heatkv.profiling.runner import Subject, memory_row, subject_memory
@@ -39,7 +40,7 @@ _FILES = JOB, PLAN, RESULT = "job.json", "plan.json", "result.json"
 class Job:
     """What to measure: `model` as `load_model` takes it, of these weights, drawing `batch` images under a plan that
     goes with it. `storage` codes the cache, or None does not; `digest` names the measurement, `snapshot` where the CUDA
-    allocator's state is to go."""
+    allocator's state is to go; `deterministic` as in --deterministic."""
 
     model: dict[str, Any]
     fingerprint: str
@@ -51,11 +52,14 @@ class Job:
     threads: int
     digest: str
     snapshot: str | None = None
+    deterministic: bool = False
 
 
 def measure(job: Job, plan: CachePlan) -> dict[str, Any]:
     """The fields of a row. Raises HeatKVError when the model is not the one that the job was made for."""
     torch.set_num_threads(job.threads)
+    if job.deterministic:
+        run_deterministically()
     if job.snapshot is not None:
         record_snapshots()
     device = torch.device(job.model["device"])

@@ -19,7 +19,7 @@ from torch import Tensor
 from heatkv.calibration import calibrate
 from heatkv.capacities import CapacityPlan
 from heatkv.compensation import Compensation, fit_compensation
-from heatkv.errors import GraphError, ModelError, PolicyError
+from heatkv.errors import GraphError, ModelError, NumericsError, PolicyError
 from heatkv.generation import Drawn, Generator, generate
 from heatkv.graphs import CUDAGraphRunner, EagerRunner, GraphRunner, Step
 from heatkv.level_calibration import calibrate_levels
@@ -48,7 +48,6 @@ from heatkv.sampling import (
     SamplingSettings,
     Settings,
 )
-from heatkv.selecting_cache import SelectingCache
 from heatkv.statistics import Statistics
 from heatkv.testing import made_up_problem
 
@@ -424,7 +423,7 @@ def test_memory_does_not_grow_from_image_to_image(tiny: ClassConditionalModel, m
 
 @pytest.mark.parametrize("family", ["classes", "prompts"])
 @pytest.mark.parametrize("name", KINDS)
-def test_no_step_touches_the_host(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_touches_the_host(family: str, name: str) -> None:
     """Where tensors have no numbers, none can be looked at, and what comes from the host is of another device."""
     model: ImageModel[Any] = on_meta(small_classes() if family == "classes" else small_prompts())
     plan = plan_of(name, model)
@@ -434,14 +433,12 @@ def test_no_step_touches_the_host(family: str, name: str, monkeypatch: pytest.Mo
     labels = [0] if family == "classes" else [Prompt(features(5))]
     runner = WatchedRunner("meta")
     ways: list[dict[str, Any]] = [{}]
-    with monkeypatch.context() as patch:
-        patch.setattr(SelectingCache, "check", lambda self: None)  # which looks at numbers, after the steps
-        generator = Generator(model, plan, 1, runner=runner)
-        if name == "full":
-            ways += [{"observe": lambda *_: None}, {"sampler": RecordedTokens(generator._buffers.tokens)}]
-        for way in ways:
-            for _ in range(2):
-                generator.draw(labels, decode=False, **way)
+    generator = Generator(model, plan, 1, runner=runner)
+    if name == "full":
+        ways += [{"observe": lambda *_: None}, {"sampler": RecordedTokens(generator._buffers.tokens)}]
+    for way in ways:
+        for _ in range(2):
+            generator.draw(labels, decode=False, **way)
     assert {key.part for key in runner.watched} == ({"all", "logits", "accept"} if name == "full" else {"all"})
     assert all(count > 0 for count in runner.watched.values())
     assert sum(runner.watched.values()) > 500
@@ -496,7 +493,7 @@ class ByTheClock(SlidingWindowTokens):
 
 
 def check_fails(model: ImageModel[Any], plan: CachePlan) -> None:
-    with pytest.raises((AssertionError, GraphError)):
+    with pytest.raises((AssertionError, GraphError, NumericsError)):  # of destroyed memory, the last
         check_policy(model, plan, [[3], [9], [50]])
 
 

@@ -96,9 +96,18 @@ def test_they_cannot_be_changed() -> None:
         ),
         ({"log_bias": np.zeros((2, 3, 5))}, r"log_bias has shape \(2, 3, 5\)"),
         ({"log_bias": np.zeros((0, 3, 5, 3))}, r"log_bias has shape \(0, 3, 5, 3\)"),
-        ({"log_bias": np.full((2, 3, 5, 3), np.nan)}, "log_bias holds a number that is not finite"),
-        ({"single_sum": np.full((2, 3, 5, 5, 4), np.inf)}, "single_sum holds a number that is not finite"),
-        ({"joint_sum": (*small().joint_sum[:-1], np.full((2, 3, 12), -1e-9))}, "joint_sum 4 holds .* a negative cost"),
+        (
+            {"log_bias": np.full((2, 3, 5, 3), np.nan)},
+            "log_bias of layer 0, head 0, at .0, 0. is nan, which is not finite",
+        ),
+        (
+            {"single_sum": np.full((2, 3, 5, 5, 4), np.inf)},
+            "single_sum of layer 0, head 0, at .0, 0, 0. is inf, which is not finite",
+        ),
+        (
+            {"joint_sum": (*small().joint_sum[:-1], np.full((2, 3, 12), -1e-9))},
+            "joint_sum 4 of layer 0, head 0, at .0. is -1e-09, a negative cost",
+        ),
         ({"samples": ()}, "of no sample, or count one twice"),
         ({"samples": ("a", "a")}, "of no sample, or count one twice"),
         ({"choices": LevelChoices(SCHEDULE, 3)}, r"joint_sum 3 has shape \(2, 3, 3\), not \(2, 3, 1\)"),

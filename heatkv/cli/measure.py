@@ -341,7 +341,7 @@ class _Measurement:
         job = Job(
             load_arguments(self.source, running), self.model.fingerprint, running.cfg, point.batch, point.seed,
             running.storage, running.attention, torch.get_num_threads(), line.row["measurement"],
-            None if snapshot is None else str(snapshot.absolute()),
+            None if snapshot is None else str(snapshot.absolute()), running.deterministic,
         )  # fmt: skip
         found = measure_apart(folder, job, subject.plans[0])
         return found if found["error"] is None else self._unmeasured(point, subject, found["error"])

@@ -21,6 +21,7 @@ from heatkv.models import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_i
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.text_conditional import TextConditionalModel
+from heatkv.numerics import run_deterministically
 from heatkv.plan import CachePlan, named
 from heatkv.ranked_plan import RankedPlan, load_either
 from heatkv.ranks import current
@@ -112,6 +113,8 @@ def open_model(source: Source, running: Running, measuring: bool = True) -> tupl
     """The named model, with the prompts of a file for measurements, and the settings that it draws with."""
     if measuring and source.prompts is None and model_info(source.model).family == "infinity":
         raise ModelError(f"measuring {source.model} needs prompts to draw; name a file of them (--prompts)")
+    if running.deterministic:
+        run_deterministically()
     model = load_model(**load_arguments(source, running))
     current().use(model.device)
     say_template(source.model, source.ratio)

@@ -27,6 +27,9 @@ Rows = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help=f"compute and storage type: {', '.join(COMPUTE_DTYPES)}")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="the same bits every time on one machine (docs/numerics.md)")
+]
 Storage = Annotated[
     str | None,
     typer.Option("--storage", help=f"8-bit codes in the cache: {', '.join(CODED_BYTES)}; default: the compute type"),
@@ -114,6 +117,7 @@ class Running:
     device: Device = "cpu"
     storage: Storage = None
     attention: Attention = "auto"
+    deterministic: Deterministic = False
 
 
 @dataclass(frozen=True)

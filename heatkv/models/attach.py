@@ -297,7 +297,8 @@ class Attached:
 
     `plan` is what is kept. `cache` holds it from the first image on, for as long as this object lives; its
     `allocated_bytes` are real. The model's calls raise ModelError for what HeatKV cannot compute, and PlanError for
-    another schedule, order or number of rows than the plan's.
+    another schedule, order or number of rows than the plan's, and NumericsError when their images are done, or as the
+    block ends with an error, where these were made of numbers that are not finite.
     """
 
     def __init__(
@@ -356,6 +357,8 @@ class Attached:
         assert self._undo is not None
         self._undo.close()
         self._undo = None
+        if isinstance(error, RuntimeError | ValueError):  # such as a sampler's, which does not know why
+            self._check_numbers()
 
     # ------------------------------------------------------------------ what the layers call
 
@@ -476,12 +479,16 @@ class Attached:
         schedule, head_dim = self.plan.schedule, self.plan.geometry.head_dim
         return tuple(rotation_angles(schedule, scale, head_dim) for scale in range(len(schedule)))
 
+    def _check_numbers(self) -> None:
+        """Raise NumericsError when queries, keys or values of these images were not finite; it waits for the device."""
+        if self._cache is not None and self._rows:
+            self._cache.check(self._rows // 2 if self._guided and self._rows % 2 == 0 else self._rows)
+
     def _finish(self, cache: ArenaCache) -> None:
+        self._check_numbers()
         if isinstance(cache, ObservingCache):  # an image that was broken off is not counted
             self._measured_images += cache.images
             self._sums = add_sums(self._sums, cache.sums())
-        if isinstance(cache, SelectingCache):
-            cache.check()
 
     # ------------------------------------------------------------------ what was measured
 

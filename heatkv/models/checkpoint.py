@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from heatkv.checks import shown
-from heatkv.errors import FormatError, ModelError
+from heatkv.errors import FormatError, ModelError, NumericsError
 from heatkv.files import as_path, is_folder, is_there, read_json, whole_file
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.infinity import Infinity, InfinityConfig
 from heatkv.models.torch_file import load_torch_file
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
+from heatkv.numerics import finite
 
 State = Mapping[str, Tensor]
 
@@ -99,7 +100,10 @@ def _read_shards(index: Path) -> dict[str, Any]:
 
 
 def check_state(module: nn.Module, state: State, what: str) -> set[str]:
-    """The names in `state` that `module` takes; every tensor must be there, none left over, all of the right shape."""
+    """The names in `state` that `module` takes; every tensor must be there, none left over, all of the right shape.
+
+    Raises ModelError, and NumericsError for NaN and infinity.
+    """
     expected = module.state_dict()
     needed = {name for name in expected if not _REDUNDANT.fullmatch(name)}
     given = {name for name in state if not _REDUNDANT.fullmatch(name)}
@@ -119,6 +123,13 @@ def check_state(module: nn.Module, state: State, what: str) -> set[str]:
         some = "; ".join(problem[:200] for problem in problems[:6])
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ModelError(f"these weights are not the {what}'s: {some}{more}")
+    broken = [name for name in sorted(needed) if not finite(state[name])]
+    if broken:
+        more = f" and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+        raise NumericsError(
+            f"the {what}'s weights are not all finite: {broken[0]}{more} {'hold' if more else 'holds'} NaN or "
+            "infinity; take the file anew from where it came, or one that was not stored in float16"
+        )
     return needed
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heatkv.errors import ModelError
+from heatkv.checks import shown
+from heatkv.errors import ModelError, NumericsError
 from heatkv.files import as_path, is_folder, is_there
+from heatkv.numerics import finite, way_out
 
 PUBLIC_ENCODER = "google/flan-t5-xl"
 MAX_POSITIONS = 512
@@ -85,10 +87,17 @@ class T5TextEncoder:
         self._encoder = encoder.eval().to(device)
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """Features (M, E) of every text in fp32, cut at 512 positions."""
+        """Features (M, E) of every text in fp32, cut at 512 positions. Raises NumericsError."""
         tokens = self._tokenizer(
             list(texts), padding=True, truncation=True, max_length=MAX_POSITIONS, return_tensors="pt"
         ).to(self._encoder.device)
         with torch.inference_mode():
             out = self._encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            return [row[mask.bool()].float() for row, mask in zip(out[0], tokens.attention_mask, strict=True)]
+            features = [row[mask.bool()].float() for row, mask in zip(out[0], tokens.attention_mask, strict=True)]
+        for text, features_ME in zip(texts, features, strict=True):
+            if not finite(features_ME):
+                raise NumericsError(
+                    f"the text encoder gave features that are not finite for {shown(text)}; "
+                    f"{way_out(self._encoder.dtype)}"
+                )
+        return features
