@@ -13,7 +13,9 @@ intervals are bootstrapped over them, in pairs. Groups, fixed before anything wa
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,20 @@ from heatkv.calibration import calibrate
 from heatkv.files import write_json
 from heatkv.following import FollowingGenerator
 from heatkv.generation import Generator
+from heatkv.geometry import Budget
+from heatkv.layerwise import measure_drawn
 from heatkv.level_calibration import calibrate_levels
+from heatkv.level_statistics import LevelStatistics
 from heatkv.models import load_model
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.online import OnlinePlanner
 from heatkv.plan import Plan
-from heatkv.policies.base import make_policy
+from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.environment import environment
 from heatkv.profiling.fidelity import FidelityBench, paired_bootstrap
 from heatkv.statistics import Statistics
 
+POLICIES = ("heatkv-lp", "heatkv-mr")
 FOOD = tuple(range(21))
 BUDGET, BATCH = "10%", 8
 CALIBRATION, IMAGES = 24, 24
@@ -72,9 +79,9 @@ def measured(model: ClassConditionalModel, seed: int) -> Statistics:
 def run(model: ClassConditionalModel, groups: Sequence[Sequence[int]], policy: str, seed: int) -> dict[str, Any]:
     """One stream of images; KL of every plan on images of both groups."""
     first, second = (of_classes(model, group) for group in groups)
-    statistics = measured(first, 10 * seed + 1)
+    known = measured(first, 10 * seed + 1)
     following = FollowingGenerator(
-        model, make_policy(policy), BUDGET, statistics, every=EVERY, half_life=HALF_LIFE, threshold=THRESHOLD,
+        model, make_policy(policy), BUDGET, known, every=EVERY, half_life=HALF_LIFE, threshold=THRESHOLD,
         batch=BATCH, seed=10 * seed + 3,
     )  # fmt: skip
     static = following.plan
@@ -95,8 +102,43 @@ def run(model: ClassConditionalModel, groups: Sequence[Sequence[int]], policy: s
         for plan_name, plan in plans.items():
             found = bench.compare(lambda size, plan=plan: Generator(model, plan, size))  # type: ignore[misc]
             kl[f"{plan_name} {name}"] = [round(float(x), 6) for x in found.kl_of_images()]
-    events = [event.to_json() for event in following.events]
-    return {"seed": seed, "kl_of_images": kl, "summary": following.summary(), "events": events}
+    told = [event.to_json() for event in following.events]
+    events = [{name: value for name, value in event.items() if not name.endswith("seconds")} for event in told]
+    return {"seed": seed, "kl_of_images": kl, "events": events}
+
+
+def processor_ms(call: Callable[[], object], repeats: int = 5) -> float:
+    """Median processor time, after a first call."""
+    call()
+    times = []
+    for _ in range(repeats):
+        began = time.process_time()
+        call()
+        times.append(time.process_time() - began)
+    return statistics.median(times) * 1e3
+
+
+def costs(model: ClassConditionalModel) -> dict[str, float]:
+    """Processor time of drawing an image in a batch, of measuring one that is drawn, and of a decision."""
+    known = measured(model, 0)
+    labels = model.labels(BATCH)
+    generator = Generator(model, model.plan("heatkv-lp", BUDGET, statistics=known), BATCH)
+    tokens = [of_scale[:1] for of_scale in generator.draw(labels).tokens]
+
+    def measure(levels: LevelStatistics | None) -> Statistics:
+        return measure_drawn(model, labels[:1], tokens, ["0:0:served"], levels=levels)[0]
+
+    found = {
+        "draw_per_image_ms": processor_ms(lambda: generator.draw(labels)) / BATCH,
+        "measure_cells_ms": processor_ms(lambda: measure(None)),
+        "measure_cells_and_level_costs_ms": processor_ms(lambda: measure(known.levels)),
+    }
+    new = measure(known.levels)
+    for policy in POLICIES:
+        problem = PlanningProblem(model.geometry, Budget.parse(BUDGET), known)
+        planner = OnlinePlanner(make_policy(policy), problem, threshold=0.0)  # it always solves
+        found[f"decide_{policy}_ms"] = processor_ms(lambda planner=planner: planner.follow(new))  # type: ignore[misc]
+    return found
 
 
 def pooled(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -116,7 +158,7 @@ def pooled(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", nargs="+", default=["heatkv-lp", "heatkv-mr"])
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--seeds", type=int, default=3, help="streams of images per case")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     given = parser.parse_args()
@@ -127,6 +169,8 @@ def main() -> None:
         "drawn_before": BEFORE, "drawn_after": AFTER, "every": EVERY, "half_life": HALF_LIFE, "threshold": THRESHOLD,
     }  # fmt: skip
     model = load_model("emoji")
+    told["processor"] = costs(model)
+    print(told["processor"], flush=True)
     rest = tuple(c for c in range(model.num_classes) if c not in FOOD)
     scenarios = {"category": (FOOD, rest), "apart": ends_apart(model)}
     cases: list[dict[str, Any]] = []
@@ -142,8 +186,7 @@ def main() -> None:
             for name, found in case["differences"].items():
                 low, high = found["interval"]
                 print(f"  {name:34} {found['difference']:+.4f}, {low:+.4f} to {high:+.4f}")
-            shares = [run["summary"]["share_of_drawing"] for run in runs]
-            print(f"  adopted {[run['summary']['adopted'] for run in runs]}, share of drawing {shares}", flush=True)
+            print(f"  adopted {[sum(e['adopted'] for e in run['events']) for run in runs]}", flush=True)
             if given.out is not None:
                 write_json(given.out, told | {"cases": cases}, indent=1)
 

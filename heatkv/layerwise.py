@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heatkv.cache import LayerStep
+from heatkv.cache import LayerStep, storage_bytes
 from heatkv.calibration import MeasuringCache, ObservingCache, told_settings
 from heatkv.errors import ModelError
 from heatkv.geometry import CacheGeometry
@@ -43,12 +43,14 @@ class LayerByLayer(ObservingCache):
     """An observing cache without an arena, called for all scales of a layer before the next layer.
 
     It refers to the keys and values that the model gave it for one layer, which the waiting forwards hold anyway.
-    `peak_bytes` is the most that all scales held between attentions: residual stream, queries, keys, values, outputs.
+    `peak_bytes` is the most that all scales held between attentions: their input, which the calls around the blocks
+    refer to, the residual stream, queries, keys, values and outputs.
     """
 
     def reset(self) -> None:
         super().reset()
         self._held: list[tuple[Tensor, Tensor]] = []
+        self._inputs: dict[int, int] = {}
         self._bytes: dict[int, int] = {}
         self.peak_bytes = 0
 
@@ -73,8 +75,12 @@ class LayerByLayer(ObservingCache):
         self.observe(layer, q_RHND, keys, values)
         self._relative_R = None
         out_RHND = F.scaled_dot_product_attention(q_RHND, torch.cat(keys, dim=2), torch.cat(values, dim=2), scale=1.0)
-        held = {x.untyped_storage()._cdata: x for x in (self._residual, q_RHND, k_RHND, v_RHND, out_RHND)}
-        self._bytes[self._target] = sum(x.untyped_storage().nbytes() for x in held.values())
+        held = storage_bytes((self._residual, q_RHND, k_RHND, v_RHND, out_RHND))
+        if layer == 0:
+            self._inputs[self._target] = storage_bytes([self._residual])
+            self._bytes[self._target] = held
+        else:
+            self._bytes[self._target] = held + self._inputs[self._target]
         self.peak_bytes = max(self.peak_bytes, sum(self._bytes.values()))
         del self._residual
         return out_RHND
@@ -198,11 +204,12 @@ def run_layers(
 def held_bytes(model: ImageModel[Any], settings: Settings) -> int:
     """The most that measuring one image holds between attentions, whatever the plan.
 
-    Of all tokens in one layer: the residual stream in fp32, and in the compute type queries and keys before and after
-    normalisation or rotation, values and the attention's output.
+    Of all tokens: what entered the first layer and the residual stream of one, both in fp32, and of one layer, in the
+    compute type, the joint projection to queries, keys and values, queries and keys once rotated, queries once scaled,
+    and the attention's output.
     """
     geometry, width = model.geometry, model.adapter.output_weight(0).shape[1]
-    per_token = 4 * width + 6 * geometry.heads * geometry.head_dim * model.compute_dtype.itemsize
+    per_token = 2 * 4 * width + 7 * geometry.heads * geometry.head_dim * model.compute_dtype.itemsize
     return settings.rows_per_image * geometry.schedule.total_tokens * per_token
 
 

@@ -22,6 +22,7 @@ from heatkv.level_statistics import LevelStatistics
 from heatkv.plan import Plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import HeatKV
+from heatkv.policies.levels import HeatKVLevels
 from heatkv.policies.lp import HeatKVLP, SolvedPolicy
 from heatkv.statistics import Statistics
 
@@ -139,10 +140,10 @@ def check_can_follow(policy: EvictionPolicy) -> StaticPolicy:
             f"policy {policy.name!r} plans by {policy.level_cost} costs, which cannot be measured layer by layer; set "
             "cost=error"
         )
-    if getattr(policy, "compensation", "none") != "none":
+    if isinstance(policy, HeatKVLevels) and policy.compensation != "none":
         raise PolicyError(
-            f"compensation={policy.compensation} is fitted on images of the full cache, which a plan that follows never "  # type: ignore[attr-defined]
-            "holds; set compensation=none"
+            f"compensation={policy.compensation} is fitted on images of the full cache, which a plan that follows "
+            "never holds; set compensation=none"
         )
     return policy
 
@@ -247,5 +248,4 @@ class OnlinePlanner:
         if isinstance(self.policy, SolvedPolicy):
             plan, self._row_prices = self.policy.solve(problem)
             return plan
-        plan = self.policy.plan(problem)
-        return plan
+        return self.policy.plan(problem)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +18,7 @@ from heatkv.cli.opening import (
     say_bytes,
     storage_of,
 )
-from heatkv.cli.options import BudgetText, OutFolder, Policy, Ranking, Running, Source, Without
+from heatkv.cli.options import AsJson, BudgetText, Following, OutFolder, Policy, Ranking, Running, Source, Without
 from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError, ModelError
@@ -26,6 +27,10 @@ from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import CachePlan
 from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.sampling import Settings
+
+if TYPE_CHECKING:
+    from heatkv.following import FollowingGenerator
 
 
 def generate(
@@ -43,7 +48,9 @@ def generate(
     graphs: Annotated[
         bool, typer.Option("--graphs/--no-graphs", help="record every scale as a CUDA graph and replay it (CUDA)")
     ] = False,
+    following: Following,
     running: Running,
+    as_json: AsJson = False,
 ) -> None:
     """Draw images under a budget.
 
@@ -66,8 +73,16 @@ def generate(
     labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
     batch = min(len(labels), 16 if running.rows is None else images_of_rows(running.rows, settings))
     held_rows, storage = batch * settings.rows_per_image, storage_of(loaded, running.storage)
-    if plan is not None:
-        chosen: CachePlan = open_only_plan(plan, loaded.geometry, source.model, budget, ranking)
+    follower: FollowingGenerator[Any] | None = None
+    if following.follow_every is not None:
+        if plan is not None or graphs:
+            raise HeatKVError(
+                "--follow-every makes plans as it goes: give --policy, --budget and --statistics, no --plan or --graphs"
+            )
+        follower = _follower(loaded, settings, policy, budget, batch, ranking, following, running)
+        chosen: CachePlan = follower.plan
+    elif plan is not None:
+        chosen = open_only_plan(plan, loaded.geometry, source.model, budget, ranking)
         say_bytes(chosen, str(plan), held_rows, storage)
     else:
         if budget is None and policy != "full":
@@ -85,23 +100,73 @@ def generate(
     check_cache(chosen, loaded.compute_dtype, loaded.device, running.storage, running.attention)
     folder = make_folder(out)
     done = replaced = 0
-    with progress("drawing", len(labels)) as advance:
-        for images in draw_batches(
+    if follower is not None:
+        drawn = follower.draw(labels)
+    else:
+        batches = draw_batches(
             loaded, labels, chosen, seed=running.seed, batch=batch, settings=settings, compensation=compensation,
             storage=running.storage, attention=running.attention, graphs=graphs,
-        ):  # fmt: skip
-            for image in images:
-                path = folder / f"{done:04d}_{titles[done]}.png"
-                replaced += path.exists()
-                with replacing(path) as temporary:
-                    image_grid(image[None], 1).save(temporary, format="PNG")
-                done += 1
-            advance(len(images))
+        )  # fmt: skip
+        drawn = (image for images in batches for image in images)
+    with progress("drawing", len(labels)) as advance:
+        for image in drawn:
+            path = folder / f"{done:04d}_{titles[done]}.png"
+            replaced += path.exists()
+            with replacing(path) as temporary:
+                image_grid(image[None], 1).save(temporary, format="PNG")
+            done += 1
+            advance(1)
     held = chosen.bytes(held_rows, storage) / 2**20
     where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
     extra = "" if compensation is None else f" and its corrections {compensation.bytes / 2**20:.2f} MiB"
     took = f"{chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time{extra}"
     say(f"written: {done} images in {where}; {took}")
+    told = None
+    if follower is not None:
+        summary = follower.summary()
+        if following.save_statistics is not None:
+            follower.statistics.save(following.save_statistics)
+        say(
+            "followed: {measured} images measured, {solved} plans solved, {adopted} adopted; that took "
+            "{share_of_drawing:.0%} of the time of drawing".format(**summary)
+        )
+        told = summary | {"events": [event.to_json() for event in follower.events]}
+    if as_json:
+        facts = {
+            "out": str(folder), "images": done, "images_at_once": batch, "policy": chosen.policy,
+            "cache_bytes": chosen.bytes(held_rows, storage), "following": told,
+        }  # fmt: skip
+        print(json.dumps(facts, indent=1))
+
+
+def _follower(
+    loaded: Loaded,
+    settings: Settings,
+    policy: str,
+    budget: str | None,
+    batch: int,
+    ranking: Ranking,
+    following: Following,
+    running: Running,
+) -> FollowingGenerator[Any]:
+    """What draws under a plan that follows."""
+    from heatkv.following import FollowingGenerator
+
+    statistics = open_statistics(ranking.statistics, loaded, settings)
+    if statistics is None or budget is None:
+        raise HeatKVError("a plan that follows begins with --statistics (heatkv calibrate), and needs --budget")
+    assert following.follow_every is not None
+    given: dict[str, Any] = {} if following.half_life is None else {"half_life": following.half_life}
+    if following.adopt_above is not None:
+        share = Budget.parse(following.adopt_above, "adopt_above")
+        if share.kind != "share":
+            raise HeatKVError(f"--adopt-above {following.adopt_above} is no share; write 5% or 0.05")
+        given["threshold"] = float(share.amount)
+    return FollowingGenerator(
+        loaded, make_policy(policy, **policy_options([policy], ranking)[policy]), budget, statistics,
+        every=following.follow_every, batch=batch, seed=running.seed, settings=settings,
+        memory=following.measuring_memory, storage=running.storage, attention=running.attention, **given,
+    )  # fmt: skip
 
 
 def _what_to_draw(model: Loaded, labels: list[str], prompts: list[str], negative: str | None) -> list[tuple[Any, str]]:
