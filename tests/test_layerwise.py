@@ -29,7 +29,6 @@ from heatkv.profiling.ledger import TensorLedger
 from heatkv.schedule import ScaleSchedule
 from heatkv.statistics import Statistics
 
-
 SCHEDULE = ScaleSchedule.of([(1, 1), (2, 2), (3, 2), (4, 3), (6, 4), (8, 6)])
 
 
@@ -46,7 +45,9 @@ def drawn_by(model: Any, images: int, plan: Plan, seed: int = 0) -> Drawn:
 def same(measured: Statistics, expected: Statistics) -> None:
     assert set(measured.sums()) == set(expected.sums())
     for name, array in expected.sums().items():
-        np.testing.assert_allclose(measured.sums()[name], array, rtol=1e-4, atol=1e-6 * np.abs(array).max(), err_msg=name)
+        np.testing.assert_allclose(
+            measured.sums()[name], array, rtol=1e-4, atol=1e-6 * np.abs(array).max(), err_msg=name
+        )
     assert measured.provenance == expected.provenance
 
 
@@ -129,9 +130,7 @@ class Weighing(LayerMeasuringCache):
 
 
 @pytest.mark.parametrize("kind", ["emoji", "infinity"])
-def test_what_is_held_is_what_is_told(
-    kind: str, emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_held_is_what_is_told(kind: str, emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = emoji if kind == "emoji" else infinity()
     tokens, labels = drawn_by(model, 2, model.full_plan()).tokens, model.labels(2)
     ledger, contexts = TensorLedger(), layerwise._contexts

@@ -64,6 +64,10 @@ def generate(
     from heatkv.selecting_cache import check_cache
 
     positive(count=count)
+    if following.follow_every is not None and (plan is not None or graphs):
+        raise HeatKVError(
+            "--follow-every makes plans as it goes: give --policy, --budget and --statistics, no --plan or --graphs"
+        )
     loaded, settings = open_model(source, running, measuring=False)
     if graphs:
         check_has_graphs(loaded.device)
@@ -75,10 +79,6 @@ def generate(
     held_rows, storage = batch * settings.rows_per_image, storage_of(loaded, running.storage)
     follower: FollowingGenerator[Any] | None = None
     if following.follow_every is not None:
-        if plan is not None or graphs:
-            raise HeatKVError(
-                "--follow-every makes plans as it goes: give --policy, --budget and --statistics, no --plan or --graphs"
-            )
         follower = _follower(loaded, settings, policy, budget, batch, ranking, following, running)
         chosen: CachePlan = follower.plan
     elif plan is not None:
