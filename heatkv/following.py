@@ -126,11 +126,13 @@ class FollowingGenerator(Generic[Label]):
             allowed = math.floor(given.amount)
         needed = held_bytes(self.model, self.settings)
         if needed > allowed:
-            where = "memory allows" if self._beside else f"the budget allows the cache of {self.batch} images"
             images = math.ceil(needed / allowed * self.batch)
-            way_out = "allow more" if self._beside else f"draw {images} at a time, or allow memory beside the cache"
+            told, way_out = f"memory allows {allowed}", "allow more"
+            if not self._beside:
+                told = f"the budget allows {allowed} at batch {self.batch}"
+                way_out = f"draw {images} at a time, or allow memory beside the cache"
             raise BudgetError(
-                f"measuring one image holds {needed} bytes, {where} {allowed}; {way_out} (memory={-(-needed >> 20)}MiB)"
+                f"measuring one image holds {needed} bytes, {told}; {way_out} (memory={-(-needed >> 20)}MiB)"
             )
         return allowed // needed
 

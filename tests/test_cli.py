@@ -521,7 +521,7 @@ def test_generate_under_a_plan_that_follows(
         ([*draw, "--adopt-above", "3MiB"], "is no share"),
         ([*draw, "--half-life", "0"], "half_life is 0"),
         ([*draw, "--follow-every", "0"], "every is 0"),
-        ([*draw, "--rows", "2"], "draw 2 at a time"),
+        ([*draw, "--rows", "2"], "draw 4 at a time"),
         ([*draw[:-2], "--half-life", "3"], "--half-life is for a plan that follows; add --follow-every"),
         ([*draw[:-2], "--save-statistics", "x"], "--save-statistics is for a plan that follows"),
     ):

@@ -254,7 +254,7 @@ def test_level_costs_are_followed_under_the_same_biases(model: TextConditionalMo
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"batch": 1}, BudgetError, r"measuring one image holds \d+ bytes, the budget allows the cache of 1 images"),
+        ({"batch": 1}, BudgetError, r"measuring one image holds \d+ bytes, the budget allows \d+ at batch 1; draw 4"),
         ({"memory": "1000B"}, BudgetError, r"memory allows 1000; allow more \(memory=1MiB\)"),
         ({"memory": "10%"}, BudgetError, "is no number of bytes"),
         ({"memory": "much"}, BudgetError, "cannot read the memory"),
