@@ -193,7 +193,8 @@ class FollowingGenerator(Generic[Label]):
                 generator = self._generator = Generator(
                     self.model, self.plan, len(labels), self.settings, storage=self._coding, attention=self._attention
                 )
-            self.switching_seconds += seconds[0]
+            if self.drawn:  # the first cache is there without following, too
+                self.switching_seconds += seconds[0]
         with self._timed() as seconds:
             drawn = generator.draw(labels, self.seed, range(self.drawn, self.drawn + len(labels)))
         self.drawing_seconds += seconds[0]
