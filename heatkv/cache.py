@@ -173,10 +173,14 @@ class ArenaCache(ABC):
                 )
         self.watch.see(self._target, layer, q_RHND, k_RHND, v_RHND)
         out = self._run(layer, q_RHND, k_RHND, v_RHND)
-        self._next_layer += 1
-        if self._next_layer == geometry.layers:
-            self._target, self._next_layer = self._target + 1, 0
+        self._advance()
         return out
+
+    def _advance(self) -> None:
+        """Go on to the call that is due next."""
+        self._next_layer += 1
+        if self._next_layer == self.geometry.layers:
+            self._target, self._next_layer = self._target + 1, 0
 
     @abstractmethod
     def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:

@@ -172,14 +172,17 @@ class ObservingCache(KVCache):
         *,
         output_weights: Sequence[Tensor] = (),
     ) -> None:
-        if not plan.had_no_effect():
-            raise PlanError(f"the plan of policy {plan.policy!r} drops cells; attention is measured on the full cache")
+        self._check_plan(plan)
         if not 1 <= images <= rows or rows % images:
             raise PlanError(f"{images} images cannot be measured in {rows} rows")
         self.images = images
         # |W d| = |R d| with W = QR, and R is small
         self.factors = [torch.linalg.qr(weight.double()).R.float().to(device) for weight in output_weights]
         super().__init__(plan, rows, dtype, device, key_angles, attention="ragged")
+
+    def _check_plan(self, plan: Plan) -> None:
+        if not plan.had_no_effect():
+            raise PlanError(f"the plan of policy {plan.policy!r} drops cells; attention is measured on the full cache")
 
     def reset(self) -> None:
         super().reset()

@@ -24,6 +24,7 @@ from heatkv.allocation import Capacity
 from heatkv.errors import PlanError, StatisticsError
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS, NONE, LevelChoices
+from heatkv.plan import Plan
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -545,6 +546,16 @@ def level_price_bound(
 ) -> float:
     """No plan costs less, whatever the prices (>= 0): every head takes its cheapest path, and room earns its price."""
     return _under_prices(_priced(statistics, levels, sink_scales), capacity, row_prices)[1]
+
+
+def levels_of_plan(plan: Plan) -> IntArray:
+    """`level[l, h, t, s]` at which target t reads each cell under a plan, NONE where it does not."""
+    geometry, scales = plan.geometry, len(plan.schedule)
+    level = np.full((geometry.layers, geometry.heads, scales, scales), NONE)
+    of_plan = np.array([*(LEVELS.index(name) for name, _ in plan.levels), NONE])
+    for target in range(1, scales):
+        level[:, :, target, :target] = of_plan[plan.level_read(target)]
+    return level
 
 
 def level_cost(statistics: LevelStatistics, level_LHTS: IntArray) -> float:

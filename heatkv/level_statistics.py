@@ -147,10 +147,8 @@ class LevelStatistics(EqualByContents):
             single_sum=self.single_sum[layers, heads_LH],
         )
 
-    def merge(self, other: LevelStatistics) -> LevelStatistics:
-        """Both sample sets as one, exactly. Raises StatisticsError for other biases, kinds, choices or a shared
-        sample."""
-        of_kind(other, LevelStatistics, "the other", StatisticsError, "give LevelStatistics, as calibrate_levels does")
+    def check_alike(self, other: LevelStatistics) -> None:
+        """Raise StatisticsError for other biases, kinds or choices, with which costs cannot be added up."""
         if self.cost != other.cost:
             raise StatisticsError(
                 f"cannot merge level costs of kind {self.cost!r} and {other.cost!r}; measure both alike (calibrate "
@@ -167,6 +165,12 @@ class LevelStatistics(EqualByContents):
             raise StatisticsError(
                 "cannot merge level costs measured under different biases; measure the second part with the first's"
             )
+
+    def merge(self, other: LevelStatistics) -> LevelStatistics:
+        """Both sample sets as one, exactly. Raises StatisticsError for other biases, kinds, choices or a shared
+        sample."""
+        of_kind(other, LevelStatistics, "the other", StatisticsError, "give LevelStatistics, as calibrate_levels does")
+        self.check_alike(other)
         twice = set(self.samples) & set(other.samples)
         if twice:
             raise StatisticsError(f"{len(twice)} samples are in both level costs (for instance {min(twice)})")

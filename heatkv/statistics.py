@@ -116,7 +116,7 @@ class Statistics(EqualByContents):
         if self.levels is not None:
             of_kind(self.levels, LevelStatistics, "levels", StatisticsError, "give LevelStatistics, or None for none")
         scales = len(self.schedule)
-        for name, given in self._arrays().items():
+        for name, given in self.sums().items():
             if name in _OF_TARGETS:
                 self._check_of_targets(name, given)
                 continue
@@ -158,8 +158,8 @@ class Statistics(EqualByContents):
             if off > _MASS_TOLERANCE:
                 raise StatisticsError(f"the attention mass of a head sums to 1 +- {off:.3g} over its sources, not to 1")
 
-    def _arrays(self) -> dict[str, FloatArray]:
-        """What was measured, by the names in files."""
+    def sums(self) -> dict[str, FloatArray]:
+        """What was measured, summed over samples, by the names in files."""
         names = (*_ARRAYS, *_OF_TARGETS)
         return {name: array for name in names if (array := getattr(self, name)) is not None or name in _NEEDED}
 
@@ -334,7 +334,7 @@ class Statistics(EqualByContents):
         merged = Provenance(
             mine.model, mine.fingerprint, mine.cfg, mine.settings, mine.samples + theirs.samples, mine.versions
         )
-        arrays, more = self._arrays(), other._arrays()
+        arrays, more = self.sums(), other.sums()
         if set(arrays) != set(more):
             raise StatisticsError(
                 f"cannot merge statistics of {', '.join(arrays)} with those of {', '.join(more)}; calibrate again"
@@ -356,7 +356,7 @@ class Statistics(EqualByContents):
             "schedule": self.schedule.to_json(),
             "provenance": self.provenance.to_json(),
         }
-        arrays = self._arrays()
+        arrays = self.sums()
         if self.levels is not None:
             header["levels"] = self.levels.header()
             arrays |= self.levels.arrays()

@@ -20,6 +20,8 @@ from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import SolvedPolicy
 from heatkv.registry import register
 
+FloatArray = NDArray[np.float64]
+
 KL_OF_PREDICTION = 0.7
 """Half the Fisher costs per token are this share of the measured KL, or more."""
 
@@ -79,7 +81,7 @@ class HeatKVLevels(SolvedPolicy):
     def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
         return self.allocation(problem).last_reads()[0]
 
-    def plan(self, problem: PlanningProblem) -> Plan:
+    def solve(self, problem: PlanningProblem) -> tuple[Plan, FloatArray]:
         problem = self.checked(problem)
         settings: dict[str, Any] = {}
         if problem.budget.kind == "auto":
@@ -91,7 +93,7 @@ class HeatKVLevels(SolvedPolicy):
             assert problem.statistics is not None
             settings["predicted_cfg"] = problem.statistics.provenance.cfg  # another guidance, another KL
         plan = self.finish_levels(problem, allocation)
-        return replace(plan, settings={**plan.settings, **settings})
+        return replace(plan, settings={**plan.settings, **settings}), allocation.row_prices
 
     def _kl(self, problem: PlanningProblem, cost: float) -> float:
         """KL(full || plan) in nats per token that Fisher costs foretell."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar, Literal
@@ -9,11 +10,11 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.allocation import Allocation, Capacity, allocate, allocate_greedily
+from heatkv.allocation import Allocation, Capacity, allocate, allocate_greedily, price_bound
 from heatkv.checks import as_whole, shown
 from heatkv.errors import PolicyError
 from heatkv.geometry import Budget, CacheGeometry
-from heatkv.level_allocation import LevelAllocation, allocate_levels
+from heatkv.level_allocation import LevelAllocation, allocate_levels, level_price_bound
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import FULL, LEVELS, SINK_SCALES
 from heatkv.plan import CoarseCells, Plan
@@ -110,6 +111,19 @@ class SolvedPolicy(StaticPolicy):
             )
         return levels
 
+    @abstractmethod
+    def solve(self, problem: PlanningProblem) -> tuple[Plan, FloatArray]:
+        """The plan, and the prices of the capacity's rows that prove its bound; raises what `plan` raises."""
+
+    def plan(self, problem: PlanningProblem) -> Plan:
+        return self.solve(problem)[0]
+
+    def bound(self, problem: PlanningProblem, row_prices: FloatArray) -> float:
+        """No plan for this problem has a greater value, whatever the prices (>= 0); those of a similar problem make
+        it tight, and it takes no solver."""
+        levels = self.level_statistics(problem)
+        return -level_price_bound(levels, self.capacity(problem), self.allowed, row_prices, self.sink_scales)
+
     def capacity(self, problem: PlanningProblem) -> Capacity:
         """The budget, split over the ranks, and the cap on single layers."""
         geometry = problem.geometry
@@ -186,12 +200,21 @@ class HeatKVLP(SolvedPolicy):
     def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
         return self.plan(problem).last_read
 
-    def plan(self, problem: PlanningProblem) -> Plan:
+    def solve(self, problem: PlanningProblem) -> tuple[Plan, FloatArray]:
         problem = self.checked(problem)
         if self.value == "joint":
-            return self.finish_levels(problem, self.joint_allocation(problem))
+            joint = self.joint_allocation(problem)
+            return self.finish_levels(problem, joint), joint.row_prices
         found = self.allocation(problem)
-        return self.finish(problem, found.last_read, value=found.value, value_bound=found.bound, gap=found.gap)
+        plan = self.finish(problem, found.last_read, value=found.value, value_bound=found.bound, gap=found.gap)
+        return plan, found.row_prices
+
+    def bound(self, problem: PlanningProblem, row_prices: FloatArray) -> float:
+        if self.value == "joint":
+            return super().bound(problem, row_prices)
+        assert problem.statistics is not None
+        values = self.values(problem.statistics)
+        return price_bound(values, self.capacity(problem), self.sink_scales, row_prices)
 
     def joint_allocation(self, problem: PlanningProblem) -> LevelAllocation:
         """The plan that drops cells only, by their joint errors."""

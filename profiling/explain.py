@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from heatkv.allocation import Capacity, allocate, price_bound, read_value
 from heatkv.errors import PlanError, PolicyError, StatisticsError
 from heatkv.geometry import Budget
-from heatkv.level_allocation import capacity_prices, level_cost, level_price_bound
+from heatkv.level_allocation import capacity_prices, level_cost, level_price_bound, levels_of_plan
 from heatkv.level_statistics import LevelStatistics
 from heatkv.levels import LEVELS, NONE
 from heatkv.plan import CachePlan, Plan, live_token_heads
@@ -238,11 +238,8 @@ def _by_levels(plan: Plan, statistics: Statistics, measure: str, policy: SolvedP
     """Judged by the joint costs of levels. Raises PolicyError when these were not measured, PlanError when the plan
     holds a level that has no cost."""
     costs = _level_costs(plan, statistics, LEVEL_COSTS[measure])
-    past = np.tril(np.ones(2 * plan.last_read.shape[2:], dtype=bool), -1)
-    level = np.full((*plan.last_read.shape[:2], *past.shape), NONE)
-    of_plan = np.array([*(LEVELS.index(name) for name, _ in plan.levels), NONE])
-    for target in range(1, len(plan.schedule)):
-        level[:, :, target, :target] = of_plan[plan.level_read(target)]
+    level = levels_of_plan(plan)
+    past = np.tril(np.ones(level.shape[2:], dtype=bool), -1)
     cost, full = level_cost(costs, level), level_cost(costs, np.where(past, 0, np.full_like(level, NONE)))
     prices = _binding(capacity_prices(costs, capacity, policy.allowed, plan.sink_scales))
     bound = level_price_bound(costs, capacity, policy.allowed, prices, plan.sink_scales)

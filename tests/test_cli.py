@@ -492,6 +492,46 @@ def test_a_negative_seed_is_a_seed(tmp_path: Path) -> None:
     assert not np.array_equal(plans[0], plans[2])
 
 
+def test_generate_under_a_plan_that_follows(
+    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, saved = tmp_path / "out", tmp_path / "followed.safetensors"
+    draw = [
+        "generate", "--policy", "heatkv", "--budget", "20%", "--statistics", str(statistics_file), "--rows", "8",
+        "--label", "cat", "--label", "star", "--count", "2", "--out", str(out), "--follow-every", "2",
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert run([*draw, "--half-life", "4", "--adopt-above", "1%", "--save-statistics", str(saved), "--json"]) == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)["following"]
+    assert "followed: 2 images measured, 1 plans solved, " in printed.err
+    assert (told["images"], told["measured"], told["solved"]) == (4, 2, 1)
+    assert [event["image"] for event in told["events"]] == [4]
+    assert told["events"][0]["adopted"] == (told["events"][0]["gain"] > 0.01)
+    assert [path.name for path in sorted(out.iterdir())] == [
+        f"000{i}_{c}.png" for i, c in enumerate(["cat"] * 2 + ["star"] * 2)
+    ]
+    statistics = Statistics.load(saved)
+    assert statistics.provenance.samples[-2:] == ("0:1:21:served", "0:3:31:served")
+    # they can be planned from
+    assert run(["solve", "--policy", "heatkv", "--budget", "20%", "--statistics", str(saved)]) == 0
+    for arguments, said in (
+        (draw[:5] + draw[7:], "begins with --statistics"),
+        ([*draw, "--graphs"], "no --plan or --graphs"),
+        ([*draw, "--adopt-above", "3MiB"], "is no share"),
+        ([*draw, "--half-life", "0"], "half_life is 0"),
+        ([*draw, "--follow-every", "0"], "every is 0"),
+        ([*draw, "--rows", "2"], "draw 4 at a time"),
+        ([*draw[:-2], "--half-life", "3"], "--half-life is for a plan that follows; add --follow-every"),
+        ([*draw[:-2], "--save-statistics", "x"], "--save-statistics is for a plan that follows"),
+    ):
+        assert said in refused(capsys, *arguments)
+    plan = tmp_path / "plan.json"
+    assert run(["solve", "--policy", "streaming", "--budget", "20%", "--out", str(plan)]) == 0
+    arguments = ["generate", "--plan", str(plan), "--label", "cat", "--out", str(out), "--follow-every", "2"]
+    assert "--follow-every makes plans as it goes" in refused(capsys, *arguments)
+
+
 def test_generate_writes_a_picture_per_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "generate",

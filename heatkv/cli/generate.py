@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ from heatkv.cli.opening import (
     say_bytes,
     storage_of,
 )
-from heatkv.cli.options import BudgetText, OutFolder, Policy, Ranking, Running, Source, Without
+from heatkv.cli.options import AsJson, BudgetText, Following, OutFolder, Policy, Ranking, Running, Source, Without
 from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError, ModelError, PlanError
@@ -33,6 +33,11 @@ from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.ranked_plan import RankedPlan
 from heatkv.ranks import current
 from heatkv.sampling import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from heatkv.following import FollowingGenerator
 
 
 def generate(
@@ -50,7 +55,9 @@ def generate(
     graphs: Annotated[
         bool, typer.Option("--graphs/--no-graphs", help="record every scale as a CUDA graph and replay it (CUDA)")
     ] = False,
+    following: Following,
     running: Running,
+    as_json: AsJson = False,
 ) -> None:
     """Draw images under a budget.
 
@@ -58,10 +65,18 @@ def generate(
 
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
+    from heatkv.compensation import compensation_of, kind_of
+    from heatkv.generation import draw_batches
     from heatkv.graphs import check_has_graphs
     from heatkv.profiling.runner import images_of_rows
+    from heatkv.selecting_cache import check_cache
 
     positive(count=count)
+    following_on = following.follow_every is not None
+    if following_on and (plan is not None or graphs):
+        raise HeatKVError(
+            "--follow-every makes plans as it goes: give --policy, --budget and --statistics, no --plan or --graphs"
+        )
     ranks = current()
     if ranks.size > 1 and (plan is None or graphs):
         raise HeatKVError(
@@ -77,7 +92,11 @@ def generate(
     labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
     batch = min(len(labels), 16 if running.rows is None else images_of_rows(running.rows, settings))
     held_rows, storage = batch * settings.rows_per_image, storage_of(loaded, running.storage)
-    if plan is not None and ranks.size > 1:
+    follower: FollowingGenerator[Any] | None = None
+    if following_on:
+        follower = _follower(loaded, settings, policy, budget, batch, ranking, following, running)
+        chosen: CachePlan = follower.plan
+    elif plan is not None and ranks.size > 1:
         loaded, chosen = _part(loaded, only_plan(plan, budget, ranking), source.model)
     elif plan is not None:
         chosen = open_plan(only_plan(plan, budget, ranking), loaded.geometry, source.model)
@@ -92,7 +111,65 @@ def generate(
         chosen = make_policy(policy, **policy_options([policy], ranking)[policy]).plan(problem)
     if plan is not None:
         say_bytes(chosen, str(plan), held_rows, storage)
-    _draw(loaded, settings, labels, titles, chosen, batch, out, graphs, running)
+    compensation = None
+    if kind_of(chosen) is not None:
+        with progress("fitting corrections", len(chosen.schedule)) as advance:
+            compensation = compensation_of(loaded, chosen, seed=running.seed, settings=settings, progress=advance)
+    check_cache(chosen, loaded.compute_dtype, loaded.device, running.storage, running.attention)
+    folder = make_folder(out) if ranks.first else out
+    if follower is not None:
+        drawn: Iterable[Tensor] = follower.draw(labels)
+    else:
+        batches = draw_batches(
+            loaded, labels, chosen, seed=running.seed, batch=batch, settings=settings, compensation=compensation,
+            storage=running.storage, attention=running.attention, graphs=graphs,
+        )  # fmt: skip
+        drawn = (image for images in batches for image in images)
+    replaced = _write(drawn, titles, folder)
+    if not ranks.first:
+        return
+    held = chosen.bytes(held_rows, storage) / 2**20
+    where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
+    extra = "" if compensation is None else f" and its corrections {compensation.bytes / 2**20:.2f} MiB"
+    each = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
+    took = f"{chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time{each}{extra}"
+    say(f"written: {len(labels)} images in {where}; {took}")
+    told = None if follower is None else _told_of(follower, following)
+    if as_json:
+        facts = {
+            "out": str(folder), "images": len(labels), "images_at_once": batch, "policy": chosen.policy,
+            "cache_bytes": chosen.bytes(held_rows, storage), "following": told,
+        }  # fmt: skip
+        print(json.dumps(facts, indent=1))
+
+
+def _write(drawn: Iterable[Tensor], titles: Sequence[str], folder: Path) -> int:
+    """Write the pictures as they are drawn; how many older ones they replaced. Of several ranks, which draw the same,
+    the first one writes."""
+    from heatkv.images import image_grid
+
+    replaced, writes = 0, current().first
+    with progress("drawing", len(titles)) as advance:
+        for index, image in enumerate(drawn):
+            path = folder / f"{index:04d}_{titles[index]}.png"
+            if writes:
+                replaced += path.exists()
+                with replacing(path) as temporary:
+                    image_grid(image[None], 1).save(temporary, format="PNG")
+            advance(1)
+    return replaced
+
+
+def _told_of(follower: FollowingGenerator[Any], following: Following) -> dict[str, Any]:
+    """What following did, said and as JSON; its statistics are saved where they are to be."""
+    summary = follower.summary()
+    if following.save_statistics is not None:
+        follower.statistics.save(following.save_statistics)
+    say(
+        "followed: {measured} images measured, {solved} plans solved, {adopted} adopted; that took "
+        "{share_of_drawing:.0%} of the time of drawing".format(**summary)
+    )
+    return summary | {"events": [event.to_json() for event in follower.events]}
 
 
 def _part(model: Loaded, path: Path, name: str) -> tuple[Loaded, CachePlan]:
@@ -110,56 +187,34 @@ def _part(model: Loaded, path: Path, name: str) -> tuple[Loaded, CachePlan]:
     return shard_model(model, ranks, plan.heads[ranks.rank]), plan.plans[ranks.rank]
 
 
-def _draw(
-    model: Loaded,
+def _follower(
+    loaded: Loaded,
     settings: Settings,
-    labels: list[Any],
-    titles: list[str],
-    plan: CachePlan,
+    policy: str,
+    budget: str | None,
     batch: int,
-    out: Path,
-    graphs: bool,
+    ranking: Ranking,
+    following: Following,
     running: Running,
-) -> None:
-    """Draw and write the pictures; of several ranks, which draw them together, the first one writes and tells."""
-    from heatkv.compensation import compensation_of, kind_of
-    from heatkv.generation import draw_batches
-    from heatkv.images import image_grid
-    from heatkv.selecting_cache import check_cache
+) -> FollowingGenerator[Any]:
+    """What draws under a plan that follows."""
+    from heatkv.following import FollowingGenerator
 
-    ranks = current()
-    writes = ranks.first
-
-    def told(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        return progress(what, total) if writes else nullcontext(lambda count: None)
-
-    compensation = None
-    if kind_of(plan) is not None:
-        with told("fitting corrections", len(plan.schedule)) as advance:
-            compensation = compensation_of(model, plan, seed=running.seed, settings=settings, progress=advance)
-    check_cache(plan, model.compute_dtype, model.device, running.storage, running.attention)
-    folder = make_folder(out) if writes else out
-    done = replaced = 0
-    with told("drawing", len(labels)) as advance:
-        for images in draw_batches(
-            model, labels, plan, seed=running.seed, batch=batch, settings=settings, compensation=compensation,
-            storage=running.storage, attention=running.attention, graphs=graphs,
-        ):  # fmt: skip
-            for image in images if writes else ():
-                path = folder / f"{done:04d}_{titles[done]}.png"
-                replaced += path.exists()
-                with replacing(path) as temporary:
-                    image_grid(image[None], 1).save(temporary, format="PNG")
-                done += 1
-            advance(len(images))
-    if not writes:
-        return
-    held = plan.bytes(batch * settings.rows_per_image, storage_of(model, running.storage)) / 2**20
-    where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
-    extra = "" if compensation is None else f" and its corrections {compensation.bytes / 2**20:.2f} MiB"
-    each = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
-    took = f"{plan.policy}, the cache took {held:.2f} MiB for {batch} at a time{each}{extra}"
-    say(f"written: {done} images in {where}; {took}")
+    statistics = open_statistics(ranking.statistics, loaded, settings)
+    if statistics is None or budget is None:
+        raise HeatKVError("a plan that follows begins with --statistics (heatkv calibrate), and needs --budget")
+    assert following.follow_every is not None
+    given: dict[str, Any] = {} if following.half_life is None else {"half_life": following.half_life}
+    if following.adopt_above is not None:
+        share = Budget.parse(following.adopt_above, "adopt_above")
+        if share.kind != "share":
+            raise HeatKVError(f"--adopt-above {following.adopt_above} is no share; write 5% or 0.05")
+        given["threshold"] = float(share.amount)
+    return FollowingGenerator(
+        loaded, make_policy(policy, **policy_options([policy], ranking)[policy]), budget, statistics,
+        every=following.follow_every, batch=batch, seed=running.seed, settings=settings,
+        memory=following.measuring_memory, storage=running.storage, attention=running.attention, **given,
+    )  # fmt: skip
 
 
 def _what_to_draw(model: Loaded, labels: list[str], prompts: list[str], negative: str | None) -> list[tuple[Any, str]]:

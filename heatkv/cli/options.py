@@ -134,6 +134,39 @@ class Sweep:
     ] = False
 
 
+@dataclass(frozen=True)
+class Following:
+    """Whether, and how, the plan follows the images that are drawn."""
+
+    follow_every: Annotated[
+        int | None,
+        typer.Option("--follow-every", help="measure every so many-th image and let the plan follow (docs/online.md)"),
+    ] = None
+    half_life: Annotated[
+        float | None, typer.Option("--half-life", help="measured images after which one weighs half (default 32)")
+    ] = None
+    adopt_above: Annotated[
+        str | None,
+        typer.Option(
+            "--adopt-above", help="adopt a plan that gains more than this share of what the old one loses (default 5%)"
+        ),
+    ] = None
+    measuring_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--measuring-memory", help="bytes for measuring beside the cache, as 64MiB (default: in its place)"
+        ),
+    ] = None
+    save_statistics: Annotated[
+        Path | None, typer.Option("--save-statistics", help="write the statistics that the plan followed here")
+    ] = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if self.follow_every is None and value is not None:
+                raise HeatKVError(f"--{name.replace('_', '-')} is for a plan that follows; add --follow-every")
+
+
 class Without(str):
     """In `Annotated[Group, Without(name)]`: the command lacks this option of the group, which keeps its default."""
 

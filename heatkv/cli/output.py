@@ -86,7 +86,10 @@ def chosen_by_kl(plan: CachePlan) -> dict[str, str]:
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Progress on the error stream, as a bar, or in a log as a line for every tenth, with the time left; the callback
-    is told how much more is done. Without a total the bar only moves."""
+    is told how much more is done. Without a total the bar only moves. Of several ranks the first one shows it."""
+    if not current().first:
+        yield lambda count: None
+        return
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         done, began = 0, time.monotonic()

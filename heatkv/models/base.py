@@ -30,7 +30,8 @@ LabelT = TypeVar("LabelT", contravariant=True)
 class Drawing(Protocol[LabelT]):
     """Images on their way: call `logits`, then `accept` what was chosen, once per scale; then `image`.
 
-    What it holds from one scale to the next, and from the labels, stays at the same addresses.
+    What it holds from one scale to the next, and from the labels, stays at the same addresses. What `accept` changes,
+    `logits` reads before it calls `attend` for the first time: the forwards of several scales may run side by side.
     """
 
     def logits(self, cache: Attend) -> Tensor:

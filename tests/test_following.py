@@ -1,0 +1,291 @@
+"""Drawing under a plan that follows: between images only, within the budget at every moment, the same every time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_layerwise import infinity
+from torch import Tensor
+
+from heatkv import following
+from heatkv.calibration import calibrate
+from heatkv.errors import BudgetError, ModelError, PolicyError, StatisticsError
+from heatkv.following import FollowingGenerator
+from heatkv.generation import Drawn, Generator, generate
+from heatkv.layerwise import held_bytes
+from heatkv.level_calibration import calibrate_levels
+from heatkv.models.text_conditional import Prompt, TextConditionalModel
+from heatkv.plan import Plan
+from heatkv.policies.base import make_policy
+from heatkv.statistics import Statistics
+from heatkv.store import Store
+
+LP = make_policy("heatkv-lp", value="error", sink_scales=1)
+BUDGET = "60%"
+
+
+@pytest.fixture(scope="module")
+def model() -> TextConditionalModel:
+    return infinity()
+
+
+@pytest.fixture(scope="module")
+def measured(model: TextConditionalModel) -> Statistics:
+    return calibrate(model, 3, seed=7).with_levels(calibrate_levels(model, 2, seed=7, bias_samples=2, sink_scales=1))
+
+
+@pytest.fixture(scope="module")
+def misleading(measured: Statistics) -> Statistics:
+    """As if every head did what the mirrored one does: the first plan is a bad one."""
+    mirrored = {name: array[::-1, ::-1] for name, array in measured.sums().items() if array.ndim == 4}
+    return dataclasses.replace(measured, **mirrored)
+
+
+def prompts(model: TextConditionalModel, count: int) -> list[Prompt]:
+    return model.labels(count)
+
+
+def follow(model: TextConditionalModel, statistics: Statistics, **options: Any) -> FollowingGenerator[Prompt]:
+    given: dict[str, Any] = {"every": 3, "half_life": 2.0, "threshold": 0.01, "batch": 4, "seed": 11}
+    return FollowingGenerator(model, options.pop("policy", LP), BUDGET, statistics, **(given | options))
+
+
+def steps(generator: FollowingGenerator[Prompt]) -> list[dict[str, Any]]:
+    """Its events without times."""
+    told = [event.to_json() for event in generator.events]
+    return [{name: value for name, value in event.items() if not name.endswith("seconds")} for event in told]
+
+
+@dataclasses.dataclass
+class Batch:
+    """What was drawn under which plan."""
+
+    plan: Plan
+    samples: list[int]
+    labels: list[Prompt]
+    images: Tensor
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Every batch that is drawn, with its plan, which does not change meanwhile."""
+    seen: list[Batch] = []
+    draw = Generator.draw
+
+    def watched(self: Generator[Any], labels: Any, seed: int, samples: Any, **more: Any) -> Drawn:
+        cache, plan = self.cache, self.plan
+        drawn = draw(self, labels, seed, samples, **more)
+        assert self.cache is cache
+        assert self.plan is plan
+        assert isinstance(plan, Plan)
+        assert drawn.images is not None
+        seen.append(Batch(plan, list(samples), list(labels), drawn.images))
+        return drawn
+
+    monkeypatch.setattr(Generator, "draw", watched)
+    return seen
+
+
+@pytest.mark.parametrize("policy", [LP, make_policy("heatkv", sink_scales=1), make_policy("heatkv-mr", sink_scales=1)])
+def test_pictures_are_those_of_the_static_plan_while_nothing_is_adopted(
+    model: TextConditionalModel, measured: Statistics, policy: Any
+) -> None:
+    following = follow(model, measured, policy=policy, threshold=10.0, every=2)
+    labels, plan = prompts(model, 10), following.plan
+    pictures = torch.stack(list(following.draw(labels)))
+    assert torch.equal(pictures, generate(model, labels, plan, seed=11, batch=4))
+    assert [event.measured for event in following.events] == [2, 2, 1]
+    assert [event.image for event in following.events] == [4, 8, 10]
+    assert following.plan is plan
+    assert following.summary()["measured"] == 5
+
+
+@pytest.mark.parametrize("memory", [None, "8MiB"])
+def test_plans_change_between_images_only(
+    model: TextConditionalModel, misleading: Statistics, batches: list[Batch], memory: str | None
+) -> None:
+    """Every batch is what the plan in force draws by itself, and the plan changes just where an event says so."""
+    following = follow(model, misleading, memory=memory)
+    plans = [following.plan]
+    labels = prompts(model, 20)
+    pictures = []
+    for number, picture in enumerate(following.draw(labels)):
+        if number % 4 == 0 and number:
+            plans.append(following.plan)
+        pictures.append(picture)
+    drawn = list(batches)
+    adopted = [event.image for event in following.events if event.adopted]
+    assert adopted
+    assert [batch.samples for batch in drawn] == [list(range(first, first + 4)) for first in range(0, 20, 4)]
+    for index, batch in enumerate(drawn):
+        assert batch.plan is plans[index]
+        assert (index > 0 and batch.plan is not drawn[index - 1].plan) == (4 * index in adopted)
+        alone = generate(model, batch.labels, batch.plan, seed=11, first_sample=4 * index, batch=4)
+        assert torch.equal(batch.images, alone)
+    assert torch.equal(torch.stack(pictures), torch.cat([batch.images for batch in drawn]))
+
+
+def test_the_value_rises_with_every_plan(model: TextConditionalModel, misleading: Statistics) -> None:
+    following = follow(model, misleading, every=1)
+    for _ in following.draw(prompts(model, 12)):
+        pass
+    for event in following.events:
+        assert event.adopted == (event.gain is not None and event.gain > 0.01)
+    assert sum(event.adopted for event in following.events) >= 2
+
+
+class Arenas:
+    """The arenas that are alive, and the most bytes they had together."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alive: list[weakref.ref[Tensor]] = []
+        self.most = self.made = 0
+        init = Store.__init__
+
+        def watched(store: Store, *arguments: Any, **named: Any) -> None:
+            init(store, *arguments, **named)
+            self.alive.append(weakref.ref(store.arena_2RPD))
+            self.made += store.arena_2RPD.numel() > 0
+            self.most = max(self.most, self.bytes)
+
+        monkeypatch.setattr(Store, "__init__", watched)
+
+    @property
+    def bytes(self) -> int:
+        tensors = [reference() for reference in self.alive]
+        return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
+
+
+@pytest.mark.parametrize("memory", [None, "8MiB"])
+def test_it_is_never_above_the_budget(
+    model: TextConditionalModel, misleading: Statistics, memory: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arenas = Arenas(monkeypatch)
+    batch = 40  # so that an image can be measured in the room of the cache
+    generator = follow(model, misleading, batch=batch, memory=memory, every=20)
+    budget = generator.plan.budget_bytes(batch * 2, "float32")
+    measure, beside = following.measure_drawn, []
+
+    def watched(*arguments: Any) -> Any:
+        found = measure(*arguments)
+        beside.append((arenas.bytes, found[1], len(arguments[1])))
+        return found
+
+    monkeypatch.setattr(following, "measure_drawn", watched)
+    for _ in generator.draw(prompts(model, 3 * batch + 5)):  # the last ones need a cache of another size
+        assert 0 < arenas.bytes <= budget
+    assert any(event.adopted for event in generator.events)
+    assert arenas.made >= 3
+    assert arenas.most <= budget  # the old cache was gone before the new one came
+    for cached, held, images in beside:
+        assert held <= images * held_bytes(model, model.sampling)
+        if memory is None:
+            assert cached == 0
+            assert held <= budget
+        else:
+            assert 0 < cached <= budget
+            assert held <= 8 << 20
+    assert sum(images for _, _, images in beside) == 6
+    assert max(event.measuring_bytes for event in generator.events) == max(held for _, held, _ in beside)
+
+
+def test_every_nth_image_is_measured_whatever_the_batches(model: TextConditionalModel, measured: Statistics) -> None:
+    names = []
+    for batch, at_once in ((1, 1), (4, 1), (4, 9)):
+        memory = f"{at_once * held_bytes(model, model.sampling)}B"
+        generator = follow(model, measured, batch=batch, every=3, memory=memory, threshold=10.0)
+        assert generator.measured_at_once == at_once
+        for part in (prompts(model, 9)[:5], prompts(model, 9)[5:]):  # draws go on where the last one ended
+            assert len(list(generator.draw(part))) == len(part)
+        served = [name for name in generator.statistics.provenance.samples if name.endswith(":served")]
+        names.append([name.split(":")[:2] for name in served])
+    assert names == [[["11", "2"], ["11", "5"], ["11", "8"]]] * 3
+
+
+def test_it_is_the_same_every_time(model: TextConditionalModel, misleading: Statistics) -> None:
+    runs = []
+    for _ in range(2):
+        generator = follow(model, misleading, every=2)
+        runs.append((torch.stack(list(generator.draw(prompts(model, 12)))), steps(generator), generator.statistics))
+    (pictures, events, statistics), (again, events_again, statistics_again) = runs
+    assert torch.equal(pictures, again)
+    assert events == events_again
+    assert statistics == statistics_again
+    assert len(events) == 3
+
+
+def test_labels_are_taken_as_they_are_needed(model: TextConditionalModel, measured: Statistics) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Prompt]:
+        nonlocal taken
+        for label in itertools.cycle(prompts(model, 3)):
+            taken += 1
+            yield label
+
+    generator = follow(model, measured, every=4)
+    images = generator.draw(endless())
+    assert taken == 0
+    for _ in range(4):
+        next(images)
+    assert (taken, generator.drawn, len(generator.events)) == (4, 4, 0)
+    next(images)  # measuring comes when another image is asked for
+    assert (taken, generator.drawn, len(generator.events)) == (8, 8, 1)
+
+
+def test_level_costs_are_followed_under_the_same_biases(model: TextConditionalModel, measured: Statistics) -> None:
+    generator = follow(model, measured, policy=make_policy("heatkv-mr", sink_scales=1), every=1, threshold=0.0)
+    list(generator.draw(prompts(model, 4)))
+    levels, initial = generator.statistics.levels, measured.levels
+    assert levels is not None
+    assert initial is not None
+    assert np.array_equal(levels.log_bias, initial.log_bias)
+    assert len(levels.samples) == 7
+    assert not np.allclose(levels.joint[5], initial.joint[5])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"batch": 1}, BudgetError, r"measuring one image holds \d+ bytes, the budget allows \d+ at batch 1; draw 4"),
+        ({"memory": "1000B"}, BudgetError, r"memory allows 1000; allow more \(memory=1MiB\)"),
+        ({"memory": "10%"}, BudgetError, "is no number of bytes"),
+        ({"memory": "much"}, BudgetError, "cannot read the memory"),
+        ({"every": 0}, ModelError, "every is 0"),
+        ({"batch": 0}, ModelError, "batch is 0"),
+        ({"policy": "snapkv"}, PolicyError, "no value to follow"),
+        ({"policy": "nothing"}, PolicyError, "unknown policy"),
+        ({"half_life": 0}, StatisticsError, "half_life is 0"),
+        ({"threshold": -1}, PolicyError, "threshold is -1"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    model: TextConditionalModel, measured: Statistics, options: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        follow(model, measured, **{"memory": None if "batch" in options else "64MiB", **options})
+
+
+def test_the_way_out_of_too_small_a_budget_works(model: TextConditionalModel, measured: Statistics) -> None:
+    with pytest.raises(BudgetError) as refused:
+        follow(model, measured, batch=2)
+    told = str(refused.value)
+    batch, memory = int(told.split("draw ")[1].split()[0]), told.split("memory=")[1].rstrip(")")
+    assert follow(model, measured, batch=batch).measured_at_once == 1
+    with pytest.raises(BudgetError):
+        follow(model, measured, batch=batch - 1)
+    assert follow(model, measured, batch=2, memory=memory).measured_at_once >= 1
+
+
+def test_statistics_of_something_else_are_refused(model: TextConditionalModel, measured: Statistics) -> None:
+    for changes, said in (({"fingerprint": "0" * 16}, "other weights"), ({"cfg": 1.0}, "measured at cfg 1")):
+        other = dataclasses.replace(measured, provenance=dataclasses.replace(measured.provenance, **changes))
+        with pytest.raises(StatisticsError, match=said):
+            follow(model, other, memory="64MiB")
