@@ -273,9 +273,33 @@ def test_resuming_is_for_the_same_run_only(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert run([*arguments, "--resume"]) == 0
     assert f"{out} was finished before: nothing is measured" in capsys.readouterr().err
-    assert "exists, and no run that writes it was stopped" in refused(
-        capsys, ["calibrate", "--samples", "3", "--out", str(out), "--resume"]
-    )
+    for other in (["--samples", "3"], ["--levels", "error"]):
+        assert "exists, and no run that writes it was stopped" in refused(capsys, [*arguments, *other, "--resume"])
+
+
+def test_a_run_stopped_while_it_ends_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file is written and some parts are removed: no samples are added twice, and what is known is told."""
+    out = tmp_path / "s.safetensors"
+    assert run(["calibrate", "--samples", "1", "--out", str(out)]) == 0
+    more = ["calibrate", "--samples", "2", "--append", "--out", str(out)]
+    (ended,) = run_apart(more, tmp_path, Moment("attention", 100, signal.SIGKILL))
+    assert ended.code == -9
+    stopped = {path: path.read_bytes() for path in (tmp_path / "s.safetensors.parts").iterdir()}
+    assert run([*more, "--resume"]) == 0
+    whole = out.read_bytes()
+    for left in (stopped, {path: text for path, text in stopped.items() if "samples" not in path.name}):
+        (tmp_path / "s.safetensors.parts").mkdir()
+        for path, text in left.items():
+            path.write_bytes(text)
+        if left is not stopped:  # only the last of them is left
+            (tmp_path / "s.safetensors.parts" / "samples.seed0.000002-000002.safetensors").write_bytes(b"")
+        capsys.readouterr()
+        assert run([*more, "--resume", "--json"]) == 0
+        told = capsys.readouterr()
+        assert "was finished before: nothing is measured" in told.err
+        assert json.loads(told.out)["rank_agreement_of_halves"] is None
+        assert out.read_bytes() == whole
+        assert {path.name for path in tmp_path.iterdir()} == {"s.safetensors"}
 
 
 def test_resuming_results_is_for_the_same_rows_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

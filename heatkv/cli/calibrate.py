@@ -22,7 +22,7 @@ from heatkv.geometry import Budget
 from heatkv.level_statistics import COSTS, LevelStatistics
 from heatkv.levels import SINK_SCALES
 from heatkv.models.base import ImageModel
-from heatkv.parts import Parts, load_arrays, save_arrays
+from heatkv.parts import RUN, Parts, load_arrays, save_arrays
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP
@@ -108,6 +108,7 @@ class _Run:
             "versions": versions(),
             "batches": [[images.start, images.stop] for images in self.batches],
             "samples": samples + [name for images in self.batches for name in self._names(images)],
+            "level_cost": self.levels.cost if self.levels is not None else _cost_of(old),
             "level_samples": of_levels + [name for images in self.level_batches for name in self._names(images)],
         }
 
@@ -229,13 +230,15 @@ class _Run:
                     f"same {self.path}, if it is there"
                 )
         own = self.parts.run if self.before is None else None  # what is appended is not there yet
-        held = None
+        done = False
         if found is not None:
             of_levels = [] if found.levels is None else list(found.levels.samples)
-            held = [list(found.provenance.samples), of_levels]
-        done = held is not None and any(
-            run is not None and held == [run.get("samples"), run.get("level_samples")] for run in (told, own)
-        )
+            held = {
+                "samples": list(found.provenance.samples),
+                "level_cost": _cost_of(found),
+                "level_samples": of_levels,
+            }
+            done = any(run is not None and held.items() <= run.items() for run in (told, own))
         assert self.parts.run is not None
         if not done and told is not None and told.get("samples") != self.parts.run["samples"]:
             raise FormatError(f"{self.parts.folder} holds parts of a run over other samples; {_DISCARD}")
@@ -244,7 +247,10 @@ class _Run:
     def left_masses(self) -> list[Statistics] | None:
         """The batches of a run that was stopped when it had written the file; None where some are removed already."""
         told = self.parts.told()
-        batches = [] if told is None else [range(*batch) for batch in told["batches"]]
+        try:
+            batches = [] if told is None else [range(first, stop) for first, stop in told["batches"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{self.parts.folder / RUN} does not tell its batches; {_DISCARD}") from error
         named = {_part_name("samples", self.seed, images): images for images in batches}
         if not named or len(self.parts.among(named)) < len(named):
             return None
@@ -264,6 +270,11 @@ class _Run:
             clear_temporaries(self.path.parent, self.path.name)
         current().wait()
         self.parts.remove()
+
+
+def _cost_of(statistics: Statistics | None) -> str | None:
+    """The kind of level costs that statistics have, if they have some."""
+    return None if statistics is None or statistics.levels is None else statistics.levels.cost
 
 
 def _level_measure(cost: str) -> LevelCalibration:
@@ -446,9 +457,9 @@ def calibrate(
     batches = _batches(samples) if compared is None else batch_sizes(samples, MOST_AT_ONCE)
     of_levels = None if levels is None else _Levels(levels, sinks, level_images)
     run = _Run(out, loaded, settings, asked, running.seed, batches, base, of_levels)
+    total: Statistics | None
     parts: list[Statistics] | None
     if run.is_finished(_check_left(run.parts, resume), before):
-        assert before is not None
         total, parts = before, run.left_masses()
         say(f"{out} was finished before: nothing is measured")
     else:
@@ -458,6 +469,7 @@ def calibrate(
         run.write(total)
     try:
         if current().first:
+            assert total is not None
             _tell(out, total, parts, compared, as_json)
     finally:
         run.close()
