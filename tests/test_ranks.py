@@ -19,6 +19,7 @@ from heatkv import ranks as ranks_module
 from heatkv.cli import run
 from heatkv.errors import RanksError
 from heatkv.parts import Parts, load_arrays, save_arrays
+from heatkv.profiling.results import MEMORY, TIMES
 from heatkv.profiling.runner import FIDELITY
 from heatkv.ranks import Ranks, current, join
 
@@ -110,7 +111,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def check_alike(one: Path, other: Path) -> None:
     """Two folders hold the same but for times and memory."""
-    timed = ("latency_ms", "timed", "memory")
+    timed = (*MEMORY, *TIMES)
     for mine, theirs in zip(rows_of(one), rows_of(other), strict=True):
         assert {k: v for k, v in mine.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
         assert all(mine[name] is not None for name in FIDELITY if name not in ("lpips", "lpips_of_pictures", "fid"))
