@@ -21,9 +21,8 @@ from heatkv.errors import FormatError
 from heatkv.files import check_header, is_there, opened, read_json, write_json, write_text
 from heatkv.profiling import figures
 from heatkv.profiling.blocks import Block, Cell, Chart, Fold, Heading, Note, Section, Table
-from heatkv.profiling.busy import busy_reasons
 from heatkv.profiling.fidelity_sections import headline
-from heatkv.profiling.latency_section import of_full
+from heatkv.profiling.latency_section import load_reasons, of_full
 from heatkv.profiling.merging import Group, Merged, Row, budgets_of, merge, pareto_front, ranked
 from heatkv.profiling.over_seeds import Entry, Family, families
 from heatkv.profiling.reporting import Report, held_of, kl_of, median_of
@@ -150,7 +149,7 @@ def _latency_data(merged: Merged, group: Group) -> dict[str, Any]:
         "of": group.title,
         "machine": merged.machines[group.rows[0].source.machine],
         "sources": [source.label for source in group.sources],
-        "busy": list(dict.fromkeys(told for source in group.sources for told in busy_reasons(source.environment))),
+        "busy": load_reasons(group.rows),
         "ranking": [
             _named(row, median_ms=median_of(row), of_full=of_full(group, row)) for row in ranked(group.rows, median_of)
         ],

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from heatkv.profiling import figures
 from heatkv.profiling.against_memory import EQUALS, Point, at_budgets, memory_axis, series, unnamed
 from heatkv.profiling.blocks import Block, Cell, Chart, Note, Section, Table, mib, mib_cell, number_cell
 from heatkv.profiling.busy import busy_reasons
-from heatkv.profiling.merging import Group, Row, Source, pareto_front, ranked
+from heatkv.profiling.merging import Group, Row, pareto_front, ranked
 from heatkv.profiling.reporting import Report, apart, held_of, listed, median_of
 from heatkv.profiling.row_fields import is_number
 
@@ -27,8 +27,7 @@ def memory_and_time(report: Report) -> Section | None:
         ))  # fmt: skip
         blocks += _yardsticks(groups)
         if shares := _shares(report, groups):
-            sources = {source: None for group in groups for source in group.sources}
-            blocks += [*busy(list(sources)), *shares]
+            blocks += [*busy(groups), *shares]
 
     def of_group(index: int, group: Group) -> list[Block]:
         names = report.short_labels(group.rows)
@@ -38,7 +37,7 @@ def memory_and_time(report: Report) -> Section | None:
             [Point(row, row.held_bytes, median_of(row), _quartiles(row), _time_tip(names, row)) for row in group.rows],
             names, set(front),
         )  # fmt: skip
-        made: list[Block] = [*busy(group.sources)]
+        made: list[Block] = [*busy([group])]
         if lines:
             points = [(x / 2**20, y) for row in front if (x := held_of(row)) and (y := median_of(row)) is not None]
             on_front = f"On the Pareto front: {at_budgets(names, reversed(front))}."
@@ -65,13 +64,19 @@ def memory_and_time(report: Report) -> Section | None:
     )  # fmt: skip
 
 
-def busy(sources: Sequence[Source]) -> list[Block]:
-    """A warning where times of these folders were taken beside other work."""
-    reasons = {source: told for source in sources if (told := busy_reasons(source.environment))}
-    if not reasons:
+def load_reasons(rows: Iterable[Row]) -> list[str]:
+    """What speaks for the machine having been busy when these rows were timed."""
+    return list(dict.fromkeys(reason for row in rows for reason in busy_reasons(row.timed_on)))
+
+
+def busy(groups: Sequence[Group]) -> list[Block]:
+    """A warning where times of these groups were taken beside other work."""
+    rows = [row for group in groups for row in group.rows]
+    told = load_reasons(rows)
+    if not told:
         return []
-    of_folder = "" if len(sources) == 1 else f" of {listed(source.label for source in reasons)}"
-    told = list(dict.fromkeys(reason for of_source in reasons.values() for reason in of_source))
+    folders = dict.fromkeys(row.source.label for row in rows if busy_reasons(row.timed_on))
+    of_folder = "" if len({row.source for row in rows}) == 1 else f" of {listed(folders)}"
     return [
         Note(
             f"The machine was busy before this run{of_folder} ({'; '.join(told)}): times taken beside other work are "
@@ -130,18 +135,19 @@ _ALIKE = 1.1
 
 
 def _yardsticks(groups: Sequence[Group]) -> list[Block]:
-    """A warning where folders of one machine tell that it ran at different speeds."""
-    of_machines: dict[str, dict[Source, float]] = {}
+    """A warning where rankings of one machine tell that it ran at different speeds."""
+    of_machines: dict[str, dict[tuple[str, float], float]] = {}
     for group in groups:
-        for source in group.sources:
-            told = source.environment.get(_YARDSTICK)
+        for row in group.rows:
+            told = row.timed_on.get(_YARDSTICK)
             if is_number(told) and told > 0:
-                of_machines.setdefault(source.machine, {})[source] = told
+                of_machines.setdefault(row.source.machine, {})[row.source.label, told] = told
     return [
         Note(
             f"A fixed matrix product took {min(took.values()):.1f} to {max(took.values()):.1f} ms in "
-            f"{listed(source.label for source in took)}: the machine was not equally fast in all of them, or they are "
-            "of two machines that tell the same of themselves. Times of these folders do not compare well.",
+            f"the rankings of {listed(dict.fromkeys(label for label, _ in took))}: the machine was not equally fast "
+            "in all of them, or they are of two machines that tell the same of themselves. Such times do not compare "
+            "well.",
             missing=True,
         )
         for took in of_machines.values() if max(took.values()) > _ALIKE * min(took.values())

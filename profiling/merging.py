@@ -95,6 +95,12 @@ class Row:
         return f"not told by {self.source.label}" if found is None else _moment(str(found))
 
     @property
+    def timed_on(self) -> Mapping[str, Any]:
+        """The machine's load and speed when the row was timed, or, where that is not told, when its folder was made."""
+        found: Mapping[str, Any] | None = self.told.get("timing_machine")
+        return self.source.environment if found is None else found
+
+    @property
     def held_bytes(self) -> float | None:
         """What the policy takes on the device: the arena, and the corrections of its plan if it has some."""
         allocated = self.number("allocated_bytes")

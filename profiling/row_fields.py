@@ -41,7 +41,7 @@ OF_SAMPLES = {
 LARGEST = 1e100
 """Of a figure: far beyond every real one, and what is worked out from it still finite."""
 TIMES = ("latency_ms", "graph_latency_ms")
-OBJECTS = ("settings", "plans")
+OBJECTS = ("settings", "plans", "timing_machine")
 KNOWN = frozenset((
     *TEXTS, *NUMBERS, *LISTS, *FLAGS, *TIMES, *OBJECTS, *SERIES, "schedule", "timeline_bytes", "memory", "versus",
 ))  # fmt: skip

@@ -37,7 +37,7 @@ def phases(report: Report) -> Section | None:
 
     def of_group(index: int, group: Group) -> list[Block]:
         return [
-            *busy(group.sources),
+            *busy([group]),
             *_phase_bars(report, group, f"phases-{index}"),
             *_scale_lines(report, group, f"times-{index}"),
             *_tables(report, group),

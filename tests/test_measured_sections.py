@@ -501,7 +501,7 @@ DAMAGED: dict[str, tuple[Callable[[Told], object], str]] = {
     "scales": (lambda row: row["latency_ms"].update(scales=[1.0]), "one number for every scale, in scales"),
     "phases": (lambda row: row["latency_ms"].update(phases={"decode": "1"}), "it must be an object with the median"),
     "interval": (lambda row: row["latency_ms"].update(interval=[1]), "it must be an object with the median"),
-    "versus": (lambda row: row["versus"].update(interval=None), "'versus' is {'policy': 'heatkv'"),
+    "versus": (lambda row: row["versus"].update(interval=None), "it must be an object with policy, difference"),
     "base": (lambda row: row["versus"].update(policy=None), "it must be an object with policy, difference and"),
 }
 
@@ -534,7 +534,12 @@ def test_the_sections_in_a_browser(tmp_path: Path) -> None:
             assert page.errors == []
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             sections = ("memory", "phases", "paired")
-            assert page.evaluate(OVERLAPS.replace("section > .plot", ":is(#memory, #phases, #paired) .plot")) == []
+            assert (
+                page.evaluate(
+                    OVERLAPS.replace(":is(section, section > details) > .plot", ":is(#memory, #phases, #paired) .plot")
+                )
+                == []
+            )
             for section in sections:
                 charts = f"document.querySelectorAll('#{section} svg.chart')"
                 assert page.evaluate(f"{charts}.length") > 0

@@ -142,6 +142,19 @@ def test_a_busy_machine_is_told_beside_every_ranking(load: Any, reason: str | No
 # -------------------------------------------------------------------------------------------------- over seeds
 
 
+def test_the_load_is_that_of_the_timing(tmp_path: Path) -> None:
+    """Rows tell the machine of their own turns, which is another one than that of the last run of the folder."""
+    told = sweep((0,), BATCHES)
+    told["environment"] |= {"load": {"busy": False}, "matrix_product_1024_fp32_one_thread_ms": 20.0}
+    for row in told["rows"]:
+        busy = {"load_average": 9.0 if row["batch"] == 2 else 1.0, "cores": 4}
+        row["timing_machine"] = {"load": busy, "matrix_product_1024_fp32_one_thread_ms": 20.0 + 5 * row["batch"]}
+    page, data = page_from(told, tmp_path)
+    assert [group["busy"] for group in data["latency"]] == [[], ["a load average of 9.0 on 4 cores"]]
+    assert "A fixed matrix product took 25.0 to 30.0 ms in the rankings of one" in said(page)
+    assert "further" not in [one["id"] for one in page.of("section")]
+
+
 def test_fidelity_over_seeds_is_mean_deviation_and_range(swept: tuple[Page, Told, Path]) -> None:
     page, data, _ = swept
     (family,) = data["over_seeds"]
