@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import heatkv
-from heatkv.errors import PolicyError
+from heatkv.errors import HeatKVError, PolicyError
 from heatkv.generation import Generator
 from heatkv.policies.base import StaticPolicy
 from heatkv.profiling.fidelity import FidelityBench, paired_bootstrap
@@ -73,4 +73,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except HeatKVError as error:
+        raise SystemExit(str(error)) from None

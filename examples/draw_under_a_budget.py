@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import heatkv
+from heatkv.errors import HeatKVError
 from heatkv.generation import Generator
 from heatkv.images import image_grid
 from heatkv.profiling.fidelity import psnr
@@ -47,4 +48,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except HeatKVError as error:
+        raise SystemExit(str(error)) from None

@@ -66,6 +66,15 @@ def whole(value: Any, name: str, error: type[HeatKVError], least: int | None = N
     return number
 
 
+LARGEST_SEED = 2**62
+"""Seeds count modulo 2^64: two of them must not be the same."""
+
+
+def seed_of(value: Any, error: type[HeatKVError]) -> int:
+    """A seed, from -2^62 to 2^62."""
+    return whole(value, "seed", error, -LARGEST_SEED, LARGEST_SEED)
+
+
 def as_number(value: Any) -> float:
     """A number of Python, numpy or torch as a float; NaN for everything else, booleans and text included."""
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", None):

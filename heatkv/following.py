@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from heatkv.checks import of_kind, whole
+from heatkv.checks import of_kind, shown, whole
 from heatkv.errors import BudgetError, ModelError, StatisticsError
 from heatkv.generation import Drawn, Generator
 from heatkv.geometry import Budget, StorageType
@@ -120,9 +120,12 @@ class FollowingGenerator(Generic[Label]):
     def _measured_at_once(self, memory: str | Budget | None) -> int:
         allowed = self.plan.budget_bytes(self._rows, self._storage)
         if memory is not None:
-            given = Budget.parse(memory, "memory")
-            if given.kind != "bytes":
-                raise BudgetError(f"memory {given} is no number of bytes; write 64MiB or 2GB")
+            try:
+                given = Budget.parse(memory)
+            except BudgetError:
+                given = None
+            if given is None or given.kind != "bytes":
+                raise BudgetError(f"memory for measuring is {shown(memory)}, no number of bytes; write 64MiB or 2GB")
             allowed = math.floor(given.amount)
         needed = held_bytes(self.model, self.settings)
         if needed > allowed:
@@ -130,7 +133,9 @@ class FollowingGenerator(Generic[Label]):
             told, way_out = f"memory allows {allowed}", "allow more"
             if not self._beside:
                 told = f"the budget allows {allowed} at batch {self.batch}"
-                way_out = f"draw {images} at a time, or allow memory beside the cache"
+                way_out = (
+                    f"draw {images} at a time, or allow memory beside the cache, in commands with --measuring-memory"
+                )
             raise BudgetError(
                 f"measuring one image holds {needed} bytes, {told}; {way_out} (memory={-(-needed >> 20)}MiB)"
             )

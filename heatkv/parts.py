@@ -48,7 +48,10 @@ class Parts:
         if not self.count():
             return None
         path = self.folder / RUN
-        told = check_header(read_json(path), path, FORMAT, VERSION).get("run")
+        try:
+            told = check_header(read_json(path), path, FORMAT, VERSION).get("run")
+        except FormatError as error:
+            raise FormatError(f"{error}; delete the folder {self.folder} to discard what is in it") from error
         if not isinstance(told, dict):
             raise FormatError(f"{path} does not tell what the run was; delete the folder {self.folder} to discard it")
         return told

@@ -22,7 +22,7 @@ from safetensors.numpy import save as safetensors_bytes
 
 from heatkv.checks import number, of_kind, regular_array, shown, whole
 from heatkv.contents import EqualByContents
-from heatkv.errors import FormatError, StatisticsError
+from heatkv.errors import FormatError, ScheduleError, StatisticsError
 from heatkv.files import as_json, check_header, parse_json, read_json, replacing, whole_file
 from heatkv.geometry import CacheGeometry
 from heatkv.level_statistics import LARGEST_SUM, LevelStatistics
@@ -157,6 +157,23 @@ class Statistics(EqualByContents):
             off = np.abs((sums / self.count).sum(axis=3) - 1).max()
             if off > _MASS_TOLERANCE:
                 raise StatisticsError(f"the attention mass of a head sums to 1 +- {off:.3g} over its sources, not to 1")
+        self._check_possible()
+
+    def _check_possible(self) -> None:
+        """Raise StatisticsError for sums that no samples can have: squares beside their masses, cosines, variances."""
+        mean, square = self.mass_sum / self.count, self.mass_square_sum / self.count
+        # of shares from 0 to 1: mean^2 <= mean of squares <= mean
+        impossible = (square < mean**2 - _MASS_TOLERANCE) | (square > mean + _MASS_TOLERANCE)
+        if impossible.any():
+            layer, head, target, source = (int(i) for i in np.argwhere(impossible)[0])
+            raise StatisticsError(
+                f"mass_square_sum of layer {layer}, head {head}, target {target}, source {source} cannot be that of "
+                f"masses whose sum is mass_sum; measure the statistics again"
+            )
+        for name, most in (("similarity_sum", 1.0), ("concentration_sum", np.array(self.schedule.tokens, float))):
+            array = getattr(self, name)
+            if array is not None and (np.abs(array / self.count) > most * (1 + _MASS_TOLERANCE)).any():
+                raise StatisticsError(f"{name} is beyond what it can be of {self.count} samples; measure them again")
 
     def sums(self) -> dict[str, FloatArray]:
         """What was measured, summed over samples, by the names in files."""
@@ -387,6 +404,11 @@ class Statistics(EqualByContents):
         header = check_header(parse_json(text, path), path, FORMAT, VERSION)
         try:
             told = header["provenance"]
+            for name in ("settings", "versions"):
+                if not isinstance(told[name], dict):
+                    raise FormatError(
+                        f"{path} is not a whole statistics file: its {name} is {shown(told[name])}, no object"
+                    )
             levels = None
             if "levels" in header:
                 of_levels = {name: arrays.pop(name) for name in list(arrays) if name.startswith("levels.")}
@@ -407,6 +429,8 @@ class Statistics(EqualByContents):
                     versions=dict(told["versions"]),
                 ),
             )
+        except (StatisticsError, ScheduleError) as error:
+            raise type(error)(f"{path}: {error}") from error
         except KeyError as error:
             raise FormatError(f"{path} is not a whole statistics file: it lacks {shown(error.args[0])}") from error
         except (TypeError, ValueError, OverflowError) as error:

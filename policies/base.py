@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.checks import as_whole, of_kind, shown, whole
+from heatkv.checks import as_whole, of_kind, seed_of, shown, whole
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
 from heatkv.geometry import UNCODED_SCALES, Budget, CacheGeometry, StorageType
 from heatkv.plan import CachePlan, CoarseCells, Plan
@@ -64,7 +64,7 @@ class PlanningProblem:
         of_kind(self.budget, Budget, "budget", PolicyError, "make one with Budget.parse")
         of_kind(self.model, str, "model", PolicyError, "give its name as text")
         StorageType.parse(self.storage).token_head_bytes(self.geometry.head_dim)
-        object.__setattr__(self, "seed", whole(self.seed, "seed", PolicyError))
+        object.__setattr__(self, "seed", seed_of(self.seed, PolicyError))
         object.__setattr__(self, "rows", whole(self.rows, "rows", BudgetError, 1))
         if self.statistics is not None:
             way_out = "load statistics with Statistics.load, or calibrate the model"

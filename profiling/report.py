@@ -58,7 +58,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             f"{row['budget_bytes'] / 2**20:.3f}",
             f"{row['planned_bytes'] / 2**20:.3f}",
             _number(None if row["allocated_bytes"] is None else row["allocated_bytes"] / 2**20, ".3f"),
-            f"{row['planned_bytes'] / row['full_bytes']:.1%}",
+            _number(None if row["allocated_bytes"] is None else row["allocated_bytes"] / row["full_bytes"], ".1%"),
             *([f"{row.get('compensation_bytes', 0) / 2**20:.3f}"] if corrected else []),
             _number(time["median"] if time else None, ".1f"),
             *([_number(with_graphs["median"] if with_graphs else None, ".1f")] if graphs else []),

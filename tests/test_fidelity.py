@@ -126,7 +126,7 @@ def test_what_is_lacking_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Any)
         why_no_fid(FID_LEAST_PICTURES) == "torchmetrics and torch_fidelity not installed (pip install heatkv[metrics])"
     )
     few = torch.zeros(FID_LEAST_PICTURES - 1, 3, 1, 1)
-    assert fid(few, few) == "2047 pictures are fewer than the 2048 that FID needs at least (--pictures)"
+    assert fid(few, few) == "2047 pictures are fewer than the 2048 that FID needs (--images, --pictures)"
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert (

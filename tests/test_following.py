@@ -256,8 +256,8 @@ def test_level_costs_are_followed_under_the_same_biases(model: TextConditionalMo
     [
         ({"batch": 1}, BudgetError, r"measuring one image holds \d+ bytes, the budget allows \d+ at batch 1; draw 4"),
         ({"memory": "1000B"}, BudgetError, r"memory allows 1000; allow more \(memory=1MiB\)"),
-        ({"memory": "10%"}, BudgetError, "is no number of bytes"),
-        ({"memory": "much"}, BudgetError, "cannot read the memory"),
+        ({"memory": "10%"}, BudgetError, "memory for measuring is '10%', no number of bytes"),
+        ({"memory": "much"}, BudgetError, "memory for measuring is 'much', no number"),
         ({"every": 0}, ModelError, "every is 0"),
         ({"batch": 0}, ModelError, "batch is 0"),
         ({"policy": "snapkv"}, PolicyError, "no value to follow"),

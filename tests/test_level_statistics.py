@@ -175,7 +175,7 @@ def set_array(name: str, made: Callable[[NDArray[Any]], NDArray[Any]]) -> Change
     ("change", "error", "phrase"),
     [
         (lambda header, _: header.update(cost="mass"), StatisticsError, "unknown kind 'mass'"),
-        (lambda header, _: header.pop("cost"), FormatError, "not a whole statistics file: 'cost'"),
+        (lambda header, _: header.pop("cost"), FormatError, "not a whole statistics file: it lacks 'cost'"),
         (lambda header, _: header.clear(), FormatError, "not a whole statistics file"),
         (lambda header, _: header.update(sink_scales=-1), FormatError, "sink_scales=-1 and joint=5 cannot be below 0"),
         (lambda header, _: header.update(sink_scales=2.0), FormatError, r"sink_scales is 2\.0, not a whole number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -425,9 +426,11 @@ def test_a_worker_that_breaks_is_told(
 
 
 def test_an_interrupt_ends_the_worker(
-    emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """The worker tells its number, interrupts this process, and waits for its end."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     does = f"echo $$ > {tmp_path}/number; kill -INT {os.getpid()}; exec cat <&0 >/dev/null"
     monkeypatch.setattr(worker.sys, "executable", script(tmp_path, does))
     folder = tmp_path / "out"

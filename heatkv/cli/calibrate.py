@@ -148,7 +148,10 @@ class _Run:
         return [self._mass_part(name, images) for name, images in named.items()]
 
     def _mass_part(self, name: str, images: range) -> Statistics:
-        part = Statistics.load(self.parts.path(name))
+        try:
+            part = Statistics.load(self.parts.path(name))
+        except HeatKVError as error:
+            raise FormatError(f"{error}; delete that file, and the run measures it again") from error
         self._check_part(name, part.provenance.samples, images)
         part.check_fingerprint(self.model.fingerprint)
         return part
@@ -509,7 +512,7 @@ def _to_be_continued(path: Path, model: ImageModel[Any], settings: Settings) -> 
     cfg, told = told_settings(settings, model)
     measured, wanted = {"cfg": found.provenance.cfg, **found.provenance.settings}, {"cfg": cfg, **told}
     if measured != wanted:
-        differing = [name for name in wanted if measured.get(name) != wanted[name]]
+        differing = [name for name in {**wanted, **measured} if measured.get(name) != wanted.get(name)]
         this, that = (", ".join(f"{name}={told.get(name)}" for name in differing) for told in (measured, wanted))
         raise StatisticsError(f"{path} was measured with {this}, this run has {that}")
     return found

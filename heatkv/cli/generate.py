@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heatkv.checks import shown
 from heatkv.cli.opening import (
     Loaded,
     only_plan,
@@ -24,7 +25,7 @@ from heatkv.cli.opening import (
 from heatkv.cli.options import AsJson, BudgetText, Following, OutFolder, Policy, Ranking, Running, Source, Without
 from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
-from heatkv.errors import HeatKVError, ModelError, PlanError
+from heatkv.errors import BudgetError, HeatKVError, ModelError, PlanError
 from heatkv.files import file_name, replacing
 from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -206,9 +207,12 @@ def _follower(
     assert following.follow_every is not None
     given: dict[str, Any] = {} if following.half_life is None else {"half_life": following.half_life}
     if following.adopt_above is not None:
-        share = Budget.parse(following.adopt_above, "adopt_above")
-        if share.kind != "share":
-            raise HeatKVError(f"--adopt-above {following.adopt_above} is no share; write 5% or 0.05")
+        try:
+            share = Budget.parse(following.adopt_above)
+        except BudgetError:
+            share = None
+        if share is None or share.kind != "share":
+            raise HeatKVError(f"--adopt-above {shown(following.adopt_above)} is no share; write 5% or 0.05")
         given["threshold"] = float(share.amount)
     return FollowingGenerator(
         loaded, make_policy(policy, **policy_options([policy], ranking)[policy]), budget, statistics,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from heatkv.checks import shown
+from heatkv.checks import seed_of, shown
 from heatkv.cli.calibrate import statistics_of_folder
 from heatkv.cli.opening import (
     load_arguments,
@@ -424,6 +424,8 @@ def _axes(sweep: Sweep, running: Running) -> tuple[list[int] | None, list[int]]:
         if running.seed != 0:
             raise HeatKVError("--seeds and --seed both name seeds; give one of them")
         seeds = _whole_numbers(sweep.seeds, "seed")
+        for seed in seeds:
+            seed_of(seed, HeatKVError)
     return batches, seeds
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from heatkv.capacities import CapacityPlan
-from heatkv.checks import shown
+from heatkv.checks import seed_of, shown
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
@@ -113,6 +113,7 @@ def open_model(source: Source, running: Running, measuring: bool = True) -> tupl
     """The named model, with the prompts of a file for measurements, and the settings that it draws with."""
     if measuring and source.prompts is None and model_info(source.model).family == "infinity":
         raise ModelError(f"measuring {source.model} needs prompts to draw; name a file of them (--prompts)")
+    seed_of(running.seed, HeatKVError)
     if running.deterministic:
         run_deterministically()
     model = load_model(**load_arguments(source, running))
@@ -215,6 +216,11 @@ def open_either(path: Path, geometry: CacheGeometry, model: str) -> CachePlan | 
     with named(path):
         plan.check_geometry(geometry)
     for of_rank in plan.plans if isinstance(plan, RankedPlan) else (plan,):
+        if of_rank.geometry.head_dim != geometry.head_dim:
+            raise PlanError(
+                f"{path}: the plan is for heads of size {of_rank.geometry.head_dim}, those of {model} have "
+                f"{geometry.head_dim}; solve it again"
+            )
         if isinstance(of_rank, CapacityPlan):
             policy_of(of_rank)
     if plan.model != model and plan.model in MODELS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -165,6 +166,10 @@ class Following:
         for name, value in vars(self).items():
             if self.follow_every is None and value is not None:
                 raise HeatKVError(f"--{name.replace('_', '-')} is for a plan that follows; add --follow-every")
+        if self.follow_every is not None and self.follow_every < 1:
+            raise HeatKVError(f"--follow-every is {self.follow_every}; it must be a whole number of at least 1")
+        if self.half_life is not None and not 0 < self.half_life < math.inf:
+            raise HeatKVError(f"--half-life is {self.half_life:g}; it is a number of measured images above 0")
 
 
 class Without(str):

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from heatkv.checks import of_kind, shown, whole
+from heatkv.checks import of_kind, seed_of, shown, whole
 from heatkv.errors import ModelError, StatisticsError
 from heatkv.geometry import Budget, CacheGeometry, StorageType
 from heatkv.models.adapter import ModelAdapter
@@ -165,7 +165,7 @@ def checked_run(
     if progress is not None and not callable(progress):
         raise ModelError(f"progress is {shown(progress)}; give a function that is told how many are done")
     return (
-        whole(seed, "seed", ModelError),
+        seed_of(seed, ModelError),
         whole(first_sample, "first_sample", ModelError),
         whole(batch, "batch", ModelError, 1),
         settings if settings is not None else model.sampling,
