@@ -38,7 +38,7 @@ docs: types
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH="$(CURDIR)" $(BIN)/mkdocs build --quiet
 
 check-slow: $(STAMP) check-baseline docs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadgroup
 
 # Bytes and fidelity of a few policies against those that are committed (docs/check.md). The statistics are committed too, so that
 # the plans are the same everywhere; what was compared in an earlier run is not taken over. `make baseline` writes both anew.
