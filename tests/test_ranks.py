@@ -70,8 +70,10 @@ def test_a_rank_that_is_killed_is_told_and_its_work_is_kept(killed: int, alone: 
     assert len([line for line in lines if line.startswith("heatkv: ")]) == 1
     assert not out.exists()
     kept = list((tmp_path / "s.safetensors.parts").glob("samples.*.safetensors"))
-    assert kept
-    assert run(arguments) == 2
+    if kept:
+        assert run(arguments) == 2
+    else:  # the first rank deals the batches: gone early, it leaves the other without one
+        assert killed == 0
     assert run([*arguments, "--resume"]) == 0
     assert out.read_bytes() == alone.read_bytes()
     assert names_in(tmp_path) == {"s.safetensors"}
@@ -116,7 +118,7 @@ def check_alike(one: Path, other: Path) -> None:
         assert {k: v for k, v in mine.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
         assert all(mine[name] is not None for name in FIDELITY if name not in ("lpips", "lpips_of_pictures", "fid"))
     assert {p.relative_to(one) for p in one.rglob("*")} == {p.relative_to(other) for p in other.rglob("*")}
-    for path in [*one.glob("*.png"), *one.glob("*/*"), *one.glob("*.safetensors"), one / "scas.json"]:
+    for path in [*one.glob("*.png"), *one.glob("*/*"), *one.glob("*.safetensors"), *one.glob("scas.json")]:
         assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path
 
 
@@ -128,7 +130,8 @@ def test_a_rank_that_is_killed_while_comparing(tmp_path: Path) -> None:
     # 12 layers, 8 scales: while it calibrates on one image, 96; then the reference of its batch, and the first subject
     ended = run_apart(arguments, tmp_path / "ranks", Moment("attention", 600, signal.SIGKILL), ranks=3, stopped_rank=2)
     assert codes(ended) == [2, 2, -signal.SIGKILL], ended
-    assert [end.error.count("heatkv: ") for end in ended[:2]] in ([1, 0], [0, 1])
+    told = [end.error.count("heatkv: ") for end in ended[:2]]
+    assert told in ([1, 0], [0, 1], [1, 1])  # once, unless the first rank, whom they ask, is gone before the second
     kept = list((tmp_path / "ranks" / "results.parts").iterdir())
     assert len(kept) >= 2
     assert run([*arguments, "--resume"]) == 0
