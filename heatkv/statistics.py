@@ -170,7 +170,8 @@ class Statistics(EqualByContents):
                 f"mass_square_sum of layer {layer}, head {head}, target {target}, source {source} cannot be that of "
                 f"masses whose sum is mass_sum; measure the statistics again"
             )
-        for name, most in (("similarity_sum", 1.0), ("concentration_sum", np.array(self.schedule.tokens, float))):
+        keys = np.cumsum(self.schedule.tokens, dtype=float)  # that a target may see: the variance is below their count
+        for name, most in (("similarity_sum", 1.0), ("concentration_sum", keys)):
             array = getattr(self, name)
             if array is not None and (np.abs(array / self.count) > most * (1 + _MASS_TOLERANCE)).any():
                 raise StatisticsError(f"{name} is beyond what it can be of {self.count} samples; measure them again")
