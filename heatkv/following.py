@@ -120,13 +120,10 @@ class FollowingGenerator(Generic[Label]):
     def _measured_at_once(self, memory: str | Budget | None) -> int:
         allowed = self.plan.budget_bytes(self._rows, self._storage)
         if memory is not None:
-            try:
-                given = Budget.parse(memory)
-            except BudgetError:
-                given = None
-            if given is None or given.kind != "bytes":
+            given = Budget.size_in_bytes(memory)
+            if given is None:
                 raise BudgetError(f"memory for measuring is {shown(memory)}, no number of bytes; write 64MiB or 2GB")
-            allowed = math.floor(given.amount)
+            allowed = given
         needed = held_bytes(self.model, self.settings)
         if needed > allowed:
             images = math.ceil(needed / allowed * self.batch)

@@ -226,6 +226,15 @@ class Budget:
             return cls("bytes", number * _UNITS[unit], name)
         raise BudgetError(f"{name} {text!r} has the unknown unit {match[2]!r}; {_HOW}")
 
+    @classmethod
+    def size_in_bytes(cls, text: str | float | Budget) -> int | None:
+        """Whole bytes of a size with its unit, such as 24GiB; None for anything else."""
+        try:
+            size = cls.parse(text)
+        except BudgetError:
+            return None
+        return math.floor(size.amount) if size.kind == "bytes" else None
+
     def part(self, share: Fraction) -> Budget:
         """The same budget for this share of the heads: bytes are divided, all others are relative to heads."""
         return replace(self, amount=self.amount * share) if self.kind == "bytes" else self

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from heatkv.attention.grouping import GROUP_BYTES
 from heatkv.cache import KVCache
-from heatkv.errors import BudgetError, HeatKVError
+from heatkv.errors import HeatKVError
 from heatkv.generation import run_scales
 from heatkv.geometry import Budget, CacheGeometry, StorageType
 from heatkv.models import COMPUTE_DTYPES, VAR_SAMPLING, ModelInfo
@@ -221,15 +221,12 @@ _MOST_MEMORY = 1 << 60
 
 def parse_memory(text: str) -> int:
     """Bytes of a size like 24GiB. Raises HeatKVError for anything else."""
-    try:
-        size = Budget.parse(text)
-    except BudgetError:
-        size = None
-    if size is None or size.kind != "bytes":
+    size = Budget.size_in_bytes(text)
+    if size is None:
         raise HeatKVError(f"memory {text!r} is no size above zero with its unit; write it as 24GiB or 24GB")
-    if size.amount > _MOST_MEMORY:
+    if size > _MOST_MEMORY:
         raise HeatKVError(f"memory {text!r} is more than any machine has; write it as 24GiB or 24GB")
-    return math.floor(size.amount)
+    return size
 
 
 @dataclass(frozen=True)
