@@ -551,6 +551,7 @@ def check_bit_equal(commands: Sequence[Sequence[str]], folder: Path) -> list[str
     return names
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     assert check_bit_equal(TWO_COMMANDS, tmp_path) == ["0000_pizza.png", "s.safetensors"]
 

@@ -105,6 +105,7 @@ def test_wheel_imports_from_where_it_was_installed(installed: Path, tmp_path: Pa
     assert not [path for path in bare if path.is_relative_to(installed) or path.is_relative_to(ROOT)]
 
 
+@pytest.mark.slow
 def test_wheel_tests_itself(installed: Path, tmp_path: Path) -> None:
     script = "import sys, heatkv; print(heatkv.__file__); from heatkv.__main__ import main; main()"
     told = run(sys.executable, "-c", script, "doctor", "--self-test", cwd=tmp_path, PYTHONPATH=installed)

@@ -515,6 +515,7 @@ def test_processes_that_do_not_fit_the_plan_are_told(
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_pictures_of_one(tmp_path: Path, emoji: ClassConditionalModel) -> None:
     """torchrun and gloo, from the command line on the embedded model, and in Python on a random Infinity."""
     statistics = made_up_statistics(emoji.geometry)
