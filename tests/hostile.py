@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 
 from heatkv.capacities import CapacityPlan, load_plan
 from heatkv.cli.check import _share
-from heatkv.cli.measure import _whole_numbers
+from heatkv.cli.measurement import whole_numbers
 from heatkv.cli.opening import _prompts, open_plan, parse_names, parse_ratio
 from heatkv.cli.options import Ranking
 from heatkv.cli.settings import policy_options
@@ -573,7 +573,7 @@ def text_targets() -> list[TextTarget]:
         TextTarget("--set", sets, _use_set, 0.6),
         TextTarget("ratio", ("1.5", "3:2"), lambda text: ScaleSchedule.infinity("1M", parse_ratio(text) or 1.0), 0.3),
         TextTarget("tolerance", ("5%", "0.05"), lambda text: _share(text, "kl"), 0.3),
-        TextTarget("seeds", ("1,2", "3"), lambda text: _whole_numbers(text, "seed"), 0.3),
+        TextTarget("seeds", ("1,2", "3"), lambda text: whole_numbers(text, "seed"), 0.3),
         TextTarget("names", ("heatkv,random",), lambda text: parse_names(text, "policy"), 0.3),
         TextTarget("file name", ("plan.json",), lambda text: load_plan(text), 0.3),
     ]

@@ -1171,7 +1171,7 @@ def test_results_are_written_before_they_are_shown(tmp_path: Path, monkeypatch: 
     def gone(*given: Any) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr("heatkv.cli.measure.show", gone)
+    monkeypatch.setattr("heatkv.cli.measurement.show", gone)
     monkeypatch.setattr("heatkv.cli._discard_output", lambda: None)
     asked = ["profile", "--policies", "streaming", "--budgets", "30%", "--repeats", "1", "--in-process"]
     assert run([*asked, "--out", str(tmp_path)]) == 0

@@ -141,7 +141,7 @@ def kept_work(folder: Path, batches: int) -> Counter[str]:
 def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
     """Count what is measured: batches of samples, of level costs and of comparisons, biases, and memory."""
     import heatkv.calibration
-    import heatkv.cli.calibrate
+    import heatkv.cli.calibration_run
     import heatkv.profiling.fidelity
     import heatkv.profiling.runner
 
@@ -155,7 +155,7 @@ def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
         patch.setattr(module, name, called)
 
     counting(heatkv.calibration, "calibrate", "samples")
-    counting(heatkv.cli.calibrate, "save_arrays", "levels")
+    counting(heatkv.cli.calibration_run, "save_arrays", "levels")
     counting(heatkv.profiling.fidelity, "save_compared", "comparisons")
     counting(heatkv.profiling.runner, "subject_memory", "memory")
 

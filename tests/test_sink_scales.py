@@ -236,7 +236,7 @@ def never(*_: Any, **__: Any) -> Any:
 def test_calibrate_measures_with_so_many_sinks(
     cost: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("heatkv.cli.calibrate.BIAS_SAMPLES", 1)
+    monkeypatch.setattr("heatkv.cli.calibration_run.BIAS_SAMPLES", 1)
     path = tmp_path / "s.safetensors"
     measure = ["calibrate", "--samples", "1", "--levels", cost, "--level-samples", "1", "--out", str(path)]
     assert run([*measure, "--sink-scales", "1"]) == 0
@@ -282,8 +282,8 @@ def test_calibrate_refuses_other_sinks_before_it_measures(
 def test_compare_measures_with_the_sinks_of_its_policies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("BIAS_SAMPLES", "LEVEL_SAMPLES"):
-        monkeypatch.setattr(f"heatkv.cli.calibrate.{name}", 1)
+    for name in ("calibration_run.BIAS_SAMPLES", "folder_statistics.LEVEL_SAMPLES"):
+        monkeypatch.setattr(f"heatkv.cli.{name}", 1)
     few = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1"]
     command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", *few]
 

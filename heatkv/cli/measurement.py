@@ -1,20 +1,19 @@
-"""Policies side by side on one model: `heatkv profile` for memory and time, `heatkv compare` also for what is lost."""
+"""What `heatkv profile` and `heatkv compare` have in common: policies at budgets, batches and seeds on one model, and
+the rows of results that are filled for them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
 from heatkv.checks import seed_of, shown
-from heatkv.cli.calibrate import statistics_of_folder
 from heatkv.cli.opening import (
     load_arguments,
     open_model,
@@ -26,25 +25,12 @@ from heatkv.cli.opening import (
     say_bytes,
     storage_of,
 )
-from heatkv.cli.options import (
-    AsJson,
-    Budgets,
-    OutFolder,
-    PlanFiles,
-    Policies,
-    Ranking,
-    Repeats,
-    Resume,
-    Running,
-    Source,
-    Sweep,
-    Without,
-)
-from heatkv.cli.output import make_folder, progress, say, shared_progress, show
+from heatkv.cli.options import Ranking, Running, Source, Sweep
+from heatkv.cli.output import progress, say, show
 from heatkv.cli.report import draw_report
 from heatkv.cli.settings import policy_options
 from heatkv.errors import HeatKVError, RanksError, out_of_memory
-from heatkv.files import clear_temporaries, file_name, read_json
+from heatkv.files import file_name, read_json
 from heatkv.geometry import Budget
 from heatkv.levels import SINK_SCALES
 from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
@@ -56,17 +42,14 @@ if TYPE_CHECKING:
     from heatkv.profiling.results import ResultsFolder
     from heatkv.profiling.runner import Subject
 
-DEFAULT_POLICIES = "heatkv,sliding-window,streaming,random"
-PROFILED_POLICIES = "sliding-window,streaming"
-PICTURES = 16
-"""Images that are drawn freely, where as many are compared."""
+
 DEFAULT_BUDGETS = "50%,30%,20%,10%"
 
 _Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
     """Where in a sweep: images at once, the cache rows that they take, and the seed."""
 
     batch: int
@@ -75,15 +58,15 @@ class _Point:
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """A subject at a point, with the row of results that is being filled."""
 
-    point: _Point
+    point: Point
     subject: Subject
     row: dict[str, Any]
 
 
-class _Measurement:
+class Measurement:
     """Policies at budgets and finished plans, on a model; names and numbers are read before the model is."""
 
     def __init__(
@@ -123,7 +106,7 @@ class _Measurement:
         self.plans = [(path, open_plan(path, self.model.geometry, source.model)) for path in plans or []]
         self.rankings = open_rankings(ranking.orders, self.model.geometry, source.model)
 
-    def _points(self, batches: Sequence[int] | None, seeds: Sequence[int]) -> list[_Point]:
+    def _points(self, batches: Sequence[int] | None, seeds: Sequence[int]) -> list[Point]:
         """Every batch with every seed."""
         from heatkv.profiling.runner import images_of_rows
 
@@ -131,9 +114,9 @@ class _Measurement:
         if batches is None:
             rows = self.running.rows if self.running.rows is not None else each
             batches = [images_of_rows(rows, self.settings)]
-        return [_Point(batch, batch * each, seed) for seed in seeds for batch in batches]
+        return [Point(batch, batch * each, seed) for seed in seeds for batch in batches]
 
-    def point_name(self, point: _Point, batch: bool = True) -> str:
+    def point_name(self, point: Point, batch: bool = True) -> str:
         """What to add to a name so that it is of this point alone; nothing where there is one point only."""
         told = [("seed", {p.seed for p in self.points}, point.seed)]
         if batch:
@@ -173,9 +156,9 @@ class _Measurement:
                 policy.check(problem)
                 policy.check_room(problem)
 
-    def subjects(self, statistics: Statistics | None, draws: int = 1) -> list[tuple[_Point, Subject]]:
+    def subjects(self, statistics: Statistics | None, draws: int = 1) -> list[tuple[Point, Subject]]:
         """Every policy at every budget, and every finished plan, at every point."""
-        found: dict[_Point, list[Subject]] = {}
+        found: dict[Point, list[Subject]] = {}
         for point in self.points:
             # only a budget in bytes makes other plans for other rows
             same = [p for p in found if p.seed == point.seed and not any(b.kind == "bytes" for b in self.budgets)]
@@ -184,7 +167,7 @@ class _Measurement:
                 say_bytes(plan, str(path), point.rows, self.storage)
         return [(point, subject) for point, subjects in found.items() for subject in subjects]
 
-    def _subjects_at(self, point: _Point, statistics: Statistics | None, draws: int) -> list[Subject]:
+    def _subjects_at(self, point: Point, statistics: Statistics | None, draws: int) -> list[Subject]:
         from heatkv.profiling.runner import Subject, plan_subjects
 
         subjects = plan_subjects(
@@ -214,7 +197,7 @@ class _Measurement:
         say(f"{subject.name}: its KL was foretold for cfg {told['predicted_cfg']}, this run has {own}")
         return {"predicted_kl": None}
 
-    def _comparison(self, point: _Point, subject: Subject, images: int, pictures: int) -> str:
+    def _comparison(self, point: Point, subject: Subject, images: int, pictures: int) -> str:
         from heatkv.profiling.results import comparison_digest
 
         # the images that are compared are other samples than the calibration's
@@ -223,10 +206,10 @@ class _Measurement:
         )
 
     def by_comparison(
-        self, subjects: Sequence[tuple[_Point, Subject]], images: int, pictures: int
-    ) -> dict[str, tuple[_Point, Subject]]:
+        self, subjects: Sequence[tuple[Point, Subject]], images: int, pictures: int
+    ) -> dict[str, tuple[Point, Subject]]:
         """The first subject of every comparison by its digest. Raises RanksError where ranks differ."""
-        found: dict[str, tuple[_Point, Subject]] = {}
+        found: dict[str, tuple[Point, Subject]] = {}
         for point, subject in subjects:
             found.setdefault(self._comparison(point, subject, images, pictures), (point, subject))
         for rank, digests in enumerate(current().gather(list(found))):
@@ -239,13 +222,13 @@ class _Measurement:
 
     def lines(
         self,
-        subjects: Sequence[tuple[_Point, Subject]],
+        subjects: Sequence[tuple[Point, Subject]],
         results: ResultsFolder,
         images: int,
         pictures: int,
         repeats: int,
         resume: bool,
-    ) -> list[_Line]:
+    ) -> list[Line]:
         """A line for every subject, with its bytes, and its memory and times where they were measured before; all plans
         are saved. With `resume` a run over other rows that was stopped is refused."""
         from heatkv.profiling.results import measurement_digest
@@ -275,7 +258,7 @@ class _Measurement:
                 memory = results.memory(row["measurement"], own=not self.in_process)
                 times = results.times(row["measurement"], repeats)
             kept = [count + (found is not None) for count, found in zip(kept, (memory, times), strict=True)]
-            lines.append(_Line(point, subject, row | (memory or {}) | (times or {})))
+            lines.append(Line(point, subject, row | (memory or {}) | (times or {})))
         if resume:
             results.check_stopped([line.row for line in lines])
         files = results.save_plans([subject for _, subject in subjects], [self.files_name(o, lines) for o in lines])
@@ -289,14 +272,14 @@ class _Measurement:
                 )
         return lines
 
-    def files_name(self, line: _Line, lines: Sequence[_Line]) -> str:
+    def files_name(self, line: Line, lines: Sequence[Line]) -> str:
         """Of the subject and its point; batches share files where they share plans."""
         first = next(other for other in lines if other.row["comparison"] == line.row["comparison"])
         alike = [o for o in lines if (o.subject.name, o.point.seed) == (line.subject.name, line.point.seed)]
         several = len({other.row["comparison"] for other in alike}) > 1
         return f"{line.subject.name}{self.point_name(first.point, batch=several)}"
 
-    def measure(self, lines: Sequence[_Line], repeats: int, results: ResultsFolder, snapshot: bool = False) -> None:
+    def measure(self, lines: Sequence[Line], repeats: int, results: ResultsFolder, snapshot: bool = False) -> None:
         """Add memory and times to the rows that lack them, saving each."""
         rows = [line.row for line in lines]
         results.save(rows)
@@ -313,10 +296,10 @@ class _Measurement:
                 advance(1)
         self._time(lines, repeats, results)
 
-    def _snapshot_path(self, line: _Line, folder: Path) -> Path:
+    def _snapshot_path(self, line: Line, folder: Path) -> Path:
         return folder / f"snapshot_{file_name(line.subject.name)}{self.point_name(line.point)}.pickle"
 
-    def _memory(self, line: _Line, folder: Path, snapshot: Path | None) -> dict[str, Any]:
+    def _memory(self, line: Line, folder: Path, snapshot: Path | None) -> dict[str, Any]:
         """In a process of its own, or quickly in this one; the allocator's history goes to `snapshot`."""
         from heatkv.profiling.memory import record_snapshots, save_snapshot
         from heatkv.profiling.runner import memory_row, subject_memory
@@ -346,11 +329,11 @@ class _Measurement:
         found = measure_apart(folder, job, subject.plans[0])
         return found if found["error"] is None else self._unmeasured(point, subject, found["error"])
 
-    def _unmeasured(self, point: _Point, subject: Subject, error: str) -> dict[str, Any]:
+    def _unmeasured(self, point: Point, subject: Subject, error: str) -> dict[str, Any]:
         say(f"{subject.name}{self.point_name(point).replace('_', ' ')} was not measured: {error}")
         return {"error": error}
 
-    def _time(self, lines: Sequence[_Line], repeats: int, results: ResultsFolder) -> None:
+    def _time(self, lines: Sequence[Line], repeats: int, results: ResultsFolder) -> None:
         """Times of what could be drawn and has none, in turns with all others of its point."""
         from heatkv.profiling.environment import timing_machine
         from heatkv.profiling.runner import latency_row, measure_latency
@@ -417,19 +400,20 @@ def _axes(sweep: Sweep, running: Running) -> tuple[list[int] | None, list[int]]:
     if sweep.batches is not None:
         if running.rows is not None:
             raise HeatKVError("--batches and --rows both say how much is drawn at once; give one of them")
-        batches = _whole_numbers(sweep.batches, "batch")
+        batches = whole_numbers(sweep.batches, "batch")
         for batch in batches:
             positive(batches=batch)
     if sweep.seeds is not None:
         if running.seed != 0:
             raise HeatKVError("--seeds and --seed both name seeds; give one of them")
-        seeds = _whole_numbers(sweep.seeds, "seed")
+        seeds = whole_numbers(sweep.seeds, "seed")
         for seed in seeds:
             seed_of(seed, HeatKVError)
     return batches, seeds
 
 
-def _whole_numbers(text: str, what: str) -> list[int]:
+def whole_numbers(text: str, what: str) -> list[int]:
+    """Numbers separated by commas, each once. Raises HeatKVError."""
     try:
         numbers = [int(name) for name in parse_names(text, what)]
     except ValueError as error:
@@ -441,7 +425,7 @@ def _whole_numbers(text: str, what: str) -> list[int]:
 
 
 @contextmanager
-def _told_when_stopped(results: ResultsFolder) -> Iterator[None]:
+def told_when_stopped(results: ResultsFolder) -> Iterator[None]:
     """An interrupt says where what was measured is, and how to go on."""
     try:
         yield
@@ -451,7 +435,7 @@ def _told_when_stopped(results: ResultsFolder) -> Iterator[None]:
         raise
 
 
-def _finish(
+def finish_results(
     results: ResultsFolder,
     rows: _Rows,
     title: str,
@@ -471,282 +455,3 @@ def _finish(
         show(table, False, None)
     show(results_table(rows, title), as_json, read_json(results.path) if as_json else None)
     say(f"written: {results.path.parent}")
-
-
-def profile(
-    *,
-    out: OutFolder,
-    source: Source,
-    policies: Policies = None,
-    budgets: Budgets = DEFAULT_BUDGETS,
-    plan: PlanFiles = None,
-    ranking: Ranking,
-    repeats: Repeats = 10,
-    trace: Annotated[
-        Path | None, typer.Option("--trace", help="folder for profiler traces, for TensorBoard and Perfetto")
-    ] = None,
-    snapshot: Annotated[
-        bool, typer.Option("--snapshot", help="also write the CUDA allocator's history per policy (pickle)")
-    ] = False,
-    sweep: Sweep,
-    running: Running,
-    resume: Resume = False,
-    as_json: AsJson = False,
-) -> None:
-    """Memory and latency of every policy at every budget, batch size and seed; goes on where it was stopped.
-
-    Example: heatkv profile --model emoji --policies streaming --budgets 20%,10% --batches 1,4 --out results/profile
-    """
-    from heatkv.profiling.latency_table import latency_table
-    from heatkv.profiling.memory import check_snapshots
-    from heatkv.profiling.memory_table import memory_table
-    from heatkv.profiling.results import ResultsFolder, check_replaceable
-    from heatkv.profiling.trace import has_trace, save_trace
-
-    positive(repeats=repeats)
-    check_replaceable(out)
-    measurement = _Measurement(source, policies, PROFILED_POLICIES, budgets, plan, ranking, running, sweep)
-    model = measurement.model
-    if snapshot:
-        check_snapshots(model.device)
-    subjects = measurement.subjects(measurement.statistics)
-    folder = make_folder(out)
-    traces = None if trace is None else make_folder(trace, "--trace")
-    results = ResultsFolder(folder, model, measurement.settings, measurement.request(repeats))
-    with _told_when_stopped(results):
-        lines = measurement.lines(subjects, results, 0, 0, repeats, resume)
-        measurement.measure(lines, repeats, results, snapshot)
-        if traces is not None:
-            for point, subject in subjects:
-                of_point = measurement.point_name(point, batch=False)
-                if not (resume and has_trace(traces, subject, point.batch, of_point)):
-                    save_trace(traces, model, subject, point.batch, measurement.settings, of_point)
-            clear_temporaries(traces)
-            say(f"traces: {traces} (tensorboard --logdir {traces}, or ui.perfetto.dev)")
-    rows = [line.row for line in lines]
-
-    def tables() -> list[Table]:
-        return [
-            memory_table(rows, f"{model.name}: memory on {model.device}"),
-            latency_table(rows, f"{measurement.title}, {model.device}: time"),
-        ]
-
-    _finish(results, rows, f"{measurement.title}, {model.device}", as_json, before=tables)
-
-
-def compare(
-    *,
-    out: OutFolder,
-    source: Source,
-    policies: Policies = None,
-    budgets: Budgets = DEFAULT_BUDGETS,
-    plan: PlanFiles = None,
-    ranking: Ranking,
-    samples: Annotated[
-        int, typer.Option("--samples", help="images to calibrate on, when no statistics are given")
-    ] = 64,
-    images: Annotated[int, typer.Option("--images", help="images whose logits are compared (KL, top-1)")] = 32,
-    pictures: Annotated[
-        int | None,
-        typer.Option(
-            "--pictures", help=f"of them, images drawn freely and compared (PSNR, SSIM); default {PICTURES} at most"
-        ),
-    ] = None,
-    draws: Annotated[int, typer.Option("--draws", help="plans of every policy that draws at random")] = 3,
-    repeats: Repeats = 5,
-    sweep: Annotated[Sweep, Without("in_process")],
-    running: Running,
-    resume: Resume = False,
-    as_json: AsJson = False,
-) -> None:
-    """The main job: calibrate if needed, plan, draw, measure; a table, results.json, pictures and report.html. It
-    goes on where it was stopped, and shares comparisons over the ranks that torchrun starts.
-
-    Example: heatkv compare --model emoji --policies heatkv,streaming --budgets 20%,10% --out results/compare
-    """
-    import torch
-
-    from heatkv.profiling.html_report import check_report_replaceable
-    from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
-    from heatkv.profiling.results import ResultsFolder, check_replaceable, save_scas
-    from heatkv.profiling.runner import versus
-
-    positive(samples=samples, images=images, draws=draws, repeats=repeats)
-    if pictures is None:
-        pictures = min(PICTURES, images)
-    positive(pictures=pictures)
-    if pictures > images:
-        raise HeatKVError(
-            f"--pictures {pictures} is more than the {images} images that are compared, whose first ones are drawn "
-            f"freely; write --images {pictures}, or at most {images} pictures"
-        )
-    check_replaceable(out)
-    check_report_replaceable(out)
-    # a fresh process for every row would take longer than all the rest; `profile` has them
-    quick = replace(sweep, in_process=True)
-    measurement = _Measurement(source, policies, DEFAULT_POLICIES, budgets, plan, ranking, running, quick)
-    measurement.check()
-    model, settings = measurement.model, measurement.settings
-    statistics = measurement.statistics
-    if measurement.lacks_statistics:
-        folder = make_folder(out)
-        # of the least seed: images are compared at seeds above it
-        seed = min(measurement.seeds)
-        statistics = statistics_of_folder(
-            folder, model, samples, seed, settings, measurement.levels, measurement.level_sinks
-        )
-    subjects = measurement.subjects(statistics, draws)
-    folder = make_folder(out)
-    request = measurement.request(repeats) | {
-        "images": images, "pictures": pictures, "draws": draws, "samples_digest": measurement.samples(images),
-        "statistics": None if statistics is None else statistics.provenance.to_json(),
-    }  # fmt: skip
-    results = ResultsFolder(folder, model, settings, request, pictures)
-    ranks = current()
-    by_digest = measurement.by_comparison(subjects, images, pictures)
-    if not ranks.first:
-        missing = {digest: by_digest[digest] for digest in ranks.gather([])[0]}
-        _compare_all(measurement, missing, results, images, pictures, lambda *_: None)
-        ranks.wait()
-        for digest in missing:  # where this rank does not see the folder of the first
-            results.parts.remove(f"{digest}.")
-        return
-    with _told_when_stopped(results):
-        lines = measurement.lines(subjects, results, images, pictures, repeats, resume)
-        drawn = _take_earlier(lines, results)
-        # alone, as others at work would colour times
-        measurement.measure(lines, repeats, results)
-
-        def finish(digest: str, figures: dict[str, Any], pictures_of_batches: Any) -> None:
-            first = next(line for line in lines if line.row["comparison"] == digest)
-            drawn[digest] = torch.cat(pictures_of_batches)
-            results.save_pictures(measurement.files_name(first, lines), digest, drawn[digest])
-            for line in lines:
-                if line.row["comparison"] == digest:
-                    line.row.update(figures)
-            results.save([line.row for line in lines])
-            if ranks.size == 1:  # others may be writing parts
-                results.parts.remove(f"{digest}.")
-
-        missing = {digest: at for digest, at in by_digest.items() if digest not in drawn}
-        ranks.gather(list(missing))
-        _compare_all(measurement, missing, results, images, pictures, finish)
-    rows = [line.row for line in lines]
-    rows = [row | {"versus": difference} for row, difference in zip(rows, versus(rows), strict=True)]
-    for figure, reason in rows[0]["not_measured"].items():
-        say(f"no {figure.upper()}: {reason}")
-    for name, pictures_of in _sheets(measurement, lines, drawn).items():
-        budget = pictures_of[1][2]
-        path = folder / f"images_{name.replace('%', 'percent')}.png"
-        save_image_sheet(
-            path, [(policy, images) for policy, images, _ in pictures_of], min(pictures, 12),
-            f"{model.name}, cache of {budget}",
-        )  # fmt: skip
-    if statistics is not None:
-        save_scas_heat_map(folder / "scas.png", statistics)
-        save_scas(folder / "scas.json", statistics)
-    title = f"{measurement.title}, KL and top-1 over {images} images, PSNR and SSIM over {pictures}"
-    _finish(results, rows, title, as_json, report=True)
-    ranks.wait()
-
-
-_Drawn = dict[str, Any]
-"""Pictures by the digest of the comparison that they are of."""
-
-
-def _take_earlier(lines: Sequence[_Line], results: ResultsFolder) -> _Drawn:
-    """Fill in the comparisons that were made before, ahead of the first save; the pictures of these."""
-    drawn: _Drawn = {}
-    count = 0
-    for line in lines:
-        digest = line.row["comparison"]
-        earlier = results.earlier(digest)
-        if earlier is not None:
-            figures, drawn[digest] = earlier
-            line.row.update(figures)
-            count += 1
-    if count:
-        say(f"{count} of {len(lines)} comparisons were made before: taken from {results.path.parent}")
-    return drawn
-
-
-def _compare_all(
-    measurement: _Measurement,
-    subjects: Mapping[str, tuple[_Point, Subject]],
-    results: ResultsFolder,
-    images: int,
-    pictures: int,
-    finish: Callable[[str, dict[str, Any], Any], None],
-) -> None:
-    """Compare the subjects, by the digests of their comparisons, with the full cache; `finish` is given figures and
-    pictures of each. Several ranks share them batch by batch of images; every batch is kept when it is done."""
-    from heatkv.profiling.fidelity import FidelityBench, drawings, image_batches, load_compared, save_compared
-    from heatkv.profiling.results import part_name
-    from heatkv.profiling.runner import BatchComparison, fidelity_row
-
-    ranks, batches = current(), image_batches(images)
-    # one after another, so that a stopped run has whole rows; or batch by batch, so that a rank draws few references
-    seeds = dict.fromkeys(point.seed for point, _ in subjects.values())
-    groups = [[digest] for digest in subjects]
-    if ranks.size > 1:
-        groups = [[digest for digest, (point, _) in subjects.items() if point.seed == seed] for seed in seeds]
-    parts_of = [
-        {part_name(digest, samples): (digest, index) for index, samples in enumerate(batches) for digest in group}
-        for group in groups
-    ]
-    missing = [results.parts.missing(list(names), ranks) for names in parts_of]
-
-    def work(names: Sequence[str], of: Mapping[str, tuple[str, int]]) -> int:
-        return sum(len(subjects[of[n][0]][1].plans) * drawings(batches[of[n][1]], pictures) for n in names)
-
-    references = images * len(seeds)
-    if ranks.size > 1:
-        touched = [
-            {of[name][1] for name in ranks.share_of(names, rank)}
-            for names, of in zip(missing, parts_of, strict=True) for rank in range(ranks.size)
-        ]  # fmt: skip
-        references = sum(len(batches[index]) for indices in touched for index in indices)
-    total = references + sum(work(names, of) for names, of in zip(missing, parts_of, strict=True))
-    with shared_progress("comparing", total) as advance:
-        bench: FidelityBench | None = None
-        seed = None
-        for group, of, lacking in zip(groups, parts_of, missing, strict=True):
-            if bench is None or subjects[group[0]][0].seed != seed:
-                bench = None  # frees its references first
-                seed = subjects[group[0]][0].seed
-                bench = FidelityBench(
-                    measurement.model, images=images, pictures=pictures, seed=seed + 1, settings=measurement.settings,
-                    hold=ranks.size == 1, progress=advance,
-                )  # fmt: skip
-            comparison = BatchComparison(bench)
-
-            def make(
-                name: str, path: Path, of: Mapping[str, tuple[str, int]] = of, by: BatchComparison = comparison
-            ) -> None:
-                digest, index = of[name]
-                save_compared(path, by.of(subjects[digest][1], index), pictures)
-
-            results.parts.fill(list(of), ranks.share_of(lacking, ranks.rank), make, ranks)
-            for digest in group if ranks.first else ():
-                compared = [load_compared(results.parts.path(part_name(digest, samples))) for samples in batches]
-                of_plans = [bench.joined(of_plan) for of_plan in zip(*compared, strict=True)]
-                figures, details = fidelity_row(bench, subjects[digest][1], of_plans)
-                finish(digest, figures, details.pictures)
-
-
-def _sheets(measurement: _Measurement, lines: Sequence[_Line], drawn: _Drawn) -> dict[str, list[tuple[str, Any, str]]]:
-    """(policy, pictures, budget) of every sheet by its name; the full cache's first. Batches share a sheet."""
-    sheets: dict[str, list[tuple[str, Any, str]]] = {}
-    full: dict[int, Any] = {}
-    batch = measurement.points[0].batch
-    for line in lines:
-        pictures, seed, subject = drawn[line.row["comparison"]], line.point.seed, line.subject
-        if line.point.batch != batch:
-            continue
-        if subject.policy == "full":
-            full[seed] = pictures
-            continue
-        name = subject.budget + measurement.point_name(line.point, batch=False)
-        sheet = sheets.setdefault(name, [("full", full[seed], "100%")])
-        sheet.append((subject.policy, pictures, subject.budget))
-    return sheets
