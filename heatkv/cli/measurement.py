@@ -113,6 +113,7 @@ class Measurement:
         each = self.settings.rows_per_image
         if batches is None:
             rows = self.running.rows if self.running.rows is not None else each
+            positive(rows=rows)
             batches = [images_of_rows(rows, self.settings)]
         return [Point(batch, batch * each, seed) for seed in seeds for batch in batches]
 

@@ -18,6 +18,7 @@ from heatkv.cli.opening import (
     open_plan,
     open_rankings,
     parse_ratio,
+    positive,
     say_template,
     statistics_of_model,
     storage_name,
@@ -68,6 +69,7 @@ def solve(
     guided = is_guided(info, cfg)
     held_as = storage_name(known_dtype(dtype), storage)
     rows = rows if rows is not None else (2 if guided else 1)
+    positive(rows=rows)
     check_device(device)
     if split not in SPLITS or (ranks is None and split != "balanced"):
         raise HeatKVError(f"--split is {split!r}; it goes with --ranks and is {' or '.join(SPLITS)}")
