@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from heatkv.cli import app
 
 _OUTSIDE = re.compile(r"\[([^\]]*)\]\((\.\./[^)#\s]+)\)")
+
+
+def on_config(config: Any) -> None:
+    """Say what is missing, where the page of Python would end in a traceback."""
+    installed = Path(config.config_file_path).parent / "build" / "typed" / "heatkv"
+    if not installed.is_dir():
+        raise PluginError(f"{installed} is missing, the package that the pages of Python are made from; run make docs")
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -186,6 +186,23 @@ def check_writable(folder: Path) -> None:
         raise FormatError(f"cannot write in the folder {folder}: {error.strerror or error}") from error
 
 
+def check_new_file(path: str | os.PathLike[str], option: str) -> None:
+    """Raise FormatError when no new file can be made at `path`, named by this option, before hours are spent on it."""
+    path = as_path(path)
+    if is_folder(path):
+        raise FormatError(f"{option} {path} is a folder; name a file")
+    if is_there(path):
+        raise FormatError(f"{path} exists; name another file ({option})")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Raise FormatError when the folder of a file is not there, or takes none."""
+    if not is_folder(path.parent):
+        raise FormatError(f"the folder {path.parent} does not exist")
+    check_writable(path.parent)
+
+
 def file_name(text: str) -> str:
     """The text with nothing in it that a file name cannot hold."""
     return "".join(c if c.isalnum() else "_" for c in text)

@@ -131,7 +131,8 @@ class FollowingGenerator(Generic[Label]):
             if not self._beside:
                 told = f"the budget allows {allowed} at batch {self.batch}"
                 way_out = (
-                    f"draw {images} at a time, or allow memory beside the cache, in commands with --measuring-memory"
+                    f"draw {images} at a time (in commands --rows {images * self.settings.rows_per_image}), or allow "
+                    "memory beside the cache, in commands with --measuring-memory"
                 )
             raise BudgetError(
                 f"measuring one image holds {needed} bytes, {told}; {way_out} (memory={-(-needed >> 20)}MiB)"

@@ -31,6 +31,8 @@ FloatArray = NDArray[np.float64]
 _NAMED = 10
 """Half-lives after which a sample's name is forgotten; by then it weighs less than a thousandth of a new one."""
 
+_MOST_NAMES = 1_000_000
+
 
 class _Fading:
     """Sums of arrays in which what came before an addition is scaled down."""
@@ -69,13 +71,13 @@ class FadingStatistics:
         self.half_life = float(half_life)
         self._initial = initial
         self._keep = 2 ** (-1 / self.half_life)
-        past = 1 / (1 - self._keep)
+        past = -1 / math.expm1(-math.log(2) / self.half_life)
         self._cells = _Fading(initial.sums(), initial.count, min(float(initial.count), past))
         self._levels: _Fading | None = None
         if initial.levels is not None:
             levels, count = initial.levels, len(initial.levels.samples)
             self._levels = _Fading(_cost_sums(levels), count, min(float(count), past))
-        self._names = deque(initial.provenance.samples, maxlen=math.ceil(_NAMED * self.half_life))
+        self._names = deque(initial.provenance.samples, maxlen=math.ceil(min(_NAMED * self.half_life, _MOST_NAMES)))
 
     def add(self, measured: Statistics) -> None:
         """Take in what was measured alike; its samples weigh the same. Raises StatisticsError for other statistics."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -28,9 +29,15 @@ JOINING_SECONDS = 600
 """For all ranks to be there; models are loaded later."""
 
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_MOST_RANKS = 1_000_000
 _LONGEST = timedelta(days=7)  # rank 0 may measure times for hours while the others wait; a rank that ends is noticed
 _LOOK_SECONDS, _LONG_LOOK_SECONDS = 0.005, 0.2  # first, and where others measure times, which must not be disturbed
+_TELL_SECONDS = 10.0  # of waiting for others, after which it is told
+_CONNECT_SECONDS = 2.0
 RESUME = "what was finished is kept, and the same command with --resume goes on"
+
+
+_Tell = Callable[[str], object]
 
 
 class Ranks:
@@ -39,6 +46,8 @@ class Ranks:
     rank = 0
     size = 1
     local_rank = 0
+    kept = RESUME
+    """What is told of the work so far when another rank ends."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -111,30 +120,51 @@ class Ranks:
 class _Launched(Ranks):
     """One of several, joined through the launcher's store; they talk over gloo, on GPUs they send over NCCL."""
 
-    def __init__(self, rank: int, size: int, local_rank: int) -> None:
+    def __init__(self, rank: int, size: int, local_rank: int, address: tuple[str, int], tell: _Tell) -> None:
         import torch.distributed as dist
-        from torch.distributed.distributed_c10d import PrefixStore
-        from torch.distributed.rendezvous import rendezvous
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         super().__init__()
         self.rank, self.size, self.local_rank = rank, size, local_rank
-        self._dist = dist
+        self._dist, self._address = dist, address
         self._sending: tuple[torch.device, ProcessGroup | None] | None = None
+        waiting = _Waiting(tell)
+        # torchrun's own process has the store
+        serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not serves:
+            self._await_store(waiting)
         try:
-            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOINING_SECONDS)))
+            store = TCPStore(
+                *address, size, serves, timedelta(seconds=JOINING_SECONDS), wait_for_workers=False, multi_tenant=True
+            )
             self._store = PrefixStore(_attempt(), store)
-            self._await_all()
+            self._await_all(waiting)
             dist.init_process_group("gloo", store=self._store, rank=rank, world_size=size, timeout=_LONGEST)
         except RuntimeError as error:
             raise RanksError(f"rank {rank} of {size} cannot join the others: {_one_line(error)}") from error
 
-    def _await_all(self) -> None:
+    def _await_store(self, waiting: _Waiting) -> None:
+        """Until somebody listens there; the store itself would try in a call that no signal ends."""
+        host, port = self._address
+        while True:
+            try:
+                socket.create_connection(self._address, timeout=_CONNECT_SECONDS).close()
+            except (OSError, UnicodeError) as error:  # UnicodeError for what can be no name
+                why = f"nobody listens at {host}:{port} (MASTER_ADDR, MASTER_PORT): {_one_line(error)}"
+            else:
+                return
+            waiting.go_on(f"rank {self.rank} of {self.size} waits for rank 0: {why}")
+
+    def _await_all(self, waiting: _Waiting) -> None:
         """Looking, not in a call that no signal ends."""
-        began, joined = time.monotonic(), self.count("heatkv/joined", 1)
+        joined = self.count("heatkv/joined", 1)
         while joined < self.size:
-            if time.monotonic() - began > JOINING_SECONDS:
-                raise RanksError(f"only {joined} of {self.size} ranks came within {JOINING_SECONDS} s; start them all")
-            time.sleep(_LOOK_SECONDS)
+            host, port = self._address
+            waiting.go_on(
+                f"{joined} of {self.size} ranks came to {host}:{port}, waiting for the others; start them all"
+                if self.rank == 0
+                else ""
+            )
             joined = self.count("heatkv/joined", 0)
 
     def device(self, name: str) -> str:
@@ -167,13 +197,13 @@ class _Launched(Ranks):
                 pause = min(2 * pause, _LONG_LOOK_SECONDS)
             work.wait()
         except RuntimeError as error:
-            raise RanksError(f"another rank has ended; {RESUME}") from error
+            raise RanksError(f"another rank has ended; {self.kept}") from error
 
     def _start(self, call: Callable[..., Work | None], *arguments: Any, **named: Any) -> None:
         try:
             work = call(*arguments, **named, async_op=True)
         except RuntimeError as error:
-            raise RanksError(f"another rank has ended; {RESUME}") from error
+            raise RanksError(f"another rank has ended; {self.kept}") from error
         self._done(work)
 
     def wait(self) -> None:
@@ -207,16 +237,16 @@ class _Launched(Ranks):
         try:
             call(tensor, *arguments, group=group)
         except RuntimeError as error:
-            raise RanksError(f"another rank has ended; {RESUME}") from error
+            raise RanksError(f"another rank has ended; {self.kept}") from error
 
     def count(self, name: str, more: int) -> int:
         try:
             return int(self._store.add(name, more))
         except RuntimeError as error:
-            raise RanksError(f"the launcher or rank 0 has ended; {RESUME}") from error
+            raise RanksError(f"the launcher or rank 0 has ended; {self.kept}") from error
 
     def may_tell(self, error: str) -> bool:
-        lost = RESUME in error  # by a rank that may have told more itself
+        lost = self.kept in error  # by a rank that may have told more itself
         digest = hashlib.sha256(error.encode()).hexdigest()
         try:
             told = int(self._store.add("heatkv/told", 0 if lost else 1))
@@ -230,6 +260,24 @@ class _Launched(Ranks):
         # those who still wait for this one must learn that it is gone
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
+
+
+class _Waiting:
+    """For other ranks to come: told after a while, and ended after a longer one."""
+
+    def __init__(self, tell: _Tell) -> None:
+        self._tell, self._began, self._told, self._pause = tell, time.monotonic(), False, _LOOK_SECONDS
+
+    def go_on(self, why: str) -> None:
+        """Wait a little more; `why` is told once, if it is not empty. Raises RanksError when it has been too long."""
+        waited = time.monotonic() - self._began
+        if waited > JOINING_SECONDS:
+            raise RanksError(f"not all ranks came within {JOINING_SECONDS} s" + (f": {why}" if why else ""))
+        if why and not self._told and waited > _TELL_SECONDS:
+            self._told = True
+            self._tell(f"waiting, for {JOINING_SECONDS} s at most: {why}")
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, _LONG_LOOK_SECONDS)
 
 
 def _attempt() -> str:
@@ -251,13 +299,14 @@ def current() -> Ranks:
     return _current
 
 
-def join() -> Ranks:
-    """Become one of the ranks that were launched, when there are several; waits until all are there.
+def join(tell: _Tell = lambda _: None) -> Ranks:
+    """Become one of the ranks that were launched, when there are several; waits until all are there, and tells for
+    whom when that takes a while.
 
     Raises RanksError when the launcher's variables do not fit together, or the others cannot be reached.
     """
     global _current
-    size = _number("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
+    size = _number("WORLD_SIZE", 1, _MOST_RANKS) if "WORLD_SIZE" in os.environ else 1
     if size > 1:
         lacking = [name for name in _NEEDED if name not in os.environ]
         if lacking:
@@ -265,7 +314,9 @@ def join() -> Ranks:
                 f"WORLD_SIZE is {size}, but {' and '.join(lacking)} are not set; start with torchrun, or unset "
                 "WORLD_SIZE"
             )
-        _current = _Launched(_number("RANK"), size, _number("LOCAL_RANK"))
+        rank, local_rank = _number("RANK", 0, size - 1), _number("LOCAL_RANK", 0, size - 1)
+        address = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 1, 65535)
+        _current = _Launched(rank, size, local_rank, address, tell)
     return _current
 
 
@@ -276,8 +327,11 @@ def leave() -> None:
     team.leave()
 
 
-def _number(name: str) -> int:
+def _number(name: str, least: int, most: int) -> int:
     try:
-        return int(os.environ[name])
+        number = int(os.environ[name])
     except ValueError:
         raise RanksError(f"{name} is {os.environ[name]!r}; torchrun sets it to a whole number") from None
+    if not least <= number <= most:
+        raise RanksError(f"{name} is {number}; it must be from {least} to {most}")
+    return number

@@ -40,17 +40,18 @@ class ScaleSchedule:
 
     def __post_init__(self) -> None:
         scales = tuple(_entries(self.scales))
-        if len(scales) < 2:
-            raise ScheduleError(
-                f"a schedule needs at least 2 scales, this one has {len(scales)}: with one scale nothing is cached"
-            )
         if len(scales) > MAX_SCALES:
             raise ScheduleError(f"a schedule has at most {MAX_SCALES} scales, this one has {len(scales)}")
         for index, scale in enumerate(scales):
             if len(scale) != 3 or not all(1 <= (as_whole(side) or 0) <= MAX_SIDE for side in scale):
                 raise ScheduleError(
                     f"scale {index} is {shown(scale)}; it must be (t, h, w), whole numbers from 1 to {MAX_SIDE}"
+                    + ("; ScaleSchedule.of takes (h, w) too" if len(scale) == 2 else "")
                 )
+        if len(scales) < 2:
+            raise ScheduleError(
+                f"a schedule needs at least 2 scales, this one has {len(scales)}: with one scale nothing is cached"
+            )
         object.__setattr__(self, "scales", tuple(tuple(map(int, scale)) for scale in scales))
 
     # ------------------------------------------------------------------ ways to make one
@@ -160,7 +161,10 @@ def _entries(scales: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
     try:
         return [tuple(scale) for scale in scales]
     except TypeError as error:
-        raise ScheduleError(f"a schedule is a list of [t, h, w] or [h, w], not {shown(scales)}") from error
+        raise ScheduleError(
+            f"a schedule is a list of [t, h, w] or [h, w], not {shown(scales)}; of square scales, ScaleSchedule.square "
+            "takes the sides"
+        ) from error
 
 
 @cache

@@ -47,7 +47,7 @@ def run_apart(
 ) -> list[Ended]:
     """The command in a process, or as so many ranks; one of them is stopped at the moment."""
     environments = [_environment(rank, ranks) for rank in range(ranks)]
-    port = _free_port()
+    port = free_port()
     for environment in environments if ranks > 1 else ():
         environment["MASTER_PORT"] = str(port)
     logs = [folder.with_name(f"{folder.name}.rank{rank}.log") for rank in range(ranks)]
@@ -86,7 +86,7 @@ def _environment(rank: int, ranks: int) -> dict[str, str]:
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

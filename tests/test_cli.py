@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from heatkv import files
 from heatkv.cli import run
 from heatkv.cli.output import progress
 from heatkv.errors import PolicyError
@@ -517,11 +520,16 @@ def test_generate_under_a_plan_that_follows(
     assert run(["solve", "--policy", "heatkv", "--budget", "20%", "--statistics", str(saved)]) == 0
     for arguments, said in (
         (draw[:5] + draw[7:], "begins with --statistics"),
+        (draw[:3] + draw[5:], "a plan that follows needs --budget"),
+        ([*draw[:2], "streaming", *draw[3:5], *draw[7:]], "plans from nothing measured"),
+        ([*draw, "--save-statistics", str(saved)], f"{saved} exists; name another file (--save-statistics)"),
+        ([*draw, "--save-statistics", str(tmp_path)], f"--save-statistics {tmp_path} is a folder; name a file"),
+        ([*draw, "--save-statistics", str(out / "absent" / "s")], f"the folder {out / 'absent'} does not exist"),
         ([*draw, "--graphs"], "no --plan or --graphs"),
         ([*draw, "--adopt-above", "3MiB"], "is no share"),
         ([*draw, "--half-life", "0"], "--half-life is 0"),
         ([*draw, "--follow-every", "0"], "every is 0"),
-        ([*draw, "--rows", "2"], "draw 4 at a time"),
+        ([*draw, "--rows", "2"], "draw 4 at a time (in commands --rows 8)"),
         ([*draw[:-2], "--half-life", "3"], "--half-life is for a plan that follows; add --follow-every"),
         ([*draw[:-2], "--save-statistics", "x"], "--save-statistics is for a plan that follows"),
     ):
@@ -530,6 +538,30 @@ def test_generate_under_a_plan_that_follows(
     assert run(["solve", "--policy", "streaming", "--budget", "20%", "--out", str(plan)]) == 0
     arguments = ["generate", "--plan", str(plan), "--label", "cat", "--out", str(out), "--follow-every", "2"]
     assert "--follow-every makes plans as it goes" in refused(capsys, *arguments)
+
+
+def test_what_was_followed_is_kept_when_drawing_is_stopped(
+    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, saved = tmp_path / "out", tmp_path / "followed.safetensors"
+    written = files.replacing
+
+    @contextmanager
+    def stopped_at_the_third(path: Path) -> Iterator[Path]:
+        if path.name.startswith("0002"):
+            raise KeyboardInterrupt
+        with written(path) as temporary:
+            yield temporary
+
+    monkeypatch.setattr("heatkv.cli.generate.replacing", stopped_at_the_third)
+    draw = ["generate", "--policy", "heatkv", "--budget", "20%", "--statistics", str(statistics_file), "--rows", "4"]
+    draw += ["--follow-every", "2", "--measuring-memory", "64MiB", "--label", "cat", "--count", "4"]
+    assert run([*draw, "--out", str(out), "--save-statistics", str(saved)]) == 130
+    said = capsys.readouterr().err
+    assert f"written before it ended: 2 of 4 images in {out}" in said
+    assert f"written: {saved}, statistics with 1 images more" in said
+    assert sorted(path.name for path in out.iterdir()) == ["0000_cat.png", "0001_cat.png"]
+    assert Statistics.load(saved).provenance.samples[-1].endswith(":served")
 
 
 def test_generate_writes_a_picture_per_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -565,6 +597,7 @@ def test_generate_writes_a_picture_per_label(tmp_path: Path, capsys: pytest.Capt
     [
         (["--label", "dragon"], "no class 'dragon'"),
         (["--label", "cat", "--policy", "streaming"], "needs --budget"),
+        (["--label", "cat", "--policy", "snapvk"], "did you mean 'snapkv'?"),
         (["--label", "cat", "--count", "0"], "--count is 0"),
         (["--label", "cat", "--orders", "a", "--statistics", "b"], "give one of them"),
         (["--label", "cat", "--cfg", "-1"], "cfg is -1"),

@@ -45,8 +45,7 @@ def test_comparing_a_policy(tmp_path: Path) -> None:
 
 
 def test_planning_for_a_memory(tmp_path: Path) -> None:
-    orders = ROOT / "tests" / "golden" / "orders" / "2b.json"
-    told = run("plan_for_a_memory.py", "--orders", str(orders), cwd=tmp_path)
+    told = run("plan_for_a_memory.py", cwd=tmp_path)
     plan = load_plan(tmp_path / "plan.json")
     assert isinstance(plan, Plan)
     plan.check_geometry(model_info("infinity-2b").geometry("1M"))

@@ -169,6 +169,7 @@ def test_compare(tiny: list[str]) -> None:
         ("generate", {"--prompt": "a", "--ratio": "11"}, "is outside 0.1 to 10"),
         ("generate", {"--prompt": "a", "--text-encoder": None}, "without a text encoder; name one (--text-encoder)"),
         ("generate", {"--prompt": "a", "--text-encoder": "./absent"}, "neither a folder nor a hub name"),
+        ("generate", {"--prompt": "a", "--text-encoder": __file__}, "it is a file; name the folder that holds it"),
         ("generate", {"--prompt": "a", "--text-encoder": "."}, "holds none of tokenizer.json, spiece.model"),
         ("generate", {"--prompt": "a", "--weights": None}, "infinity-tiny needs its weights"),
         ("generate", {"--prompt": "a", "--weights": "."}, "holds none of tiny.pth"),

@@ -78,6 +78,15 @@ def test_forgetting_is_a_plain_weighted_mean(initial: int, half_life: float) -> 
     np.testing.assert_allclose(found.levels.single, mean(singles), rtol=1e-9)
 
 
+@pytest.mark.parametrize("half_life", [1e-300, 1e16, 1e300])
+def test_all_or_nothing_is_forgotten(half_life: float) -> None:
+    old, new = sharpened(3, 0), sharpened(1, 1)
+    fading = FadingStatistics(made(old), half_life)
+    fading.add(made(new, first=3))
+    expected = new if half_life < 1 else [*old, *new]
+    np.testing.assert_allclose(fading.statistics().mass, np.mean(expected, axis=0), rtol=1e-12)
+
+
 def test_half_of_the_weight_is_gone_after_the_half_life() -> None:
     old, new = made_up_mass(GEOMETRY, 400, 1), made_up_mass(GEOMETRY, 10, 2)
     fading = FadingStatistics(made(old), 10.0)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopping import Ended, Moment, run_apart
+from stopping import Ended, Moment, free_port, run_apart
 
 from heatkv import ranks as ranks_module
 from heatkv.cli import run
@@ -24,6 +24,7 @@ from heatkv.profiling.runner import FIDELITY
 from heatkv.ranks import Ranks, current, join
 
 CALIBRATE = ["calibrate", "--samples", "3"]  # batches of 2 and 1
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 LAST = 12 * 8  # attention of the embedded model's last layer and scale
 COMPARE = ["compare", "--samples", "2", "--images", "18", "--pictures", "17", "--repeats", "1", "--policies"]
 COMPARE += ["streaming,random", "--draws", "2", "--budgets", "30%"]
@@ -193,6 +194,10 @@ def test_items_are_dealt_once_and_in_order() -> None:
     [
         ({"WORLD_SIZE": "2"}, "RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT are not set; start with torchrun"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; torchrun sets it to a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0; it must be from 1 to"),
+        ({**LAUNCHED, "RANK": "2"}, "RANK is 2; it must be from 0 to 1"),
+        ({**LAUNCHED, "LOCAL_RANK": "-1"}, "LOCAL_RANK is -1; it must be from 0 to 1"),
+        ({**LAUNCHED, "MASTER_PORT": "99999"}, "MASTER_PORT is 99999; it must be from 1 to 65535"),
     ],
 )
 def test_variables_that_do_not_fit_are_refused(
@@ -205,6 +210,34 @@ def test_variables_that_do_not_fit_are_refused(
     assert run(["policies"]) == 2
     assert said in capsys.readouterr().err
     assert current().size == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "address", "why"),
+    [
+        ("0", "127.0.0.1", "1 of 2 ranks came to 127.0.0.1"),
+        ("1", "127.0.0.1", "rank 1 of 2 waits for rank 0: nobody listens at 127.0.0.1"),
+        ("1", "nobody.invalid", "rank 1 of 2 waits for rank 0: nobody listens at nobody.invalid"),
+    ],
+)
+def test_a_rank_that_waits_tells_for_whom_and_ends_when_asked_to(
+    rank: str, address: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def stopped_when_told(text: str) -> None:
+        said.append(text)
+        if len(said) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    port = str(free_port())
+    for name, value in {**LAUNCHED, "RANK": rank, "MASTER_ADDR": address, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("heatkv.ranks._TELL_SECONDS", 0.0)
+    monkeypatch.setattr("heatkv.cli.say_of_any_rank", stopped_when_told)
+    assert run(["policies"]) == 128 + signal.SIGTERM
+    assert why in said[0]
+    assert said[1:] == ["heatkv: stopped"]
 
 
 def test_one_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,13 @@ def test_one_scale_is_too_few(scales: list[tuple[int, int]]) -> None:
         ScaleSchedule.of(scales)
 
 
+def test_pairs_and_sides_are_told_where_they_go() -> None:
+    with pytest.raises(ScheduleError, match=r"scale 0 is \(1, 2\); .*ScaleSchedule.of takes \(h, w\) too"):
+        ScaleSchedule(((1, 2), (3, 4)))  # type: ignore[arg-type]
+    with pytest.raises(ScheduleError, match=r"ScaleSchedule.square takes the sides"):
+        ScaleSchedule((1, 2, 3))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [7, None, [1, 2], [None, None]])
 def test_no_list_of_scales(value: Any) -> None:
     with pytest.raises(ScheduleError, match=r"\[t, h, w\] or \[h, w\]"):

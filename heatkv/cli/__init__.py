@@ -22,7 +22,7 @@ import typer
 from heatkv.cli.options import command
 from heatkv.cli.output import say_of_any_rank
 from heatkv.errors import HeatKVError, RanksError, out_of_memory
-from heatkv.ranks import RESUME, current, join, leave
+from heatkv.ranks import current, join, leave
 from heatkv.versions import versions
 
 # Command -> its module, in the order of `heatkv --help`.
@@ -135,7 +135,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str], came: list[int]) -> int:
     try:
-        join()
+        join(say_of_any_rank)
         outcome = app(args=list(arguments), prog_name="heatkv", standalone_mode=False)
         if sys.stdout is not None:  # it may have been closed before we began
             sys.stdout.flush()
@@ -172,8 +172,9 @@ def _stopped(came: Sequence[int]) -> int:
     if not came or came[0] == signal.SIGINT:
         _fail("stopped")
         return 130
-    several = current().size > 1
-    _fail(f"stopped by SIGTERM, as torchrun does when another rank has ended; {RESUME}" if several else "stopped")
+    ranks = current()
+    lost = f"stopped by SIGTERM, as torchrun does when another rank has ended; {ranks.kept}"
+    _fail(lost if ranks.size > 1 else "stopped")
     return 128 + came[0]
 
 

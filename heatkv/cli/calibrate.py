@@ -24,7 +24,7 @@ from heatkv.cli.opening import Loaded, open_model, parse_names, positive, storag
 from heatkv.cli.options import AsJson, Resume, Running, Source, Without
 from heatkv.cli.output import progress, say, show
 from heatkv.errors import FormatError, HeatKVError, StatisticsError
-from heatkv.files import check_writable
+from heatkv.files import check_place, is_folder, is_there
 from heatkv.geometry import Budget
 from heatkv.level_statistics import COSTS
 from heatkv.levels import SINK_SCALES
@@ -133,16 +133,17 @@ def calibrate(
     if report and samples < 2:
         raise HeatKVError("--report compares two halves of the new samples; take at least 2 (--samples)")
     wanted = [Budget.parse(text) for text in parse_names(budgets or REPORTED_BUDGET, "budget")]
-    if out.exists() and not append and not resume:
+    if is_folder(out):
+        raise FormatError(f"--out {out} is a folder; name a file")
+    there = is_there(out)
+    if there and not append and not resume:
         raise FormatError(f"{out} exists; add samples to it with --append or name another file")
-    if append and not out.exists():
+    if append and not there:
         raise FormatError(f"{out} does not exist; leave --append out to create it")
-    if not out.parent.is_dir():
-        raise FormatError(f"the folder {out.parent} does not exist")
-    check_writable(out.parent)
+    check_place(out)
     loaded, settings = open_model(source, running)
     compared = _Compared(loaded, settings, wanted) if report else None
-    before = to_be_continued(out, loaded, settings) if out.exists() else None
+    before = to_be_continued(out, loaded, settings) if there else None
     asked = {
         "samples": samples, "seed": running.seed, "levels": levels, "level-samples": level_samples,
         "sink-scales": sink_scales, "append": append, "report": report,

@@ -26,7 +26,7 @@ from heatkv.cli.options import AsJson, BudgetText, Following, OutFolder, Policy,
 from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
 from heatkv.errors import BudgetError, HeatKVError, ModelError, PlanError
-from heatkv.files import file_name, replacing
+from heatkv.files import check_new_file, file_name, replacing
 from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.plan import CachePlan
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     from heatkv.following import FollowingGenerator
 
+DEFAULT_POLICY = "full"
+
 
 def generate(
     *,
@@ -48,7 +50,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="text (Infinity); may be repeated")] = None,
     negative: Annotated[str | None, typer.Option("--negative", help="negative prompt of all prompts")] = None,
     source: Annotated[Source, Without("prompts")],
-    policy: Policy = "full",
+    policy: Policy = None,
     budget: BudgetText = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="plan.json of `heatkv solve`")] = None,
     ranking: Ranking,
@@ -78,7 +80,10 @@ def generate(
         raise HeatKVError(
             "--follow-every makes plans as it goes: give --policy, --budget and --statistics, no --plan or --graphs"
         )
+    if following.save_statistics is not None:
+        check_new_file(following.save_statistics, "--save-statistics")
     ranks = current()
+    ranks.kept = f"the images that were finished are in {out}"
     if ranks.size > 1 and (plan is None or graphs):
         raise HeatKVError(
             f"{ranks.size} processes draw together with --plan and a plan for as many ranks (heatkv solve "
@@ -98,18 +103,20 @@ def generate(
         follower = _follower(loaded, settings, policy, budget, batch, ranking, following, running)
         chosen: CachePlan = follower.plan
     elif plan is not None and ranks.size > 1:
-        loaded, chosen = _part(loaded, only_plan(plan, budget, ranking), source.model)
+        loaded, chosen = _part(loaded, only_plan(plan, policy, budget, ranking), source.model)
     elif plan is not None:
-        chosen = open_plan(only_plan(plan, budget, ranking), loaded.geometry, source.model)
+        chosen = open_plan(only_plan(plan, policy, budget, ranking), loaded.geometry, source.model)
     else:
-        if budget is None and policy != "full":
-            raise HeatKVError(f"policy {policy!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
+        named = policy or DEFAULT_POLICY
+        made = make_policy(named, **policy_options([named], ranking)[named])
+        if budget is None and named != DEFAULT_POLICY:
+            raise HeatKVError(f"policy {named!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
         problem = PlanningProblem(
             loaded.geometry, Budget.parse(budget or "100%"), open_statistics(ranking.statistics, loaded, settings),
             open_rankings(ranking.orders, loaded.geometry, source.model), running.seed, held_rows, storage,
             source.model,
         )  # fmt: skip
-        chosen = make_policy(policy, **policy_options([policy], ranking)[policy]).plan(problem)
+        chosen = made.plan(problem)
     if plan is not None:
         say_bytes(chosen, str(plan), held_rows, storage)
     compensation = None
@@ -126,7 +133,12 @@ def generate(
             storage=running.storage, attention=running.attention, graphs=graphs,
         )  # fmt: skip
         drawn = (image for images in batches for image in images)
-    replaced = _write(drawn, titles, folder)
+    try:
+        replaced = _write(drawn, titles, folder)
+    except BaseException:
+        if follower is not None and follower.events:
+            _save_followed(follower, following)
+        raise
     if not ranks.first:
         return
     held = chosen.bytes(held_rows, storage) / 2**20
@@ -149,23 +161,36 @@ def _write(drawn: Iterable[Tensor], titles: Sequence[str], folder: Path) -> int:
     the first one writes."""
     from heatkv.images import image_grid
 
-    replaced, writes = 0, current().first
-    with progress("drawing", len(titles)) as advance:
-        for index, image in enumerate(drawn):
-            path = folder / f"{index:04d}_{titles[index]}.png"
-            if writes:
-                replaced += path.exists()
-                with replacing(path) as temporary:
-                    image_grid(image[None], 1).save(temporary, format="PNG")
-            advance(1)
+    replaced, written, writes = 0, 0, current().first
+    try:
+        with progress("drawing", len(titles)) as advance:
+            for index, image in enumerate(drawn):
+                path = folder / f"{index:04d}_{titles[index]}.png"
+                if writes:
+                    replaced += path.exists()
+                    with replacing(path) as temporary:
+                        image_grid(image[None], 1).save(temporary, format="PNG")
+                    written += 1
+                advance(1)
+    except BaseException:
+        if written:
+            say(f"written before it ended: {written} of {len(titles)} images in {folder}")
+        raise
     return replaced
+
+
+def _save_followed(follower: FollowingGenerator[Any], following: Following) -> None:
+    """The statistics that the plan followed go where they are to be."""
+    if following.save_statistics is not None:
+        follower.statistics.save(following.save_statistics)
+        more = sum(event.measured for event in follower.events)
+        say(f"written: {following.save_statistics}, statistics with {more} images more")
 
 
 def _told_of(follower: FollowingGenerator[Any], following: Following) -> dict[str, Any]:
     """What following did, said and as JSON; its statistics are saved where they are to be."""
     summary = follower.summary()
-    if following.save_statistics is not None:
-        follower.statistics.save(following.save_statistics)
+    _save_followed(follower, following)
     say(
         "followed: {measured} images measured, {solved} plans solved, {adopted} adopted; that took "
         "{share_of_drawing:.0%} of the time of drawing".format(**summary)
@@ -191,7 +216,7 @@ def _part(model: Loaded, path: Path, name: str) -> tuple[Loaded, CachePlan]:
 def _follower(
     loaded: Loaded,
     settings: Settings,
-    policy: str,
+    policy: str | None,
     budget: str | None,
     batch: int,
     ranking: Ranking,
@@ -200,10 +225,15 @@ def _follower(
 ) -> FollowingGenerator[Any]:
     """What draws under a plan that follows."""
     from heatkv.following import FollowingGenerator
+    from heatkv.online import check_can_follow
 
+    named = policy or DEFAULT_POLICY
+    made = check_can_follow(make_policy(named, **policy_options([named], ranking)[named]))
     statistics = open_statistics(ranking.statistics, loaded, settings)
-    if statistics is None or budget is None:
-        raise HeatKVError("a plan that follows begins with --statistics (heatkv calibrate), and needs --budget")
+    if statistics is None:
+        raise HeatKVError("a plan that follows begins with --statistics; measure some with heatkv calibrate")
+    if budget is None:
+        raise HeatKVError("a plan that follows needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
     assert following.follow_every is not None
     given: dict[str, Any] = {} if following.half_life is None else {"half_life": following.half_life}
     if following.adopt_above is not None:
@@ -215,7 +245,7 @@ def _follower(
             raise HeatKVError(f"--adopt-above {shown(following.adopt_above)} is no share; write 5% or 0.05")
         given["threshold"] = float(share.amount)
     return FollowingGenerator(
-        loaded, make_policy(policy, **policy_options([policy], ranking)[policy]), budget, statistics,
+        loaded, made, budget, statistics,
         every=following.follow_every, batch=batch, seed=running.seed, settings=settings,
         memory=following.measuring_memory, storage=running.storage, attention=running.attention, **given,
     )  # fmt: skip

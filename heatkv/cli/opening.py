@@ -242,9 +242,9 @@ def say_bytes(plan: CachePlan, name: str, rows: int, storage: str) -> None:
         )
 
 
-def only_plan(path: Path, budget: str | None, ranking: Ranking) -> Path:
+def only_plan(path: Path, policy: str | None, budget: str | None, ranking: Ranking) -> Path:
     """The file of a finished plan; refuses the options that would have gone into making one."""
-    for name, value in {"budget": budget, **vars(ranking)}.items():
+    for name, value in {"policy": policy, "budget": budget, **vars(ranking)}.items():
         if value is not None:
             raise HeatKVError(f"--plan is a finished plan; leave --{name.replace('_', '-')} out")
     return path

@@ -38,7 +38,12 @@ Storage = Annotated[
 Attention = Annotated[str, typer.Option("--attention", help="attention kernel: auto, ragged or triton")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 PlanFiles = Annotated[list[Path] | None, typer.Option("--plan", help="plan.json of `heatkv solve`; may be repeated")]
-Policy = Annotated[str, typer.Option("--policy", help="name of a policy, see `heatkv policies`")]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        "--policy", help="name of a policy, see `heatkv policies`; default: full in generate, heatkv in solve"
+    ),
+]
 Policies = Annotated[
     str | None,
     typer.Option(

@@ -27,6 +27,7 @@ from heatkv.cli.output import certificate, chosen_by_kl, pairs, show
 from heatkv.cli.settings import policy_options
 from heatkv.compensation import compensation_bytes
 from heatkv.errors import BudgetError, FormatError, HeatKVError
+from heatkv.files import is_there
 from heatkv.geometry import Budget
 from heatkv.models import model_info
 from heatkv.plan import CachePlan, Plan
@@ -35,11 +36,13 @@ from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.ranked import SPLITS, plan_ranks
 from heatkv.ranked_plan import RankedPlan, load_either
 
+DEFAULT_POLICY = "heatkv"
+
 
 def solve(
     *,
     model: options.Model = "emoji",
-    policy: options.Policy = "heatkv",
+    policy: options.Policy = None,
     budget: options.BudgetText = None,
     ranking: options.Ranking,
     plan: Annotated[
@@ -78,18 +81,20 @@ def solve(
     if plan is not None:
         if ranks is not None:
             raise HeatKVError("--plan is a finished plan; leave --ranks out, or solve anew")
-        solved: CachePlan = open_plan(only_plan(plan, budget, ranking), geometry, model)
+        solved: CachePlan = open_plan(only_plan(plan, policy, budget, ranking), geometry, model)
         solved.check_bytes(rows, held_as)
     else:
         if budget is None:
             raise HeatKVError(
                 "solve needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens (or --plan to check a file)"
             )
-        chosen = make_policy(policy, **policy_options([policy], ranking)[policy])
+        named = policy or DEFAULT_POLICY
+        chosen = make_policy(named, **policy_options([named], ranking)[named])
+        asked = Budget.parse(budget)
         loaded = None if ranking.statistics is None else statistics_of_model(ranking.statistics, model)
         problem = PlanningProblem(
             geometry,
-            Budget.parse(budget),
+            asked,
             loaded,
             open_rankings(ranking.orders, geometry, model),
             seed,
@@ -195,7 +200,7 @@ def _show_ranks(ranked: RankedPlan, rows: int, storage: str, out: Path | None, a
 
 def _check_replaceable(out: Path) -> None:
     """Refuse to write a plan over anything but a plan."""
-    if not out.exists():
+    if not is_there(out):
         return
     try:
         load_either(out, head_dim=1)

@@ -164,7 +164,9 @@ def load_model(
         where = torch.device(device)
         torch.empty(1, device=where).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise ModelError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0].partition('. ')[0]}"
+        ) from error
     compute = COMPUTE_DTYPES[dtype]
     if info.bundled and (weights is not None or vae is not None):
         raise ModelError(f"the weights of {name} are in this package; leave --weights and --vae out")
@@ -173,7 +175,9 @@ def load_model(
     if info.bundled:
         return _placed(load_emoji(), compute, where)
     if weights is None:
-        raise ModelError(f"{name} needs its weights, {info.weights}: name the file or its folder (--weights)")
+        raise ModelError(
+            f"{name} needs its weights, {info.weights}: name the file or its folder (weights, in commands --weights)"
+        )
     found = find_weights(weights, info.files)
     if info.family == "var":
         return _placed(load_var(info, found, None if vae is None else as_path(vae)), compute, where)

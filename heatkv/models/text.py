@@ -61,6 +61,8 @@ class T5TextEncoder:
                 "features"
             ) from error
         folder = as_path(source)
+        if is_there(folder) and not is_folder(folder):
+            raise ModelError(f"no T5 encoder can be loaded from {source}: it is a file; name the folder that holds it")
         if not is_folder(folder) and not _HUB_NAME.fullmatch(str(source)):
             raise ModelError(f"no T5 encoder can be loaded from {source}: it is neither a folder nor a hub name")
         # without any of these, transformers makes a tokenizer that knows no word
@@ -68,10 +70,13 @@ class T5TextEncoder:
             raise ModelError(f"no T5 encoder can be loaded from {source}: it holds none of {', '.join(_TOKENIZERS)}")
         try:
             with _quietly():
-                self._tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+                local = is_folder(folder)
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    str(source), trust_remote_code=False, local_files_only=local
+                )
                 encoder, told = T5EncoderModel.from_pretrained(
                     str(source), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-                    trust_remote_code=False, weights_only=True,
+                    trust_remote_code=False, weights_only=True, local_files_only=local,
                 )  # fmt: skip
         except Exception as error:  # transformers and tokenizers raise nearly everything for damaged files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
