@@ -108,6 +108,7 @@ def test_bytes_are_told_before_anything_is_fitted(emoji: ClassConditionalModel, 
     assert compensation_bytes(reduced_plan(emoji), "float32") == 0
 
 
+@pytest.mark.slow
 def test_generate_fits_what_the_plan_asks_for(emoji: ClassConditionalModel) -> None:
     plan, labels = reduced_plan(emoji, compensation="linear"), ["pizza", "star"]
     drawn = generate(emoji, labels, plan, seed=3)

@@ -125,7 +125,7 @@ def test_drawing_on_shapes_takes_what_drawing_takes() -> None:
         assert taken.prompt + taken.working == pytest.approx(ledger.peak, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["emoji", "var-d16", "infinity-2b"])
+@pytest.mark.parametrize("name", ["emoji", pytest.param("var-d16", marks=pytest.mark.slow), "infinity-2b"])
 def test_working_memory_does_not_grow_with_layers_and_in_proportion_to_images(name: str) -> None:
     info = model_info(name)
     schedule = info.schedule("0.06M" if info.family == "infinity" else None)
@@ -143,12 +143,12 @@ def test_working_memory_does_not_grow_with_layers_and_in_proportion_to_images(na
     ("name", "size", "pixels", "channels", "logits"),
     [
         ("var-d16", None, 256 * 256, 5 * 160, 4096),
-        ("var-d30", None, 256 * 256, 5 * 160, 4096),
-        ("var-d36", None, 512 * 512, 5 * 160, 4096),
+        pytest.param("var-d30", None, 256 * 256, 5 * 160, 4096, marks=pytest.mark.slow),
+        pytest.param("var-d36", None, 512 * 512, 5 * 160, 4096, marks=pytest.mark.slow),
         ("infinity-2b", "0.06M", 256 * 256, 6 * 128, 64),
-        ("infinity-2b", "1M", 1024 * 1024, 6 * 128, 64),
-        ("infinity-8b", "0.25M", 512 * 512, 6 * 128, 112),
-        ("infinity-8b", "1M", 1024 * 1024, 6 * 128, 112),
+        pytest.param("infinity-2b", "1M", 1024 * 1024, 6 * 128, 64, marks=pytest.mark.slow),
+        pytest.param("infinity-8b", "0.25M", 512 * 512, 6 * 128, 112, marks=pytest.mark.slow),
+        pytest.param("infinity-8b", "1M", 1024 * 1024, 6 * 128, 112, marks=pytest.mark.slow),
     ],
 )
 def test_working_memory_is_the_documented_formula(

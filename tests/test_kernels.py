@@ -52,6 +52,7 @@ def test_the_fused_kernel_reads_coarse_cells(plan: Plan, rows: int, seed: int) -
 
 
 @needs_triton
+@pytest.mark.slow
 @settings(max_examples=3)
 @given(plan=level_plans(max_side=4, head_dim=8), rows=ROWS, seed=SEEDS, coding=st.sampled_from(["int8", "fp8"]))
 def test_both_kernels_agree_about_codes(plan: Plan, rows: int, seed: int, coding: str) -> None:

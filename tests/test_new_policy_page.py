@@ -17,6 +17,7 @@ from heatkv.cli import run
 PAGE = Path(__file__).parents[1] / "docs" / "new-policy.md"
 
 
+@pytest.mark.slow
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     text = PAGE.read_text()
     assert len(text.splitlines()) < 150
