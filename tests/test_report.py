@@ -736,7 +736,8 @@ DAMAGED: list[tuple[Callable[[Told], object], str]] = [
     (lambda told: told["rows"][1].update(kl_per_scale=[None] * 8), "it must be a list of finite numbers"),
     (lambda told: told["rows"][1].update(latency_ms=3), "'latency_ms' is 3; it must be an object with the median"),
     (lambda told: told["rows"][1].update(latency_ms={}), "'latency_ms' is {}; it must be an object with the median"),
-    (lambda told: told["rows"][1].update(schedule=[[1]]), "row 1: a schedule needs at least 2 scales"),
+    (lambda told: told["rows"][1].update(schedule=[[1]]), "row 1: scale 0 is (1,); it must be (t, h, w)"),
+    (lambda told: told["rows"][1].update(schedule=[[1, 1]]), "row 1: a schedule needs at least 2 scales"),
     (lambda told: told["rows"][1].update(under_used=1), "'under_used' is 1; it must be true or false"),
     (lambda told: told["rows"][1].update(plans=[]), "'plans' is []; it must be an object"),
 ]

@@ -508,7 +508,7 @@ def test_processes_that_do_not_fit_the_plan_are_told(
 
     team = one_of(ranks)
     monkeypatch.setattr("heatkv.ranks._current", team)
-    monkeypatch.setattr("heatkv.cli.join", lambda: team)
+    monkeypatch.setattr("heatkv.cli.join", lambda tell: team)
     capsys.readouterr()
     assert run(["generate", *arguments, "--label", "0", "--out", "out"]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
