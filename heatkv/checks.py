@@ -75,6 +75,11 @@ def seed_of(value: Any, error: type[HeatKVError]) -> int:
     return whole(value, "seed", error, -LARGEST_SEED, LARGEST_SEED)
 
 
+def seed_after(seed: int, more: int = 1) -> int:
+    """The seed so many after this one; the least comes after the largest."""
+    return (seed + more + LARGEST_SEED) % (2 * LARGEST_SEED + 1) - LARGEST_SEED
+
+
 def as_number(value: Any) -> float:
     """A number of Python, numpy or torch as a float; NaN for everything else, booleans and text included."""
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", None):

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.checks import of_kind, shown
+from heatkv.checks import of_kind, seed_after, shown
 from heatkv.errors import HeatKVError, PolicyError
 from heatkv.head_assignment import balanced_heads, check_ranks, contiguous_heads, part_needed
 from heatkv.plan import CachePlan
@@ -89,7 +89,7 @@ def _planned(policy: EvictionPolicy, problem: PlanningProblem, unsplit: CachePla
     for rank, heads_LH in enumerate(heads_RLH):
         of_rank = policy.of_heads(heads_LH, problem.geometry.heads)
         # a seed of its own for every rank; for one rank that of the problem
-        seed = problem.seed * ranks + rank
+        seed = seed_after(problem.seed * ranks, rank)
         try:
             plans.append(of_rank.plan(problem.of_heads(heads_LH, seed)))
         except HeatKVError as error:

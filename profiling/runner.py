@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.checks import seed_after
 from heatkv.compensation import Compensation, compensation_of
 from heatkv.errors import GraphError, HeatKVError
 from heatkv.generation import Generator
@@ -99,7 +100,9 @@ def plan_subjects(
     settings = settings if settings is not None else model.sampling
 
     def problem(budget: Budget, draw: int = 0) -> PlanningProblem:
-        return PlanningProblem(model.geometry, budget, statistics, rankings, seed + draw, rows, storage, model.name)
+        return PlanningProblem(
+            model.geometry, budget, statistics, rankings, seed_after(seed, draw), rows, storage, model.name
+        )
 
     everything = Budget.parse("100%")
     full = make_policy("full").plan(problem(everything))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from heatkv import files
+from heatkv.checks import seed_after
 from heatkv.cli import run
 from heatkv.cli.output import progress
 from heatkv.errors import PolicyError
@@ -562,6 +563,31 @@ def test_what_was_followed_is_kept_when_drawing_is_stopped(
     assert f"written: {saved}, statistics with 1 images more" in said
     assert sorted(path.name for path in out.iterdir()) == ["0000_cat.png", "0001_cat.png"]
     assert Statistics.load(saved).provenance.samples[-1].endswith(":served")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["compare", "--out", ""], "--out is empty"),
+        (["compare", "--out="], "--out is empty"),
+        (["solve", "--budget", "", "--policy", "streaming"], "--budget is empty"),
+        (["explain", ""], "an argument is empty"),
+        (["check", "results.json", "--against", ""], "--against is empty"),
+    ],
+)
+def test_what_is_empty_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(capsys, *arguments)
+
+
+def test_the_largest_seed_has_plans_for_ranks_and_other_samples_to_compare(tmp_path: Path) -> None:
+    largest = 2**62
+    assert seed_after(largest) == -largest
+    assert seed_after(5, 3) == 8
+    arguments = ["solve", "--policy", "random", "--budget", "50%", "--seed", str(largest), "--ranks", "2"]
+    assert run([*arguments, "--out", str(tmp_path / "ranked.json")]) == 0
+    arguments = ["compare", "--policies", "random", "--budgets", "50%", "--seed", str(largest), "--draws", "2"]
+    few = ["--images", "1", "--pictures", "1", "--repeats", "1"]
+    assert run([*arguments, *few, "--out", str(tmp_path / "compared")]) == 0
 
 
 def test_generate_writes_a_picture_per_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

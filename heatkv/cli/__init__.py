@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +45,9 @@ COMMANDS = {
 
 # Those that several ranks share, samples or heads; all others run in one process.
 SHARED = ("calibrate", "compare", "generate")
+
+# Options whose texts may be empty.
+TEXTS = ("--prompt", "--negative")
 
 AGAIN_SECONDS = 2.0
 """In which another signal to stop is taken for the same one: a launcher passes on what its processes got themselves."""
@@ -133,9 +137,21 @@ def run(arguments: Sequence[str]) -> int:
             leave()
 
 
+def _check_given(arguments: Sequence[str]) -> None:
+    """Refuse what is empty, as shell variables are that nobody set; as a path it would be the current folder."""
+    for before, argument in pairwise(["", *arguments]):
+        option = before if before.startswith("--") else ""
+        if not argument and option not in TEXTS:
+            raise HeatKVError(f"{option or 'an argument'} is empty; give a value, or leave it out")
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and equals and not value and name not in TEXTS:
+            raise HeatKVError(f"{name} is empty; give a value, or leave it out")
+
+
 def _run(arguments: Sequence[str], came: list[int]) -> int:
     try:
         join(say_of_any_rank)
+        _check_given(arguments)
         outcome = app(args=list(arguments), prog_name="heatkv", standalone_mode=False)
         if sys.stdout is not None:  # it may have been closed before we began
             sys.stdout.flush()

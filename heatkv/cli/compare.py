@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heatkv.checks import seed_after
 from heatkv.cli.folder_statistics import statistics_of_folder
 from heatkv.cli.measurement import DEFAULT_BUDGETS, Line, Measurement, Point, finish_results, told_when_stopped
 from heatkv.cli.opening import positive
@@ -221,8 +222,8 @@ def _compare_all(
                 bench = None  # frees its references first
                 seed = subjects[group[0]][0].seed
                 bench = FidelityBench(
-                    measurement.model, images=images, pictures=pictures, seed=seed + 1, settings=measurement.settings,
-                    hold=ranks.size == 1, progress=advance,
+                    measurement.model, images=images, pictures=pictures, seed=seed_after(seed),
+                    settings=measurement.settings, hold=ranks.size == 1, progress=advance,
                 )  # fmt: skip
             comparison = BatchComparison(bench)
 

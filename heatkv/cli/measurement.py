@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from heatkv.checks import seed_of, shown
+from heatkv.checks import seed_after, seed_of, shown
 from heatkv.cli.opening import (
     load_arguments,
     open_model,
@@ -203,7 +203,7 @@ class Measurement:
 
         # the images that are compared are other samples than the calibration's
         return comparison_digest(
-            self.model, self.settings, subject, seed=point.seed + 1, images=images, pictures=pictures
+            self.model, self.settings, subject, seed=seed_after(point.seed), images=images, pictures=pictures
         )
 
     def by_comparison(
@@ -383,7 +383,7 @@ class Measurement:
         """A digest of the samples that are compared, or one for every seed where there are several."""
         from heatkv.profiling.results import samples_digest
 
-        of_seeds = {str(seed): samples_digest(self.model, seed + 1, images) for seed in self.seeds}
+        of_seeds = {str(seed): samples_digest(self.model, seed_after(seed), images) for seed in self.seeds}
         return of_seeds if len(of_seeds) > 1 else next(iter(of_seeds.values()))
 
     def request(self, repeats: int) -> dict[str, Any]:
