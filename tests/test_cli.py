@@ -366,7 +366,10 @@ def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--policy", "streaming", "--budget", "1e999"], "above 1, the full cache"),
         (["--policy", "streaming", "--budget", "10%", "--dtype", "int3"], "unknown dtype"),
         (["--policy", "streaming", "--budget", "1MiB", "--rows", "0"], "rows is 0"),
-        (["--policy", "streaming", "--budget", "10%", "--out", "/nonexistent/plan.json"], "cannot write"),
+        (
+            ["--policy", "streaming", "--budget", "10%", "--out", "/nonexistent/plan.json"],
+            "the folder /nonexistent does not exist",
+        ),
         (["--plan", "absent.json"], "cannot read absent.json"),
         (["--policy", "heatkv", "--budget", "10%", "--orders", str(ORDERS)], "12 layers x 6 heads = 72"),
         (["--policy", "heatkv", "--budget", "10%", "--statistics", str(ORDERS)], "not a whole statistics file"),

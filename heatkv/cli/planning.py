@@ -27,7 +27,7 @@ from heatkv.cli.output import certificate, chosen_by_kl, pairs, show
 from heatkv.cli.settings import policy_options
 from heatkv.compensation import compensation_bytes
 from heatkv.errors import BudgetError, FormatError, HeatKVError
-from heatkv.files import is_there
+from heatkv.files import check_place, is_there
 from heatkv.geometry import Budget
 from heatkv.models import model_info
 from heatkv.plan import CachePlan, Plan
@@ -199,8 +199,9 @@ def _show_ranks(ranked: RankedPlan, rows: int, storage: str, out: Path | None, a
 
 
 def _check_replaceable(out: Path) -> None:
-    """Refuse to write a plan over anything but a plan."""
+    """Refuse to write a plan over anything but a plan, and where none can be written."""
     if not is_there(out):
+        check_place(out)
         return
     try:
         load_either(out, head_dim=1)
