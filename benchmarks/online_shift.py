@@ -7,7 +7,8 @@ intervals are bootstrapped over them, in pairs. Groups, fixed before anything wa
   category: food and drink, as Unicode groups them (classes 0 to 20), then all others;
   apart: the eight classes at either end of the first principal component of the classes' drop errors (two images
     each), which makes them as different as this model has them.
-`--policies heatkv-lp --out benchmarks/results/online_shift.json` writes the published result.
+`--policies heatkv-lp --out benchmarks/results/online_shift.json` writes the published result, `--policies heatkv-mr
+--out benchmarks/results/online_shift_levels.json` that of several resolutions.
 """
 
 from __future__ import annotations
