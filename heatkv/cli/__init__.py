@@ -140,6 +140,8 @@ def run(arguments: Sequence[str]) -> int:
 def _check_given(arguments: Sequence[str]) -> None:
     """Refuse what is empty, as shell variables are that nobody set; as a path it would be the current folder."""
     for before, argument in pairwise(["", *arguments]):
+        if argument == "--":  # what follows are no options, and each command looks at its own
+            return
         option = before if before.startswith("--") else ""
         if not argument and option not in TEXTS:
             raise HeatKVError(f"{option or 'an argument'} is empty; give a value, or leave it out")
