@@ -18,14 +18,14 @@ import pytest
 import torch
 from yardstick import matrix_product_ms, parse
 
-from heatkv.files import write_json
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.models import model_info
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.io import write_json
+from heatkv.core.statistics import Provenance, Statistics
+from heatkv.models.catalogue import model_info
 from heatkv.policies.base import EvictionPolicy, PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP
-from heatkv.profiling.environment import environment
-from heatkv.statistics import Provenance, Statistics
+from heatkv.profiling.measure.environment import environment
 
 REPEATS, SEED = 5, 0
 MODELS = ("infinity-2b", "infinity-8b", "var-d30")

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from yardstick import matrix_product_ms
 
-from heatkv.arena import ArenaLayout
-from heatkv.cache import KVCache
-from heatkv.files import write_json
-from heatkv.geometry import Budget
-from heatkv.models import model_info
+from heatkv.core.geometry import Budget
+from heatkv.core.io import write_json
+from heatkv.core.statistics import HeadRankings
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.layout import ArenaLayout
+from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
-from heatkv.profiling.environment import environment
-from heatkv.statistics import HeadRankings
+from heatkv.profiling.measure.environment import environment
 
 ORDERS = Path(__file__).parents[1] / "tests" / "golden" / "orders"
 BUDGETS = ("5%", "10%", "15%", "20%", "30%", "50%")

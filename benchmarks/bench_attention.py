@@ -3,7 +3,7 @@
 For Infinity-2B (16 heads x 128) and 8B (28 x 128) in fp32 and bf16: attention of the last three scales of the square 1M
 schedule, gathering included, all variants in turns in one process. The layer is the one of the plan of the published
 rankings that holds what is nearest to a tenth of the full cache while the last scale runs. `--fit` measures the cost
-model anew and writes heatkv/attention/costs.json; `--out` writes the published result.
+model anew and writes heatkv/engine/attention/costs.json; `--out` writes the published result.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import torch
 from numpy.typing import NDArray
 from yardstick import matrix_product_ms
 
-import heatkv.attention
-from heatkv.attention.grouping import AttentionCost, CallShape
-from heatkv.attention.kernels import RaggedAttention
-from heatkv.files import read_json, write_json
-from heatkv.geometry import Budget
-from heatkv.models import model_info
-from heatkv.plan import Plan
+import heatkv.engine.attention
+from heatkv.core.geometry import Budget
+from heatkv.core.io import read_json, write_json
+from heatkv.core.plan import Plan
+from heatkv.core.statistics import HeadRankings
+from heatkv.engine.attention.grouping import AttentionCost, CallShape
+from heatkv.engine.attention.kernels import RaggedAttention
+from heatkv.engine.store import Store
+from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
-from heatkv.profiling.environment import environment
-from heatkv.statistics import HeadRankings
-from heatkv.store import Store
+from heatkv.profiling.measure.environment import environment
 
 ORDERS = Path(__file__).parents[1] / "tests" / "golden" / "orders"
-COSTS = Path(heatkv.attention.__file__).with_name("costs.json")
+COSTS = Path(heatkv.engine.attention.__file__).with_name("costs.json")
 ROWS, LAST, REPEATS = 1, 3, 3
 MOST_OVER_FULL, MOST_OVER_NO_PAST = 0.55, 1.3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

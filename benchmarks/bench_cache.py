@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from heatkv.geometry import Budget
-from heatkv.models import model_info
-from heatkv.plan import CachePlan
+from heatkv.core.geometry import Budget
+from heatkv.core.plan import CachePlan
+from heatkv.core.statistics import HeadRankings
+from heatkv.engine.token_cache import open_cache
+from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.selecting_cache import open_cache
-from heatkv.statistics import HeadRankings
 
 ORDERS = Path(__file__).parents[1] / "tests" / "golden" / "orders" / "2b.json"
 ROWS = 2

@@ -21,18 +21,18 @@ import torch
 from random_models import labels_of, random_model
 from yardstick import matrix_product_ms
 
-from heatkv.calibration import calibrate
-from heatkv.files import read_json, write_json
-from heatkv.generation import Generator
-from heatkv.geometry import Budget
-from heatkv.level_calibration import calibrate_levels
-from heatkv.models import load_model
+from heatkv.calibration.level_costs import calibrate_levels
+from heatkv.calibration.measure import calibrate
+from heatkv.core.geometry import Budget
+from heatkv.core.io import read_json, write_json
+from heatkv.core.plan import CachePlan
+from heatkv.core.statistics import HeadRankings
+from heatkv.generation.loop import Generator
 from heatkv.models.base import ImageModel
-from heatkv.plan import CachePlan
+from heatkv.models.catalogue import load_model
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling.environment import environment
-from heatkv.profiling.ledger import TensorLedger
-from heatkv.statistics import HeadRankings
+from heatkv.profiling.measure.environment import environment
+from heatkv.profiling.measure.ledger import TensorLedger
 
 CASES = {
     "emoji": ("emoji", None, None, 7),

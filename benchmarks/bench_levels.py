@@ -17,14 +17,14 @@ import pytest
 import torch
 from yardstick import matrix_product_ms, parse
 
-from heatkv.allocation import Capacity
-from heatkv.files import write_json
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.level_allocation import ALL_LEVELS, allocate_levels
-from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import LEVELS, NONE, LevelChoices, log_counts
-from heatkv.models import model_info
-from heatkv.profiling.environment import environment
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.io import write_json
+from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts
+from heatkv.levels.columns import ALL_LEVELS, allocate_levels
+from heatkv.models.catalogue import model_info
+from heatkv.profiling.measure.environment import environment
+from heatkv.solve.cells import Capacity
 
 SEED = 0
 TARGET_SECONDS = {"emoji": 5.0, "var-d16": 30.0, "var-d30": 120.0, "infinity-2b": 120.0}

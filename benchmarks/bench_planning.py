@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from heatkv.arena import ArenaLayout
-from heatkv.geometry import Budget
-from heatkv.models import model_info
+from heatkv.core.geometry import Budget
+from heatkv.core.statistics import HeadRankings
+from heatkv.engine.layout import ArenaLayout
+from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
-from heatkv.statistics import HeadRankings
 
 ORDERS = Path(__file__).parents[1] / "tests" / "golden" / "orders"
 

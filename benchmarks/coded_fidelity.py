@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from yardstick import matrix_product_ms
 
-from heatkv.calibration import calibrate
-from heatkv.files import write_json
-from heatkv.geometry import Budget, StorageType
-from heatkv.level_calibration import calibrate_levels
-from heatkv.models import load_model
+from heatkv.calibration.level_costs import calibrate_levels
+from heatkv.calibration.measure import calibrate
+from heatkv.core.geometry import Budget, StorageType
+from heatkv.core.io import write_json
+from heatkv.core.statistics import Statistics
+from heatkv.models.catalogue import load_model
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling.environment import environment
-from heatkv.profiling.fidelity import FidelityBench
-from heatkv.profiling.runner import Subject, fidelity_row
-from heatkv.statistics import Statistics
+from heatkv.profiling.measure.environment import environment
+from heatkv.profiling.measure.fidelity import FidelityBench
+from heatkv.profiling.measure.runner import Subject, fidelity_row
 
 SHARES = (Fraction(20, 100), Fraction(10, 100), Fraction(65, 1000))
 SAMPLES, IMAGES, ROWS, SEED = 64, 32, 2, 1

@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from heatkv.calibration import calibrate
+from heatkv.calibration.fisher import calibrate_fisher
+from heatkv.calibration.level_costs import calibrate_levels
+from heatkv.calibration.measure import calibrate
 from heatkv.compensation import compensation_of
-from heatkv.files import read_json, write_json
-from heatkv.fisher_calibration import calibrate_fisher
-from heatkv.generation import Generator
-from heatkv.level_calibration import calibrate_levels
-from heatkv.models import load_model
-from heatkv.plan import Plan
-from heatkv.profiling.environment import environment
-from heatkv.profiling.fidelity import FidelityBench
-from heatkv.statistics import Statistics
+from heatkv.core.io import read_json, write_json
+from heatkv.core.plan import Plan
+from heatkv.core.statistics import Statistics
+from heatkv.generation.loop import Generator
+from heatkv.models.catalogue import load_model
+from heatkv.profiling.measure.environment import environment
+from heatkv.profiling.measure.fidelity import FidelityBench
 
 OUT = Path(__file__).parent / "results" / "fidelity_table.json"
 CALIBRATION_SEED, SEEDS, IMAGES = 1000, (1, 2, 3), 48

@@ -25,22 +25,22 @@ import numpy as np
 import torch
 from yardstick import matrix_product_ms
 
-from heatkv.calibration import calibrate
-from heatkv.files import write_json
-from heatkv.following import FollowingGenerator
-from heatkv.generation import Generator
-from heatkv.geometry import Budget
-from heatkv.layerwise import measure_drawn
-from heatkv.level_calibration import calibrate_levels
-from heatkv.level_statistics import LevelStatistics
-from heatkv.models import load_model
+from heatkv.calibration.level_costs import calibrate_levels
+from heatkv.calibration.measure import calibrate
+from heatkv.core.geometry import Budget
+from heatkv.core.io import write_json
+from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.plan import Plan
+from heatkv.core.statistics import Statistics
+from heatkv.generation.loop import Generator
+from heatkv.models.catalogue import load_model
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.online import OnlinePlanner
-from heatkv.plan import Plan
+from heatkv.online.adoption import OnlinePlanner
+from heatkv.online.following import FollowingGenerator
+from heatkv.online.layerwise import measure_drawn
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling.environment import environment
-from heatkv.profiling.fidelity import FidelityBench, paired_bootstrap
-from heatkv.statistics import Statistics
+from heatkv.profiling.measure.environment import environment
+from heatkv.profiling.measure.fidelity import FidelityBench, paired_bootstrap
 
 POLICIES = ("heatkv-lp", "heatkv-mr")
 FOOD = tuple(range(21))

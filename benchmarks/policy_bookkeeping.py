@@ -19,12 +19,12 @@ from unittest.mock import patch
 import torch
 from yardstick import matrix_product_ms
 
-from heatkv.calibration import calibrate
-from heatkv.files import write_json
-from heatkv.generation import Generator
-from heatkv.level_calibration import calibrate_levels
-from heatkv.models import load_model
-from heatkv.profiling.environment import environment
+from heatkv.calibration.level_costs import calibrate_levels
+from heatkv.calibration.measure import calibrate
+from heatkv.core.io import write_json
+from heatkv.generation.loop import Generator
+from heatkv.models.catalogue import load_model
+from heatkv.profiling.measure.environment import environment
 from heatkv.registry import registered_policies
 
 REPEATS, MOST = 5, 0.2

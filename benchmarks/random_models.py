@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from heatkv.models import VAR_SAMPLING, load_model, model_info
 from heatkv.models.bsq import BSQ_D32, BitwiseVAE
+from heatkv.models.catalogue import VAR_SAMPLING, load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.infinity import INFINITY_2B, Infinity
 from heatkv.models.text_conditional import SAMPLING, Prompt, TextConditionalModel

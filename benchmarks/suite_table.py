@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from heatkv.files import read_json
+from heatkv.core.io import read_json
 
 YARDSTICK = "bench_yardstick"
 

@@ -1,8 +1,8 @@
 """Chooses the tiles of the Triton kernels for the GPU at hand: `python benchmarks/tune_triton.py`.
 
 Times every candidate on the last three scales of Infinity-2B at 1M, guided, at 10 % of the cache, heads of which hold
-from nothing to twice the mean, and writes the fastest as the device's entries of heatkv/attention/tiles.json. That
-compiles a few hundred kernels. Ends with exit code 2 where they cannot run.
+from nothing to twice the mean, and writes the fastest as the device's entries of
+heatkv/engine/attention/tiles.json. That compiles a few hundred kernels. Ends with exit code 2 where they cannot run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from heatkv.attention.held import HeldTokens
-from heatkv.attention.triton_kernels import Tile, fused_attention, supports
-from heatkv.files import write_text
-from heatkv.models import model_info
+from heatkv.core.io import write_text
+from heatkv.engine.attention.held import HeldTokens
+from heatkv.engine.attention.triton_kernels import Tile, fused_attention, supports
+from heatkv.models.catalogue import model_info
 
-TABLE = Path(__file__).resolve().parents[1] / "heatkv/attention/tiles.json"
+TABLE = Path(__file__).resolve().parents[1] / "heatkv/engine/attention/tiles.json"
 HEAD_DIMS = (32, 64, 128)
 TYPES = {16: torch.bfloat16, 32: torch.float32}
 BUDGET, ROWS, SCALES, REPEATS = 0.1, 2, 3, 20

@@ -18,9 +18,9 @@ import torch
 from random_models import random_model
 from torch import Tensor
 
-from heatkv.files import write_json
-from heatkv.generation import Generator
-from heatkv.profiling.environment import environment
+from heatkv.core.io import write_json
+from heatkv.generation.loop import Generator
+from heatkv.profiling.measure.environment import environment
 
 REPEATS = 3
 

@@ -16,10 +16,10 @@ import torch
 from random_models import labels_of, random_model
 from yardstick import matrix_product_ms, parse
 
-from heatkv.files import write_json
-from heatkv.generation import Generator
-from heatkv.numerics import Watch
-from heatkv.profiling.environment import environment
+from heatkv.core.io import write_json
+from heatkv.engine.watch import Watch
+from heatkv.generation.loop import Generator
+from heatkv.profiling.measure.environment import environment
 
 CASES = {
     "emoji": 60,

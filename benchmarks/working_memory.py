@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from random_models import labels_of, random_model
 
-from heatkv.generation import Generator
-from heatkv.models import model_info
+from heatkv.generation.loop import Generator
+from heatkv.models.catalogue import model_info
 from heatkv.models.text_conditional import TextConditionalModel
-from heatkv.profiling.fit import TEXT_POSITIONS, footprint
-from heatkv.profiling.ledger import TensorLedger
+from heatkv.profiling.analysis.fit import TEXT_POSITIONS, footprint
+from heatkv.profiling.measure.ledger import TensorLedger
 
 CASES = (
     ("emoji", "48", "float32", 1),

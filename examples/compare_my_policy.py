@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 import heatkv
 from heatkv.errors import HeatKVError, PolicyError
-from heatkv.generation import Generator
+from heatkv.generation.loop import Generator
 from heatkv.policies.base import StaticPolicy
-from heatkv.profiling.fidelity import FidelityBench, paired_bootstrap
-from heatkv.testing import check_policy
+from heatkv.profiling.measure.fidelity import FidelityBench, paired_bootstrap
+from heatkv.testing.contract import check_policy
 
 
 @heatkv.register

@@ -15,9 +15,9 @@ import torch
 
 import heatkv
 from heatkv.errors import HeatKVError
-from heatkv.generation import Generator
-from heatkv.images import image_grid
-from heatkv.profiling.fidelity import psnr
+from heatkv.generation.images import image_grid
+from heatkv.generation.loop import Generator
+from heatkv.profiling.measure.fidelity import psnr
 
 NAMES = ["pizza", "star", "penguin", "rainbow"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from heatkv import Budget, HeatKVError, KVCache, PlanningProblem, make_policy
-from heatkv.models import model_info
-from heatkv.profiling.fit import footprint, largest_share, parse_memory
-from heatkv.statistics import HeadRankings
+from heatkv.core.statistics import HeadRankings
+from heatkv.models.catalogue import model_info
+from heatkv.profiling.analysis.fit import footprint, largest_share, parse_memory
 
 MODEL = "infinity-2b"
 GIB = 2**30

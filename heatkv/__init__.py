@@ -30,19 +30,19 @@ if not Path(__file__).with_name("policies").is_dir():
 
 # Loaded when first used, so that `import heatkv` does not wait for torch.
 _EXPORTS = {
-    "Budget": "heatkv.geometry",
-    "CacheGeometry": "heatkv.geometry",
+    "Budget": "heatkv.core.geometry",
+    "CacheGeometry": "heatkv.core.geometry",
     "EvictionPolicy": "heatkv.policies.base",
     "HeatKVError": "heatkv.errors",
-    "KVCache": "heatkv.cache",
-    "Plan": "heatkv.plan",
+    "KVCache": "heatkv.engine.arena_cache",
+    "Plan": "heatkv.core.plan",
     "PlanningProblem": "heatkv.policies.base",
-    "ScaleSchedule": "heatkv.schedule",
-    "Statistics": "heatkv.statistics",
-    "attach": "heatkv.models.attach",
-    "calibrate": "heatkv.calibration",
-    "generate": "heatkv.generation",
-    "load_model": "heatkv.models",
+    "ScaleSchedule": "heatkv.core.schedule",
+    "Statistics": "heatkv.core.statistics",
+    "attach": "heatkv.attachment.attached",
+    "calibrate": "heatkv.calibration.measure",
+    "generate": "heatkv.generation.loop",
+    "load_model": "heatkv.models.catalogue",
     "make_policy": "heatkv.policies.base",
     "register": "heatkv.registry",
 }
@@ -66,18 +66,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from heatkv.cache import KVCache
-    from heatkv.calibration import calibrate
+    from heatkv.attachment.attached import attach
+    from heatkv.calibration.measure import calibrate
+    from heatkv.core.geometry import Budget, CacheGeometry
+    from heatkv.core.plan import Plan
+    from heatkv.core.schedule import ScaleSchedule
+    from heatkv.core.statistics import Statistics
+    from heatkv.engine.arena_cache import KVCache
     from heatkv.errors import HeatKVError
-    from heatkv.generation import generate
-    from heatkv.geometry import Budget, CacheGeometry
-    from heatkv.models import load_model
-    from heatkv.models.attach import attach
-    from heatkv.plan import Plan
+    from heatkv.generation.loop import generate
+    from heatkv.models.catalogue import load_model
     from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy
     from heatkv.registry import register
-    from heatkv.schedule import ScaleSchedule
-    from heatkv.statistics import Statistics
 
 
 def __getattr__(name: str) -> Any:

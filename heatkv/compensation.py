@@ -15,13 +15,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from heatkv.cache import KVCache, LayerStep
-from heatkv.checks import of_kind, shown, whole
+from heatkv.core.checks import of_kind, shown, whole
+from heatkv.core.geometry import StorageType
+from heatkv.core.plan import CachePlan, Plan
+from heatkv.engine.arena_cache import KVCache, LayerStep
 from heatkv.errors import PlanError, PolicyError
-from heatkv.geometry import StorageType
 from heatkv.models.base import ImageModel, checked_run
-from heatkv.plan import CachePlan, Plan
-from heatkv.sampling import CommonRandomSampler, Settings
+from heatkv.models.sampling import CommonRandomSampler, Settings
 
 KINDS = ("constant", "linear")
 RIDGE = 0.01

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.checks import as_whole, shown
+from heatkv.core.checks import as_whole, shown
+from heatkv.core.plan import live_of_held
 from heatkv.errors import PlanError
-from heatkv.plan import live_of_held
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.checks import shown
-from heatkv.contents import EqualByContents
+from heatkv.core.checks import shown
+from heatkv.core.contents import EqualByContents
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.io import read_json
 from heatkv.errors import FormatError, StatisticsError
-from heatkv.files import read_json
-from heatkv.geometry import CacheGeometry
 
 _SCALE = re.compile(r"Scale ([1-9][0-9]{0,3})")
 _MOST_TOKENS = 1 << 31

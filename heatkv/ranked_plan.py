@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.capacities import CapacityPlan, plan_from_json
-from heatkv.checks import number, of_kind, shown, whole
-from heatkv.contents import EqualByContents
+from heatkv.core.capacity_plan import CapacityPlan, plan_from_json
+from heatkv.core.checks import number, of_kind, shown, whole
+from heatkv.core.contents import EqualByContents
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.io import check_header, read_json, write_json
+from heatkv.core.levels import LEVELS
+from heatkv.core.plan import RANKED_FORMAT, CachePlan, CoarseCells, IntArray, Plan, integer_array, named, typed
 from heatkv.errors import FormatError, HeatKVError, PlanError
-from heatkv.files import check_header, read_json, write_json
-from heatkv.geometry import Budget, CacheGeometry
 from heatkv.head_assignment import contiguous_heads
-from heatkv.levels import LEVELS
-from heatkv.plan import RANKED_FORMAT, CachePlan, CoarseCells, IntArray, Plan, integer_array, named, typed
 
 VERSION = 1
 

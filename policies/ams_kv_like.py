@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from heatkv.core.plan import live_of_held
 from heatkv.errors import PolicyError
-from heatkv.plan import live_of_held
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.policies.grid import carried_recency

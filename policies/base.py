@@ -29,12 +29,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.checks import as_whole, of_kind, seed_of, shown, whole
+from heatkv.core.checks import as_whole, of_kind, seed_of, shown, whole
+from heatkv.core.geometry import UNCODED_SCALES, Budget, CacheGeometry, StorageType
+from heatkv.core.plan import CachePlan, CoarseCells, Plan
+from heatkv.core.statistics import HeadRankings, Statistics
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
-from heatkv.geometry import UNCODED_SCALES, Budget, CacheGeometry, StorageType
-from heatkv.plan import CachePlan, CoarseCells, Plan
 from heatkv.registry import find_policy
-from heatkv.statistics import HeadRankings, Statistics
 
 IntArray = NDArray[np.int64]
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.capacities import available_tokens
+from heatkv.core.capacity_plan import available_tokens
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.capacities import CapacityPlan, available_tokens
+from heatkv.core.capacity_plan import CapacityPlan, available_tokens
+from heatkv.core.plan import live_of_held
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import BudgetError, HeatKVError, PolicyError
-from heatkv.plan import live_of_held
 from heatkv.policies.base import EvictionPolicy, PlanningProblem
-from heatkv.schedule import ScaleSchedule
 
 IntArray = NDArray[np.int64]
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.policies.dynamic import Candidates
-from heatkv.schedule import ScaleSchedule
 
 
 def carried_recency(seen: Candidates, first_scales: int) -> Tensor:

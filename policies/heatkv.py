@@ -9,11 +9,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.allocation import fit_checkpoints
+from heatkv.core.statistics import HeadRankings
 from heatkv.errors import PolicyError
 from heatkv.policies.base import FewestSinks, PlanningProblem, StaticPolicy
 from heatkv.registry import register
-from heatkv.statistics import HeadRankings
+from heatkv.solve.cells import fit_checkpoints
 
 IntArray = NDArray[np.int64]
 

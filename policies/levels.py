@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.checks import as_number, shown
+from heatkv.core.checks import as_number, shown
+from heatkv.core.geometry import Budget
+from heatkv.core.levels import LEVELS
+from heatkv.core.plan import Plan
 from heatkv.errors import PolicyError
-from heatkv.geometry import Budget
-from heatkv.level_allocation import LevelAllocation, allocate_levels, cost_bound
-from heatkv.levels import LEVELS
-from heatkv.plan import Plan
+from heatkv.levels.columns import LevelAllocation, allocate_levels, cost_bound
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import SolvedPolicy
 from heatkv.registry import register

@@ -10,18 +10,18 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.allocation import Allocation, Capacity, allocate, allocate_greedily, price_bound
-from heatkv.checks import as_whole, shown
+from heatkv.core.checks import as_whole, shown
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.levels import FULL, LEVELS, SINK_SCALES
+from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.statistics import HeadRankings, Statistics
 from heatkv.errors import PolicyError
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.level_allocation import LevelAllocation, allocate_levels, level_price_bound
-from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import FULL, LEVELS, SINK_SCALES
-from heatkv.plan import CoarseCells, Plan
+from heatkv.levels.columns import LevelAllocation, allocate_levels, level_price_bound
 from heatkv.policies.base import FewestSinks, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import drop_by_rank
 from heatkv.registry import register
-from heatkv.statistics import HeadRankings, Statistics
+from heatkv.solve.cells import Allocation, Capacity, allocate, allocate_greedily, price_bound
 
 FloatArray = NDArray[np.float64]
 

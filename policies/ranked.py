@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.checks import of_kind, seed_after, shown
+from heatkv.core.checks import of_kind, seed_after, shown
+from heatkv.core.plan import CachePlan
 from heatkv.errors import HeatKVError, PolicyError
 from heatkv.head_assignment import balanced_heads, check_ranks, contiguous_heads, part_needed
-from heatkv.plan import CachePlan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem
 from heatkv.policies.dynamic import DynamicPolicy
 from heatkv.ranked_plan import RankedPlan

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from heatkv.capacities import available_tokens
+from heatkv.core.capacity_plan import available_tokens
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.registry import register
-from heatkv.schedule import ScaleSchedule
 
 IntArray = NDArray[np.int64]
 

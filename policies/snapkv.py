@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from heatkv.capacities import available_tokens
+from heatkv.core.capacity_plan import available_tokens
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.dynamic import Candidates, DynamicPolicy

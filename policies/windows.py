@@ -8,10 +8,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.allocation import fit_checkpoints
 from heatkv.errors import BudgetError
 from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
+from heatkv.solve.cells import fit_checkpoints
 
 IntArray = NDArray[np.int64]
 

@@ -21,8 +21,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from heatkv.attention import triton_jit, triton_kernels
-from heatkv.attention.held import HeldTokens
+from heatkv.engine.attention import triton_jit, triton_kernels
+from heatkv.engine.attention.held import HeldTokens
 
 TYPES = {
     torch.bfloat16: "bf16",

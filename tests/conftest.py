@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from heatkv.models import load_model
+from heatkv.models.catalogue import load_model
 from heatkv.models.class_conditional import ClassConditionalModel
 
 HERE = Path(__file__).parent

@@ -57,7 +57,7 @@ def work(count: int, offset: int, skip: int, only: str | None) -> None:
     from hostile import Broken, Watch, make_targets, outcome, prepare, schedule_of_trials, text_targets, whole
     from mutations import CANARY
 
-    from heatkv.models import load_model
+    from heatkv.models.catalogue import load_model
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, _stop)

@@ -34,17 +34,21 @@ from mutations import (
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from heatkv.capacities import CapacityPlan, load_plan
 from heatkv.cli.check import _share
 from heatkv.cli.measurement import whole_numbers
 from heatkv.cli.opening import _prompts, open_plan, parse_names, parse_ratio
 from heatkv.cli.options import Ranking
 from heatkv.cli.settings import policy_options
+from heatkv.core.capacity_plan import CapacityPlan, load_plan
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.levels import LEVELS, LevelChoices
+from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import HeadRankings, Provenance, Statistics
+from heatkv.engine.token_cache import policy_of
 from heatkv.errors import LONGEST_MESSAGE, HeatKVError
-from heatkv.geometry import Budget, CacheGeometry
 from heatkv.layer_budgets import LayerBudgets
-from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import LEVELS, LevelChoices
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.checkpoint import (
     build_bsq,
@@ -57,24 +61,20 @@ from heatkv.models.checkpoint import (
 )
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.infinity import Infinity, InfinityConfig
-from heatkv.models.text import T5TextEncoder
+from heatkv.models.text_encoder import T5TextEncoder
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
-from heatkv.plan import CoarseCells, Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.snapkv import SnapKV
-from heatkv.profiling.artefacts import pictures_of, plans_of, scas_of
-from heatkv.profiling.guard import change_lines, check_results
-from heatkv.profiling.html_report import report_data, write_report
-from heatkv.profiling.latency_table import latency_table
-from heatkv.profiling.memory_table import memory_table
-from heatkv.profiling.merging import merge
-from heatkv.profiling.results import ResultsFolder, check_replaceable, file_digest, save_scas
-from heatkv.profiling.runner import FIDELITY, versus
+from heatkv.profiling.analysis.guard import change_lines, check_results
+from heatkv.profiling.measure.runner import FIDELITY, versus
+from heatkv.profiling.report.latency_table import latency_table
+from heatkv.profiling.report.memory_table import memory_table
+from heatkv.profiling.report.page import report_data, write_report
+from heatkv.profiling.results.artefacts import pictures_of, plans_of, scas_of
+from heatkv.profiling.results.folder import ResultsFolder, check_replaceable, file_digest, save_scas
+from heatkv.profiling.results.merging import merge
 from heatkv.registry import registered_policies
-from heatkv.schedule import ScaleSchedule
-from heatkv.selecting_cache import policy_of
-from heatkv.statistics import HeadRankings, Provenance, Statistics
 
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4), (5, 4)]))
 SIDES = (1, 2, 3)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from heatkv.models.sampling import PublicSampler, SamplingSettings
 from heatkv.models.vqvae import VQVAE
-from heatkv.sampling import PublicSampler, SamplingSettings
 
 
 class SelfAttention(nn.Module):

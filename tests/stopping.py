@@ -39,7 +39,9 @@ class Ended:
 
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["heatkv.cli", "heatkv.profiling.report", "heatkv.profiling.html_report", "stopping"])
+_context.set_forkserver_preload(
+    ["heatkv.cli", "heatkv.profiling.report.tables", "heatkv.profiling.report.page", "stopping"]
+)
 
 
 def run_apart(
@@ -94,7 +96,7 @@ def free_port() -> int:
 
 def _watch(folder: Path, moment: Moment | None) -> Counter[Kind]:
     """Count events from now on, and send the signal at the moment."""
-    from heatkv.cache import KVCache
+    from heatkv.engine.arena_cache import KVCache
 
     counts: Counter[Kind] = Counter()
     below = str(folder)

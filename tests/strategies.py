@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.geometry import CacheGeometry
-from heatkv.plan import CoarseCells, Plan
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import Provenance, Statistics
-from heatkv.testing import level_costs_of
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Provenance, Statistics
+from heatkv.testing.contract import level_costs_of
 
 Nested = Sequence[Sequence[Sequence[int]]]
 

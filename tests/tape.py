@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heatkv.graphs import GraphRunner, Step
+from heatkv.generation.graphs import GraphRunner, Step
 
 WAITS = {
     "_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique2",

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from test_tensor_parallel import draw, tiny_infinity
 
-from heatkv import ranks
 from heatkv.models.tensor_parallel import shard_model
+from heatkv.parallel import ranks
 from heatkv.ranked_plan import RankedPlan
 
 if __name__ == "__main__":

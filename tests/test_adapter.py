@@ -13,8 +13,8 @@ from test_infinity import features
 from test_infinity import make as make_infinity
 from torch import Tensor, nn
 
-from heatkv import calibration
-from heatkv.calibration import calibrate
+from heatkv.calibration import measure as calibration
+from heatkv.calibration.measure import calibrate
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel

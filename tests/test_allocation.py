@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from strategies import SEEDS, geometries, live_by_formula, shares, statistics_of
 
-from heatkv import allocation
-from heatkv.allocation import Allocation, Capacity, allocate, allocate_greedily, fill, price_bound
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.plan import Plan, held_for_targets
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Provenance, Statistics
 from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.plan import Plan, held_for_targets
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import Provenance, Statistics
-from heatkv.testing import made_up_mass
+from heatkv.solve import cells as allocation
+from heatkv.solve.cells import Allocation, Capacity, allocate, allocate_greedily, fill, price_bound
+from heatkv.testing.contract import made_up_mass
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import level_live_table, level_plans, live_table, plans, shares, tokens_at
 
-from heatkv.arena import ArenaLayout
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.plan import Plan
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.layout import ArenaLayout
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import Random
-from heatkv.schedule import ScaleSchedule
 
 GOLDEN = Path(__file__).parent / "golden" / "schedules"
 

@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import heatkv
-from heatkv.calibration import calibrate
+from heatkv.attachment.attached import Attached
+from heatkv.calibration.level_costs import calibrate_biases, calibrate_levels
+from heatkv.calibration.measure import calibrate
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.levels import LevelChoices
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Statistics
 from heatkv.errors import BudgetError, HeatKVError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
-from heatkv.geometry import CacheGeometry
-from heatkv.level_calibration import calibrate_biases, calibrate_levels
-from heatkv.levels import LevelChoices
-from heatkv.models.attach import Attached
 from heatkv.models.checkpoint import build_var, build_vqvae
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
+from heatkv.models.sampling import SamplingSettings
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
-from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem
-from heatkv.sampling import SamplingSettings
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import Statistics
 
 HERE = Path(__file__).parent
 SIDES = (1, 2, 3, 4)

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from strategies import SEEDS, live_table, plans
 from torch import Tensor
 
-from heatkv.cache import KVCache
+from heatkv.core.geometry import STORAGE_BYTES, CacheGeometry
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.arena_cache import KVCache
 from heatkv.errors import PlanError
-from heatkv.geometry import STORAGE_BYTES, CacheGeometry
-from heatkv.plan import Plan
-from heatkv.schedule import ScaleSchedule
 
 Images = list[list[tuple[Tensor, Tensor, Tensor]]]
 """images[t][l]: q, k and v of target t in layer l."""

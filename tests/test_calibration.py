@@ -17,16 +17,23 @@ from test_infinity import features
 from test_infinity import make as make_infinity
 from torch import Tensor, nn
 
-from heatkv import calibration
-from heatkv.calibration import MeasuringCache, calibrate, concentration, ranking_agreement, read_sources, similarity
+from heatkv.calibration import measure as calibration
+from heatkv.calibration.measure import (
+    MeasuringCache,
+    calibrate,
+    concentration,
+    ranking_agreement,
+    read_sources,
+    similarity,
+)
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Provenance, Statistics
 from heatkv.errors import PlanError, StatisticsError
-from heatkv.generation import run_scales
+from heatkv.generation.loop import run_scales
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.sampling import CommonRandomSampler, RecordedTokens
 from heatkv.models.text_conditional import Prompt
-from heatkv.sampling import CommonRandomSampler, RecordedTokens
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import Provenance, Statistics
 
 
 @given(
@@ -94,7 +101,7 @@ def test_shards_merge_to_one_run(emoji: ClassConditionalModel) -> None:
 
 
 def test_measuring_does_not_change_the_drawing(emoji: ClassConditionalModel) -> None:
-    from heatkv.generation import Generator
+    from heatkv.generation.loop import Generator
 
     cache = MeasuringCache(emoji.plan(), 4, 2)
     sampler = CommonRandomSampler(3, range(2), emoji.sampling)

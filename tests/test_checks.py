@@ -16,17 +16,17 @@ from standin_var import VAR
 from strategies import statistics_of
 
 import heatkv
-from heatkv.checks import as_number, as_whole, shown
+from heatkv.core.checks import as_number, as_whole, shown
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import HeadRankings, Provenance, Statistics
 from heatkv.errors import BudgetError, HeatKVError, ModelError, PolicyError
-from heatkv.geometry import Budget, CacheGeometry
 from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.plan import CoarseCells, Plan
+from heatkv.models.sampling import BitSamplingSettings, SamplingSettings
 from heatkv.policies.base import PlanningProblem, StaticPolicy
-from heatkv.sampling import BitSamplingSettings, SamplingSettings
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import HeadRankings, Provenance, Statistics
-from heatkv.testing import made_up_mass
+from heatkv.testing.contract import made_up_mass
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3, 4))
 GEOMETRY = CacheGeometry(2, 2, 4, SCHEDULE)
@@ -349,9 +349,9 @@ def test_settings() -> None:
 
 
 def test_measuring(emoji: ClassConditionalModel) -> None:
+    from heatkv.calibration.fisher import calibrate_fisher
+    from heatkv.calibration.level_costs import calibrate_levels
     from heatkv.compensation import fit_compensation
-    from heatkv.fisher_calibration import calibrate_fisher
-    from heatkv.level_calibration import calibrate_levels
 
     for measure in (heatkv.calibrate, calibrate_levels, calibrate_fisher):
         not_batches = [*NOT_WHOLE, 0]

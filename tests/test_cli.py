@@ -20,16 +20,16 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from heatkv import files
-from heatkv.checks import seed_after
 from heatkv.cli import run
 from heatkv.cli.output import progress
+from heatkv.core import io as files
+from heatkv.core.checks import seed_after
+from heatkv.core.plan import Plan
+from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError
-from heatkv.plan import Plan
 from heatkv.policies.options import options_of
 from heatkv.policies.windows import Streaming
-from heatkv.profiling.runner import FIDELITY
-from heatkv.statistics import Statistics
+from heatkv.profiling.measure.runner import FIDELITY
 
 ORDERS = Path(__file__).parent / "golden" / "orders" / "2b.json"
 GOLDEN = Path(__file__).parent / "golden" / "schedules"
@@ -830,7 +830,7 @@ def test_a_sweep_over_batches_and_seeds(
         finished = now
     measured: list[str] = []
     for name in ("subject_memory", "measure_latency", "fidelity_row"):
-        monkeypatch.setattr(f"heatkv.profiling.runner.{name}", counting(name, measured))
+        monkeypatch.setattr(f"heatkv.profiling.measure.runner.{name}", counting(name, measured))
     assert run(arguments) == 0
     rows = rows_of(tmp_path)
     assert [(row["seed"], row["batch"], row["rows"], row["policy"]) for row in rows] == [
@@ -875,7 +875,7 @@ def figures(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], str]:
 
 def counting(name: str, calls: list[str]) -> Any:
     """The function of this name of the runner, which notes its calls."""
-    original = getattr(importlib.import_module("heatkv.profiling.runner"), name)
+    original = getattr(importlib.import_module("heatkv.profiling.measure.runner"), name)
 
     def called(*arguments: Any, **options: Any) -> Any:
         calls.append(name)
@@ -886,7 +886,7 @@ def counting(name: str, calls: list[str]) -> Any:
 
 KILLED_AFTER = """
 import os, signal, sys
-from heatkv.profiling.results import ResultsFolder
+from heatkv.profiling.results.folder import ResultsFolder
 from heatkv.__main__ import main
 save, saved, most = ResultsFolder.save, [], int(sys.argv.pop(1))
 def killed(self, rows):
@@ -920,11 +920,11 @@ def test_a_killed_sweep_takes_its_worker_with_it(tmp_path: Path) -> None:
 
 KILLED_WITH_WORKER = """
 import os, signal, subprocess, sys
-from heatkv.profiling import worker
+from heatkv.profiling.measure import worker
 from heatkv.__main__ import main
 held, start = int(sys.argv.pop(1)), subprocess.Popen
 def started(command, *arguments, **options):
-    if "heatkv.profiling.worker" not in command:
+    if "heatkv.profiling.measure.worker" not in command:
         return start(command, *arguments, **options)
     process = start(command, *arguments, pass_fds=(held,), **options)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -967,7 +967,7 @@ def test_a_sweep_goes_on_after_what_cannot_be_measured(
     arguments = ["profile", "--policies", "streaming", "--budgets", "20%,10%", "--repeats", "1", "--out", str(tmp_path)]
     assert run([*arguments[:4], "20%", *arguments[5:7], "--in-process", "--out", str(tmp_path / "first")]) == 0
     told = rows_of(tmp_path / "first")[0]["memory"] | {"process": "own"}
-    monkeypatch.setattr("heatkv.profiling.worker.measure_apart", apart)
+    monkeypatch.setattr("heatkv.profiling.measure.worker.measure_apart", apart)
     capsys.readouterr()
     assert run(arguments) == 0
     out, said = capsys.readouterr()
@@ -985,7 +985,7 @@ def test_a_sweep_goes_on_after_what_cannot_be_measured(
 
 KILLED = """
 import os, signal
-from heatkv.profiling.fidelity import FidelityBench
+from heatkv.profiling.measure.fidelity import FidelityBench
 from heatkv.__main__ import main
 compare, compared = FidelityBench.compare_batch, []
 def killed(self, *arguments):
@@ -1004,7 +1004,7 @@ def test_an_interrupted_comparison_says_how_to_go_on(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("heatkv.profiling.runner.measure_latency", interrupted)
+    monkeypatch.setattr("heatkv.profiling.measure.runner.measure_latency", interrupted)
     arguments = ["compare", *SMALL, "--policies", "streaming", "--budgets", "30%", "--out", str(tmp_path)]
     assert run(arguments) == 130
     assert f"{tmp_path / 'results.partial.json'}; the same command goes on from there" in capsys.readouterr().err
@@ -1100,15 +1100,15 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Sig
 
 INTERRUPTED = """
 import os, signal
-import heatkv.calibration
+import heatkv.calibration.measure
 from heatkv.__main__ import main
-measure, batches = heatkv.calibration.calibrate, []
+measure, batches = heatkv.calibration.measure.calibrate, []
 def interrupted(*arguments, **options):
     batches.append(1)
     if len(batches) == 2:
         os.kill(os.getpid(), signal.SIGINT)
     return measure(*arguments, **options)
-heatkv.calibration.calibrate = interrupted
+heatkv.calibration.measure.calibrate = interrupted
 main()
 """
 
@@ -1176,7 +1176,7 @@ FEW = ["--policies", "streaming", "--budgets", "30%", "--repeats", "1", "--sampl
 def test_what_does_not_fit_is_a_row_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from heatkv.profiling import runner
+    from heatkv.profiling.measure import runner
 
     opened = runner.open_cache
 
@@ -1203,7 +1203,7 @@ def test_memory_that_runs_out_is_told_in_one_line(
     def full(*given: Any, **named: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("heatkv.generation.Generator.draw", full)
+    monkeypatch.setattr("heatkv.generation.loop.Generator.draw", full)
     said = refused(capsys, "generate", "--label", "pizza", "--out", str(tmp_path))
     assert "out of memory: " in said
     assert "draw fewer images at once" in said

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from heatkv.compensation import RIDGE, compensation_bytes, compensation_of, fit_compensation, fit_correction
+from heatkv.core.plan import CoarseCells, Plan
 from heatkv.errors import PolicyError
-from heatkv.generation import Generator, generate
+from heatkv.generation.loop import Generator, generate
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.plan import CoarseCells, Plan
-from heatkv.profiling.fidelity import FidelityBench
+from heatkv.profiling.measure.fidelity import FidelityBench
 
 
 def reduced_plan(model: ClassConditionalModel, **settings: object) -> Plan:

@@ -17,9 +17,9 @@ from strategies import SEEDS, geometries
 from test_selecting_cache import GEOMETRY, POLICIES
 from torch import Tensor
 
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.plan import CachePlan
 from heatkv.errors import BudgetError, PolicyError
-from heatkv.geometry import CacheGeometry
-from heatkv.plan import CachePlan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.composition import AdaKV, Protected
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
@@ -27,7 +27,7 @@ from heatkv.policies.levels import HeatKVLevels
 from heatkv.policies.lp import HeatKVLP
 from heatkv.policies.windows import Streaming
 from heatkv.registry import registered_policies
-from heatkv.testing import contract_checks, made_up_statistics, small_geometries
+from heatkv.testing.contract import contract_checks, made_up_statistics, small_geometries
 
 CHECKS = dict(contract_checks())
 REGISTERED = registered_policies()

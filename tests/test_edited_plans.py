@@ -11,28 +11,28 @@ import numpy as np
 import pytest
 import torch
 
-from heatkv.capacities import CapacityPlan
+from heatkv.calibration.level_costs import calibrate_levels
 from heatkv.cli import run
+from heatkv.core.capacity_plan import CapacityPlan
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.io import read_json, write_json
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.token_cache import open_cache, policy_of
 from heatkv.errors import FormatError, PlanError, PolicyError
-from heatkv.files import read_json, write_json
-from heatkv.geometry import CacheGeometry
-from heatkv.level_calibration import calibrate_levels
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.composition import inner_policy
 from heatkv.policies.h2o import H2O
 from heatkv.policies.levels import HeatKVLevels
-from heatkv.profiling.explain import worth_of
-from heatkv.schedule import ScaleSchedule
-from heatkv.selecting_cache import open_cache, policy_of
-from heatkv.testing import made_up_statistics
+from heatkv.profiling.analysis.explain import worth_of
+from heatkv.testing.contract import made_up_statistics
 
 GEOMETRY = CacheGeometry(3, 4, 8, ScaleSchedule.square((1, 2, 3, 4, 5, 6)))
 
 
 def made(cost: str = "error", **options: Any) -> Plan:
-    from heatkv.geometry import Budget
+    from heatkv.core.geometry import Budget
 
     statistics = made_up_statistics(GEOMETRY, cost=cost)
     return HeatKVLevels(cost=cost, **options).plan(PlanningProblem(GEOMETRY, Budget.parse("30%"), statistics))  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heatkv.files.MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr("heatkv.core.io.MAX_JSON_BYTES", 1000)
     (tmp_path / "large.json").write_text("[" + "1," * 1000 + "1]")
     with pytest.raises(FormatError, match="more than the 1000 bytes"):
         read_json(tmp_path / "large.json")
@@ -167,7 +167,7 @@ def test_what_cannot_be_is_refused(
 
 
 def dynamic_plan(policy: str, **options: Any) -> CapacityPlan:
-    from heatkv.geometry import Budget
+    from heatkv.core.geometry import Budget
 
     problem = PlanningProblem(GEOMETRY, Budget.parse("30%"), made_up_statistics(GEOMETRY), rows=2, storage="float32")
     plan = make_policy(policy, **options).plan(problem)
@@ -226,7 +226,7 @@ def test_options_of_a_base_are_read_by_their_type() -> None:
 
 
 def test_the_published_tables_are_for_their_budget_only() -> None:
-    from heatkv.geometry import Budget
+    from heatkv.core.geometry import Budget
 
     geometry = CacheGeometry(40, 28, 128, ScaleSchedule.infinity("1M", 1.0))
     for share, tabled in (("10%", True), ("30%", False)):

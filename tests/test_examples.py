@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from heatkv.capacities import load_plan
-from heatkv.models import model_info
-from heatkv.plan import Plan
+from heatkv.core.capacity_plan import load_plan
+from heatkv.core.plan import Plan
+from heatkv.models.catalogue import model_info
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

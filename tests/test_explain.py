@@ -19,15 +19,16 @@ from test_cli import ORDERS, refused
 from test_level_allocation import FEW, MORE, optimum
 from test_level_allocation import statistics as random_levels
 
-from heatkv.allocation import Capacity
 from heatkv.cli import run
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.levels import level_tokens
+from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Statistics
 from heatkv.errors import PlanError, PolicyError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.levels import level_tokens
-from heatkv.plan import CoarseCells, Plan
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling import plan_report
-from heatkv.profiling.explain import (
+from heatkv.profiling.analysis import plan_report
+from heatkv.profiling.analysis.explain import (
     ends_of_cells,
     full_use,
     kept_of_heads,
@@ -35,10 +36,9 @@ from heatkv.profiling.explain import (
     reads_of_scales,
     worth_of,
 )
-from heatkv.profiling.plan_report import bar, whole_ticks, worth_lines
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import Statistics
-from heatkv.testing import level_costs_of, made_up_mass
+from heatkv.profiling.analysis.plan_report import bar, whole_ticks, worth_lines
+from heatkv.solve.cells import Capacity
+from heatkv.testing.contract import level_costs_of, made_up_mass
 
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
 

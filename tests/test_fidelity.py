@@ -16,14 +16,14 @@ import torch
 from scipy import stats
 
 from heatkv.cli import run
+from heatkv.core.geometry import Budget
 from heatkv.errors import HeatKVError
-from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.profiling import perceptual
-from heatkv.profiling.fidelity import FidelityBench, paired_bootstrap, spread
-from heatkv.profiling.perceptual import FID_LEAST_PICTURES, fid, open_lpips, why_no_fid
-from heatkv.profiling.report import results_table
-from heatkv.profiling.runner import bytes_row, fidelity_row, plan_subjects, versus
+from heatkv.profiling.measure import perceptual
+from heatkv.profiling.measure.fidelity import FidelityBench, paired_bootstrap, spread
+from heatkv.profiling.measure.perceptual import FID_LEAST_PICTURES, fid, open_lpips, why_no_fid
+from heatkv.profiling.measure.runner import bytes_row, fidelity_row, plan_subjects, versus
+from heatkv.profiling.report.tables import results_table
 
 
 def test_the_paired_interval_is_scipys() -> None:

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from heatkv.cache import KVCache
 from heatkv.cli import run
+from heatkv.core.geometry import Budget
+from heatkv.engine.arena_cache import KVCache
 from heatkv.errors import HeatKVError
-from heatkv.generation import Generator
-from heatkv.geometry import Budget
-from heatkv.models import load_model, model_info
+from heatkv.generation.loop import Generator
+from heatkv.models.catalogue import load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.emoji import VQVAE_CONFIG
 from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.models.vqvae import VQVAE
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.windows import Full, Streaming
-from heatkv.profiling.fit import (
+from heatkv.profiling.analysis.fit import (
     Footprint,
     drawing_bytes,
     footprint,
@@ -33,8 +33,8 @@ from heatkv.profiling.fit import (
     prompt_bytes,
     shapes,
 )
-from heatkv.profiling.fit import text_encoder_parameters as encoder_parameters
-from heatkv.profiling.ledger import FusedAttention, TensorLedger
+from heatkv.profiling.analysis.fit import text_encoder_parameters as encoder_parameters
+from heatkv.profiling.measure.ledger import FusedAttention, TensorLedger
 
 MEBI = 1 << 20
 

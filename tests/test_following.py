@@ -14,18 +14,18 @@ import torch
 from test_layerwise import infinity
 from torch import Tensor
 
-from heatkv import following
-from heatkv.calibration import calibrate
+from heatkv.calibration.level_costs import calibrate_levels
+from heatkv.calibration.measure import calibrate
+from heatkv.core.plan import Plan
+from heatkv.core.statistics import Statistics
+from heatkv.engine.store import Store
 from heatkv.errors import BudgetError, ModelError, PolicyError, StatisticsError
-from heatkv.following import FollowingGenerator
-from heatkv.generation import Drawn, Generator, generate
-from heatkv.layerwise import held_bytes
-from heatkv.level_calibration import calibrate_levels
+from heatkv.generation.loop import Drawn, Generator, generate
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
-from heatkv.plan import Plan
+from heatkv.online import following
+from heatkv.online.following import FollowingGenerator
+from heatkv.online.layerwise import held_bytes
 from heatkv.policies.base import make_policy
-from heatkv.statistics import Statistics
-from heatkv.store import Store
 
 LP = make_policy("heatkv-lp", value="error", sink_scales=1)
 BUDGET = "60%"

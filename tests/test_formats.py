@@ -17,21 +17,22 @@ from test_layer_budgets import FILE as BUDGETS
 from test_layer_budgets import SMALL
 from test_statistics import PAIRS
 
-from heatkv.capacities import load_plan
+from heatkv.core.capacity_plan import load_plan
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.levels import LEVELS, LevelChoices
+from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import HeadRankings, Statistics
 from heatkv.errors import FormatError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry
 from heatkv.layer_budgets import LayerBudgets
-from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import LEVELS, LevelChoices
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.plan import CoarseCells, Plan
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import HeatKVLP
 from heatkv.policies.ranked import plan_ranks
 from heatkv.policies.snapkv import SnapKV
-from heatkv.profiling.fidelity import FidelityBench
-from heatkv.profiling.html_report import report_data
-from heatkv.profiling.memory import (
+from heatkv.profiling.measure.fidelity import FidelityBench
+from heatkv.profiling.measure.memory import (
     AllocatorMemory,
     AllocatorPeaks,
     DriverMemory,
@@ -40,9 +41,7 @@ from heatkv.profiling.memory import (
     Phases,
     Step,
 )
-from heatkv.profiling.merging import merge
-from heatkv.profiling.results import ResultsFolder, comparison_digest, measurement_digest, save_scas
-from heatkv.profiling.runner import (
+from heatkv.profiling.measure.runner import (
     bytes_row,
     fidelity_row,
     latency_row,
@@ -51,9 +50,10 @@ from heatkv.profiling.runner import (
     plan_subjects,
     subject_memory,
 )
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import HeadRankings, Statistics
-from heatkv.testing import made_up_mass
+from heatkv.profiling.report.page import report_data
+from heatkv.profiling.results.folder import ResultsFolder, comparison_digest, measurement_digest, save_scas
+from heatkv.profiling.results.merging import merge
+from heatkv.testing.contract import made_up_mass
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4)]))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from heatkv.core.geometry import Budget
+from heatkv.core.plan import Plan
 from heatkv.errors import ModelError, PlanError
-from heatkv.generation import Generator, generate
-from heatkv.geometry import Budget
-from heatkv.models import load_model, model_info
+from heatkv.generation.loop import Generator, generate
+from heatkv.models.catalogue import load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.plan import Plan
+from heatkv.models.sampling import SamplingSettings
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.windows import Full
-from heatkv.sampling import SamplingSettings
 
 
 def plan_of(model: ClassConditionalModel, budget: str) -> Plan:

@@ -12,9 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import geometries, shares
 
+from heatkv.core.geometry import STORAGE_BYTES, Budget, CacheGeometry
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import BudgetError, PlanError
-from heatkv.geometry import STORAGE_BYTES, Budget, CacheGeometry
-from heatkv.schedule import ScaleSchedule
 
 MIB = 2**20
 PUBLIC_STORAGE = "float32-key-bfloat16-value"

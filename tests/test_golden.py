@@ -13,26 +13,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from heatkv.cache import KVCache
-from heatkv.capacities import CapacityPlan
-from heatkv.generation import Generator
-from heatkv.geometry import Budget, CacheGeometry
+from heatkv.core.capacity_plan import CapacityPlan
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import HeadRankings
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.token_cache import SelectingCache
+from heatkv.generation.loop import Generator
 from heatkv.models import infinity
 from heatkv.models.bsq import code_values, resize
 from heatkv.models.checkpoint import build_bsq, build_infinity, build_var, build_vqvae, read_safetensors
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
 from heatkv.models.emoji.train import TeacherForcing, forced_logits
+from heatkv.models.sampling import BitSamplingSettings, PublicSampler, RecordedTokens, SamplingSettings
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
-from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.dynamic import Candidates
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.scalekv import ScaleKV, ScaleKVFixed
 from heatkv.policies.windows import Full
-from heatkv.sampling import BitSamplingSettings, PublicSampler, RecordedTokens, SamplingSettings
-from heatkv.schedule import ScaleSchedule
-from heatkv.selecting_cache import SelectingCache
-from heatkv.statistics import HeadRankings
 
 HERE = Path(__file__).parent
 

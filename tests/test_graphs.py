@@ -16,31 +16,22 @@ from tape import AddressRunner, TapeRunner, WatchedRunner
 from test_infinity import SCHEDULE, TINY, features
 from torch import Tensor
 
-from heatkv.calibration import calibrate
-from heatkv.capacities import CapacityPlan
+from heatkv.calibration.level_costs import calibrate_levels
+from heatkv.calibration.measure import calibrate
 from heatkv.compensation import Compensation, fit_compensation
+from heatkv.core.capacity_plan import CapacityPlan
+from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.statistics import Statistics
 from heatkv.errors import GraphError, ModelError, NumericsError, PolicyError
-from heatkv.generation import Drawn, Generator, generate
-from heatkv.graphs import CUDAGraphRunner, EagerRunner, GraphRunner, Step
-from heatkv.level_calibration import calibrate_levels
-from heatkv.models import class_conditional, load_model
+from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, GraphRunner, Step
+from heatkv.generation.loop import Drawn, Generator, generate
+from heatkv.models import class_conditional
 from heatkv.models.base import ImageModel
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
+from heatkv.models.catalogue import load_model
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
 from heatkv.models.infinity import Infinity
-from heatkv.models.text_conditional import Prompt, TextConditionalModel
-from heatkv.models.var import VAR, VARConfig
-from heatkv.models.vqvae import VQVAE, VQVAEConfig
-from heatkv.plan import CachePlan, Plan
-from heatkv.policies.base import make_policy
-from heatkv.policies.dynamic import Candidates
-from heatkv.policies.recent_tokens import SlidingWindowTokens
-from heatkv.profiling.latency import Latency
-from heatkv.profiling.ledger import TensorLedger
-from heatkv.profiling.report import results_table
-from heatkv.profiling.runner import Subject, Timing, bytes_row, latency_row, timed_with_graphs
-from heatkv.registry import registered_policies
-from heatkv.sampling import (
+from heatkv.models.sampling import (
     BitSamplingSettings,
     CommonRandomSampler,
     PublicSampler,
@@ -48,8 +39,18 @@ from heatkv.sampling import (
     SamplingSettings,
     Settings,
 )
-from heatkv.statistics import Statistics
-from heatkv.testing import made_up_problem
+from heatkv.models.text_conditional import Prompt, TextConditionalModel
+from heatkv.models.var import VAR, VARConfig
+from heatkv.models.vqvae import VQVAE, VQVAEConfig
+from heatkv.policies.base import make_policy
+from heatkv.policies.dynamic import Candidates
+from heatkv.policies.recent_tokens import SlidingWindowTokens
+from heatkv.profiling.measure.latency import Latency
+from heatkv.profiling.measure.ledger import TensorLedger
+from heatkv.profiling.measure.runner import Subject, Timing, bytes_row, latency_row, timed_with_graphs
+from heatkv.profiling.report.tables import results_table
+from heatkv.registry import registered_policies
+from heatkv.testing.contract import made_up_problem
 
 EVERY = pytest.mark.parametrize("name", registered_policies())
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -500,7 +501,7 @@ def check_fails(model: ImageModel[Any], plan: CachePlan) -> None:
 def test_a_policy_that_counts_in_python_is_found(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tiny.plan("sliding-window-tokens", "20%")
     check_policy(tiny, plan, [[3], [9], [50]])
-    monkeypatch.setattr("heatkv.selecting_cache.policy_of", lambda plan: ByTheClock())
+    monkeypatch.setattr("heatkv.engine.token_cache.policy_of", lambda plan: ByTheClock())
     check_fails(tiny, plan)
 
 
@@ -808,7 +809,7 @@ def test_a_policy_that_waits_cannot_be_captured(
         def score(self, seen: Candidates) -> Tensor:
             return super().score(seen) + seen.k_RHCD.sum().item()
 
-    monkeypatch.setattr("heatkv.selecting_cache.policy_of", lambda plan: Waits())
+    monkeypatch.setattr("heatkv.engine.token_cache.policy_of", lambda plan: Waits())
     generator = Generator(on_cuda, on_cuda.plan("sliding-window-tokens", "20%"), 1, graphs=True)
     generator.draw([3])
     with pytest.raises(GraphError, match=r"^scale \d cannot be recorded as a graph: PolicyError: score of policy"):

@@ -13,12 +13,12 @@ from strategies import SEEDS, level_plans
 from test_cache import ROWS, check_close, images_of
 from test_level_cache import dense
 
-from heatkv.attention import grouping
-from heatkv.attention.grouping import AttentionCost, CallShape, split_heads
-from heatkv.attention.kernels import RaggedAttention
-from heatkv.cache import KVCache
-from heatkv.plan import Plan
-from heatkv.store import Store
+from heatkv.core.plan import Plan
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.attention import grouping
+from heatkv.engine.attention.grouping import AttentionCost, CallShape, split_heads
+from heatkv.engine.attention.kernels import RaggedAttention
+from heatkv.engine.store import Store
 
 SHAPE = CallShape(rows=2, tokens=16, head_dim=8, itemsize=4)
 NUMBERS = st.floats(0, 1000, allow_nan=False)

@@ -11,7 +11,7 @@ import pytest
 
 from heatkv.cli import run
 from heatkv.errors import FormatError, HeatKVError
-from heatkv.profiling.guard import Tolerances, check_results
+from heatkv.profiling.analysis.guard import Tolerances, check_results
 
 BASELINE = Path(__file__).parents[1] / "benchmarks" / "baseline" / "results.json"
 Edit = Callable[[dict[str, Any]], object]

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from strategies import SEEDS, level_live_table, schedules, shares
 from test_selecting_cache import POLICIES
 
-from heatkv.capacities import CapacityPlan, load_plan
+from heatkv.core.capacity_plan import CapacityPlan, load_plan
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import HeadRankings
 from heatkv.errors import BudgetError, FormatError, HeatKVError, PlanError, PolicyError
-from heatkv.geometry import Budget, CacheGeometry
 from heatkv.head_assignment import balanced_heads, contiguous_heads, part_needed
-from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy
 from heatkv.policies.composition import AdaKV, PerLayer
 from heatkv.policies.hack_like import HackLike
@@ -36,9 +38,7 @@ from heatkv.policies.scalekv import ScaleKV
 from heatkv.policies.snapkv import SnapKV
 from heatkv.ranked_plan import RankedPlan, load_either
 from heatkv.registry import registered_policies
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import HeadRankings
-from heatkv.testing import made_up_statistics
+from heatkv.testing.contract import made_up_statistics
 
 IntArray = NDArray[np.int64]
 

@@ -32,18 +32,18 @@ from hostile import (
 from mutations import CANARY, hostile_pickles, misplaced, with_bomb, zipped
 from PIL import Image
 
-from heatkv.checks import regular_array, shown
+from heatkv.core.checks import regular_array, shown
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.io import MAX_DEPTH, as_path, is_there, parse_json, read_json, resolved, write_json
+from heatkv.core.plan import held_for_targets
+from heatkv.core.schedule import MAX_SCALES, ScaleSchedule
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError
-from heatkv.files import MAX_DEPTH, as_path, is_there, parse_json, read_json, resolved, write_json
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.images import read_pixels
-from heatkv.models import find_weights, load_model
+from heatkv.generation.images import read_pixels
+from heatkv.models.catalogue import find_weights, load_model
 from heatkv.models.checkpoint import build_infinity, build_var, read_checkpoint, var_state
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.models.text import T5TextEncoder
-from heatkv.plan import held_for_targets
-from heatkv.profiling.reading import read_results
-from heatkv.schedule import MAX_SCALES, ScaleSchedule
+from heatkv.models.text_encoder import T5TextEncoder
+from heatkv.profiling.results.reading import read_results
 
 IN_SUITE = 300
 

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor
 
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError, ModelError
-from heatkv.generation import Generator, generate
-from heatkv.models import MODELS, ModelInfo
+from heatkv.generation.loop import Generator, generate
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE, BSQConfig, code_values, resize
+from heatkv.models.catalogue import MODELS, ModelInfo
 from heatkv.models.checkpoint import (
     bsq_config,
     build_bsq,
@@ -44,11 +45,10 @@ from heatkv.models.infinity import (
     rotate,
     rotation_table,
 )
-from heatkv.models.text import T5TextEncoder
+from heatkv.models.sampling import BitSamplingSettings, CommonRandomSampler, PublicSampler
 from heatkv.models.text_conditional import Prompt, TextConditionalModel, load_infinity
+from heatkv.models.text_encoder import T5TextEncoder
 from heatkv.models.vqvae import ResidualBlock
-from heatkv.sampling import BitSamplingSettings, CommonRandomSampler, PublicSampler
-from heatkv.schedule import ScaleSchedule
 
 DATA = Path(__file__).parent / "data"
 TINY = InfinityConfig(

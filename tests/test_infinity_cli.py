@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from heatkv import models
 from heatkv.cli import run
-from heatkv.generation import generate
-from heatkv.models import ModelInfo
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Statistics
+from heatkv.generation.loop import generate
+from heatkv.models import catalogue as models
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
+from heatkv.models.catalogue import ModelInfo
 from heatkv.models.infinity import Infinity, InfinityConfig
-from heatkv.models.text import T5TextEncoder
 from heatkv.models.text_conditional import SAMPLING, TextConditionalModel
-from heatkv.plan import Plan
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import Statistics
+from heatkv.models.text_encoder import T5TextEncoder
 
 CONFIG = InfinityConfig(
     depth=4, width=64, heads=2, bits=8, mlp_hidden=256, pool_heads=2, text_channels=24, text_positions=20

@@ -21,11 +21,11 @@ from PIL import Image
 from stopping import Kind, Moment, count_events, run_apart
 
 from heatkv.cli import run
+from heatkv.core.io import clear_temporaries, move, replacing, write_json
+from heatkv.core.plan import Plan
 from heatkv.errors import FormatError
-from heatkv.files import clear_temporaries, move, replacing, write_json
-from heatkv.parts import load_arrays
-from heatkv.plan import Plan
-from heatkv.profiling.results import MEMORY, TIMES
+from heatkv.parallel.parts import load_arrays
+from heatkv.profiling.results.folder import MEMORY, TIMES
 
 Command = Literal["calibrate", "compare", "profile"]
 
@@ -140,10 +140,10 @@ def kept_work(folder: Path, batches: int) -> Counter[str]:
 
 def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
     """Count what is measured: batches of samples, of level costs and of comparisons, biases, and memory."""
-    import heatkv.calibration
+    import heatkv.calibration.measure
     import heatkv.cli.calibration_run
-    import heatkv.profiling.fidelity
-    import heatkv.profiling.runner
+    import heatkv.profiling.measure.fidelity
+    import heatkv.profiling.measure.runner
 
     def counting(module: Any, name: str, what: str) -> None:
         original: Callable[..., Any] = getattr(module, name)
@@ -154,10 +154,10 @@ def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
 
         patch.setattr(module, name, called)
 
-    counting(heatkv.calibration, "calibrate", "samples")
+    counting(heatkv.calibration.measure, "calibrate", "samples")
     counting(heatkv.cli.calibration_run, "save_arrays", "levels")
-    counting(heatkv.profiling.fidelity, "save_compared", "comparisons")
-    counting(heatkv.profiling.runner, "subject_memory", "memory")
+    counting(heatkv.profiling.measure.fidelity, "save_compared", "comparisons")
+    counting(heatkv.profiling.measure.runner, "subject_memory", "memory")
 
 
 def check_whole(folder: Path) -> None:
@@ -316,7 +316,7 @@ def test_resuming_results_is_for_the_same_rows_only(tmp_path: Path, capsys: pyte
 
 
 def test_traces_are_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from heatkv.profiling import trace
+    from heatkv.profiling.measure import trace
 
     original, saved = trace.save_trace, list[str]()
 
@@ -416,7 +416,7 @@ def test_a_full_or_read_only_disk_gives_one_line(
 def test_a_trace_on_a_full_disk(tmp_path: Path) -> None:
     """The profiler's library writes it, and does not say when it cannot."""
     code = (
-        "import resource; import heatkv.cli, heatkv.profiling.trace as t; save = t.save_trace\n"
+        "import resource; import heatkv.cli, heatkv.profiling.measure.trace as t; save = t.save_trace\n"
         "def small(*given):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "    return save(*given)\n"
@@ -435,7 +435,7 @@ def test_a_plan_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """An old file stays as it was."""
     import errno
 
-    from heatkv.models import load_model
+    from heatkv.models.catalogue import load_model
 
     path, plan = tmp_path / "plan.json", load_model("emoji").plan("streaming", "20%")
     plan.save(path)

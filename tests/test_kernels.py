@@ -12,14 +12,14 @@ from test_cache import ROWS, Images, check_close, dense, images_of
 from test_level_cache import dense as dense_levels
 from torch import Tensor
 
-from heatkv.attention import triton_kernels
-from heatkv.attention.kernels import RaggedAttention, TritonAttention, choose_kernel
-from heatkv.cache import KVCache
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.attention import triton_kernels
+from heatkv.engine.attention.kernels import RaggedAttention, TritonAttention, choose_kernel
+from heatkv.engine.store import Store
 from heatkv.errors import PlanError
-from heatkv.geometry import CacheGeometry
-from heatkv.plan import Plan
-from heatkv.schedule import ScaleSchedule
-from heatkv.store import Store
 
 MISSING = triton_kernels.supports("cpu", torch.float32, 8)
 needs_triton = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

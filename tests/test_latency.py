@@ -19,16 +19,16 @@ from scipy import stats
 
 import heatkv
 from heatkv.cli import run
-from heatkv.generation import Generator
-from heatkv.geometry import Budget
+from heatkv.core.geometry import Budget
+from heatkv.engine.spans import PHASES, layer_name, listening, scale_name, span
+from heatkv.generation.loop import Generator
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.profiling import busy, latency
-from heatkv.profiling.busy import Load, load_of
-from heatkv.profiling.latency import Breakdown, Latency, measure_breakdown, median_interval, turns
-from heatkv.profiling.latency_table import latency_table
-from heatkv.profiling.runner import measure_latency, plan_subjects
-from heatkv.profiling.trace import save_trace
-from heatkv.spans import PHASES, layer_name, listening, scale_name, span
+from heatkv.profiling.measure import busy, latency
+from heatkv.profiling.measure.busy import Load, load_of
+from heatkv.profiling.measure.latency import Breakdown, Latency, measure_breakdown, median_interval, turns
+from heatkv.profiling.measure.runner import measure_latency, plan_subjects
+from heatkv.profiling.measure.trace import save_trace
+from heatkv.profiling.report.latency_table import latency_table
 
 CPU = torch.device("cpu")
 

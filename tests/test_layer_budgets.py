@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError, StatisticsError
-from heatkv.geometry import CacheGeometry
 from heatkv.layer_budgets import LayerBudgets
-from heatkv.schedule import ScaleSchedule
 
 SQUARE = ScaleSchedule.infinity("1M", 1.0)  # 13 scales
 # The published budgets at 10 %: scale (from 1), large layers, Max, Min. Every row averages 650 tokens.

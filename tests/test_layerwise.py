@@ -16,18 +16,18 @@ from test_infinity import make as make_infinity
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heatkv import layerwise
-from heatkv.calibration import calibrate
+from heatkv.calibration.level_costs import calibrate_levels
+from heatkv.calibration.measure import calibrate
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Statistics
 from heatkv.errors import ModelError
-from heatkv.generation import Drawn, Generator
-from heatkv.layerwise import LayerMeasuringCache, held_bytes, measure_drawn, nothing_cached, run_layers
-from heatkv.level_calibration import calibrate_levels
+from heatkv.generation.loop import Drawn, Generator
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
-from heatkv.plan import Plan
-from heatkv.profiling.ledger import TensorLedger
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import Statistics
+from heatkv.online import layerwise
+from heatkv.online.layerwise import LayerMeasuringCache, held_bytes, measure_drawn, nothing_cached, run_layers
+from heatkv.profiling.measure.ledger import TensorLedger
 
 SCHEDULE = ScaleSchedule.of([(1, 1), (2, 2), (3, 2), (4, 3), (6, 4), (8, 6)])
 
@@ -90,8 +90,8 @@ def test_bf16_is_measured_as_it_is_calibrated(autocast: bool) -> None:
 
 def test_codes_of_a_plan_are_measured_under_full_attention() -> None:
     """Against dense attention of the whole model, which is shown the codes that a plan drew."""
-    from heatkv.generation import run_scales
-    from heatkv.sampling import RecordedTokens
+    from heatkv.generation.loop import run_scales
+    from heatkv.models.sampling import RecordedTokens
 
     model = infinity()
     plan = model.plan("streaming", "40%")

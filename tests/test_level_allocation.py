@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, tokens_at
 
-from heatkv import level_allocation
-from heatkv.allocation import Capacity
+from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.levels import LEVELS, NONE, LevelChoices
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import BudgetError, PlanError, StatisticsError
-from heatkv.level_allocation import (
+from heatkv.levels import columns as level_allocation
+from heatkv.levels.columns import (
     LevelAllocation,
     _Paths,
     _Pricing,
@@ -32,9 +34,7 @@ from heatkv.level_allocation import (
     level_cost,
     level_price_bound,
 )
-from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import LEVELS, NONE, LevelChoices
-from heatkv.schedule import ScaleSchedule
+from heatkv.solve.cells import Capacity
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

@@ -21,12 +21,12 @@ from strategies import SEEDS, level_live_table, level_plans, plans, pooled, toke
 from test_cache import ROWS, Images, check_close, images_of, run
 from torch import Tensor
 
-from heatkv.cache import KVCache
+from heatkv.core.geometry import STORAGE_BYTES, CacheGeometry
+from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.store import Places
 from heatkv.errors import FormatError, HeatKVError, PlanError
-from heatkv.geometry import STORAGE_BYTES, CacheGeometry
-from heatkv.plan import CoarseCells, Plan
-from heatkv.schedule import ScaleSchedule
-from heatkv.store import Places
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 

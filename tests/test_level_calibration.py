@@ -20,25 +20,25 @@ from test_infinity import features
 from test_infinity import make as make_infinity
 from torch import Tensor
 
-from heatkv import level_calibration
-from heatkv.allocation import Capacity
+from heatkv.calibration import level_costs as level_calibration
+from heatkv.calibration.fisher import DRAWS, FisherCostCache, _drawn_log_likelihoods, calibrate_fisher
+from heatkv.calibration.level_costs import BiasCache, ErrorCostCache, LevelCostCache, calibrate_biases, calibrate_levels
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.level_statistics import LevelStatistics, calibrated_bias
+from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts, useful_levels
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import StatisticsError
-from heatkv.fisher_calibration import DRAWS, FisherCostCache, _drawn_log_likelihoods, calibrate_fisher
-from heatkv.generation import run_scales
-from heatkv.geometry import CacheGeometry
-from heatkv.level_allocation import allocate_levels
-from heatkv.level_calibration import BiasCache, ErrorCostCache, LevelCostCache, calibrate_biases, calibrate_levels
-from heatkv.level_statistics import LevelStatistics, calibrated_bias
-from heatkv.levels import LEVELS, NONE, LevelChoices, log_counts, useful_levels
+from heatkv.generation.loop import run_scales
+from heatkv.levels.columns import allocate_levels
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.class_conditional import fingerprint as fingerprint_of
+from heatkv.models.sampling import CommonRandomSampler, SamplingSettings
 from heatkv.models.text_conditional import Prompt
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
-from heatkv.plan import Plan
-from heatkv.sampling import CommonRandomSampler, SamplingSettings
-from heatkv.schedule import ScaleSchedule
+from heatkv.solve.cells import Capacity
 
 FloatArray = NDArray[np.float64]
 Cell = tuple[int, int]

@@ -25,15 +25,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import heatkv
-from heatkv.generation import Generator, run_scales
-from heatkv.geometry import CacheGeometry
-from heatkv.levels import LEVELS
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.levels import LEVELS
+from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.generation.loop import Generator, run_scales
 from heatkv.models import infinity
 from heatkv.models.base import ImageModel
+from heatkv.models.sampling import RecordedTokens
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
-from heatkv.plan import CoarseCells, Plan
-from heatkv.sampling import RecordedTokens
-from heatkv.schedule import ScaleSchedule
 
 
 def pooling_plan(geometry: CacheGeometry, seed: int = 0) -> Plan:

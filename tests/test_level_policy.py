@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import SEEDS, level_live_table, statistics_of
 
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Statistics
 from heatkv.errors import BudgetError, PolicyError
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import Statistics
-from heatkv.testing import made_up_mass
+from heatkv.testing.contract import made_up_mass
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3, 4, 5))
 GEOMETRY = CacheGeometry(3, 4, 4, SCHEDULE)  # N = 30, 55 tokens in all; two sinks are 5 tokens

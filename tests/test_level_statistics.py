@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from strategies import SEEDS, geometries, statistics_of
 
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.levels import LEVELS, NONE, LevelChoices
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, HeatKVError, StatisticsError
-from heatkv.geometry import CacheGeometry
-from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import LEVELS, NONE, LevelChoices
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import Statistics
-from heatkv.testing import level_costs_of, made_up_mass
+from heatkv.testing.contract import level_costs_of, made_up_mass
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 

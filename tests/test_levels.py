@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from strategies import SEEDS, members, pooled, schedules, tokens_at
 from torch import Tensor
 
-from heatkv.attention.pooling import Reduction, pooled_cells
-from heatkv.attention.rotary import rotate, rotation_of
-from heatkv.levels import (
+from heatkv.core.levels import (
     LEVELS,
     NONE,
     LevelChoices,
@@ -24,8 +22,10 @@ from heatkv.levels import (
     log_counts,
     useful_levels,
 )
+from heatkv.core.schedule import MAX_SIDE, ScaleSchedule
+from heatkv.engine.attention.pooling import Reduction, pooled_cells
+from heatkv.engine.attention.rotary import rotate, rotation_of
 from heatkv.models.infinity import rope_positions, rotation_angles
-from heatkv.schedule import MAX_SIDE, ScaleSchedule
 
 SCALES = st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7))
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from heatkv import models
 from heatkv.errors import FormatError, HeatKVError, ModelError, ScheduleError
-from heatkv.models import ModelInfo, find_weights, load_model
+from heatkv.models import catalogue as models
+from heatkv.models.catalogue import ModelInfo, find_weights, load_model
 from heatkv.models.checkpoint import read_safetensors
 from heatkv.models.class_conditional import ClassConditionalModel
 

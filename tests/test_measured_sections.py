@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from test_report import OVERLAPS, Page, Told, column, page_of
 
 from heatkv.cli import run
-from heatkv.profiling.bar_figures import Bar, BarGroup, Difference, Part, bar_chart, coarser, forest
-from heatkv.profiling.figures import Style
+from heatkv.profiling.report.bar_figures import Bar, BarGroup, Difference, Part, bar_chart, coarser, forest
+from heatkv.profiling.report.figures import Style
 
 MIB = 1 << 20
 PHASES = ("attention", "feed-forward", "cache update", "sampling", "decode", "other")

@@ -16,14 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from heatkv.core.geometry import UNCODED_SCALES, Budget, CacheGeometry
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import HeatKVError
-from heatkv.geometry import UNCODED_SCALES, Budget, CacheGeometry
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.plan import Plan
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling import memory, worker
-from heatkv.profiling.ledger import TensorLedger
-from heatkv.profiling.memory import (
+from heatkv.profiling.measure import memory, worker
+from heatkv.profiling.measure.ledger import TensorLedger
+from heatkv.profiling.measure.memory import (
     AllocatorMemory,
     AllocatorPeaks,
     ArenaMemory,
@@ -40,9 +41,8 @@ from heatkv.profiling.memory import (
     driver_memory,
     measure_memory,
 )
-from heatkv.profiling.memory_table import memory_table, sparkline
-from heatkv.profiling.runner import Subject, subject_memory
-from heatkv.schedule import ScaleSchedule
+from heatkv.profiling.measure.runner import Subject, subject_memory
+from heatkv.profiling.report.memory_table import memory_table, sparkline
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GEOMETRY = CacheGeometry(2, 3, 32, ScaleSchedule.square((1, 2, 3, 4, 5)))
@@ -264,7 +264,7 @@ def test_resident_memory_of_an_own_process_is_explained() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_allocator_sees_the_arena(tmp_path: Path) -> None:
-    from heatkv.models import load_model
+    from heatkv.models.catalogue import load_model
 
     model = load_model("emoji", device="cuda")
     subject = Subject("streaming", "20%", (model.plan("streaming", "20%"),), "float32")

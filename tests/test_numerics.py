@@ -28,24 +28,24 @@ from test_infinity import features
 from torch import Tensor
 
 import heatkv
-from heatkv.attention import triton_kernels
-from heatkv.calibration import MeasuringCache, calibrate
+from heatkv.calibration.level_costs import calibrate_levels
+from heatkv.calibration.measure import MeasuringCache, calibrate
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.io import read_json
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.attention import triton_kernels
+from heatkv.engine.token_cache import open_cache
+from heatkv.engine.watch import finite, naming_samples, run_deterministically
 from heatkv.errors import HeatKVError, NumericsError
-from heatkv.files import read_json
-from heatkv.generation import Generator
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.level_calibration import calibrate_levels
+from heatkv.generation.loop import Generator
 from heatkv.models.base import ImageModel
 from heatkv.models.emoji import WEIGHTS, load
-from heatkv.models.text import T5TextEncoder
+from heatkv.models.sampling import PublicSampler, RecordedTokens, cumulative_in_fixed_point, cut_logits
 from heatkv.models.text_conditional import Prompt
+from heatkv.models.text_encoder import T5TextEncoder
 from heatkv.models.var import MAX_LOG_SCALE, FeedForward
-from heatkv.numerics import finite, naming_samples, run_deterministically
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.sampling import PublicSampler, RecordedTokens, cumulative_in_fixed_point, cut_logits
-from heatkv.schedule import ScaleSchedule
-from heatkv.selecting_cache import open_cache
-from heatkv.testing import AttentionInput, made_up_inputs, made_up_problem
+from heatkv.testing.contract import AttentionInput, made_up_inputs, made_up_problem
 
 GEOMETRY = CacheGeometry(2, 3, 16, ScaleSchedule.square((1, 2, 3, 5)))
 ROWS = 2

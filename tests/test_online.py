@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import statistics_of
 
-from heatkv.allocation import read_value
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import HeadRankings, Statistics
 from heatkv.errors import PolicyError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.online import FadingStatistics, OnlinePlanner, check_can_follow, plan_value
-from heatkv.plan import Plan
+from heatkv.online.adoption import FadingStatistics, OnlinePlanner, check_can_follow, plan_value
 from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
-from heatkv.profiling.explain import worth_of
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import HeadRankings, Statistics
-from heatkv.testing import made_up_mass
+from heatkv.profiling.analysis.explain import worth_of
+from heatkv.solve.cells import read_value
+from heatkv.testing.contract import made_up_mass
 
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.square((1, 2, 3, 4, 5, 6)))
 FOLLOWERS = (

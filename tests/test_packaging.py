@@ -61,8 +61,10 @@ def in_checkout(root: Path) -> list[Path]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy to build in, so that nothing left over in the real one can get into the package."""
     copy = (tmp_path_factory.mktemp("checkout") / "heatkv-source").resolve()
-    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "results")
-    shutil.copytree(ROOT, copy, ignore=ignore)
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
+    shutil.copytree(
+        ROOT, copy, ignore=lambda folder, names: ignore(folder, names) | ({"results"} if folder == str(ROOT) else set())
+    )
     for name in PROBES:
         (copy / "heatkv/models/emoji" / name).write_bytes(b"")
     return copy
@@ -92,7 +94,11 @@ def test_wheel_holds_every_source_and_data_file(checkout: Path, wheel: Path) -> 
         if path.is_file()
     }
     assert expected >= {"heatkv/policies/__init__.py", "heatkv/profiling/__init__.py", "heatkv/models/var.py"}
-    assert expected >= {"heatkv/py.typed", "heatkv/infinity_schedules.json", "heatkv/models/emoji/probe.safetensors"}
+    assert expected >= {
+        "heatkv/py.typed",
+        "heatkv/core/infinity_schedules.json",
+        "heatkv/models/emoji/probe.safetensors",
+    }
     names = set(zipfile.ZipFile(wheel).namelist())
     info = "heatkv-0.1.0.dist-info"
     assert {name for name in names if not name.startswith(f"{info}/")} == expected

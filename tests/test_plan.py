@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import geometries, last_reads, live_table, plans
 
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.plan import Plan, live_token_heads
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError, PlanError, ScheduleError
-from heatkv.geometry import CacheGeometry
-from heatkv.plan import Plan, live_token_heads
-from heatkv.schedule import ScaleSchedule
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from strategies import SEEDS, geometries, live_by_formula, live_table, shares, statistics_of
 
 from heatkv import registry
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import HeadRankings
 from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import HeatKV, Random
 from heatkv.policies.windows import Full, SlidingWindow, Streaming
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import HeadRankings
-from heatkv.testing import made_up_mass
+from heatkv.testing.contract import made_up_mass
 
 POLICIES = registry.registered_policies()
 

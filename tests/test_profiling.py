@@ -14,22 +14,22 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from heatkv.calibration import calibrate
+from heatkv.calibration.measure import calibrate
 from heatkv.cli.output import show
+from heatkv.core.geometry import Budget
+from heatkv.core.statistics import Statistics
 from heatkv.errors import HeatKVError, PolicyError
-from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.sampling import SamplingSettings
 from heatkv.policies.base import make_policy
-from heatkv.profiling import latency
-from heatkv.profiling.environment import environment
-from heatkv.profiling.fidelity import FidelityBench, kl_divergence, psnr, ssim
-from heatkv.profiling.latency import Latency, measure_interleaved
-from heatkv.profiling.report import results_table
-from heatkv.profiling.results import ResultsFolder
-from heatkv.profiling.runner import Subject, bytes_row, fidelity_row, images_of_rows, plan_subjects
-from heatkv.profiling.wide_table import WideTable
-from heatkv.sampling import SamplingSettings
-from heatkv.statistics import Statistics
+from heatkv.profiling.measure import latency
+from heatkv.profiling.measure.environment import environment
+from heatkv.profiling.measure.fidelity import FidelityBench, kl_divergence, psnr, ssim
+from heatkv.profiling.measure.latency import Latency, measure_interleaved
+from heatkv.profiling.measure.runner import Subject, bytes_row, fidelity_row, images_of_rows, plan_subjects
+from heatkv.profiling.report.tables import results_table
+from heatkv.profiling.report.wide_table import WideTable
+from heatkv.profiling.results.folder import ResultsFolder
 
 CPU = torch.device("cpu")
 

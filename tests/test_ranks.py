@@ -15,13 +15,13 @@ import pytest
 import torch
 from stopping import Ended, Moment, free_port, run_apart
 
-from heatkv import ranks as ranks_module
 from heatkv.cli import run
 from heatkv.errors import RanksError
-from heatkv.parts import Parts, load_arrays, save_arrays
-from heatkv.profiling.results import MEMORY, TIMES
-from heatkv.profiling.runner import FIDELITY
-from heatkv.ranks import Ranks, current, join
+from heatkv.parallel import ranks as ranks_module
+from heatkv.parallel.parts import Parts, load_arrays, save_arrays
+from heatkv.parallel.ranks import Ranks, current, join
+from heatkv.profiling.measure.runner import FIDELITY
+from heatkv.profiling.results.folder import MEMORY, TIMES
 
 CALIBRATE = ["calibrate", "--samples", "3"]  # batches of 2 and 1
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -233,7 +233,7 @@ def test_a_rank_that_waits_tells_for_whom_and_ends_when_asked_to(
     port = str(free_port())
     for name, value in {**LAUNCHED, "RANK": rank, "MASTER_ADDR": address, "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("heatkv.ranks._TELL_SECONDS", 0.0)
+    monkeypatch.setattr("heatkv.parallel.ranks._TELL_SECONDS", 0.0)
     monkeypatch.setattr("heatkv.cli.say_of_any_rank", stopped_when_told)
     assert run(["policies"]) == 128 + signal.SIGTERM
     assert why in said[0]
@@ -243,7 +243,7 @@ def test_a_rank_that_waits_tells_for_whom_and_ends_when_asked_to(
 def test_one_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from heatkv.ranks import _Launched
+    from heatkv.parallel.ranks import _Launched
 
     ranks = object.__new__(_Launched)
     ranks.rank, ranks.size, ranks.local_rank = 5, 8, 1
@@ -258,7 +258,7 @@ def test_one_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_does_not_wait_for_torch_distributed() -> None:
-    code = "import sys, heatkv.ranks; heatkv.ranks.join(); print('torch' in sys.modules)"
+    code = "import sys, heatkv.parallel.ranks; heatkv.parallel.ranks.join(); print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["False"]
 

@@ -20,15 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from heatkv.calibration import calibrate
+from heatkv.calibration.measure import calibrate
 from heatkv.cli import run
-from heatkv.geometry import Budget
+from heatkv.core.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.profiling.figures import spread_out
-from heatkv.profiling.html_report import report_data, write_report
-from heatkv.profiling.merging import merge
-from heatkv.profiling.results import ResultsFolder, save_scas, subject_file_name
-from heatkv.profiling.runner import bytes_row, plan_subjects
+from heatkv.profiling.measure.runner import bytes_row, plan_subjects
+from heatkv.profiling.report.figures import spread_out
+from heatkv.profiling.report.page import report_data, write_report
+from heatkv.profiling.results.folder import ResultsFolder, save_scas, subject_file_name
+from heatkv.profiling.results.merging import merge
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_POLICIES = ROOT / "benchmarks" / "results" / "compare_all.json"
@@ -784,7 +784,7 @@ def test_foreign_files_are_not_replaced(name: str, folder: Path, capsys: pytest.
 
 # ------------------------------------------------------------------------------------------------------ looks
 
-CSS = (ROOT / "profiling" / "templates" / "report.css").read_text()
+CSS = (ROOT / "profiling" / "report" / "templates" / "report.css").read_text()
 
 
 def luminance(colour: str) -> float:

@@ -20,9 +20,9 @@ from test_report import Page, Told, page_of, refused
 from heatkv.cli import run
 from heatkv.cli.report import _tables
 from heatkv.errors import FormatError
-from heatkv.profiling.figures import columns, cut, shortened
-from heatkv.profiling.merging import EQUAL_BYTES, Source, leaders, pareto_front
-from heatkv.profiling.row_fields import check_apart, checked_row
+from heatkv.profiling.report.figures import columns, cut, shortened
+from heatkv.profiling.results.merging import EQUAL_BYTES, Source, leaders, pareto_front
+from heatkv.profiling.results.row import check_apart, checked_row
 
 POLICIES = ("heatkv", "streaming", "h2o")
 SEEDS, BATCHES = (0, 1, 4), (1, 2)

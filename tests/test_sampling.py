@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from heatkv.errors import ModelError
-from heatkv.sampling import CommonRandomSampler, RecordedTokens, SamplingSettings, noise_seed
+from heatkv.models.sampling import CommonRandomSampler, RecordedTokens, SamplingSettings, noise_seed
 
 PLAIN = SamplingSettings(cfg=0)
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import schedules
 
+from heatkv.core.schedule import MAX_SIDE, ScaleSchedule
 from heatkv.errors import ScheduleError
-from heatkv.schedule import MAX_SIDE, ScaleSchedule
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "infinity_schedules.json").read_text())
 SIZES = ("0.06M", "0.25M", "0.60M", "1M")

@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heatkv.cache import KVCache
-from heatkv.capacities import CapacityPlan, load_plan
+from heatkv.core.capacity_plan import CapacityPlan, load_plan
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Provenance, Statistics
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.token_cache import SelectingCache, policy_of
 from heatkv.errors import BudgetError, FormatError, PlanError, PolicyError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry
 from heatkv.policies.ams_kv_like import AmsKvLike
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.composition import AdaKV, PerLayer, Protected
@@ -26,9 +29,6 @@ from heatkv.policies.hack_like import HackLike
 from heatkv.policies.recent_tokens import SlidingWindowTokens, StreamingTokens
 from heatkv.policies.scalekv import ScaleKV, ScaleKVFixed
 from heatkv.policies.snapkv import PyramidKV, SnapKV
-from heatkv.schedule import ScaleSchedule
-from heatkv.selecting_cache import SelectingCache, policy_of
-from heatkv.statistics import Provenance, Statistics
 
 SIDES = (1, 2, 3, 5, 4, 6)
 GEOMETRY = CacheGeometry(3, 4, 8, ScaleSchedule.square(SIDES))

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from heatkv.arena import ArenaLayout
-from heatkv.cache import KVCache
 from heatkv.cli import run
-from heatkv.profiling import self_test as module
-from heatkv.profiling.self_test import CHECKS, self_test
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.layout import ArenaLayout
+from heatkv.profiling.analysis import doctor as module
+from heatkv.profiling.analysis.doctor import CHECKS, self_test
 
 ATTENTION = "attention over the arena, against all keys and a mask"
 

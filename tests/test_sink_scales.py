@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, level_live_table, statistics_of
 
-from heatkv.calibration import told_settings
+from heatkv.calibration.measure import told_settings
 from heatkv.cli import run
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import HeadRankings, Statistics
 from heatkv.errors import BudgetError, HeatKVError, PolicyError
-from heatkv.geometry import Budget, CacheGeometry
-from heatkv.models import load_model
-from heatkv.plan import Plan
+from heatkv.models.catalogue import load_model
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import HeadRankings, Statistics
-from heatkv.testing import made_up_mass
+from heatkv.testing.contract import made_up_mass
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3, 4, 5))
 GEOMETRY = CacheGeometry(2, 2, 4, SCHEDULE)  # N = 30
@@ -264,7 +264,7 @@ def test_calibrate_refuses_other_sinks_before_it_measures(
     cfg, told = told_settings(model.sampling, model)
     found = {"model": model.name, "fingerprint": model.fingerprint, "cfg": cfg, "settings": told}
     statistics_of(model.geometry, made_up_mass(model.geometry, 1, 0), **found).save(path)
-    monkeypatch.setattr("heatkv.calibration.calibrate", never)
+    monkeypatch.setattr("heatkv.calibration.measure.calibrate", never)
     append = ["calibrate", "--append", "--out", str(path), "--levels"]
     assert "has level costs with sink_scales=2, not 3; leave --sink-scales out, or measure into another file" in (
         refused(capsys, *append, "error", "--sink-scales", "3")
@@ -299,7 +299,7 @@ def test_compare_measures_with_the_sinks_of_its_policies(
     # costs that do not fit are not replaced, and nothing is measured beside them
     path = tmp_path / "many" / "statistics.safetensors"
     before = path.read_bytes()
-    monkeypatch.setattr("heatkv.calibration.calibrate", never)
+    monkeypatch.setattr("heatkv.calibration.measure.calibrate", never)
     for arguments, said in (
         (["--sink-scales", "1"], "costs for plans with sink_scales=2 or more, this run has 1; write to another folder"),
         (

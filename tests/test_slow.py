@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import heatkv
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import BudgetError
-from heatkv.geometry import Budget, CacheGeometry
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling.fidelity import FidelityBench
-from heatkv.profiling.runner import fidelity_row, plan_subjects
-from heatkv.schedule import ScaleSchedule
+from heatkv.profiling.measure.fidelity import FidelityBench
+from heatkv.profiling.measure.runner import fidelity_row, plan_subjects
 
 pytestmark = pytest.mark.slow
 

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from strategies import SEEDS, geometries, last_reads, statistics_of
 from test_cli import refused
 
-from heatkv.calibration import rank_correlation
+from heatkv.calibration.measure import rank_correlation
 from heatkv.cli import run
-from heatkv.geometry import Budget, CacheGeometry
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Provenance, Statistics, mean_over_targets
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling.stability import (
+from heatkv.profiling.analysis.stability import (
     Agreement,
     PlanAgreement,
     batch_sizes,
@@ -27,9 +29,7 @@ from heatkv.profiling.stability import (
     overlap,
     verdict,
 )
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import Provenance, Statistics, mean_over_targets
-from heatkv.testing import made_up_mass
+from heatkv.testing.contract import made_up_mass
 
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
 POLICIES = [make_policy("heatkv", sink_scales=1), make_policy("heatkv-lp", sink_scales=1, value="error")]

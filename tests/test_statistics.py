@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from strategies import SEEDS, geometries, statistics_of
 
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import HeadRankings, Statistics
 from heatkv.errors import FormatError, ScheduleError, StatisticsError
-from heatkv.geometry import CacheGeometry
-from heatkv.schedule import ScaleSchedule
-from heatkv.statistics import HeadRankings, Statistics
-from heatkv.testing import made_up_mass
+from heatkv.testing.contract import made_up_mass
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -16,15 +16,15 @@ from test_cache import ROWS, Images, dense, images_of
 from test_level_cache import dense as dense_levels
 from torch import Tensor
 
-from heatkv.arena import ArenaLayout
-from heatkv.cache import KVCache
+from heatkv.core.geometry import CODED_BYTES, STORAGE_BYTES, Budget, CacheGeometry, StorageType
+from heatkv.core.plan import Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.layout import ArenaLayout
+from heatkv.engine.store import Store, decode, encode
 from heatkv.errors import BudgetError, PlanError
-from heatkv.geometry import CODED_BYTES, STORAGE_BYTES, Budget, CacheGeometry, StorageType
-from heatkv.plan import Plan
 from heatkv.policies.base import make_policy
-from heatkv.schedule import ScaleSchedule
-from heatkv.store import Store, decode, encode
-from heatkv.testing import made_up_problem
+from heatkv.testing.contract import made_up_problem
 
 CPU = torch.device("cpu")
 LARGEST = {"int8": 127, "fp8": 448}

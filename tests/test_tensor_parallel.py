@@ -22,20 +22,24 @@ from PIL import Image
 from test_selecting_cache import POLICIES
 from torch import Tensor
 
-from heatkv.cache import KVCache
 from heatkv.cli import run
 from heatkv.compensation import fit_compensation
+from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.token_cache import SelectingCache, open_cache
 from heatkv.errors import ModelError, PlanError
-from heatkv.generation import Generator
-from heatkv.geometry import Budget, CacheGeometry
+from heatkv.generation.loop import Generator
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
 from heatkv.models.infinity import Infinity, InfinityConfig
+from heatkv.models.sampling import BitSamplingSettings, SamplingSettings
 from heatkv.models.tensor_parallel import shard_model
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
-from heatkv.plan import CachePlan, Plan
+from heatkv.parallel.ranks import Ranks
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy
 from heatkv.policies.composition import AdaKV
 from heatkv.policies.levels import HeatKVLevels
@@ -43,11 +47,7 @@ from heatkv.policies.lp import HeatKVLP
 from heatkv.policies.ranked import plan_ranks
 from heatkv.policies.windows import Full
 from heatkv.ranked_plan import RankedPlan
-from heatkv.ranks import Ranks
-from heatkv.sampling import BitSamplingSettings, SamplingSettings
-from heatkv.schedule import ScaleSchedule
-from heatkv.selecting_cache import SelectingCache, open_cache
-from heatkv.testing import made_up_statistics
+from heatkv.testing.contract import made_up_statistics
 
 Result = TypeVar("Result")
 Model = ClassConditionalModel | TextConditionalModel
@@ -507,7 +507,7 @@ def test_processes_that_do_not_fit_the_plan_are_told(
     assert run(["solve", "--policy", "streaming", "--budget", "30%", "--out", "plain.json"]) == 0
 
     team = one_of(ranks)
-    monkeypatch.setattr("heatkv.ranks._current", team)
+    monkeypatch.setattr("heatkv.parallel.ranks._current", team)
     monkeypatch.setattr("heatkv.cli.join", lambda tell: team)
     capsys.readouterr()
     assert run(["generate", *arguments, "--label", "0", "--out", "out"]) == 2

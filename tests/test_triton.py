@@ -25,9 +25,9 @@ from strategies import SEEDS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heatkv.attention import triton_kernels
-from heatkv.attention.held import HeldTokens
-from heatkv.attention.triton_kernels import (
+from heatkv.engine.attention import triton_kernels
+from heatkv.engine.attention.held import HeldTokens
+from heatkv.engine.attention.triton_kernels import (
     LARGEST_HEAD,
     Tile,
     append_kept,
@@ -674,7 +674,7 @@ def test_what_the_kernels_cannot_do_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 WITHOUT = """
 import sys
 import heatkv, torch
-import heatkv.attention.triton_kernels as kernels
+import heatkv.engine.attention.triton_kernels as kernels
 print("triton" in sys.modules)
 print(kernels.supports("cpu", torch.float32, 64))
 sys.modules["triton"] = None

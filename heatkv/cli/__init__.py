@@ -22,9 +22,9 @@ import typer
 
 from heatkv.cli.options import command
 from heatkv.cli.output import say_of_any_rank
+from heatkv.core.versions import versions
 from heatkv.errors import HeatKVError, RanksError, out_of_memory
-from heatkv.ranks import current, join, leave
-from heatkv.versions import versions
+from heatkv.parallel.ranks import current, join, leave
 
 # Command -> its module, in the order of `heatkv --help`.
 COMMANDS = {

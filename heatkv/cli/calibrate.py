@@ -23,21 +23,21 @@ from heatkv.cli.calibration_run import (
 from heatkv.cli.opening import Loaded, open_model, parse_names, positive, storage_of
 from heatkv.cli.options import AsJson, Resume, Running, Source, Without
 from heatkv.cli.output import progress, say, show
+from heatkv.core.geometry import Budget
+from heatkv.core.io import check_place, is_folder, is_there
+from heatkv.core.level_statistics import COSTS
+from heatkv.core.levels import SINK_SCALES
+from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, HeatKVError, StatisticsError
-from heatkv.files import check_place, is_folder, is_there
-from heatkv.geometry import Budget
-from heatkv.level_statistics import COSTS
-from heatkv.levels import SINK_SCALES
 from heatkv.models.base import ImageModel
+from heatkv.models.sampling import Settings
+from heatkv.parallel.ranks import current
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP
-from heatkv.ranks import current
-from heatkv.sampling import Settings
-from heatkv.statistics import Statistics
 
 if TYPE_CHECKING:
-    from heatkv.profiling.stability import Agreement
+    from heatkv.profiling.analysis.stability import Agreement
 
 REPORTED_POLICIES = (HeatKV(), HeatKVLP(value="error"))
 REPORTED_BUDGET = "20%"
@@ -45,7 +45,7 @@ REPORTED_BUDGET = "20%"
 
 def _level_sinks(before: Statistics | None, out: Path, model: ImageModel[Any], cost: str, wanted: int | None) -> int:
     """The sinks that level costs are to be measured with: the file's own where it has such costs, and no others."""
-    from heatkv.level_calibration import level_choices
+    from heatkv.calibration.level_costs import level_choices
 
     found = None if before is None else before.levels
     if found is None:
@@ -116,7 +116,7 @@ def calibrate(
 
     Example: heatkv calibrate --model emoji --samples 64 --out statistics.safetensors
     """
-    from heatkv.profiling.stability import batch_sizes
+    from heatkv.profiling.analysis.stability import batch_sizes
 
     level_images = LEVEL_SAMPLES if level_samples is None else level_samples
     positive(samples=samples, level_samples=level_images)
@@ -175,8 +175,8 @@ def _tell(
     out: Path, total: Statistics, parts: Sequence[Statistics] | None, compared: _Compared | None, as_json: bool
 ) -> None:
     """The result, on screen; without the parts nothing is known of halves."""
-    from heatkv.profiling.report import stability_tables
-    from heatkv.profiling.stability import ENOUGH_LOSS, enough, verdict
+    from heatkv.profiling.analysis.stability import ENOUGH_LOSS, enough, verdict
+    from heatkv.profiling.report.tables import stability_tables
 
     agreement = None if parts is None else agreement_of_halves(parts)
     gini = total.gini().tolist()
@@ -208,7 +208,7 @@ class _Compared:
                 policy.check_room(problem)
 
     def agreements(self, parts: Sequence[Statistics]) -> list[Agreement]:
-        from heatkv.profiling.stability import compare_halves, growing_halves
+        from heatkv.profiling.analysis.stability import compare_halves, growing_halves
 
         halves = growing_halves(parts)
         found = []

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from heatkv.cli.opening import open_statistics
 from heatkv.cli.output import say, shared_progress
+from heatkv.core.io import clear_temporaries
+from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.statistics import Statistics
+from heatkv.core.versions import versions
 from heatkv.errors import FormatError, HeatKVError, RanksError, StatisticsError
-from heatkv.files import clear_temporaries
-from heatkv.level_statistics import LevelStatistics
 from heatkv.models.base import ImageModel
-from heatkv.parts import RUN, Parts, load_arrays, save_arrays
-from heatkv.ranks import current
-from heatkv.sampling import Settings
-from heatkv.statistics import Statistics
-from heatkv.versions import versions
+from heatkv.models.sampling import Settings
+from heatkv.parallel.parts import RUN, Parts, load_arrays, save_arrays
+from heatkv.parallel.ranks import current
 
 if TYPE_CHECKING:
-    from heatkv.level_calibration import LevelCalibration
+    from heatkv.calibration.level_costs import LevelCalibration
 
 MOST_AT_ONCE = 16
 """Images in a batch at most."""
@@ -74,14 +74,14 @@ class CalibrationRun:
         self.parts = Parts(_parts_folder(path), self._described(asked))
 
     def _names(self, images: range) -> list[str]:
-        from heatkv.calibration import sample_names
+        from heatkv.calibration.measure import sample_names
 
         labels = self.model.labels(len(images), images.start)
         return sample_names(self.model, self.seed, labels, images.start)
 
     def _described(self, asked: dict[str, Any]) -> dict[str, Any]:
         """All that the parts follow from, and the samples that the file will hold in the end."""
-        from heatkv.calibration import told_settings
+        from heatkv.calibration.measure import told_settings
 
         cfg, told = told_settings(self.settings, self.model)
         old = self.before
@@ -118,7 +118,7 @@ class CalibrationRun:
         return total, found
 
     def _measure_masses(self) -> list[Statistics]:
-        from heatkv.calibration import calibrate as measure
+        from heatkv.calibration.measure import calibrate as measure
 
         named = {_part_name("samples", self.seed, images): images for images in self.batches}
 
@@ -164,7 +164,7 @@ class CalibrationRun:
 
     def _with_levels(self, statistics: Statistics, levels: LevelCosts) -> Statistics:
         """The statistics with the level costs of so many more images."""
-        from heatkv.level_calibration import calibrate_biases, level_choices
+        from heatkv.calibration.level_costs import calibrate_biases, level_choices
 
         measure = _level_measure(levels.cost)
         found = statistics.levels
@@ -268,8 +268,8 @@ def _cost_of(statistics: Statistics | None) -> str | None:
 
 
 def _level_measure(cost: str) -> LevelCalibration:
-    from heatkv.fisher_calibration import calibrate_fisher
-    from heatkv.level_calibration import calibrate_levels
+    from heatkv.calibration.fisher import calibrate_fisher
+    from heatkv.calibration.level_costs import calibrate_levels
 
     return calibrate_fisher if cost == "fisher" else calibrate_levels
 
@@ -332,7 +332,7 @@ def merged(parts: Sequence[Statistics]) -> Statistics:
 
 def agreement_of_halves(parts: Sequence[Statistics]) -> list[float] | None:
     """Spearman correlation of the head rankings of two disjoint halves, per source scale."""
-    from heatkv.calibration import ranking_agreement
+    from heatkv.calibration.measure import ranking_agreement
 
     if len(parts) < 2:
         return None
@@ -341,7 +341,7 @@ def agreement_of_halves(parts: Sequence[Statistics]) -> list[float] | None:
 
 def to_be_continued(path: Path, model: ImageModel[Any], settings: Settings) -> Statistics:
     """Statistics that this run can add to. Raises StatisticsError when it cannot, before anything is measured."""
-    from heatkv.calibration import told_settings
+    from heatkv.calibration.measure import told_settings
 
     found = open_statistics(path, model, settings)
     assert found is not None

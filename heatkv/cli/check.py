@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from heatkv.checks import shown
 from heatkv.cli.options import AsJson
 from heatkv.cli.output import say, show
+from heatkv.core.checks import shown
 from heatkv.errors import HeatKVError
 
 
@@ -53,7 +53,7 @@ def check(
 
     Example: heatkv check results/compare/results.json --against benchmarks/baseline/results.json
     """
-    from heatkv.profiling.guard import Tolerances, change_lines, check_results
+    from heatkv.profiling.analysis.guard import Tolerances, change_lines, check_results
 
     tolerances = Tolerances(
         bytes=_share(bytes_, "bytes"), tensors=_share(tensors, "tensors"), kl=_share(kl, "kl"),

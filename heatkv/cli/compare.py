@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heatkv.checks import seed_after
 from heatkv.cli.folder_statistics import statistics_of_folder
 from heatkv.cli.measurement import DEFAULT_BUDGETS, Line, Measurement, Point, finish_results, told_when_stopped
 from heatkv.cli.opening import positive
@@ -28,12 +27,13 @@ from heatkv.cli.options import (
     Without,
 )
 from heatkv.cli.output import make_folder, say, shared_progress
+from heatkv.core.checks import seed_after
 from heatkv.errors import HeatKVError
-from heatkv.ranks import current
+from heatkv.parallel.ranks import current
 
 if TYPE_CHECKING:
-    from heatkv.profiling.results import ResultsFolder
-    from heatkv.profiling.runner import Subject
+    from heatkv.profiling.measure.runner import Subject
+    from heatkv.profiling.results.folder import ResultsFolder
 
 
 DEFAULT_POLICIES = "heatkv,sliding-window,streaming,random"
@@ -73,10 +73,10 @@ def compare(
     """
     import torch
 
-    from heatkv.profiling.html_report import check_report_replaceable
-    from heatkv.profiling.report import save_image_sheet, save_scas_heat_map
-    from heatkv.profiling.results import ResultsFolder, check_replaceable, save_scas
-    from heatkv.profiling.runner import versus
+    from heatkv.profiling.measure.runner import versus
+    from heatkv.profiling.report.page import check_report_replaceable
+    from heatkv.profiling.report.tables import save_image_sheet, save_scas_heat_map
+    from heatkv.profiling.results.folder import ResultsFolder, check_replaceable, save_scas
 
     positive(samples=samples, images=images, draws=draws, repeats=repeats)
     if pictures is None:
@@ -187,9 +187,9 @@ def _compare_all(
 ) -> None:
     """Compare the subjects, by the digests of their comparisons, with the full cache; `finish` is given figures and
     pictures of each. Several ranks share them batch by batch of images; every batch is kept when it is done."""
-    from heatkv.profiling.fidelity import FidelityBench, drawings, image_batches, load_compared, save_compared
-    from heatkv.profiling.results import part_name
-    from heatkv.profiling.runner import BatchComparison, fidelity_row
+    from heatkv.profiling.measure.fidelity import FidelityBench, drawings, image_batches, load_compared, save_compared
+    from heatkv.profiling.measure.runner import BatchComparison, fidelity_row
+    from heatkv.profiling.results.folder import part_name
 
     ranks, batches = current(), image_batches(images)
     # one after another, so that a stopped run has whole rows; or batch by batch, so that a rank draws few references

@@ -13,14 +13,14 @@ from heatkv.cli import options
 from heatkv.cli.opening import statistics_of_model, whole_of
 from heatkv.cli.output import certificate, chosen_by_kl, make_folder, pairs, progress, say, show
 from heatkv.compensation import compensation_bytes
+from heatkv.core.levels import FULL, level_tokens
+from heatkv.core.plan import CachePlan, Plan
 from heatkv.errors import HeatKVError, PlanError, PolicyError, StatisticsError
-from heatkv.levels import FULL, level_tokens
-from heatkv.models import MODELS
-from heatkv.plan import CachePlan, Plan
+from heatkv.models.catalogue import MODELS
 from heatkv.ranked_plan import RankedPlan, load_either
 
 if TYPE_CHECKING:
-    from heatkv.profiling.explain import Worth
+    from heatkv.profiling.analysis.explain import Worth
 
 UNTOLD = ("format", "version", "head_dim", "last_read", "coarse", "capacity")
 """What of a plan's file is not repeated."""
@@ -37,8 +37,8 @@ def explain(
 
     Example: heatkv explain plan.json --statistics statistics.safetensors --out charts
     """
-    from heatkv.profiling import explain as explaining
-    from heatkv.profiling import plan_report as report
+    from heatkv.profiling.analysis import explain as explaining
+    from heatkv.profiling.analysis import plan_report as report
 
     found = load_either(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
     told = whole_of(found, plan) if isinstance(found, RankedPlan) else found
@@ -91,8 +91,8 @@ def _names(plan: CachePlan) -> list[str]:
 
 def _explain_capacities(plan: CachePlan, statistics: Path | None, out: Path | None, as_json: bool) -> None:
     """What a dynamic policy may hold: which tokens these are is only known while images are drawn."""
-    from heatkv.profiling import explain as explaining
-    from heatkv.profiling import plan_report as report
+    from heatkv.profiling.analysis import explain as explaining
+    from heatkv.profiling.analysis import plan_report as report
 
     if statistics is not None:
         raise HeatKVError(
@@ -120,8 +120,8 @@ def _explain_capacities(plan: CachePlan, statistics: Path | None, out: Path | No
 
 def _draw(plan: Plan, scales: Any, heads: Any, names: list[str], folder: Path) -> list[Path]:
     """All charts of a plan, with a heat map for every level."""
-    from heatkv.profiling import plan_report as report
-    from heatkv.profiling.explain import full_use
+    from heatkv.profiling.analysis import plan_report as report
+    from heatkv.profiling.analysis.explain import full_use
 
     title = f"{plan.policy} at {plan.budget:.4g} of the cache of {plan.model or 'a model'}"
     files = []
@@ -137,7 +137,7 @@ def _draw(plan: Plan, scales: Any, heads: Any, names: list[str], folder: Path) -
 
 def _worth(plan: Plan, path: Path) -> tuple[Worth | None, str]:
     """The plan judged by statistics of the model that it was made for, or why it cannot be."""
-    from heatkv.profiling.explain import worth_of
+    from heatkv.profiling.analysis.explain import worth_of
 
     statistics = statistics_of_model(path, plan.model)
     measured = statistics.provenance.model

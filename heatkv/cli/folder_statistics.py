@@ -15,12 +15,12 @@ from heatkv.cli.calibration_run import (
     to_be_continued,
 )
 from heatkv.cli.output import say
+from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.levels import SINK_SCALES
+from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, HeatKVError, StatisticsError
-from heatkv.level_statistics import LevelStatistics
-from heatkv.levels import SINK_SCALES
 from heatkv.models.base import ImageModel
-from heatkv.sampling import Settings
-from heatkv.statistics import Statistics
+from heatkv.models.sampling import Settings
 
 
 def statistics_of_folder(
@@ -36,7 +36,7 @@ def statistics_of_folder(
 
     `levels` is the kind of level costs that are wanted, too, `sink_scales` the fewest sinks of plans from them.
     """
-    from heatkv.calibration import sample_names
+    from heatkv.calibration.measure import sample_names
 
     path = folder / "statistics.safetensors"
     names = sample_names(model, seed, model.labels(samples), 0)

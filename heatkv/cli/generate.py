@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heatkv.checks import shown
 from heatkv.cli.opening import (
     Loaded,
     only_plan,
@@ -25,20 +24,21 @@ from heatkv.cli.opening import (
 from heatkv.cli.options import AsJson, BudgetText, Following, OutFolder, Policy, Ranking, Running, Source, Without
 from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
+from heatkv.core.checks import shown
+from heatkv.core.geometry import Budget
+from heatkv.core.io import check_new_file, file_name, replacing
+from heatkv.core.plan import CachePlan
 from heatkv.errors import BudgetError, HeatKVError, ModelError, PlanError
-from heatkv.files import check_new_file, file_name, replacing
-from heatkv.geometry import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.plan import CachePlan
+from heatkv.models.sampling import Settings
+from heatkv.parallel.ranks import current
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.ranked_plan import RankedPlan
-from heatkv.ranks import current
-from heatkv.sampling import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from heatkv.following import FollowingGenerator
+    from heatkv.online.following import FollowingGenerator
 
 DEFAULT_POLICY = "full"
 
@@ -69,10 +69,10 @@ def generate(
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
     from heatkv.compensation import compensation_of, kind_of
-    from heatkv.generation import draw_batches
-    from heatkv.graphs import check_has_graphs
-    from heatkv.profiling.runner import images_of_rows
-    from heatkv.selecting_cache import check_cache
+    from heatkv.engine.token_cache import check_cache
+    from heatkv.generation.graphs import check_has_graphs
+    from heatkv.generation.loop import draw_batches
+    from heatkv.profiling.measure.runner import images_of_rows
 
     positive(count=count)
     following_on = following.follow_every is not None
@@ -159,7 +159,7 @@ def generate(
 def _write(drawn: Iterable[Tensor], titles: Sequence[str], folder: Path) -> int:
     """Write the pictures as they are drawn; how many older ones they replaced. Of several ranks, which draw the same,
     the first one writes."""
-    from heatkv.images import image_grid
+    from heatkv.generation.images import image_grid
 
     replaced, written, writes = 0, 0, current().first
     try:
@@ -224,8 +224,8 @@ def _follower(
     running: Running,
 ) -> FollowingGenerator[Any]:
     """What draws under a plan that follows."""
-    from heatkv.following import FollowingGenerator
-    from heatkv.online import check_can_follow
+    from heatkv.online.adoption import check_can_follow
+    from heatkv.online.following import FollowingGenerator
 
     named = policy or DEFAULT_POLICY
     made = check_can_follow(make_policy(named, **policy_options([named], ranking)[named]))

@@ -12,14 +12,14 @@ from rich.table import Table
 
 from heatkv.cli.options import AsJson
 from heatkv.cli.output import pairs, progress, show
-from heatkv.models import MODELS
+from heatkv.models.catalogue import MODELS
 from heatkv.policies.options import options_of
 from heatkv.registry import broken_plugins, registered_policies
 
 if TYPE_CHECKING:
     import torch
 
-    from heatkv.profiling.self_test import Outcome
+    from heatkv.profiling.analysis.doctor import Outcome
 
 
 def doctor(
@@ -38,10 +38,10 @@ def doctor(
 
     import torch
 
-    from heatkv.attention import triton_kernels
-    from heatkv.profiling.environment import environment
-    from heatkv.profiling.perceptual import fid_weights, lpips_weights
-    from heatkv.store import available_codings
+    from heatkv.engine.attention import triton_kernels
+    from heatkv.engine.store import available_codings
+    from heatkv.profiling.measure.environment import environment
+    from heatkv.profiling.measure.perceptual import fid_weights, lpips_weights
 
     def extra(package: str, distribution: str, why: str) -> str:
         if importlib.util.find_spec(package) is None:
@@ -82,7 +82,7 @@ def doctor(
 
 
 def _self_test(device: torch.device) -> list[Outcome]:
-    from heatkv.profiling.self_test import CHECKS, self_test
+    from heatkv.profiling.analysis.doctor import CHECKS, self_test
 
     outcomes = []
     with progress("self-test", len(CHECKS)) as advance:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from heatkv.checks import seed_after, seed_of, shown
 from heatkv.cli.opening import (
     load_arguments,
     open_model,
@@ -29,18 +28,19 @@ from heatkv.cli.options import Ranking, Running, Source, Sweep
 from heatkv.cli.output import progress, say, show
 from heatkv.cli.report import draw_report
 from heatkv.cli.settings import policy_options
+from heatkv.core.checks import seed_after, seed_of, shown
+from heatkv.core.geometry import Budget
+from heatkv.core.io import file_name, read_json
+from heatkv.core.levels import SINK_SCALES
+from heatkv.core.statistics import Statistics
 from heatkv.errors import HeatKVError, RanksError, out_of_memory
-from heatkv.files import file_name, read_json
-from heatkv.geometry import Budget
-from heatkv.levels import SINK_SCALES
+from heatkv.parallel.ranks import current
 from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
-from heatkv.ranks import current
 from heatkv.registry import registered_policies
-from heatkv.statistics import Statistics
 
 if TYPE_CHECKING:
-    from heatkv.profiling.results import ResultsFolder
-    from heatkv.profiling.runner import Subject
+    from heatkv.profiling.measure.runner import Subject
+    from heatkv.profiling.results.folder import ResultsFolder
 
 
 DEFAULT_BUDGETS = "50%,30%,20%,10%"
@@ -108,7 +108,7 @@ class Measurement:
 
     def _points(self, batches: Sequence[int] | None, seeds: Sequence[int]) -> list[Point]:
         """Every batch with every seed."""
-        from heatkv.profiling.runner import images_of_rows
+        from heatkv.profiling.measure.runner import images_of_rows
 
         each = self.settings.rows_per_image
         if batches is None:
@@ -169,7 +169,7 @@ class Measurement:
         return [(point, subject) for point, subjects in found.items() for subject in subjects]
 
     def _subjects_at(self, point: Point, statistics: Statistics | None, draws: int) -> list[Subject]:
-        from heatkv.profiling.runner import Subject, plan_subjects
+        from heatkv.profiling.measure.runner import Subject, plan_subjects
 
         subjects = plan_subjects(
             self.model, self.policies, self.budgets, statistics=statistics, rankings=self.rankings, rows=point.rows,
@@ -199,7 +199,7 @@ class Measurement:
         return {"predicted_kl": None}
 
     def _comparison(self, point: Point, subject: Subject, images: int, pictures: int) -> str:
-        from heatkv.profiling.results import comparison_digest
+        from heatkv.profiling.results.folder import comparison_digest
 
         # the images that are compared are other samples than the calibration's
         return comparison_digest(
@@ -232,9 +232,9 @@ class Measurement:
     ) -> list[Line]:
         """A line for every subject, with its bytes, and its memory and times where they were measured before; all plans
         are saved. With `resume` a run over other rows that was stopped is refused."""
-        from heatkv.profiling.results import measurement_digest
-        from heatkv.profiling.runner import bytes_row
-        from heatkv.profiling.worker import why_failed
+        from heatkv.profiling.measure.runner import bytes_row
+        from heatkv.profiling.measure.worker import why_failed
+        from heatkv.profiling.results.folder import measurement_digest
 
         lines, kept = [], [0, 0]
         for point, subject in subjects:
@@ -302,9 +302,9 @@ class Measurement:
 
     def _memory(self, line: Line, folder: Path, snapshot: Path | None) -> dict[str, Any]:
         """In a process of its own, or quickly in this one; the allocator's history goes to `snapshot`."""
-        from heatkv.profiling.memory import record_snapshots, save_snapshot
-        from heatkv.profiling.runner import memory_row, subject_memory
-        from heatkv.profiling.worker import Job, measure_apart, why_failed
+        from heatkv.profiling.measure.memory import record_snapshots, save_snapshot
+        from heatkv.profiling.measure.runner import memory_row, subject_memory
+        from heatkv.profiling.measure.worker import Job, measure_apart, why_failed
 
         point, subject = line.point, line.subject
         if self.in_process:
@@ -336,9 +336,9 @@ class Measurement:
 
     def _time(self, lines: Sequence[Line], repeats: int, results: ResultsFolder) -> None:
         """Times of what could be drawn and has none, in turns with all others of its point."""
-        from heatkv.profiling.environment import timing_machine
-        from heatkv.profiling.runner import latency_row, measure_latency
-        from heatkv.profiling.worker import why_failed
+        from heatkv.profiling.measure.environment import timing_machine
+        from heatkv.profiling.measure.runner import latency_row, measure_latency
+        from heatkv.profiling.measure.worker import why_failed
 
         missing = [line for line in lines if "latency_ms" not in line.row and line.row.get("error") is None]
         runs = len(missing) * repeats * (2 if self.model.device.type == "cuda" else 1)
@@ -381,7 +381,7 @@ class Measurement:
 
     def samples(self, images: int) -> str | dict[str, str]:
         """A digest of the samples that are compared, or one for every seed where there are several."""
-        from heatkv.profiling.results import samples_digest
+        from heatkv.profiling.results.folder import samples_digest
 
         of_seeds = {str(seed): samples_digest(self.model, seed_after(seed), images) for seed in self.seeds}
         return of_seeds if len(of_seeds) > 1 else next(iter(of_seeds.values()))
@@ -445,7 +445,7 @@ def finish_results(
     before: Callable[[], Iterable[Table]] = tuple,
 ) -> None:
     """Write the results, and the report if wanted, then show them, with the tables `before` them."""
-    from heatkv.profiling.report import results_table
+    from heatkv.profiling.report.tables import results_table
 
     moved = results.finish(rows)
     if moved is not None:

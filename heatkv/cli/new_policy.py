@@ -14,8 +14,8 @@ from rich.table import Table
 
 from heatkv.cli.options import AsJson
 from heatkv.cli.output import say, show
+from heatkv.core.io import write_text
 from heatkv.errors import FormatError, PolicyError
-from heatkv.files import write_text
 from heatkv.registry import check_name, registered_policies
 
 
@@ -70,7 +70,7 @@ def skeleton(name: str, dynamic: bool) -> dict[str, tuple[str, str]]:
 
 
 def _template(name: str) -> Template:
-    return Template(resources.files("heatkv").joinpath("templates", f"{name}.template").read_text(encoding="utf-8"))
+    return Template(resources.files("heatkv.cli").joinpath("templates", f"{name}.template").read_text(encoding="utf-8"))
 
 
 def _class_name(name: str, code: str) -> str:

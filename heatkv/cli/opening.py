@@ -10,25 +10,25 @@ from typing import Any
 
 import torch
 
-from heatkv.capacities import CapacityPlan
-from heatkv.checks import seed_of, shown
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
+from heatkv.core.capacity_plan import CapacityPlan
+from heatkv.core.checks import seed_of, shown
+from heatkv.core.geometry import CODED_BYTES, Budget, CacheGeometry, StorageType
+from heatkv.core.io import read_bytes
+from heatkv.core.plan import CachePlan, named
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.engine.token_cache import policy_of
+from heatkv.engine.watch import run_deterministically
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
-from heatkv.files import read_bytes
-from heatkv.geometry import CODED_BYTES, Budget, CacheGeometry, StorageType
-from heatkv.models import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_info
 from heatkv.models.base import ImageModel
+from heatkv.models.catalogue import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.sampling import Settings
 from heatkv.models.text_conditional import TextConditionalModel
-from heatkv.numerics import run_deterministically
-from heatkv.plan import CachePlan, named
+from heatkv.parallel.ranks import current
 from heatkv.ranked_plan import RankedPlan, load_either
-from heatkv.ranks import current
-from heatkv.sampling import Settings
-from heatkv.schedule import ScaleSchedule
-from heatkv.selecting_cache import policy_of
-from heatkv.statistics import HeadRankings, Statistics
 
 MOST = 1_000_000
 """Of whatever is counted on the command line."""

@@ -12,9 +12,9 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from heatkv.core.geometry import CODED_BYTES
 from heatkv.errors import HeatKVError
-from heatkv.geometry import CODED_BYTES
-from heatkv.models import COMPUTE_DTYPES
+from heatkv.models.catalogue import COMPUTE_DTYPES
 
 Model = Annotated[str, typer.Option("--model", help="name of a model, see `heatkv models`")]
 Statistic = Annotated[Path | None, typer.Option("--statistics", help="statistics file of `heatkv calibrate`")]

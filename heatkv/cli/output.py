@@ -22,10 +22,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from heatkv.core.io import check_writable
+from heatkv.core.plan import CachePlan, Plan
 from heatkv.errors import FormatError
-from heatkv.files import check_writable
-from heatkv.plan import CachePlan, Plan
-from heatkv.ranks import current
+from heatkv.parallel.ranks import current
 
 _TOLD_SECONDS = 10
 """Less time left than this is not told in logs."""

@@ -26,11 +26,11 @@ from heatkv.cli.opening import (
 from heatkv.cli.output import certificate, chosen_by_kl, pairs, show
 from heatkv.cli.settings import policy_options
 from heatkv.compensation import compensation_bytes
+from heatkv.core.geometry import Budget
+from heatkv.core.io import check_place, is_there
+from heatkv.core.plan import CachePlan, Plan
 from heatkv.errors import BudgetError, FormatError, HeatKVError
-from heatkv.files import check_place, is_there
-from heatkv.geometry import Budget
-from heatkv.models import model_info
-from heatkv.plan import CachePlan, Plan
+from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.ranked import SPLITS, plan_ranks
@@ -231,7 +231,7 @@ def fit(
 
     Example: heatkv fit --model infinity-8b --memory 40GiB --batch 4
     """
-    from heatkv.profiling.fit import Fit, Footprint, footprint, largest_batch, largest_share, parse_memory
+    from heatkv.profiling.analysis.fit import Fit, Footprint, footprint, largest_batch, largest_share, parse_memory
 
     available, info, dtype = parse_memory(memory), model_info(model), known_dtype(dtype)
     guided, shape = is_guided(info, cfg), parse_ratio(ratio)

@@ -24,7 +24,7 @@ from heatkv.cli.options import (
     Sweep,
 )
 from heatkv.cli.output import make_folder, say
-from heatkv.files import clear_temporaries
+from heatkv.core.io import clear_temporaries
 
 DEFAULT_POLICIES = "sliding-window,streaming"
 
@@ -53,11 +53,11 @@ def profile(
 
     Example: heatkv profile --model emoji --policies streaming --budgets 20%,10% --batches 1,4 --out results/profile
     """
-    from heatkv.profiling.latency_table import latency_table
-    from heatkv.profiling.memory import check_snapshots
-    from heatkv.profiling.memory_table import memory_table
-    from heatkv.profiling.results import ResultsFolder, check_replaceable
-    from heatkv.profiling.trace import has_trace, save_trace
+    from heatkv.profiling.measure.memory import check_snapshots
+    from heatkv.profiling.measure.trace import has_trace, save_trace
+    from heatkv.profiling.report.latency_table import latency_table
+    from heatkv.profiling.report.memory_table import memory_table
+    from heatkv.profiling.results.folder import ResultsFolder, check_replaceable
 
     positive(repeats=repeats)
     check_replaceable(out)

@@ -14,7 +14,7 @@ from heatkv.cli.output import make_folder, progress, say, show
 from heatkv.errors import FormatError
 
 if TYPE_CHECKING:
-    from heatkv.profiling.html_report import Written
+    from heatkv.profiling.report.page import Written
 
 
 def report(
@@ -34,7 +34,7 @@ def report(
     if out is None and len(folders) > 1:
         raise FormatError(f"{len(folders)} folders make a report of their own; say where to write it with --out DIR")
     # read before --out is made, so that a refusal leaves no folder behind
-    from heatkv.profiling.merging import merge
+    from heatkv.profiling.results.merging import merge
 
     merge(folders)
     written = draw_report(folders, folders[0] if out is None else make_folder(out))
@@ -44,7 +44,7 @@ def report(
 
 def draw_report(folders: list[Path], out: Path) -> Written:
     """Write a report, with progress."""
-    from heatkv.profiling.html_report import write_report
+    from heatkv.profiling.report.page import write_report
 
     with progress("drawing the report"):
         return write_report(folders, out)

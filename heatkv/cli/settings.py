@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from heatkv.checks import shown
 from heatkv.cli.options import Ranking
+from heatkv.core.checks import shown
 from heatkv.errors import PolicyError
 from heatkv.policies.options import PolicyOption, options_of
 from heatkv.registry import find_policy

@@ -12,16 +12,16 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from heatkv.checks import of_kind, seed_of, shown, whole
+from heatkv.core.checks import of_kind, seed_of, shown, whole
+from heatkv.core.geometry import Budget, CacheGeometry, StorageType
+from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.statistics import Statistics
 from heatkv.errors import ModelError, StatisticsError
-from heatkv.geometry import Budget, CacheGeometry, StorageType
 from heatkv.models.adapter import ModelAdapter
+from heatkv.models.sampling import Settings
 from heatkv.models.var import Attend
-from heatkv.plan import CachePlan, Plan
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.windows import Full
-from heatkv.sampling import Settings
-from heatkv.statistics import Statistics
 
 Label = TypeVar("Label")
 LabelT = TypeVar("LabelT", contravariant=True)

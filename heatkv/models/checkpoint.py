@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from heatkv.checks import shown
+from heatkv.core.checks import shown
+from heatkv.core.io import as_path, is_folder, is_there, read_json, whole_file
+from heatkv.engine.watch import finite
 from heatkv.errors import FormatError, ModelError, NumericsError
-from heatkv.files import as_path, is_folder, is_there, read_json, whole_file
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.infinity import Infinity, InfinityConfig
 from heatkv.models.torch_file import load_torch_file
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
-from heatkv.numerics import finite
 
 State = Mapping[str, Tensor]
 

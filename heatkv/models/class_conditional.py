@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heatkv.checks import as_whole, shown, whole
+from heatkv.core.checks import as_whole, shown, whole
+from heatkv.core.geometry import CacheGeometry
 from heatkv.errors import ModelError
-from heatkv.geometry import CacheGeometry
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
+from heatkv.models.sampling import SamplingSettings, Settings
 from heatkv.models.var import VAR, Attend, Condition
 from heatkv.models.vqvae import VQVAE
-from heatkv.sampling import SamplingSettings, Settings
 
 _FINGERPRINT_SAMPLES = 4096
 

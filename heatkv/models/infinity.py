@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from heatkv.attention.rotary import rotate, rotation_of
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.attention.rotary import rotate, rotation_of
+from heatkv.engine.spans import FEED_FORWARD, layer_name, span
 from heatkv.errors import ModelError
 from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.models.var import MAX_LOG_SCALE, NORM_EPS, Attend, FeedForward, HeadNorm, layer_norm
-from heatkv.schedule import ScaleSchedule
-from heatkv.spans import FEED_FORWARD, layer_name, span
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,20 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heatkv.checks import shown
+from heatkv.core.checks import shown
+from heatkv.core.plan import IntArray
 from heatkv.errors import ModelError
 from heatkv.head_assignment import check_ranks, contiguous_heads
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.class_conditional import Drawing as ClassDrawing
 from heatkv.models.infinity import CrossAttention
 from heatkv.models.infinity import SelfAttention as InfinitySelfAttention
+from heatkv.models.sampling import Settings
 from heatkv.models.text_conditional import Drawing as TextDrawing
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.models.var import FeedForward
 from heatkv.models.var import SelfAttention as VARSelfAttention
-from heatkv.plan import IntArray
-from heatkv.ranks import Ranks
-from heatkv.sampling import Settings
+from heatkv.parallel.ranks import Ranks
 
 # --------------------------------------------------------------------------------------------- split weights
 

@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heatkv.checks import shown, whole
+from heatkv.core.checks import shown, whole
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import ModelError
-from heatkv.geometry import CacheGeometry
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
 from heatkv.models.bsq import BitwiseVAE, code_values, resize
 from heatkv.models.checkpoint import build_bsq, build_infinity, read_checkpoint
 from heatkv.models.class_conditional import fingerprint, summed, tensor_fingerprint
 from heatkv.models.infinity import Infinity, rotation_angles, rotation_table
-from heatkv.models.text import T5TextEncoder
+from heatkv.models.sampling import BitSamplingSettings, Settings
+from heatkv.models.text_encoder import T5TextEncoder
 from heatkv.models.var import Attend
-from heatkv.sampling import BitSamplingSettings, Settings
-from heatkv.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
-    from heatkv.models import ModelInfo
+    from heatkv.models.catalogue import ModelInfo
 
 _TEXT_BLOCK = 64
 """Prompts whose tensors are used again are padded to a multiple of this."""

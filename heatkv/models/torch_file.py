@@ -19,9 +19,9 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from heatkv.checks import shown
+from heatkv.core.checks import shown
+from heatkv.core.io import as_path, opened
 from heatkv.errors import FormatError
-from heatkv.files import as_path, opened
 
 _MOST_PICKLE_BYTES = 8 << 20
 """That of Infinity-8B's 781 tensors has 84 kB."""

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.spans import FEED_FORWARD, layer_name, span
 from heatkv.errors import ModelError
 from heatkv.models.adapter import BlockView, ModelAdapter
-from heatkv.schedule import ScaleSchedule
-from heatkv.spans import FEED_FORWARD, layer_name, span
 
 MAX_LOG_SCALE = math.log(100)
 NORM_EPS = 1e-6

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from heatkv.models.checkpoint import build_var, build_vqvae, read_safetensors
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
+from heatkv.models.sampling import SamplingSettings
 from heatkv.models.var import VARConfig
 from heatkv.models.vqvae import VQVAEConfig
-from heatkv.sampling import SamplingSettings
 
 CLASSES: tuple[str, ...] = tuple(
     (

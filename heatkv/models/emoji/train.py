@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heatkv.files import replacing, write_text
-from heatkv.generation import generate
-from heatkv.images import image_grid
+from heatkv.core.io import replacing, write_text
+from heatkv.generation.images import image_grid
+from heatkv.generation.loop import generate
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS, load
 from heatkv.models.emoji.data import EmojiImages
 from heatkv.models.var import VAR, Condition

@@ -1,0 +1,149 @@
+"""Level costs from the logits' own point of view: the expected squared change of the log-likelihood (Fisher).
+
+Images are drawn with the full cache and gradients; tokens are drawn anew from the guided distribution, and the gradient
+of their log-likelihood with respect to every head's output says what a change of that output does to the picture. Half
+the costs' sum over the heads, per token, predicts the KL divergence.
+Shapes: B rows, H heads, N queries, D head size, G draws, K combinations of levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from heatkv.calibration.level_costs import (
+    Combinations,
+    CostBatch,
+    LevelCalibration,
+    LevelCostCache,
+    numbers_per_query,
+    query_blocks,
+    single_changes,
+    source_items,
+)
+from heatkv.engine.arena_cache import LayerStep
+
+FloatArray = NDArray[np.float64]
+
+DRAWS = 4
+"""Token maps drawn per image and scale."""
+
+
+class FisherCostCache(LevelCostCache):
+    """Keeps every layer's attention output in the graph of a scale; prices combinations once gradients are known."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.outputs: list[Tensor] = []
+        self._inputs: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
+        out = super()._attention(layer, q_RHND, k_RHND, v_RHND, step)
+        self.outputs.append(out if out.requires_grad else out.requires_grad_())
+        self._inputs.append((q_RHND.detach(), k_RHND.detach(), v_RHND.detach()))
+        return out
+
+    def _keep(self, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> None:
+        super()._keep(k_RHND.detach(), v_RHND.detach(), step)
+
+    def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Nothing is known before the scale has run."""
+
+    def price(self, target: int, gradients: Sequence[Sequence[Tensor]]) -> None:
+        """Add the costs of `target`, which has just run; `gradients[g][l]` are those of layer l's output, (B, H, N, D)
+        each."""
+        inputs, self.outputs, self._inputs = self._inputs, [], []
+        if target <= self.choices.sink_scales:
+            return
+        combinations = self.combinations(target)
+        for layer, (q, k, v) in enumerate(inputs):
+            gradient_GBHND = torch.stack([of_draw[layer] for of_draw in gradients]).float()
+            keys, values = self.sources(target, layer, k, v)
+            self._price_layer(layer, target, combinations, gradient_GBHND, q, keys, values)
+
+    def _price_layer(
+        self,
+        layer: int,
+        target: int,
+        combinations: Combinations,
+        gradient_GBHND: Tensor,
+        q_RHND: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> None:
+        cells, biases = self.cells_and_biases(target, layer, keys, values)
+        draws, rows, heads = gradient_GBHND.shape[:3]
+        count = combinations.holds.shape[1]
+        joint_GBHK = torch.zeros(draws, rows, heads, count, dtype=torch.float64, device=q_RHND.device)
+        alone = self.alone(target)
+        single_AGBH = torch.zeros(len(alone), draws, rows, heads, dtype=torch.float64, device=q_RHND.device)
+        first = 0
+        for q in query_blocks(q_RHND, numbers_per_query(combinations, cells)):
+            gradient = gradient_GBHND[:, :, :, first : first + q.shape[2]]
+            first += q.shape[2]
+            items = source_items(q, cells, biases, combinations.chosen, combinations.fixed)
+            scale_BHNK = (items.weight @ combinations.holds).reciprocal_()
+            for draw in range(draws):
+                along_BHNI = (items.moment @ gradient[draw][..., None])[..., 0]
+                changes = (along_BHNI @ combinations.holds).mul_(scale_BHNK)
+                changes[..., 0] = 0  # all is whole; rounding may say otherwise
+                joint_GBHK[draw] += changes.sum(dim=2, dtype=torch.float64)
+            if alone:
+                for cell, change in single_changes(q, cells, biases, alone):
+                    single_AGBH[alone.index(cell)] += (change * gradient).sum(dim=(-2, -1), dtype=torch.float64)
+        self.joint[target][layer] += self._expected(joint_GBHK).cpu().numpy()
+        for index, (source, level) in enumerate(alone):
+            self.single[layer, :, target, source, level] += (
+                self._expected(single_AGBH[index][..., None])[:, 0].cpu().numpy()
+            )
+
+    def _expected(self, changes_GBHK: Tensor) -> Tensor:
+        """Square of the change in all rows of an image together, mean over draws, sum over images, (H, K)."""
+        draws, rows, heads, count = changes_GBHK.shape
+        of_image = changes_GBHK.view(draws, rows // self.images, self.images, heads, count).sum(dim=1)
+        return of_image.square().mean(dim=0).sum(dim=0)
+
+
+def _drawn_log_likelihoods(logits_BNV: Tensor, seed: int, samples: Sequence[int], scale: int) -> list[Tensor]:
+    """For every draw the summed log-likelihood of tokens drawn from softmax(logits), with the graph.
+
+    The random numbers depend on seed, sample, scale and draw alone, not on the batch.
+    """
+    log_p = logits_BNV.log_softmax(-1)
+    out = []
+    for draw in range(DRAWS):
+        noise = []
+        for sample in samples:
+            key = np.random.SeedSequence([abs(seed), sample, scale, draw, 0xF15]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(key >> np.uint64(1)))
+            noise.append(torch.rand(log_p.shape[1:], generator=generator))
+        uniform = torch.stack(noise).to(log_p.device).clamp(1e-20, 1 - 1e-7)
+        drawn = (log_p.detach() - (-uniform.log()).log()).argmax(-1)
+        out.append(log_p.gather(-1, drawn[..., None]).sum())
+    return out
+
+
+def _draw_for_fisher(batch: CostBatch) -> FisherCostCache:
+    model, sinks = batch.model, batch.choices.sink_scales
+    cache, sampler = batch.cache(FisherCostCache), batch.sampler
+    with torch.no_grad():
+        drawing = model.begin(batch.labels, batch.settings)
+        for scale in range(len(model.geometry.schedule)):
+            with torch.enable_grad():
+                logits = drawing.logits(cache)
+                likelihoods = _drawn_log_likelihoods(logits, batch.seed, batch.indices, scale)
+            gradients = [
+                torch.autograd.grad(likelihood, cache.outputs, retain_graph=likelihood is not likelihoods[-1])
+                for likelihood in (likelihoods if scale > sinks else ())
+            ]
+            cache.price(scale, gradients)
+            drawing.accept(sampler.choose(scale, logits.detach()))
+    return cache
+
+
+calibrate_fisher = LevelCalibration("fisher", 4, _draw_for_fisher)
+"""Expected squared changes of the log-likelihood."""

@@ -1,0 +1,481 @@
+"""Measuring what coarser cells cost: first the logit biases of pooled keys, then all combinations of levels under them.
+
+Both passes draw with the full cache and work block by block of queries; a full query-by-key matrix never exists.
+Shapes: B rows, H heads, N queries, D head size, V levels, I items, K combinations of levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from heatkv.calibration.measure import MAX_BLOCK_NUMBERS, ObservingCache, add_sums, sample_names
+from heatkv.core.checks import as_whole, shown, whole
+from heatkv.core.level_statistics import LevelStatistics, calibrated_bias
+from heatkv.core.levels import LEVELS, NONE, SINK_SCALES, LevelChoices
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.attention.pooling import pooled_cells
+from heatkv.engine.watch import naming_samples
+from heatkv.errors import NumericsError, StatisticsError
+from heatkv.generation.loop import run_scales
+from heatkv.models.base import ImageModel, checked_run
+from heatkv.models.sampling import CommonRandomSampler, Settings
+
+FloatArray = NDArray[np.float64]
+
+_FAR = 30.0
+"""In logits: e^-30 of a number does not show in its fp32 sum with it, and its square is far from underflow."""
+
+_LEAST = 1e-15
+"""The least weight of what is always held: where all else is dropped, its square must not be 0 in fp32."""
+
+
+_AXES = {
+    "whole": ("layer", "head", "source"),
+    "pooled_mass": ("layer", "head", "source", "level"),
+    "joint": ("layer", "head", "combination"),
+    "single": ("layer", "head", "target scale", "source", "level"),
+}
+"""Of the sums of level caches."""
+
+BIAS_BATCH = 16
+"""Images at once for biases, which take little memory."""
+
+
+class LevelCache(ObservingCache):
+    """What both passes need: the cells of every source, pooled to every level it may be held at."""
+
+    def __init__(self, choices: LevelChoices, *arguments: Any, **named: Any) -> None:
+        self.choices = choices
+        super().__init__(*arguments, **named)
+
+    def pooled(self, source: int, k_BHMD: Tensor, v_BHMD: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of a source at its levels, by level index, fp32; NONE is left out."""
+        angles = None if self.key_angles is None else self.key_angles[source]
+        return {
+            level: pooled_cells(k_BHMD, v_BHMD, self.plan.schedule.scales[source], LEVELS[level], angles)
+            for level in self.choices.of_source(source)
+            if level != NONE
+        }
+
+    def checked_sums(self, samples: Sequence[str]) -> dict[str, FloatArray]:
+        """The sums over these samples. Raises NumericsError when one is not finite, and names the place."""
+        sums = self.sums()
+        for name, array in sums.items():
+            if not np.isfinite(array).all():
+                places = map(int, np.argwhere(~np.isfinite(array))[0])
+                what, _, target = name.partition(".")
+                of_target = f", target scale {target}" if target else ""
+                place = ", ".join(f"{axis} {at}" for axis, at in zip(_AXES[what], places, strict=True))
+                raise NumericsError(
+                    f"level costs: {what}{of_target} of {place} is not finite, though q, k and v are, in one of the "
+                    f"samples {samples[0]} to {samples[-1]}; the residual stream or the weights of the layer may not "
+                    "be, or overflowed: calibrate in float32 (--dtype float32)"
+                )
+        return sums
+
+
+class BiasCache(LevelCache):
+    """First pass: attention mass on whole cells, and on their pooled keys without a bias, over all later queries.
+
+    `whole` is (L, H, T) and `pooled_mass` (L, H, T, V), float64 sums over queries and rows, both relative to the full
+    attention's denominator.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        geometry = self.plan.geometry
+        shape = (geometry.layers, geometry.heads, len(geometry.schedule))
+        self.whole: FloatArray = np.zeros(shape)
+        self.pooled_mass: FloatArray = np.zeros((*shape, len(LEVELS)))
+
+    def sums(self) -> dict[str, FloatArray]:
+        return {"whole": self.whole, "pooled_mass": self.pooled_mass}
+
+    def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+        target = self._target
+        levels = [self.pooled(source, keys[source], values[source]) for source in range(target)]
+        widest = max(k.shape[2] for k in keys)
+        for q in query_blocks(q_RHND, widest):
+            lse_BHNS = torch.stack([torch.logsumexp(q @ k.float().transpose(2, 3), -1) for k in keys], dim=-1)
+            total_BHN = torch.logsumexp(lse_BHNS, dim=-1)
+            # in float64, since a rotated mean may lead by more than fp32 can hold
+            shares = (lse_BHNS - total_BHN[..., None]).double().exp().sum(dim=(0, 2))
+            self.whole[layer, :, :target] += shares[:, :target].cpu().numpy()
+            for source, cells in enumerate(levels):
+                for level, (k, _) in cells.items():
+                    lse_BHN = torch.logsumexp(q @ k.transpose(2, 3), -1)
+                    share = (lse_BHN - total_BHN).double().exp().sum(dim=(0, 2))
+                    self.pooled_mass[layer, :, source, level] += share.cpu().numpy()
+
+
+def query_blocks(q_RHND: Tensor, numbers_per_query: int) -> Iterator[Tensor]:
+    """The queries in fp32, so many at a time that none of their results is large."""
+    rows, heads, queries, _ = q_RHND.shape
+    block = max(1, MAX_BLOCK_NUMBERS // (rows * heads * numbers_per_query))
+    with torch.autocast(q_RHND.device.type, enabled=False):  # it would round the logits
+        for first in range(0, queries, block):
+            yield q_RHND[:, :, first : first + block].float()
+
+
+@dataclass(frozen=True)
+class Items:
+    """All a query could read, relative to the full attention with output o: for every source at every level its softmax
+    weight w, (B, H, N, I), and moment N - w o, (B, H, N, I, D), N being the weighted sum of values.
+
+    Item 0 is all that is always whole. Sums over the items of a combination give the change of the output: sum of
+    moments / sum of weights.
+    """
+
+    weight: Tensor
+    moment: Tensor
+
+
+def _attention(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of the logits, (B, H, N), and the attention over these keys alone, (B, H, N, D)."""
+    logits = q_BHND @ k_BHMD.transpose(2, 3)
+    lse = torch.logsumexp(logits, dim=-1)
+    return lse, logits.sub_(lse[..., None]).exp_() @ v_BHMD
+
+
+def source_items(
+    q_BHND: Tensor,
+    cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]],
+    biases: Sequence[Mapping[int, Tensor]],
+    chosen: Sequence[tuple[int, int]],
+    fixed: Sequence[int],
+) -> Items:
+    """The items of the (source, level) in `chosen`, after one for the sources `fixed` together; `cells[s][level]` are
+    keys and values (B, H, M, D), `biases[s][level]` is (H,)."""
+    lse, outputs = [], []
+    for levels in cells:
+        of_source, output = _attention(q_BHND, *levels[0])
+        lse.append(of_source)
+        outputs.append(output)
+    # one source may lead by so much that the weights of all others would be 0
+    far_BHN = torch.stack(lse).topk(2, dim=0).values[1] + _FAR
+    lse = [torch.minimum(source, far_BHN) for source in lse]
+    total_BHN = torch.logsumexp(torch.stack(lse), dim=0)
+    weights = [(source - total_BHN).exp() for source in lse]
+    out_BHND = torch.zeros_like(outputs[0])
+    for weight, output in zip(weights, outputs, strict=True):
+        out_BHND.addcmul_(weight[..., None], output)
+    fixed_lse_BHN = torch.logsumexp(torch.stack([lse[source] for source in fixed]), dim=0)
+    fixed_BHND = torch.zeros_like(out_BHND)
+    for source in fixed:
+        fixed_BHND.addcmul_((lse[source] - fixed_lse_BHN).exp_()[..., None], outputs[source])
+    item_weights = [(fixed_lse_BHN - total_BHN).exp_().clamp_(min=_LEAST)]
+    moments = [item_weights[0][..., None] * (fixed_BHND - out_BHND)]
+    for source, level in chosen:
+        weight, output = weights[source], outputs[source]
+        if level != 0:
+            of_level, output = _attention(q_BHND, *cells[source][level])
+            shift = biases[source][level][None, :, None] - total_BHN
+            weight = (of_level + shift).clamp_(max=_FAR).exp_()  # a mean may lead by more yet
+        item_weights.append(weight)
+        moments.append(weight[..., None] * (output - out_BHND))
+    return Items(torch.stack(item_weights, dim=-1), torch.stack(moments, dim=-2))
+
+
+@dataclass(frozen=True)
+class Combinations:
+    """The items of a target, and which of them every combination holds: `holds` is (items, K) of 0 and 1.
+
+    `pairs` maps the products of items i <= j to the squared sum of every combination, (pairs, K).
+    """
+
+    chosen: tuple[tuple[int, int], ...]
+    fixed: tuple[int, ...]
+    holds: Tensor
+    pairs: Tensor
+
+    @classmethod
+    def of(cls, choices: LevelChoices, target: int, device: torch.device) -> Combinations:
+        joint = choices.joint_sources(target)
+        table = choices.combinations(target)
+        chosen = tuple((source, level) for source in joint for level in choices.of_source(source) if level != NONE)
+        held = [np.ones(len(table)), *(table[:, joint.index(source)] == level for source, level in chosen)]
+        holds = torch.from_numpy(np.stack(held).astype(np.float32)).to(device)
+        first, second = torch.triu_indices(len(holds), len(holds), device=device)
+        twice = torch.where(first == second, 1.0, 2.0)[:, None]
+        fixed = tuple(source for source in range(target + 1) if source not in joint)
+        return cls(chosen, fixed, holds, holds[first] * holds[second] * twice)
+
+    def squared_changes(self, items: Items) -> Tensor:
+        """|change of the output|^2 of every combination, summed over queries, (B, H, K) float64."""
+        first, second = torch.triu_indices(len(self.holds), len(self.holds), device=items.weight.device)
+        products_BHNI = (items.moment @ items.moment.transpose(-1, -2))[..., first, second]
+        weight_BHNK = items.weight @ self.holds
+        change = (products_BHNI @ self.pairs).div_(weight_BHNK.square_())
+        change[..., 0] = 0  # all is whole; rounding may say otherwise
+        return change.sum(dim=2).double().clamp_(min=0)
+
+
+class LevelCostCache(LevelCache):
+    """What second passes share: costs of every combination of levels under the given biases, summed over images.
+
+    `joint[t]` is (L, H, combinations), `single` (L, H, T, T, V + 1).
+    """
+
+    def __init__(self, choices: LevelChoices, log_bias: FloatArray, *arguments: Any, **named: Any) -> None:
+        self.log_bias = log_bias
+        self._combinations: tuple[int, Combinations] | None = None
+        super().__init__(choices, *arguments, **named)
+
+    def reset(self) -> None:
+        super().reset()
+        geometry = self.plan.geometry
+        self.joint, self.single = empty_costs(geometry.layers, geometry.heads, self.choices)
+
+    def sums(self) -> dict[str, FloatArray]:
+        return {"single": self.single} | {f"joint.{target}": joint for target, joint in enumerate(self.joint)}
+
+    def combinations(self, target: int) -> Combinations:
+        """Those of a target; made once and kept for its layers."""
+        if self._combinations is None or self._combinations[0] != target:
+            self._combinations = target, Combinations.of(self.choices, target, self.store.device)
+        return self._combinations[1]
+
+    def alone(self, target: int) -> list[tuple[int, int]]:
+        """Every (source, level) of the sources that are not combined."""
+        others = self.choices.other_sources(target)
+        return [(source, level) for source in others for level in self.choices.of_other(source)]
+
+    def cells_and_biases(
+        self, target: int, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> tuple[list[dict[int, tuple[Tensor, Tensor]]], list[dict[int, Tensor]]]:
+        """Every source at its levels, sinks and the running scale whole, with the bias of every level, (H,)."""
+        cells, biases = [], []
+        for source, (k, v) in enumerate(zip(keys, values, strict=True)):
+            free = self.choices.sink_scales <= source < target
+            cells.append(self.pooled(source, k, v) if free else {0: (k.float(), v.float())})
+            bias = self.log_bias[layer, :, source]
+            biases.append(
+                {level: torch.tensor(bias[:, level], dtype=torch.float32, device=k.device) for level in cells[-1]}
+            )
+        return cells, biases
+
+
+CostCache = TypeVar("CostCache", bound=LevelCostCache)
+
+
+class ErrorCostCache(LevelCostCache):
+    """Second pass: the squared output error relative to the residual stream, summed over queries, mean over rows."""
+
+    def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+        target, halves = self._target, self.rows // self.images
+        if target <= self.choices.sink_scales:
+            return
+        relative_R, factor = self.relative(), self.factors[layer]
+        # |F (V p)| = |(F V) p|: the factor is cheapest on the values
+        with torch.autocast(q_RHND.device.type, enabled=False):
+            whitened = [v.float() @ factor.transpose(1, 2) for v in values]
+        cells, biases = self.cells_and_biases(target, layer, keys, whitened)
+        combinations, alone = self.combinations(target), self.alone(target)
+        for q in query_blocks(q_RHND, numbers_per_query(combinations, cells)):
+            items = source_items(q, cells, biases, combinations.chosen, combinations.fixed)
+            self.joint[target][layer] += _weighted(combinations.squared_changes(items), relative_R) / halves
+            if alone:
+                for (source, level), change in single_changes(q, cells, biases, alone):
+                    squared = change.square().sum(-1).sum(2, dtype=torch.float64)[..., None]
+                    self.single[layer, :, target, source, level] += _weighted(squared, relative_R)[:, 0] / halves
+
+
+def empty_costs(layers: int, heads: int, choices: LevelChoices) -> tuple[list[FloatArray], FloatArray]:
+    """Zeros for the joint costs of every target, and for single costs."""
+    scales = len(choices.schedule)
+    joint = [np.zeros((layers, heads, int(np.prod(choices.shape(target))))) for target in range(scales)]
+    return joint, np.zeros((layers, heads, scales, scales, NONE + 1))
+
+
+def numbers_per_query(combinations: Combinations, cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> int:
+    """The largest result of one query: its logits, its combinations, or the moments or products of its items."""
+    items, count = combinations.holds.shape
+    items = max(items, len(cells) + len(LEVELS) * (len(combinations.fixed) - 1))  # of the single changes
+    widest = max(levels[0][0].shape[2] for levels in cells)
+    return max(widest, count, items * max(items, cells[0][0][1].shape[-1]))
+
+
+def single_changes(
+    q_BHND: Tensor,
+    cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]],
+    biases: Sequence[Mapping[int, Tensor]],
+    alone: Sequence[tuple[int, int]],
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Change of the output, (B, H, N, D), when one source is held at one level and all else whole, for the cells of
+    `alone`."""
+    target = len(cells) - 1
+    coarse = [cell for cell in alone if cell[1] not in (0, NONE)]
+    items = source_items(q_BHND, cells, biases, [*((source, 0) for source in range(target)), *coarse], (target,))
+    sources = sorted({source for source, _ in alone})
+    # what is left is added up and not taken as a difference, which would lose all digits where the source leads
+    others = torch.ones(len(sources), target + 1, device=q_BHND.device)
+    others[range(len(sources)), [1 + source for source in sources]] = 0
+    weight_BHNS = items.weight[..., : target + 1] @ others.mT
+    moment_BHNSD = others @ items.moment[..., : target + 1, :]
+    for source, level in alone:
+        if level == 0:
+            continue
+        weight, moment = weight_BHNS[..., sources.index(source)], moment_BHNSD[..., sources.index(source), :]
+        if level != NONE:
+            item = target + 1 + coarse.index((source, level))
+            weight, moment = weight + items.weight[..., item], moment + items.moment[..., item, :]
+        yield (source, level), moment / weight[..., None]
+
+
+def _weighted(costs_BHK: Tensor, relative_B: Tensor) -> FloatArray:
+    """Sum over rows, each with its weight, (H, K)."""
+    return np.asarray((costs_BHK.double() * relative_B[:, None, None]).sum(dim=0).cpu().numpy())
+
+
+def _batches(first: int, samples: int, batch: int) -> Iterator[range]:
+    for start in range(first, first + samples, batch):
+        yield range(start, min(start + batch, first + samples))
+
+
+def calibrate_biases(
+    model: ImageModel[Any],
+    choices: LevelChoices,
+    samples: int = 16,
+    *,
+    seed: int = 0,
+    batch: int = BIAS_BATCH,
+    settings: Settings | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> FloatArray:
+    """The logit bias of every pooled cell, (L, H, T, levels), from samples 0, 1, ... of the seed.
+
+    Raises StatisticsError for fewer than one sample.
+    """
+    seed, _, batch, settings = checked_run(model, seed, 0, batch, settings, progress)
+    samples = whole(samples, "samples", StatisticsError, 1)
+    sums: dict[str, FloatArray] = {}
+    for indices in _batches(0, samples, batch):
+        rows = len(indices) * settings.rows_per_image
+        cache = BiasCache(
+            choices, model.full_plan(), rows, len(indices), model.compute_dtype, model.device, model.key_angles
+        )
+        labels, sampler = model.labels(len(indices), indices.start), CommonRandomSampler(seed, indices, settings)
+        names = sample_names(model, seed, labels, indices.start)
+        with naming_samples(names):
+            run_scales(model, labels, cache, sampler, settings, decode=False)
+        sums = add_sums(sums, cache.checked_sums(names))
+        if progress is not None:
+            progress(len(indices))
+    return calibrated_bias(choices.schedule, sums["whole"], sums["pooled_mass"])
+
+
+def level_choices(schedule: ScaleSchedule, sink_scales: int) -> LevelChoices:
+    """What plans may choose from when so many first scales stay whole. Raises StatisticsError for a bad number."""
+    sinks, most = as_whole(sink_scales), len(schedule) - 1
+    if sinks is None or not 0 <= sinks <= most:
+        raise StatisticsError(
+            f"sink_scales={shown(sink_scales)} does not fit level costs of a schedule of {len(schedule)} scales: 0 to "
+            f"{most}"
+        )
+    return LevelChoices(schedule, sinks)
+
+
+@dataclass(frozen=True)
+class CostBatch:
+    """Images that are drawn at once, and what their costs are measured with."""
+
+    model: ImageModel[Any]
+    choices: LevelChoices
+    log_bias: FloatArray
+    indices: range
+    seed: int
+    settings: Settings
+
+    @property
+    def labels(self) -> Any:
+        return self.model.labels(len(self.indices), self.indices.start)
+
+    @property
+    def sampler(self) -> CommonRandomSampler:
+        return CommonRandomSampler(self.seed, self.indices, self.settings)
+
+    def cache(self, kind: type[CostCache], **named: Any) -> CostCache:
+        """A full cache of this kind for these images."""
+        model, count = self.model, len(self.indices)
+        return kind(
+            self.choices, self.log_bias, model.full_plan(), count * self.settings.rows_per_image, count,
+            model.compute_dtype, model.device, model.key_angles, **named,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LevelCalibration:
+    """Measures one kind of level costs; `draw` gives the cache that has seen a batch drawn, of `batch` images unless
+    another number is asked for."""
+
+    cost: str
+    batch: int
+    draw: Callable[[CostBatch], LevelCostCache]
+
+    def __call__(
+        self,
+        model: ImageModel[Any],
+        samples: int = 32,
+        *,
+        log_bias: FloatArray | None = None,
+        bias_samples: int = 16,
+        sink_scales: int = SINK_SCALES,
+        seed: int = 0,
+        first_sample: int = 0,
+        batch: int | None = None,
+        settings: Settings | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> LevelStatistics:
+        """Level costs over `samples` images drawn with the full cache, under `log_bias` or biases measured first.
+
+        The first `sink_scales` scales stay whole, in all plans that are made from the costs, too. `first_sample`
+        numbers the first image, so that disjoint sets can be measured under the same biases and merged. Raises
+        StatisticsError for fewer than one sample, or sinks that the schedule does not have.
+        """
+        at_once, at_once_for_biases = (self.batch, BIAS_BATCH) if batch is None else (batch, batch)
+        seed, first_sample, at_once, settings = checked_run(model, seed, first_sample, at_once, settings, progress)
+        samples = whole(samples, "samples", StatisticsError, 1)
+        choices = level_choices(model.geometry.schedule, sink_scales)
+        of_bias: tuple[str, ...] = ()
+        if log_bias is None:
+            log_bias = calibrate_biases(
+                model, choices, bias_samples, seed=seed, batch=at_once_for_biases, settings=settings, progress=progress
+            )
+            of_bias = tuple(sample_names(model, seed, model.labels(bias_samples, 0), 0))
+        wanted = (model.geometry.layers, model.geometry.heads, len(choices.schedule), len(LEVELS))
+        if np.shape(log_bias) != wanted or not np.isfinite(log_bias).all():
+            raise StatisticsError(f"log_bias has shape {np.shape(log_bias)}; it must be finite numbers, {wanted}")
+        sums: dict[str, FloatArray] = {}
+        names: list[str] = []
+        for indices in _batches(first_sample, samples, at_once):
+            drawn = CostBatch(model, choices, log_bias, indices, seed, settings)
+            now = sample_names(model, seed, drawn.labels, indices.start)
+            with naming_samples(now):
+                cache = self.draw(drawn)
+                cache.check(len(indices))
+            sums = add_sums(sums, cache.checked_sums(now))
+            names += now
+            if progress is not None:
+                progress(len(indices))
+        joint = tuple(sums[f"joint.{target}"] for target in range(len(choices.schedule)))
+        return LevelStatistics(choices, self.cost, log_bias, joint, sums["single"], tuple(names), of_bias)
+
+
+def _draw_for_errors(batch: CostBatch) -> ErrorCostCache:
+    adapter = batch.model.adapter
+    weights = [adapter.output_weight(layer) for layer in range(batch.model.geometry.layers)]
+    cache = batch.cache(ErrorCostCache, output_weights=weights)
+    with adapter.watching(cache.see):
+        run_scales(batch.model, batch.labels, cache, batch.sampler, batch.settings, decode=False)
+    return cache
+
+
+calibrate_levels = LevelCalibration("error", 16, _draw_for_errors)
+"""Squared output errors relative to the residual stream."""

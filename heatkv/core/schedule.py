@@ -1,0 +1,174 @@
+"""Scale schedules: how many tokens a next-scale model draws at every step.
+
+A schedule is a tuple of (t, h, w) per scale: t frames (1 for images), h rows and w columns of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib import resources
+from typing import Any
+
+from heatkv.core.checks import as_number, as_whole, shown, whole
+from heatkv.errors import ScheduleError
+
+MAX_SIDE = 1 << 16
+"""Largest number of frames, rows or columns a scale may have: far above any model, far below integer trouble."""
+
+MAX_SCALES = 1024
+"""Most scales of a schedule; published ones have 10 to 14. What is made of every pair of scales stays small."""
+
+_VAR_SIDES = {
+    "256": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    "512": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    "1024": (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+}
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """The scales of one image or clip, coarse to fine; `scales[s]` is (t, h, w) in tokens.
+
+    Raises ScheduleError for fewer than two scales, more than MAX_SCALES, or a side that is no whole number from 1 to
+    MAX_SIDE.
+    """
+
+    scales: tuple[tuple[int, int, int], ...]
+
+    def __post_init__(self) -> None:
+        scales = tuple(_entries(self.scales))
+        if len(scales) > MAX_SCALES:
+            raise ScheduleError(f"a schedule has at most {MAX_SCALES} scales, this one has {len(scales)}")
+        for index, scale in enumerate(scales):
+            if len(scale) != 3 or not all(1 <= (as_whole(side) or 0) <= MAX_SIDE for side in scale):
+                raise ScheduleError(
+                    f"scale {index} is {shown(scale)}; it must be (t, h, w), whole numbers from 1 to {MAX_SIDE}"
+                    + ("; ScaleSchedule.of takes (h, w) too" if len(scale) == 2 else "")
+                )
+        if len(scales) < 2:
+            raise ScheduleError(
+                f"a schedule needs at least 2 scales, this one has {len(scales)}: with one scale nothing is cached"
+            )
+        object.__setattr__(self, "scales", tuple(tuple(map(int, scale)) for scale in scales))
+
+    # ------------------------------------------------------------------ ways to make one
+
+    @classmethod
+    def of(cls, scales: Iterable[Sequence[int]]) -> ScaleSchedule:
+        """From (h, w) pairs or (t, h, w) triples, as lists or tuples (for instance from JSON). Raises ScheduleError."""
+        return cls(tuple((1, *entry) if len(entry) == 2 else entry for entry in _entries(scales)))  # type: ignore[misc]
+
+    @classmethod
+    def square(cls, sides: Iterable[int]) -> ScaleSchedule:
+        """An image schedule of square scales with these sides. Raises ScheduleError."""
+        try:
+            return cls(tuple((1, side, side) for side in sides))
+        except TypeError:
+            raise ScheduleError(f"sides is {shown(sides)}; give a list of whole numbers, coarse to fine") from None
+
+    @classmethod
+    def var(cls, pixels: int | str = 256) -> ScaleSchedule:
+        """VAR's published schedules (Tian et al. 2024): 256 or 512 px, or the 1024-px one of its training code.
+
+        Raises ScheduleError for another size.
+        """
+        sides = _VAR_SIDES.get(str(pixels).removesuffix("px"))
+        if sides is None:
+            raise ScheduleError(f"VAR has no {pixels} px schedule; known: {', '.join(_VAR_SIDES)}")
+        return cls.square(sides)
+
+    @classmethod
+    def infinity(cls, size: str = "1M", ratio: float = 1.0) -> ScaleSchedule:
+        """Infinity's schedule for a pixel budget ("0.06M", "0.25M", "0.60M", "1M") and a height/width ratio.
+
+        The nearest published template to `ratio` is taken, the first one on ties, as the model itself does. Raises
+        ScheduleError for another size or a ratio outside 0.1 to 10.
+        """
+        data = _infinity_data()
+        if not isinstance(size, str) or size not in data["sizes"]:
+            raise ScheduleError(f"Infinity has no size {shown(size)}; known: {', '.join(data['sizes'])}")
+        taken = cls.infinity_template(ratio)
+        template = next(entry for entry in data["templates"].values() if entry["h_div_w"] == taken)
+        return cls.of(template["scales"][: data["sizes"][size]])
+
+    @classmethod
+    def infinity_template(cls, ratio: float) -> float:
+        """Height/width of the published template nearest to `ratio`, the first one on ties. Raises ScheduleError."""
+        if not 0.1 <= as_number(ratio) <= 10:
+            raise ScheduleError(
+                f"height/width ratio {shown(ratio)} is outside 0.1 to 10; templates run from 0.333 to 3.0"
+            )
+        return min(cls.infinity_ratios(), key=lambda own: abs(own - ratio))
+
+    @classmethod
+    def infinity_sizes(cls) -> tuple[str, ...]:
+        """The pixel budgets that have published schedules, as "1M"."""
+        return tuple(_infinity_data()["sizes"])
+
+    @classmethod
+    def infinity_ratios(cls) -> tuple[float, ...]:
+        """Height/width of the published templates, in upstream's order (which decides ties)."""
+        return tuple(entry["h_div_w"] for entry in _infinity_data()["templates"].values())
+
+    # ------------------------------------------------------------------ what follows from it
+
+    def __len__(self) -> int:
+        return len(self.scales)
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """n_t, the tokens of every scale."""
+        return tuple(t * h * w for t, h, w in self.scales)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Tokens before every scale; one entry more than scales, the last is the total."""
+        total = 0
+        out = [0]
+        for count in self.tokens:
+            total += count
+            out.append(total)
+        return tuple(out)
+
+    @property
+    def total_tokens(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def cached_tokens(self) -> int:
+        """N, the full cache per head: all scales but the last, which nobody reads."""
+        return self.offsets[-2]
+
+    def slice(self, scale: int) -> slice:
+        """Where the tokens of one scale lie in the flat sequence. Raises ScheduleError for a scale there is not."""
+        scale = whole(scale, "scale", ScheduleError, 0, len(self) - 1)
+        return slice(self.offsets[scale], self.offsets[scale + 1])
+
+    def to_json(self) -> list[list[int]]:
+        """[t, h, w] of every scale."""
+        return [list(scale) for scale in self.scales]
+
+    def __str__(self) -> str:
+        if all(t == 1 and h == w for t, h, w in self.scales):
+            return ",".join(str(h) for _, h, _ in self.scales)
+        return ",".join(f"{h}x{w}" if t == 1 else f"{t}x{h}x{w}" for t, h, w in self.scales)
+
+
+def _entries(scales: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+    try:
+        return [tuple(scale) for scale in scales]
+    except TypeError as error:
+        raise ScheduleError(
+            f"a schedule is a list of [t, h, w] or [h, w], not {shown(scales)}; of square scales, ScaleSchedule.square "
+            "takes the sides"
+        ) from error
+
+
+@cache
+def _infinity_data() -> dict[str, Any]:
+    text = resources.files("heatkv.core").joinpath("infinity_schedules.json").read_text(encoding="utf-8")
+    data: dict[str, Any] = json.loads(text)
+    return data

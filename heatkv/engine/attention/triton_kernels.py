@@ -1,0 +1,282 @@
+"""Attention over held tokens and the writing of new ones as one Triton kernel each, for CUDA devices.
+
+Triton is imported when a kernel is first needed. Nothing here reads a tensor's numbers on the host or lets a shape
+depend on them, and nothing but the output is allocated, so that calls can be recorded in a CUDA graph.
+Shapes: R rows, H heads, N tokens of the running scale, D head size, P slots of a store, X slots of all lists of a
+layer, K heads that keep their new tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heatkv.engine.attention.held import HeldTokens
+
+LARGEST_HEAD = 128
+COMPUTE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+CODE_TYPES = (torch.int8, torch.float8_e4m3fn)
+# Writing only moves bytes: enough rows of a few hundred bytes each that every thread has several 16-byte pieces.
+APPEND_TOKENS, APPEND_WARPS = 32, 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How attention is cut: queries and keys of a tile, warps of a program, stages of the pipeline of loads."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def tile_table() -> dict[str, Any]:
+    """`tiles.json`: entries of every device that was tuned by its name, and of `default`, which is for all others."""
+    table: dict[str, Any] = json.loads(
+        resources.files("heatkv.engine.attention").joinpath("tiles.json").read_text("utf-8")
+    )
+    return table
+
+
+@cache
+def tile_for(device_name: str, head_dim: int, bits: int, coded: bool) -> Tile:
+    """The tile of a device for a head size, the bits of the compute type, and with or without a coded store.
+
+    It is that of the next larger head size in the table; `default` stands in for devices and cases that are not there.
+    """
+    for name in (device_name, "default"):
+        entries = tile_table().get(name, {"entries": []})["entries"]
+        fitting = [x for x in entries if x["head_dim"] >= head_dim and (x["bits"], x["coded"]) == (bits, coded)]
+        if fitting:
+            best = min(fitting, key=lambda entry: int(entry["head_dim"]))
+            return Tile(best["block_m"], best["block_n"], best["num_warps"], best["num_stages"])
+    raise ValueError(f"no tile for heads of {head_dim} channels; the kernels take up to {LARGEST_HEAD}")
+
+
+def supports(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, codes: torch.dtype | None = None
+) -> str | None:
+    """None where the kernels can run, otherwise the reason in words.
+
+    `dtype` is that of queries, `codes` that of the coded store, None without one. On a CPU, only Triton's interpreter
+    runs them (TRITON_INTERPRET=1, set before Triton is imported); it is for tests, and far slower than PyTorch.
+    """
+    device = torch.device(device)
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install heatkv[triton]"
+    if dtype not in COMPUTE_TYPES:
+        return f"the kernels compute in bfloat16, float16 or float32, not in {_name(dtype)}"
+    if not 1 <= head_dim <= LARGEST_HEAD:
+        return f"heads have {head_dim} channels; the kernels take 1 to {LARGEST_HEAD}"
+    if codes is not None and codes not in CODE_TYPES:
+        return f"codes are int8 or float8_e4m3fn, not {_name(codes)}"
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        capability = torch.cuda.get_device_capability(device)
+        least = (8, 9) if codes == torch.float8_e4m3fn else (8, 0)
+        if capability < least:
+            what = "float8 codes need" if codes == torch.float8_e4m3fn else "the kernels need"
+            return f"{what} compute capability {least[0]}.{least[1]}; this device has {capability[0]}.{capability[1]}"
+    elif device.type == "cpu":
+        if not _interpreted():
+            return "Triton runs on a CPU only in its interpreter: TRITON_INTERPRET=1, before Triton is imported"
+    else:
+        return f"the kernels run on CUDA devices, not on {device.type}"
+    return None
+
+
+def fused_attention(
+    q_RHND: Tensor,
+    k_RHND: Tensor,
+    v_RHND: Tensor,
+    plain: tuple[Tensor, HeldTokens] | None,
+    coded: tuple[Tensor, Tensor, HeldTokens] | None,
+    out: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """softmax(q [held, k]^T + bias) [held, v] per row and head, over held tokens and the whole current scale; scale 1.
+
+    Args:
+        q_RHND, k_RHND, v_RHND: one dtype, any strides; q is already scaled, k rotated and normalised. N is 1 or more.
+        plain: the store of tokens as they are, arena_2RPD (keys, then values), and who reads what of it.
+        coded: codes_2RPD, int8 or float8_e4m3fn, scales_2RP, bfloat16, and who reads what; a token is code * scale.
+        out: where to write; made like q if None.
+        tile: in place of the table's.
+
+    Either store may be None. Sums are in fp32, and fp32 inputs are multiplied in fp32. Slots that no list names are
+    never read. Call it only where `supports` gives None. A kernel is compiled at its first call, which therefore cannot
+    be recorded; a last dimension that is not contiguous is copied.
+    """
+    jit = _jit()
+    rows, heads, tokens, head_dim = q_RHND.shape
+    q_RHND, k_RHND, v_RHND = (_channels_together(x) for x in (q_RHND, k_RHND, v_RHND))
+    if out is None:
+        out = torch.empty_like(q_RHND)
+    if tile is None:
+        tile = tile_for(_device_name(q_RHND.device), head_dim, 8 * q_RHND.element_size(), coded is not None)
+    arena, plain_held = plain or (None, None)
+    codes, scales, coded_held = coded or (None, None, None)
+    with torch.cuda.device_of(q_RHND):
+        jit.attention_kernel[(_blocks(tokens, tile.block_m) * rows * heads,)](
+            out,
+            q_RHND,
+            k_RHND,
+            v_RHND,
+            arena,
+            *_lists(plain_held),
+            _bits(codes),
+            scales,
+            *_lists(coded_held),
+            heads,
+            tokens,
+            *(stride for x in (out, q_RHND, k_RHND, v_RHND) for stride in x.stride()[:3]),
+            *_strides(arena, 3),
+            *_row_strides(plain_held),
+            *_strides(codes, 3),
+            *_strides(scales, 2),
+            *_row_strides(coded_held),
+            PLAIN=plain_held is not None,
+            PLAIN_BIASED=plain_held is not None and plain_held.bias_X is not None,
+            CODED=coded_held is not None,
+            CODED_BIASED=coded_held is not None and coded_held.bias_X is not None,
+            FLOAT8=_is_float8(codes),
+            COMPUTE=_compute_type(q_RHND.dtype),
+            D=head_dim,
+            BLOCK_D=_padded(head_dim),
+            BLOCK_M=tile.block_m,
+            BLOCK_C=tile.block_n,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out
+
+
+def append_kept(
+    k_RHND: Tensor,
+    v_RHND: Tensor,
+    heads_K: Tensor,
+    slots_KN: Tensor,
+    plain_arena_2RPD: Tensor | None = None,
+    codes_2RPD: Tensor | None = None,
+    scales_2RP: Tensor | None = None,
+) -> None:
+    """Write the new tokens of the heads in `heads_K` to `slots_KN`, the same in all rows; both int32.
+
+    Into `plain_arena_2RPD` they go as they are, rounded where its type is narrower. In codes, int8 or float8_e4m3fn,
+    the key or value x of a token becomes a scale, bfloat16(max|x| / 127), for float8 / 448, or 1 where that is 0, and
+    codes x / scale: whole numbers, half to even, cut to +-127, or float8 of what is cut to +-448. Raises ValueError
+    unless exactly one store is given.
+    """
+    if (plain_arena_2RPD is None) == (codes_2RPD is None) or (codes_2RPD is None) != (scales_2RP is None):
+        raise ValueError("give either plain_arena_2RPD, or codes_2RPD with scales_2RP")
+    kept, tokens = slots_KN.shape
+    if not kept:
+        return
+    jit = _jit()
+    rows, head_dim = k_RHND.shape[0], k_RHND.shape[3]
+    k_RHND, v_RHND, slots_KN = (_channels_together(x) for x in (k_RHND, v_RHND, slots_KN))
+    store = plain_arena_2RPD if codes_2RPD is None else codes_2RPD
+    with torch.cuda.device_of(k_RHND):
+        jit.append_kernel[(_blocks(tokens, APPEND_TOKENS) * rows * kept,)](
+            k_RHND,
+            v_RHND,
+            heads_K,
+            slots_KN,
+            _bits(store),
+            scales_2RP,
+            kept,
+            tokens,
+            *(stride for x in (k_RHND, v_RHND) for stride in x.stride()[:3]),
+            slots_KN.stride(0),
+            *_strides(store, 3),
+            *_strides(scales_2RP, 2),
+            CODED=codes_2RPD is not None,
+            FLOAT8=_is_float8(codes_2RPD),
+            D=head_dim,
+            BLOCK_D=_padded(head_dim),
+            BLOCK_C=APPEND_TOKENS,
+            num_warps=APPEND_WARPS,
+        )
+
+
+def _jit() -> ModuleType:
+    """The kernels, with which Triton is imported."""
+    from heatkv.engine.attention import triton_jit
+
+    return triton_jit
+
+
+@cache
+def _interpreted() -> bool:
+    """Whether Triton was imported to interpret kernels, and these were too: both were asked for before the import."""
+    if "TRITON_INTERPRET" not in os.environ:
+        return False
+    import triton
+
+    return not any(isinstance(x, triton.runtime.JITFunction) for x in (triton.language.max, _jit().attention_kernel))
+
+
+def _compute_type(dtype: torch.dtype) -> Any:
+    """Triton's name of the type that products are taken in; its interpreter has no products of bfloat16."""
+    import triton.language as tl
+
+    if dtype == torch.bfloat16 and _interpreted():
+        return tl.float32
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _is_float8(codes: Tensor | None) -> bool:
+    return codes is not None and codes.dtype == torch.float8_e4m3fn
+
+
+def _bits(store: Tensor | None) -> Tensor | None:
+    """float8 as bytes: Triton then needs no float8 to move them."""
+    return store.view(torch.uint8) if store is not None and _is_float8(store) else store
+
+
+def _channels_together(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strides(store: Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if store is None else store.stride()[:count]
+
+
+def _lists(held: HeldTokens | None) -> tuple[Tensor | None, ...]:
+    return (None,) * 4 if held is None else (held.slots_X, held.begins_RH, held.counts_RH, held.bias_X)
+
+
+def _row_strides(held: HeldTokens | None) -> tuple[int, int]:
+    """Of begins and counts; 0 where all rows read alike."""
+    if held is None or len(held.begins_RH) == 1:
+        return 0, 0
+    return held.begins_RH.stride(0), held.counts_RH.stride(0)
+
+
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _padded(head_dim: int) -> int:
+    """A power of two, and at least what products of Triton need."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

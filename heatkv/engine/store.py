@@ -1,0 +1,209 @@
+"""Where keys and values lie: the slots of the arena, in the compute type or as 8-bit codes with their scales.
+
+Slots count through: first the uncoded ones, then the coded ones. A coded key or value is code * scale, with one scale
+per slot and row, so that a token can be read, moved and dropped by itself.
+Shapes: R rows, P uncoded slots, Q coded slots, M tokens that are read or written, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from heatkv.core.checks import shown
+from heatkv.errors import PlanError
+
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""The type of the codes, by the name of the coding."""
+
+LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def encode(x_RMD: Tensor, code: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes, (..., M, D) of type `code`, and scales, (..., M) bfloat16.
+
+    The largest number of a token becomes the largest code.
+    """
+    x_RMD, largest = x_RMD.float(), LARGEST_CODE[code]
+    scales = (x_RMD.abs().amax(dim=-1) / largest).to(torch.bfloat16)
+    scales = scales.masked_fill(scales == 0, 1)
+    codes = x_RMD / scales.float()[..., None]
+    codes = codes.round_() if code is torch.int8 else codes
+    return codes.clamp_(-largest, largest).to(code), scales
+
+
+def decode(codes_RMD: Tensor, scales_RM: Tensor, dtype: torch.dtype) -> Tensor:
+    """What codes stand for, (..., M, D)."""
+    x_RMD = codes_RMD.float() * scales_RM.float()[..., None]
+    if dtype is torch.float16:  # a scale that was rounded up may lead beyond its largest number
+        largest = torch.finfo(dtype).max
+        x_RMD = x_RMD.clamp_(-largest, largest)
+    return x_RMD.to(dtype)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Slots to read or write in an order of their own: which of the M tokens are in which part, and where there.
+
+    A part that holds none of them is None; `at` is None where a part holds all of them.
+    """
+
+    count: int
+    uncoded: Tensor | None
+    coded: Tensor | None
+    uncoded_at: Tensor | None = None
+    coded_at: Tensor | None = None
+
+
+class Store:
+    """The buffers of one cache for all layers: keys at index 0 and values at 1, for `rows` rows.
+
+    `arena_2RPD` is of the compute type; `codes_2RQD` and `scales_2RQ` are there when the cache is coded.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        slots: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        coding: str | None = None,
+        uncoded_slots: int = 0,
+    ) -> None:
+        self.dtype, self.uncoded_slots = dtype, slots if coding is None else uncoded_slots
+        self.arena_2RPD = torch.empty((2, rows, self.uncoded_slots, head_dim), dtype=dtype, device=device)
+        self.codes_2RQD: Tensor | None = None
+        self.scales_2RQ: Tensor | None = None
+        if coding is not None:
+            check_coding(coding, device)
+            shape = (2, rows, slots - uncoded_slots, head_dim)
+            self.codes_2RQD = torch.empty(shape, dtype=CODES[coding], device=device)
+            self.scales_2RQ = torch.empty(shape[:3], dtype=torch.bfloat16, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.arena_2RPD.device
+
+    @property
+    def head_dim(self) -> int:
+        return self.arena_2RPD.shape[3]
+
+    @property
+    def code(self) -> torch.dtype | None:
+        """The type of the codes, if there are any."""
+        return None if self.codes_2RQD is None else self.codes_2RQD.dtype
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """All that is held."""
+        return tuple(x for x in (self.arena_2RPD, self.codes_2RQD, self.scales_2RQ) if x is not None)
+
+    def spoil(self) -> None:
+        """Fill everything with what is no number: what is read before it is written shows."""
+        for buffer in self.buffers:
+            _bits(buffer).fill_(1) if buffer.element_size() == 1 else buffer.fill_(torch.nan)
+
+    def places(self, slots: NDArray[np.int64], writing: bool = False) -> Places:
+        """These slots, in this order, to read, or to write: torch wants wider numbers for that."""
+        kind, first = np.int64 if writing else np.int32, slots < self.uncoded_slots
+
+        def part(chosen: NDArray[np.bool_], offset: int) -> tuple[Tensor | None, Tensor | None]:
+            if not chosen.any():
+                return None, None
+            within, at = (slots[chosen] - offset).astype(kind), np.flatnonzero(chosen)
+            return self._on_device(within), None if chosen.all() else self._on_device(at)
+
+        (uncoded, uncoded_at), (coded, coded_at) = part(first, 0), part(~first, self.uncoded_slots)
+        return Places(len(slots), uncoded, coded, uncoded_at, coded_at)
+
+    def _on_device(self, numbers: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(numbers).to(self.arena_2RPD.device)
+
+    def read(self, places: Places) -> Tensor:
+        """Keys and values at `places`, (2, R, M, D) of the compute type, a copy."""
+        parts = []
+        if places.uncoded is not None:
+            parts.append((self.arena_2RPD.index_select(2, places.uncoded), places.uncoded_at))
+        if places.coded is not None:
+            assert self.codes_2RQD is not None
+            assert self.scales_2RQ is not None
+            codes = _bits(self.codes_2RQD).index_select(2, places.coded).view(self.codes_2RQD.dtype)
+            scales = self.scales_2RQ.index_select(2, places.coded)
+            parts.append((decode(codes, scales, self.dtype), places.coded_at))
+        if len(parts) == 1:
+            return parts[0][0]
+        out = self.arena_2RPD.new_empty((2, self.arena_2RPD.shape[1], places.count, self.arena_2RPD.shape[3]))
+        for x, at in parts:
+            assert at is not None
+            out.index_copy_(2, at, x)
+        return out
+
+    def read_rows(self, slots_RM: Tensor) -> Tensor:
+        """As `read`, where every row has its own slots; all must be in one part."""
+        if self.codes_2RQD is None or self.scales_2RQ is None:
+            return torch.stack([rows_at(part, slots_RM) for part in self.arena_2RPD])
+        assert self.uncoded_slots == 0
+        codes, scales = (
+            torch.stack([rows_at(part, slots_RM) for part in parts])
+            for parts in (_bits(self.codes_2RQD), self.scales_2RQ[..., None])
+        )
+        return decode(codes.view(self.codes_2RQD.dtype), scales[..., 0], self.dtype)
+
+    def write(self, places: Places, k_RMD: Tensor, v_RMD: Tensor) -> None:
+        """Put keys and values, coded where that part of the arena is."""
+        for index, x_RMD in enumerate((k_RMD, v_RMD)):
+            if places.uncoded is not None:
+                x = x_RMD if places.uncoded_at is None else x_RMD.index_select(1, places.uncoded_at)
+                self.arena_2RPD[index].index_copy_(1, places.uncoded, x.to(self.dtype))
+            if places.coded is not None:
+                assert self.codes_2RQD is not None
+                assert self.scales_2RQ is not None
+                x = x_RMD if places.coded_at is None else x_RMD.index_select(1, places.coded_at)
+                codes, scales = encode(x, self.codes_2RQD.dtype)
+                _bits(self.codes_2RQD[index]).index_copy_(1, places.coded, _bits(codes))
+                self.scales_2RQ[index].index_copy_(1, places.coded, scales)
+
+
+def rows_at(x_BCX: Tensor, at_BM: Tensor) -> Tensor:
+    """x[b, at[b, m]], (B, M, X); whole rows are copied, which `gather` would do number by number."""
+    batch, count, _ = x_BCX.shape
+    flat = at_BM + count * torch.arange(batch, device=at_BM.device)[:, None]
+    rows: Tensor = x_BCX.reshape(batch * count, -1).index_select(0, flat.flatten()).unflatten(0, at_BM.shape)
+    return rows
+
+
+def _bits(codes: Tensor) -> Tensor:
+    """As a type that can be indexed everywhere."""
+    return codes.view(torch.int8)
+
+
+def known_device(device: torch.device | str) -> torch.device:
+    """The device of this name. Raises PlanError when there is none."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise PlanError(f"unknown device {shown(device)}; write cpu, cuda, cuda:1 or mps") from error
+    if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
+        raise PlanError(f"device {found} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def available_codings(device: torch.device) -> tuple[str, ...]:
+    """The codings that the device has."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return ("int8",)
+    return ("int8",) if device.type == "mps" else tuple(CODES)
+
+
+def check_coding(coding: str, device: torch.device) -> None:
+    """Raise PlanError for an unknown coding, or one that the device does not have."""
+    if not isinstance(coding, str) or coding not in CODES:
+        raise PlanError(f"unknown storage {shown(coding)}; known: {', '.join(CODES)}, or none for the compute type")
+    if coding not in available_codings(device):
+        raise PlanError(f"storage {coding} needs a CPU, or a GPU of compute capability 8.9; use int8 on {device}")

@@ -1,0 +1,175 @@
+"""Finding numbers that are not finite where they arise, without waiting for the device; and the same bits every time.
+
+What is watched is summed per row and head into a table that stays on the device; a sum is finite only where all of its
+numbers are. The table is read once, when the images are done, and tells which was the first place.
+Shapes: T scales, L layers, R rows, H heads, N tokens of the running scale, D head size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from heatkv.core.geometry import CacheGeometry
+from heatkv.errors import HeatKVError, NumericsError
+
+WATCHED = ("q", "k", "v")
+_LARGEST_IN_FULL = 6
+"""More heads or rows than these are counted, not listed."""
+
+_FEW_TOKENS = 16
+"""More than these are summed first on a CPU, which takes half the time, in 16 bits a fifth."""
+_SUMMED_IN = {torch.float16: torch.float32}
+"""Sums in float16 would overflow."""
+
+CUBLAS_WORKSPACE = ":4096:8"
+"""The setting under which cuBLAS gives the same bits every time."""
+
+
+def finite(x: Tensor) -> bool:
+    """Whether all numbers are finite; a sum tells it fastest, and where it overflows a closer look decides."""
+    if not x.is_floating_point():
+        return True
+    x = x.detach()
+    x = x.float() if x.element_size() == 1 else x  # eight bits have no sum
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def way_out(dtype: torch.dtype) -> str:
+    """What to do about numbers that overflowed in this type."""
+    if dtype is torch.float16:
+        largest = f"{torch.finfo(dtype).max:.0f}"
+        return f"float16 holds nothing above {largest}: run in bfloat16 or float32 (--dtype bfloat16)"
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"sound weights do not lead beyond {name}: look at the weights, at the prompt's features, and at whatever else "
+        "was changed in the model"
+    )
+
+
+class Watch:
+    """Queries, keys and values of every layer and scale, for `rows` rows; `see` is called before every attention.
+
+    A sum counts as not finite also where its numbers are, but lead beyond 1e38 together.
+    """
+
+    def __init__(self, geometry: CacheGeometry, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._geometry, self._dtype = geometry, dtype
+        scales, layers = len(geometry.schedule), geometry.layers
+        self._sums_TL3RH = torch.zeros(
+            (scales, layers, len(WATCHED), rows, geometry.heads),
+            dtype=torch.float64 if dtype is torch.float64 else torch.float32,  # sums of 16 bits would overflow
+            device=device,
+        )
+        # views made once: making them for every layer would take as long as the sums
+        self._parts = [[list(of_layer.unbind()) for of_layer in of_scale.unbind()] for of_scale in self._sums_TL3RH]
+
+    def clear(self) -> None:
+        self._sums_TL3RH.zero_()
+
+    def see(self, target: int, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> None:
+        """Take the sums; nothing waits for the device."""
+        for into_RH, x_RHND in zip(self._parts[target][layer], (q_RHND, k_RHND, v_RHND), strict=True):
+            x_RHND = x_RHND.detach() if x_RHND.requires_grad else x_RHND
+            if x_RHND.device.type == "cpu" and x_RHND.shape[2] > _FEW_TOKENS:
+                x_RHD = x_RHND.sum(dim=2, dtype=_SUMMED_IN.get(x_RHND.dtype))
+                torch.sum(x_RHD, dim=2, dtype=into_RH.dtype, out=into_RH)
+            else:
+                torch.sum(x_RHND, dim=(2, 3), dtype=into_RH.dtype, out=into_RH)
+
+    def first(self, images: int | None = None) -> tuple[int, NumericsError] | None:
+        """The first place with numbers that are not finite: its scale, and an error that names it; it waits for the
+        device. With `images`, rows are told as those of images, the conditional ones first."""
+        fine_TL3RH = self._sums_TL3RH.isfinite()
+        if bool(fine_TL3RH.all()):
+            return None
+        broken_TL3RH = ~fine_TL3RH.cpu()
+        places = broken_TL3RH.flatten(2).any(-1).nonzero().tolist()
+        scale, layer = places[0]
+        broken_3RH = broken_TL3RH[scale, layer]
+        names = [name for name, broken_RH in zip(WATCHED, broken_3RH, strict=True) if broken_RH.any()]
+        rows = broken_3RH.flatten(2).any(dim=(0, 2)).nonzero().flatten().tolist()
+        heads = broken_3RH.any(dim=(0, 1)).nonzero().flatten().tolist()
+        text = (
+            f"{_joined(names)} of layer {layer}, {_counted('head', heads, self._geometry.heads)}, scale {scale}, "
+            f"{_told_rows(rows, broken_3RH.shape[1], images)} {'is' if len(names) == 1 else 'are'} not finite"
+        )
+        if len(names) == len(WATCHED) and broken_3RH[:, rows].all():
+            text += f", so that what enters the layer was not: {_origin(scale, layer)}"
+        else:
+            text += ", and nothing was before"
+        return scale, NumericsError(f"{text}; {way_out(self._dtype)}", None if images is None else rows[0] % images)
+
+
+def logits_error(scale: int, layers: int, broken: Sequence[int], dtype: torch.dtype) -> NumericsError:
+    """What to raise when the logits of these images were not finite, and no queries, keys or values before them."""
+    return NumericsError(
+        f"the logits of scale {scale}, {_counted('image', broken, None)} are not finite, and no q, k or v was before: "
+        f"the output of the last layer, {layers - 1}, or the head's; {way_out(dtype)}",
+        broken[0],
+    )
+
+
+def _origin(scale: int, layer: int) -> str:
+    if layer:
+        return f"the output of layer {layer - 1}"
+    return "the class or prompt that is drawn" if scale == 0 else f"the sum of codes up to scale {scale - 1}"
+
+
+def _joined(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _counted(what: str, numbers: Sequence[int], of: int | None) -> str:
+    if len(numbers) == of and of > 1:
+        return f"all {of} {what}s"
+    if len(numbers) > _LARGEST_IN_FULL:
+        return f"{len(numbers)} {what}s from {numbers[0]} on"
+    return f"{what}{'s' * (len(numbers) > 1)} {_joined([str(number) for number in numbers])}"
+
+
+def _told_rows(rows: Sequence[int], count: int, images: int | None) -> str:
+    if images is None:
+        return f"{_counted('row', rows, None)} of {count}"
+    conditional = [row for row in rows if row < images]
+    half = "" if count == images else " (conditional rows)" if conditional == rows else ""
+    half = " (unconditional rows)" if not conditional else half
+    return f"{_counted('image', sorted({row % images for row in rows}), None)}{half}"
+
+
+@contextmanager
+def naming_samples(names: Sequence[str]) -> Iterator[None]:
+    """Within, what is raised about an image tells the sample of this name, too."""
+    try:
+        yield
+    except NumericsError as error:
+        if error.image is None:
+            raise
+        raise NumericsError(f"sample {names[error.image]}: {error}", error.image) from error
+
+
+def run_deterministically() -> None:
+    """Make torch give the same bits every time on one machine, in this process from now on; call it before CUDA is
+    used.
+
+    Operations that could not raise RuntimeError. Raises HeatKVError for a setting of cuBLAS that is not deterministic.
+    """
+    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    if workspace not in (CUBLAS_WORKSPACE, ":16:8"):
+        raise HeatKVError(
+            f"CUBLAS_WORKSPACE_CONFIG is {workspace!r}, under which cuBLAS may give other bits every time; unset it, "
+            f"or set it to {CUBLAS_WORKSPACE}"
+        )
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def is_deterministic() -> bool:
+    """Whether this process was asked for the same bits every time."""
+    return torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,360 @@
+"""The next-scale loop: draw images under a plan, every scale one step that can be recorded as a CUDA graph.
+
+Between steps only tensors at fixed addresses hold anything: the class or prompt, the random numbers of the running
+scale, the chosen codes, their sum, and the cache. Random numbers are made outside the steps, so that a recorded step
+gets those that an eager one gets.
+
+Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from heatkv.compensation import Compensation, compensation_of
+from heatkv.core.checks import of_kind, shown
+from heatkv.core.plan import CachePlan
+from heatkv.engine.arena_cache import ArenaCache
+from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
+from heatkv.engine.token_cache import SelectingCache, open_cache
+from heatkv.engine.watch import logits_error
+from heatkv.errors import ModelError, PlanError
+from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, StepRunner
+from heatkv.models.base import Drawing, ImageModel, checked_run
+from heatkv.models.sampling import CommonRandomSampler, NoiseSampler, Sampler, Settings
+from heatkv.models.var import Attend
+
+Label = TypeVar("Label")
+"""What one image is drawn from: a class, or a prompt."""
+
+Observer = Callable[[int, Tensor], None]
+"""Called with every scale and its guided logits (B, N, V), before any cut; they are the observer's to keep."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Codes of every scale, (B, N) each, and the pictures, (B, 3, H, W) in [0, 1], when they were asked for."""
+
+    tokens: tuple[Tensor, ...]
+    images: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """Which step: all of a scale, or one side of a choice that is made between them.
+
+    `observed`: whether the logits are kept. `sampler` and `settings` tell how a step of all chooses.
+    """
+
+    scale: int
+    part: Literal["all", "logits", "accept"]
+    observed: bool = False
+    sampler: type | None = None
+    settings: Settings | None = None
+
+    def __str__(self) -> str:
+        return f"scale {self.scale}" if self.part == "all" else f"scale {self.scale} ({self.part})"
+
+
+class _Buffers:
+    """Tensors at fixed addresses that every batch of so many images uses; each is made when it is first needed."""
+
+    def __init__(self, model: ImageModel[Label], batch: int) -> None:
+        each, self._codes = model.choices
+        self._batch, self._device = batch, model.device
+        self._counts = [each * tokens for tokens in model.geometry.schedule.tokens]
+        self._tokens: list[Tensor] = []
+        # of the logits of every scale and image, finite where they are
+        self.sums_TB = torch.zeros(len(self._counts), batch, device=self._device)
+        self._of_largest: dict[str, Tensor] = {}
+
+    @property
+    def tokens(self) -> list[Tensor]:
+        """The chosen codes of every scale, (B, N) each."""
+        if not self._tokens:
+            shapes = ((self._batch, count) for count in self._counts)
+            self._tokens = [torch.empty(shape, dtype=torch.long, device=self._device) for shape in shapes]
+        return self._tokens
+
+    def of_scale(self, name: Literal["noise", "logits"], scale: int) -> Tensor:
+        """(B, N, V) in fp32; scales use the same memory in turn."""
+        if name not in self._of_largest:
+            largest = self._batch * max(self._counts) * self._codes
+            self._of_largest[name] = torch.empty(largest, device=self._device)
+        shape = (self._batch, self._counts[scale], self._codes)
+        return self._of_largest[name][: shape[0] * shape[1] * shape[2]].view(shape)
+
+
+@dataclass(frozen=True)
+class _Scales(Generic[Label]):
+    """Draws images that are at their start, scale by scale."""
+
+    drawing: Drawing[Label]
+    cache: Attend
+    sampler: Sampler
+    buffers: _Buffers
+    runner: StepRunner
+    observe: Observer | None
+
+    def run(self, scales: int, decode: bool, before_decode: Callable[[], None] | None = None) -> Drawn:
+        run_scale = self._in_one_step if isinstance(self.sampler, NoiseSampler) else self._in_two_steps
+        self.buffers.sums_TB.zero_()
+        try:
+            for scale in range(scales):
+                with span(scale_name(scale)):
+                    run_scale(scale)
+        except BaseException as error:
+            self.runner.forget()  # some steps of these images have run and others have not
+            if isinstance(error, RuntimeError | ValueError):
+                self._check()  # what failed, such as a sampler, may not know why
+            raise
+        tokens = tuple(tokens_BN.clone() for tokens_BN in self.buffers.tokens)
+        if before_decode is not None:
+            before_decode()
+        with span(DECODE):
+            drawn = Drawn(tokens, self.drawing.image() if decode else None)
+        self._check()  # waits for the device, so it comes last
+        return drawn
+
+    def _logits(self, scale: int) -> Tensor:
+        logits_BNV = self.drawing.logits(self.cache)
+        torch.sum(logits_BNV, dim=(1, 2), out=self.buffers.sums_TB[scale])
+        return logits_BNV
+
+    def _check(self) -> None:
+        """Raise NumericsError for the first place with numbers that are not finite, and what else the cache raises."""
+        if not isinstance(self.cache, ArenaCache) or self.buffers.sums_TB.is_meta:  # tensors of shapes alone
+            return
+        fine_TB = self.buffers.sums_TB.isfinite()
+        images = fine_TB.shape[1]
+        if not bool(fine_TB.all()):
+            broken = (~fine_TB).nonzero().tolist()
+            scale, of_cache = broken[0][0], self.cache.watch.first(images)
+            if of_cache is None or scale < of_cache[0]:
+                layers, dtype = self.cache.geometry.layers, self.cache.store.dtype
+                raise logits_error(scale, layers, [image for t, image in broken if t == scale], dtype)
+        self.cache.check(images)
+
+    def _in_one_step(self, scale: int) -> None:
+        sampler, observe = self.sampler, self.observe
+        assert isinstance(sampler, NoiseSampler)
+        tokens_BN, noise_BNV = self.buffers.tokens[scale], self.buffers.of_scale("noise", scale)
+        seen_BNV = None if observe is None else self.buffers.of_scale("logits", scale)
+
+        def step() -> None:
+            logits_BNV = self._logits(scale)
+            if seen_BNV is not None:
+                seen_BNV.copy_(logits_BNV)
+            with span(SAMPLING):
+                tokens_BN.copy_(sampler.pick(logits_BNV, noise_BNV))
+            self.drawing.accept(tokens_BN)
+
+        with span(SAMPLING):
+            sampler.noise(scale, noise_BNV)
+        self.runner.run(StepKey(scale, "all", observe is not None, type(sampler), sampler.settings), step)
+        if observe is not None and seen_BNV is not None:
+            observe(scale, seen_BNV.clone())
+
+    def _in_two_steps(self, scale: int) -> None:
+        """Between them the sampler chooses as it likes."""
+        tokens_BN, seen_BNV = self.buffers.tokens[scale], self.buffers.of_scale("logits", scale)
+
+        def step() -> None:
+            seen_BNV.copy_(self._logits(scale))
+
+        self.runner.run(StepKey(scale, "logits", observed=True), step)
+        logits_BNV = seen_BNV.clone()
+        if self.observe is not None:
+            self.observe(scale, logits_BNV)
+        with span(SAMPLING):
+            chosen_BN = self.sampler.choose(scale, logits_BNV)
+        if chosen_BN.shape != tokens_BN.shape:
+            raise ModelError(
+                f"the sampler chose {tuple(chosen_BN.shape)} codes at scale {scale}; (images, choices) are "
+                f"{tuple(tokens_BN.shape)}"
+            )
+        tokens_BN.copy_(chosen_BN)
+        self.runner.run(StepKey(scale, "accept"), lambda: self.drawing.accept(tokens_BN))
+
+
+def run_scales(
+    model: ImageModel[Label],
+    labels: Sequence[Label],
+    cache: Attend,
+    sampler: Sampler,
+    settings: Settings,
+    observe: Observer | None = None,
+    decode: bool = True,
+) -> Drawn:
+    """Draw one image per label through `cache`, which must be at its start and have the rows for them."""
+    with torch.inference_mode():
+        drawing, buffers = model.begin(labels, settings), _Buffers(model, len(labels))
+        return _Scales(drawing, cache, sampler, buffers, EagerRunner(), observe).run(
+            len(model.geometry.schedule), decode
+        )
+
+
+class Generator(Generic[Label]):
+    """Draws batches of one size under one plan, with one cache for all of them.
+
+    `storage` is "int8" or "fp8" where the cache holds 8-bit codes, None where it holds the compute type; `attention`
+    names the kernel, "auto" for the one that suits the device. With `graphs` every scale is recorded as a CUDA graph
+    while the second batch is drawn and replayed for all later ones; what the labels decide, random numbers and the
+    decoder stay outside (docs/generation.md). `runner` runs the steps in another way. Raises ModelError or PlanError
+    for a model or plan that is none, or that do not fit each other or the device, GraphError for graphs without a CUDA
+    device.
+    """
+
+    def __init__(
+        self,
+        model: ImageModel[Label],
+        plan: CachePlan,
+        batch: int,
+        settings: Settings | None = None,
+        compensation: Compensation | None = None,
+        *,
+        storage: str | None = None,
+        attention: str = "auto",
+        graphs: bool = False,
+        runner: StepRunner | None = None,
+    ) -> None:
+        _, _, self.batch, self.settings = checked_run(model, 0, 0, batch, settings, None)
+        of_kind(plan, CachePlan, "plan", PlanError, "make one with model.plan, or load one with load_plan")
+        of_kind(graphs, bool, "graphs", ModelError, "it is True or False")
+        plan.check_geometry(model.geometry)
+        self.model, self.plan = model, plan
+        if runner is None:
+            runner = CUDAGraphRunner(model.device) if graphs else EagerRunner()
+        self.runner: StepRunner = runner
+        rows = self.batch * self.settings.rows_per_image
+        correct = None if compensation is None else compensation.apply
+        self.cache = open_cache(
+            plan, rows, model.compute_dtype, model.device, model.key_angles, correct, model.adapter.query_weight,
+            storage, attention,
+        )  # fmt: skip
+        self._buffers = _Buffers(model, self.batch)
+        self._drawing: Drawing[Label] | None = None
+
+    def draw(
+        self,
+        labels: Sequence[Label],
+        seed: int = 0,
+        samples: Sequence[int] | None = None,
+        *,
+        sampler: Sampler | None = None,
+        observe: Observer | None = None,
+        decode: bool = True,
+        before_decode: Callable[[], None] | None = None,
+    ) -> Drawn:
+        """Draw one image per label; `samples` number them for the random numbers (default 0, 1, ...).
+
+        With graphs, a scale is one graph; a `sampler` that is no NoiseSampler chooses between two of them. `observe`
+        is called when the scale is done, `before_decode` when all are. Raises ModelError for labels that the model does
+        not have, or not as many as the batch, PolicyError when a dynamic policy fails, GraphError when a step cannot be
+        recorded, NumericsError when the images were made of numbers that are not finite.
+        """
+        if len(labels) != self.batch:
+            raise ModelError(f"{len(labels)} labels for a generator of batch {self.batch}")
+        if sampler is None:
+            sampler = CommonRandomSampler(seed, range(self.batch) if samples is None else samples, self.settings)
+        with torch.inference_mode(), ExitStack() as watched:
+            self.cache.reset()
+            drawing = self._begin(labels)
+            if isinstance(self.cache, SelectingCache) and self.cache.wants_input:
+                watched.enter_context(self.model.adapter.telling_inputs(self.cache.see_input))
+            scales = _Scales(drawing, self.cache, sampler, self._buffers, self.runner, observe)
+            return scales.run(len(self.model.geometry.schedule), decode, before_decode)
+
+    def _begin(self, labels: Sequence[Label]) -> Drawing[Label]:
+        """Images at their start: where steps are replayed, in the tensors of those before."""
+        if not self.runner.replays:
+            return self.model.begin(labels, self.settings)
+        if self._drawing is None or not self._drawing.restart(labels):
+            self.runner.forget()
+            self._drawing = None  # frees its tensors first
+            self._drawing = self.model.begin(labels, self.settings, reusable=True)
+        return self._drawing
+
+
+def draw_batches(
+    model: ImageModel[Label],
+    labels: Iterable[Label | str] | Tensor,
+    plan: CachePlan,
+    *,
+    seed: int = 0,
+    first_sample: int = 0,
+    batch: int = 16,
+    settings: Settings | None = None,
+    compensation: Compensation | None = None,
+    storage: str | None = None,
+    attention: str = "auto",
+    graphs: bool = False,
+) -> Iterator[Tensor]:
+    """What `generate` gives, (at most `batch`, 3, H, W) at a time; raises what that raises, once the first is asked
+    for."""
+    seed, first_sample, batch, settings = checked_run(model, seed, first_sample, batch, settings, None)
+    if compensation is not None:
+        of_kind(compensation, Compensation, "compensation", ModelError, "fit one with fit_compensation")
+    try:
+        chosen = None if isinstance(labels, str) else list(labels)
+    except TypeError:
+        chosen = None
+    if chosen is None:
+        raise ModelError(f"labels is {shown(labels)}; give a list, one label per image")
+    if not chosen:
+        raise ModelError("no label was given; give one per image")
+    drawn_from = [model.label(label) for label in chosen]
+    if compensation is None:
+        compensation = compensation_of(model, plan, seed=seed, settings=settings)
+    generator = None
+    for first in range(0, len(drawn_from), batch):
+        part = drawn_from[first : first + batch]
+        if generator is None or generator.batch != len(part):
+            generator = Generator(
+                model, plan, len(part), settings, compensation, storage=storage, attention=attention, graphs=graphs
+            )
+        drawn = generator.draw(part, seed, range(first_sample + first, first_sample + first + len(part)))
+        assert drawn.images is not None
+        yield drawn.images
+
+
+def generate(
+    model: ImageModel[Label],
+    labels: Iterable[Label | str] | Tensor,
+    plan: CachePlan,
+    *,
+    seed: int = 0,
+    first_sample: int = 0,
+    batch: int = 16,
+    settings: Settings | None = None,
+    compensation: Compensation | None = None,
+    progress: Callable[[int], None] | None = None,
+    storage: str | None = None,
+    attention: str = "auto",
+    graphs: bool = False,
+) -> Tensor:
+    """Images (B, 3, H, W), RGB in [0, 1], one per label, in batches; `progress` is told how many are done.
+
+    Labels are what `model.label` reads: numbers (also of a numpy array or a tensor) or names of classes, prompts or
+    texts. `first_sample` numbers the first one for the random numbers. The pictures do not depend on `batch` but for
+    rounding. `compensation` are the plan's corrections, from `heatkv.compensation.fit_compensation`; where the plan
+    asks for some and none are given, they are fitted first. `storage` and `attention` are those of Generator. With
+    `graphs`, batches from the third on replay CUDA graphs, which draw the same. Raises ModelError for labels that the
+    model does not have, PlanError for a plan of another model, GraphError for graphs without a CUDA device.
+    """
+    checked_run(model, seed, first_sample, batch, settings, progress)
+    images: list[Tensor] = []
+    for drawn in draw_batches(
+        model, labels, plan, seed=seed, first_sample=first_sample, batch=batch, settings=settings,
+        compensation=compensation, storage=storage, attention=attention, graphs=graphs,
+    ):  # fmt: skip
+        images.append(drawn)
+        if progress is not None:
+            progress(sum(map(len, images)))
+    return torch.cat(images)

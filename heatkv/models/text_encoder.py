@@ -1,0 +1,108 @@
+"""Prompts to text features, by the T5 encoder that Infinity was trained with. Needs the extra `heatkv[infinity]`.
+
+Shapes: M positions of a prompt, its end of sequence included; E channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heatkv.core.checks import shown
+from heatkv.core.io import as_path, is_folder, is_there
+from heatkv.engine.watch import finite, way_out
+from heatkv.errors import ModelError, NumericsError
+
+PUBLIC_ENCODER = "google/flan-t5-xl"
+MAX_POSITIONS = 512
+_TOKENIZERS = ("tokenizer.json", "spiece.model")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep progress bars and reports of transformers off the error stream: what matters of them is raised here."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+class T5TextEncoder:
+    """Tokenizer and encoder from a local folder or a name on the Hugging Face hub.
+
+    Raises ModelError when transformers is not installed, or `source` holds no whole T5 encoder and tokenizer.
+    """
+
+    def __init__(
+        self,
+        source: str | Path = PUBLIC_ENCODER,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        try:
+            from transformers import AutoTokenizer, T5EncoderModel
+        except ImportError as error:
+            raise ModelError(
+                f"turning prompts into features needs transformers ({error}); install heatkv[infinity], or give text "
+                "features"
+            ) from error
+        folder = as_path(source)
+        if is_there(folder) and not is_folder(folder):
+            raise ModelError(f"no T5 encoder can be loaded from {source}: it is a file; name the folder that holds it")
+        if not is_folder(folder) and not _HUB_NAME.fullmatch(str(source)):
+            raise ModelError(f"no T5 encoder can be loaded from {source}: it is neither a folder nor a hub name")
+        # without any of these, transformers makes a tokenizer that knows no word
+        if is_folder(folder) and not any(is_there(folder / name) for name in _TOKENIZERS):
+            raise ModelError(f"no T5 encoder can be loaded from {source}: it holds none of {', '.join(_TOKENIZERS)}")
+        try:
+            with _quietly():
+                local = is_folder(folder)
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    str(source), trust_remote_code=False, local_files_only=local
+                )
+                encoder, told = T5EncoderModel.from_pretrained(
+                    str(source), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+                    trust_remote_code=False, weights_only=True, local_files_only=local,
+                )  # fmt: skip
+        except Exception as error:  # transformers and tokenizers raise nearly everything for damaged files
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"no T5 encoder can be loaded from {source}: {reason}") from error
+        # transformers would go on with random numbers in their place
+        unfit = {f"{name} is missing" for name in told["missing_keys"]}
+        unfit |= {f"{name} is of another shape" for name, *_ in told["mismatched_keys"]}
+        if unfit:
+            raise ModelError(f"no T5 encoder can be loaded from {source}: {min(unfit)}")
+        known, embedded = len(self._tokenizer), encoder.config.vocab_size
+        if known > embedded:
+            raise ModelError(f"the tokenizer in {source} knows {known} tokens, the encoder {embedded}")
+        self._encoder = encoder.eval().to(device)
+
+    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+        """Features (M, E) of every text in fp32, cut at 512 positions. Raises NumericsError."""
+        tokens = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=MAX_POSITIONS, return_tensors="pt"
+        ).to(self._encoder.device)
+        with torch.inference_mode():
+            out = self._encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            features = [row[mask.bool()].float() for row, mask in zip(out[0], tokens.attention_mask, strict=True)]
+        for text, features_ME in zip(texts, features, strict=True):
+            if not finite(features_ME):
+                raise NumericsError(
+                    f"the text encoder gave features that are not finite for {shown(text)}; "
+                    f"{way_out(self._encoder.dtype)}"
+                )
+        return features

@@ -1,0 +1,253 @@
+"""Deciding from statistics that keep coming whether another plan is worth having: numbers in, decisions out.
+
+Statistics are forgotten exponentially. A plan is replaced only when another is worth more by a stated share of what the
+old one loses to the full cache, both valued exactly by the same statistics; where the solver's prices prove that no
+plan can gain as much, nothing is solved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heatkv.core.checks import number, of_kind
+from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.plan import Plan
+from heatkv.core.statistics import Statistics
+from heatkv.errors import PolicyError, StatisticsError
+from heatkv.levels.columns import level_cost, levels_of_plan
+from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
+from heatkv.policies.heatkv import HeatKV
+from heatkv.policies.levels import HeatKVLevels
+from heatkv.policies.lp import HeatKVLP, SolvedPolicy
+from heatkv.solve.cells import read_value
+
+FloatArray = NDArray[np.float64]
+
+_NAMED = 10
+"""Half-lives after which a sample's name is forgotten; by then it weighs less than a thousandth of a new one."""
+
+_MOST_NAMES = 1_000_000
+
+
+class _Fading:
+    """Sums of arrays in which what came before an addition is scaled down."""
+
+    def __init__(self, arrays: dict[str, FloatArray], count: int, weight: float) -> None:
+        self._sums = {name: array * (weight / count) for name, array in arrays.items()}
+        self._weight = weight
+        self._squares = weight**2 / count
+
+    def add(self, arrays: dict[str, FloatArray], count: int, keep: float) -> None:
+        """Add sums over `count` samples, what was there times `keep`."""
+        self._sums = {name: array * keep + arrays[name] for name, array in self._sums.items()}
+        self._weight = self._weight * keep + count
+        self._squares = self._squares * keep**2 + count
+
+    def sums(self, count: int) -> dict[str, FloatArray]:
+        """The weighted means as sums over so many samples."""
+        return {name: array * (count / self._weight) for name, array in self._sums.items()}
+
+    @property
+    def effective_count(self) -> float:
+        return self._weight**2 / self._squares
+
+
+class FadingStatistics:
+    """Statistics in which a sample weighs half as much when `half_life` more have been measured.
+
+    The initial ones count as what was measured before, so at most as much as all samples of an endless past would:
+    1 / (1 - 2^(-1/half_life)). Raises StatisticsError for a half-life that is no number above 0.
+    """
+
+    def __init__(self, initial: Statistics, half_life: float) -> None:
+        of_kind(initial, Statistics, "initial", StatisticsError, "load statistics with Statistics.load, or calibrate")
+        if number(half_life, "half_life", StatisticsError) <= 0:
+            raise StatisticsError(f"half_life is {half_life}; it is a number of measured images above 0")
+        self.half_life = float(half_life)
+        self._initial = initial
+        self._keep = 2 ** (-1 / self.half_life)
+        past = -1 / math.expm1(-math.log(2) / self.half_life)
+        self._cells = _Fading(initial.sums(), initial.count, min(float(initial.count), past))
+        self._levels: _Fading | None = None
+        if initial.levels is not None:
+            levels, count = initial.levels, len(initial.levels.samples)
+            self._levels = _Fading(_cost_sums(levels), count, min(float(count), past))
+        self._names = deque(initial.provenance.samples, maxlen=math.ceil(min(_NAMED * self.half_life, _MOST_NAMES)))
+
+    def add(self, measured: Statistics) -> None:
+        """Take in what was measured alike; its samples weigh the same. Raises StatisticsError for other statistics."""
+        mine, theirs = self._initial, measured
+        for name in ("model", "fingerprint", "cfg"):
+            one, other = getattr(mine.provenance, name), getattr(theirs.provenance, name)
+            if one != other:
+                raise StatisticsError(f"{name} of the statistics is {one!r}, of what was measured {other!r}")
+        sums = theirs.sums()
+        lacking = set(mine.sums()) - set(sums)
+        if lacking or (mine.levels is not None and theirs.levels is None):
+            raise StatisticsError(f"what was measured lacks {min(lacking, default='level costs')}")
+        keep = self._keep**theirs.count
+        if self._levels is not None:
+            assert mine.levels is not None
+            assert theirs.levels is not None
+            mine.levels.check_alike(theirs.levels)
+            self._levels.add(_cost_sums(theirs.levels), theirs.count, keep)
+        self._cells.add(sums, theirs.count, keep)
+        self._names.extend(theirs.provenance.samples)
+
+    @property
+    def effective_count(self) -> float:
+        """How many equally weighted samples would be as certain: (sum of weights)^2 / sum of their squares."""
+        return self._cells.effective_count
+
+    def statistics(self) -> Statistics:
+        """The weighted means as statistics; their provenance tells how they were weighted, so that they cannot be
+        merged with others as if all weighed the same."""
+        names = tuple(dict.fromkeys(self._names))
+        initial, levels = self._initial, None
+        if self._levels is not None:
+            assert initial.levels is not None
+            sums = self._levels.sums(len(names))
+            joint = tuple(sums[f"joint {target}"] for target in range(len(initial.schedule)))
+            levels = replace(initial.levels, joint_sum=joint, single_sum=sums["single"], samples=names)
+        told = {"half_life": self.half_life, "effective_count": round(self.effective_count, 6)}
+        provenance = replace(
+            initial.provenance, samples=names, settings={**initial.provenance.settings, "forgetting": told}
+        )
+        return Statistics(initial.schedule, provenance=provenance, levels=levels, **self._cells.sums(len(names)))
+
+
+def _cost_sums(levels: LevelStatistics) -> dict[str, FloatArray]:
+    return {"single": levels.single_sum} | {f"joint {t}": joint for t, joint in enumerate(levels.joint_sum)}
+
+
+def check_can_follow(policy: EvictionPolicy) -> StaticPolicy:
+    """The policy, when its plans can follow statistics that are measured while images are drawn.
+
+    Raises PolicyError for one that is dynamic, plans from nothing measured, needs Fisher costs, which take gradients
+    through all layers at once, or fits corrections, which takes images of the full cache.
+    """
+    of_kind(policy, EvictionPolicy, "policy", PolicyError, "make one with make_policy, or give its name")
+    known = "heatkv, heatkv-lp and heatkv-mr do"
+    if not isinstance(policy, StaticPolicy):
+        raise PolicyError(f"policy {policy.name!r} chooses tokens while it draws and has no value to follow; {known}")
+    if "statistics" not in policy.plans_from():
+        raise PolicyError(f"policy {policy.name!r} plans from nothing measured, so it cannot follow it; {known}")
+    if policy.level_cost not in (None, "error"):
+        raise PolicyError(
+            f"policy {policy.name!r} plans by {policy.level_cost} costs, which cannot be measured layer by layer; set "
+            "cost=error"
+        )
+    if isinstance(policy, HeatKVLevels) and policy.compensation != "none":
+        raise PolicyError(
+            f"compensation={policy.compensation} is fitted on images of the full cache, which a plan that follows "
+            "never holds; set compensation=none"
+        )
+    return policy
+
+
+def plan_value(plan: Plan, policy: StaticPolicy, statistics: Statistics) -> tuple[float, float]:
+    """What a plan, and what the full cache, is worth by what the policy plans by: minus the joint costs, or the values
+    of whole cells (attention mass for `heatkv`, the drop error for a policy that measures nothing known)."""
+    if policy.level_cost is not None:
+        assert statistics.levels is not None
+        return -level_cost(statistics.levels, levels_of_plan(plan)), 0.0
+    if isinstance(policy, HeatKVLP):
+        values = policy.values(statistics)
+    else:
+        values = statistics.mass if isinstance(policy, HeatKV) else statistics.drop_error
+    full = np.full_like(plan.last_read, len(plan.schedule) - 1)
+    return read_value(plan.last_read, values), read_value(full, values)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What new statistics led to.
+
+    `loss` is what the plan that was in force is worth less than the full cache. `possible` is the share of it that any
+    plan could gain at most, where the policy can prove that; `gain` the share that the solved plan gains, None where
+    nothing was solved.
+    """
+
+    loss: float
+    possible: float | None
+    gain: float | None
+    adopted: bool
+
+    @property
+    def solved(self) -> bool:
+        return self.gain is not None
+
+
+class OnlinePlanner:
+    """A plan and the statistics it follows.
+
+    A new plan is adopted when it gains more than `threshold` of what the old one loses to the full cache. Raises
+    PolicyError for a policy that cannot follow, or a problem without statistics, StatisticsError for a bad half-life.
+    """
+
+    def __init__(
+        self, policy: EvictionPolicy, problem: PlanningProblem, *, half_life: float = 32.0, threshold: float = 0.05
+    ) -> None:
+        self.policy = check_can_follow(policy)
+        self.threshold = number(threshold, "threshold", PolicyError, 0)
+        policy.check_measured(problem)
+        if problem.statistics is None:
+            raise PolicyError("a plan that follows begins with statistics (heatkv calibrate); rankings do not suffice")
+        initial = problem.statistics
+        if policy.level_cost is None:
+            initial = initial.with_levels(None)  # nobody would measure them again
+        self._problem = replace(problem, statistics=initial, rankings=None)
+        self._fading = FadingStatistics(initial, half_life)
+        self._row_prices: FloatArray | None = None
+        self.plan = self._solve(self._problem)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the plan follows now."""
+        return self._fading.statistics()
+
+    @property
+    def effective_count(self) -> float:
+        """As of FadingStatistics."""
+        return self._fading.effective_count
+
+    @property
+    def levels(self) -> LevelStatistics | None:
+        """Choices and biases of the level costs that must be measured, if any."""
+        assert self._problem.statistics is not None
+        return self._problem.statistics.levels
+
+    def follow(self, measured: Statistics) -> Decision:
+        """Take in what was measured; afterwards `plan` is the one to draw under. Raises StatisticsError for statistics
+        measured in another way."""
+        self._fading.add(measured)
+        problem = replace(self._problem, statistics=self.statistics)
+        assert problem.statistics is not None
+        value, full = plan_value(self.plan, self.policy, problem.statistics)
+        loss = full - value
+        if loss <= 0:
+            return Decision(0.0, 0.0, None, False)
+        possible = None
+        if isinstance(self.policy, SolvedPolicy) and self._row_prices is not None:
+            # the full cache is a bound, too
+            most = min(self.policy.bound(self.policy.checked(problem), self._row_prices), full)
+            possible = max(most - value, 0.0) / loss
+            if possible <= self.threshold:
+                return Decision(loss, possible, None, False)
+        plan = self._solve(problem)
+        gain = (plan_value(plan, self.policy, problem.statistics)[0] - value) / loss
+        adopted = gain > self.threshold
+        if adopted:
+            self.plan = plan
+        return Decision(loss, possible, gain, adopted)
+
+    def _solve(self, problem: PlanningProblem) -> Plan:
+        if isinstance(self.policy, SolvedPolicy):
+            plan, self._row_prices = self.policy.solve(problem)
+            return plan
+        return self.policy.plan(problem)

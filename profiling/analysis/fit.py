@@ -1,0 +1,268 @@
+"""What fits in a given memory: weights, text encoder, working memory, and the cache that is left room for.
+
+Every figure follows from shapes. Weights are counted on models without storage; working memory is the most bytes of
+tensors alive at once while a model of two layers draws, on tensors without storage (docs/fit.md). Not counted: the
+driver's own memory, workspaces of libraries, an allocator's fragmentation, and other programs.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heatkv.core.geometry import Budget, CacheGeometry, StorageType
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.attention.grouping import GROUP_BYTES
+from heatkv.errors import HeatKVError
+from heatkv.generation.loop import run_scales
+from heatkv.models import emoji as emoji_model
+from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE
+from heatkv.models.catalogue import COMPUTE_DTYPES, VAR_SAMPLING, ModelInfo
+from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.infinity import INFINITY_2B, INFINITY_8B, Infinity
+from heatkv.models.sampling import CommonRandomSampler
+from heatkv.models.text_conditional import SAMPLING as INFINITY_SAMPLING
+from heatkv.models.text_conditional import Prompt, TextConditionalModel
+from heatkv.models.var import VAR, VARConfig
+from heatkv.models.vqvae import VQVAE, VQVAEConfig
+from heatkv.profiling.measure.ledger import FusedAttention, TensorLedger
+
+TEXT_POSITIONS = 512
+"""Longest prompt of Infinity's text encoder, the worst case for cross attention."""
+
+_T5_XL = {"width": 2048, "hidden": 5120, "layers": 24, "vocabulary": 32128, "buckets": 32, "heads": 32}
+MOST_IMAGES = 1 << 16
+
+
+def text_encoder_parameters() -> int:
+    """Parameters of flan-t5-xl's encoder (Raffel et al. 2020, version 1.1: gated feed-forward, no biases)."""
+    width, hidden = _T5_XL["width"], _T5_XL["hidden"]
+    layer = 4 * width * width + 3 * width * hidden + 2 * width
+    return _T5_XL["vocabulary"] * width + _T5_XL["layers"] * layer + _T5_XL["buckets"] * _T5_XL["heads"] + width
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that drawing `images` at once takes, apart from the cache.
+
+    `prompt` is what the class or prompt decides once per image (AdaLN vectors, keys and values of cross attention);
+    `working` the peak of all other tensors that come and go, in the transformer, the sampler or the decoder. `tables`
+    are those of what is read and written where, whatever the images; `uncoded` is what the scales that are never coded
+    take more than others would; `gathered` what the heads of a layer read at most with the full cache, `gathered_head`
+    the part of one head.
+    """
+
+    images: int
+    rows: int
+    transformer: int
+    decoder: int
+    text_encoder: int
+    prompt: int
+    working: int
+    full_cache: int
+    uncoded: int = 0
+    tables: int = 0
+    gathered: int = 0
+    gathered_head: int = 0
+
+    @property
+    def attention(self) -> int:
+        """What attention keeps beside the cache: tables, and room for the largest group of heads that it gathers."""
+        return self.tables + max(min(GROUP_BYTES, self.gathered), self.gathered_head)
+
+    @property
+    def without_cache(self) -> int:
+        return self.weights + self.prompt + self.working + self.attention
+
+    @property
+    def weights(self) -> int:
+        return self.transformer + self.decoder + self.text_encoder
+
+    def times(self, count: int) -> Footprint:
+        """That of so many times the images, which share the weights."""
+        grown = ("images", "rows", "prompt", "working", "full_cache", "uncoded", "gathered", "gathered_head")
+        return replace(self, **{name: getattr(self, name) * count for name in grown})
+
+
+_Shapes = ClassConditionalModel | TextConditionalModel
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+@cache
+def shapes(info: ModelInfo, schedule: ScaleSchedule, dtype: torch.dtype, layers: int) -> _Shapes:
+    """The model with so many layers, without storage."""
+    with torch.device("meta"):
+        if info.family == "infinity":
+            large = info.heads == INFINITY_8B.heads
+            config, vae_config = (INFINITY_8B, BSQ_D56) if large else (INFINITY_2B, BSQ_D32)
+            infinity = Infinity(replace(config, depth=layers)).set_compute_dtype(dtype)
+            vae = BitwiseVAE(vae_config, encoder=False)
+            made = TextConditionalModel(info.name, infinity, vae, schedule, INFINITY_SAMPLING, fingerprint="")
+            made.rotations()  # made once and kept like weights, so no part of drawing
+            return made
+        var_config, vqvae_config, sampling = emoji_model.VAR_CONFIG, emoji_model.VQVAE_CONFIG, emoji_model.SAMPLING
+        if not info.bundled:
+            sides = tuple(height for _, height, _ in schedule.scales)
+            width = info.heads * info.head_dim
+            var_config = VARConfig(sides, info.layers, width, info.heads, shared_adaln=info.layers == 36)
+            vqvae_config, sampling = VQVAEConfig(sides), VAR_SAMPLING
+        var = VAR(replace(var_config, depth=layers)).set_compute_dtype(dtype)
+        return ClassConditionalModel(info.name, var, VQVAE(vqvae_config, encoder=False), sampling, fingerprint="")
+
+
+def _labels(model: _Shapes, images: int) -> list[Any]:
+    """What to draw: any classes, or the longest prompts."""
+    if isinstance(model, ClassConditionalModel):
+        return [0] * images
+    return [Prompt(torch.empty(TEXT_POSITIONS, model.transformer.config.text_channels)) for _ in range(images)]
+
+
+def prompt_bytes(model: _Shapes, images: int, guided: bool) -> int:
+    """Bytes that live from the first scale to the last."""
+    with torch.inference_mode(), FusedAttention(), torch.device("meta"), TensorLedger() as ledger:
+        kept = model.begin(_labels(model, images), _settings(model, guided))
+        live: int = ledger.live
+    del kept
+    return live
+
+
+def drawing_bytes(model: _Shapes, images: int, guided: bool) -> int:
+    """Peak of all tensors but weights and cache, from the labels to the pictures."""
+    settings = _settings(model, guided)
+    cache = KVCache(model.full_plan(), images * settings.rows_per_image, model.compute_dtype, "meta")
+    with torch.inference_mode(), FusedAttention(), torch.device("meta"), TensorLedger() as ledger:
+        sampler = CommonRandomSampler(0, range(images), settings)
+        run_scales(model, _labels(model, images), cache, sampler, settings)
+    peak: int = ledger.peak
+    return peak
+
+
+def table_bytes(geometry: CacheGeometry, coded: bool = False) -> int:
+    """Of the full cache's tables: the slots that every target reads, in 4 bytes, and those that are written, in 8, with
+    whose they are. Where sinks and codes are read together, 8 more say which comes where."""
+    schedule = geometry.schedule
+    read = sum(schedule.offsets[: len(schedule)])
+    return (
+        ((12 if coded else 4) * read + 8 * (schedule.cached_tokens + len(schedule) - 1))
+        * geometry.layers
+        * geometry.heads
+    )
+
+
+def _settings(model: _Shapes, guided: bool) -> Any:
+    unguided = 1.0 if isinstance(model, TextConditionalModel) else 0.0
+    return model.sampling if guided else replace(model.sampling, cfg=unguided)
+
+
+@cache
+def _one_image(
+    info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool, storage: str | None
+) -> Footprint:
+    geometry, rows = info.geometry(size, ratio), 2 if guided else 1
+    held_as = str(StorageType(dtype, storage))
+    uncoded, coded = geometry.token_head_bytes(rows, held_as)
+    gathered = 2 * rows * geometry.schedule.total_tokens * geometry.head_dim * COMPUTE_DTYPES[dtype].itemsize
+    whole, short = (shapes(info, geometry.schedule, COMPUTE_DTYPES[dtype], layers) for layers in (info.layers, 2))
+    tables = whole.rotations() if isinstance(whole, TextConditionalModel) else ()
+    decoder: nn.Module = whole.vqvae if isinstance(whole, ClassConditionalModel) else whole.vae
+    return Footprint(
+        images=1,
+        rows=rows,
+        transformer=_bytes([*whole.transformer.parameters(), *tables]),
+        decoder=_bytes(decoder.parameters()),
+        text_encoder=text_encoder_parameters() * COMPUTE_DTYPES[dtype].itemsize if info.family == "infinity" else 0,
+        prompt=prompt_bytes(whole, 1, guided),
+        # a layer's tensors are gone before the next one runs; from the second on, its input is not the transformer's
+        working=drawing_bytes(short, 1, guided) - prompt_bytes(short, 1, guided),
+        full_cache=geometry.full_bytes(rows, held_as),
+        uncoded=geometry.uncoded_token_heads() * (uncoded - coded),
+        tables=table_bytes(geometry, storage is not None),
+        gathered=gathered * geometry.heads,
+        gathered_head=gathered,
+    )
+
+
+def footprint(
+    info: ModelInfo,
+    images: int,
+    *,
+    size: str | None = None,
+    ratio: float | None = None,
+    dtype: str = "bfloat16",
+    guided: bool = True,
+    text_encoder: bool = True,
+    storage: str | None = None,
+) -> Footprint:
+    """Bytes of drawing `images` at once with matrices in `dtype`, and the cache too, unless `storage` codes it: what is
+    not weights is in proportion.
+
+    `text_encoder=False` leaves Infinity's encoder out, for prompts that were encoded before or elsewhere.
+    """
+    if not 1 <= images <= MOST_IMAGES:
+        raise HeatKVError(f"a batch of {images}; it is from 1 to {MOST_IMAGES} images")
+    one = _one_image(info, size, ratio, dtype, guided, storage).times(images)
+    return one if text_encoder else replace(one, text_encoder=0)
+
+
+_MOST_MEMORY = 1 << 60
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size like 24GiB. Raises HeatKVError for anything else."""
+    size = Budget.size_in_bytes(text)
+    if size is None:
+        raise HeatKVError(f"memory {text!r} is no size above zero with its unit; write it as 24GiB or 24GB")
+    if size > _MOST_MEMORY:
+        raise HeatKVError(f"memory {text!r} is more than any machine has; write it as 24GiB or 24GB")
+    return size
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A batch with the cache at `share`, beside the memory that there is."""
+
+    taken: Footprint
+    memory: int
+    share: Fraction
+
+    @property
+    def cache(self) -> int:
+        """At most, whichever cells are held."""
+        return math.floor(self.taken.uncoded + self.share * (self.taken.full_cache - self.taken.uncoded))
+
+    @property
+    def total(self) -> int:
+        return self.taken.without_cache + self.cache
+
+    @property
+    def missing(self) -> int:
+        return max(0, self.total - self.memory)
+
+    @property
+    def fits(self) -> bool:
+        return self.missing == 0
+
+
+def largest_share(taken: Footprint, memory: int, least: Fraction) -> Fit:
+    """The largest share of the full cache that fits beside the rest, at most 1 and at least `least`, which may not."""
+    left = Fraction(memory - taken.without_cache - taken.uncoded, taken.full_cache - taken.uncoded)
+    return Fit(taken, memory, max(least, min(Fraction(1), left)))
+
+
+def largest_batch(one: Footprint, memory: int, share: Fraction) -> Fit:
+    """The most images at once, from the footprint of one, that fit with the cache at `share`: at least 1, which may
+    not."""
+    too_many = bisect_left(range(1, MOST_IMAGES + 1), True, key=lambda n: not Fit(one.times(n), memory, share).fits) + 1
+    return Fit(one.times(max(1, too_many - 1)), memory, share)

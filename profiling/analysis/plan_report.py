@@ -1,0 +1,212 @@
+"""What people look at of a plan: tables on screen and charts, of what it keeps, of cache use, of what room is worth.
+
+Arrays: L layers, H heads, T scales; T-1 of them are cached. `levels` are names with last_read arrays, fine to coarse.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from heatkv.core.io import replacing
+from heatkv.profiling.analysis.explain import LEVEL_COSTS, MEASURES, Worth, ends_of_cells, reads_of_scales
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+Levels = Sequence[tuple[str, IntArray]]
+
+
+def bar(share: float, width: int = 20) -> str:
+    """A bar of characters for a share; only nothing at all is shown empty."""
+    full = min(width, max(round(share * width), int(share > 0)))
+    return "█" * full + "░" * (width - full)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table whose figures, all columns but the bars, stand to the right."""
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    return table
+
+
+def scales_table(levels: Levels, kept_S: FloatArray, names: Sequence[str]) -> Table:
+    """Per source scale: the share of token-time that is kept, how its cells end, and at which levels they are read."""
+    last_reads = [last_read for _, last_read in levels]
+    ends, served = ends_of_cells(last_reads[-1]), reads_of_scales(last_reads)
+    # with a single level its share of the reads is that of token-time
+    read = [f"read {level}" for level, _ in levels] if len(levels) > 1 else []
+    how = ("never cached", "dropped early", "to the end")
+    table = _table("kept per source scale", "scale", "tokens", "kept token-time", "", *how, *read)
+    for scale, share in enumerate(kept_S):
+        others = [*ends[scale], *(served[:, scale] if read else [])]
+        table.add_row(str(scale), names[scale], f"{share:.1%}", bar(share), *(f"{other:.1%}" for other in others))
+    table.caption = (
+        "kept token-time: tokens held times the later targets that read them, of the full cache's; never, early, end: "
+        "share of the cells" + ("; read: share of the reads that a level serves" if read else "")
+    )
+    return table
+
+
+def layers_table(kept_LH: FloatArray) -> Table:
+    """Per layer: the share of token-time that is kept, and by which heads the least and the most."""
+    table = _table("kept per layer", "layer", "kept token-time", "", "least, by head", "most, by head")
+    for layer, kept_H in enumerate(kept_LH):
+        least, most = int(kept_H.argmin()), int(kept_H.argmax())
+        table.add_row(
+            str(layer), f"{kept_H.mean():.1%}", bar(kept_H.mean()), f"{kept_H[least]:.1%} ({least})",
+            f"{kept_H[most]:.1%} ({most})",
+        )  # fmt: skip
+    return table
+
+
+def use_table(live_TL: IntArray, budget: int, names: Sequence[str]) -> Table:
+    """Per target scale: the most token-heads that the cache holds after any of its layers."""
+    table = _table("cache use", "target", "tokens", "most token-heads", "of the budget", "", "after layer")
+    for target, live_L in enumerate(live_TL):
+        layer, share = int(live_L.argmax()), live_L.max() / max(budget, 1)
+        table.add_row(str(target), names[target], str(live_L[layer]), f"{share:.1%}", bar(share), str(layer))
+    return table
+
+
+def worth_table(worth: Worth) -> Table:
+    """The checkpoints that hold more value back, and how much of it."""
+    table = _table("what binds", "after target", "layers that bind", "of the price", "")
+    binding = [worth.price_GTL.sum(axis=0), worth.cap_price_LT.T]
+    total = sum(float(prices.sum()) for prices in binding)
+    for prices_TL, what in zip(binding, ("", " (layer cap)"), strict=True):
+        for target, prices_L in enumerate(prices_TL):
+            if prices_L.any():
+                share = prices_L.sum() / total
+                layers = ", ".join(str(layer) for layer in np.flatnonzero(prices_L))
+                table.add_row(str(target), f"{layers}{what}", f"{share:.1%}", bar(share))
+    return table
+
+
+def worth_lines(worth: Worth) -> list[str]:
+    """The same in sentences."""
+    lines = [worth.instead] if worth.instead else []
+    costs, gap = worth.measure in LEVEL_COSTS, f"the plan is at most {worth.gap:.3%} from the best"
+    within = "no plan within this budget, with these sinks, levels and caps,"
+    if costs:
+        lines.append(
+            f"cost: {0 - worth.value:.6g} ({MEASURES[worth.measure]}); {within} has less than "
+            f"{0 - worth.best:.6g}, so that {gap}"
+        )
+    else:
+        of_full = [value / worth.full if worth.full > 0 else 1.0 for value in (worth.value, worth.best)]
+        lines.append(
+            f"value: {worth.value:.6g} ({MEASURES[worth.measure]}), {of_full[0]:.2%} of the full cache's; {within} has "
+            f"more than {worth.best:.6g}, {of_full[1]:.2%}, so that {gap}"
+        )
+    if worth.price == 0:
+        what = "only the cap on single layers binds" if worth.cap_price_LT.any() else "no checkpoint binds"
+        return [*lines, f"{what}: by these statistics a larger budget is worth nothing"]
+    step, change = worth.budget_token_heads / 100, worth.change(0.01)
+    return [
+        *lines,
+        f"1 % more budget ({step:.4g} token-heads) gives the best plan at most {change:.3%} "
+        f"{'less cost' if costs else 'more value'}, 1 % less {'adds' if costs else 'takes'} at least {change:.3%} "
+        "(estimated from the prices of the binding checkpoints)",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ charts
+
+
+def whole_ticks(count: int) -> range:
+    """At most ten of the indices below `count`; a locator of matplotlib also marks numbers beyond the last."""
+    steps = (step * ten for ten in (10**power for power in itertools.count()) for step in (1, 2, 5))
+    return range(0, count, next(step for step in steps if count <= 10 * step))
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def save_last_read(path: Path, last_read_LHT: IntArray, names: Sequence[str], title: str) -> None:
+    """A heat map per source scale, layers by heads: until which target scale every cell is read, at a level."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.figure import Figure
+
+    layers, heads, scales = last_read_LHT.shape
+    columns = min(4, scales - 1)
+    lines = -(-(scales - 1) // columns)
+    size = (1.2 + columns * max(1.6, 0.09 * heads), 0.9 + lines * max(1.5, 0.4 + 0.09 * layers))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    colours = colormaps["viridis"].with_extremes(bad="0.88")
+    norm = BoundaryNorm(np.arange(scales + 1) - 0.5, colours.N)
+    for source, ax in enumerate(axes.flat):
+        if source >= scales - 1:
+            ax.set_axis_off()
+            continue
+        until_LH = last_read_LHT[:, :, source]
+        shown = np.ma.masked_equal(until_LH, source)
+        ax.imshow(shown, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+        ax.set_title(f"source {source} ({names[source]})", fontsize=8)
+        ax.tick_params(labelsize=6)
+        ax.set_xticks(whole_ticks(heads))
+        ax.set_yticks(whole_ticks(layers))
+    figure.supxlabel("head", fontsize=8)
+    figure.supylabel("layer", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    scale = figure.colorbar(ScalarMappable(norm, colours), ax=axes, ticks=range(scales), fraction=0.04)
+    scale.set_label("last target scale that reads the cell (grey: never cached)", fontsize=7)
+    scale.ax.tick_params(labelsize=7)
+    _save(figure, path)
+
+
+def save_kept(path: Path, scales_S: FloatArray, heads_LH: FloatArray, names: Sequence[str], title: str) -> None:
+    """Two bar charts of the kept token-time: per source scale, and per layer with the range of its heads."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 + 0.25 * len(scales_S) + 0.12 * len(heads_LH), 3.4), dpi=110, layout="constrained")
+    by_scale, by_layer = figure.subplots(1, 2, sharey=True)
+    by_scale.bar(range(len(scales_S)), 100 * scales_S, color="tab:blue")
+    by_scale.set_xticks(range(len(scales_S)), [f"{s}\n{name}" for s, name in enumerate(names[:-1])], fontsize=6)
+    by_scale.set_xlabel("source scale", fontsize=8)
+    by_scale.set_ylabel("kept token-time, %", fontsize=8)
+    by_scale.set_ylim(0, 100)
+    mean_L = heads_LH.mean(axis=1)
+    around = np.stack([mean_L - heads_LH.min(axis=1), heads_LH.max(axis=1) - mean_L])
+    by_layer.bar(range(len(mean_L)), 100 * mean_L, color="tab:green", yerr=100 * np.maximum(around, 0), ecolor="0.4")
+    by_layer.set_xticks(whole_ticks(len(mean_L)))
+    by_layer.set_xlabel("layer (lines: least and most of its heads)", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def save_use(path: Path, live_TL: IntArray, full_TL: IntArray, budget: int, names: Sequence[str], title: str) -> None:
+    """Token-heads held after every layer of every target scale, against the budget and the full cache."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    scales, layers = live_TL.shape
+    figure = Figure(figsize=(7.5, 3.4), dpi=110, layout="constrained")
+    ax = figure.subplots()
+    edges = np.arange(live_TL.size + 1)
+    ax.stairs(live_TL.ravel(), edges, fill=True, color="tab:blue", alpha=0.35, label="held")
+    ax.stairs(live_TL.ravel(), edges, baseline=None, color="tab:blue", linewidth=1)
+    ax.stairs(full_TL.ravel(), edges, baseline=None, color="0.5", linewidth=0.8, linestyle=":", label="full cache")
+    ax.axhline(budget, color="tab:red", linewidth=1, label="budget")
+    ax.set_ylim(0, 1.25 * max(budget, 1))  # the full cache leaves the picture, or it would leave nothing else in it
+    ax.set_xlim(0, live_TL.size)
+    ax.set_xticks(np.arange(scales) * layers, [f"{t}\n{names[t]}" for t in range(scales)], fontsize=6, ha="left")
+    ax.grid(axis="x", color="0.9")
+    ax.set_xlabel(f"target scale, {layers} layers each", fontsize=8)
+    ax.set_ylabel("token-heads", fontsize=8)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(fontsize=7, loc="upper left")
+    ax.set_title(title, fontsize=9)
+    _save(figure, path)

@@ -1,0 +1,89 @@
+"""Traces of one generation by torch's profiler, for TensorBoard (torch-tb-profiler) and Perfetto.
+
+Ranges are those of heatkv.engine.spans: `scale N`, in it `layer L`, in that the phases.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from heatkv.core.io import file_name, replacing
+from heatkv.errors import FormatError
+from heatkv.models.base import ImageModel
+from heatkv.models.sampling import Settings
+from heatkv.profiling.measure.runner import Subject
+
+
+def _worker(subject: Subject, batch: int, of_point: str) -> str:
+    return file_name(f"{subject.name.replace('%', 'percent')} batch {batch}{of_point}")
+
+
+def has_trace(folder: Path, subject: Subject, batch: int, of_point: str = "") -> bool:
+    """Whether a trace of this drawing is in the folder."""
+    return any(folder.glob(f"{_worker(subject, batch, of_point)}.*.pt.trace.json"))
+
+
+def save_trace(
+    folder: Path, model: ImageModel[Any], subject: Subject, batch: int, settings: Settings, of_point: str = ""
+) -> Path:
+    """Draw `batch` images eagerly under the profiler and write its trace; the file, `<worker>.<time>.pt.trace.json`.
+
+    The worker is the subject, so that torch-tb-profiler lists subjects beside each other as workers of one run;
+    `of_point` is added to its name. One drawing warms up and one is recorded. Raises FormatError when the file cannot
+    be written.
+    """
+    generator, labels = subject.generator(model, settings, 0, batch), model.labels(batch)
+    activities = [ProfilerActivity.CPU]
+    if model.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    path = folder / f"{_worker(subject, batch, of_point)}.{time.time_ns()}.pt.trace.json"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(profiler: Any) -> None:
+        with replacing(path) as temporary:
+            profiler.export_chrome_trace(str(temporary))
+            # the profiler's library writes beside it, and tells nobody when it cannot
+            temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)
+            if not _is_whole(temporary):
+                raise FormatError(f"cannot write {path}: the profiler could not finish it; is there room on the disk?")
+
+    with _output_on_errors(), profile(
+        activities=activities, schedule=schedule(wait=0, warmup=1, active=1, repeat=1), on_trace_ready=write
+    ) as profiler:  # fmt: skip
+        for _ in range(2):
+            generator.draw(labels)
+            profiler.step()
+    return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a JSON object ends where the file does."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        return file.read().rstrip().endswith(b"}")
+
+
+@contextmanager
+def _output_on_errors() -> Iterator[None]:
+    """What the profiler's library prints goes to the error stream: the output belongs to results."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no output
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
