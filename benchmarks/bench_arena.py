@@ -40,7 +40,7 @@ def measure(size: str, budget: str) -> dict[str, Any]:
     took = []
     for _ in range(5):
         began = time.process_time()
-        layout = ArenaLayout.of(plan)
+        layout = ArenaLayout.for_plan(plan)
         took.append(time.process_time() - began)
     cache = KVCache(plan, ROWS, getattr(torch, STORAGE))
     allowed = geometry.bytes(plan.budget_token_heads, ROWS, STORAGE)
@@ -50,15 +50,15 @@ def measure(size: str, budget: str) -> dict[str, Any]:
         "budget_bytes": allowed,
         "allocated_bytes": cache.allocated_bytes,
         "allocated_over_budget": round(cache.allocated_bytes / allowed, 6),
-        "runs_per_cell": round(layout.runs_per_cell, 4),
-        "cells": layout.cells,
+        "runs_per_cell": round(sum(map(len, layout.runs.values())) / len(layout.runs), 4),
+        "cells": len(layout.runs),
         "layout_s": round(sorted(took)[2], 4),
         "current_bytes": cache.current_bytes,
         "index_bytes": cache.index_bytes,
         "workspace_bytes": cache.workspace_bytes,
     }
     del cache
-    coded, storage = KVCache(plan, ROWS, getattr(torch, STORAGE), storage="int8"), f"int8/{STORAGE}"
+    coded, storage = KVCache(plan, ROWS, getattr(torch, STORAGE), code="int8"), f"int8/{STORAGE}"
     row["coded_allocated_bytes"] = coded.allocated_bytes
     row["coded_allocated_over_budget"] = round(
         coded.allocated_bytes / geometry.bytes(plan.budget_token_heads, ROWS, storage), 6

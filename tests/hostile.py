@@ -46,7 +46,7 @@ from heatkv.core.levels import LEVELS, LevelChoices
 from heatkv.core.plan import CoarseCells, Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import HeadRankings, Provenance, Statistics
-from heatkv.engine.token_cache import policy_of
+from heatkv.engine.open_cache import policy_of
 from heatkv.errors import LONGEST_MESSAGE, HeatKVError
 from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.bsq import BitwiseVAE, BSQConfig

@@ -18,7 +18,7 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.engine.token_cache import open_cache, policy_of
+from heatkv.engine.open_cache import open_cache, policy_of
 from heatkv.errors import FormatError, PlanError, PolicyError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.policies.base import PlanningProblem, make_policy

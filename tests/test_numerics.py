@@ -34,7 +34,7 @@ from heatkv.core.geometry import Budget, CacheGeometry
 from heatkv.core.io import read_json
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.attention import triton_kernels
-from heatkv.engine.token_cache import open_cache
+from heatkv.engine.open_cache import open_cache
 from heatkv.engine.watch import finite, naming_samples, run_deterministically
 from heatkv.errors import HeatKVError, NumericsError
 from heatkv.generation.loop import Generator

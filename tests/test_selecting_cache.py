@@ -18,7 +18,8 @@ from heatkv.core.geometry import Budget, CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Provenance, Statistics
 from heatkv.engine.arena_cache import KVCache
-from heatkv.engine.token_cache import SelectingCache, policy_of
+from heatkv.engine.open_cache import policy_of
+from heatkv.engine.token_cache import SelectingCache
 from heatkv.errors import BudgetError, FormatError, PlanError, PolicyError, StatisticsError
 from heatkv.policies.ams_kv_like import AmsKvLike
 from heatkv.policies.base import PlanningProblem

@@ -28,7 +28,8 @@ from heatkv.core.geometry import Budget, CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import KVCache
-from heatkv.engine.token_cache import SelectingCache, open_cache
+from heatkv.engine.open_cache import open_cache
+from heatkv.engine.token_cache import SelectingCache
 from heatkv.errors import ModelError, PlanError
 from heatkv.generation.loop import Generator
 from heatkv.models.bsq import BitwiseVAE, BSQConfig

@@ -19,7 +19,7 @@ from heatkv.core.io import read_bytes
 from heatkv.core.plan import CachePlan, named
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import HeadRankings, Statistics
-from heatkv.engine.token_cache import policy_of
+from heatkv.engine.open_cache import policy_of
 from heatkv.engine.watch import run_deterministically
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
 from heatkv.models.base import ImageModel

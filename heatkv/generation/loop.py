@@ -21,8 +21,8 @@ from heatkv.compensation import Compensation, compensation_of
 from heatkv.core.checks import of_kind, shown
 from heatkv.core.plan import CachePlan
 from heatkv.engine.arena_cache import ArenaCache
+from heatkv.engine.open_cache import open_cache
 from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
-from heatkv.engine.token_cache import SelectingCache, open_cache
 from heatkv.engine.watch import logits_error
 from heatkv.errors import ModelError, PlanError
 from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, StepRunner
@@ -233,9 +233,8 @@ class Generator(Generic[Label]):
             runner = CUDAGraphRunner(model.device) if graphs else EagerRunner()
         self.runner: StepRunner = runner
         rows = self.batch * self.settings.rows_per_image
-        correct = None if compensation is None else compensation.apply
         self.cache = open_cache(
-            plan, rows, model.compute_dtype, model.device, model.key_angles, correct, model.adapter.query_weight,
+            plan, rows, model.compute_dtype, model.device, model.key_angles, model.adapter.query_weight,
             storage, attention,
         )  # fmt: skip
         self._buffers = _Buffers(model, self.batch)
@@ -266,7 +265,7 @@ class Generator(Generic[Label]):
         with torch.inference_mode(), ExitStack() as watched:
             self.cache.reset()
             drawing = self._begin(labels)
-            if isinstance(self.cache, SelectingCache) and self.cache.wants_input:
+            if self.cache.wants_input:
                 watched.enter_context(self.model.adapter.telling_inputs(self.cache.see_input))
             scales = _Scales(drawing, self.cache, sampler, self._buffers, self.runner, observe)
             return scales.run(len(self.model.geometry.schedule), decode, before_decode)

@@ -25,7 +25,7 @@ from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.plan import Plan
 from heatkv.core.statistics import Provenance, Statistics
 from heatkv.core.versions import versions
-from heatkv.engine.arena_cache import LayerStep, storage_bytes
+from heatkv.engine.arena_cache import LayerStep, Turn, storage_bytes
 from heatkv.errors import ModelError
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
@@ -39,6 +39,15 @@ def nothing_cached(geometry: CacheGeometry) -> Plan:
     return Plan("layer-by-layer", geometry, last_read, 1.0, geometry.full_token_heads, 0)
 
 
+class LayerTurn(Turn):
+    """Calls for all scales of a layer before the next layer."""
+
+    def advance(self) -> None:
+        self.target += 1
+        if self.target == len(self.geometry.schedule):
+            self.target, self.layer = 0, self.layer + 1
+
+
 class LayerByLayer(ObservingCache):
     """An observing cache without an arena, called for all scales of a layer before the next layer.
 
@@ -46,6 +55,8 @@ class LayerByLayer(ObservingCache):
     `peak_bytes` is the most that all scales held between attentions: their input, which the calls around the blocks
     refer to, the residual stream, queries, keys, values and outputs.
     """
+
+    turns = LayerTurn
 
     def reset(self) -> None:
         super().reset()
@@ -56,11 +67,6 @@ class LayerByLayer(ObservingCache):
 
     def _check_plan(self, plan: Plan) -> None:
         """What it holds does not depend on a plan."""
-
-    def _advance(self) -> None:
-        self._target += 1
-        if self._target == len(self.geometry.schedule):
-            self._target, self._next_layer = 0, self._next_layer + 1
 
     def see(self, layer: int, residual_RNC: Tensor, gate_R1C: Tensor) -> None:
         super().see(layer, residual_RNC, gate_R1C)

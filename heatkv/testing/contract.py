@@ -37,7 +37,8 @@ from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Provenance, Statistics
 from heatkv.engine.arena_cache import KVCache
-from heatkv.engine.token_cache import SelectingCache, policy_of
+from heatkv.engine.open_cache import policy_of
+from heatkv.engine.token_cache import SelectingCache
 from heatkv.errors import BudgetError, PolicyError, StatisticsError
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy, make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
@@ -175,8 +176,7 @@ def run_attention(cache: KVCache | SelectingCache, inputs: Sequence[Sequence[Att
     outs = []
     for of_scale in inputs:
         for layer, given in enumerate(of_scale):
-            if isinstance(cache, SelectingCache) and cache.wants_input:
-                cache.see_input(layer, given.input_RNW)
+            cache.see_input(layer, given.input_RNW)
             outs.append(cache.attend(layer, given.q_RHND, given.k_RHND, given.v_RHND))
     cache.check()
     return outs
@@ -201,7 +201,7 @@ def open_watched(policy: EvictionPolicy, plan: CachePlan, rows: int = 2, storage
     held = StorageType.parse(storage)
     dtype = getattr(torch, held.compute)
     if isinstance(plan, Plan):
-        return KVCache(plan, rows, dtype, storage=held.coding)
+        return KVCache(plan, rows, dtype, code=held.coding)
     assert isinstance(plan, CapacityPlan)
     told = as_told(policy, plan)
     _demand(isinstance(told, DynamicPolicy), "its plan has capacities, but it is no DynamicPolicy")
@@ -211,7 +211,7 @@ def open_watched(policy: EvictionPolicy, plan: CachePlan, rows: int = 2, storage
     def query_weight(layer: int) -> Tensor:
         return torch.randn((heads, dim, heads * dim), generator=torch.Generator().manual_seed(layer))
 
-    return _WatchedCache(plan, told, rows, dtype, query_weight=query_weight, storage=held.coding)
+    return _WatchedCache(plan, told, rows, dtype, query_weight=query_weight, code=held.coding)
 
 
 def as_told(policy: EvictionPolicy, plan: CachePlan) -> EvictionPolicy:

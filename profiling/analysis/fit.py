@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from heatkv.core.geometry import Budget, CacheGeometry, StorageType
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import KVCache
-from heatkv.engine.attention.grouping import GROUP_BYTES
+from heatkv.engine.attention.grouped import GROUP_BYTES
 from heatkv.errors import HeatKVError
 from heatkv.generation.loop import run_scales
 from heatkv.models import emoji as emoji_model

@@ -15,7 +15,7 @@ from heatkv.core.checks import seed_after
 from heatkv.core.geometry import Budget, StorageType
 from heatkv.core.plan import CachePlan
 from heatkv.core.statistics import HeadRankings, Statistics
-from heatkv.engine.token_cache import open_cache
+from heatkv.engine.open_cache import open_cache
 from heatkv.errors import GraphError, HeatKVError
 from heatkv.generation.graphs import GraphRunner
 from heatkv.generation.loop import Generator
@@ -129,7 +129,7 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, allocate: boo
     caches = [
         open_cache(
             plan, rows, model.compute_dtype, model.device if allocate else "meta", model.key_angles,
-            storage=held.coding, attention=subject.attention,
+            code=held.coding, attention=subject.attention,
         )
         for plan in plans
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The kernels themselves, in Triton's language; `triton_kernels` is how they are called. Importing this needs Triton.
+"""The kernels themselves, in Triton's language; `triton_launch` is how they are called. Importing this needs Triton.
 
 Shapes: R rows, H heads, N tokens of the running scale, D head size (padded to a power of two), P slots of a store,
 M queries and C keys of one tile, K heads that keep their new tokens.

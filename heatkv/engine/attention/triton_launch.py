@@ -13,20 +13,33 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from heatkv.engine.attention.held import HeldTokens
-
 LARGEST_HEAD = 128
-COMPUTE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
-CODE_TYPES = (torch.int8, torch.float8_e4m3fn)
+COMPUTE_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+"""The types that products are taken in, by Triton's names."""
 # Writing only moves bytes: enough rows of a few hundred bytes each that every thread has several 16-byte pieces.
 APPEND_TOKENS, APPEND_WARPS = 32, 4
+
+
+@dataclass(frozen=True)
+class HeldTokens:
+    """Slots that every head of one layer reads for one target.
+
+    Head h of row r reads slots_X[begins[r, h] : begins[r, h] + counts[r, h]]; both are int32, (R, H), or (1, H) when
+    all rows read alike. `bias_X`, fp32, beside the slots, is added to the logits; None where no held token stands for
+    several.
+    """
+
+    slots_X: Tensor
+    begins_RH: Tensor
+    counts_RH: Tensor
+    bias_X: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,9 +55,7 @@ class Tile:
 @cache
 def tile_table() -> dict[str, Any]:
     """`tiles.json`: entries of every device that was tuned by its name, and of `default`, which is for all others."""
-    table: dict[str, Any] = json.loads(
-        resources.files("heatkv.engine.attention").joinpath("tiles.json").read_text("utf-8")
-    )
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("tiles.json").read_text("utf-8"))
     return table
 
 
@@ -63,36 +74,33 @@ def tile_for(device_name: str, head_dim: int, bits: int, coded: bool) -> Tile:
     raise ValueError(f"no tile for heads of {head_dim} channels; the kernels take up to {LARGEST_HEAD}")
 
 
-def supports(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int, codes: torch.dtype | None = None
+def missing(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, code: torch.dtype | None = None
 ) -> str | None:
-    """None where the kernels can run, otherwise the reason in words.
+    """What the kernels lack to run here, in words; None where they can.
 
-    `dtype` is that of queries, `codes` that of the coded store, None without one. On a CPU, only Triton's interpreter
+    `dtype` is that of queries, `code` that of the coded store, None without one. On a CPU, only Triton's interpreter
     runs them (TRITON_INTERPRET=1, set before Triton is imported); it is for tests, and far slower than PyTorch.
     """
     device = torch.device(device)
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install heatkv[triton]"
     if dtype not in COMPUTE_TYPES:
-        return f"the kernels compute in bfloat16, float16 or float32, not in {_name(dtype)}"
+        return f"the kernels compute in {', '.join(COMPUTE_TYPES.values())}, not in {dtype}"
     if not 1 <= head_dim <= LARGEST_HEAD:
         return f"heads have {head_dim} channels; the kernels take 1 to {LARGEST_HEAD}"
-    if codes is not None and codes not in CODE_TYPES:
-        return f"codes are int8 or float8_e4m3fn, not {_name(codes)}"
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            return "there is no CUDA device"
-        capability = torch.cuda.get_device_capability(device)
-        least = (8, 9) if codes == torch.float8_e4m3fn else (8, 0)
-        if capability < least:
-            what = "float8 codes need" if codes == torch.float8_e4m3fn else "the kernels need"
-            return f"{what} compute capability {least[0]}.{least[1]}; this device has {capability[0]}.{capability[1]}"
-    elif device.type == "cpu":
+    if device.type == "cpu":
         if not _interpreted():
             return "Triton runs on a CPU only in its interpreter: TRITON_INTERPRET=1, before Triton is imported"
-    else:
+    elif device.type != "cuda":
         return f"the kernels run on CUDA devices, not on {device.type}"
+    elif not torch.cuda.is_available():
+        return "there is no CUDA device"
+    else:
+        least = (8, 9) if code == torch.float8_e4m3fn else (8, 0)
+        capability = torch.cuda.get_device_capability(device)
+        if capability < least:
+            return f"compute capability {least[0]}.{least[1]} is needed; the device has {capability[0]}.{capability[1]}"
     return None
 
 
@@ -115,7 +123,7 @@ def fused_attention(
         tile: in place of the table's.
 
     Either store may be None. Sums are in fp32, and fp32 inputs are multiplied in fp32. Slots that no list names are
-    never read. Call it only where `supports` gives None. A kernel is compiled at its first call, which therefore cannot
+    never read. Call it only where nothing is `missing`. A kernel is compiled at its first call, which therefore cannot
     be recorded; a last dimension that is not contiguous is copied.
     """
     jit = _jit()
@@ -128,7 +136,7 @@ def fused_attention(
     arena, plain_held = plain or (None, None)
     codes, scales, coded_held = coded or (None, None, None)
     with torch.cuda.device_of(q_RHND):
-        jit.attention_kernel[(_blocks(tokens, tile.block_m) * rows * heads,)](
+        jit.attention_kernel[(-(-tokens // tile.block_m) * rows * heads,)](
             out,
             q_RHND,
             k_RHND,
@@ -167,42 +175,37 @@ def append_kept(
     v_RHND: Tensor,
     heads_K: Tensor,
     slots_KN: Tensor,
-    plain_arena_2RPD: Tensor | None = None,
-    codes_2RPD: Tensor | None = None,
+    store_2RPD: Tensor,
     scales_2RP: Tensor | None = None,
 ) -> None:
     """Write the new tokens of the heads in `heads_K` to `slots_KN`, the same in all rows; both int32.
 
-    Into `plain_arena_2RPD` they go as they are, rounded where its type is narrower. In codes, int8 or float8_e4m3fn,
-    the key or value x of a token becomes a scale, bfloat16(max|x| / 127), for float8 / 448, or 1 where that is 0, and
-    codes x / scale: whole numbers, half to even, cut to +-127, or float8 of what is cut to +-448. Raises ValueError
-    unless exactly one store is given.
+    Without scales they go into the store as they are, rounded where its type is narrower. In codes, int8 or
+    float8_e4m3fn, the key or value x of a token becomes a scale, bfloat16(max|x| / 127), for float8 / 448, or 1 where
+    that is 0, and codes x / scale: whole numbers, half to even, cut to +-127, or float8 of what is cut to +-448.
     """
-    if (plain_arena_2RPD is None) == (codes_2RPD is None) or (codes_2RPD is None) != (scales_2RP is None):
-        raise ValueError("give either plain_arena_2RPD, or codes_2RPD with scales_2RP")
     kept, tokens = slots_KN.shape
     if not kept:
         return
     jit = _jit()
     rows, head_dim = k_RHND.shape[0], k_RHND.shape[3]
     k_RHND, v_RHND, slots_KN = (_channels_together(x) for x in (k_RHND, v_RHND, slots_KN))
-    store = plain_arena_2RPD if codes_2RPD is None else codes_2RPD
     with torch.cuda.device_of(k_RHND):
-        jit.append_kernel[(_blocks(tokens, APPEND_TOKENS) * rows * kept,)](
+        jit.append_kernel[(-(-tokens // APPEND_TOKENS) * rows * kept,)](
             k_RHND,
             v_RHND,
             heads_K,
             slots_KN,
-            _bits(store),
+            _bits(store_2RPD),
             scales_2RP,
             kept,
             tokens,
             *(stride for x in (k_RHND, v_RHND) for stride in x.stride()[:3]),
             slots_KN.stride(0),
-            *_strides(store, 3),
+            *_strides(store_2RPD, 3),
             *_strides(scales_2RP, 2),
-            CODED=codes_2RPD is not None,
-            FLOAT8=_is_float8(codes_2RPD),
+            CODED=scales_2RP is not None,
+            FLOAT8=_is_float8(store_2RPD),
             D=head_dim,
             BLOCK_D=_padded(head_dim),
             BLOCK_C=APPEND_TOKENS,
@@ -231,9 +234,7 @@ def _compute_type(dtype: torch.dtype) -> Any:
     """Triton's name of the type that products are taken in; its interpreter has no products of bfloat16."""
     import triton.language as tl
 
-    if dtype == torch.bfloat16 and _interpreted():
-        return tl.float32
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+    return tl.float32 if dtype == torch.bfloat16 and _interpreted() else getattr(tl, COMPUTE_TYPES[dtype])
 
 
 @cache
@@ -269,14 +270,6 @@ def _row_strides(held: HeldTokens | None) -> tuple[int, int]:
     return held.begins_RH.stride(0), held.counts_RH.stride(0)
 
 
-def _blocks(count: int, size: int) -> int:
-    return -(-count // size)
-
-
 def _padded(head_dim: int) -> int:
     """A power of two, and at least what products of Triton need."""
     return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
