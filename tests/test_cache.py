@@ -69,10 +69,7 @@ def test_half_storage_rounds_the_past_only() -> None:
 def test_rows_apart(plan: Plan, seed: int) -> None:
     images, others = images_of(plan, 3, seed), images_of(plan, 3, seed + 1)
     changed = [
-        [
-            [torch.cat([y[:1], x[1:2], y[2:]]) for x, y in zip(*qkvs, strict=True)]
-            for qkvs in zip(*scales, strict=True)
-        ]
+        [[torch.cat([y[:1], x[1:2], y[2:]]) for x, y in zip(*qkvs, strict=True)] for qkvs in zip(*scales, strict=True)]
         for scales in zip(images, others, strict=True)
     ]
     cache = KVCache(plan, 3)

@@ -26,10 +26,7 @@ def images_of(plan: Plan, rows: int, seed: int, dtype: torch.dtype = torch.float
     geometry = plan.geometry
     return [
         [
-            [
-                torch.randn(rows, geometry.heads, n, geometry.head_dim, generator=generator).to(dtype)
-                for _ in range(3)
-            ]
+            [torch.randn(rows, geometry.heads, n, geometry.head_dim, generator=generator).to(dtype) for _ in range(3)]
             for _ in range(geometry.layers)
         ]
         for n in plan.schedule.tokens

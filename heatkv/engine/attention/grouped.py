@@ -73,8 +73,9 @@ def split_heads(
 ) -> list[tuple[int, ...]]:
     """The cheapest split of the heads, who hold `counts` tokens, into groups that are padded to their longest.
 
-    Heads with biases need a mask anyway. Groups are of heads that follow each other by count: any other split is no
-    cheaper, as exchanging heads shows. No group of several heads gathers more than GROUP_BYTES.
+    Heads with biases need a mask anyway. Groups are of heads that follow each other by count: exchanging heads shows
+    that no other split is cheaper where masks cost nothing, and they cost little. No group of several heads gathers
+    more than GROUP_BYTES.
     """
     order = sorted(range(len(counts)), key=lambda head: (counts[head], biased[head], head))
     # heads alike are never parted but by GROUP_BYTES
