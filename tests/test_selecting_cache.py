@@ -11,17 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.dynamic import GEOMETRY, POLICIES, inputs, problem, query_weight, run
+from support.dynamic import GEOMETRY, POLICIES, STATISTICS, inputs, problem, query_weight, run
 from torch import Tensor
 
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.geometry import CacheGeometry
 from heatkv.engine.open_cache import open_cache, policy_of
 from heatkv.engine.token_cache import SelectingCache
-from heatkv.errors import PlanError, PolicyError
+from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
+from heatkv.policies.ams_kv_like import AmsKvLike
 from heatkv.policies.composition import AdaKV, PerLayer, Protected
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
+from heatkv.policies.h2o import H2O
+from heatkv.policies.hack_like import HackLike
 from heatkv.policies.recent_tokens import SlidingWindowTokens, StreamingTokens
+from heatkv.policies.scalekv import ScaleKV
 from heatkv.policies.snapkv import PyramidKV, SnapKV
 from heatkv.testing.contract import AttentionInput
 
@@ -192,14 +196,12 @@ def test_broken_policies(how: str, phrase: str) -> None:
     ("changes", "error", "phrase"),
     [
         ({"settings": {"window": 2}}, PlanError, "window"),
-        ({"policy": "full"}, PolicyError, "'full'"),
+        ({"policy": "full", "settings": {"sink_scales": 3}}, PolicyError, "'full'"),
         ({"carried": 1, "capacity": np.zeros((3, 4, 6), dtype=int)}, PlanError, "carried=1"),
     ],
 )
 def test_plans_of_no_policy(changes: dict[str, object], error: type[Exception], phrase: str) -> None:
-    plan = dataclasses.replace(
-        SnapKV().plan(problem("30%")), **({"settings": {}} if "policy" in changes else {}), **changes
-    )
+    plan = dataclasses.replace(SnapKV().plan(problem("30%")), **changes)  # type: ignore[arg-type]
     with pytest.raises(error, match=phrase):
         policy_of(plan)
 
@@ -229,3 +231,40 @@ def test_bytes_beyond_the_budget() -> None:
 def test_impossible_capacities(changed: np.ndarray, phrase: str) -> None:
     with pytest.raises(PlanError, match=phrase):
         CapacityPlan("mine", GEOMETRY, changed, 1.0, GEOMETRY.full_token_heads)
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "error", "phrase"),
+    [
+        (SnapKV(window=0), "30%", PolicyError, "window=0"),
+        (SnapKV(kernel=4), "30%", PolicyError, "kernel=4"),
+        (PyramidKV(beta=0.5), "30%", PolicyError, "beta=0.5"),
+        (H2O(recent=1.5), "30%", PolicyError, "recent=1.5"),
+        (StreamingTokens(sink_tokens=-1), "30%", PolicyError, "sink_tokens=-1"),
+        (ScaleKV(drafters="7"), "30%", PolicyError, "drafters='7'"),
+        (AdaKV(alpha=2), "30%", PolicyError, "alpha=2"),
+        (AdaKV(base="adakv"), "30%", PolicyError, "share already"),
+        (AdaKV(base="heatkv"), "30%", PolicyError, "no dynamic policy"),
+        (AdaKV(base="snapkv:window"), "30%", PolicyError, "snapkv:window"),
+        (PerLayer(weights="0,1"), "30%", PolicyError, "weights='0,1'"),
+        (Protected(scales="9"), "30%", PolicyError, "scales='9'"),
+        (Protected(base="snapkv", scales="2"), "12%", BudgetError, "108 token-heads .* room for 74"),
+        (SnapKV(), "0.5%", BudgetError, "fewer than one"),
+    ],
+)
+def test_options_that_cannot_be(policy: DynamicPolicy, budget: str, error: type[Exception], phrase: str) -> None:
+    with pytest.raises(error, match=phrase):
+        policy.plan(problem(budget))
+
+
+@pytest.mark.parametrize("policy", [ScaleKV(), HackLike(), AmsKvLike(), AdaKV(base="hack-like")])
+def test_missing_statistics(policy: DynamicPolicy) -> None:
+    with pytest.raises(PolicyError, match="needs statistics"):
+        policy.plan(problem("30%", statistics=None))
+
+
+@pytest.mark.parametrize("policy", [HackLike(), AmsKvLike()])
+def test_statistics_without_what_is_needed(policy: DynamicPolicy) -> None:
+    bare = dataclasses.replace(STATISTICS, concentration_sum=None, similarity_sum=None)
+    with pytest.raises(StatisticsError, match="calibrate again"):
+        policy.plan(problem("30%", statistics=bare))
