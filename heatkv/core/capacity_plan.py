@@ -19,7 +19,6 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import check_header, read_json
 from heatkv.core.plan import (
     FORMAT,
-    RANKED_FORMAT,
     VERSION,
     CachePlan,
     IntArray,
@@ -125,8 +124,6 @@ def plan_from_json(value: Any, source: str | Path = "plan", head_dim: int | None
 
     Raises what `load_plan` raises.
     """
-    if isinstance(value, dict) and value.get("format") == RANKED_FORMAT:
-        raise FormatError(f"{source} holds a plan for each of several ranks; read it with RankedPlan.load")
     data = check_header(value, source, FORMAT, VERSION)
     if "capacity" not in data:
         return Plan.from_json(value, source, head_dim)
