@@ -13,6 +13,7 @@ from heatkv.cli import options
 from heatkv.cli.opening import statistics_of_model
 from heatkv.cli.output import certificate, chosen_by_kl, make_folder, pairs, progress, say, show
 from heatkv.compensation import compensation_bytes
+from heatkv.core.capacity_plan import load_plan
 from heatkv.core.levels import FULL, level_tokens
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.errors import HeatKVError, PlanError, PolicyError, StatisticsError
