@@ -239,7 +239,8 @@ def test_any_prices_bound_every_plan(instance: Instance, seed: int, size: float)
     rng = np.random.default_rng(seed)
     prices = rng.exponential(size, len(instance.capacity.row_room)) * rng.integers(
         0, 2, len(instance.capacity.row_room)
-    )
+    count = len(instance.capacity.row_room)
+    prices = rng.exponential(size, count) * rng.integers(0, 2, count)
     bound = price_bound(instance.values, instance.capacity, instance.sinks, prices)
     assert bound >= best_by_force(instance)[0] - 1e-12 * instance.size
 

@@ -475,7 +475,8 @@ def test_levels_of_as_many_tokens_cost_the_same_and_others_are_refused() -> None
 def test_no_plan_is_below_the_bound_of_any_prices(problem: tuple[LevelStatistics, Capacity], seed: int) -> None:
     stats, capacity = problem
     rng = np.random.default_rng(seed)
-    prices = (
+    count = len(capacity.row_room)
+    prices = rng.random(count) * (rng.random(count) < 0.3) * 10.0 ** rng.integers(-3, 1)
         rng.random(len(capacity.row_room)) * (rng.random(len(capacity.row_room)) < 0.3) * 10.0 ** rng.integers(-3, 1)
     )
     for levels in ((0, 1, 2), (0,)):
