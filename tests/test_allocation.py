@@ -237,8 +237,6 @@ def test_greedy_is_never_above_the_best(instance: Instance) -> None:
 @given(instance=instances(TINY), seed=SEEDS, size=st.sampled_from([0.0, 1e-3, 0.1, 1.0, 100.0]))
 def test_any_prices_bound_every_plan(instance: Instance, seed: int, size: float) -> None:
     rng = np.random.default_rng(seed)
-    prices = rng.exponential(size, len(instance.capacity.row_room)) * rng.integers(
-        0, 2, len(instance.capacity.row_room)
     count = len(instance.capacity.row_room)
     prices = rng.exponential(size, count) * rng.integers(0, 2, count)
     bound = price_bound(instance.values, instance.capacity, instance.sinks, prices)

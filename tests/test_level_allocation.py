@@ -477,8 +477,6 @@ def test_no_plan_is_below_the_bound_of_any_prices(problem: tuple[LevelStatistics
     rng = np.random.default_rng(seed)
     count = len(capacity.row_room)
     prices = rng.random(count) * (rng.random(count) < 0.3) * 10.0 ** rng.integers(-3, 1)
-        rng.random(len(capacity.row_room)) * (rng.random(len(capacity.row_room)) < 0.3) * 10.0 ** rng.integers(-3, 1)
-    )
     for levels in ((0, 1, 2), (0,)):
         assert level_price_bound(stats, capacity, levels, prices) <= optimum(stats, capacity, levels) + 1e-9
         best = level_price_bound(stats, capacity, levels, capacity_prices(stats, capacity, levels))
