@@ -48,7 +48,6 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import HeadRankings, Provenance, Statistics
 from heatkv.engine.token_cache import policy_of
 from heatkv.errors import LONGEST_MESSAGE, HeatKVError
-from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.checkpoint import (
     build_bsq,
@@ -307,12 +306,6 @@ def _capacity_plan() -> Any:
     return SnapKV().plan(PlanningProblem(GEOMETRY, Budget.parse("50%"), model="tiny"))
 
 
-def _layer_budgets() -> dict[str, Any]:
-    return {
-        f"Scale {scale}": {"Block 0": 1, "Block 1": 0, "High": 1, "Max": 12, "Min": 3, "Limit": 99} for scale in (4, 5)
-    }
-
-
 def _var() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     config = VARConfig(SIDES, depth=2, width=16, heads=2, num_classes=3, vocab_size=6, z_channels=4)
@@ -452,10 +445,9 @@ def make_targets(
     _capacity_plan().save(folder / "capacities.json")
     mixed = [[h, l] for l in range(GEOMETRY.layers) for h in range(GEOMETRY.heads)]
     (folder / "orders.json").write_text(json.dumps([mixed]))
-    (folder / "budgets.json").write_text(json.dumps(_layer_budgets()))
     (folder / "prompts.txt").write_text("a red pizza\n\na star, é\n")
     _statistics().save(folder / "statistics.safetensors")
-    own = {name: root / name for name in ("plan.json", "capacities.json", "orders.json", "budgets.json", "prompts.txt")}
+    own = {name: root / name for name in ("plan.json", "capacities.json", "orders.json", "prompts.txt")}
     for name, place in {**own, "statistics.safetensors": root / "statistics"}.items():
         place.mkdir()
         shutil.copy(folder / name, place / name)
@@ -475,10 +467,6 @@ def make_targets(
         Target(
             "orders", own["orders.json"], {"orders.json": damage_json},
             lambda place: HeadRankings.load_orders(place / "orders.json", GEOMETRY).ranks,
-        ),
-        Target(
-            "layer budgets", own["budgets.json"], {"budgets.json": damage_json},
-            lambda place: LayerBudgets.load(place / "budgets.json", GEOMETRY),
         ),
         Target(
             "prompts", own["prompts.txt"], {"prompts.txt": damage_lines}, lambda place: _prompts(place / "prompts.txt"),

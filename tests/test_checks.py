@@ -22,7 +22,6 @@ from heatkv.core.plan import CoarseCells, Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import HeadRankings, Provenance, Statistics
 from heatkv.errors import BudgetError, HeatKVError, ModelError, PolicyError
-from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import BitSamplingSettings, SamplingSettings
 from heatkv.policies.base import PlanningProblem, StaticPolicy
@@ -398,7 +397,6 @@ def fresh() -> dict[str, Callable[[], Any]]:
         "HeadRankings": lambda: HeadRankings.random(GEOMETRY, 0),
         "Plan": lambda: replace(PLAN, coarse=(CoarseCells.uncalibrated("mean", WHOLE.copy(), SCHEDULE),)),
         "CoarseCells": lambda: CoarseCells.uncalibrated("mean", WHOLE.copy(), SCHEDULE),
-        "LayerBudgets": lambda: LayerBudgets(2, np.ones((2, 2)), np.ones((2, 2), dtype=bool)),  # type: ignore[arg-type]
     }
 
 
