@@ -260,7 +260,7 @@ def _results_folder(folder: Path, emoji: ClassConditionalModel) -> None:
             "settings": {"budget": "50%"}, "rows": 2, "dtype": "float32", "storage": "float32", "attention": "auto",
             "schedule": GEOMETRY.schedule.to_json(), "draws": 1, "seed": 0, "batch": 1,
             "budget_bytes": 1000, "planned_bytes": 900, "allocated_bytes": 900, "full_bytes": 2000,
-            "current_bytes": 10, "index_bytes": 1, "workspace_bytes": 2, "compensation_bytes": 0,
+            "current_bytes": 10, "index_bytes": 1, "workspace_bytes": 2,
             "timeline_bytes": [[1, 2]] * 5, "comparison": f"c{place}", "measurement": f"m{place}",
         } | dict.fromkeys(FIDELITY) | {
             "images": 2, "pictures": 2, "kl": 0.1 * place, "kl_per_scale": [0.1] * 5,
@@ -333,9 +333,9 @@ def _bsq() -> dict[str, torch.Tensor]:
     return BitwiseVAE(BSQConfig(4, 32, (1, 1)), encoder=False).state_dict()
 
 
-def _checkpoints(root: Path, canary: Path, bomb_mib: int) -> Iterator[Target]:
+def _checkpoints(root: Path, canary: Path) -> Iterator[Target]:
     """Every network in every form of file."""
-    damage_torch = torch_damager(canary, bomb_mib)
+    damage_torch = torch_damager(canary)
     made: dict[str, tuple[dict[str, torch.Tensor], Callable[[Any], Any]]] = {
         "VAR": (_var(), lambda content: build_var(var_state(content))),
         "VQVAE": (_vqvae(), lambda content: build_vqvae(vqvae_state(content), SIDES)),
@@ -435,10 +435,8 @@ def _check(folder: Path) -> None:
     json.dumps(verdict.to_json(), allow_nan=False)
 
 
-def make_targets(
-    root: Path, canary: Path, emoji: ClassConditionalModel, t5_folder: Path | None, bomb_mib: int = 32
-) -> list[Target]:
-    """All loaders of files; their whole files are made below `root`. Bombs unpack to so many MiB."""
+def make_targets(root: Path, canary: Path, emoji: ClassConditionalModel, t5_folder: Path | None) -> list[Target]:
+    """All loaders of files; their whole files are made below `root`."""
     (root / "plan").mkdir(parents=True)
     folder = root / "plan"
     _plan().save(folder / "plan.json")
@@ -475,7 +473,7 @@ def make_targets(
             "statistics", root / "statistics", {"statistics.safetensors": damage_safetensors},
             lambda place: _use_statistics(place / "statistics.safetensors"), 3,
         ),
-        *_checkpoints(root, canary, bomb_mib),
+        *_checkpoints(root, canary),
     ]  # fmt: skip
     folder = root / "results"
     folder.mkdir()

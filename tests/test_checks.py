@@ -210,7 +210,7 @@ def test_policies() -> None:
     for name, options in (
         ("heatkv-lp", {"ranks": NOT_WHOLE, "layer_cap": without_none(NOT_BUDGETS), "value": NOT_TEXT}),
         ("heatkv-lp", {"solver": NOT_TEXT}),
-        ("heatkv-mr", {"levels": NOT_TEXT, "cost": NOT_TEXT, "compensation": NOT_TEXT, "layer_cap": [b"", 0]}),
+        ("heatkv-mr", {"levels": NOT_TEXT, "cost": NOT_TEXT, "layer_cap": [b"", 0]}),
     ):  # fmt: skip
         for option, values in options.items():
             check(
@@ -310,7 +310,7 @@ def test_drawing(emoji: ClassConditionalModel) -> None:
     check(lambda plan: heatkv.generate(emoji, [1], plan), [*NOTHING, "full", PLAN])
     for name, bad in (
         ("seed", NOT_WHOLE), ("first_sample", NOT_WHOLE), ("batch", [*NOT_WHOLE, 0, -1]),
-        ("settings", without_none([*NOTHING, 4.0])), ("compensation", without_none([*NOTHING, "linear"])),
+        ("settings", without_none([*NOTHING, 4.0])),
         ("progress", [3, "x"]),
     ):  # fmt: skip
         check(lambda value, name=name: heatkv.generate(emoji, [1], plan, **{name: value}), bad)  # type: ignore[misc]
@@ -350,7 +350,6 @@ def test_settings() -> None:
 def test_measuring(emoji: ClassConditionalModel) -> None:
     from heatkv.calibration.fisher import calibrate_fisher
     from heatkv.calibration.level_costs import calibrate_levels
-    from heatkv.compensation import fit_compensation
 
     for measure in (heatkv.calibrate, calibrate_levels, calibrate_fisher):
         not_batches = [*NOT_WHOLE, 0]
@@ -365,8 +364,6 @@ def test_measuring(emoji: ClassConditionalModel) -> None:
             check(lambda value, name=name, measure=measure: measure(emoji, 1, **{name: value}), bad)  # type: ignore[misc]
     for levels in (calibrate_levels, calibrate_fisher):
         check(lambda sinks, levels=levels: levels(emoji, 1, sink_scales=sinks), [*NOT_WHOLE, -1, 99])  # type: ignore[misc]
-    check(lambda plan: fit_compensation(emoji, plan, "linear"), [*NOTHING, PLAN])
-    check(lambda samples: fit_compensation(emoji, emoji.plan(), "linear", samples), [*NOT_WHOLE, 0])
 
 
 def test_attaching(emoji: ClassConditionalModel) -> None:

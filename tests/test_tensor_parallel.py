@@ -23,7 +23,6 @@ from test_selecting_cache import POLICIES
 from torch import Tensor
 
 from heatkv.cli import run
-from heatkv.compensation import fit_compensation
 from heatkv.core.geometry import Budget, CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.schedule import ScaleSchedule
@@ -369,31 +368,6 @@ def test_all_ranks_take_what_the_first_one_chose() -> None:
     first, second = on_threads(2, task)
     assert not torch.allclose(first[0], second[0])
     check_alike(first[4:], second[4:], 0)
-
-
-def test_corrections_are_fitted_on_the_heads_of_a_part() -> None:
-    policy = HeatKVLevels(compensation="constant", levels="full+mean")
-    small = tiny_infinity()
-    ranked = ranked_plan(policy, "50%", 2, small.geometry)
-    whole = fit_compensation(small, _static(ranked.whole()), "constant", 2)
-    found = on_threads(
-        2,
-        lambda ranks: fit_compensation(
-            shard_model(copy.deepcopy(small), ranks, ranked.heads[ranks.rank]),  # type: ignore[arg-type]
-            _static(ranked.plans[ranks.rank]),
-            "constant",
-            2,
-        ),
-    )
-    count = 0
-    for heads_LH, fitted in zip(ranked.heads, found, strict=True):
-        for (target, layer), correction in fitted.corrections.items():
-            of_whole = whole.corrections[target, layer]
-            for head, weight in zip(correction.heads.tolist(), correction.weight_HFD, strict=True):
-                place = of_whole.heads.tolist().index(int(heads_LH[layer, head]))
-                torch.testing.assert_close(weight, of_whole.weight_HFD[place], rtol=0, atol=1e-4)
-                count += 1
-    assert count == sum(len(correction.heads) for correction in whole.corrections.values()) > 0
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ class Measurement:
 
         subjects = plan_subjects(
             self.model, self.policies, self.budgets, statistics=statistics, rankings=self.rankings, rows=point.rows,
-            storage=self.storage, seed=point.seed, draws=draws, options=self.policy_options, settings=self.settings,
+            storage=self.storage, seed=point.seed, draws=draws, options=self.policy_options,
             attention=self.running.attention,
         )  # fmt: skip
         for path, plan in self.plans:
