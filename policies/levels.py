@@ -68,10 +68,10 @@ class HeatKVLevels(SolvedPolicy):
             raise PolicyError(f"max_kl chooses the budget; it goes with budget auto, not with {problem.budget}")
         super().check(problem)
 
-    def rooms(self, problem: PlanningProblem) -> dict[str, Fraction]:
+    def check_sinks(self, problem: PlanningProblem) -> None:
         if problem.budget.kind == "auto":  # it takes what the sinks need
             problem = replace(problem, budget=Budget.parse(1.0))
-        return super().rooms(problem)
+        super().check_sinks(problem)
 
     def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
         return self.allocation(problem).last_reads()[0]
