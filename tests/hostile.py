@@ -48,7 +48,6 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import HeadRankings, Provenance, Statistics
 from heatkv.engine.open_cache import policy_of
 from heatkv.errors import LONGEST_MESSAGE, HeatKVError
-from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.checkpoint import (
     build_bsq,
@@ -261,7 +260,7 @@ def _results_folder(folder: Path, emoji: ClassConditionalModel) -> None:
             "settings": {"budget": "50%"}, "rows": 2, "dtype": "float32", "storage": "float32", "attention": "auto",
             "schedule": GEOMETRY.schedule.to_json(), "draws": 1, "seed": 0, "batch": 1,
             "budget_bytes": 1000, "planned_bytes": 900, "allocated_bytes": 900, "full_bytes": 2000,
-            "current_bytes": 10, "index_bytes": 1, "workspace_bytes": 2, "compensation_bytes": 0,
+            "current_bytes": 10, "index_bytes": 1, "workspace_bytes": 2,
             "timeline_bytes": [[1, 2]] * 5, "comparison": f"c{place}", "measurement": f"m{place}",
         } | dict.fromkeys(FIDELITY) | {
             "images": 2, "pictures": 2, "kl": 0.1 * place, "kl_per_scale": [0.1] * 5,
@@ -307,12 +306,6 @@ def _capacity_plan() -> Any:
     return SnapKV().plan(PlanningProblem(GEOMETRY, Budget.parse("50%"), model="tiny"))
 
 
-def _layer_budgets() -> dict[str, Any]:
-    return {
-        f"Scale {scale}": {"Block 0": 1, "Block 1": 0, "High": 1, "Max": 12, "Min": 3, "Limit": 99} for scale in (4, 5)
-    }
-
-
 def _var() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     config = VARConfig(SIDES, depth=2, width=16, heads=2, num_classes=3, vocab_size=6, z_channels=4)
@@ -340,9 +333,9 @@ def _bsq() -> dict[str, torch.Tensor]:
     return BitwiseVAE(BSQConfig(4, 32, (1, 1)), encoder=False).state_dict()
 
 
-def _checkpoints(root: Path, canary: Path, bomb_mib: int) -> Iterator[Target]:
+def _checkpoints(root: Path, canary: Path) -> Iterator[Target]:
     """Every network in every form of file."""
-    damage_torch = torch_damager(canary, bomb_mib)
+    damage_torch = torch_damager(canary)
     made: dict[str, tuple[dict[str, torch.Tensor], Callable[[Any], Any]]] = {
         "VAR": (_var(), lambda content: build_var(var_state(content))),
         "VQVAE": (_vqvae(), lambda content: build_vqvae(vqvae_state(content), SIDES)),
@@ -442,20 +435,17 @@ def _check(folder: Path) -> None:
     json.dumps(verdict.to_json(), allow_nan=False)
 
 
-def make_targets(
-    root: Path, canary: Path, emoji: ClassConditionalModel, t5_folder: Path | None, bomb_mib: int = 32
-) -> list[Target]:
-    """All loaders of files; their whole files are made below `root`. Bombs unpack to so many MiB."""
+def make_targets(root: Path, canary: Path, emoji: ClassConditionalModel, t5_folder: Path | None) -> list[Target]:
+    """All loaders of files; their whole files are made below `root`."""
     (root / "plan").mkdir(parents=True)
     folder = root / "plan"
     _plan().save(folder / "plan.json")
     _capacity_plan().save(folder / "capacities.json")
     mixed = [[h, l] for l in range(GEOMETRY.layers) for h in range(GEOMETRY.heads)]
     (folder / "orders.json").write_text(json.dumps([mixed]))
-    (folder / "budgets.json").write_text(json.dumps(_layer_budgets()))
     (folder / "prompts.txt").write_text("a red pizza\n\na star, é\n")
     _statistics().save(folder / "statistics.safetensors")
-    own = {name: root / name for name in ("plan.json", "capacities.json", "orders.json", "budgets.json", "prompts.txt")}
+    own = {name: root / name for name in ("plan.json", "capacities.json", "orders.json", "prompts.txt")}
     for name, place in {**own, "statistics.safetensors": root / "statistics"}.items():
         place.mkdir()
         shutil.copy(folder / name, place / name)
@@ -477,17 +467,13 @@ def make_targets(
             lambda place: HeadRankings.load_orders(place / "orders.json", GEOMETRY).ranks,
         ),
         Target(
-            "layer budgets", own["budgets.json"], {"budgets.json": damage_json},
-            lambda place: LayerBudgets.load(place / "budgets.json", GEOMETRY),
-        ),
-        Target(
             "prompts", own["prompts.txt"], {"prompts.txt": damage_lines}, lambda place: _prompts(place / "prompts.txt"),
         ),
         Target(
             "statistics", root / "statistics", {"statistics.safetensors": damage_safetensors},
             lambda place: _use_statistics(place / "statistics.safetensors"), 3,
         ),
-        *_checkpoints(root, canary, bomb_mib),
+        *_checkpoints(root, canary),
     ]  # fmt: skip
     folder = root / "results"
     folder.mkdir()

@@ -22,7 +22,6 @@ from heatkv.core.plan import CoarseCells, Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import HeadRankings, Provenance, Statistics
 from heatkv.errors import BudgetError, HeatKVError, ModelError, PolicyError
-from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import BitSamplingSettings, SamplingSettings
 from heatkv.policies.base import PlanningProblem, StaticPolicy
@@ -209,9 +208,9 @@ def test_policies() -> None:
         check(lambda n, name=name: heatkv.make_policy(name, sink_scales=n).plan(PROBLEM), [*NOT_WHOLE, 4])  # type: ignore[misc]
         check(lambda n, name=name: heatkv.make_policy(name, nonsense=n), [None])  # type: ignore[misc]
     for name, options in (
-        ("heatkv-lp", {"ranks": NOT_WHOLE, "layer_cap": without_none(NOT_BUDGETS), "value": NOT_TEXT}),
+        ("heatkv-lp", {"layer_cap": without_none(NOT_BUDGETS), "value": NOT_TEXT}),
         ("heatkv-lp", {"solver": NOT_TEXT}),
-        ("heatkv-mr", {"levels": NOT_TEXT, "cost": NOT_TEXT, "compensation": NOT_TEXT, "layer_cap": [b"", 0]}),
+        ("heatkv-mr", {"levels": NOT_TEXT, "cost": NOT_TEXT, "layer_cap": [b"", 0]}),
     ):  # fmt: skip
         for option, values in options.items():
             check(
@@ -311,7 +310,7 @@ def test_drawing(emoji: ClassConditionalModel) -> None:
     check(lambda plan: heatkv.generate(emoji, [1], plan), [*NOTHING, "full", PLAN])
     for name, bad in (
         ("seed", NOT_WHOLE), ("first_sample", NOT_WHOLE), ("batch", [*NOT_WHOLE, 0, -1]),
-        ("settings", without_none([*NOTHING, 4.0])), ("compensation", without_none([*NOTHING, "linear"])),
+        ("settings", without_none([*NOTHING, 4.0])),
         ("progress", [3, "x"]),
     ):  # fmt: skip
         check(lambda value, name=name: heatkv.generate(emoji, [1], plan, **{name: value}), bad)  # type: ignore[misc]
@@ -351,7 +350,6 @@ def test_settings() -> None:
 def test_measuring(emoji: ClassConditionalModel) -> None:
     from heatkv.calibration.fisher import calibrate_fisher
     from heatkv.calibration.level_costs import calibrate_levels
-    from heatkv.compensation import fit_compensation
 
     for measure in (heatkv.calibrate, calibrate_levels, calibrate_fisher):
         not_batches = [*NOT_WHOLE, 0]
@@ -366,8 +364,6 @@ def test_measuring(emoji: ClassConditionalModel) -> None:
             check(lambda value, name=name, measure=measure: measure(emoji, 1, **{name: value}), bad)  # type: ignore[misc]
     for levels in (calibrate_levels, calibrate_fisher):
         check(lambda sinks, levels=levels: levels(emoji, 1, sink_scales=sinks), [*NOT_WHOLE, -1, 99])  # type: ignore[misc]
-    check(lambda plan: fit_compensation(emoji, plan, "linear"), [*NOTHING, PLAN])
-    check(lambda samples: fit_compensation(emoji, emoji.plan(), "linear", samples), [*NOT_WHOLE, 0])
 
 
 def test_attaching(emoji: ClassConditionalModel) -> None:
@@ -398,7 +394,6 @@ def fresh() -> dict[str, Callable[[], Any]]:
         "HeadRankings": lambda: HeadRankings.random(GEOMETRY, 0),
         "Plan": lambda: replace(PLAN, coarse=(CoarseCells.uncalibrated("mean", WHOLE.copy(), SCHEDULE),)),
         "CoarseCells": lambda: CoarseCells.uncalibrated("mean", WHOLE.copy(), SCHEDULE),
-        "LayerBudgets": lambda: LayerBudgets(2, np.ones((2, 2)), np.ones((2, 2), dtype=bool)),  # type: ignore[arg-type]
     }
 
 
