@@ -1,17 +1,16 @@
 """The arena cache: one buffer for all layers, as large as the plan's peak, behind the one verb `attend`.
 
 Cells that a plan holds at a coarser level are made from the finer one when its last reader is done, within the budget.
-Shapes: R rows, H heads, N tokens of the running scale, D head size, P arena slots, I members of a pooled token.
+Shapes: R rows, H heads, N tokens of the running scale, D head size, I members of a pooled token.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,16 +18,13 @@ from heatkv.core.checks import of_kind, shown, whole
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.storage_type import STORAGE_BYTES
-from heatkv.engine.attention.grouped import CallShape
 from heatkv.engine.attention.kernels import choose_kernel
-from heatkv.engine.attention.pooling import Reduction
-from heatkv.engine.layout import ArenaLayout, slots_in
+from heatkv.engine.layout import ArenaLayout
 from heatkv.engine.spans import ATTENTION, CACHE_UPDATE, span
-from heatkv.engine.store import Places, Store, check_code
+from heatkv.engine.steps import LayerStep, PlanSteps
+from heatkv.engine.store import Store, check_code
 from heatkv.engine.watch import Watch
 from heatkv.errors import PlanError
-
-Members = TypeVar("Members", Places, Tensor)
 
 
 class Turn:
@@ -69,33 +65,6 @@ class Turn:
         self.layer += 1
         if self.layer == self.geometry.layers:
             self.target, self.layer = self.target + 1, 0
-
-
-@dataclass(frozen=True)
-class Pooling(Generic[Members]):
-    """Tokens of a coarser level to write at `slots`: made of held ones, or of new ones by their place in (H * N)."""
-
-    members: Members
-    reduction: Reduction
-    slots: Places
-
-    def pooled(self, k_RID: Tensor, v_RID: Tensor) -> tuple[Places, Tensor, Tensor]:
-        """What to write where."""
-        return self.slots, self.reduction.keys(k_RID), self.reduction.values(v_RID)
-
-
-@dataclass(frozen=True)
-class LayerStep:
-    """What one layer does at one target scale: whom it reads, and what it keeps where.
-
-    `reads` and `kept` are what the attention kernel prepared, the second for heads that keep their new tokens whole,
-    None where no head does; `pooled_new` are made from new tokens, `pooled_held` from held ones.
-    """
-
-    reads: Any
-    kept: Any
-    pooled_new: Pooling[Tensor] | None
-    pooled_held: Pooling[Places] | None
 
 
 class ArenaCache(ABC):
@@ -243,7 +212,7 @@ class KVCache(ArenaCache):
 
     def _prepare(self) -> list[list[LayerStep]]:
         """The steps of every target and layer."""
-        steps = _Steps(self)
+        steps = PlanSteps(self.plan, self.layout, self.store, self.kernel, self.rows, self.key_angles)
         targets, layers = range(len(self.plan.schedule)), range(self.geometry.layers)
         return [[steps.step(target, layer) for layer in layers] for target in targets]
 
@@ -269,82 +238,6 @@ class KVCache(ArenaCache):
             self.store.write(slots, k, v)
         if step.kept is not None:
             self.kernel.keep(k_RHND, v_RHND, step.kept)
-
-
-class _Steps:
-    """Works out, from a cache's plan and layout, what every layer does at every target."""
-
-    def __init__(self, cache: KVCache) -> None:
-        self.plan, self.store, self.kernel, self.rows = cache.plan, cache.store, cache.kernel, cache.rows
-        self.key_angles = cache.key_angles
-        self.slots = {cell: slots_in(runs) for cell, runs in cache.layout.runs.items()}
-        self.biases = [None, *(cells.log_bias for cells in self.plan.coarse)]
-        self.dropped = len(self.plan.levels)  # the level of a cell that is not held at all
-        # [target][layer][head][source]: the level at which a cell is read, and, after the last target, that of none
-        self.levels = [self.plan.level_read(target).tolist() for target in range(len(self.plan.schedule))]
-        self.levels.append(np.full(self.plan.last_read.shape, self.dropped).tolist())
-        self._reductions: dict[tuple[int, int, int], Reduction] = {}
-
-    def step(self, target: int, layer: int) -> LayerStep:
-        tokens = self.plan.schedule.tokens[target]
-        now, then = self.levels[target][layer], self.levels[target + 1][layer]
-        # cells (head, source, level, coarser level) that fall to a coarser level; new tokens come at level 0
-        falls = [
-            (head, source, level, coarser)
-            for head, levels in enumerate(then if self.plan.coarse else [])
-            for source, (level, coarser) in enumerate(zip([*now[head], 0], levels, strict=False))
-            if level < coarser < self.dropped
-        ]
-        new, held = [x for x in falls if x[1] == target], [x for x in falls if x[1] != target]
-        new_members = [head * tokens + np.arange(tokens) for head, *_ in new]
-        held_members = [self.slots[level, layer, head, source] for head, source, level, _ in held]
-        on = self.store.device
-        return LayerStep(
-            self._reads(target, layer),
-            self._kept(target, layer),
-            Pooling(torch.from_numpy(np.concatenate(new_members)).to(on), *self._coarser(layer, new)) if new else None,
-            Pooling(self.store.places(np.concatenate(held_members)), *self._coarser(layer, held)) if held else None,
-        )
-
-    def _reads(self, target: int, layer: int) -> Any:
-        """What the kernel prepares of the slots that every head reads, and of what is added to their logits."""
-        none = np.zeros(0, dtype=np.int64)
-        slots_of_head, bias_of_head = [], []
-        for head, levels in enumerate(self.levels[target][layer]):
-            slots, biases = [none], [none.astype(np.float64)]
-            for source, level in enumerate(levels):
-                if level == self.dropped:
-                    continue
-                slots.append(self.slots[level, layer, head, source])
-                bias = self.biases[level]
-                biases.append(np.full(len(slots[-1]), 0.0 if bias is None else bias[layer, head, source]))
-            slots_of_head.append(np.concatenate(slots))
-            bias_of_head.append(np.concatenate(biases))
-        shape = CallShape(
-            self.rows, self.plan.schedule.tokens[target], self.plan.geometry.head_dim, self.store.dtype.itemsize
-        )
-        return self.kernel.prepare(slots_of_head, bias_of_head if self.plan.coarse else None, shape)
-
-    def _kept(self, target: int, layer: int) -> Any:
-        """What the kernel prepares for the heads that keep their new tokens whole."""
-        heads = [head for head, levels in enumerate(self.levels[target + 1][layer]) if levels[target] == 0]
-        slots = [self.slots[0, layer, head, target] for head in heads]
-        return self.kernel.prepare_kept(heads, np.stack(slots)) if heads else None
-
-    def _coarser(self, layer: int, cells: list[tuple[int, int, int, int]]) -> tuple[Reduction, Places]:
-        """How cells (head, source, level, coarser level) are made coarser together, and the slots they then have."""
-        reductions = [self._reduction(source, level, coarser) for _, source, level, coarser in cells]
-        slots = [self.slots[coarser, layer, head, source] for head, source, _, coarser in cells]
-        return Reduction.together(reductions), self.store.places(np.concatenate(slots), writing=True)
-
-    def _reduction(self, source: int, level: int, coarser: int) -> Reduction:
-        key = (source, level, coarser)
-        if key not in self._reductions:
-            names = [self.plan.levels[index][0] for index in (level, coarser)]
-            angles = None if self.key_angles is None else self.key_angles[source]
-            scale = self.plan.schedule.scales[source]
-            self._reductions[key] = Reduction.of(scale, *names, self.store.device, angles)
-        return self._reductions[key]
 
 
 def tensors_in(prepared: Any) -> list[Tensor]:

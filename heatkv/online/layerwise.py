@@ -25,7 +25,8 @@ from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.plan import Plan
 from heatkv.core.statistics import Provenance, Statistics
 from heatkv.core.versions import versions
-from heatkv.engine.arena_cache import LayerStep, Turn, storage_bytes
+from heatkv.engine.arena_cache import Turn, storage_bytes
+from heatkv.engine.steps import LayerStep
 from heatkv.errors import ModelError
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings

@@ -126,38 +126,23 @@ def fused_attention(
     never read. Call it only where nothing is `missing`. A kernel is compiled at its first call, which therefore cannot
     be recorded; a last dimension that is not contiguous is copied.
     """
-    jit = _jit()
     rows, heads, tokens, head_dim = q_RHND.shape
     q_RHND, k_RHND, v_RHND = (_channels_together(x) for x in (q_RHND, k_RHND, v_RHND))
     if out is None:
         out = torch.empty_like(q_RHND)
     if tile is None:
         tile = tile_for(_device_name(q_RHND.device), head_dim, 8 * q_RHND.element_size(), coded is not None)
-    arena, plain_held = plain or (None, None)
-    codes, scales, coded_held = coded or (None, None, None)
+    arena, listed = plain or (None, None)
+    codes, scales, codes_listed = coded or (None, None, None)
+    arguments = [part for x in (out, q_RHND, k_RHND, v_RHND, arena) for part in _strided(x, 3)]
+    arguments += [*_lists(listed), *_strided(codes, 3), *_strided(scales, 2), *_lists(codes_listed), heads, tokens]
     with torch.cuda.device_of(q_RHND):
-        jit.attention_kernel[(-(-tokens // tile.block_m) * rows * heads,)](
-            out,
-            q_RHND,
-            k_RHND,
-            v_RHND,
-            arena,
-            *_lists(plain_held),
-            _bits(codes),
-            scales,
-            *_lists(coded_held),
-            heads,
-            tokens,
-            *(stride for x in (out, q_RHND, k_RHND, v_RHND) for stride in x.stride()[:3]),
-            *_strides(arena, 3),
-            *_row_strides(plain_held),
-            *_strides(codes, 3),
-            *_strides(scales, 2),
-            *_row_strides(coded_held),
-            PLAIN=plain_held is not None,
-            PLAIN_BIASED=plain_held is not None and plain_held.bias_X is not None,
-            CODED=coded_held is not None,
-            CODED_BIASED=coded_held is not None and coded_held.bias_X is not None,
+        _jit().attention_kernel[(-(-tokens // tile.block_m) * rows * heads,)](
+            *arguments,
+            PLAIN=listed is not None,
+            PLAIN_BIASED=listed is not None and listed.bias_X is not None,
+            CODED=codes_listed is not None,
+            CODED_BIASED=codes_listed is not None and codes_listed.bias_X is not None,
             FLOAT8=_is_float8(codes),
             COMPUTE=_compute_type(q_RHND.dtype),
             D=head_dim,
@@ -187,23 +172,13 @@ def append_kept(
     kept, tokens = slots_KN.shape
     if not kept:
         return
-    jit = _jit()
     rows, head_dim = k_RHND.shape[0], k_RHND.shape[3]
     k_RHND, v_RHND, slots_KN = (_channels_together(x) for x in (k_RHND, v_RHND, slots_KN))
+    arguments = [part for x in (k_RHND, v_RHND, store_2RPD) for part in _strided(x, 3)]
+    arguments += [*_strided(scales_2RP, 2), heads_K, slots_KN, slots_KN.stride(0), kept, tokens]
     with torch.cuda.device_of(k_RHND):
-        jit.append_kernel[(-(-tokens // APPEND_TOKENS) * rows * kept,)](
-            k_RHND,
-            v_RHND,
-            heads_K,
-            slots_KN,
-            _bits(store_2RPD),
-            scales_2RP,
-            kept,
-            tokens,
-            *(stride for x in (k_RHND, v_RHND) for stride in x.stride()[:3]),
-            slots_KN.stride(0),
-            *_strides(store_2RPD, 3),
-            *_strides(scales_2RP, 2),
+        _jit().append_kernel[(-(-tokens // APPEND_TOKENS) * rows * kept,)](
+            *arguments,
             CODED=scales_2RP is not None,
             FLOAT8=_is_float8(store_2RPD),
             D=head_dim,
@@ -246,28 +221,23 @@ def _is_float8(codes: Tensor | None) -> bool:
     return codes is not None and codes.dtype == torch.float8_e4m3fn
 
 
-def _bits(store: Tensor | None) -> Tensor | None:
-    """float8 as bytes: Triton then needs no float8 to move them."""
-    return store.view(torch.uint8) if store is not None and _is_float8(store) else store
-
-
 def _channels_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _strides(store: Tensor | None, count: int) -> tuple[int, ...]:
-    return (0,) * count if store is None else store.stride()[:count]
+def _strided(x: Tensor | None, count: int) -> tuple[Any, ...]:
+    """A tensor and its first strides; float8 as bytes, since Triton then needs no float8 to move them."""
+    if x is None:
+        return (None, *[0] * count)
+    return (x.view(torch.uint8) if _is_float8(x) else x, *x.stride()[:count])
 
 
-def _lists(held: HeldTokens | None) -> tuple[Tensor | None, ...]:
-    return (None,) * 4 if held is None else (held.slots_X, held.begins_RH, held.counts_RH, held.bias_X)
-
-
-def _row_strides(held: HeldTokens | None) -> tuple[int, int]:
-    """Of begins and counts; 0 where all rows read alike."""
-    if held is None or len(held.begins_RH) == 1:
-        return 0, 0
-    return held.begins_RH.stride(0), held.counts_RH.stride(0)
+def _lists(held: HeldTokens | None) -> tuple[Any, ...]:
+    """Begins and counts with their strides, 0 where all rows read alike, the slots, and the biases."""
+    if held is None:
+        return None, 0, None, 0, None, None
+    strides = [0 if len(held.begins_RH) == 1 else x.stride(0) for x in (held.begins_RH, held.counts_RH)]
+    return held.begins_RH, strides[0], held.counts_RH, strides[1], held.slots_X, held.bias_X
 
 
 def _padded(head_dim: int) -> int:
