@@ -7,7 +7,6 @@ assigned once: nothing moves during generation, and the arena is exactly as larg
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,45 +86,29 @@ class ArenaLayout:
     @classmethod
     def for_plan(cls, plan: Plan, coded: bool = False) -> ArenaLayout:
         """Lay out a plan in as many slots as its peak, in the order in which a cache runs."""
-        layers, _, scales = plan.last_read.shape
         tokens = [level_tokens(plan.schedule, level) for level, _ in plan.levels]
         # sinks are never dropped, so that the other cells have their peak while all of them are held
         uncoded_scales = plan.uncoded_scales if coded else 0
         uncoded = plan.geometry.uncoded_token_heads(uncoded_scales)
         pools = _FreeSlots(0, uncoded), _FreeSlots(uncoded, plan.peak_token_heads - uncoded)
-        starting, ending = _starts_and_ends(plan)
+        # a cell is held at a level from when the finer ones end, or it is drawn, until its own last target; those that
+        # begin together are sorted by their end: cells that go together lie together and leave long free stretches
+        events: list[tuple[int, int, bool, int, int, int, int]] = []
+        finer = np.broadcast_to(np.arange(len(plan.schedule)), plan.last_read.shape)
+        for level, (_, last_read) in enumerate(plan.levels):
+            held = np.argwhere(last_read > finer)
+            starts, ends = (array[tuple(held.T)].tolist() for array in (finer, last_read))
+            for (layer, head, source), start, end in zip(held.tolist(), starts, ends, strict=True):
+                events += (start, layer, True, end, head, source, level), (end, layer, False, end, head, source, level)
+            finer = last_read
         runs: dict[Cell, tuple[Run, ...]] = {}
-        for target in range(scales):
-            for layer in range(layers):
-                for level, head, source in ending[target, layer]:
-                    pools[source >= uncoded_scales].give(runs[level, layer, head, source])
-                # cells that go together lie together, so that they leave long free stretches
-                for _, head, source, level in sorted(starting[target, layer]):
-                    free = pools[source >= uncoded_scales]
-                    runs[level, layer, head, source] = free.take(tokens[level][source])
+        for _, layer, begins, _, head, source, level in sorted(events):
+            cell, free = (level, layer, head, source), pools[source >= uncoded_scales]
+            if begins:
+                runs[cell] = free.take(tokens[level][source])
+            else:
+                free.give(runs[cell])
         return cls(plan.peak_token_heads, runs, uncoded)
-
-
-Starting = dict[tuple[int, int], list[tuple[int, int, int, int]]]
-Ending = dict[tuple[int, int], list[tuple[int, int, int]]]
-
-
-def _starts_and_ends(plan: Plan) -> tuple[Starting, Ending]:
-    """What begins and ends at every checkpoint (target, layer): (end, head, source, level), and (level, head, source).
-
-    A cell is held at a level from when the finer ones end, or it is drawn, until its own last target.
-    """
-    starting: Starting = defaultdict(list)
-    ending: Ending = defaultdict(list)
-    finer = np.broadcast_to(np.arange(len(plan.schedule)), plan.last_read.shape)
-    for level, (_, last_read) in enumerate(plan.levels):
-        held = np.argwhere(last_read > finer)
-        starts, ends = (array[tuple(held.T)].tolist() for array in (finer, last_read))
-        for (layer, head, source), start, end in zip(held.tolist(), starts, ends, strict=True):
-            starting[start, layer].append((end, head, source, level))
-            ending[end, layer].append((level, head, source))
-        finer = last_read
-    return starting, ending
 
 
 @dataclass(frozen=True)
