@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from heatkv.core.geometry import Budget
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.budget import Budget
+from heatkv.core.rankings import HeadRankings
 from heatkv.engine.layout import ArenaLayout
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem

@@ -30,7 +30,7 @@ if not Path(__file__).with_name("policies").is_dir():
 
 # Loaded when first used, so that `import heatkv` does not wait for torch.
 _EXPORTS = {
-    "Budget": "heatkv.core.geometry",
+    "Budget": "heatkv.core.budget",
     "CacheGeometry": "heatkv.core.geometry",
     "EvictionPolicy": "heatkv.policies.base",
     "HeatKVError": "heatkv.errors",
@@ -68,7 +68,8 @@ __all__ = [
 if TYPE_CHECKING:
     from heatkv.attachment.attached import attach
     from heatkv.calibration.measure import calibrate
-    from heatkv.core.geometry import Budget, CacheGeometry
+    from heatkv.core.budget import Budget
+    from heatkv.core.geometry import CacheGeometry
     from heatkv.core.plan import Plan
     from heatkv.core.schedule import ScaleSchedule
     from heatkv.core.statistics import Statistics

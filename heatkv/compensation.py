@@ -15,9 +15,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from heatkv.core.checks import of_kind, shown, whole
-from heatkv.core.geometry import StorageType
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.schema import of_kind, shown, whole
+from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import KVCache, LayerStep
 from heatkv.errors import PlanError, PolicyError
 from heatkv.models.base import ImageModel, checked_run

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import as_whole, shown
 from heatkv.core.plan import live_of_held
+from heatkv.core.schema import as_whole, shown
 from heatkv.errors import PlanError
 
 IntArray = NDArray[np.int64]

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import shown
-from heatkv.core.contents import EqualByContents
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import read_json
+from heatkv.core.schema import EqualByContents, shown
 from heatkv.errors import FormatError, StatisticsError
 
 _SCALE = re.compile(r"Scale ([1-9][0-9]{0,3})")

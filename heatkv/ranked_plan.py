@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.capacity_plan import CapacityPlan, plan_from_json
-from heatkv.core.checks import number, of_kind, shown, whole
-from heatkv.core.contents import EqualByContents
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.capacity_plan import CapacityPlan
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import check_header, read_json, write_json
 from heatkv.core.levels import LEVELS
 from heatkv.core.plan import RANKED_FORMAT, CachePlan, CoarseCells, IntArray, Plan, integer_array, named, typed
+from heatkv.core.plan_file import plan_from_json
+from heatkv.core.schema import EqualByContents, number, of_kind, shown, whole
 from heatkv.errors import FormatError, HeatKVError, PlanError
 from heatkv.head_assignment import contiguous_heads
 

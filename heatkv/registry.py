@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
-from heatkv.core.checks import shown
+from heatkv.core.schema import shown
 from heatkv.errors import PolicyError
 
 ENTRY_POINT_GROUP = "heatkv.policies"

@@ -29,10 +29,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import as_whole, of_kind, seed_of, shown, whole
-from heatkv.core.geometry import UNCODED_SCALES, Budget, CacheGeometry, StorageType
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, CoarseCells, Plan
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.rankings import HeadRankings
+from heatkv.core.schema import as_whole, of_kind, seed_of, shown, whole
+from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import UNCODED_SCALES, StorageType
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
 from heatkv.registry import find_policy
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.rankings import HeadRankings
 from heatkv.errors import PolicyError
 from heatkv.policies.base import FewestSinks, PlanningProblem, StaticPolicy
 from heatkv.registry import register

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import of_kind, seed_after, shown
 from heatkv.core.plan import CachePlan
+from heatkv.core.schema import of_kind, seed_after, shown
 from heatkv.errors import HeatKVError, PolicyError
 from heatkv.head_assignment import balanced_heads, check_ranks, contiguous_heads, part_needed
 from heatkv.policies.base import EvictionPolicy, PlanningProblem

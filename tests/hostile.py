@@ -39,13 +39,15 @@ from heatkv.cli.measurement import whole_numbers
 from heatkv.cli.opening import _prompts, open_plan, parse_names, parse_ratio
 from heatkv.cli.options import Ranking
 from heatkv.cli.settings import policy_options
-from heatkv.core.capacity_plan import CapacityPlan, load_plan
-from heatkv.core.geometry import Budget, CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.budget import Budget
+from heatkv.core.capacity_plan import CapacityPlan
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import LEVELS, LevelChoices
 from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.plan_file import load_plan
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Provenance, Statistics
+from heatkv.core.statistics import LevelStatistics, Provenance, Statistics
 from heatkv.engine.token_cache import policy_of
 from heatkv.errors import LONGEST_MESSAGE, HeatKVError
 from heatkv.layer_budgets import LayerBudgets

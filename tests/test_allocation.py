@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from strategies import SEEDS, geometries, live_by_formula, shares, statistics_of
 
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan, held_for_targets
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Provenance, Statistics

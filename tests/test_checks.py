@@ -16,11 +16,13 @@ from standin_var import VAR
 from strategies import statistics_of
 
 import heatkv
-from heatkv.core.checks import as_number, as_whole, shown
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Provenance, Statistics
+from heatkv.core.schema import as_number, as_whole, shown
+from heatkv.core.statistics import Provenance, Statistics
 from heatkv.errors import BudgetError, HeatKVError, ModelError, PolicyError
 from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.class_conditional import ClassConditionalModel

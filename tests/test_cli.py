@@ -23,8 +23,8 @@ from PIL import Image
 from heatkv.cli import run
 from heatkv.cli.output import progress
 from heatkv.core import io as files
-from heatkv.core.checks import seed_after
 from heatkv.core.plan import Plan
+from heatkv.core.schema import seed_after
 from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError
 from heatkv.policies.options import options_of

@@ -32,7 +32,7 @@ GEOMETRY = CacheGeometry(3, 4, 8, ScaleSchedule.square((1, 2, 3, 4, 5, 6)))
 
 
 def made(cost: str = "error", **options: Any) -> Plan:
-    from heatkv.core.geometry import Budget
+    from heatkv.core.budget import Budget
 
     statistics = made_up_statistics(GEOMETRY, cost=cost)
     return HeatKVLevels(cost=cost, **options).plan(PlanningProblem(GEOMETRY, Budget.parse("30%"), statistics))  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ def test_what_cannot_be_is_refused(
 
 
 def dynamic_plan(policy: str, **options: Any) -> CapacityPlan:
-    from heatkv.core.geometry import Budget
+    from heatkv.core.budget import Budget
 
     problem = PlanningProblem(GEOMETRY, Budget.parse("30%"), made_up_statistics(GEOMETRY), rows=2, storage="float32")
     plan = make_policy(policy, **options).plan(problem)
@@ -226,7 +226,7 @@ def test_options_of_a_base_are_read_by_their_type() -> None:
 
 
 def test_the_published_tables_are_for_their_budget_only() -> None:
-    from heatkv.core.geometry import Budget
+    from heatkv.core.budget import Budget
 
     geometry = CacheGeometry(40, 28, 128, ScaleSchedule.infinity("1M", 1.0))
     for share, tabled in (("10%", True), ("30%", False)):

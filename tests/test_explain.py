@@ -20,7 +20,8 @@ from test_level_allocation import FEW, MORE, optimum
 from test_level_allocation import statistics as random_levels
 
 from heatkv.cli import run
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import level_tokens
 from heatkv.core.plan import CoarseCells, Plan
 from heatkv.core.schedule import ScaleSchedule

@@ -17,13 +17,14 @@ from test_layer_budgets import FILE as BUDGETS
 from test_layer_budgets import SMALL
 from test_statistics import PAIRS
 
-from heatkv.core.capacity_plan import load_plan
-from heatkv.core.geometry import Budget, CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import LEVELS, LevelChoices
 from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.plan_file import load_plan
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import FormatError, StatisticsError
 from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.class_conditional import ClassConditionalModel

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from heatkv.core.budget import Budget
 from heatkv.core.capacity_plan import CapacityPlan
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.token_cache import SelectingCache
 from heatkv.generation.loop import Generator

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from strategies import SEEDS, level_live_table, schedules, shares
 from test_selecting_cache import POLICIES
 
-from heatkv.core.capacity_plan import CapacityPlan, load_plan
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.capacity_plan import CapacityPlan
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.plan_file import load_plan
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings
 from heatkv.errors import BudgetError, FormatError, HeatKVError, PlanError, PolicyError
 from heatkv.head_assignment import balanced_heads, contiguous_heads, part_needed
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy

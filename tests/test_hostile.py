@@ -32,11 +32,12 @@ from hostile import (
 from mutations import CANARY, hostile_pickles, misplaced, with_bomb, zipped
 from PIL import Image
 
-from heatkv.core.checks import regular_array, shown
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import MAX_DEPTH, as_path, is_there, parse_json, read_json, resolved, write_json
 from heatkv.core.plan import held_for_targets
 from heatkv.core.schedule import MAX_SCALES, ScaleSchedule
+from heatkv.core.schema import regular_array, shown
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError
 from heatkv.generation.images import read_pixels
 from heatkv.models.catalogue import find_weights, load_model

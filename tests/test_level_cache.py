@@ -21,9 +21,10 @@ from strategies import SEEDS, level_live_table, level_plans, plans, pooled, toke
 from test_cache import ROWS, Images, check_close, images_of, run
 from torch import Tensor
 
-from heatkv.core.geometry import STORAGE_BYTES, CacheGeometry
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CoarseCells, Plan
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.storage_type import STORAGE_BYTES
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.store import Places
 from heatkv.errors import FormatError, HeatKVError, PlanError

@@ -18,10 +18,9 @@ from safetensors.numpy import load_file, save_file
 from strategies import SEEDS, geometries, statistics_of
 
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import Statistics
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import FormatError, HeatKVError, StatisticsError
 from heatkv.testing.contract import level_costs_of, made_up_mass
 

@@ -18,10 +18,12 @@ from strategies import SEEDS, level_live_table, statistics_of
 
 from heatkv.calibration.measure import told_settings
 from heatkv.cli import run
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.statistics import Statistics
 from heatkv.errors import BudgetError, HeatKVError, PolicyError
 from heatkv.models.catalogue import load_model
 from heatkv.policies.base import PlanningProblem, make_policy

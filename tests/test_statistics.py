@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from strategies import SEEDS, geometries, statistics_of
 
 from heatkv.core.geometry import CacheGeometry
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, ScheduleError, StatisticsError
 from heatkv.testing.contract import made_up_mass
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from heatkv.cli import run
 from heatkv.compensation import fit_compensation
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import KVCache

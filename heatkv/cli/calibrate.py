@@ -23,11 +23,10 @@ from heatkv.cli.calibration_run import (
 from heatkv.cli.opening import Loaded, open_model, parse_names, positive, storage_of
 from heatkv.cli.options import AsJson, Resume, Running, Source, Without
 from heatkv.cli.output import progress, say, show
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.io import check_place, is_folder, is_there
-from heatkv.core.level_statistics import COSTS
 from heatkv.core.levels import SINK_SCALES
-from heatkv.core.statistics import Statistics
+from heatkv.core.statistics import COSTS, Statistics
 from heatkv.errors import FormatError, HeatKVError, StatisticsError
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings

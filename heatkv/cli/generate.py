@@ -24,10 +24,10 @@ from heatkv.cli.opening import (
 from heatkv.cli.options import AsJson, BudgetText, Following, OutFolder, Policy, Ranking, Running, Source, Without
 from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
-from heatkv.core.checks import shown
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.io import check_new_file, file_name, replacing
 from heatkv.core.plan import CachePlan
+from heatkv.core.schema import shown
 from heatkv.errors import BudgetError, HeatKVError, ModelError, PlanError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import Settings

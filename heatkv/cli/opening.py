@@ -12,13 +12,16 @@ import torch
 
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
+from heatkv.core.budget import Budget
 from heatkv.core.capacity_plan import CapacityPlan
-from heatkv.core.checks import seed_of, shown
-from heatkv.core.geometry import CODED_BYTES, Budget, CacheGeometry, StorageType
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import read_bytes
 from heatkv.core.plan import CachePlan, named
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.schema import seed_of, shown
+from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import CODES, StorageType
 from heatkv.engine.token_cache import policy_of
 from heatkv.engine.watch import run_deterministically
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
@@ -187,8 +190,8 @@ def storage_of(model: ImageModel[Any], coding: str | None = None) -> str:
 
 def storage_name(dtype: str, coding: str | None) -> str:
     """The name of a storage type. Raises BudgetError for an unknown coding."""
-    if coding is not None and coding not in CODED_BYTES:
-        raise BudgetError(f"unknown storage {coding!r}; known: {', '.join(CODED_BYTES)}; leave it out for {dtype}")
+    if coding is not None and coding not in CODES:
+        raise BudgetError(f"unknown storage {coding!r}; known: {', '.join(CODES)}; leave it out for {dtype}")
     return str(StorageType(dtype, coding))
 
 

@@ -26,7 +26,7 @@ from heatkv.cli.opening import (
 from heatkv.cli.output import certificate, chosen_by_kl, pairs, show
 from heatkv.cli.settings import policy_options
 from heatkv.compensation import compensation_bytes
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.io import check_place, is_there
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.errors import BudgetError, FormatError, HeatKVError

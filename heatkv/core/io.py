@@ -7,14 +7,17 @@ import glob
 import json
 import math
 import os
+import platform
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from heatkv.core.checks import shown
+from heatkv import __version__
+from heatkv.core.schema import shown
 from heatkv.errors import FormatError
 
 MAX_JSON_BYTES = 256 << 20
@@ -279,3 +282,9 @@ def check_header(value: Any, path: str | Path, format_name: str, version: int) -
             f"{path} is {format_name} version {shown(value.get('version'))}; this release reads version {version} only"
         )
     return value
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    others = {name: metadata.version(name) for name in ("torch", "numpy", "scipy")}
+    return {"python": platform.python_version(), "heatkv": __version__, **others}

@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from heatkv.core.schedule import ScaleSchedule
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
+from heatkv.core.schema import FloatArray, IntArray
 
 FULL, POOL2, MEAN = "full", "pool2", "mean"
 LEVELS = (FULL, POOL2, MEAN)

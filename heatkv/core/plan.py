@@ -21,12 +21,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import as_number, number, of_kind, regular_array, shown, whole
-from heatkv.core.contents import EqualByContents
-from heatkv.core.geometry import UNCODED_SCALES, CacheGeometry
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import check_header, read_json, write_json
 from heatkv.core.levels import FULL, LEVELS, level_tokens, log_counts
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import (
+    EqualByContents,
+    FloatArray,
+    IntArray,
+    as_number,
+    number,
+    of_kind,
+    regular_array,
+    shown,
+    whole,
+)
+from heatkv.core.storage_type import UNCODED_SCALES
 from heatkv.errors import FormatError, HeatKVError, PlanError
 
 FORMAT, VERSION = "heatkv-plan", 1
@@ -35,9 +45,6 @@ RANKED_FORMAT = "heatkv-ranked-plan"
 
 _MOST_BIAS = 1000.0
 """Far beyond every logit: temperatures are up to 100."""
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

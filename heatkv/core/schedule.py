@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from importlib import resources
 from typing import Any
 
-from heatkv.core.checks import as_number, as_whole, shown, whole
+from heatkv.core.schema import as_number, as_whole, shown, whole
 from heatkv.errors import ScheduleError
 
 MAX_SIDE = 1 << 16

@@ -9,6 +9,7 @@ Arrays: L layers, H heads, T scales; mass[l, h, t, s] is target scale t looking 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from heatkv.core.checks import number, of_kind, regular_array, shown, whole
-from heatkv.core.contents import EqualByContents
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.io import as_json, check_header, parse_json, read_json, replacing, whole_file
-from heatkv.core.level_statistics import LARGEST_SUM, LevelStatistics
+from heatkv.core.io import as_json, check_header, parse_json, replacing, whole_file
+from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import EqualByContents, FloatArray, IntArray, number, of_kind, shown
 from heatkv.errors import FormatError, ScheduleError, StatisticsError
 
 FORMAT, VERSION = "heatkv-statistics", 1
@@ -34,13 +33,205 @@ _ARRAYS = (*_NEEDED, "all_mass_sum", "error_sum")
 _OF_TARGETS = ("concentration_sum", "similarity_sum")
 _MASS_TOLERANCE = 1e-3  # of the sum over sources, which is 1: bf16 attention rounds
 
-PUBLISHED_SINKS = 3
-"""First scales that published rankings leave out, as the paper never drops them."""
 
-_MEASURE_INSTEAD = "plan from statistics of it (heatkv calibrate, then --statistics FILE)"
+COSTS = ("error", "fisher")
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+LARGEST_SUM = 1e100
+"""Of anything that was measured: far beyond every real one, and its sums and squares still finite."""
+
+
+def calibrated_bias(schedule: ScaleSchedule, whole_LHT: FloatArray, pooled_LHTV: FloatArray) -> FloatArray:
+    """log_bias[l, h, s, level] = log(attention mass on the whole cell / the same with its pooled keys and no bias).
+
+    Both masses are sums over all later queries, relative to the full attention's. The log of the count stands in
+    where nothing was read; level "full" has 0.
+    """
+    counts = np.stack([log_counts(schedule, level) for level in LEVELS], axis=-1)
+    bias = np.broadcast_to(counts, pooled_LHTV.shape).copy()
+    read = (whole_LHT[..., None] > 0) & (pooled_LHTV > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bias[read] = np.log(whole_LHT[..., None] / pooled_LHTV)[read]
+    bias[..., 0] = 0
+    return bias
+
+
+def _fixed(array: FloatArray) -> FloatArray:
+    """A copy that nobody can change."""
+    try:
+        copy = np.array(array, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise StatisticsError("level costs are no regular arrays of numbers; measure them again") from None
+    copy.setflags(write=False)
+    return copy
+
+
+def _count(header: Mapping[str, Any], name: str) -> int:
+    value = header[name]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, not a whole number")
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class LevelStatistics(EqualByContents):
+    """Costs of holding cells at coarser levels, summed over samples, under frozen biases.
+
+    `log_bias` is (L, H, T, levels). `joint_sum[t]` is (L, H, combinations of target t) in the order of `choices`;
+    `single_sum[l, h, t, s, level]` is the cost of that level alone, all else whole, for the sources that are not joint.
+    `cost` is "error", the squared output error relative to the residual stream, summed over queries, or "fisher", the
+    expected squared change of the log-likelihood. They are equal when all they hold is, arrays exactly so. Raises
+    StatisticsError for what does not fit together.
+    """
+
+    choices: LevelChoices
+    cost: str
+    log_bias: FloatArray
+    joint_sum: tuple[FloatArray, ...]
+    single_sum: FloatArray
+    samples: tuple[str, ...]
+    bias_samples: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        of_kind(self.choices, LevelChoices, "choices", StatisticsError, "give the LevelChoices they were measured for")
+        of_kind(self.joint_sum, Sequence, "joint_sum", StatisticsError, "give a tuple of arrays, one per target scale")
+        for name in ("samples", "bias_samples"):
+            of_kind(getattr(self, name), tuple, name, StatisticsError, "give a tuple of the samples' names")
+        for name in ("log_bias", "single_sum"):
+            object.__setattr__(self, name, _fixed(getattr(self, name)))
+        object.__setattr__(self, "joint_sum", tuple(_fixed(joint) for joint in self.joint_sum))
+        scales = len(self.choices.schedule)
+        layers, heads = np.shape(self.log_bias)[:2] if np.ndim(self.log_bias) == 4 else (0, 0)
+        expected = {
+            "log_bias": (layers, heads, scales, len(LEVELS)),
+            "single_sum": (layers, heads, scales, scales, NONE + 1),
+        }
+        if self.cost not in COSTS:
+            raise StatisticsError(f"level costs are of the unknown kind {self.cost!r}; known: {', '.join(COSTS)}")
+        if len(self.joint_sum) != scales:
+            raise StatisticsError(f"level costs of {len(self.joint_sum)} targets, the schedule has {scales}")
+        arrays = {"log_bias": self.log_bias, "single_sum": self.single_sum}
+        for target, joint in enumerate(self.joint_sum):
+            arrays[f"joint_sum {target}"] = joint
+            expected[f"joint_sum {target}"] = (layers, heads, math.prod(self.choices.shape(target)))
+        for name, array in arrays.items():
+            if np.shape(array) != expected[name] or not layers * heads:
+                raise StatisticsError(f"level costs: {name} has shape {np.shape(array)}, not {expected[name]}")
+            fine = (np.abs(array) <= LARGEST_SUM) & ((array >= 0) | (name == "log_bias"))
+            if not fine.all():
+                layer, head, *rest = (int(i) for i in np.argwhere(~fine)[0])
+                value = array[layer, head, *rest]
+                why = "which is not finite" if not np.isfinite(value) else "a negative cost" if value < 0 else ""
+                raise StatisticsError(
+                    f"level costs: {name} of layer {layer}, head {head}, at {rest} is {value}, "
+                    f"{why or f'above {LARGEST_SUM:g}'}; measure them again"
+                )
+        if not self.samples or len(set(self.samples)) != len(self.samples):
+            raise StatisticsError("level costs are of no sample, or count one twice")
+
+    def __hash__(self) -> int:
+        return hash((self.choices, self.cost, self.samples))
+
+    @property
+    def layers(self) -> int:
+        return int(self.log_bias.shape[0])
+
+    @property
+    def heads(self) -> int:
+        return int(self.log_bias.shape[1])
+
+    @cached_property
+    def joint(self) -> tuple[FloatArray, ...]:
+        """Mean over samples of the cost of every combination, per target (L, H, combinations)."""
+        return tuple(joint / len(self.samples) for joint in self.joint_sum)
+
+    @cached_property
+    def single(self) -> FloatArray:
+        """Mean over samples of the cost of one source at a level, [l, h, t, s, level]."""
+        mean: FloatArray = self.single_sum / len(self.samples)
+        return mean
+
+    def of_heads(self, heads_LH: IntArray) -> LevelStatistics:
+        """The costs of these heads of every layer, in this order; (L, heads to take) indices."""
+        layers = np.arange(self.layers)[:, None]
+        return replace(
+            self,
+            log_bias=self.log_bias[layers, heads_LH],
+            joint_sum=tuple(joint[layers, heads_LH] for joint in self.joint_sum),
+            single_sum=self.single_sum[layers, heads_LH],
+        )
+
+    def check_alike(self, other: LevelStatistics) -> None:
+        """Raise StatisticsError for other biases, kinds or choices, with which costs cannot be added up."""
+        if self.cost != other.cost:
+            raise StatisticsError(
+                f"cannot merge level costs of kind {self.cost!r} and {other.cost!r}; measure both alike (calibrate "
+                f"--levels {self.cost})"
+            )
+        if self.choices != other.choices:
+            mine, theirs = self.choices, other.choices
+            raise StatisticsError(
+                f"cannot merge level costs with sink_scales={mine.sink_scales}, joint={mine.joint} and "
+                f"sink_scales={theirs.sink_scales}, joint={theirs.joint}, or of other schedules; measure both alike "
+                f"(calibrate --levels {self.cost} --sink-scales {mine.sink_scales})"
+            )
+        if not np.array_equal(self.log_bias, other.log_bias):
+            raise StatisticsError(
+                "cannot merge level costs measured under different biases; measure the second part with the first's"
+            )
+
+    def merge(self, other: LevelStatistics) -> LevelStatistics:
+        """Both sample sets as one, exactly. Raises StatisticsError for other biases, kinds, choices or a shared
+        sample."""
+        of_kind(other, LevelStatistics, "the other", StatisticsError, "give LevelStatistics, as calibrate_levels does")
+        self.check_alike(other)
+        twice = set(self.samples) & set(other.samples)
+        if twice:
+            raise StatisticsError(f"{len(twice)} samples are in both level costs (for instance {min(twice)})")
+        return LevelStatistics(
+            self.choices,
+            self.cost,
+            self.log_bias,
+            tuple(a + b for a, b in zip(self.joint_sum, other.joint_sum, strict=True)),
+            self.single_sum + other.single_sum,
+            self.samples + other.samples,
+            self.bias_samples,
+        )
+
+    # ------------------------------------------------------------------ files
+
+    def arrays(self) -> dict[str, FloatArray]:
+        """The arrays by their names in a statistics file."""
+        joint = {f"levels.joint_sum.{target}": array for target, array in enumerate(self.joint_sum)}
+        return {"levels.log_bias": self.log_bias, "levels.single_sum": self.single_sum, **joint}
+
+    def header(self) -> dict[str, Any]:
+        return {
+            "cost": self.cost,
+            "sink_scales": self.choices.sink_scales,
+            "joint": self.choices.joint,
+            "samples": list(self.samples),
+            "bias_samples": list(self.bias_samples),
+        }
+
+    @classmethod
+    def from_file(
+        cls, schedule: ScaleSchedule, header: Mapping[str, Any], arrays: Mapping[str, FloatArray]
+    ) -> LevelStatistics:
+        """From what `header` and `arrays` gave. Raises KeyError, TypeError, ValueError or StatisticsError."""
+        names = [f"levels.joint_sum.{target}" for target in range(len(schedule))]
+        unknown = set(arrays) - {"levels.log_bias", "levels.single_sum", *names}
+        if unknown:
+            raise StatisticsError(f"level costs: the array {min(unknown)} is unknown")
+        joint = tuple(arrays[name] for name in names)
+        return cls(
+            LevelChoices(schedule, _count(header, "sink_scales"), _count(header, "joint")),
+            str(header["cost"]),
+            arrays["levels.log_bias"],
+            joint,
+            arrays["levels.single_sum"],
+            tuple(str(sample) for sample in header["samples"]),
+            tuple(str(sample) for sample in header["bias_samples"]),
+        )
 
 
 def mean_over_targets(values_LHTT: FloatArray) -> FloatArray:
@@ -436,117 +627,3 @@ class Statistics(EqualByContents):
             raise FormatError(f"{path} is not a whole statistics file: it lacks {shown(error.args[0])}") from error
         except (TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"{path} is not a whole statistics file: {error}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class HeadRankings(EqualByContents):
-    """For consecutive source scales, every (layer, head) pair from least to most important.
-
-    `order[i]`, of (scales, L*H), belongs to source scale `first_scale + i` and lists flat pair indices l*H + h, first
-    dropped first. Rankings are equal when all they hold is. Raises StatisticsError for what is no such array.
-    """
-
-    layers: int
-    heads: int
-    first_scale: int
-    order: IntArray
-
-    def __post_init__(self) -> None:
-        for name, least in (("layers", 1), ("heads", 1), ("first_scale", 0)):
-            object.__setattr__(self, name, whole(getattr(self, name), name, StatisticsError, least))
-        try:
-            given = np.asarray(self.order)
-        except ValueError:
-            raise StatisticsError("the rankings are not all of the same length") from None
-        if not np.issubdtype(given.dtype, np.integer):
-            raise StatisticsError(f"rankings list whole numbers l*H + h, not {shown(self.order)}")
-        order = given.astype(np.int64)
-        pairs = self.layers * self.heads
-        if order.ndim != 2 or order.shape[1] != pairs:
-            raise StatisticsError(f"a ranking must list all {pairs} (layer, head) pairs; got an array {order.shape}")
-        if (np.sort(order, axis=1) != np.arange(pairs)).any():
-            raise StatisticsError("a ranking must list every (layer, head) pair exactly once")
-        order.setflags(write=False)
-        object.__setattr__(self, "order", order)
-
-    def __hash__(self) -> int:
-        return hash((self.layers, self.heads, self.first_scale, self.order.tobytes()))
-
-    @cached_property
-    def ranks(self) -> IntArray:
-        """Position of every pair in its ranking, shape (scales, L, H)."""
-        ranks = np.empty_like(self.order)
-        np.put_along_axis(ranks, self.order, np.arange(self.order.shape[1])[None], axis=1)
-        return ranks.reshape(-1, self.layers, self.heads)
-
-    def for_scales(self, first: int, stop: int) -> IntArray:
-        """Ranks (stop - first, L, H) of the source scales from `first` up to `stop`, not included."""
-        last = self.first_scale + len(self.order)
-        if first < self.first_scale or stop > last:
-            raise StatisticsError(
-                f"the rankings cover the source scales {self.first_scale} to {last - 1}; {first} to {stop - 1} are "
-                "needed: change the schedule or the number of sink scales"
-            )
-        return self.ranks[first - self.first_scale : stop - self.first_scale]
-
-    def of_heads(self, heads_LH: IntArray) -> HeadRankings:
-        """The rankings of these heads of every layer alone, renumbered in this order; (L, heads to take) indices."""
-        ranks_SP = self.ranks[:, np.arange(self.layers)[:, None], heads_LH].reshape(len(self.order), -1)
-        return HeadRankings(self.layers, heads_LH.shape[1], self.first_scale, np.argsort(ranks_SP, axis=1))
-
-    @classmethod
-    def from_scores(cls, scores_LHS: FloatArray) -> HeadRankings:
-        """Rank ascending by score, ties by head, then layer (HeatKV, section 3)."""
-        layers, heads, _ = scores_LHS.shape
-        by_head = scores_LHS.transpose(2, 1, 0).reshape(scores_LHS.shape[2], -1)
-        order = np.argsort(by_head, axis=1, kind="stable")
-        return cls(layers, heads, 0, (order % layers) * heads + order // layers)
-
-    @classmethod
-    def random(cls, geometry: CacheGeometry, seed: int) -> HeadRankings:
-        """An independent uniformly random ranking for every source scale."""
-        generator = np.random.default_rng(seed % (1 << 64))  # a negative seed is a seed too
-        pairs = geometry.layers * geometry.heads
-        order = np.stack([generator.permutation(pairs) for _ in range(len(geometry.schedule))])
-        return cls(geometry.layers, geometry.heads, 0, order)
-
-    @classmethod
-    def load_orders(cls, path: str | Path, geometry: CacheGeometry) -> HeadRankings:
-        """Read a ranking file as published with HeatKV: a list of rankings, each a list of [head, layer] pairs.
-
-        Such a file has one ranking for every cached scale but the first three, and is refused for a schedule of
-        another number of scales. What else it was measured on it does not tell. Raises FormatError or StatisticsError.
-        """
-        rankings, scales = cls.from_pairs(read_json(path), geometry, path), len(geometry.schedule)
-        count = len(rankings.order)
-        if rankings.first_scale != PUBLISHED_SINKS:
-            raise StatisticsError(
-                f"{path} has {count} rankings, which are those of a schedule of {count + PUBLISHED_SINKS + 1} scales "
-                f"(all cached ones but the first {PUBLISHED_SINKS}); this one has {scales} scales: {_MEASURE_INSTEAD}"
-            )
-        return rankings
-
-    @classmethod
-    def from_pairs(cls, value: Sequence[Any], geometry: CacheGeometry, source: str | Path) -> HeadRankings:
-        """From such a list of any number of rankings; the last one is that of the last cached scale, T-2."""
-        layers, heads, scales = geometry.layers, geometry.heads, len(geometry.schedule)
-        if not isinstance(value, list) or not value:
-            raise FormatError(f"{source} is no list of rankings")
-        pairs = regular_array(value, 3)
-        if pairs is None or pairs.shape[2] != 2:
-            raise FormatError(
-                f"{source} must be a list of rankings, all of the same length, of [head, layer] pairs of whole numbers"
-            )
-        if pairs.shape[1] != layers * heads:
-            raise StatisticsError(
-                f"{source} ranks {pairs.shape[1]} (head, layer) pairs; the model has {layers} layers x {heads} heads = "
-                f"{layers * heads}"
-            )
-        if pairs.shape[0] > scales - 1:
-            raise StatisticsError(
-                f"{source} has {pairs.shape[0]} rankings; the schedule caches {scales - 1} scales: {_MEASURE_INSTEAD}"
-            )
-        head, layer = pairs[..., 0], pairs[..., 1]
-        if (head < 0).any() or (head >= heads).any() or (layer < 0).any() or (layer >= layers).any():
-            raise StatisticsError(f"{source} names a head or layer outside {heads} heads and {layers} layers")
-        return cls(layers, heads, scales - 1 - pairs.shape[0], layer * heads + head)

@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 
-from heatkv.core.checks import as_number, shown
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import as_path, is_folder, is_there
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import as_number, shown
 from heatkv.errors import ModelError, ScheduleError
 from heatkv.models.checkpoint import SHARDED, build_var, build_vqvae, read_checkpoint, var_state, vqvae_state
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint

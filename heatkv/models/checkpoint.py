@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from heatkv.core.checks import shown
 from heatkv.core.io import as_path, is_folder, is_there, read_json, whole_file
+from heatkv.core.schema import shown
 from heatkv.engine.watch import finite
 from heatkv.errors import FormatError, ModelError, NumericsError
 from heatkv.models.bsq import BitwiseVAE, BSQConfig

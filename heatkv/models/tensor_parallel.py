@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heatkv.core.checks import shown
 from heatkv.core.plan import IntArray
+from heatkv.core.schema import shown
 from heatkv.errors import ModelError
 from heatkv.head_assignment import check_ranks, contiguous_heads
 from heatkv.models.class_conditional import ClassConditionalModel

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heatkv.core.checks import shown
 from heatkv.core.io import as_path, is_folder, is_there
+from heatkv.core.schema import shown
 from heatkv.engine.watch import finite, way_out
 from heatkv.errors import ModelError, NumericsError
 

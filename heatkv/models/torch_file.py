@@ -19,8 +19,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from heatkv.core.checks import shown
 from heatkv.core.io import as_path, opened
+from heatkv.core.schema import shown
 from heatkv.errors import FormatError
 
 _MOST_PICKLE_BYTES = 8 << 20

@@ -21,10 +21,9 @@ from torch.nn import functional as F
 from heatkv.calibration.level_costs import ErrorCostCache
 from heatkv.calibration.measure import MeasuringCache, ObservingCache, told_settings
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.io import versions
 from heatkv.core.plan import Plan
-from heatkv.core.statistics import Provenance, Statistics
-from heatkv.core.versions import versions
+from heatkv.core.statistics import LevelStatistics, Provenance, Statistics
 from heatkv.engine.arena_cache import LayerStep, storage_bytes
 from heatkv.errors import ModelError
 from heatkv.models.base import ImageModel

@@ -15,11 +15,10 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.geometry import Budget
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.budget import Budget
 from heatkv.core.levels import LEVELS, NONE
 from heatkv.core.plan import CachePlan, Plan, live_token_heads
-from heatkv.core.statistics import Statistics
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import PlanError, PolicyError, StatisticsError
 from heatkv.levels.columns import capacity_prices, level_cost, level_price_bound, levels_of_plan
 from heatkv.policies.base import PlanningProblem

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heatkv.core.geometry import Budget, CacheGeometry, StorageType
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.attention.grouping import GROUP_BYTES
 from heatkv.errors import HeatKVError

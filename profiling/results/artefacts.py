@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.capacity_plan import load_plan
-from heatkv.core.checks import regular_array, shown
 from heatkv.core.io import check_header, is_folder, is_there, read_json
 from heatkv.core.plan import CachePlan
+from heatkv.core.plan_file import load_plan
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import regular_array, shown
 from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, HeatKVError
 from heatkv.generation.images import GAP, picture_text, read_pixels

@@ -33,10 +33,10 @@ from heatkv.core.io import (
     opened,
     read_json,
     replacing,
+    versions,
     write_json,
 )
 from heatkv.core.statistics import Statistics
-from heatkv.core.versions import versions
 from heatkv.engine.watch import is_deterministic
 from heatkv.errors import FormatError
 from heatkv.generation.images import GAP, image_grid, picture_text, read_pixels
