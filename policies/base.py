@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.plan import CachePlan, CoarseCells, Plan
+from heatkv.core.plan import CachePlan, CoarseCells, Plan, keep_first
 from heatkv.core.rankings import HeadRankings
 from heatkv.core.schema import as_whole, of_kind, seed_of, shown, whole
 from heatkv.core.statistics import Statistics
@@ -231,7 +231,9 @@ class StaticPolicy(EvictionPolicy):
             raise
         except Exception as error:  # a third party's policy may fail in any way
             raise PolicyError(f"policy {self.name!r} failed: {type(error).__name__}: {error}") from error
-        return self.finish(problem, last_read)
+        plan = self.finish(problem, last_read)
+        plan.check()
+        return plan
 
     def finish(
         self,
@@ -301,11 +303,7 @@ class StaticPolicy(EvictionPolicy):
 
     def never_cached(self, problem: PlanningProblem) -> IntArray:
         """The plan that caches the sink scales only, to start from."""
-        geometry = problem.geometry
-        scales = len(geometry.schedule)
-        last_read = np.broadcast_to(np.arange(scales), (geometry.layers, geometry.heads, scales)).copy()
-        last_read[:, :, : self.sink_scales] = scales - 1
-        return last_read
+        return keep_first(problem.geometry.shape, self.sink_scales)
 
 
 def make_policy(name: str, **options: Any) -> EvictionPolicy:

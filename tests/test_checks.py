@@ -19,6 +19,7 @@ import heatkv
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.plan_file import load_plan, plan_from_json
 from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import as_number, as_whole, shown
@@ -137,9 +138,9 @@ def test_plans(tmp_path: Path) -> None:
         ("coarse", [None, 3, "x", [None], [("mean", WHOLE)]]),
     ):  # fmt: skip
         check(lambda value, name=name: replace(PLAN, **{name: value}), bad)  # type: ignore[misc]
-    check(Plan.load, [*NOT_PATHS, tmp_path, tmp_path / "absent"])
+    check(load_plan, [*NOT_PATHS, tmp_path, tmp_path / "absent"])
     check(PLAN.save, [*NOT_PATHS, tmp_path, tmp_path / "absent" / "plan.json"])
-    check(Plan.from_json, [*NOT_TEXT, "x"])
+    check(plan_from_json, [*NOT_TEXT, "x"])
     check(PLAN.check_geometry, NOTHING)
     for read in (PLAN.reads, PLAN.level_read):
         check(read, [*NOT_WHOLE, -1, 4])
@@ -454,7 +455,7 @@ def test_equality_survives_files(tmp_path: Path) -> None:
     STATISTICS.save(tmp_path / "s.safetensors")
     assert Statistics.load(tmp_path / "s.safetensors") == STATISTICS
     PLAN.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == PLAN
+    assert load_plan(tmp_path / "plan.json") == PLAN
 
 
 def test_a_problem_with_statistics_can_be_hashed() -> None:

@@ -17,6 +17,7 @@ from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import Plan
+from heatkv.core.plan_file import plan_from_json
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.token_cache import open_cache, policy_of
 from heatkv.errors import FormatError, PlanError, PolicyError
@@ -51,14 +52,14 @@ def made(cost: str = "error", **options: Any) -> Plan:
 )
 def test_contradictions_are_refused(changed: dict[str, Any], said: str) -> None:
     with pytest.raises((PlanError, FormatError), match=said):
-        _ = Plan.from_json(made().to_json() | changed).predicted_kl
+        _ = plan_from_json(made().to_json() | changed).predicted_kl
 
 
 def test_biases_beyond_every_logit_are_refused() -> None:
     told = made().to_json()
     told["coarse"][0]["log_bias"][0][0][0] = 1e308
     with pytest.raises(PlanError, match="numbers from -1000 to 1000"):
-        Plan.from_json(told)
+        plan_from_json(told)
 
 
 def test_levels_that_settings_do_not_allow_are_not_judged() -> None:
@@ -67,7 +68,7 @@ def test_levels_that_settings_do_not_allow_are_not_judged() -> None:
     told = plan.to_json()
     told["settings"]["levels"] = "full"
     with pytest.raises(PlanError, match="which its settings do not allow"):
-        worth_of(Plan.from_json(told), statistics)
+        worth_of(plan_from_json(told), statistics)
 
 
 def test_other_biases_than_those_of_the_costs_are_told() -> None:
@@ -75,7 +76,7 @@ def test_other_biases_than_those_of_the_costs_are_told() -> None:
     assert worth_of(plan, statistics).instead == ""
     told = plan.to_json()
     told["coarse"][0]["log_bias"][0][0][3] += 0.5
-    assert "other log-biases" in worth_of(Plan.from_json(told), statistics).instead
+    assert "other log-biases" in worth_of(plan_from_json(told), statistics).instead
 
 
 def test_biases_of_another_shape_are_refused_before_drawing(emoji: ClassConditionalModel) -> None:

@@ -135,7 +135,7 @@ def test_plans_for_ranks(statistics: Statistics, tmp_path: Path, monkeypatch: py
 
 def test_plans_with_certificate_and_levels_are_equal_bit_for_bit(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
-    again = Plan.load(tmp_path / "plan.json")
+    again = load_plan(tmp_path / "plan.json")
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
     assert again == plan
@@ -155,7 +155,7 @@ def test_plans_of_dynamic_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     made.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == made
     with pytest.raises(FormatError, match="load_plan"):
-        Plan.load(tmp_path / "plan.json")
+        load_plan(tmp_path / "plan.json")
 
 
 def test_statistics(statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

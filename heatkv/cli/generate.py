@@ -25,10 +25,10 @@ from heatkv.cli.options import AsJson, BudgetText, Following, OutFolder, Policy,
 from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
 from heatkv.core.budget import Budget
-from heatkv.core.io import check_new_file, file_name, replacing
+from heatkv.core.io import check_place, file_name, replacing
 from heatkv.core.plan import CachePlan
 from heatkv.core.schema import shown
-from heatkv.errors import BudgetError, HeatKVError, ModelError, PlanError
+from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import Settings
 from heatkv.parallel.ranks import current
@@ -81,7 +81,9 @@ def generate(
             "--follow-every makes plans as it goes: give --policy, --budget and --statistics, no --plan or --graphs"
         )
     if following.save_statistics is not None:
-        check_new_file(following.save_statistics, "--save-statistics")
+        if following.save_statistics.exists():
+            raise FormatError(f"{following.save_statistics} exists; name another file (--save-statistics)")
+        check_place(following.save_statistics)
     ranks = current()
     ranks.kept = f"the images that were finished are in {out}"
     if ranks.size > 1 and (plan is None or graphs):

@@ -15,8 +15,8 @@ from heatkv.cli.output import say
 from heatkv.core.budget import Budget
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.io import read_bytes
-from heatkv.core.plan import CachePlan, named
+from heatkv.core.io import in_file, read_bytes
+from heatkv.core.plan import CachePlan
 from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import seed_of, shown
@@ -207,7 +207,7 @@ def open_plan(path: Path, geometry: CacheGeometry, model: str) -> CachePlan:
 
 def whole_of(plan: RankedPlan, path: Path) -> CachePlan:
     """The plan for one device that holds what all ranks do, and a line that says so. Raises PlanError."""
-    with named(path):
+    with in_file(path):
         whole = plan.whole()
     say(f"{path} is for {plan.ranks} ranks; taken as the plan of one process that holds what all of them do")
     return whole
@@ -216,7 +216,7 @@ def whole_of(plan: RankedPlan, path: Path) -> CachePlan:
 def open_either(path: Path, geometry: CacheGeometry, model: str) -> CachePlan | RankedPlan:
     """As `open_plan`, but one for several ranks as it is."""
     plan = load_either(path, geometry.head_dim)
-    with named(path):
+    with in_file(path):
         plan.check_geometry(geometry)
     for of_rank in plan.plans if isinstance(plan, RankedPlan) else (plan,):
         if of_rank.geometry.head_dim != geometry.head_dim:

@@ -27,7 +27,7 @@ from heatkv.cli.output import certificate, chosen_by_kl, pairs, show
 from heatkv.cli.settings import policy_options
 from heatkv.compensation import compensation_bytes
 from heatkv.core.budget import Budget
-from heatkv.core.io import check_place, is_there
+from heatkv.core.io import check_place
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.errors import BudgetError, FormatError, HeatKVError
 from heatkv.models.catalogue import model_info
@@ -200,7 +200,7 @@ def _show_ranks(ranked: RankedPlan, rows: int, storage: str, out: Path | None, a
 
 def _check_replaceable(out: Path) -> None:
     """Refuse to write a plan over anything but a plan, and where none can be written."""
-    if not is_there(out):
+    if not out.exists():
         check_place(out)
         return
     try:

@@ -45,6 +45,11 @@ class CacheGeometry:
                 f"token-heads; at most {_MOST_TOKEN_HEADS} can be counted"
             )
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(L, H, T): layers, heads and scales."""
+        return self.layers, self.heads, len(self.schedule)
+
     @cached_property
     def full_token_heads(self) -> int:
         """N*L*H: what the full cache holds (every scale but the last)."""

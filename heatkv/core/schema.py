@@ -52,13 +52,24 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def integer_array(value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError]) -> IntArray:
     """A read-only copy of whole numbers of this shape, from an array or nested lists. Raises `error` for others."""
+    return fixed(_array(value, shape, name, error, np.integer, "whole numbers").astype(np.int64))
+
+
+def float_array(value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError]) -> FloatArray:
+    """A read-only copy of numbers of this shape in float64, from an array or nested lists. Raises `error` for others."""
+    return fixed(_array(value, shape, name, error, np.number, "numbers").astype(np.float64))
+
+
+def _array(
+    value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError], kind: type[np.number[Any]], what: str
+) -> NDArray[Any]:
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):
-        raise error(f"{name} is no regular array of whole numbers of shape {shape}") from None
-    if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
-        raise error(f"{name} is {array.dtype} of shape {array.shape}; it must be whole numbers of shape {shape}")
-    return fixed(array.astype(np.int64))
+        raise error(f"{name} is no regular array; it must be {what} of shape {shape}") from None
+    if array.shape != shape or not np.issubdtype(array.dtype, kind):
+        raise error(f"{name} is {array.dtype} of shape {array.shape}; it must be {what} of shape {shape}")
+    return array
 
 
 def fixed(array: NDArray[Any]) -> NDArray[Any]:

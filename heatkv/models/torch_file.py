@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from heatkv.core.io import as_path, opened
+from heatkv.core.io import opened
 from heatkv.core.schema import shown
 from heatkv.errors import FormatError
 
@@ -75,7 +75,7 @@ def load_torch_file(path: str | Path) -> Any:
 
     Raises FormatError for what is missing, broken, holds anything else, or would take far more memory than the file.
     """
-    path = as_path(path)
+    path = Path(path)
     try:
         with opened(path) as file:
             size = _check_archive(file)
