@@ -1,20 +1,21 @@
-"""The size of a cache in token-heads and bytes.
+"""The size of a cache: layers, heads and scales, in token-heads and in bytes.
 
 A token-head is the key and the value of one token in one head of one layer, for every row alike.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import of_kind, whole
+from heatkv.core.schema import whole
 from heatkv.core.storage_type import UNCODED_SCALES, StorageType
 from heatkv.errors import BudgetError, PlanError
 
-_DIMENSION_LIMIT = 1 << 16
+_MOST = 1 << 16
+"""Layers, heads and channels, each."""
 
 _MOST_TOKEN_HEADS = 1 << 56
 """Of all scales of a model: sums of these, and their bytes for any number of rows in use, stay whole in 64 bits."""
@@ -24,8 +25,8 @@ _MOST_TOKEN_HEADS = 1 << 56
 class CacheGeometry:
     """Layers, heads and head size of a model, with the schedule it runs: all that a cache's size depends on.
 
-    `head_dim` is in channels. Raises PlanError for what is no whole number from 1 to 65536, no ScaleSchedule, or more
-    token-heads than can be counted.
+    `head_dim` is in channels. Raises PlanError for what is no whole number from 1 to 65536, and more token-heads than
+    can be counted.
     """
 
     layers: int
@@ -35,9 +36,7 @@ class CacheGeometry:
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "head_dim"):
-            value = whole(getattr(self, name), name, PlanError, 1, _DIMENSION_LIMIT)
-            object.__setattr__(self, name, value)
-        of_kind(self.schedule, ScaleSchedule, "schedule", PlanError, "make one with ScaleSchedule.of([[h, w], ...])")
+            whole(getattr(self, name), name, PlanError, 1, _MOST)
         token_heads = self.schedule.total_tokens * self.layers * self.heads
         if token_heads > _MOST_TOKEN_HEADS:
             raise PlanError(
@@ -55,22 +54,18 @@ class CacheGeometry:
         """N*L*H: what the full cache holds (every scale but the last)."""
         return self.schedule.cached_tokens * self.layers * self.heads
 
-    def of_heads(self, heads: int) -> CacheGeometry:
-        """The same with so many heads in every layer, as one of several devices has it. Raises PlanError."""
-        return replace(self, heads=heads)
-
     def token_head_bytes(self, rows: int = 1, storage: str = "bfloat16") -> tuple[int, int]:
         """Bytes of one token-head over all rows (guidance doubles the rows): of the uncoded scales, and of all others.
 
         They only differ for a coded storage type. Raises BudgetError.
         """
-        rows = whole(rows, "rows", BudgetError, 1)
+        whole(rows, "rows", BudgetError, 1)
         uncoded, others = StorageType.parse(storage).token_head_bytes(self.head_dim)
         return uncoded * rows, others * rows
 
     def uncoded_token_heads(self, uncoded_scales: int = UNCODED_SCALES) -> int:
         """Token-heads of so many of the first scales, as many as a full cache holds."""
-        tokens = sum(self.schedule.tokens[: min(uncoded_scales, len(self.schedule) - 1)])
+        tokens = self.schedule.offsets[min(uncoded_scales, len(self.schedule) - 1)]
         return tokens * self.layers * self.heads
 
     def bytes(
@@ -81,7 +76,7 @@ class CacheGeometry:
         Raises BudgetError.
         """
         uncoded, others = self.token_head_bytes(rows, storage)
-        first = min(whole(token_heads, "token_heads", BudgetError, 0), self.uncoded_token_heads(uncoded_scales))
+        first = min(token_heads, self.uncoded_token_heads(uncoded_scales))
         return first * uncoded + (token_heads - first) * others
 
     def token_heads_within(

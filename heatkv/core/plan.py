@@ -70,7 +70,6 @@ def live_token_heads(last_read_LHT: IntArray, tokens: tuple[int, ...]) -> IntArr
     return live_of_held(held_for_targets([last_read_LHT], [tokens]).sum(axis=1))
 
 
-@dataclass(frozen=True, eq=False)
 class CachePlan(EqualByContents, ABC):
     """What every plan is: a promise how much a cache holds at any checkpoint, and what it was made for.
 

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from heatkv.core.budget import Budget
+from heatkv.core.budget import Budget, parse_bytes
 from heatkv.core.plan import Plan
 from heatkv.core.schema import of_kind, shown, whole
 from heatkv.core.statistics import Statistics
@@ -121,7 +121,7 @@ class FollowingGenerator(Generic[Label]):
     def _measured_at_once(self, memory: str | Budget | None) -> int:
         allowed = self.plan.budget_bytes(self._rows, self._storage)
         if memory is not None:
-            given = Budget.size_in_bytes(memory)
+            given = parse_bytes(str(memory))
             if given is None:
                 raise BudgetError(f"memory for measuring is {shown(memory)}, no number of bytes; write 64MiB or 2GB")
             allowed = given
