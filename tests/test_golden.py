@@ -196,7 +196,7 @@ def check_schedule(path: Path, told: dict[str, Any]) -> None:
         if found is None:
             pytest.skip(f"the published {name} rankings are not here")
         orders = json.loads(found.read_text())
-    rankings = HeadRankings.from_pairs(orders, geometry, path)
+    rankings = HeadRankings.from_pairs(orders, geometry)
     problem = PlanningProblem(geometry, Budget.parse(told["budget"]), rankings=rankings)
     plan = HeatKV(sink_scales=told["sink_scales"]).plan(problem)
     assert plan.last_read.tolist() == told["last_read"]

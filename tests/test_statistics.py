@@ -374,7 +374,7 @@ def test_orders_belong_to_the_last_cached_scales(data: st.DataObject, geometry: 
     count = data.draw(st.integers(1, scales - 1))
     pairs = [[h, l] for l in range(layers) for h in range(heads)]
     orders = [data.draw(st.permutations(pairs)) for _ in range(count)]
-    rankings = HeadRankings.from_pairs(orders, geometry, "orders.json")
+    rankings = HeadRankings.from_pairs(orders, geometry)
     first = scales - 1 - count
     for given_order, ranks in zip(orders, rankings.for_scales(first, scales - 1), strict=True):
         assert [ranks[l, h] for h, l in given_order] == list(range(layers * heads))

@@ -290,8 +290,8 @@ class Plan(CachePlan):
         return bool((self.last_read == len(self.schedule) - 1).all())
 
     def check(self) -> None:
-        """Raise PlanError for a `last_read` outside s..T-1, a sink that is not kept to the end, coarse levels in another
-        order or with other biases than there can be, and a checkpoint that holds more than the budget."""
+        """Raise PlanError for a `last_read` outside s..T-1, a sink that is not kept to the end, coarse levels in
+        another order or with impossible biases, and a checkpoint that holds more than the budget."""
         scales = len(self.schedule)
         if not 0 <= self.sink_scales <= scales - 1:
             raise PlanError(f"sink_scales is {self.sink_scales}; {scales} scales allow 0 to {scales - 1}")

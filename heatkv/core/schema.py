@@ -56,7 +56,7 @@ def integer_array(value: Any, shape: tuple[int, ...], name: str, error: type[Hea
 
 
 def float_array(value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError]) -> FloatArray:
-    """A read-only copy of numbers of this shape in float64, from an array or nested lists. Raises `error` for others."""
+    """A read-only float64 copy of numbers of this shape, from an array or nested lists. Raises `error` for others."""
     return fixed(_array(value, shape, name, error, np.number, "numbers").astype(np.float64))
 
 

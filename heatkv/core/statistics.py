@@ -38,6 +38,9 @@ _AXES = {
 
 _MASS_TOLERANCE = 1e-3  # of the sum over sources, which is 1: bf16 attention rounds
 
+COSTS = ("error", "fisher")
+"""The kinds of level costs."""
+
 LARGEST_SUM = 1e100
 """Of anything that was measured: far above every real one, and its sums and squares still finite."""
 
