@@ -36,7 +36,7 @@ class CacheGeometry:
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "head_dim"):
-            whole(getattr(self, name), name, PlanError, 1, _MOST)
+            object.__setattr__(self, name, whole(getattr(self, name), name, PlanError, 1, _MOST))
         token_heads = self.schedule.total_tokens * self.layers * self.heads
         if token_heads > _MOST_TOKEN_HEADS:
             raise PlanError(

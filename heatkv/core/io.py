@@ -129,7 +129,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = None
     try:
         with _os_errors("write", path):
-            path = Path(path).resolve()
+            path = Path(os.path.realpath(path))
             if path.exists() and not path.is_file():
                 raise FormatError(f"cannot write {path}: it is a folder, a device or a pipe; name a file")
             descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
