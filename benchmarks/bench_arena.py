@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from yardstick import matrix_product_ms
 
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.io import write_json
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.rankings import HeadRankings
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.layout import ArenaLayout
 from heatkv.models.catalogue import model_info

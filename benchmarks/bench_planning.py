@@ -12,8 +12,8 @@ import pytest
 import torch
 from bench_arena import runs_per_cell
 
-from heatkv.core.geometry import Budget
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.budget import Budget
+from heatkv.core.rankings import HeadRankings
 from heatkv.engine.layout import ArenaLayout
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.core.checks import of_kind, shown, whole
 from heatkv.core.levels import level_tokens
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.schema import of_kind, shown, whole
 from heatkv.engine.attention.grouping import CallShape
 from heatkv.engine.attention.kernels import choose_kernel
 from heatkv.engine.attention.pooling import Reduction

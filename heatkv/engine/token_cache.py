@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from heatkv.core.budget import Budget
 from heatkv.core.capacity_plan import CapacityPlan
-from heatkv.core.geometry import Budget, StorageType
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import ArenaCache, KVCache
 from heatkv.engine.attention.kernels import check_kernel
 from heatkv.engine.attention.ragged import HeadGroup, head_indices, with_held
