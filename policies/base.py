@@ -29,11 +29,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import as_whole, of_kind, seed_of, shown, whole
-from heatkv.core.geometry import UNCODED_SCALES, Budget, CacheGeometry, StorageType
-from heatkv.core.plan import CachePlan, CoarseCells, Plan
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.plan import CachePlan, CoarseCells, Plan, keep_first
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.schema import as_whole, of_kind, seed_of, shown, whole
+from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import UNCODED_SCALES, StorageType
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
 from heatkv.registry import find_policy
 
@@ -201,7 +204,9 @@ class StaticPolicy(EvictionPolicy):
             raise
         except Exception as error:  # a third party's policy may fail in any way
             raise PolicyError(f"policy {self.name!r} failed: {type(error).__name__}: {error}") from error
-        return self.finish(problem, last_read)
+        plan = self.finish(problem, last_read)
+        plan.check()
+        return plan
 
     def finish(
         self,
@@ -237,11 +242,7 @@ class StaticPolicy(EvictionPolicy):
 
     def never_cached(self, problem: PlanningProblem) -> IntArray:
         """The plan that caches the sink scales only, to start from."""
-        geometry = problem.geometry
-        scales = len(geometry.schedule)
-        last_read = np.broadcast_to(np.arange(scales), (geometry.layers, geometry.heads, scales)).copy()
-        last_read[:, :, : self.sink_scales] = scales - 1
-        return last_read
+        return keep_first(problem.geometry.shape, self.sink_scales)
 
 
 def below_sinks(limit: str, schedule: ScaleSchedule, sinks: int) -> BudgetError:

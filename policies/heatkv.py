@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.plan import keep_first
+from heatkv.core.rankings import HeadRankings
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
@@ -38,7 +39,7 @@ def drop_by_rank(problem: PlanningProblem, sink_scales: int, rankings: HeadRanki
     """`last_read` of the rule: the first x_t pairs of every source scale's ranking are not read by target t."""
     geometry = problem.geometry
     scales = len(geometry.schedule)
-    last_read = np.full((geometry.layers, geometry.heads, scales), scales - 1, dtype=np.int64)
+    last_read = keep_first(geometry.shape, scales)
     if sink_scales >= scales - 1:
         return last_read
     dropped = np.asarray(dropped_pairs(problem, sink_scales))

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import as_number, shown
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.levels import LEVELS
 from heatkv.core.plan import Plan
+from heatkv.core.schema import as_number, shown
 from heatkv.errors import PolicyError
 from heatkv.levels.columns import LevelAllocation, allocate_levels, cost_bound
 from heatkv.policies.base import PlanningProblem

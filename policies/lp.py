@@ -9,12 +9,13 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import as_whole
-from heatkv.core.geometry import Budget, CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import FULL, LEVELS, SINK_SCALES
 from heatkv.core.plan import CoarseCells, Plan
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.rankings import HeadRankings
+from heatkv.core.schema import as_whole
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import PolicyError
 from heatkv.levels.columns import LevelAllocation, allocate_levels, level_price_bound
 from heatkv.policies.base import PlanningProblem, StaticPolicy, below_sinks

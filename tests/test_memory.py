@@ -16,9 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from heatkv.core.geometry import UNCODED_SCALES, Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.storage_type import UNCODED_SCALES
 from heatkv.errors import HeatKVError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.policies.base import PlanningProblem, make_policy

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from strategies import SEEDS, geometries, live_by_formula, live_table, shares, statistics_of
 
 from heatkv import registry
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings
 from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import HeatKV, Random

@@ -16,7 +16,7 @@ from scipy import stats
 
 from heatkv.calibration.measure import calibrate
 from heatkv.cli.output import show
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.statistics import Statistics
 from heatkv.errors import HeatKVError, PolicyError
 from heatkv.models.class_conditional import ClassConditionalModel

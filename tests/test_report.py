@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 
 from heatkv.calibration.measure import calibrate
 from heatkv.cli import run
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling.measure.runner import bytes_row, plan_subjects
 from heatkv.profiling.report.figures import spread_out

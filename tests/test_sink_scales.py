@@ -17,7 +17,8 @@ from strategies import SEEDS, level_live_table, statistics_of
 
 from heatkv.calibration.measure import told_settings
 from heatkv.cli import run
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import BudgetError, PolicyError

@@ -14,10 +14,11 @@ from strategies import SEEDS, geometries, level_plans, plans
 from support.attention import ROWS, Images, dense, images_of, run
 from torch import Tensor
 
-from heatkv.core.geometry import Budget, CacheGeometry, StorageType
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.storage_type import CODES, STORAGE_BYTES, torch_dtype
+from heatkv.core.storage_type import CODES, STORAGE_BYTES, StorageType, torch_dtype
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.layout import ArenaLayout, slots_in
 from heatkv.engine.store import Store, decode, encode

@@ -12,9 +12,9 @@ from rich.console import Group
 from heatkv.cli import options
 from heatkv.cli.opening import statistics_of_model
 from heatkv.cli.output import certificate, chosen_by_kl, make_folder, pairs, progress, say, show
-from heatkv.core.capacity_plan import load_plan
 from heatkv.core.levels import FULL, level_tokens
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.errors import HeatKVError, PlanError, PolicyError, StatisticsError
 from heatkv.models.catalogue import MODELS
 

@@ -23,11 +23,11 @@ from heatkv.cli.opening import (
 from heatkv.cli.options import AsJson, BudgetText, Following, OutFolder, Policy, Ranking, Running, Source, Without
 from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
-from heatkv.core.checks import shown
-from heatkv.core.geometry import Budget
-from heatkv.core.io import check_new_file, file_name, replacing
+from heatkv.core.budget import Budget
+from heatkv.core.io import check_place, file_name, replacing
 from heatkv.core.plan import CachePlan
-from heatkv.errors import BudgetError, HeatKVError, ModelError
+from heatkv.core.schema import shown
+from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import Settings
 from heatkv.policies.base import PlanningProblem, make_policy
@@ -75,7 +75,9 @@ def generate(
             "--follow-every makes plans as it goes: give --policy, --budget and --statistics, no --plan or --graphs"
         )
     if following.save_statistics is not None:
-        check_new_file(following.save_statistics, "--save-statistics")
+        if following.save_statistics.exists():
+            raise FormatError(f"{following.save_statistics} exists; name another file (--save-statistics)")
+        check_place(following.save_statistics)
     loaded, settings = open_model(source, running, measuring=False)
     if graphs:
         check_has_graphs(loaded.device)

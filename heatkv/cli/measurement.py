@@ -28,10 +28,10 @@ from heatkv.cli.options import Ranking, Running, Source, Sweep
 from heatkv.cli.output import progress, say, show
 from heatkv.cli.report import draw_report
 from heatkv.cli.settings import policy_options
-from heatkv.core.checks import seed_after, seed_of, shown
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.io import file_name, read_json
 from heatkv.core.levels import SINK_SCALES
+from heatkv.core.schema import seed_after, seed_of, shown
 from heatkv.core.statistics import Statistics
 from heatkv.errors import HeatKVError, RanksError, out_of_memory
 from heatkv.parallel.ranks import current

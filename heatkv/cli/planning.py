@@ -25,10 +25,10 @@ from heatkv.cli.opening import (
 )
 from heatkv.cli.output import certificate, chosen_by_kl, pairs, show
 from heatkv.cli.settings import policy_options
-from heatkv.core.capacity_plan import load_plan
-from heatkv.core.geometry import Budget
-from heatkv.core.io import check_place, is_there
+from heatkv.core.budget import Budget
+from heatkv.core.io import check_place
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.errors import BudgetError, FormatError, HeatKVError
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem, make_policy
@@ -131,7 +131,7 @@ def solve(
 
 def _check_replaceable(out: Path) -> None:
     """Refuse to write a plan over anything but a plan, and where none can be written."""
-    if not is_there(out):
+    if not out.exists():
         check_place(out)
         return
     try:

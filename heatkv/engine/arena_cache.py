@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heatkv.core.checks import of_kind, shown, whole
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.schema import of_kind, shown, whole
 from heatkv.core.storage_type import STORAGE_BYTES
 from heatkv.engine.attention.kernels import choose_kernel
 from heatkv.engine.layout import ArenaLayout

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.levels import level_tokens
 from heatkv.core.plan import Plan
-
-IntArray = NDArray[np.int64]
+from heatkv.core.schema import IntArray
 
 Run = tuple[int, int]
 """(first slot, number of slots)."""

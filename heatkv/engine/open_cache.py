@@ -9,8 +9,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from heatkv.core.budget import Budget
 from heatkv.core.capacity_plan import CapacityPlan
-from heatkv.core.geometry import Budget
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.storage_type import StorageType, torch_dtype
 from heatkv.engine.arena_cache import KVCache

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.core.checks import shown
+from heatkv.core.schema import IntArray, shown
 from heatkv.core.storage_type import CODES, torch_dtype
 from heatkv.errors import PlanError
 
@@ -102,7 +102,7 @@ class Store:
         _bits(self.codes_2RQD).fill_(1)
         self.scales_2RQ.fill_(torch.nan)
 
-    def places(self, slots: NDArray[np.int64], writing: bool = False) -> Places:
+    def places(self, slots: IntArray, writing: bool = False) -> Places:
         """These slots, in this order, to read, or to write: torch wants wider numbers for that."""
         kind, first = np.int64 if writing else np.int32, slots < self.uncoded_slots
 

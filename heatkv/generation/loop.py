@@ -17,8 +17,8 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from heatkv.core.checks import of_kind, shown
 from heatkv.core.plan import CachePlan
+from heatkv.core.schema import of_kind, shown
 from heatkv.engine.arena_cache import ArenaCache
 from heatkv.engine.open_cache import open_cache
 from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from heatkv.core.checks import shown
-from heatkv.core.io import as_path, is_folder, is_there, opened, read_json, whole_file
+from heatkv.core.io import opened, read_json, whole_file
+from heatkv.core.schema import shown
 from heatkv.engine.watch import finite
 from heatkv.errors import FormatError, ModelError, NumericsError
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
@@ -50,8 +50,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     A torch file is read by torch with `weights_only=True`. Raises FormatError for what is missing, broken, or holds
     more than torch reads so.
     """
-    path = as_path(path)
-    return _read_folder(path) if is_folder(path) else _read_file(path)
+    path = Path(path)
+    return _read_folder(path) if path.is_dir() else _read_file(path)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -87,9 +87,9 @@ SHARDED = (*(f"{name}.index.json" for name in _WHOLE), *_WHOLE)
 def _read_folder(folder: Path) -> dict[str, Any]:
     for name in _WHOLE:
         index = folder / f"{name}.index.json"
-        if is_there(index):
+        if index.exists():
             return _read_shards(index)
-        if is_there(folder / name):
+        if (folder / name).exists():
             return _read_file(folder / name)
     raise FormatError(f"{folder} holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
 

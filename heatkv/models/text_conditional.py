@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heatkv.core.checks import shown, whole
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import shown, whole
 from heatkv.errors import ModelError
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel

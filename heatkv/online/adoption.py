@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import number, of_kind
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.plan import Plan
-from heatkv.core.statistics import Statistics
+from heatkv.core.schema import number, of_kind
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import PolicyError, StatisticsError
 from heatkv.levels.columns import level_cost, levels_of_plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy

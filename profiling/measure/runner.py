@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import seed_after
-from heatkv.core.geometry import Budget, StorageType
+from heatkv.core.budget import Budget
 from heatkv.core.plan import CachePlan
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.rankings import HeadRankings
+from heatkv.core.schema import seed_after
+from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import StorageType
 from heatkv.engine.open_cache import open_cache
 from heatkv.errors import GraphError, HeatKVError
 from heatkv.generation.graphs import GraphRunner
@@ -48,7 +50,7 @@ class Subject:
         self, model: ImageModel[Any], settings: Settings, plan: int, batch: int, graphs: bool = False
     ) -> Generator[Any]:
         """What draws `batch` images under one of the plans."""
-        coding = StorageType.parse(self.storage).coding
+        coding = StorageType.parse(self.storage).code
         return Generator(
             model, self.plans[plan], batch, settings, storage=coding, attention=self.attention, graphs=graphs
         )
@@ -107,7 +109,7 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, allocate: boo
     caches = [
         open_cache(
             plan, rows, model.compute_dtype, model.device if allocate else "meta", model.key_angles,
-            code=held.coding, attention=subject.attention,
+            code=held.code, attention=subject.attention,
         )
         for plan in plans
     ]  # fmt: skip

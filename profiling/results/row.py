@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from heatkv.core.checks import shown
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import shown
 from heatkv.errors import FormatError, ScheduleError
 from heatkv.profiling.measure.memory_figures import FIGURES, in_memory
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Provenance, Statistics
 from heatkv.engine.arena_cache import ArenaCache

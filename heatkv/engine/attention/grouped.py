@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from heatkv.core.schema import FloatArray, IntArray
 from heatkv.engine.store import Places, Store
 
 GROUP_BYTES = 1 << 25
@@ -132,8 +132,8 @@ class HeadGroup:
 
 def group_heads(
     store: Store,
-    slots_of_head: Sequence[NDArray[np.int64]],
-    bias_of_head: Sequence[NDArray[np.float64]] | None,
+    slots_of_head: Sequence[IntArray],
+    bias_of_head: Sequence[FloatArray] | None,
     shape: CallShape,
     cost: AttentionCost,
 ) -> tuple[HeadGroup, ...]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.core.checks import shown
+from heatkv.core.schema import FloatArray, IntArray, shown
 from heatkv.engine.attention import triton_launch
 from heatkv.engine.attention.grouped import (
     AttentionCost,
@@ -28,8 +28,8 @@ from heatkv.engine.attention.triton_launch import HeldTokens
 from heatkv.engine.store import Store
 from heatkv.errors import PlanError
 
-IntArrays = Sequence[NDArray[np.int64]]
-FloatArrays = Sequence[NDArray[np.float64]]
+IntArrays = Sequence[IntArray]
+FloatArrays = Sequence[FloatArray]
 
 
 class AttentionKernel(ABC):
@@ -52,7 +52,7 @@ class AttentionKernel(ABC):
     def attend(self, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, prepared: Any) -> Tensor:
         """softmax(q [held, k]^T + bias) [held, v] per head, (R, H, N, D)."""
 
-    def prepare_kept(self, heads: Sequence[int], slots_KN: NDArray[np.int64]) -> Any:
+    def prepare_kept(self, heads: Sequence[int], slots_KN: IntArray) -> Any:
         """These heads keep the tokens of the running scale, in these slots, one or more of each."""
         return (
             torch.tensor(heads, dtype=torch.long, device=self.store.device),
@@ -142,7 +142,7 @@ class TritonAttention(AttentionKernel):
             None if coded is None else (self.store.codes_2RQD, self.store.scales_2RQ, coded),
         )
 
-    def prepare_kept(self, heads: Sequence[int], slots_KN: NDArray[np.int64]) -> tuple[Tensor, Tensor, bool]:
+    def prepare_kept(self, heads: Sequence[int], slots_KN: IntArray) -> tuple[Tensor, Tensor, bool]:
         coded = bool((slots_KN >= self.store.uncoded_slots).all())  # all are of one scale
         within = slots_KN - self.store.uncoded_slots * coded
         return self._on_device(np.array(heads)), self._on_device(within), coded

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv.core.levels import FULL, blocks
+from heatkv.core.schema import 
 from heatkv.engine.attention.rotary import rotate, rotation_of
 
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
