@@ -89,24 +89,33 @@ class ArenaLayout:
         uncoded_scales = plan.uncoded_scales if coded else 0
         uncoded = plan.geometry.uncoded_token_heads(uncoded_scales)
         pools = _FreeSlots(0, uncoded), _FreeSlots(uncoded, plan.peak_token_heads - uncoded)
-        # a cell is held at a level from when the finer ones end, or it is drawn, until its own last target; those that
-        # begin together are sorted by their end: cells that go together lie together and leave long free stretches
-        events: list[tuple[int, int, bool, int, int, int, int]] = []
-        finer = np.broadcast_to(np.arange(len(plan.schedule)), plan.last_read.shape)
-        for level, (_, last_read) in enumerate(plan.levels):
-            held = np.argwhere(last_read > finer)
-            starts, ends = (array[tuple(held.T)].tolist() for array in (finer, last_read))
-            for (layer, head, source), start, end in zip(held.tolist(), starts, ends, strict=True):
-                events += (start, layer, True, end, head, source, level), (end, layer, False, end, head, source, level)
-            finer = last_read
         runs: dict[Cell, tuple[Run, ...]] = {}
-        for _, layer, begins, _, head, source, level in sorted(events):
+        for _, layer, begins, _, head, source, level in _events(plan).tolist():
             cell, free = (level, layer, head, source), pools[source >= uncoded_scales]
             if begins:
                 runs[cell] = free.take(tokens[level][source])
             else:
                 free.give(runs[cell])
         return cls(plan.peak_token_heads, runs, uncoded)
+
+
+def _events(plan: Plan) -> IntArray:
+    """When cells begin and end to be held, in order: (target, layer, begins, last target, head, source, level).
+
+    A cell is held at a level from when the finer ones end, or it is drawn, until its own last target. Those that begin
+    together are in the order of their last target: cells that go together lie together and leave long free stretches.
+    """
+    events = []
+    finer = np.broadcast_to(np.arange(len(plan.schedule)), plan.last_read.shape)
+    for level, (_, last_read) in enumerate(plan.levels):
+        layer, head, source = np.nonzero(last_read > finer)
+        start, end = finer[layer, head, source], last_read[layer, head, source]
+        for target, begins in ((end, 0), (start, 1)):
+            columns = (target, layer, begins, end, head, source, level)
+            events.append(np.stack(np.broadcast_arrays(*columns), axis=1))
+        finer = last_read
+    table: IntArray = np.concatenate(events)
+    return table[np.lexsort(table.T[::-1])]
 
 
 @dataclass(frozen=True)
