@@ -94,7 +94,7 @@ class ArenaCache(ABC):
         code: str | None,
         attention: str,
     ) -> None:
-        if str(dtype).removeprefix("torch.") not in STORAGE_BYTES:
+        if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in STORAGE_BYTES:
             raise PlanError(f"dtype {shown(dtype)} cannot hold keys and values; use torch.float32 or torch.bfloat16")
         device = torch.device(device)
         check_code(code, device)
