@@ -88,7 +88,12 @@ def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_headers() -> None:
     whole = {"format": "f", "version": 1}
     assert check_header(whole, "a.json", "f", 1) is whole
-    for wrong in ([], {}, {"format": "g", "version": 1}, *({"format": "f", "version": v} for v in (2, True, "1", None))):
+    for wrong in (
+        [],
+        {},
+        {"format": "g", "version": 1},
+        *({"format": "f", "version": v} for v in (2, True, "1", None)),
+    ):
         with pytest.raises(FormatError, match=r"a\.json"):
             check_header(wrong, "a.json", "f", 1)
 
