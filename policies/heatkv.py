@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from heatkv.core.plan import keep_first
 from heatkv.core.rankings import HeadRankings
 from heatkv.errors import PolicyError
-from heatkv.policies.base import FewestSinks, PlanningProblem, StaticPolicy
+from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
 from heatkv.solve.cells import fit_checkpoints
 
@@ -74,14 +74,13 @@ class HeatKV(StaticPolicy):
                 "published rankings (--orders FILE)"
             )
 
-    def fewest_sinks(self, problem: PlanningProblem) -> FewestSinks:
-        first = 0 if problem.rankings is None else problem.rankings.first_scale
-        return FewestSinks(
-            first,
-            f"the {first} first scales, which the rankings leave out",
-            "plan from statistics, which rank every scale (heatkv calibrate, then --statistics FILE), with "
-            "sink_scales={0}",
-        )
+    def check_sinks(self, problem: PlanningProblem) -> None:
+        super().check_sinks(problem)
+        if problem.rankings is not None and self.sink_scales < problem.rankings.first_scale:
+            raise PolicyError(
+                f"sink_scales={self.sink_scales} is below the {problem.rankings.first_scale} first scales, which the "
+                "rankings leave out; raise it, or plan from statistics, which rank every scale"
+            )
 
     def last_read(self, problem: PlanningProblem) -> IntArray:
         rankings = problem.rankings

@@ -13,8 +13,6 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from strategies import statistics_of
-from test_layer_budgets import FILE as BUDGETS
-from test_layer_budgets import SMALL
 from test_statistics import PAIRS
 
 from heatkv.core.budget import Budget
@@ -26,7 +24,6 @@ from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import FormatError, StatisticsError
-from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import HeatKVLP
@@ -239,13 +236,3 @@ def test_rankings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rankings = HeadRankings.load_orders("2b.json", six_scales)
     assert np.array_equal(names["layer"] * 3 + names["head"], rankings.order)
     assert rankings.first_scale == 3  # the last of two is of scale T-2 = 4
-
-
-def test_layer_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = next(iter(BUDGETS.values()))
-    named = {re.sub(r"\d+", "l", name) for name in entry}
-    assert fields("Published budgets of layers", "field of an entry") == named
-    monkeypatch.chdir(tmp_path)
-    Path("budgets.json").write_text(json.dumps(BUDGETS))
-    names = run_lines("Published budgets of layers")
-    assert np.array_equal(names["tokens"], LayerBudgets.load("budgets.json", SMALL).tokens)

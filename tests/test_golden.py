@@ -26,7 +26,6 @@ from heatkv.models import infinity
 from heatkv.models.bsq import code_values, resize
 from heatkv.models.checkpoint import build_bsq, build_infinity, build_var, build_vqvae, read_safetensors
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
-from heatkv.models.emoji.train import TeacherForcing, forced_logits
 from heatkv.models.sampling import BitSamplingSettings, PublicSampler, RecordedTokens, SamplingSettings
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.policies.base import PlanningProblem
@@ -34,6 +33,7 @@ from heatkv.policies.dynamic import Candidates
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.scalekv import ScaleKV, ScaleKVFixed
 from heatkv.policies.windows import Full
+from tools.emoji.train import TeacherForcing, forced_logits
 
 HERE = Path(__file__).parent
 

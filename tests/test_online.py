@@ -241,7 +241,6 @@ def test_a_plan_that_loses_nothing_stays() -> None:
         ("streaming", {}, "plans from nothing measured"),
         ("random", {}, "plans from nothing measured"),
         ("heatkv-mr", {"cost": "fisher"}, "by fisher costs, which cannot be measured layer by layer; set cost=error"),
-        ("heatkv-mr", {"compensation": "linear"}, "set compensation=none"),
     ],
 )
 def test_policies_that_cannot_follow_are_refused(name: str, options: dict[str, str], said: str) -> None:

@@ -26,7 +26,6 @@ from torch.nn import functional as F
 
 from heatkv.calibration.level_costs import BiasCache, ErrorCostCache, level_choices
 from heatkv.calibration.measure import MeasuringCache, ObservingCache, add_sums
-from heatkv.compensation import kind_of
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import versions
@@ -668,11 +667,6 @@ def attach(
         rows = rows if rows is not None else (2 if guided else 1)
         problem = PlanningProblem(geometry, parsed, statistics, seed=seed, rows=rows, storage=held_as, model=name)
         plan = make_policy(policy, **options).plan(problem)
-    if kind_of(plan) is not None:
-        raise PolicyError(
-            f"the plan asks for corrections (compensation={plan.settings['compensation']}), which need a model of "
-            "heatkv.load_model to be fitted; plan with compensation=none"
-        )
     weight = found[0][1].mat_qkv.weight
     check_cache(plan, weight.dtype, weight.device, storage, attention)
     return Attached(

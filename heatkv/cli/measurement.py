@@ -155,7 +155,7 @@ class Measurement:
             policy = make_policy(name, **self.policy_options[name])
             for problem in problems if name != "full" else ():
                 policy.check(problem)
-                policy.check_room(problem)
+                policy.check_sinks(problem)
 
     def subjects(self, statistics: Statistics | None, draws: int = 1) -> list[tuple[Point, Subject]]:
         """Every policy at every budget, and every finished plan, at every point."""
@@ -173,16 +173,12 @@ class Measurement:
 
         subjects = plan_subjects(
             self.model, self.policies, self.budgets, statistics=statistics, rankings=self.rankings, rows=point.rows,
-            storage=self.storage, seed=point.seed, draws=draws, options=self.policy_options, settings=self.settings,
+            storage=self.storage, seed=point.seed, draws=draws, options=self.policy_options,
             attention=self.running.attention,
         )  # fmt: skip
         for path, plan in self.plans:
             title, budget = f"{plan.policy} ({path.name})", f"{plan.budget:.4%}".replace(".0000", "")
-            subjects.append(
-                Subject.of(
-                    title, budget, [plan], self.model, point.seed, self.settings, self.storage, self.running.attention
-                )
-            )
+            subjects.append(Subject(title, budget, (plan,), self.storage, self.running.attention))
         taken: set[str] = set()
         for subject in subjects:
             if subject.name in taken:

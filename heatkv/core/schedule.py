@@ -41,9 +41,7 @@ class ScaleSchedule:
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.scales) <= MAX_SCALES:
-            raise ScheduleError(
-                f"a schedule has 2 to {MAX_SCALES} scales, this one has {len(self.scales)}"
-            )
+            raise ScheduleError(f"a schedule has 2 to {MAX_SCALES} scales, this one has {len(self.scales)}")
         for index, scale in enumerate(self.scales):
             if len(scale) != 3 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in scale):
                 raise ScheduleError(

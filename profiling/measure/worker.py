@@ -71,7 +71,7 @@ def measure(job: Job, plan: CachePlan) -> dict[str, Any]:
         )
     settings = model.sampling if job.cfg is None else replace(model.sampling, cfg=job.cfg)
     held_as = str(StorageType.for_dtype(model.compute_dtype, job.storage))
-    subject = Subject.of("", "", [plan], model, job.seed, settings, held_as, job.attention)
+    subject = Subject("", "", (plan,), held_as, job.attention)
     row = memory_row(subject_memory(model, subject, job.batch, settings, seed=job.seed, loading=loading))
     if job.snapshot is not None:
         save_snapshot(Path(job.snapshot))

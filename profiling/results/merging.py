@@ -101,9 +101,8 @@ class Row:
 
     @property
     def held_bytes(self) -> float | None:
-        """What the policy takes on the device: the arena, and the corrections of its plan if it has some."""
-        allocated = self.number("allocated_bytes")
-        return None if allocated is None else allocated + (self.number("compensation_bytes") or 0)
+        """What the policy takes on the device: the arena."""
+        return self.number("allocated_bytes")
 
     @property
     def spread(self) -> tuple[float, float] | None:

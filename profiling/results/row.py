@@ -24,7 +24,7 @@ TEXTS = (
 NUMBERS = (
     "batch", "seed", "rows", "draws", "images", "pictures",
     "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
-    "current_bytes", "index_bytes", "workspace_bytes", "compensation_bytes", "device_peak_bytes", "nvml_bytes",
+    "current_bytes", "index_bytes", "workspace_bytes", "device_peak_bytes", "nvml_bytes",
     "graph_pool_bytes", "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
 )  # fmt: skip
 LISTS = ("kl_per_scale", "kl_of_draws")
