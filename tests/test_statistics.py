@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from strategies import SEEDS, geometries, statistics_of
+from strategies import PAIRS, SEEDS, geometries, statistics_of
 
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import LevelChoices
@@ -404,9 +404,6 @@ def test_random_rankings_favour_no_head() -> None:
     first = [int(HeadRankings.random(geometry, seed).order[0, 0]) for seed in range(400)]
     counts = np.bincount(first, minlength=4)
     assert (abs(counts - 100) < 45).all()  # five standard deviations
-
-
-PAIRS = [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]  # [head, layer] of 2 layers x 3 heads
 
 
 def swapped(index: int, pair: Any) -> list[Any]:

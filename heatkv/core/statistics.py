@@ -322,9 +322,11 @@ class Statistics(SampleSums):
         return self.provenance.samples
 
     def sums(self) -> dict[str, FloatArray]:
+        """What was measured, summed over samples, by the names in files."""
         return {name: array for name in _AXES if (array := getattr(self, name)) is not None}
 
     def with_sums(self, sums: Mapping[str, FloatArray], samples: tuple[str, ...]) -> Statistics:
+        """The same with other sums, over other samples; the level costs stay."""
         return replace(self, provenance=replace(self.provenance, samples=samples), **sums)
 
     # ------------------------------------------------------------------ means
