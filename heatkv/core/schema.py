@@ -52,22 +52,22 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def integer_array(value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError]) -> IntArray:
     """A read-only copy of whole numbers of this shape, from an array or nested lists. Raises `error` for others."""
-    return fixed(_array(value, shape, name, error, np.integer, "whole numbers").astype(np.int64))
+    return fixed(_array(value, shape, name, error, "iu", "whole numbers").astype(np.int64))
 
 
 def float_array(value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError]) -> FloatArray:
     """A read-only float64 copy of numbers of this shape, from an array or nested lists. Raises `error` for others."""
-    return fixed(_array(value, shape, name, error, np.number, "numbers").astype(np.float64))
+    return fixed(_array(value, shape, name, error, "iuf", "numbers").astype(np.float64))
 
 
 def _array(
-    value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError], kind: type[np.number[Any]], what: str
+    value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError], kinds: str, what: str
 ) -> NDArray[Any]:
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):
         raise error(f"{name} is no regular array; it must be {what} of shape {shape}") from None
-    if array.shape != shape or not np.issubdtype(array.dtype, kind):
+    if array.shape != shape or array.dtype.kind not in kinds:
         raise error(f"{name} is {array.dtype} of shape {array.shape}; it must be {what} of shape {shape}")
     return array
 

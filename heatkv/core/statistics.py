@@ -327,7 +327,7 @@ class Statistics(SampleSums):
 
     def with_sums(self, sums: Mapping[str, FloatArray], samples: tuple[str, ...]) -> Statistics:
         """The same with other sums, over other samples; the level costs stay."""
-        return replace(self, provenance=replace(self.provenance, samples=samples), **sums)
+        return replace(self, provenance=replace(self.provenance, samples=samples), **sums)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ means
 
