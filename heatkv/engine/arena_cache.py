@@ -18,7 +18,7 @@ from torch import Tensor
 
 from heatkv.core.levels import level_tokens
 from heatkv.core.plan import CachePlan, Plan
-from heatkv.core.schema import of_kind, shown, whole
+from heatkv.core.schema import shown, whole
 from heatkv.engine.attention.grouping import CallShape
 from heatkv.engine.attention.kernels import choose_kernel
 from heatkv.engine.attention.pooling import Reduction
@@ -75,7 +75,6 @@ class ArenaCache(ABC):
         device: torch.device | str,
         storage: str | None,
     ) -> None:
-        of_kind(dtype, torch.dtype, "dtype", PlanError, "give a type of torch, such as torch.float32")
         if dtype not in COMPUTE_TYPES:
             known = ", ".join(str(kind) for kind in COMPUTE_TYPES)
             raise PlanError(f"dtype {dtype} cannot hold keys and values; known: {known}; for 8 bits, give storage")
@@ -203,7 +202,6 @@ class KVCache(ArenaCache):
         storage: str | None = None,
         attention: str = "auto",
     ) -> None:
-        of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
         if key_angles is not None and (not isinstance(key_angles, Sequence) or len(key_angles) != len(plan.schedule)):
             raise PlanError(f"key_angles is {shown(key_angles)}; give one tensor (N, D/2) per scale, or none")
         self.plan = plan

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heatkv.core.plan import Plan
-from heatkv.core.schema import number, of_kind
+from heatkv.core.schema import number
 from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import PolicyError, StatisticsError
 from heatkv.levels.columns import level_cost, levels_of_plan
@@ -63,7 +63,6 @@ class FadingStatistics:
     """
 
     def __init__(self, initial: Statistics, half_life: float) -> None:
-        of_kind(initial, Statistics, "initial", StatisticsError, "load statistics with Statistics.load, or calibrate")
         if number(half_life, "half_life", StatisticsError) <= 0:
             raise StatisticsError(f"half_life is {half_life}; it is a number of measured images above 0")
         self.half_life = float(half_life)
@@ -129,7 +128,6 @@ def check_can_follow(policy: EvictionPolicy) -> StaticPolicy:
     Raises PolicyError for one that is dynamic, plans from nothing measured, or needs Fisher costs, which take
     gradients through all layers at once.
     """
-    of_kind(policy, EvictionPolicy, "policy", PolicyError, "make one with make_policy, or give its name")
     known = "heatkv, heatkv-lp and heatkv-mr do"
     if not isinstance(policy, StaticPolicy):
         raise PolicyError(f"policy {policy.name!r} chooses tokens while it draws and has no value to follow; {known}")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from heatkv.core.budget import Budget, parse_bytes
 from heatkv.core.plan import Plan
-from heatkv.core.schema import of_kind, shown, whole
+from heatkv.core.schema import shown, whole
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
 from heatkv.errors import BudgetError, ModelError, StatisticsError
@@ -93,7 +93,6 @@ class FollowingGenerator(Generic[Label]):
     ) -> None:
         self.seed, _, self.batch, self.settings = checked_run(model, seed, 0, batch, settings, None)
         self.every = whole(every, "every", ModelError, 1)
-        of_kind(statistics, Statistics, "statistics", StatisticsError, "load or calibrate some")
         statistics.check_fingerprint(model.fingerprint)
         measured_at, drawn_at = statistics.provenance.cfg, self.settings.to_json()["cfg"]
         if measured_at is not None and measured_at != drawn_at:
