@@ -7,7 +7,7 @@ Shapes: R rows, B images (the conditional rows, which come first), H heads, N qu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -350,16 +350,13 @@ def calibrate(
         names += drawn
         if progress is not None:
             progress(len(names))
-    cfg, told = told_settings(settings, model)
-    provenance = Provenance(
-        model=model.name,
-        fingerprint=model.fingerprint,
-        cfg=cfg,
-        settings=told,
-        samples=tuple(names),
-        versions=versions(),
-    )
-    return Statistics(model.geometry.schedule, provenance=provenance, levels=None, **sums)
+    return Statistics(model.geometry.schedule, provenance=provenance(model, settings, names), **sums)
+
+
+def provenance(model: ImageModel[Any], settings: Settings, samples: Iterable[str]) -> Provenance:
+    """Where these samples are measured: the model, how it draws, and the versions on this machine."""
+    cfg, others = told_settings(settings, model)
+    return Provenance(model.name, model.fingerprint, cfg, others, tuple(samples), versions())
 
 
 def told_settings(settings: Settings, model: ImageModel[Any]) -> tuple[float | None, dict[str, Any]]:
