@@ -124,9 +124,10 @@ class Weighing(LayerMeasuringCache):
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
         pass
 
-    def _advance(self) -> None:
-        super()._advance()
+    def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
+        out_RHND = super().attend(layer, q_RHND, k_RHND, v_RHND)
         self.live = [*getattr(self, "live", []), self.ledger.live]
+        return out_RHND
 
 
 @pytest.mark.parametrize("kind", ["emoji", "infinity"])

@@ -22,8 +22,9 @@ from heatkv.core.io import versions
 from heatkv.core.plan import Plan
 from heatkv.core.schema import whole
 from heatkv.core.statistics import Provenance, Statistics
-from heatkv.engine.arena_cache import KVCache, LayerStep
-from heatkv.engine.attention.ragged import HeadGroup
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.attention.grouped import HeadGroup
+from heatkv.engine.steps import LayerStep
 from heatkv.engine.watch import naming_samples
 from heatkv.errors import NumericsError, PlanError, StatisticsError
 from heatkv.generation.loop import run_scales

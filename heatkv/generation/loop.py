@@ -20,8 +20,8 @@ from torch import Tensor
 from heatkv.core.plan import CachePlan
 from heatkv.core.schema import shown
 from heatkv.engine.arena_cache import ArenaCache
+from heatkv.engine.open_cache import open_cache
 from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
-from heatkv.engine.token_cache import SelectingCache, open_cache
 from heatkv.engine.watch import logits_error
 from heatkv.errors import ModelError
 from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, StepRunner
@@ -261,7 +261,7 @@ class Generator(Generic[Label]):
         with torch.inference_mode(), ExitStack() as watched:
             self.cache.reset()
             drawing = self._begin(labels)
-            if isinstance(self.cache, SelectingCache) and self.cache.wants_input:
+            if self.cache.wants_input:
                 watched.enter_context(self.model.adapter.telling_inputs(self.cache.see_input))
             scales = _Scales(drawing, self.cache, sampler, self._buffers, self.runner, observe)
             return scales.run(len(self.model.geometry.schedule), decode, before_decode)

@@ -24,7 +24,8 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import versions
 from heatkv.core.plan import Plan, keep_first
 from heatkv.core.statistics import LevelStatistics, Provenance, Statistics
-from heatkv.engine.arena_cache import LayerStep, storage_bytes
+from heatkv.engine.arena_cache import Turn, storage_bytes
+from heatkv.engine.steps import LayerStep
 from heatkv.errors import ModelError
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
@@ -36,6 +37,15 @@ def nothing_cached(geometry: CacheGeometry) -> Plan:
     return Plan("layer-by-layer", geometry, keep_first(geometry.shape, 0), 1.0, geometry.full_token_heads, 0)
 
 
+class LayerTurn(Turn):
+    """Calls for all scales of a layer before the next layer."""
+
+    def advance(self) -> None:
+        self.target += 1
+        if self.target == len(self.geometry.schedule):
+            self.target, self.layer = 0, self.layer + 1
+
+
 class LayerByLayer(ObservingCache):
     """An observing cache without an arena, called for all scales of a layer before the next layer.
 
@@ -43,6 +53,8 @@ class LayerByLayer(ObservingCache):
     `peak_bytes` is the most that all scales held between attentions: their input, which the calls around the blocks
     refer to, the residual stream, queries, keys, values and outputs.
     """
+
+    turns = LayerTurn
 
     def reset(self) -> None:
         super().reset()
@@ -53,11 +65,6 @@ class LayerByLayer(ObservingCache):
 
     def _check_plan(self, plan: Plan) -> None:
         """What it holds does not depend on a plan."""
-
-    def _advance(self) -> None:
-        self._target += 1
-        if self._target == len(self.geometry.schedule):
-            self._target, self._next_layer = 0, self._next_layer + 1
 
     def see(self, layer: int, residual_RNC: Tensor, gate_R1C: Tensor) -> None:
         super().see(layer, residual_RNC, gate_R1C)

@@ -16,7 +16,7 @@ from heatkv.core.rankings import HeadRankings
 from heatkv.core.schema import seed_after
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
-from heatkv.engine.token_cache import open_cache
+from heatkv.engine.open_cache import open_cache
 from heatkv.errors import GraphError, HeatKVError
 from heatkv.generation.graphs import GraphRunner
 from heatkv.generation.loop import Generator
@@ -109,7 +109,7 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, allocate: boo
     caches = [
         open_cache(
             plan, rows, model.compute_dtype, model.device if allocate else "meta", model.key_angles,
-            storage=held.code, attention=subject.attention,
+            code=held.code, attention=subject.attention,
         )
         for plan in plans
     ]  # fmt: skip
