@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from heatkv.errors import BudgetError
 from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
-from heatkv.solve.cells import fit_checkpoints
+from heatkv.solve.checkpoints import fit_checkpoints
 
 IntArray = NDArray[np.int64]
 

@@ -34,7 +34,7 @@ from heatkv.levels.columns import (
     level_cost,
     level_price_bound,
 )
-from heatkv.solve.cells import Capacity
+from heatkv.solve.checkpoints import Capacity
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

@@ -24,7 +24,7 @@ from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.plan import Plan
 from heatkv.errors import PlanError, StatisticsError
-from heatkv.solve.cells import Capacity
+from heatkv.solve.checkpoints import Capacity
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -394,7 +394,7 @@ class _Rounding:
         capacity, columns, head_C = self.capacity, self.columns, self.head_C
         chosen = chosen_P.copy()
         shape = (capacity.layers, capacity.heads, capacity.scales)
-        slack = capacity.slack(capacity.held(columns.tokens[chosen].reshape(shape)))
+        slack = capacity.slack(columns.tokens[chosen].reshape(shape))
         for _ in range(20 * len(chosen)):
             now = chosen[head_C]
             more_tokens, more_cost = columns.tokens - columns.tokens[now], columns.cost - columns.cost[now]
@@ -480,12 +480,12 @@ def _relaxed(pricing: _Pricing, capacity: Capacity) -> _Relaxed:
     all_heads = np.arange(pricing.heads)
 
     nothing, _ = pricing.best(np.full((pricing.heads, scales), pricing.prohibitive))
-    capacity.check_sinks(capacity.held(nothing.tokens.reshape(shape)), pricing.sinks)
+    capacity.check_sinks(nothing.tokens.reshape(shape), pricing.sinks)
     total = float(nothing.cost.sum())
     scale = total / 100 if total > 0 else 1.0
     master = _Master(capacity, pricing.heads, scale)
     everything, _ = pricing.best(np.zeros((pricing.heads, scales)))
-    if capacity.slack(capacity.held(everything.tokens.reshape(shape))).min() >= 0:
+    if capacity.slack(everything.tokens.reshape(shape)).min() >= 0:
         return _Relaxed(master, float(everything.cost.sum()), np.zeros(len(capacity.row_room)), everything)
     master.add(nothing, all_heads)
     # a first idea of what is worth its tokens
@@ -702,7 +702,7 @@ def _closer(
         fitting = rounding.run(pricing.heads + of_heads)
         if fitting is not None and both.cost[fitting].sum() < plan.cost.sum():
             plan = both.of(fitting)
-        broken = capacity.slack(capacity.held(near.tokens[of_heads].reshape(shape))) < 0
+        broken = capacity.slack(near.tokens[of_heads].reshape(shape)) < 0
         if bound >= (1 - PROVEN) * plan.cost.sum() or bound == wanted or not broken.any():
             break
         used |= broken

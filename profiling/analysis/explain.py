@@ -26,7 +26,8 @@ from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.levels import HeatKVLevels
 from heatkv.policies.lp import HeatKVLP, SolvedPolicy, how_to_measure
-from heatkv.solve.cells import Capacity, allocate, price_bound, read_value
+from heatkv.solve.cells import allocate, price_bound, read_value
+from heatkv.solve.checkpoints import Capacity, full_last_read
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -45,11 +46,6 @@ LEVEL_COSTS = {"joint": "error", "fisher": "fisher"}
 
 _NO_PRICE = 1e-9
 """Share of the largest price below which a price is the solver's rounding."""
-
-
-def full_last_read(layers: int, heads: int, scales: int) -> IntArray:
-    """`last_read` of the full cache."""
-    return np.full((layers, heads, scales), scales - 1, dtype=np.int64)
 
 
 def reads_of_scales(last_reads: Sequence[IntArray]) -> FloatArray:
