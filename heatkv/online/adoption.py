@@ -19,7 +19,7 @@ from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.plan import Plan
 from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError, StatisticsError
-from heatkv.levels.columns import level_cost, levels_of_plan
+from heatkv.levels.costs import level_cost, levels_of_plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.levels import HeatKVLevels

@@ -76,8 +76,10 @@ class Capacity:
         return np.concatenate([room, np.full(self.layers * self.scales, float(self.layer_room))])
 
     def slack(self, held_LHT: IntArray) -> FloatArray:
-        """Room left in every row when heads hold so many tokens; negative where the promise is broken."""
-        slack: FloatArray = self.row_room - self.rows @ held_LHT.sum(axis=1).reshape(-1)
+        """Room left in every row by the tokens that heads hold for every target, (L, H, T) or (L * H, T); negative
+        where the promise is broken."""
+        held_LT = held_LHT.reshape(self.layers, self.heads, self.scales).sum(axis=1)
+        slack: FloatArray = self.row_room - self.rows @ held_LT.reshape(-1)
         return slack
 
     def check_sinks(self, held_LHT: IntArray, sink_scales: int) -> None:
