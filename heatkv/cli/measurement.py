@@ -28,10 +28,10 @@ from heatkv.cli.options import Ranking, Running, Source, Sweep
 from heatkv.cli.output import progress, say, show
 from heatkv.cli.report import draw_report
 from heatkv.cli.settings import policy_options
-from heatkv.core.checks import seed_after, seed_of, shown
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.io import file_name, read_json
 from heatkv.core.levels import SINK_SCALES
+from heatkv.core.schema import seed_after, seed_of, shown
 from heatkv.core.statistics import Statistics
 from heatkv.errors import HeatKVError, RanksError, out_of_memory
 from heatkv.parallel.ranks import current
@@ -155,7 +155,7 @@ class Measurement:
             policy = make_policy(name, **self.policy_options[name])
             for problem in problems if name != "full" else ():
                 policy.check(problem)
-                policy.check_room(problem)
+                policy.check_sinks(problem)
 
     def subjects(self, statistics: Statistics | None, draws: int = 1) -> list[tuple[Point, Subject]]:
         """Every policy at every budget, and every finished plan, at every point."""
@@ -173,16 +173,12 @@ class Measurement:
 
         subjects = plan_subjects(
             self.model, self.policies, self.budgets, statistics=statistics, rankings=self.rankings, rows=point.rows,
-            storage=self.storage, seed=point.seed, draws=draws, options=self.policy_options, settings=self.settings,
+            storage=self.storage, seed=point.seed, draws=draws, options=self.policy_options,
             attention=self.running.attention,
         )  # fmt: skip
         for path, plan in self.plans:
             title, budget = f"{plan.policy} ({path.name})", f"{plan.budget:.4%}".replace(".0000", "")
-            subjects.append(
-                Subject.of(
-                    title, budget, [plan], self.model, point.seed, self.settings, self.storage, self.running.attention
-                )
-            )
+            subjects.append(Subject(title, budget, (plan,), self.storage, self.running.attention))
         taken: set[str] = set()
         for subject in subjects:
             if subject.name in taken:

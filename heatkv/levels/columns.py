@@ -10,18 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import sparse
 
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS
+from heatkv.core.schema import FloatArray, IntArray
+from heatkv.core.statistics import LevelStatistics
 from heatkv.levels.pricing import Paths, Pricing, concatenated
 from heatkv.levels.rounding import GOAL, MAX_NODES, PROVEN, Rounding, by_head, closer, column_use, one_per_head
 from heatkv.solve.checkpoints import Capacity
 from heatkv.solve.highs import LinearProgram
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 
 ALL_LEVELS = tuple(range(len(LEVELS)))
 MAX_ROUNDS = 80

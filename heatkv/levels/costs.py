@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.plan import Plan
+from heatkv.core.schema import IntArray
+from heatkv.core.statistics import LevelStatistics
 from heatkv.errors import PlanError
-
-IntArray = NDArray[np.int64]
 
 
 def levels_of_plan(plan: Plan) -> IntArray:

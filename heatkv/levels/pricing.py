@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import NONE
+from heatkv.core.schema import BoolArray, FloatArray, IntArray
+from heatkv.core.statistics import LevelStatistics
 from heatkv.errors import StatisticsError
 
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 ToGo = dict[tuple[int, ...], FloatArray]
 """Least cost from a target to the last one, (P, K), by the sources of the choice that the target makes."""
 
@@ -51,7 +50,7 @@ class Choice:
     cost: FloatArray
     tokens: IntArray
 
-    def possible(self, target: int, level_NTS: NDArray[np.int8]) -> NDArray[np.bool_]:
+    def possible(self, target: int, level_NTS: NDArray[np.int8]) -> BoolArray:
         """Which combinations let no level rise, (N, K)."""
         possible = np.ones((len(level_NTS), len(self.table)), dtype=bool)
         for axis, source in enumerate(self.sources):

@@ -6,15 +6,12 @@ Arrays: P heads of the model (L x H), T targets, C columns (paths, each of one h
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import sparse
 
+from heatkv.core.schema import BoolArray, FloatArray, IntArray
 from heatkv.levels.pricing import Paths, Pricing, concatenated
 from heatkv.solve.checkpoints import Capacity
 from heatkv.solve.highs import LinearProgram
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 
 GOAL = 2.5e-3
 """A whole plan this close to the bound is good enough."""
@@ -163,7 +160,7 @@ def closer(
 
 
 def _cheapest_of_near(
-    capacity: Capacity, used_rows: NDArray[np.bool_], head_C: IntArray, paths: Paths, cost: float
+    capacity: Capacity, used_rows: BoolArray, head_C: IntArray, paths: Paths, cost: float
 ) -> tuple[float, IntArray | None]:
     """What no choice of one path per head within these rows costs less than, and a cheap choice."""
     heads, count = capacity.layers * capacity.heads, len(head_C)
@@ -187,7 +184,7 @@ def by_head(chosen: IntArray, head_C: IntArray) -> IntArray:
     return ordered
 
 
-def undominated(head_C: IntArray, paths: Paths, counts_PT: NDArray[np.bool_]) -> IntArray:
+def undominated(head_C: IntArray, paths: Paths, counts_PT: BoolArray) -> IntArray:
     """Indices of the paths that no other of the head beats in cost and in the tokens of all targets that count."""
     kept = []
     tokens = np.where(counts_PT[head_C], paths.tokens, 0)

@@ -10,16 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import minimize_scalar
 
-from heatkv.core.plan import held_for_targets
-from heatkv.solve.checkpoints import Capacity, cumulative_value, empty_last_read, fill
+from heatkv.core.plan import held_for_targets, keep_first
+from heatkv.core.schema import FloatArray, IntArray
+from heatkv.solve.checkpoints import Capacity, cumulative_value, fill
 from heatkv.solve.highs import LinearProgram
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 
 EXACT_VARIABLES = 200
 """With at most this many variables a fractional optimum is solved again in whole numbers, to the end."""
@@ -64,7 +61,7 @@ def price_bound(value_LHTT: FloatArray, capacity: Capacity, sink_scales: int, ro
 
 def _start(capacity: Capacity, sink_scales: int) -> IntArray:
     """The plan of the sinks alone. Raises BudgetError when they do not fit."""
-    start = empty_last_read(capacity.layers, capacity.heads, capacity.scales, sink_scales)
+    start = keep_first((capacity.layers, capacity.heads, capacity.scales), sink_scales)
     capacity.check_sinks(held_for_targets([start], [capacity.tokens]), sink_scales)
     return start
 

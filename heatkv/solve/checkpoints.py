@@ -12,26 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import sparse
 
 from heatkv.core.plan import held_for_targets
+from heatkv.core.schema import FloatArray, IntArray
 from heatkv.errors import BudgetError
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
-
-
-def full_last_read(layers: int, heads: int, scales: int) -> IntArray:
-    """`last_read` of the full cache."""
-    return np.full((layers, heads, scales), scales - 1, dtype=np.int64)
-
-
-def empty_last_read(layers: int, heads: int, scales: int, sink_scales: int = 0) -> IntArray:
-    """`last_read` that keeps nothing but the first `sink_scales` scales."""
-    last_read = np.tile(np.arange(scales), (layers, heads, 1))
-    last_read[:, :, :sink_scales] = scales - 1
-    return last_read
 
 
 @dataclass(frozen=True, eq=False)

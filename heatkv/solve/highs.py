@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
+from heatkv.core.schema import BoolArray, FloatArray
 from heatkv.errors import PlanError
-
-FloatArray = NDArray[np.float64]
 
 _INFEASIBLE = 2  # a status of milp
 
@@ -43,7 +41,7 @@ class LinearProgram:
             raise PlanError(f"the solver found no plan: {solved.message}")
         return float(solved.fun), solved.x, np.maximum(-solved.ineqlin.marginals, 0)
 
-    def solve_whole(self, is_whole: NDArray[np.bool_], **options: Any) -> tuple[float, FloatArray | None]:
+    def solve_whole(self, is_whole: BoolArray, **options: Any) -> tuple[float, FloatArray | None]:
         """A bound that no x with whole numbers where `is_whole` costs less than, and a cheap x, None if none was found.
 
         `options` are those of scipy's milp.

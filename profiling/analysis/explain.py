@@ -15,11 +15,10 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.geometry import Budget
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.budget import Budget
 from heatkv.core.levels import LEVELS, NONE
-from heatkv.core.plan import CachePlan, Plan, live_token_heads
-from heatkv.core.statistics import Statistics
+from heatkv.core.plan import CachePlan, Plan, keep_first, live_token_heads
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import PlanError, PolicyError, StatisticsError
 from heatkv.levels.columns import level_bound, level_price_bound
 from heatkv.levels.costs import level_cost, levels_of_plan
@@ -28,7 +27,7 @@ from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.levels import HeatKVLevels
 from heatkv.policies.lp import HeatKVLP, SolvedPolicy, how_to_measure
 from heatkv.solve.cells import allocate, price_bound, read_value
-from heatkv.solve.checkpoints import Capacity, full_last_read
+from heatkv.solve.checkpoints import Capacity
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -89,9 +88,7 @@ def ends_of_cells(last_read_LHT: IntArray) -> FloatArray:
 
 def full_use(plan: CachePlan) -> IntArray:
     """Token-heads that the full cache holds at every checkpoint, (T, L)."""
-    geometry = plan.geometry
-    full = full_last_read(geometry.layers, geometry.heads, len(plan.schedule))
-    return live_token_heads(full, plan.schedule.tokens)
+    return live_token_heads(keep_first(plan.geometry.shape, len(plan.schedule)), plan.schedule.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +224,7 @@ def _by_cells(plan: Plan, statistics: Statistics, measure: str, capacity: Capaci
         values = statistics.all_mass if measure == "mass" else statistics.drop_error
     prices = _binding(allocate(values, capacity, plan.sink_scales).row_prices)
     bound = price_bound(values, capacity, plan.sink_scales, prices)
-    full = read_value(full_last_read(*plan.last_read.shape), values)
+    full = read_value(keep_first(plan.geometry.shape, len(plan.schedule)), values)
     return _worth(plan, measure, read_value(plan.last_read, values), bound, full, capacity, prices)
 
 

@@ -15,7 +15,7 @@ from heatkv.errors import HeatKVError
 from heatkv.profiling.measure.memory_figures import ARENA, PHASES, PLANNED, in_memory
 from heatkv.profiling.results.comparable import Measurement, Row, match, name_of
 
-BYTES = ("planned_bytes", "allocated_bytes", "current_bytes", "index_bytes", "workspace_bytes", "compensation_bytes")
+BYTES = ("planned_bytes", "allocated_bytes", "current_bytes", "index_bytes", "workspace_bytes")
 DEVICE_BYTES = ("device_peak_bytes", "graph_pool_bytes")
 """Compared only where both files have them: not every device has them."""
 

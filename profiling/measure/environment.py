@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from heatkv.core.versions import versions
+from heatkv.core.io import versions
 from heatkv.engine.watch import is_deterministic
 from heatkv.profiling.measure.busy import load_of
 

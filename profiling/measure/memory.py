@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.io import replacing
 from heatkv.core.levels import level_tokens
-from heatkv.core.plan import CachePlan, IntArray, Plan, held_for_targets, live_of_held
+from heatkv.core.plan import CachePlan, Plan, held_for_targets, live_of_held
+from heatkv.core.schema import IntArray
 from heatkv.engine.arena_cache import storage_bytes
 from heatkv.errors import GraphError, HeatKVError
 from heatkv.generation.loop import Generator
@@ -165,7 +166,6 @@ class MemoryReport:
 
     process: Literal["own", "shared"]
     weights_bytes: int
-    corrections_bytes: int
     planned: PlannedMemory
     arena: ArenaMemory
     tensors: TensorMemory
@@ -183,7 +183,7 @@ class MemoryReport:
         beside = {"index tables": self.arena.index_bytes, "workspace": self.arena.workspace_bytes}
         seen = {UNEXPLAINED: self.tensors.arena_bytes - self.arena.cache_bytes}  # storage that no operation made
         steps = [Step.of(planned, arena, {}, UNEXPLAINED), Step.of(arena, tensors, {**seen, **beside}, "activations")]
-        model = {"weights": self.weights_bytes, "corrections": self.corrections_bytes}
+        model = {"weights": self.weights_bytes}
         if self.allocator is not None:
             steps += self._allocator_steps(self.allocator, tensors, model)
         elif self.host is not None and self.host.before_bytes is not None and self.host.loaded_bytes is not None:
@@ -403,7 +403,6 @@ def measure_memory(
     storage: str,
     *,
     seed: int = 0,
-    corrections_bytes: int = 0,
     loading: Loading | None = None,
 ) -> MemoryReport:
     """All ledgers of drawing `batch` images with what `open_` opens, under `plan`.
@@ -440,7 +439,6 @@ def measure_memory(
     return MemoryReport(
         process="shared" if loading is None else "own",
         weights_bytes=storage_bytes(model_tensors(model)),
-        corrections_bytes=corrections_bytes,
         planned=PlannedMemory(plan.bytes(rows, storage), plan.budget_bytes(rows, storage)),
         arena=arena,
         tensors=TensorMemory(tensors, seen),

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.compensation import Compensation, compensation_of
-from heatkv.core.checks import seed_after
-from heatkv.core.geometry import Budget, StorageType
+from heatkv.core.budget import Budget
 from heatkv.core.plan import CachePlan
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.rankings import HeadRankings
+from heatkv.core.schema import seed_after
+from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import StorageType
 from heatkv.engine.token_cache import open_cache
 from heatkv.errors import GraphError, HeatKVError
 from heatkv.generation.graphs import GraphRunner
@@ -36,42 +37,23 @@ LEAST_USED = 0.95
 class Subject:
     """One line of a comparison: a policy at a budget, with several plans when the policy draws at random.
 
-    `storage` is how its cache is held, see StorageType; `compensations` are the corrections of every plan, where its
-    settings ask for some; `attention` names the kernel.
+    `storage` is how its cache is held, see StorageType; `attention` names the kernel.
     """
 
     policy: str
     budget: str
     plans: tuple[CachePlan, ...]
     storage: str
-    compensations: tuple[Compensation | None, ...] = (None,)
     attention: str = "auto"
-
-    @classmethod
-    def of(
-        cls,
-        policy: str,
-        budget: str,
-        plans: Sequence[CachePlan],
-        model: ImageModel[Any],
-        seed: int,
-        settings: Settings,
-        storage: str,
-        attention: str = "auto",
-    ) -> Subject:
-        """With the corrections that the plans ask for, fitted now."""
-        fitted = tuple(compensation_of(model, plan, seed=seed, settings=settings) for plan in plans)
-        return cls(policy, budget, tuple(plans), storage, fitted, attention)
 
     def generator(
         self, model: ImageModel[Any], settings: Settings, plan: int, batch: int, graphs: bool = False
     ) -> Generator[Any]:
         """What draws `batch` images under one of the plans."""
-        coding = StorageType.parse(self.storage).coding
+        coding = StorageType.parse(self.storage).code
         return Generator(
-            model, self.plans[plan], batch, settings, self.compensations[plan],
-            storage=coding, attention=self.attention, graphs=graphs,
-        )  # fmt: skip
+            model, self.plans[plan], batch, settings, storage=coding, attention=self.attention, graphs=graphs
+        )
 
     @property
     def name(self) -> str:
@@ -90,14 +72,12 @@ def plan_subjects(
     seed: int = 0,
     draws: int = 1,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    settings: Settings | None = None,
     attention: str = "auto",
 ) -> list[Subject]:
     """A subject for every budget and policy; `full`, whatever the budgets, comes once and first.
 
-    `options` are what each policy is made with, by its name; `settings` how images are drawn, for corrections.
+    `options` are what each policy is made with, by its name.
     """
-    settings = settings if settings is not None else model.sampling
 
     def problem(budget: Budget, draw: int = 0) -> PlanningProblem:
         return PlanningProblem(
@@ -113,8 +93,8 @@ def plan_subjects(
                 continue
             policy = make_policy(name, **(options or {}).get(name, {}))
             count = draws if policy.random else 1
-            plans = [policy.plan(problem(budget, draw)) for draw in range(count)]
-            subjects.append(Subject.of(name, str(budget), plans, model, seed, settings, storage, attention))
+            plans = tuple(policy.plan(problem(budget, draw)) for draw in range(count))
+            subjects.append(Subject(name, str(budget), plans, storage, attention))
     return subjects
 
 
@@ -129,7 +109,7 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, allocate: boo
     caches = [
         open_cache(
             plan, rows, model.compute_dtype, model.device if allocate else "meta", model.key_angles,
-            storage=held.coding, attention=subject.attention,
+            storage=held.code, attention=subject.attention,
         )
         for plan in plans
     ]  # fmt: skip
@@ -151,7 +131,6 @@ def bytes_row(model: ImageModel[Any], subject: Subject, rows: int, allocate: boo
         "current_bytes": max(cache.current_bytes for cache in caches),
         "index_bytes": max(cache.index_bytes for cache in caches),
         "workspace_bytes": max(cache.workspace_bytes for cache in caches),
-        "compensation_bytes": max(0 if fitted is None else fitted.bytes for fitted in subject.compensations),
         "predicted_kl": plans[0].predicted_kl,
         "timeline_bytes": cache_timeline(plans[0], rows, storage).tolist(),
         "under_used": max(plan.bytes(rows, storage) for plan in plans)
@@ -380,10 +359,9 @@ def subject_memory(
 ) -> MemoryReport:
     """All ledgers of drawing `batch` images under the first plan of a subject; `loading` is told of a process of its
     own."""
-    fitted = subject.compensations[0]
     return measure_memory(
         model, subject.plans[0], lambda graphs: subject.generator(model, settings, 0, batch, graphs), batch,
-        subject.storage, seed=seed, corrections_bytes=0 if fitted is None else fitted.bytes, loading=loading,
+        subject.storage, seed=seed, loading=loading,
     )  # fmt: skip
 
 

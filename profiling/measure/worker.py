@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from heatkv.core.capacity_plan import load_plan
-from heatkv.core.checks import shown
-from heatkv.core.geometry import StorageType
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import CachePlan
+from heatkv.core.plan_file import load_plan
+from heatkv.core.schema import shown
+from heatkv.core.storage_type import StorageType
 from heatkv.engine.watch import run_deterministically
 from heatkv.errors import FormatError, HeatKVError, out_of_memory
 from heatkv.models.catalogue import load_model
@@ -70,8 +70,8 @@ def measure(job: Job, plan: CachePlan) -> dict[str, Any]:
             "measure again"
         )
     settings = model.sampling if job.cfg is None else replace(model.sampling, cfg=job.cfg)
-    held_as = str(StorageType(str(model.compute_dtype).removeprefix("torch."), job.storage))
-    subject = Subject.of("", "", [plan], model, job.seed, settings, held_as, job.attention)
+    held_as = str(StorageType.for_dtype(model.compute_dtype, job.storage))
+    subject = Subject("", "", (plan,), held_as, job.attention)
     row = memory_row(subject_memory(model, subject, job.batch, settings, seed=job.seed, loading=loading))
     if job.snapshot is not None:
         save_snapshot(Path(job.snapshot))

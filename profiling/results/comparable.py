@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heatkv.core.checks import shown
+from heatkv.core.schema import shown
 from heatkv.errors import FormatError, HeatKVError
 from heatkv.profiling.results.reading import read_results
 from heatkv.profiling.results.row import printable

@@ -28,15 +28,14 @@ from heatkv.core.io import (
     check_header,
     clear_temporaries,
     file_name,
-    is_there,
     move,
     opened,
     read_json,
     replacing,
+    versions,
     write_json,
 )
 from heatkv.core.statistics import Statistics
-from heatkv.core.versions import versions
 from heatkv.engine.watch import is_deterministic
 from heatkv.errors import FormatError
 from heatkv.generation.images import GAP, image_grid, picture_text, read_pixels
@@ -285,7 +284,7 @@ class ResultsFolder:
 
     def _set_aside(self, path: Path, rows: Rows) -> Path | None:
         """Rename the file when it holds rows that are not among these; its new path, if so."""
-        if not is_there(path) or set(map(_key, read_results(path).rows)) <= set(map(_key, rows)):
+        if not path.exists() or set(map(_key, read_results(path).rows)) <= set(map(_key, rows)):
             return None
         taken = (path.with_name(f"results.{number}.json") for number in itertools.count(1))
         free = next(candidate for candidate in taken if not candidate.exists())
@@ -317,7 +316,7 @@ def check_replaceable(folder: Path) -> list[dict[str, Any]]:
     try:
         for path in sorted(folder.glob("results*.json")):
             rows += read_results(path).rows
-        if is_there(scas):
+        if scas.exists():
             check_header(read_json(scas), scas, SCAS_FORMAT, SCAS_VERSION)
     except FormatError as error:
         raise FormatError(f"{error}; move it away or write to another folder (--out)") from error
