@@ -39,8 +39,8 @@ _LEAST = 1e-15
 _AXES = {
     "whole": ("layer", "head", "source"),
     "pooled_mass": ("layer", "head", "source", "level"),
-    "joint": ("layer", "head", "combination"),
-    "single": ("layer", "head", "target scale", "source", "level"),
+    "joint_sum": ("layer", "head", "combination"),
+    "single_sum": ("layer", "head", "target scale", "source", "level"),
 }
 """Of the sums of level caches."""
 
@@ -234,7 +234,7 @@ class LevelCostCache(LevelCache):
         self.joint, self.single = empty_costs(geometry.layers, geometry.heads, self.choices)
 
     def sums(self) -> dict[str, FloatArray]:
-        return {"single": self.single} | {f"joint.{target}": joint for target, joint in enumerate(self.joint)}
+        return {"single_sum": self.single} | {f"joint_sum.{target}": joint for target, joint in enumerate(self.joint)}
 
     def combinations(self, target: int) -> Combinations:
         """Those of a target; made once and kept for its layers."""
@@ -464,8 +464,8 @@ class LevelCalibration:
             names += now
             if progress is not None:
                 progress(len(indices))
-        joint = tuple(sums[f"joint.{target}"] for target in range(len(choices.schedule)))
-        return LevelStatistics(choices, self.cost, log_bias, joint, sums["single"], tuple(names), of_bias)
+        joint = tuple(sums[f"joint_sum.{target}"] for target in range(len(choices.schedule)))
+        return LevelStatistics(choices, self.cost, log_bias, joint, sums["single_sum"], tuple(names), of_bias)
 
 
 def _draw_for_errors(batch: CostBatch) -> ErrorCostCache:
