@@ -257,8 +257,11 @@ class Drawing:
 
     def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
         """Run the blocks over all scales at once, as training does, of images that have these bits."""
-        x_RNC = torch.cat(list(self._inputs(choices)), dim=1)
-        self._model.transformer.hidden(x_RNC, self._condition, torch.cat(self._rotations, dim=1), cache)
+        rotations_2NP = torch.cat(self._rotations, dim=1)
+        # no name for the inputs, which nobody holds beyond the first layer
+        self._model.transformer.hidden(
+            torch.cat(list(self._inputs(choices)), dim=1), self._condition, rotations_2NP, cache
+        )
 
     def _inputs(self, choices: Sequence[Tensor]) -> Iterator[Tensor]:
         for choices_BN in choices:
