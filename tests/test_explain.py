@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from strategies import SEEDS, geometries, last_reads, plans, statistics_of
+from support.levels import FEW, MORE, optimum, random_levels
 from test_cli import ORDERS, refused
-from test_level_allocation import FEW, MORE, optimum
-from test_level_allocation import statistics as random_levels
 
 from heatkv.cli import run
 from heatkv.core.budget import Budget
