@@ -521,8 +521,8 @@ class Attached:
         statistics with `statistics.with_levels(...)`. Raises StatisticsError when nothing was measured."""
         sums, samples = self._measured("levels")
         assert self._log_bias is not None
-        joint = tuple(sums[f"joint.{target}"] for target in range(len(self.plan.schedule)))
-        return LevelStatistics(self._choices, "error", self._log_bias, joint, sums["single"], samples, ())
+        joint = tuple(sums[f"joint_sum.{target}"] for target in range(len(self.plan.schedule)))
+        return LevelStatistics(self._choices, "error", self._log_bias, joint, sums["single_sum"], samples, ())
 
     def _measured(self, what: Measured) -> tuple[dict[str, FloatArray], tuple[str, ...]]:
         """The sums and the names of the samples."""

@@ -32,8 +32,7 @@ LabelT = TypeVar("LabelT", contravariant=True)
 class Drawing(Protocol[LabelT]):
     """Images on their way: call `logits`, then `accept` what was chosen, once per scale; then `image`.
 
-    What it holds from one scale to the next, and from the labels, stays at the same addresses. What `accept` changes,
-    `logits` reads before it calls `attend` for the first time: the forwards of several scales may run side by side.
+    What it holds from one scale to the next, and from the labels, stays at the same addresses.
     """
 
     def logits(self, cache: Attend) -> Tensor:
@@ -41,6 +40,12 @@ class Drawing(Protocol[LabelT]):
 
     def accept(self, choices_BN: Tensor) -> None:
         """Take the choices of the running scale and prepare the input of the next one."""
+
+    def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
+        """Run the blocks once over all scales, as training does, of images that have these choices, (B, N) per scale.
+
+        Every layer calls `attend` once, with the tokens of all scales one after another.
+        """
 
     def image(self) -> Tensor:
         """(B, 3, H, W), RGB in [0, 1]."""
