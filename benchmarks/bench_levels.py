@@ -87,7 +87,7 @@ def costs(model: str) -> LevelStatistics:
 def capacity(model: str, budget: str) -> Capacity:
     geometry = model_info(model).geometry()
     room = Budget.parse(budget).token_heads(geometry)
-    return Capacity.shared(geometry.layers, geometry.heads, geometry.schedule.tokens, room)
+    return Capacity(geometry.layers, geometry.heads, geometry.schedule.tokens, room)
 
 
 @pytest.mark.parametrize("kind", KINDS)

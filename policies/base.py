@@ -82,19 +82,6 @@ class PlanningProblem:
                 f"{self.geometry.layers} x {self.geometry.heads}"
             )
 
-    def of_heads(self, heads_LH: IntArray, seed: int) -> PlanningProblem:
-        """The same problem for these heads of every layer alone, (L, heads to take) indices, as if they were a model:
-        with their statistics and rankings, and their part of the budget."""
-        heads = heads_LH.shape[1]
-        return dataclasses.replace(
-            self,
-            geometry=self.geometry.of_heads(heads),
-            budget=self.budget.part(Fraction(heads, self.geometry.heads)),
-            statistics=None if self.statistics is None else self.statistics.of_heads(heads_LH),
-            rankings=None if self.rankings is None else self.rankings.of_heads(heads_LH),
-            seed=seed,
-        )
-
     @property
     def share(self) -> Fraction:
         """b, exactly."""
@@ -173,12 +160,6 @@ class EvictionPolicy(ABC):
         self.check_measured(problem)
         self.check_room(problem)
         return problem
-
-    def of_heads(self, heads_LH: IntArray, heads: int) -> EvictionPolicy:
-        """The policy for these of the `heads` heads of every layer alone, (L, heads to take) indices: options that name
-        heads, or that are amounts of all of them, are those of these. Raises PolicyError where there are none."""
-        del heads_LH, heads
-        return self
 
     def settings(self, problem: PlanningProblem) -> dict[str, Any]:
         """Everything that decided the plan beside geometry and budget."""

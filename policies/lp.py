@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import as_whole, shown
+from heatkv.core.checks import as_whole
 from heatkv.core.geometry import Budget, CacheGeometry
 from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import FULL, LEVELS, SINK_SCALES
@@ -30,8 +30,7 @@ FloatArray = NDArray[np.float64]
 class SolvedPolicy(StaticPolicy):
     """What policies share that solve a program for the budget.
 
-    With `ranks`, the heads of a layer are split over so many devices, in order, and each stays within its equal part of
-    the budget. `layer_cap` is a budget that no single layer may exceed.
+    `layer_cap` is a budget that no single layer may exceed.
     """
 
     without_levels: ClassVar[str] = ""
@@ -41,7 +40,6 @@ class SolvedPolicy(StaticPolicy):
     """How to plan from level costs of another kind, `{0}`, where it can."""
 
     sink_scales: int = SINK_SCALES
-    ranks: int = 1
     layer_cap: str | None = None
 
     @property
@@ -50,20 +48,7 @@ class SolvedPolicy(StaticPolicy):
         return (LEVELS.index(FULL),)
 
     def check(self, problem: PlanningProblem) -> None:
-        heads = problem.geometry.heads
-        if as_whole(self.ranks) is None or self.ranks < 1 or heads % self.ranks:
-            raise PolicyError(f"ranks={shown(self.ranks)} does not split {heads} heads evenly")
         self.cap()
-
-    def of_heads(self, heads_LH: NDArray[np.int64], heads: int) -> SolvedPolicy:
-        if self.ranks != 1:
-            raise PolicyError(
-                f"ranks={shown(self.ranks)} splits the heads within one plan; leave it out where each rank gets its own"
-            )
-        cap = self.cap()
-        if cap is None or cap.kind != "bytes":
-            return self
-        return replace(self, layer_cap=str(cap.part(Fraction(heads_LH.shape[1], heads))))
 
     def cap(self) -> Budget | None:
         """`layer_cap`, read. Raises BudgetError for what cannot be read, PolicyError for auto."""
@@ -125,15 +110,13 @@ class SolvedPolicy(StaticPolicy):
         return -level_price_bound(levels, self.capacity(problem), self.allowed, row_prices, self.sink_scales)
 
     def capacity(self, problem: PlanningProblem) -> Capacity:
-        """The budget, split over the ranks, and the cap on single layers."""
+        """The budget, and the cap on single layers."""
         geometry = problem.geometry
-        tokens = geometry.schedule.tokens
-        group_LH = np.tile(np.arange(geometry.heads) * self.ranks // geometry.heads, (geometry.layers, 1))
-        room = problem.budget_token_heads // self.ranks
         layer_room = None
         if (cap := self.cap()) is not None:
             layer_room = cap.token_heads(_one_layer(problem), problem.rows, problem.storage)
-        return Capacity(tokens, group_LH, (room,) * self.ranks, layer_room)
+        tokens, room = geometry.schedule.tokens, problem.budget_token_heads
+        return Capacity(geometry.layers, geometry.heads, tokens, room, layer_room)
 
     def finish_levels(self, problem: PlanningProblem, allocation: LevelAllocation) -> Plan:
         """The plan of an allocation with levels; its value is minus its cost."""
@@ -238,7 +221,7 @@ class HeatKVLP(SolvedPolicy):
         if self.solver == "greedy":
             return allocate_greedily(values, capacity, self.sink_scales)
         candidates: tuple[NDArray[np.int64], ...] = ()
-        if self.ranks == 1 and self.layer_cap is None:  # the paper's rule knows neither
+        if self.layer_cap is None:  # which the paper's rule does not know
             candidates = (drop_by_rank(problem, self.sink_scales, HeadRankings.from_scores(statistics.scas)),)
         return allocate(values, capacity, self.sink_scales, candidates)
 

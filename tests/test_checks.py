@@ -209,7 +209,7 @@ def test_policies() -> None:
         check(lambda n, name=name: heatkv.make_policy(name, sink_scales=n).plan(PROBLEM), [*NOT_WHOLE, 4])  # type: ignore[misc]
         check(lambda n, name=name: heatkv.make_policy(name, nonsense=n), [None])  # type: ignore[misc]
     for name, options in (
-        ("heatkv-lp", {"ranks": NOT_WHOLE, "layer_cap": without_none(NOT_BUDGETS), "value": NOT_TEXT}),
+        ("heatkv-lp", {"layer_cap": without_none(NOT_BUDGETS), "value": NOT_TEXT}),
         ("heatkv-lp", {"solver": NOT_TEXT}),
         ("heatkv-mr", {"levels": NOT_TEXT, "cost": NOT_TEXT, "compensation": NOT_TEXT, "layer_cap": [b"", 0]}),
     ):  # fmt: skip

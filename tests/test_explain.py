@@ -135,18 +135,17 @@ def test_prices_bound_what_another_budget_is_worth(geometry: CacheGeometry, seed
 
 
 @pytest.mark.parametrize("value", ["error", "mass"])
-def test_prices_of_ranks_and_capped_layers(value: str) -> None:
+def test_prices_of_capped_layers(value: str) -> None:
     geometry = CacheGeometry(3, 4, 4, SQUARE)
     statistics = statistics_of(geometry, made_up_mass(geometry, 2, 1))
-    options = {"value": value, "ranks": 2, "layer_cap": "50%"}
+    options = {"value": value, "layer_cap": "50%"}
     held = [300, 304]
     less, more = (worth_of(judged(geometry, h, statistics, **options)[1], statistics) for h in held)
     assert less.measure == value
-    assert less.price_GTL.shape == (2, 5, 3)
+    assert less.price_TL.shape == (5, 3)
     assert less.cap_price_LT.any()
     assert less.price > 0
-    assert (less.price_GTL >= 0).all()
-    # a token-head is half one for either rank
+    assert (less.price_TL >= 0).all()
     assert more.price * 4 <= (more.bound - less.bound) * (1 + 1e-6)
     assert more.bound - less.bound <= less.price * 4 * (1 + 1e-6)
     capped = worth_of(judged(geometry, 300, statistics, **options | {"layer_cap": "40%"})[1], statistics)
@@ -204,12 +203,12 @@ def made(policy: str, statistics: Statistics, budget: str = "40%", **options: An
         ("heatkv-lp", {}, "joint"),
         ("heatkv-lp", {"value": "error"}, "error"),
         ("heatkv-lp", {"value": "mass"}, "mass"),
-        ("heatkv-lp", {"ranks": 2, "layer_cap": "50%"}, "joint"),
+        ("heatkv-lp", {"layer_cap": "50%"}, "joint"),
         ("heatkv-mr", {"cost": "error"}, "joint"),
         ("heatkv-mr", {"cost": "fisher"}, "fisher"),
         ("heatkv-mr", {"cost": "fisher", "levels": "full"}, "fisher"),
         ("heatkv-mr", {"levels": "full+mean"}, "joint"),
-        ("heatkv-mr", {"ranks": 2, "layer_cap": "45%"}, "joint"),
+        ("heatkv-mr", {"layer_cap": "45%"}, "joint"),
         ("heatkv-mr", {"cost": "fisher", "max_kl": 0.02}, "fisher"),
     ],
 )
@@ -344,14 +343,14 @@ def test_prices_of_levels_bound_what_any_budget_is_worth(seed: int, data: st.Dat
     assert worth.measure == "joint"
     assert worth.value == pytest.approx(plan.value, rel=1e-12)
     for there in {here, *data.draw(st.lists(st.integers(sinks, most), max_size=3))}:
-        best = -optimum(levels, Capacity.shared(layers, heads, schedule.tokens, there), allowed)
+        best = -optimum(levels, Capacity(layers, heads, schedule.tokens, there), allowed)
         assert best <= worth.bound + (there - here) * worth.price + 1e-9
         told = worth.bound + abs(worth.bound) * worth.change((there - here) / here)
         assert told == pytest.approx(worth.bound + (there - here) * worth.price)
 
 
 @pytest.mark.parametrize("cost", ["error", "fisher"])
-@pytest.mark.parametrize("options", [{}, {"levels": "full"}, {"ranks": 2}, {"layer_cap": "70%"}])
+@pytest.mark.parametrize("options", [{}, {"levels": "full"}, {"layer_cap": "70%"}])
 def test_prices_of_levels_are_slopes(cost: str, options: dict[str, Any]) -> None:
     """Concave: the step to the next budget is between the slopes at both ends, to the solver's tolerance."""
     statistics = measured(cost)

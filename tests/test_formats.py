@@ -29,7 +29,6 @@ from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import HeatKVLP
-from heatkv.policies.ranked import plan_ranks
 from heatkv.policies.snapkv import SnapKV
 from heatkv.profiling.measure.fidelity import FidelityBench
 from heatkv.profiling.measure.memory import (
@@ -116,20 +115,6 @@ def test_plans(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert np.array_equal(names["last_read"], plan.last_read)
     for target in range(len(GEOMETRY.schedule)):
         assert np.array_equal(names["reads"](target), plan.reads(target))
-
-
-def test_plans_for_ranks(statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = PlanningProblem(GEOMETRY, Budget.parse("50%"), statistics, model="tiny")
-    ranked = plan_ranks(HeatKVLP(value="error"), problem, 3)
-    assert fields("ranked.json", "field") == set(ranked.to_json())
-    monkeypatch.chdir(tmp_path)
-    ranked.save("ranked.json")
-    names = run_lines("ranked.json")
-    assert np.array_equal(names["heads"], ranked.heads)
-    whole = ranked.whole()
-    assert isinstance(whole, Plan)
-    for heads_LH, last_read in zip(names["heads"], names["last_reads"], strict=True):
-        assert np.array_equal(np.take_along_axis(whole.last_read, heads_LH[..., None], axis=1), last_read)
 
 
 def test_plans_with_certificate_and_levels_are_equal_bit_for_bit(plan: Plan, tmp_path: Path) -> None:

@@ -676,7 +676,7 @@ def test_any_number_of_sinks_can_be_measured(measure: Any, var: ClassConditional
     schedule = var.geometry.schedule
     bias = biases_of(schedule, 2, 2)
     budget = 2 * 2 * schedule.cached_tokens // 2
-    capacity = Capacity(schedule.tokens, np.zeros((2, 2), dtype=np.int64), (budget,))
+    capacity = Capacity(2, 2, schedule.tokens, budget)
     of_three = allocate_levels(measure(var, 2, log_bias=bias, sink_scales=3), capacity)
     assert of_three.cost > 0
     for sinks in (0, 1, 2):

@@ -156,10 +156,8 @@ def attempts(draw: st.DrawFn) -> Attempt:
     options = dict(options)
     if draw(st.booleans()):
         options["sink_scales"] = draw(st.integers(-1, 6))
-    if policy in ("heatkv-lp", "heatkv-mr"):
-        options["ranks"] = draw(st.sampled_from([1, 2]))
-        if draw(st.booleans()):
-            options["layer_cap"] = draw(st.sampled_from(["1%", "4%", "10%", "20%", "50%"]))
+    if policy in ("heatkv-lp", "heatkv-mr") and draw(st.booleans()):
+        options["layer_cap"] = draw(st.sampled_from(["1%", "4%", "10%", "20%", "50%"]))
     share = draw(st.fractions(Fraction(1, 10000), Fraction(1, 2), max_denominator=10000))
     level_sinks = draw(st.integers(0, 4))
     return Attempt(policy, options, Budget("share", share), level_sinks, draw(st.integers(1, 4)) if ranked else None)

@@ -43,8 +43,8 @@ COMMANDS = {
     "new-policy": "new_policy",
 }
 
-# Those that several ranks share, samples or heads; all others run in one process.
-SHARED = ("calibrate", "compare", "generate")
+# Those whose samples several ranks share; all others run in one process.
+SHARED = ("calibrate", "compare")
 
 # Options whose texts may be empty.
 TEXTS = ("--prompt", "--negative")

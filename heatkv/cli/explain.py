@@ -10,14 +10,14 @@ import typer
 from rich.console import Group
 
 from heatkv.cli import options
-from heatkv.cli.opening import statistics_of_model, whole_of
+from heatkv.cli.opening import statistics_of_model
 from heatkv.cli.output import certificate, chosen_by_kl, make_folder, pairs, progress, say, show
 from heatkv.compensation import compensation_bytes
+from heatkv.core.capacity_plan import load_plan
 from heatkv.core.levels import FULL, level_tokens
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.errors import HeatKVError, PlanError, PolicyError, StatisticsError
 from heatkv.models.catalogue import MODELS
-from heatkv.ranked_plan import RankedPlan, load_either
 
 if TYPE_CHECKING:
     from heatkv.profiling.analysis.explain import Worth
@@ -40,8 +40,7 @@ def explain(
     from heatkv.profiling.analysis import explain as explaining
     from heatkv.profiling.analysis import plan_report as report
 
-    found = load_either(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
-    told = whole_of(found, plan) if isinstance(found, RankedPlan) else found
+    told = load_plan(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
     if not isinstance(told, Plan):
         _explain_capacities(told, statistics, out, as_json)
         return
@@ -189,8 +188,8 @@ def _worth_facts(worth: Worth) -> dict[str, Any]:
         "value_per_token_head": worth.price,
         "change_of_bound_by_one_percent_of_budget": worth.change(0.01),
         "binding_checkpoints": [
-            {"group": int(g), "scale": int(t), "layer": int(l), "price": float(worth.price_GTL[g, t, l])}
-            for g, t, l in np.argwhere(worth.price_GTL)
+            {"scale": int(t), "layer": int(l), "price": float(worth.price_TL[t, l])}
+            for t, l in np.argwhere(worth.price_TL)
         ],
         "binding_layer_caps": [
             {"layer": int(l), "scale": int(t), "price": float(worth.cap_price_LT[l, t])}

@@ -61,12 +61,6 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="an option of a policy, see `heatkv policies`; may be repeated"),
 ]
-RankCount = Annotated[
-    int | None, typer.Option("--ranks", help="devices that share the heads: one plan for each, in one file")
-]
-Split = Annotated[
-    str, typer.Option("--split", help="which heads go to which rank: balanced, or contiguous as Megatron-LM has them")
-]
 Weights = Annotated[Path | None, typer.Option("--weights", help="weights file or folder, see `heatkv models`")]
 Vae = Annotated[Path | None, typer.Option("--vae", help="its VAE file; default: looked for beside the weights")]
 TextEncoder = Annotated[

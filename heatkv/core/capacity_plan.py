@@ -19,7 +19,6 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import check_header, read_json
 from heatkv.core.plan import (
     FORMAT,
-    RANKED_FORMAT,
     VERSION,
     CachePlan,
     IntArray,
@@ -117,22 +116,13 @@ def load_plan(path: str | Path, head_dim: int | None = None) -> CachePlan:
 
     `head_dim` is the head size of a plan that does not state its own (it only matters for bytes).
     """
-    return plan_from_json(read_json(path), path, head_dim)
-
-
-def plan_from_json(value: Any, source: str | Path = "plan", head_dim: int | None = None) -> CachePlan:
-    """Validate a parsed plan.json of a static or a dynamic policy; `source` names it in messages.
-
-    Raises what `load_plan` raises.
-    """
-    if isinstance(value, dict) and value.get("format") == RANKED_FORMAT:
-        raise FormatError(f"{source} holds a plan for each of several ranks; read it with RankedPlan.load")
-    data = check_header(value, source, FORMAT, VERSION)
+    value = read_json(path)
+    data = check_header(value, path, FORMAT, VERSION)
     if "capacity" not in data:
-        return Plan.from_json(value, source, head_dim)
+        return Plan.from_json(value, path, head_dim)
     if "last_read" in data:
-        raise FormatError(f"{source} holds both 'last_read' and 'capacity'; a plan is of a static or a dynamic policy")
-    with named(source):
+        raise FormatError(f"{path} holds both 'last_read' and 'capacity'; a plan is of a static or a dynamic policy")
+    with named(path):
         plan = CapacityPlan(
             **common_fields(data, head_dim),
             capacity=integer_array(data["capacity"], "capacity"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from functools import cached_property
@@ -117,10 +117,6 @@ class CacheGeometry:
     def full_token_heads(self) -> int:
         """N*L*H: what the full cache holds (every scale but the last)."""
         return self.schedule.cached_tokens * self.layers * self.heads
-
-    def of_heads(self, heads: int) -> CacheGeometry:
-        """The same with so many heads in every layer, as one of several devices has it. Raises PlanError."""
-        return replace(self, heads=heads)
 
     def token_head_bytes(self, rows: int = 1, storage: str = "bfloat16") -> tuple[int, int]:
         """Bytes of one token-head over all rows (guidance doubles the rows): of the uncoded scales, and of all others.
@@ -234,10 +230,6 @@ class Budget:
         except BudgetError:
             return None
         return math.floor(size.amount) if size.kind == "bytes" else None
-
-    def part(self, share: Fraction) -> Budget:
-        """The same budget for this share of the heads: bytes are divided, all others are relative to heads."""
-        return replace(self, amount=self.amount * share) if self.kind == "bytes" else self
 
     def share(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -136,16 +136,6 @@ class LevelStatistics(EqualByContents):
         """Mean over samples of the cost of one source at a level, [l, h, t, s, level]."""
         mean: FloatArray = self.single_sum / len(self.samples)
         return mean
-
-    def of_heads(self, heads_LH: NDArray[np.int64]) -> LevelStatistics:
-        """The costs of these heads of every layer, in this order; (L, heads to take) indices."""
-        layers = np.arange(self.layers)[:, None]
-        return replace(
-            self,
-            log_bias=self.log_bias[layers, heads_LH],
-            joint_sum=tuple(joint[layers, heads_LH] for joint in self.joint_sum),
-            single_sum=self.single_sum[layers, heads_LH],
-        )
 
     def check_alike(self, other: LevelStatistics) -> None:
         """Raise StatisticsError for other biases, kinds or choices, with which costs cannot be added up."""

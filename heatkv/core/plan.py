@@ -30,8 +30,6 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError, HeatKVError, PlanError
 
 FORMAT, VERSION = "heatkv-plan", 1
-RANKED_FORMAT = "heatkv-ranked-plan"
-"""Of files that hold one plan for each of several devices."""
 
 _MOST_BIAS = 1000.0
 """Far beyond every logit: temperatures are up to 100."""

@@ -309,26 +309,6 @@ class Statistics(EqualByContents):
                 f"{self.provenance.fingerprint}; the model's is {fingerprint}); calibrate this model"
             )
 
-    def of_heads(self, heads_LH: IntArray) -> Statistics:
-        """What was measured of these heads of every layer, in this order; (L, heads to take) indices.
-
-        The similarity of scales, which is a mean over heads, stays that of the layer.
-        """
-        layers = np.arange(self.layers)[:, None]
-
-        def taken(array: FloatArray | None) -> FloatArray | None:
-            return None if array is None else array[layers, heads_LH]
-
-        return replace(
-            self,
-            mass_sum=self.mass_sum[layers, heads_LH],
-            mass_square_sum=self.mass_square_sum[layers, heads_LH],
-            all_mass_sum=taken(self.all_mass_sum),
-            error_sum=taken(self.error_sum),
-            concentration_sum=taken(self.concentration_sum),
-            levels=None if self.levels is None else self.levels.of_heads(heads_LH),
-        )
-
     def with_levels(self, levels: LevelStatistics | None) -> Statistics:
         """The same with these level costs. Raises StatisticsError when they are of another geometry."""
         return replace(self, levels=levels)
@@ -488,11 +468,6 @@ class HeadRankings(EqualByContents):
                 "needed: change the schedule or the number of sink scales"
             )
         return self.ranks[first - self.first_scale : stop - self.first_scale]
-
-    def of_heads(self, heads_LH: IntArray) -> HeadRankings:
-        """The rankings of these heads of every layer alone, renumbered in this order; (L, heads to take) indices."""
-        ranks_SP = self.ranks[:, np.arange(self.layers)[:, None], heads_LH].reshape(len(self.order), -1)
-        return HeadRankings(self.layers, heads_LH.shape[1], self.first_scale, np.argsort(ranks_SP, axis=1))
 
     @classmethod
     def from_scores(cls, scores_LHS: FloatArray) -> HeadRankings:

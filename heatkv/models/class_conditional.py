@@ -58,7 +58,7 @@ class ClassConditionalModel(ImageModel[int]):
     @property
     def geometry(self) -> CacheGeometry:
         config = self.transformer.config
-        return CacheGeometry(config.depth, self.transformer.heads, config.head_dim, config.schedule)
+        return CacheGeometry(config.depth, config.heads, config.head_dim, config.schedule)
 
     @property
     def device(self) -> torch.device:

@@ -106,7 +106,7 @@ class TextConditionalModel(ImageModel[Prompt]):
     @property
     def geometry(self) -> CacheGeometry:
         config = self.transformer.config
-        return CacheGeometry(config.depth, self.transformer.heads, config.head_dim, self.schedule)
+        return CacheGeometry(config.depth, config.heads, config.head_dim, self.schedule)
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,7 @@
 
 Token-time counts every token that is held once for each later target scale that reads it, so a cell that is kept half
 as long counts half, and one that is pooled to a quarter of its tokens a quarter.
-Arrays: L layers, H heads, T scales, G groups of heads that share one room; last_read as in a plan.
+Arrays: L layers, H heads, T scales; last_read as in a plan.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Worth:
     `measure` is one of MEASURES; a cost counts as a negative value, as in plans. `instead` says why it is not the one
     that the plan was made by, if so. No plan within the budget, with these sinks, is worth more than `bound`, by the
     prices, or than `certified`, the plan's own bound where it is of the same numbers; the full cache is worth `full`.
-    `price_GTL` is the value of one more token-head at the checkpoint after layer l has run target t, 0 where it does
+    `price_TL` is the value of one more token-head at the checkpoint after layer l has run target t, 0 where it does
     not bind; `cap_price_LT` the same under a cap on single layers, which the budget does not move.
     """
 
@@ -113,7 +113,7 @@ class Worth:
     bound: float
     full: float
     budget_token_heads: int
-    price_GTL: FloatArray
+    price_TL: FloatArray
     cap_price_LT: FloatArray
     instead: str = ""
     certified: float | None = None
@@ -125,8 +125,8 @@ class Worth:
 
     @property
     def price(self) -> float:
-        """Value of one more token-head of budget, which is split over the groups: the slope of the bound."""
-        return float(self.price_GTL.sum() / len(self.price_GTL))
+        """Value of one more token-head of budget: the slope of the bound."""
+        return float(self.price_TL.sum())
 
     @property
     def gap(self) -> float:
@@ -277,7 +277,7 @@ def _worth(
     plan: Plan, measure: str, value: float, bound: float, full: float, capacity: Capacity, row_prices: FloatArray
 ) -> Worth:
     layers, _, scales = plan.last_read.shape
-    checkpoints = capacity.groups * (scales - 1) * layers
+    checkpoints = capacity.checkpoints
     caps = row_prices[checkpoints:] if capacity.layer_room is not None else np.zeros(layers * scales)
     return Worth(
         measure=measure,
@@ -285,6 +285,6 @@ def _worth(
         bound=bound + 0.0,
         full=full + 0.0,
         budget_token_heads=plan.budget_token_heads,
-        price_GTL=row_prices[:checkpoints].reshape(capacity.groups, scales - 1, layers),
+        price_TL=row_prices[:checkpoints].reshape(scales - 1, layers),
         cap_price_LT=caps.reshape(layers, scales),
     )
