@@ -8,7 +8,9 @@ import signal
 import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from heatkv.profiling.measure.memory import Loading, record_snapshots, save_snap
 from heatkv.profiling.measure.runner import subject_memory, why_failed
 from heatkv.profiling.measure.subjects import Subject
 from heatkv.profiling.results.row import Memory
+
+# settings of plans are read-only, which pickle does not know
+ForkingPickler.register(MappingProxyType, lambda settings: (_read_only, (dict(settings),)))
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,10 @@ def measure_in_new_process(job: Job) -> Memory:
     finally:
         process.kill()
         process.join()
+
+
+def _read_only(settings: dict[str, Any]) -> MappingProxyType[str, Any]:
+    return MappingProxyType(settings)
 
 
 def _run(job: Job, sender: Connection) -> None:
