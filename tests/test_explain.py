@@ -20,9 +20,11 @@ from test_level_allocation import FEW, MORE, optimum
 from test_level_allocation import statistics as random_levels
 
 from heatkv.cli import run
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import level_tokens
 from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import PlanError, PolicyError, StatisticsError
@@ -429,7 +431,7 @@ def solved(folder: Path, *arguments: str) -> Path:
 
 def test_explain_tells_and_draws(tmp_path: Path, emoji_statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = solved(tmp_path, "--policy", "heatkv-lp", "--set", "value=error", "--statistics", str(emoji_statistics))
-    plan = Plan.load(path)
+    plan = load_plan(path)
     capsys.readouterr()
     out = tmp_path / "new" / "charts"
     arguments = ["explain", str(path), "--statistics", str(emoji_statistics), "--out", str(out)]
@@ -490,7 +492,7 @@ def test_levels_are_judged_where_their_costs_are_known(
     for policy in ("heatkv-mr", "heatkv-lp"):
         (tmp_path / policy).mkdir()
         path = paths[policy] = solved(tmp_path / policy, "--policy", policy, "--statistics", str(costs))
-        plan = Plan.load(path)
+        plan = load_plan(path)
         assert plan.value is not None
         capsys.readouterr()
         assert run(["explain", str(path), "--statistics", str(costs), "--json"]) == 0
@@ -525,7 +527,7 @@ def test_levels_are_judged_where_their_costs_are_known(
 
 def test_a_plan_with_levels_is_explained_level_by_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = solved(tmp_path, "--policy", "streaming", "--budget", "40%", "--sink-scales", "1")
-    plan = Plan.load(path)
+    plan = load_plan(path)
     longer = np.minimum(plan.last_read + 1, len(plan.schedule) - 1)
     mean = np.where(plan.last_read == np.arange(8), plan.last_read, longer)
     levels = replace(

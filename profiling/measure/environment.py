@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from heatkv.core.versions import versions
+from heatkv.core.io import versions
 from heatkv.engine.watch import is_deterministic
 from heatkv.profiling.results.row import Environment, Load, TimingMachine
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.io import replacing
 from heatkv.core.levels import level_tokens
-from heatkv.core.plan import CachePlan, IntArray, Plan, held_for_targets, live_of_held
+from heatkv.core.plan import CachePlan, Plan, held_for_targets, live_of_held
+from heatkv.core.schema import IntArray
 from heatkv.engine.arena_cache import storage_bytes
 from heatkv.errors import GraphError, HeatKVError
 from heatkv.generation.loop import Generator

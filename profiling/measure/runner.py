@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from heatkv.core.geometry import StorageType
+from heatkv.core.storage_type import StorageType
 from heatkv.engine.token_cache import open_cache
 from heatkv.errors import GraphError, HeatKVError, out_of_memory
 from heatkv.generation.graphs import GraphRunner

@@ -8,13 +8,12 @@ import signal
 import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from heatkv.core.plan_file import plan_from_json
 from heatkv.engine.watch import run_deterministically
 from heatkv.errors import HeatKVError
 from heatkv.models.catalogue import load_model
@@ -24,19 +23,18 @@ from heatkv.profiling.measure.runner import subject_memory, why_failed
 from heatkv.profiling.measure.subjects import Subject
 from heatkv.profiling.results.row import Memory
 
-# settings of plans are read-only, which pickle does not know
-ForkingPickler.register(MappingProxyType, lambda settings: (_read_only, (dict(settings),)))
-
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure: `model` as `load_model` takes it, of these weights, drawing `batch` images under the subject's
-    first plan. `snapshot` is where the CUDA allocator's history is to go."""
+    """What to measure: `model` as `load_model` takes it, of these weights, drawing `batch` images under `plan`, which
+    is as plan.json has it. `snapshot` is where the CUDA allocator's history is to go."""
 
     model: dict[str, Any]
     fingerprint: str
     settings: Settings
-    subject: Subject
+    plan: dict[str, Any]
+    storage: str
+    attention: str
     batch: int
     seed: int
     threads: int
@@ -57,7 +55,8 @@ def measure_job(job: Job) -> Memory:
             f"the weights of {model.name} are {model.fingerprint} now, and were {job.fingerprint} when the run began; "
             "measure again"
         )
-    memory = subject_memory(model, job.subject, job.batch, job.settings, seed=job.seed, loading=loading)
+    subject = Subject("", "", (plan_from_json(job.plan),), job.storage, job.attention)
+    memory = subject_memory(model, subject, job.batch, job.settings, seed=job.seed, loading=loading)
     if job.snapshot is not None:
         save_snapshot(job.snapshot)
     return memory
@@ -87,10 +86,6 @@ def measure_in_new_process(job: Job) -> Memory:
     finally:
         process.kill()
         process.join()
-
-
-def _read_only(settings: dict[str, Any]) -> MappingProxyType[str, Any]:
-    return MappingProxyType(settings)
 
 
 def _run(job: Job, sender: Connection) -> None:

@@ -16,7 +16,8 @@ from msgspec import Meta
 
 from heatkv.core.io import check_header, read_json, write_json
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.errors import FormatError, ScheduleError
+from heatkv.core.schema import convert
+from heatkv.errors import ScheduleError
 from heatkv.profiling.results.ledgers import ByteCount, Ledgers
 
 FORMAT, VERSION = "heatkv-results", 1
@@ -291,10 +292,7 @@ class Results:
 def read_results(path: Path) -> Results:
     """A results.json. Raises FormatError for what is none, naming the field that cannot be."""
     data = check_header(read_json(path), path, FORMAT, VERSION)
-    try:
-        return msgspec.convert(printable(data), Results)
-    except msgspec.ValidationError as error:
-        raise FormatError(f"{path} is not a whole {FORMAT} file: {error}") from error
+    return convert(printable(data), Results, path)
 
 
 def write_results(path: Path, results: Results) -> None:
