@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -281,8 +281,8 @@ def _check_interval(ends: tuple[float, float] | None) -> None:
 class Results:
     """All that a results.json holds; `sampling` are the settings that images are drawn with."""
 
-    format: Literal["heatkv-results"] = FORMAT
-    version: Literal[1] = VERSION
+    format: str = FORMAT
+    version: int = VERSION
     environment: Environment = field(default_factory=Environment)
     sampling: dict[str, Any] | None = None
     request: Request = field(default_factory=Request)
