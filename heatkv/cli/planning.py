@@ -186,53 +186,17 @@ def fit(
         )
     asked = None if budget is None else problem.share
 
-    def measure(images: int, **changed: Any) -> Footprint:
-        given = {
-            "size": size,
-            "dtype": dtype,
-            "storage": storage,
-            "text_encoder": text_encoder,
-            "guided": guided,
-        } | changed
-        return footprint(info, images, ratio=shape, **given)
-
-    def least(size: str | None) -> Fraction:
-        """The share that the sinks need."""
-        schedule = info.schedule(size, shape)
-        return Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
-
-    if asked is None:
-        found = largest_share(measure(1 if batch is None else batch), available, least(size))
+    schedule = problem.geometry.schedule
+    least = Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
+    taken = footprint(
+        info, batch or 1 if batch != 0 else 0, size=size, ratio=shape, dtype=dtype, storage=storage, guided=guided,
+        text_encoder=text_encoder,
+    )  # fmt: skip
+    if budget is None:
+        found = largest_share(taken, available, least)
     else:
-        found = largest_batch(measure(1), available, asked)
-    taken = found.taken
-
-    def ways_out() -> list[str]:
-        """The changes of one option that make it fit."""
-
-        def fits(size: str | None = size, **changed: Any) -> bool:
-            share = least(size) if asked is None else asked
-            return Fit(measure(taken.images, size=size, **changed), available, share).fits
-
-        ways = []
-        fewer = largest_batch(measure(1), available, found.share)
-        if fewer.fits:
-            ways.append(f"--batch {fewer.taken.images}")
-        lower = largest_share(measure(1), available, least(size))
-        if asked is not None and lower.fits:
-            ways.append(f"--budget {_percent(lower.share)}")
-        smaller = info.sizes[info.sizes.index(info.default_size if size is None else size.removesuffix("px")) + 1 :]
-        ways += [f"--size {size}" for size in smaller if problem.budget.kind == "share" and fits(size)][:1]
-        if guided and fits(guided=False):
-            ways.append("--cfg 1" if info.family == "infinity" else "--cfg 0")
-        if dtype == "float32" and fits(dtype="bfloat16"):
-            ways.append("--dtype bfloat16")
-        if storage is None and fits(storage="int8"):
-            ways.append("--storage int8")
-        if taken.text_encoder and fits(text_encoder=False):
-            ways.append("--no-text-encoder, with prompts encoded elsewhere")
-        return ways
-
+        found = largest_batch(taken, available, problem.share)
+    sinks = Fit(found.taken, available, least).cache
     percent, sinks = _percent(found.share), Fit(taken, available, least(size)).cache
     facts = {
         "model": model, "memory_bytes": available, "images": taken.images, "rows": taken.rows,
