@@ -71,9 +71,9 @@ from heatkv.profiling.measure.runner import FIDELITY, versus
 from heatkv.profiling.report.latency_table import latency_table
 from heatkv.profiling.report.memory_table import memory_table
 from heatkv.profiling.report.page import report_data, write_report
-from heatkv.profiling.results.artefacts import pictures_of, plans_of, scas_of
+from heatkv.profiling.report.old_artefacts import pictures_of, plans_of, scas_of
 from heatkv.profiling.results.folder import ResultsFolder, check_replaceable, file_digest, save_scas
-from heatkv.profiling.results.merging import merge
+from heatkv.profiling.report.old_merging import merge
 from heatkv.registry import registered_policies
 
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4), (5, 4)]))

@@ -51,7 +51,7 @@ from heatkv.profiling.measure.runner import (
 )
 from heatkv.profiling.report.page import report_data
 from heatkv.profiling.results.folder import ResultsFolder, comparison_digest, measurement_digest, save_scas
-from heatkv.profiling.results.merging import merge
+from heatkv.profiling.report.old_merging import merge
 from heatkv.testing.contract import made_up_mass
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")

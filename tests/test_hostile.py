@@ -43,7 +43,7 @@ from heatkv.models.catalogue import find_weights, load_model
 from heatkv.models.checkpoint import build_infinity, build_var, read_checkpoint, var_state
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.text_encoder import T5TextEncoder
-from heatkv.profiling.results.reading import read_results
+from heatkv.profiling.report.old_reading import read_results
 
 IN_SUITE = 300
 

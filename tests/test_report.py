@@ -28,7 +28,7 @@ from heatkv.profiling.measure.runner import bytes_row, plan_subjects
 from heatkv.profiling.report.figures import spread_out
 from heatkv.profiling.report.page import report_data, write_report
 from heatkv.profiling.results.folder import ResultsFolder, save_scas, subject_file_name
-from heatkv.profiling.results.merging import merge
+from heatkv.profiling.report.old_merging import merge
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_POLICIES = ROOT / "benchmarks" / "results" / "compare_all.json"

@@ -34,7 +34,7 @@ def report(
     if out is None and len(folders) > 1:
         raise FormatError(f"{len(folders)} folders make a report of their own; say where to write it with --out DIR")
     # read before --out is made, so that a refusal leaves no folder behind
-    from heatkv.profiling.results.merging import merge
+    from heatkv.profiling.report.old_merging import merge
 
     merge(folders)
     written = draw_report(folders, folders[0] if out is None else make_folder(out))

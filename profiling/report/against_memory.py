@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from heatkv.profiling.report import figures
+from heatkv.profiling.report.old_merging import EQUAL_BYTES, Row
 from heatkv.profiling.report.reporting import Report
-from heatkv.profiling.results.merging import EQUAL_BYTES, Row
 
 
 @dataclass(frozen=True)

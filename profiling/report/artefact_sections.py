@@ -39,9 +39,9 @@ from heatkv.profiling.report.blocks import (
     mib_cell,
     number_cell,
 )
+from heatkv.profiling.report.old_artefacts import Missing, pictures_of, plans_of, scas_of
+from heatkv.profiling.report.old_merging import Merged, Row, Source, budgets_of
 from heatkv.profiling.report.reporting import Report, scale_names, under
-from heatkv.profiling.results.artefacts import Missing, pictures_of, plans_of, scas_of
-from heatkv.profiling.results.merging import Merged, Row, Source, budgets_of
 
 # ------------------------------------------------------------------------------------------------- what heads look at
 

@@ -26,6 +26,7 @@ from heatkv.profiling.report.blocks import (
     mib_cell,
     number_cell,
 )
+from heatkv.profiling.report.old_merging import Group, Row, budgets_of, leaders, pareto_front, ranked
 from heatkv.profiling.report.over_seeds import Entry, Family, entries_of
 from heatkv.profiling.report.reporting import (
     Report,
@@ -37,7 +38,6 @@ from heatkv.profiling.report.reporting import (
     of_cache,
     scale_names,
 )
-from heatkv.profiling.results.merging import Group, Row, budgets_of, leaders, pareto_front, ranked
 
 # ------------------------------------------------------------------------------------------------------ summary
 

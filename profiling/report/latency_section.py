@@ -5,13 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from heatkv.profiling.measure.busy import busy_reasons
+import msgspec
+
 from heatkv.profiling.report import figures
 from heatkv.profiling.report.against_memory import EQUALS, Point, at_budgets, memory_axis, series, unnamed
 from heatkv.profiling.report.blocks import Block, Cell, Chart, Note, Section, Table, mib, mib_cell, number_cell
+from heatkv.profiling.report.old_fields import is_number
+from heatkv.profiling.report.old_merging import Group, Row, pareto_front, ranked
 from heatkv.profiling.report.reporting import Report, apart, held_of, listed, median_of
-from heatkv.profiling.results.merging import Group, Row, pareto_front, ranked
-from heatkv.profiling.results.fields import is_number
+from heatkv.profiling.results.row import Load
 
 
 def memory_and_time(report: Report) -> Section | None:
@@ -66,7 +68,11 @@ def memory_and_time(report: Report) -> Section | None:
 
 def load_reasons(rows: Iterable[Row]) -> list[str]:
     """What speaks for the machine having been busy when these rows were timed."""
-    return list(dict.fromkeys(reason for row in rows for reason in busy_reasons(row.timed_on)))
+    return list(
+        dict.fromkeys(
+            reason for row in rows for reason in msgspec.convert(row.timed_on.get("load") or {}, Load).reasons
+        )
+    )
 
 
 def busy(groups: Sequence[Group]) -> list[Block]:
@@ -75,7 +81,9 @@ def busy(groups: Sequence[Group]) -> list[Block]:
     told = load_reasons(rows)
     if not told:
         return []
-    folders = dict.fromkeys(row.source.label for row in rows if busy_reasons(row.timed_on))
+    folders = dict.fromkeys(
+        row.source.label for row in rows if msgspec.convert(row.timed_on.get("load") or {}, Load).reasons
+    )
     of_folder = "" if len({row.source for row in rows}) == 1 else f" of {listed(folders)}"
     return [
         Note(

@@ -7,16 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from heatkv.profiling.measure.memory_figures import (
-    ARENA,
-    DEVICE,
-    FIGURES,
-    PHASES,
-    PLANNED,
-    TEXTS,
-    in_memory,
-    unexplained,
-)
 from heatkv.profiling.report import bar_figures
 from heatkv.profiling.report.bar_figures import LONGEST, MOST_ROWS, Bar, BarGroup, Held, Panel, Part
 from heatkv.profiling.report.blocks import (
@@ -35,8 +25,18 @@ from heatkv.profiling.report.blocks import (
     mib_cell,
 )
 from heatkv.profiling.report.figures import shortened
+from heatkv.profiling.report.memory_figures import (
+    ARENA,
+    DEVICE,
+    FIGURES,
+    PHASES,
+    PLANNED,
+    TEXTS,
+    in_memory,
+    unexplained,
+)
+from heatkv.profiling.report.old_merging import Row, Source, budgets_of
 from heatkv.profiling.report.reporting import Report, scale_names, under
-from heatkv.profiling.results.merging import Row, Source, budgets_of
 
 MOST_TOGETHER = 14
 """Rows of one chart; of more, every budget has a chart of its own."""

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from heatkv.profiling.results.merging import Group, Merged, Row, Source, budgets_of
+from heatkv.profiling.report.old_merging import Group, Merged, Row, Source, budgets_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,10 +23,10 @@ from heatkv.profiling.report import figures
 from heatkv.profiling.report.blocks import Block, Cell, Chart, Fold, Heading, Note, Section, Table
 from heatkv.profiling.report.fidelity_sections import headline
 from heatkv.profiling.report.latency_section import load_reasons, of_full
+from heatkv.profiling.report.old_merging import Group, Merged, Row, budgets_of, merge, pareto_front, ranked
 from heatkv.profiling.report.over_seeds import Entry, Family, families
 from heatkv.profiling.report.reporting import Report, held_of, kl_of, median_of
 from heatkv.profiling.report.sections import SECTIONS
-from heatkv.profiling.results.merging import Group, Merged, Row, budgets_of, merge, pareto_front, ranked
 
 FORMAT, VERSION = "heatkv-report", 1
 FILES = ("report.html", "report.md", "report.json")

@@ -8,8 +8,8 @@ from heatkv.profiling.report import bar_figures
 from heatkv.profiling.report.bar_figures import MOST_ROWS, Difference
 from heatkv.profiling.report.blocks import Block, Cell, Chart, Section, Table, number_cell
 from heatkv.profiling.report.figures import Style
+from heatkv.profiling.report.old_merging import Group, Row, budgets_of
 from heatkv.profiling.report.reporting import Report, apart, kl_of
-from heatkv.profiling.results.merging import Group, Row, budgets_of
 
 
 def paired(report: Report) -> Section | None:

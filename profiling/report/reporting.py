@@ -10,8 +10,8 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.profiling.report import figures
 from heatkv.profiling.report.blocks import Block, Cell, Fold, Heading, Key, Legend, mib
 from heatkv.profiling.report.figures import Style
+from heatkv.profiling.report.old_merging import AXES, SEPARATOR, Group, Merged, Row
 from heatkv.profiling.report.over_seeds import Family, families
-from heatkv.profiling.results.merging import AXES, SEPARATOR, Group, Merged, Row
 
 
 def kl_of(row: Row) -> float | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from heatkv.profiling.measure.memory_figures import unplaced
 from heatkv.profiling.measure.runner import LEAST_USED
 from heatkv.profiling.report.blocks import MISSING, Block, Cell, Note, Section, Table, mib_cell, number_cell
+from heatkv.profiling.report.memory_figures import unplaced
+from heatkv.profiling.report.old_fields import KNOWN
+from heatkv.profiling.report.old_merging import Row, Source
 from heatkv.profiling.report.reporting import Report, broken_promises, kl_of, median_of
-from heatkv.profiling.results.merging import Row, Source
-from heatkv.profiling.results.fields import KNOWN
 
 # ---------------------------------------------------------------------------------------------- all that is told
 

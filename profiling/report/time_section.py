@@ -12,9 +12,9 @@ from heatkv.profiling.report.bar_figures import Bar, BarGroup, Part
 from heatkv.profiling.report.blocks import MISSING, Block, Cell, Chart, Key, Legend, Note, Section, Table, number_cell
 from heatkv.profiling.report.latency_section import busy
 from heatkv.profiling.report.memory_section import titles, told_apart
+from heatkv.profiling.report.old_fields import TIMES
+from heatkv.profiling.report.old_merging import Group, Row, budgets_of
 from heatkv.profiling.report.reporting import Report, apart, scale_names, under
-from heatkv.profiling.results.merging import Group, Row, budgets_of
-from heatkv.profiling.results.fields import TIMES
 
 _EAGER, _GRAPHS = TIMES
 _DRAWN = {_EAGER: "eager", _GRAPHS: "CUDA graphs"}

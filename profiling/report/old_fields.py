@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from heatkv.core.checks import shown
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError, ScheduleError
-from heatkv.profiling.measure.memory_figures import FIGURES, in_memory
+from heatkv.profiling.report.memory_figures import FIGURES, in_memory
 
 TEXTS = (
     "comparison", "model", "model_fingerprint", "policy", "budget", "dtype", "storage", "attention", "measurement",
