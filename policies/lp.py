@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import as_whole
-from heatkv.core.geometry import Budget, CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import FULL, LEVELS, SINK_SCALES
 from heatkv.core.plan import CoarseCells, Plan
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.rankings import HeadRankings
+from heatkv.core.schema import as_whole
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import PolicyError
 from heatkv.levels.columns import LevelAllocation, allocate_levels, level_price_bound
-from heatkv.policies.base import FewestSinks, PlanningProblem, StaticPolicy
+from heatkv.policies.base import PlanningProblem, StaticPolicy, below_sinks
 from heatkv.policies.heatkv import drop_by_rank
 from heatkv.registry import register
 from heatkv.solve.cells import Allocation, Capacity, allocate, allocate_greedily, price_bound
@@ -63,23 +63,19 @@ class SolvedPolicy(StaticPolicy):
         if self.level_cost is not None:
             self.level_statistics(problem)
 
-    def fewest_sinks(self, problem: PlanningProblem) -> FewestSinks:
+    def check_sinks(self, problem: PlanningProblem) -> None:
+        super().check_sinks(problem)
         levels = None if problem.statistics is None else problem.statistics.levels
-        if levels is None or levels.cost != self.level_cost:
-            return FewestSinks()
-        measured = levels.choices.sink_scales
-        return FewestSinks(
-            measured,
-            f"the {measured} that the level costs were measured with",
-            f"measure anew with heatkv calibrate --levels {levels.cost} --sink-scales {{0}} and set sink_scales={{0}}",
-        )
-
-    def rooms(self, problem: PlanningProblem) -> dict[str, Fraction]:
-        rooms = super().rooms(problem)
-        if (cap := self.cap()) is not None:
+        if levels is not None and levels.cost == self.level_cost and self.sink_scales < levels.choices.sink_scales:
+            raise PolicyError(
+                f"sink_scales={self.sink_scales} is below the {levels.choices.sink_scales} that the level costs were "
+                "measured with; raise it, or measure level costs with fewer sinks"
+            )
+        cap, schedule = self.cap(), problem.geometry.schedule
+        if cap is not None:
             share = cap.share(_one_layer(problem), problem.rows, problem.storage)
-            rooms[f"layer_cap={self.layer_cap}"] = share * problem.geometry.schedule.cached_tokens
-        return rooms
+            if share * schedule.cached_tokens < schedule.offsets[self.sink_scales]:
+                raise below_sinks(f"layer_cap={self.layer_cap}", schedule, self.sink_scales)
 
     def level_statistics(self, problem: PlanningProblem) -> LevelStatistics:
         """The level costs, of the kind it plans by. Raises PolicyError."""

@@ -23,8 +23,8 @@ from PIL import Image
 from heatkv.cli import run
 from heatkv.cli.output import progress
 from heatkv.core import io as files
-from heatkv.core.checks import seed_after
-from heatkv.core.plan import Plan
+from heatkv.core.plan_file import load_plan
+from heatkv.core.schema import seed_after
 from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError
 from heatkv.policies.options import options_of
@@ -108,7 +108,7 @@ def test_solve_knows_other_ratios_and_sinks(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--model", "infinity-8b", "--policy", "streaming", "--budget", "650tokens", "--out", str(out)]
     assert run([*base, "--size", "0.60M", "--ratio", "3:2", "--sink-scales", "2"]) == 0
-    plan = Plan.load(out)
+    plan = load_plan(out)
     assert plan.schedule.scales[-1] == (1, 63, 42)
     assert plan.sink_scales == 2
     assert plan.budget_token_heads == 650 * 40 * 28
@@ -122,7 +122,7 @@ def test_solve_says_what_is_certified_and_nothing_where_nothing_is(
     assert (
         run([*base, "heatkv-lp", "--set", "value=error", "--statistics", str(statistics_file), "--out", str(out)]) == 0
     )
-    plan, table = Plan.load(out), capsys.readouterr().out
+    plan, table = load_plan(out), capsys.readouterr().out
     assert plan.value is not None
     assert plan.value_bound is not None
     for row in (f"value         │ {plan.value:.6g}", f"value at most │ {plan.value_bound:.6g}", "certified gap"):
@@ -166,12 +166,12 @@ def test_options_of_policies_are_set(statistics_file: Path, tmp_path: Path, caps
     base = ["solve", "--budget", "20%", "--policy", "heatkv-lp", "--statistics", str(statistics_file)]
     chosen = ["--set", "value=mass", "--set", "layer-cap=25%", "--set", "sink_scales = 2"]
     assert run([*base, *chosen, "--out", str(out)]) == 0
-    assert dict(Plan.load(out).settings) == {
+    assert dict(load_plan(out).settings) == {
         "value": "mass", "layer_cap": "25%", "sink_scales": 2, "solver": "lp", "budget": "20%",
     }  # fmt: skip
     greedy = ["--set", "layer_cap=none", "--set", "value=error", "--set", "solver=greedy"]
     assert run([*base, *greedy, "--out", str(out)]) == 0
-    assert Plan.load(out).settings["layer_cap"] is None
+    assert load_plan(out).settings["layer_cap"] is None
     draw = ["generate", "--policy", "streaming", "--budget", "20%", "--label", "cat", "--out", str(tmp_path / "out")]
     assert run([*draw, "--set", "sink_scales=2"]) == 0
     assert "has no option 'value'" in refused(capsys, *draw, "--set", "value=mass")
@@ -496,7 +496,7 @@ def test_a_negative_seed_is_a_seed(tmp_path: Path) -> None:
     for seed in (-5, 5, 7):
         out = ["--seed", str(seed), "--out", str(tmp_path / f"{seed}.json")]
         assert run(["solve", "--policy", "random", "--budget", "20%", *out]) == 0
-    plans = [Plan.load(tmp_path / f"{seed}.json").last_read for seed in (-5, 5, 7)]
+    plans = [load_plan(tmp_path / f"{seed}.json").last_read for seed in (-5, 5, 7)]
     assert not np.array_equal(plans[0], plans[1])
     assert not np.array_equal(plans[0], plans[2])
 

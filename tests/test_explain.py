@@ -19,9 +19,11 @@ from test_level_allocation import FEW, MORE, optimum
 from test_level_allocation import statistics as random_levels
 
 from heatkv.cli import run
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import level_tokens
 from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import HeatKVError, PlanError, PolicyError, StatisticsError
@@ -415,7 +417,7 @@ def explained(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict
 def test_facts_and_charts(tmp_path: Path, emoji_statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:
     statistics, out = str(emoji_statistics), tmp_path / "new" / "charts"
     path = solved(tmp_path, "--policy", "heatkv-lp", "--set", "value=error", "--statistics", statistics)
-    plan = Plan.load(path)
+    plan = load_plan(path)
     facts, screen = explained(capsys, str(path), "--statistics", statistics, "--out", str(out))
     assert facts["policy"] == "heatkv-lp"
     assert facts["slack_token_heads"] == plan.budget_token_heads - plan.peak_token_heads
@@ -453,7 +455,7 @@ def test_plans_without_a_solver(
 def test_plan_with_levels(tmp_path: Path, emoji_statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:
     statistics, bare = ["--statistics", str(emoji_statistics)], tmp_path / "bare.safetensors"
     path = solved(tmp_path, "--policy", "heatkv-mr", *statistics)
-    plan = Plan.load(path)
+    plan = load_plan(path)
     facts, screen = explained(capsys, str(path), *statistics)
     assert facts["not_judged"] is None
     assert (facts["worth"]["measure"], facts["worth"]["instead"]) == ("joint", None)

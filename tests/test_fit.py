@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from heatkv.cli import run
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.engine.arena_cache import KVCache
 from heatkv.errors import HeatKVError
 from heatkv.generation.loop import Generator

@@ -13,19 +13,17 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from strategies import statistics_of
-from test_layer_budgets import FILE as BUDGETS
-from test_layer_budgets import SMALL
 from test_statistics import PAIRS
 
-from heatkv.core.capacity_plan import load_plan
-from heatkv.core.geometry import Budget, CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import LEVELS, LevelChoices
 from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.plan_file import load_plan
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import FormatError, StatisticsError
-from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import HeatKVLP
@@ -119,7 +117,7 @@ def test_plans(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_plans_with_certificate_and_levels_are_equal_bit_for_bit(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
-    again = Plan.load(tmp_path / "plan.json")
+    again = load_plan(tmp_path / "plan.json")
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
     assert again == plan
@@ -139,7 +137,7 @@ def test_plans_of_dynamic_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     made.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == made
     with pytest.raises(FormatError, match="load_plan"):
-        Plan.load(tmp_path / "plan.json")
+        load_plan(tmp_path / "plan.json")
 
 
 def test_statistics(statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,13 +236,3 @@ def test_rankings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rankings = HeadRankings.load_orders("2b.json", six_scales)
     assert np.array_equal(names["layer"] * 3 + names["head"], rankings.order)
     assert rankings.first_scale == 3  # the last of two is of scale T-2 = 4
-
-
-def test_layer_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = next(iter(BUDGETS.values()))
-    named = {re.sub(r"\d+", "l", name) for name in entry}
-    assert fields("Published budgets of layers", "field of an entry") == named
-    monkeypatch.chdir(tmp_path)
-    Path("budgets.json").write_text(json.dumps(BUDGETS))
-    names = run_lines("Published budgets of layers")
-    assert np.array_equal(names["tokens"], LayerBudgets.load("budgets.json", SMALL).tokens)

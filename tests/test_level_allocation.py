@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, tokens_at
 
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import LevelStatistics
 from heatkv.errors import BudgetError, PlanError, StatisticsError
 from heatkv.levels import columns as level_allocation
 from heatkv.levels.columns import (

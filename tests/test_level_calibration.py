@@ -24,10 +24,10 @@ from heatkv.calibration import level_costs as level_calibration
 from heatkv.calibration.fisher import DRAWS, FisherCostCache, _drawn_log_likelihoods, calibrate_fisher
 from heatkv.calibration.level_costs import BiasCache, ErrorCostCache, LevelCostCache, calibrate_biases, calibrate_levels
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts, useful_levels
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import LevelStatistics, calibrated_bias
 from heatkv.errors import StatisticsError
 from heatkv.generation.loop import run_scales
 from heatkv.levels.columns import allocate_levels

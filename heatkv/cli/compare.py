@@ -28,7 +28,7 @@ from heatkv.cli.options import (
     Without,
 )
 from heatkv.cli.output import make_folder, say, shared_progress
-from heatkv.core.checks import seed_after
+from heatkv.core.schema import seed_after
 from heatkv.errors import HeatKVError
 from heatkv.parallel.ranks import current
 

@@ -12,10 +12,9 @@ from rich.console import Group
 from heatkv.cli import options
 from heatkv.cli.opening import statistics_of_model
 from heatkv.cli.output import certificate, chosen_by_kl, make_folder, pairs, progress, say, show
-from heatkv.compensation import compensation_bytes
-from heatkv.core.capacity_plan import load_plan
 from heatkv.core.levels import FULL, level_tokens
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.errors import HeatKVError, PlanError, PolicyError, StatisticsError
 from heatkv.models.catalogue import MODELS
 
@@ -65,7 +64,6 @@ def explain(
         **{name: value for name, value in told.to_json().items() if name not in UNTOLD},
         "slack_token_heads": told.budget_token_heads - told.peak_token_heads,
         "predicted_kl": told.predicted_kl,
-        "correction_numbers": compensation_bytes(told, "float32") // 4,
         "source_scales": [
             {"kept_token_time": share, "never_cached": never, "dropped_early": early, "to_the_end": whole}
             for share, (never, early, whole) in zip(scales.tolist(), ends.tolist(), strict=True)
@@ -158,7 +156,6 @@ def _summary(plan: CachePlan) -> Any:
         "model": f"{plan.model or 'not told'}, {plan.geometry.layers} layers x {plan.geometry.heads} heads",
         "schedule": str(plan.schedule),
         "settings": ", ".join(f"{name}={value}" for name, value in plan.settings.items()) or "none",
-        **_corrections(plan),
         **({"sink scales": str(plan.sink_scales)} if isinstance(plan, Plan) else {}),
         "budget": f"{plan.budget_token_heads} of {full} token-heads ({plan.budget:.4%})",
         "peak": f"{plan.peak_token_heads} token-heads after layer {layer} of scale {target}",
@@ -169,12 +166,6 @@ def _summary(plan: CachePlan) -> Any:
     if plan.had_no_effect():
         facts["note"] = "the plan has no effect: nothing is dropped"
     return pairs(f"plan of {plan.policy}", ("what", "value"), facts)
-
-
-def _corrections(plan: CachePlan) -> dict[str, str]:
-    """What the corrections that the plan asks for take beside the cache."""
-    numbers = compensation_bytes(plan, "float32") // 4
-    return {"corrections": f"{numbers} numbers, once for all rows"} if numbers else {}
 
 
 def _worth_facts(worth: Worth) -> dict[str, Any]:

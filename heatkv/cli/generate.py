@@ -23,11 +23,11 @@ from heatkv.cli.opening import (
 from heatkv.cli.options import AsJson, BudgetText, Following, OutFolder, Policy, Ranking, Running, Source, Without
 from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
-from heatkv.core.checks import shown
-from heatkv.core.geometry import Budget
-from heatkv.core.io import check_new_file, file_name, replacing
+from heatkv.core.budget import Budget
+from heatkv.core.io import check_place, file_name, replacing
 from heatkv.core.plan import CachePlan
-from heatkv.errors import BudgetError, HeatKVError, ModelError
+from heatkv.core.schema import shown
+from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import Settings
 from heatkv.policies.base import PlanningProblem, make_policy
@@ -63,7 +63,6 @@ def generate(
 
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
-    from heatkv.compensation import compensation_of, kind_of
     from heatkv.engine.token_cache import check_cache
     from heatkv.generation.graphs import check_has_graphs
     from heatkv.generation.loop import draw_batches
@@ -76,7 +75,9 @@ def generate(
             "--follow-every makes plans as it goes: give --policy, --budget and --statistics, no --plan or --graphs"
         )
     if following.save_statistics is not None:
-        check_new_file(following.save_statistics, "--save-statistics")
+        if following.save_statistics.exists():
+            raise FormatError(f"{following.save_statistics} exists; name another file (--save-statistics)")
+        check_place(following.save_statistics)
     loaded, settings = open_model(source, running, measuring=False)
     if graphs:
         check_has_graphs(loaded.device)
@@ -106,18 +107,14 @@ def generate(
         chosen = made.plan(problem)
     if plan is not None:
         say_bytes(chosen, str(plan), held_rows, storage)
-    compensation = None
-    if kind_of(chosen) is not None:
-        with progress("fitting corrections", len(chosen.schedule)) as advance:
-            compensation = compensation_of(loaded, chosen, seed=running.seed, settings=settings, progress=advance)
     check_cache(chosen, loaded.compute_dtype, loaded.device, running.storage, running.attention)
     folder = make_folder(out)
     if follower is not None:
         drawn: Iterable[Tensor] = follower.draw(labels)
     else:
         batches = draw_batches(
-            loaded, labels, chosen, seed=running.seed, batch=batch, settings=settings, compensation=compensation,
-            storage=running.storage, attention=running.attention, graphs=graphs,
+            loaded, labels, chosen, seed=running.seed, batch=batch, settings=settings, storage=running.storage,
+            attention=running.attention, graphs=graphs,
         )  # fmt: skip
         drawn = (image for images in batches for image in images)
     try:
@@ -128,8 +125,7 @@ def generate(
         raise
     held = chosen.bytes(held_rows, storage) / 2**20
     where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
-    extra = "" if compensation is None else f" and its corrections {compensation.bytes / 2**20:.2f} MiB"
-    took = f"{chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time{extra}"
+    took = f"{chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time"
     say(f"written: {len(labels)} images in {where}; {took}")
     told = None if follower is None else _told_of(follower, following)
     if as_json:

@@ -29,10 +29,10 @@ from heatkv.cli.options import Ranking, Running, Source, Sweep
 from heatkv.cli.output import progress, say, show
 from heatkv.cli.report import draw_report
 from heatkv.cli.settings import policy_options
-from heatkv.core.checks import seed_after, seed_of, shown
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.io import file_name, read_json
 from heatkv.core.levels import SINK_SCALES
+from heatkv.core.schema import seed_after, seed_of, shown
 from heatkv.core.statistics import Statistics
 from heatkv.errors import HeatKVError, RanksError, out_of_memory
 from heatkv.parallel.ranks import current
@@ -155,7 +155,7 @@ class Measurement:
             policy = make_policy(name, **self.policy_options[name])
             for problem in problems if name != "full" else ():
                 policy.check(problem)
-                policy.check_room(problem)
+                policy.check_sinks(problem)
 
     def subjects(self, statistics: Statistics | None, draws: int = 1) -> list[tuple[Point, Subject]]:
         """Every policy at every budget, and every finished plan, at every point."""
@@ -252,7 +252,7 @@ class Measurement:
                 memory = results.memory(row.measurement, own=not self.in_process)
                 times = results.times(row.measurement, repeats)
             kept = [count + (found is not None) for count, found in zip(kept, (memory, times), strict=True)]
-            lines.append(Line(point, subject, row.updated(*filter(None, (memory, times)))))
+            lines.append(Line(point, subject, row.updated(*(part for part in (memory, times) if part is not None))))
         if resume:
             results.check_stopped([line.row for line in lines])
         files = results.save_plans([subject for _, subject in subjects], [self.files_name(o, lines) for o in lines])
@@ -302,10 +302,10 @@ class Measurement:
 
         point, subject = line.point, line.subject
         if not self.in_process:
-            first_plan = replace(subject, plans=subject.plans[:1])
             job = Job(
-                load_arguments(self.source, self.running), self.model.fingerprint, self.settings, first_plan,
-                point.batch, point.seed, torch.get_num_threads(), snapshot, self.running.deterministic,
+                load_arguments(self.source, self.running), self.model.fingerprint, self.settings,
+                subject.plans[0].to_json(), subject.storage, subject.attention, point.batch, point.seed,
+                torch.get_num_threads(), snapshot, self.running.deterministic,
             )  # fmt: skip
             memory = measure_in_new_process(job)
             return memory if memory.error is None else self._unmeasured(point, subject, memory.error)

@@ -12,13 +12,17 @@ import torch
 
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
-from heatkv.core.capacity_plan import CapacityPlan, load_plan
-from heatkv.core.checks import seed_of, shown
-from heatkv.core.geometry import CODED_BYTES, Budget, CacheGeometry, StorageType
-from heatkv.core.io import read_bytes
-from heatkv.core.plan import CachePlan, named
+from heatkv.core.budget import Budget
+from heatkv.core.capacity_plan import CapacityPlan
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.io import in_file, read_bytes
+from heatkv.core.plan import CachePlan
+from heatkv.core.plan_file import load_plan
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.schema import seed_of, shown
+from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import CODES, StorageType
 from heatkv.engine.token_cache import policy_of
 from heatkv.engine.watch import run_deterministically
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
@@ -186,8 +190,8 @@ def storage_of(model: ImageModel[Any], coding: str | None = None) -> str:
 
 def storage_name(dtype: str, coding: str | None) -> str:
     """The name of a storage type. Raises BudgetError for an unknown coding."""
-    if coding is not None and coding not in CODED_BYTES:
-        raise BudgetError(f"unknown storage {coding!r}; known: {', '.join(CODED_BYTES)}; leave it out for {dtype}")
+    if coding is not None and coding not in CODES:
+        raise BudgetError(f"unknown storage {coding!r}; known: {', '.join(CODES)}; leave it out for {dtype}")
     return str(StorageType(dtype, coding))
 
 
@@ -197,7 +201,7 @@ def open_plan(path: Path, geometry: CacheGeometry, model: str) -> CachePlan:
     Attached models have names of their own, those of their classes.
     """
     plan = load_plan(path, geometry.head_dim)
-    with named(path):
+    with in_file(path):
         plan.check_geometry(geometry)
     if plan.geometry.head_dim != geometry.head_dim:
         raise PlanError(

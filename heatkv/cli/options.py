@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from heatkv.core.geometry import CODED_BYTES
+from heatkv.core.storage_type import CODES
 from heatkv.errors import HeatKVError
 from heatkv.models.catalogue import COMPUTE_DTYPES
 
@@ -33,7 +33,7 @@ Deterministic = Annotated[
 ]
 Storage = Annotated[
     str | None,
-    typer.Option("--storage", help=f"8-bit codes in the cache: {', '.join(CODED_BYTES)}; default: the compute type"),
+    typer.Option("--storage", help=f"8-bit codes in the cache: {', '.join(CODES)}; default: the compute type"),
 ]
 Attention = Annotated[str, typer.Option("--attention", help="attention kernel: auto, ragged or triton")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]

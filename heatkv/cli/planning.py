@@ -25,11 +25,10 @@ from heatkv.cli.opening import (
 )
 from heatkv.cli.output import certificate, chosen_by_kl, pairs, show
 from heatkv.cli.settings import policy_options
-from heatkv.compensation import compensation_bytes
-from heatkv.core.capacity_plan import load_plan
-from heatkv.core.geometry import Budget
-from heatkv.core.io import check_place, is_there
+from heatkv.core.budget import Budget
+from heatkv.core.io import check_place
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.errors import BudgetError, FormatError, HeatKVError
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem, make_policy
@@ -101,7 +100,6 @@ def solve(
     if out is not None:
         solved.save(out)
     static = solved if isinstance(solved, Plan) else None
-    corrections = compensation_bytes(solved, held_as)
     target, layer = solved.peak_checkpoint
     share = solved.peak_token_heads / max(solved.budget_token_heads, 1)
     facts = {
@@ -114,7 +112,6 @@ def solve(
         "sink_scales": static and static.sink_scales, "value": static and static.value,
         "value_bound": static and static.value_bound, "gap": static and static.gap,
         "budget_asked": solved.settings.get("budget"), "predicted_kl": solved.predicted_kl,
-        "compensation_bytes": corrections,
         "had_no_effect": solved.had_no_effect(), "out": None if out is None else str(out),
     }  # fmt: skip
     held, full = solved.bytes(rows, held_as) / 2**20, geometry.full_bytes(rows, dtype) / 2**20
@@ -124,7 +121,6 @@ def solve(
         "peak": f"{solved.peak_token_heads} of {solved.budget_token_heads} token-heads ({share:.2%} of the budget)",
         "at": f"after layer {layer} of scale {target}",
         "bytes": f"{held:.2f} MiB of {full:.2f} MiB in {dtype} ({rows} rows, {held_as})",
-        **({"corrections": f"{corrections / 2**20:.2f} MiB, once for all rows"} if corrections else {}),
         **({} if static is None else {"sink scales": str(static.sink_scales), **certificate(static)}),
     }
     if solved.had_no_effect():
@@ -138,7 +134,7 @@ def solve(
 
 def _check_replaceable(out: Path) -> None:
     """Refuse to write a plan over anything but a plan, and where none can be written."""
-    if not is_there(out):
+    if not out.exists():
         check_place(out)
         return
     try:
@@ -181,7 +177,7 @@ def fit(
         storage=storage_name(dtype, storage),
     )  # fmt: skip
     policy.check(problem)
-    policy.check_room(problem)
+    policy.check_sinks(problem)
     if problem.budget_token_heads < 1:
         raise BudgetError(
             f"budget {float(problem.share):.3g} ({problem.budget}) holds no token of any head; one is "

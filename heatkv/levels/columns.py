@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.plan import Plan
+from heatkv.core.statistics import LevelStatistics
 from heatkv.errors import PlanError, StatisticsError
 from heatkv.solve.cells import Capacity
 

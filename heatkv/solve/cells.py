@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp, minimize_scalar
 
-from heatkv.core.plan import held_for_targets
+from heatkv.core.plan import held_for_targets, keep_first
 from heatkv.errors import BudgetError, PlanError
 
 IntArray = NDArray[np.int64]
@@ -136,12 +136,6 @@ def read_value(last_read_LHT: IntArray, value_LHTT: FloatArray) -> float:
     return float(value_LHTT[reads].sum())
 
 
-def _never_cached(layers: int, heads: int, scales: int, sink_scales: int) -> IntArray:
-    last_read = np.broadcast_to(np.arange(scales), (layers, heads, scales)).copy()
-    last_read[:, :, :sink_scales] = scales - 1
-    return last_read
-
-
 def _cumulative_value(value_LHTT: FloatArray, sink_scales: int) -> FloatArray:
     """worth[l, h, s, k]: what cell (l, h, s) is worth when k is the last target that reads it (0 for k <= s)."""
     later = np.triu(np.ones(value_LHTT.shape[2:], dtype=bool), 1).T  # [t, s]: t > s
@@ -245,7 +239,7 @@ def _checked_start(value_LHTT: FloatArray, capacity: Capacity, sink_scales: int)
         total = float(value_LHTT.sum())
     if total > _LARGEST_SUM:
         raise PlanError(f"the values add up to {total:g}; scale them to a sum below {_LARGEST_SUM:g}")
-    start = _never_cached(layers, heads, scales, sink_scales)
+    start = keep_first((layers, heads, scales), sink_scales)
     capacity.check_sinks(capacity.held(held_for_targets([start], [capacity.tokens])), sink_scales)
     return start
 

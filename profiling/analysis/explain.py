@@ -15,9 +15,9 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.levels import LEVELS, NONE
-from heatkv.core.plan import CachePlan, Plan, live_token_heads
+from heatkv.core.plan import CachePlan, Plan, keep_first, live_token_heads
 from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError, StatisticsError
 from heatkv.levels.columns import capacity_prices, level_cost, level_price_bound, levels_of_plan
@@ -44,11 +44,6 @@ LEVEL_COSTS = {"joint": "error", "fisher": "fisher"}
 
 _NO_PRICE = 1e-9
 """Share of the largest price below which a price is the solver's rounding."""
-
-
-def full_last_read(layers: int, heads: int, scales: int) -> IntArray:
-    """`last_read` of the full cache."""
-    return np.full((layers, heads, scales), scales - 1, dtype=np.int64)
 
 
 def reads_of_scales(last_reads: Sequence[IntArray]) -> FloatArray:
@@ -86,9 +81,7 @@ def ends_of_cells(last_read_LHT: IntArray) -> FloatArray:
 
 def full_use(plan: CachePlan) -> IntArray:
     """Token-heads that the full cache holds at every checkpoint, (T, L)."""
-    geometry = plan.geometry
-    full = full_last_read(geometry.layers, geometry.heads, len(plan.schedule))
-    return live_token_heads(full, plan.schedule.tokens)
+    return live_token_heads(keep_first(plan.geometry.shape, len(plan.schedule)), plan.schedule.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +200,7 @@ def _by_cells(plan: Plan, statistics: Statistics, measure: str, capacity: Capaci
         values = statistics.all_mass if measure == "mass" else statistics.drop_error
     prices = _binding(allocate(values, capacity, plan.sink_scales).row_prices)
     bound = price_bound(values, capacity, plan.sink_scales, prices)
-    full = read_value(full_last_read(*plan.last_read.shape), values)
+    full = read_value(keep_first(plan.geometry.shape, len(plan.schedule)), values)
     return _worth(plan, measure, read_value(plan.last_read, values), bound, full, capacity, prices)
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heatkv.core.checks import seed_after
-from heatkv.core.geometry import Budget, StorageType
+from heatkv.core.budget import Budget
 from heatkv.core.plan import CachePlan
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.rankings import HeadRankings
+from heatkv.core.schema import seed_after
+from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import StorageType
 from heatkv.errors import HeatKVError
 from heatkv.generation.loop import Generator
 from heatkv.models.base import ImageModel
@@ -38,9 +40,9 @@ class Subject:
         self, model: ImageModel[Any], settings: Settings, plan: int, batch: int, graphs: bool = False
     ) -> Generator[Any]:
         """What draws `batch` images under one of the plans."""
-        coding = StorageType.parse(self.storage).coding
+        code = StorageType.parse(self.storage).code
         return Generator(
-            model, self.plans[plan], batch, settings, storage=coding, attention=self.attention, graphs=graphs
+            model, self.plans[plan], batch, settings, storage=code, attention=self.attention, graphs=graphs
         )
 
 

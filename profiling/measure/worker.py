@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from heatkv.core.plan_file import plan_from_json
 from heatkv.engine.watch import run_deterministically
 from heatkv.errors import HeatKVError
 from heatkv.models.catalogue import load_model
@@ -25,13 +26,15 @@ from heatkv.profiling.results.row import Memory
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure: `model` as `load_model` takes it, of these weights, drawing `batch` images under the subject's
-    first plan. `snapshot` is where the CUDA allocator's history is to go."""
+    """What to measure: `model` as `load_model` takes it, of these weights, drawing `batch` images under `plan`, which
+    is as plan.json has it. `snapshot` is where the CUDA allocator's history is to go."""
 
     model: dict[str, Any]
     fingerprint: str
     settings: Settings
-    subject: Subject
+    plan: dict[str, Any]
+    storage: str
+    attention: str
     batch: int
     seed: int
     threads: int
@@ -52,7 +55,8 @@ def measure_job(job: Job) -> Memory:
             f"the weights of {model.name} are {model.fingerprint} now, and were {job.fingerprint} when the run began; "
             "measure again"
         )
-    memory = subject_memory(model, job.subject, job.batch, job.settings, seed=job.seed, loading=loading)
+    subject = Subject("", "", (plan_from_json(job.plan),), job.storage, job.attention)
+    memory = subject_memory(model, subject, job.batch, job.settings, seed=job.seed, loading=loading)
     if job.snapshot is not None:
         save_snapshot(job.snapshot)
     return memory

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from heatkv.core.capacity_plan import CapacityPlan, available_tokens
-from heatkv.core.geometry import StorageType
 from heatkv.core.levels import FULL, LEVELS, level_tokens
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.storage_type import StorageType
 from heatkv.errors import BudgetError
 from heatkv.profiling.analysis.explain import kept_of_heads, kept_of_scales
 from heatkv.profiling.report import figures

@@ -225,7 +225,7 @@ def _kl_chart(report: Report, name: str, budgets: dict[str, list[Entry]]) -> lis
     )  # fmt: skip
     captions = [
         "Lower left is better. The broad band is the Pareto front: nothing else on it has less KL in as few bytes; "
-        f"{EQUALS}. Points lie at the bytes that are allocated in the arena, with corrections where a plan has some.",
+        f"{EQUALS}. Points lie at the bytes that are allocated in the arena.",
         on_front,
         *unnamed(lines),
     ]

@@ -51,7 +51,6 @@ ARENA = (
     MemoryFigure("arena", "cache", ("arena", "cache_bytes"), "allocated_bytes"),
     MemoryFigure("arena", "index tables", ("arena", "index_bytes"), "index_bytes"),
     MemoryFigure("arena", "workspace", ("arena", "workspace_bytes"), "workspace_bytes"),
-    MemoryFigure("beside the arena", "corrections", ("corrections_bytes",), "compensation_bytes"),
 )
 DEVICE = (
     MemoryFigure("model", "weights", ("weights_bytes",)),

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.capacity_plan import load_plan
-from heatkv.core.checks import regular_array, shown
-from heatkv.core.io import check_header, is_folder, is_there, read_json
+from heatkv.core.io import check_header, read_json
 from heatkv.core.plan import CachePlan
+from heatkv.core.plan_file import load_plan
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import regular_array, shown
 from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, HeatKVError
 from heatkv.generation.images import GAP, picture_text, read_pixels
@@ -46,7 +46,7 @@ def plans_of(row: Row) -> tuple[CachePlan, ...] | Missing:
     plans = []
     for name, digest in files.items():
         path = row.source.folder / "plans" / name
-        if Path(name).name != name or not is_there(path):
+        if Path(name).name != name or not path.exists():
             return Missing(f"plans/{name[:80]} is not there")
         plan = load_plan(path)
         if file_digest(path) != digest:
@@ -63,10 +63,8 @@ def pictures_of(row: Row) -> NDArray[np.uint8] | Missing:
     path = pictures_by_comparison(row.source.folder).get(str(row.told.get("comparison")))
     if path is None:
         path = row.source.folder / PICTURES / f"{artefact_name(row.name)}.png"
-    if not is_there(path):
-        return Missing(
-            f"pictures/{path.name} is not there" if is_folder(path.parent) else "this folder has no pictures"
-        )
+    if not path.exists():
+        return Missing(f"pictures/{path.name} is not there" if path.parent.is_dir() else "this folder has no pictures")
     told, pixels = picture_text(path, "heatkv"), read_pixels(path)
     width, rest = divmod(pixels.shape[1] + GAP, int(count))
     if told != row.told.get("comparison") or rest or width <= GAP:
@@ -87,9 +85,9 @@ def scas_of(source: Source) -> Scas | Missing:
     """The S-CAS that the policies of a folder planned from. Raises FormatError for damaged files."""
     wanted = source.request.get("statistics")
     path, statistics = source.folder / "scas.json", source.folder / "statistics.safetensors"
-    if is_there(path):
+    if path.exists():
         found, provenance = _read_scas(path)
-    elif is_there(statistics):
+    elif statistics.exists():
         measured = Statistics.load(statistics)
         found = Scas(measured.schedule, measured.scas[:, :, :-1], measured.count)
         provenance = measured.provenance.to_json()

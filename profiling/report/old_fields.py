@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from heatkv.core.checks import shown
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import shown
 from heatkv.errors import FormatError, ScheduleError
 from heatkv.profiling.report.memory_figures import FIGURES, in_memory
 
@@ -24,7 +24,7 @@ TEXTS = (
 NUMBERS = (
     "batch", "seed", "rows", "draws", "images", "pictures",
     "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
-    "current_bytes", "index_bytes", "workspace_bytes", "compensation_bytes", "device_peak_bytes", "nvml_bytes",
+    "current_bytes", "index_bytes", "workspace_bytes", "device_peak_bytes", "nvml_bytes",
     "graph_pool_bytes", "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
 )  # fmt: skip
 LISTS = ("kl_per_scale", "kl_of_draws")

@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from heatkv.core.io import is_folder, is_there, resolved
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError
 from heatkv.profiling.report.blocks import mib
@@ -102,9 +101,8 @@ class Row:
 
     @property
     def held_bytes(self) -> float | None:
-        """What the policy takes on the device: the arena, and the corrections of its plan if it has some."""
-        allocated = self.number("allocated_bytes")
-        return None if allocated is None else allocated + (self.number("compensation_bytes") or 0)
+        """What the policy takes on the device: the arena."""
+        return self.number("allocated_bytes")
 
     @property
     def spread(self) -> tuple[float, float] | None:
@@ -426,7 +424,7 @@ def pareto_front(rows: Iterable[R], x: Callable[[R], float | None], y: Callable[
 def merge(folders: Sequence[Path]) -> Merged:
     """Read result folders of one model. Raises FormatError for a folder that is none, that is named twice, or that is
     of another model."""
-    places = [resolved(folder) for folder in folders]
+    places = [Path(folder).resolve() for folder in folders]
     for index, place in enumerate(places):
         if place in places[:index]:
             raise FormatError(f"{folders[index]} is named twice; name every folder once")
@@ -455,10 +453,10 @@ def _labels(places: Sequence[Path]) -> dict[Path, str]:
 
 def _read(folder: Path, label: str) -> Source:
     path = folder / "results.json"
-    if not is_folder(folder):
+    if not folder.is_dir():
         raise FormatError(f"{folder} is no folder; name one that `heatkv compare` or `heatkv profile` wrote")
-    if not is_there(path):
-        partial = is_there(folder / "results.partial.json")
+    if not path.exists():
+        partial = (folder / "results.partial.json").exists()
         way_out = "its run was not finished; the same command goes on from there" if partial else (
             "name one that `heatkv compare` or `heatkv profile` wrote"
         )  # fmt: skip

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heatkv.core.checks import shown
 from heatkv.core.io import check_header, read_json
+from heatkv.core.schema import shown
 from heatkv.errors import FormatError
 from heatkv.profiling.report.old_fields import checked_row
 

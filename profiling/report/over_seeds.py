@@ -59,7 +59,7 @@ class Entry:
 
     @property
     def held_bytes(self) -> float | None:
-        """Mean bytes of the arena and of corrections; None unless all seeds have them."""
+        """Mean bytes of the arena; None unless all seeds have them."""
         found = [held for row in self.rows if (held := row.held_bytes) is not None]
         return statistics.fmean(found) if len(found) == len(self.rows) else None
 

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from heatkv.core.io import check_header, is_there, opened, read_json, write_json, write_text
+from heatkv.core.io import check_header, opened, read_json, write_json, write_text
 from heatkv.errors import FormatError
 from heatkv.profiling.report import figures
 from heatkv.profiling.report.blocks import Block, Cell, Chart, Fold, Heading, Note, Section, Table
@@ -70,12 +70,12 @@ def check_report_replaceable(out: Path) -> None:
     """Raise FormatError for a file in the place of a report that is none of ours."""
     for name, mark in zip(FILES[:2], (_HTML_MARK, _MD_MARK), strict=True):
         path = out / name
-        if is_there(path):
+        if path.exists():
             with opened(path) as file:
                 start = file.read(1000)
             if mark.encode() not in start:
                 raise FormatError(f"{path} is no report of HeatKV; move it away or write to another folder (--out)")
-    if is_there(path := out / FILES[2]):
+    if (path := out / FILES[2]).exists():
         try:
             check_header(read_json(path), path, FORMAT, VERSION)
         except FormatError as error:

@@ -25,7 +25,7 @@ def median_of(row: Row) -> float | None:
 
 
 def held_of(row: Row) -> float | None:
-    """Bytes of the arena and of corrections."""
+    """Bytes of the arena."""
     return row.held_bytes
 
 

@@ -16,7 +16,7 @@ from heatkv.profiling.report.reporting import Report, broken_promises, kl_of, me
 
 _LEDGERS = (
     ("budget_bytes", "allowed"), ("planned_bytes", "planned"), ("allocated_bytes", "allocated"),
-    ("compensation_bytes", "corrections"), ("index_bytes", "tables"), ("workspace_bytes", "workspace"),
+    ("index_bytes", "tables"), ("workspace_bytes", "workspace"),
     ("current_bytes", "running layer"), ("device_peak_bytes", "device peak"), ("nvml_bytes", "driver"),
     ("full_bytes", "full cache"),
 )  # fmt: skip
@@ -69,7 +69,7 @@ def all_rows(report: Report) -> Section:
     blocks.append(
         Note(
             "Ledgers: allowed is the budget; planned, the most that the plan holds at any moment; allocated, the "
-            "storage of the arena, as it was made; corrections, parameters beside the cache, once for all images; "
+            "storage of the arena, as it was made; "
             "tables say what is read and written where; workspace is what attention gathers into; running layer, its "
             "own keys and values at the largest scale; device peak, the allocator's on the device; driver, what NVML "
             "counts for the process; full cache, what no "

@@ -33,13 +33,12 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """The comparison as a table; "-" is a figure that was not measured."""
     axes = [name for name in ("batch", "seed") if len({row.get(name) for row in rows}) > 1]
     table = WideTable(heads=2 + len(axes), title=title)
-    corrected = any(row.get("compensation_bytes") for row in rows)
     foretold = any(row.get("predicted_kl") is not None for row in rows)
     graphs = any(row.get("graph_latency_ms") for row in rows)
     reference = next((row["versus"]["policy"] for row in rows if row.get("versus")), None)
     for name in (
         "policy", "budget", *axes, "budget MiB", "planned MiB", "allocated MiB", "of full",
-        *(["corrections MiB"] if corrected else []), "ms", *(["ms, graphs"] if graphs else []), "KL",
+        "ms", *(["ms, graphs"] if graphs else []), "KL",
         *([f"KL - {reference}'s [95%]"] if reference else []),
         *(["foretold KL"] if foretold else []), "top-1", "PSNR dB", "SSIM",
     ):  # fmt: skip
@@ -59,7 +58,6 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             f"{row['planned_bytes'] / 2**20:.3f}",
             _number(None if row["allocated_bytes"] is None else row["allocated_bytes"] / 2**20, ".3f"),
             _number(None if row["allocated_bytes"] is None else row["allocated_bytes"] / row["full_bytes"], ".1%"),
-            *([f"{row.get('compensation_bytes', 0) / 2**20:.3f}"] if corrected else []),
             _number(time["median"] if time else None, ".1f"),
             *([_number(with_graphs["median"] if with_graphs else None, ".1f")] if graphs else []),
             _number(row.get("kl"), ".4f"),

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from heatkv.core.capacity_plan import load_plan
-from heatkv.core.io import check_header, file_name, is_there, opened, read_json, write_json
+from heatkv.core.io import check_header, file_name, opened, read_json, write_json
 from heatkv.core.plan import CachePlan
+from heatkv.core.plan_file import load_plan
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import convert
 from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError
 from heatkv.generation.images import GAP, picture_text, read_pixels
@@ -45,7 +45,7 @@ def artefact_name(name: str) -> str:
 def file_digest(path: Path) -> str:
     """Names the contents of a file. Raises FormatError for what is none."""
     with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.sha256(file.read()).hexdigest()[:16]
 
 
 def plans_of(folder: Path, row: ResultRow) -> tuple[CachePlan, ...] | Missing:
@@ -53,7 +53,7 @@ def plans_of(folder: Path, row: ResultRow) -> tuple[CachePlan, ...] | Missing:
     plans = []
     for name, digest in (row.plans or {}).items():
         path = folder / "plans" / name
-        if Path(name).name != name or not is_there(path):
+        if Path(name).name != name or not path.exists():
             return Missing(f"plans/{name[:80]} is not there")
         if file_digest(path) != digest:
             return Missing(f"plans/{name[:80]} is not the plan that was measured")
@@ -115,18 +115,14 @@ def save_scas(path: Path, statistics: Statistics) -> None:
 
 def read_scas(path: Path) -> Scas:
     """Raises FormatError for what is no scas.json."""
-    data = check_header(read_json(path), path, SCAS_FORMAT, SCAS_VERSION)
-    try:
-        return msgspec.convert(data, Scas)
-    except msgspec.ValidationError as error:
-        raise FormatError(f"{path} is not a whole {SCAS_FORMAT} file: {error}") from error
+    return convert(check_header(read_json(path), path, SCAS_FORMAT, SCAS_VERSION), Scas, path)
 
 
 def scas_of(folder: Path, statistics: dict[str, Any] | None) -> Scas | Missing:
     """The S-CAS in a folder whose policies planned from `statistics`, of which this is the provenance. Raises
     FormatError for damaged files."""
     path = folder / "scas.json"
-    if not is_there(path):
+    if not path.exists():
         return Missing("this folder has no S-CAS: no policy in it planned from any")
     scas = read_scas(path)
     of_run = ("fingerprint", "cfg", "settings", "samples")

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heatkv.core.checks import shown
+from heatkv.core.schema import shown
 from heatkv.errors import FormatError, HeatKVError
 from heatkv.profiling.results.row import Environment, ResultRow, Results
 

@@ -13,18 +13,17 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from msgspec import structs
 from PIL import PngImagePlugin
 from torch import Tensor
 
 from heatkv.calibration.measure import sample_names
-from heatkv.core.io import check_header, clear_temporaries, is_there, move, read_json, replacing
-from heatkv.core.versions import versions
+from heatkv.core.io import check_header, clear_temporaries, move, read_json, replacing, versions
 from heatkv.engine.watch import is_deterministic
 from heatkv.errors import FormatError
 from heatkv.generation.images import image_grid, picture_text
@@ -217,11 +216,11 @@ class ResultsFolder:
     def _write(self, path: Path, rows: Sequence[ResultRow]) -> Path | None:
         """Write the rows; the new path of a file that held rows that are not among these, if one did."""
         moved = None
-        if is_there(path) and not _keys(read_results(path).rows) <= _keys(rows):
+        if path.exists() and not _keys(read_results(path).rows) <= _keys(rows):
             numbered = (path.with_name(f"results.{number}.json") for number in itertools.count(1))
             moved = next(free for free in numbered if not free.exists())
             move(path, moved)
-        write_results(path, replace(self._results, rows=tuple(rows)))
+        write_results(path, structs.replace(self._results, rows=tuple(rows)))
         return moved
 
 
@@ -242,7 +241,7 @@ def check_replaceable(folder: Path) -> list[ResultRow]:
     try:
         for path in sorted(folder.glob("results*.json")):
             rows += read_results(path).rows
-        if is_there(scas):
+        if scas.exists():
             check_header(read_json(scas), scas, SCAS_FORMAT, SCAS_VERSION)
     except FormatError as error:
         raise FormatError(f"{error}; move it away or write to another folder") from error

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from heatkv.core.io import is_folder, is_there, resolved
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError
 from heatkv.profiling.results.comparable import REFERENCE, check_distinct, conditions, timing_conditions
@@ -214,7 +213,7 @@ def pareto_front(entries: Iterable[T], x: Figure[T], y: Figure[T]) -> list[T]:
 def merge(folders: Sequence[Path]) -> Merged:
     """Read result folders of one model. Raises FormatError for a folder that is none, that is named twice, or that is
     of another model."""
-    places = [resolved(folder) for folder in folders]
+    places = [folder.resolve() for folder in folders]
     for index, place in enumerate(places):
         if place in places[:index]:
             raise FormatError(f"{folders[index]} is named twice; name every folder once")
@@ -231,11 +230,11 @@ def merge(folders: Sequence[Path]) -> Merged:
 
 
 def _read(folder: Path) -> Results:
-    if not is_folder(folder):
+    if not folder.is_dir():
         raise FormatError(f"{folder} is no folder; name one that a comparison or a profile was written to")
     path = folder / "results.json"
-    if not is_there(path):
-        partial = is_there(folder / "results.partial.json")
+    if not path.exists():
+        partial = (folder / "results.partial.json").exists()
         way_out = "its run was not finished; start it again, and it goes on" if partial else "name a folder of results"
         raise FormatError(f"{folder} has no results.json; {way_out}")
     results = read_results(path)
