@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from heatkv.core.budget import parse_bytes
 from heatkv.core.geometry import CacheGeometry
@@ -94,10 +93,6 @@ class Footprint:
 
 
 _Shapes = ClassConditionalModel | TextConditionalModel
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 @cache
@@ -179,8 +174,8 @@ def _one_image(
     return Footprint(
         images=1,
         rows=rows,
-        transformer=_bytes([*whole.transformer.parameters(), *tables]),
-        decoder=_bytes(decoder.parameters()),
+        transformer=sum(x.nbytes for x in (*whole.transformer.parameters(), *tables)),
+        decoder=sum(x.nbytes for x in decoder.parameters()),
         text_encoder=text_encoder_parameters() * compute.itemsize if info.family == "infinity" else 0,
         prompt=prompt_bytes(whole, 1, guided),
         working=drawing_bytes(short, 1, guided) - prompt_bytes(short, 1, guided),

@@ -86,29 +86,30 @@ def worth_table(worth: Worth) -> Table:
 
 def worth_lines(worth: Worth) -> list[str]:
     """What a plan and its budget are worth, in sentences."""
+    costs = worth.measure in LEVEL_COSTS
+
+    def amount(value: float) -> str:
+        if costs:
+            return f"{0 - value:.6g}"
+        return f"{value:.6g}, {value / worth.full if worth.full > 0 else 1.0:.2%} of the full cache's"
+
     lines = [worth.instead] if worth.instead else []
-    costs, gap = worth.measure in LEVEL_COSTS, f"the plan is at most {worth.gap:.3%} from the best"
-    within = "no plan within this budget, with these sinks, levels and caps,"
-    if costs:
-        lines.append(
-            f"cost: {0 - worth.value:.6g} ({MEASURES[worth.measure]}); {within} has less than {0 - worth.best:.6g}, so "
-            f"that {gap}"
-        )
-    else:
-        shares = [value / worth.full if worth.full > 0 else 1.0 for value in (worth.value, worth.best)]
-        lines.append(
-            f"value: {worth.value:.6g} ({MEASURES[worth.measure]}), {shares[0]:.2%} of the full cache's; {within} has "
-            f"more than {worth.best:.6g}, {shares[1]:.2%}, so that {gap}"
-        )
+    name, beyond = ("cost", "less") if costs else ("value", "more")
+    lines.append(
+        f"{name} ({MEASURES[worth.measure]}): {amount(worth.value)}; no plan within this budget, with these sinks, "
+        f"levels and caps, has {beyond} than {amount(worth.best)}, so that the plan is at most {worth.gap:.3%} from "
+        "the best"
+    )
     if worth.price == 0:
         binds = "only the cap on single layers binds" if worth.cap_price_LT.any() else "no checkpoint binds"
         return [*lines, f"{binds}: by these statistics a larger budget is worth nothing"]
-    change, more, takes = f"{worth.change(0.01):.3%}", *(("less cost", "adds") if costs else ("more value", "takes"))
-    return [
-        *lines,
-        f"1 % more budget ({worth.budget_token_heads / 100:.4g} token-heads) gives the best plan at most {change} "
-        f"{more}, 1 % less {takes} at least {change} (estimated from the prices of the binding checkpoints)",
-    ]
+    step, change = f"{worth.budget_token_heads / 100:.4g} token-heads", f"{worth.change(0.01):.3%}"
+    more, takes = ("less cost", "adds") if costs else ("more value", "takes")
+    lines.append(
+        f"1 % more budget ({step}) gives the best plan at most {change} {more}, 1 % less {takes} at least {change} "
+        "(estimated from the prices of the binding checkpoints)"
+    )
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------ charts

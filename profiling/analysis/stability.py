@@ -106,21 +106,16 @@ def compare_halves(
         error = rank_correlation(mean_over_targets(one.drop_error), mean_over_targets(other.drop_error))
     plans = []
     for policy in policies:
-        measure, one_LHTT, other_LHTT = _values(policy, one, other)
+        measure, values = "mass", (one.mass, other.mass)
+        if isinstance(policy, HeatKVLP):
+            measure = "mass of all rows" if policy.value == "mass" else "drop error"
+            values = policy.values(one), policy.values(other)
         for problem in problems:
             mine, theirs = (policy.plan(replace(problem, statistics=half)).last_read for half in (one, other))
-            loss = (_loss(theirs, mine, one_LHTT) + _loss(mine, theirs, other_LHTT)) / 2
+            loss = (_loss(theirs, mine, values[0]) + _loss(mine, theirs, values[1])) / 2
             shared = overlap(mine, theirs, problem.geometry.schedule.tokens, policy.sink_scales)
             plans.append(PlanAgreement(policy.name, str(problem.budget), measure, shared, loss))
     return Agreement(one.count, rank_correlation(one.scas, other.scas), error, tuple(plans))
-
-
-def _values(policy: StaticPolicy, one: Statistics, other: Statistics) -> tuple[str, FloatArray, FloatArray]:
-    """What the policy plans by, and that of every cell for every target on either half."""
-    if isinstance(policy, HeatKVLP):
-        measure = "mass of all rows" if policy.value == "mass" else "drop error"
-        return measure, policy.values(one), policy.values(other)
-    return "mass", one.mass, other.mass
 
 
 def _loss(plan_LHT: IntArray, own_LHT: IntArray, value_LHTT: FloatArray) -> float:
