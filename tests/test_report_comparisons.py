@@ -22,7 +22,7 @@ from heatkv.cli.report import _tables
 from heatkv.errors import FormatError
 from heatkv.profiling.report.figures import columns, cut, shortened
 from heatkv.profiling.results.merging import EQUAL_BYTES, Source, leaders, pareto_front
-from heatkv.profiling.results.row import check_apart, checked_row
+from heatkv.profiling.results.fields import check_apart, checked_row
 
 POLICIES = ("heatkv", "streaming", "h2o")
 SEEDS, BATCHES = (0, 1, 4), (1, 2)

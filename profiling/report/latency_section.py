@@ -11,7 +11,7 @@ from heatkv.profiling.report.against_memory import EQUALS, Point, at_budgets, me
 from heatkv.profiling.report.blocks import Block, Cell, Chart, Note, Section, Table, mib, mib_cell, number_cell
 from heatkv.profiling.report.reporting import Report, apart, held_of, listed, median_of
 from heatkv.profiling.results.merging import Group, Row, pareto_front, ranked
-from heatkv.profiling.results.row import is_number
+from heatkv.profiling.results.fields import is_number
 
 
 def memory_and_time(report: Report) -> Section | None:

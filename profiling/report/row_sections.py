@@ -10,7 +10,7 @@ from heatkv.profiling.measure.runner import LEAST_USED
 from heatkv.profiling.report.blocks import MISSING, Block, Cell, Note, Section, Table, mib_cell, number_cell
 from heatkv.profiling.report.reporting import Report, broken_promises, kl_of, median_of
 from heatkv.profiling.results.merging import Row, Source
-from heatkv.profiling.results.row import KNOWN
+from heatkv.profiling.results.fields import KNOWN
 
 # ---------------------------------------------------------------------------------------------- all that is told
 

@@ -14,7 +14,7 @@ from heatkv.profiling.report.latency_section import busy
 from heatkv.profiling.report.memory_section import titles, told_apart
 from heatkv.profiling.report.reporting import Report, apart, scale_names, under
 from heatkv.profiling.results.merging import Group, Row, budgets_of
-from heatkv.profiling.results.row import TIMES
+from heatkv.profiling.results.fields import TIMES
 
 _EAGER, _GRAPHS = TIMES
 _DRAWN = {_EAGER: "eager", _GRAPHS: "CUDA graphs"}

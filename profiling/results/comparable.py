@@ -14,7 +14,7 @@ from typing import Any
 from heatkv.core.checks import shown
 from heatkv.errors import FormatError, HeatKVError
 from heatkv.profiling.results.reading import read_results
-from heatkv.profiling.results.row import printable
+from heatkv.profiling.results.fields import printable
 
 IDENTITY = (
     "model_fingerprint", "policy", "settings", "budget", "rows", "storage", "dtype", "schedule", "images", "pictures",

@@ -23,7 +23,7 @@ from heatkv.errors import FormatError
 from heatkv.profiling.measure.memory_figures import MemoryFigure, in_memory
 from heatkv.profiling.report.blocks import mib
 from heatkv.profiling.results.reading import FORMAT, read_results
-from heatkv.profiling.results.row import check_apart, printable
+from heatkv.profiling.results.fields import check_apart, printable
 
 SEPARATOR = " · "
 """Between the parts of a label."""

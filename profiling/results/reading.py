@@ -9,7 +9,7 @@ from typing import Any
 from heatkv.core.checks import shown
 from heatkv.core.io import check_header, read_json
 from heatkv.errors import FormatError
-from heatkv.profiling.results.row import checked_row
+from heatkv.profiling.results.fields import checked_row
 
 FORMAT, VERSION = "heatkv-results", 1
 
