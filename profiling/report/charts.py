@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +215,44 @@ def _draw_along_scales(ax: Any, line: Line, fill: bool) -> None:
         ax.stairs(line.y.ravel(), edges, fill=True, color=colour, alpha=0.25)
     ax.stairs(line.y.ravel(), edges, baseline=None, color=colour, linewidth=1.3)
     ax.set_xlim(edges[0], edges[-1])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a lane, from one figure to another; `kind` is how it is drawn: "bar", "span", "point", "outlier",
+    "limit" or "zero". `title` is told over it."""
+
+    begin: float
+    end: float
+    title: str
+    colour: str = ""
+    kind: str = "bar"
+
+
+@dataclass(frozen=True)
+class Track:
+    """The figures of one row, drawn to scale: lanes of parts, one under the other, and what they say in words."""
+
+    name: str
+    style: Style
+    text: str
+    lanes: tuple[tuple[Part, ...], ...]
+
+
+def stacked(lengths: Mapping[str, tuple[float, str]], unit: str) -> tuple[Part, ...]:
+    """Bars end to end, by their names: how long, in which colour of CSS."""
+    parts, begin = [], 0.0
+    for name, (length, colour) in lengths.items():
+        parts.append(Part(begin, begin + length, f"{name}: {length:.4g} {unit}", colour))
+        begin += length
+    return tuple(parts)
+
+
+def percent_scale(tracks: Iterable[Track]) -> Callable[[float], str]:
+    """Where a figure is on the common scale of tracks, which 0 is on, in per cent of its length."""
+    ends = [end for track in tracks for lane in track.lanes for part in lane for end in (part.begin, part.end)]
+    low, high = min([0.0, *ends]), max([0.0, *ends])
+    return lambda value: f"{100 * (value - low) / ((high - low) or 1):.2f}"
 
 
 # ----------------------------------------------------------------------------------------- heat maps and pictures

@@ -142,8 +142,8 @@ FIDELITY = (
     Column("SSIM", "", "ssim", ".3f"),
     Column("LPIPS", "", "lpips", ".4f"),
     Column("FID", "", "fid", ".1f"),
-    Column("images", "", "images", "d", brief=False),
-    Column("pictures", "", "pictures", "d", brief=False),
+    Column("images", "", "images", ",.0f", brief=False),
+    Column("pictures", "", "pictures", ",.0f", brief=False),
 )  # fmt: skip
 TIME = (
     Column("median", "ms", "latency_ms.median", ".1f"),
@@ -156,8 +156,8 @@ def _latency_columns(field: str, ledger: str) -> tuple[Column, ...]:
         Column("median", "ms", f"{field}.median", ".1f", ledger),
         Column("interval", "ms", _interval(field), "", ledger),
         Column("confidence", "", f"{field}.confidence", ".1%", ledger, brief=False),
-        Column("runs", "", f"{field}.runs", "d", ledger, brief=False),
-        Column("outliers", "", f"{field}.outliers", "d", ledger),
+        Column("runs", "", f"{field}.runs", ",.0f", ledger, brief=False),
+        Column("outliers", "", f"{field}.outliers", ",.0f", ledger),
         *(Column(name, "ms", f"{field}.phases.{name}", ".1f", ledger) for name in (*TIME_PHASES, "other")),
         Column("last scale", "ms", lambda row: (look_up(row, f"{field}.scales") or (None,))[-1], ".1f", ledger),
     )
