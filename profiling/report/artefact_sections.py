@@ -17,7 +17,7 @@ from heatkv.core.plan import CachePlan, Plan
 from heatkv.profiling.analysis.explain import kept_of_heads, kept_of_scales
 from heatkv.profiling.report import charts
 from heatkv.profiling.report.charts import Colour, Line, Panel, Pixels
-from heatkv.profiling.report.sections import Cell, Report, Section, coarser, mib, scale_names
+from heatkv.profiling.report.sections import Blocks, Cell, Report, coarser, mib, scale_names
 from heatkv.profiling.results.artefacts import Missing, pictures_of, plans_of, scas_of
 from heatkv.profiling.results.comparable import REFERENCE
 from heatkv.profiling.results.merging import Row, budgets_of
@@ -26,7 +26,7 @@ _NEVER: Colour = (128, 128, 128, 56)
 _STEPS = 64
 
 
-def scas(report: Report) -> Section:
+def scas(report: Report) -> Blocks:
     """S-CAS of every head by source scale."""
     blocks: list[Markup] = []
     for source in report.merged.sources:
@@ -40,7 +40,7 @@ def scas(report: Report) -> Section:
         largest_S = np.maximum(scas_LHS.max(axis=(0, 1)), np.finfo(float).tiny)
         steps = np.round(scas_LHS / largest_S * (_STEPS - 1)).astype(np.int64)
         layers, heads, scales = scas_LHS.shape
-        names = scale_names(found.schedule)[:-1]
+        names = scale_names(source.rows[0].result)[:-1]
         colours = charts.ramp("magma", _STEPS, 0.05)
         samples = f"{len(found.provenance['samples'])} samples"
         uri = charts.heat_map([steps[:, :, s] for s in range(scales)], colours)
@@ -56,17 +56,13 @@ def scas(report: Report) -> Section:
             lines.append([Cell(name, s), *figures, Cell(f"layer {layer}, head {head}")])
         titles = ["source scale", "mean S-CAS", "largest", "of which head"]
         blocks.append(report.cells(f"S-CAS by source scale, {samples}", titles, lines))
-    return Section(
-        "scas", "S-CAS", "What the heads look back at",
-        "S-CAS is the attention mass that a head puts on an earlier scale, mean over later scales and samples. There is "
-        "a block for every source scale; in it, a row for every layer and a column for every head.", blocks,
-    )  # fmt: skip
+    return blocks
 
 
 # ------------------------------------------------------------------------------------------------------- plans
 
 
-def plans(report: Report) -> Section:
+def plans(report: Report) -> Blocks:
     """What every plan keeps, and what the cache holds over time."""
     missing: dict[str, list[str]] = {}
     points: dict[str, list[Row]] = {}
@@ -87,24 +83,20 @@ def plans(report: Report) -> Section:
             if cards:
                 title = ", ".join(filter(None, [f"Plans at {budget}", point]))
                 folds.append(report.ui.fold(title, [report.ui.cards(cards)], not folds))
-    blocks = [*(_legends(report) if folds else []), *folds]
-    blocks += [report.ui.note(f"No plan of {', '.join(rows)}: {why}.", True) for why, rows in missing.items()]
-    return Section(
-        "plans", "Plans", "What is kept, where, until when",
-        "On top is what a plan keeps: a block for every scale, in it a row for every layer and a column for every head. "
-        "Below is the memory that the cache takes after every layer of every scale, against the budget (dashed).",
-        blocks,
-    )  # fmt: skip
+    names = scale_names(report.merged.rows[0].result)[1:]
+    colours = list(zip(map(charts.css, charts.ramp("viridis", len(names))), names, strict=True))
+    words = [report.ui.plan_words(charts.css(_NEVER), colours)] if folds else []
+    return [*words, *folds, report.ui.missing("plan", missing)]
 
 
 def _card(report: Report, row: Row, found: Sequence[CachePlan], name: str) -> Markup:
-    result, style = row.result, report.style(row)
+    result, style = row.result, report.styles[report.merged.label(row, ())]
     label = f"{report.merged.label(row)} at {result.budget}"
     lines = []
     for plan in found:
         live = [[plan.bytes_of(int(count), result.rows, result.storage) for count in of_scale] for of_scale in plan.live]
         lines.append(Line(style, coarser(np.array(live) / 2**20)))
-    limit, scales = result.budget_bytes / 2**20, scale_names(result.schedule)
+    limit, scales = result.budget_bytes / 2**20, scale_names(result)
     svg = charts.scale_chart(name, f"Memory of {label} over time", [Panel("", lines, limit)], scales, "MiB", True)
     kept = float(np.mean([kept_of_heads(plan.held, plan.schedule.tokens).mean() for plan in found]))
     target, layer = found[0].peak_checkpoint
@@ -144,19 +136,6 @@ def _heats(report: Report, label: str, plan: CachePlan, names: Sequence[str]) ->
     return heats
 
 
-def _legends(report: Report) -> list[Markup]:
-    names = scale_names(report.merged.rows[0].result.schedule)[1:]
-    colours = [charts.css(colour) for colour in charts.ramp("viridis", len(names))]
-    return [
-        report.ui.note(
-            "Kept until: the colour is the last target scale that reads the cell, and the numbers are the share of the "
-            "source scale's tokens that is kept over time, in %. Share held, of policies that choose tokens while "
-            "drawing: the colour goes from few to all earlier tokens, and the numbers are the mean by target scale, in %."
-        ),
-        report.ui.legend([(charts.css(_NEVER), "never cached"), *zip(colours, names, strict=True)], "kept until"),
-    ]
-
-
 # ---------------------------------------------------------------------------------------------------- pictures
 
 _SHEET_PIXELS = 1_300_000
@@ -164,7 +143,7 @@ _SHEET_PIXELS = 1_300_000
 _LARGEST_SIDE = 128
 
 
-def pictures(report: Report) -> Section:
+def pictures(report: Report) -> Blocks:
     """The same samples under the full cache and under every policy, and where they differ."""
     missing: dict[str, list[str]] = {}
     seeds: dict[tuple[str, int], dict[str, tuple[Row, Pixels]]] = {}
@@ -195,13 +174,7 @@ def pictures(report: Report) -> Section:
     shares = [charts.DIFFERENCE_MOST * step / 5 for step in range(1, 6)]
     keys = [(charts.css(tuple(charts.difference_colour(share))), f"{share:.0%}") for share in shares]
     legend = [report.ui.legend(keys, "difference, of the channels' range")] if sheets else []
-    notes = [report.ui.note(f"No pictures of {', '.join(rows)}: {why}.", True) for why, rows in missing.items()]
-    return Section(
-        "pictures", "Pictures", "The same samples, drawn under every policy",
-        "A column is one sample, drawn freely with the same random numbers. Under every row is where its pictures "
-        "differ from the full cache's. A policy that draws at random shows its first plan.",
-        [*legend, *sheets, *notes],
-    )  # fmt: skip
+    return [*legend, *sheets, report.ui.missing("pictures", missing)]
 
 
 def _thumbnails(images_BHW3: Pixels, rows: int) -> Pixels:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ _RC: dict[Any, Any] = {
     "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK,
     "ytick.labelcolor": INK, "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlesize": 10.5, "axes.titlelocation": "left", "grid.color": GRID, "axes.axisbelow": True,
-    "axes.unicode_minus": False, "figure.constrained_layout.use": True,
+    "axes.unicode_minus": False,
 }  # fmt: skip
 
 
@@ -159,7 +160,7 @@ def line_chart(
 ) -> Markup:
     """Lines of points with their ranges, over the Pareto front as a broad band."""
     with _figure(name, 380, 270) as figure:
-        ax = figure.subplots()
+        ax = figure.add_axes((0.13, 0.19, 0.85, 0.79))
         ax.grid(True)
         if front:
             ax.plot(*zip(*front, strict=True), color=FRONT, linewidth=10, alpha=0.28, solid_capstyle="round",
@@ -181,12 +182,16 @@ def scale_chart(
     """Lines along the target scales, a panel for every title. Panels without a limit share one axis of y."""
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    shared = all(panel.limit is None for panel in panels)
     width, height = (330.0, 118.0) if small else (380.0, 40 + 140.0 * rows)
+    top, bottom = (6, 20) if small else (20, 40)
     with _figure(name, width, height) as figure:
-        axes = figure.subplots(rows, columns, squeeze=False, sharey=shared)
+        axes = figure.subplots(rows, columns, squeeze=False, sharey=all(panel.limit is None for panel in panels))
+        figure.subplots_adjust(
+            left=46 / width, right=1 - 6 / width, bottom=bottom / height, top=1 - top / height, wspace=0.2, hspace=0.35
+        )
         for ax in axes.flat[len(panels) :]:
             ax.set_axis_off()
+        step = -(-len(scales) // 9)
         for ax, panel in zip(axes.flat, panels, strict=False):
             ax.set_title(panel.title)
             ax.grid(True, axis="y")
@@ -194,13 +199,13 @@ def scale_chart(
                 _draw_along_scales(ax, line, fill=small)
             if panel.limit is not None:
                 ax.axhline(panel.limit, color=LIMIT, linewidth=1.3, linestyle=(0, (4, 2)))
-            step = -(-len(scales) // 9)
-            ax.set_xticks(np.arange(0, len(scales), step), scales[::step], fontsize=9)
+            ax.set_xticks(np.arange(0, len(scales), step), scales[::step])
+            ax.tick_params(labelsize=9)
+        for ax in axes.flat:
             ax.set_ylim(0, None)
-            ax.tick_params(axis="y", labelsize=9)
-        figure.supylabel(y, fontsize=10)
+        figure.supylabel(y, fontsize=10, x=2 / width)
         if not small:
-            figure.supxlabel("target scale", fontsize=10)
+            figure.supxlabel("target scale", fontsize=10, y=4 / height)
         return _svg(figure, label)
 
 
@@ -239,6 +244,14 @@ class Track:
     lanes: tuple[tuple[Part, ...], ...]
 
 
+ZERO = Part(0, 0, "the base", kind="zero")
+
+
+def pale(colour: int, percent: int) -> str:
+    """A part of a series' colour."""
+    return f"color-mix(in srgb, var(--series-{colour}) {percent}%, transparent)"
+
+
 def stacked(lengths: Mapping[str, tuple[float, str]], unit: str) -> tuple[Part, ...]:
     """Bars end to end, by their names: how long, in which colour of CSS."""
     parts, begin = [], 0.0
@@ -253,6 +266,16 @@ def percent_scale(tracks: Iterable[Track]) -> Callable[[float], str]:
     ends = [end for track in tracks for lane in track.lanes for part in lane for end in (part.begin, part.end)]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     return lambda value: f"{100 * (value - low) / ((high - low) or 1):.2f}"
+
+
+def spaced(places: Iterable[float]) -> list[float]:
+    """The places on a logarithmic axis that leave room for a text at each, from the left."""
+    shown: list[float] = []
+    ordered = sorted(places)
+    for place in ordered:
+        if not shown or math.log(place / shown[-1]) >= 0.09 * math.log(ordered[-1] / ordered[0]):
+            shown.append(place)
+    return shown
 
 
 # ----------------------------------------------------------------------------------------- heat maps and pictures

@@ -5,26 +5,28 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from heatkv.core.io import is_there, opened, write_text
 from heatkv.errors import FormatError
 from heatkv.profiling.report import charts, sections
 from heatkv.profiling.report.artefact_sections import pictures, plans, scas
-from heatkv.profiling.report.sections import Report
+from heatkv.profiling.report.sections import Blocks, Report
 from heatkv.profiling.results.merging import Merged, merge
 
 NAME = "report.html"
 _MARK = b'<meta name="generator" content="HeatKV">'
-SECTIONS = (
-    sections.summary, sections.fidelity, sections.paired, sections.per_scale, sections.latency, sections.memory, scas,
-    plans, pictures, sections.all_figures, sections.environment,
-)  # fmt: skip
-"""In their order. A section is a function of the report; it gives None where it has nothing to show."""
+SECTIONS: dict[str, Callable[[Report], Blocks]] = {
+    "summary": sections.summary, "fidelity": sections.fidelity, "paired": sections.paired,
+    "scales": sections.per_scale, "latency": sections.latency, "memory": sections.memory, "scas": scas,
+    "plans": plans, "pictures": pictures, "rows": sections.all_figures, "environment": sections.environment,
+}  # fmt: skip
+"""In their order; `words` in the templates has the title of each, and what a reader must know."""
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Path:
@@ -57,11 +59,13 @@ def render(merged: Merged) -> str:
     report = Report(merged, ui)
     style, script = (loader.get_source(environment, name)[0].strip() for name in ("report.css", "report.js"))
     return environment.get_template("report.html.jinja").render(
-        title=f"{merged.model}: {sections.headline(report)}",
-        sections=[section for make in SECTIONS if (section := make(report)) is not None],
+        model=merged.model,
+        headline=ui.headline(sections.answer(report), merged.model),
+        sections={id: blocks for id, make in SECTIONS.items() if (blocks := make(report)) is not None},
+        words=ui.words,
         sources=[source.label for source in merged.sources],
         palette=charts.PALETTE,
-        style=style,
-        script=script,
+        style=Markup(style),
+        script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
