@@ -68,7 +68,7 @@ fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(FUZZ)
 
 # Trains the embedded model again from the npm package emoji-datasource-google, unpacked in IMAGES; hours on two cores.
-EMOJI := heatkv.models.emoji.train
+EMOJI := tools.emoji.train
 emoji: $(STAMP)
 	@[ -e "$(IMAGES)/emoji.json" ] || { echo "make emoji IMAGES=node_modules/emoji-datasource-google" >&2; exit 2; }
 	$(BIN)/python -m $(EMOJI) vqvae --images "$(IMAGES)" --work results/emoji

@@ -18,7 +18,8 @@ import pytest
 import torch
 from yardstick import matrix_product_ms, parse
 
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import write_json
 from heatkv.core.statistics import Provenance, Statistics
 from heatkv.models.catalogue import model_info

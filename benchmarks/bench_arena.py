@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from yardstick import matrix_product_ms
 
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.io import write_json
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.rankings import HeadRankings
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.layout import ArenaLayout
 from heatkv.models.catalogue import model_info
@@ -31,6 +31,12 @@ ORDERS = Path(__file__).parents[1] / "tests" / "golden" / "orders"
 BUDGETS = ("5%", "10%", "15%", "20%", "30%", "50%")
 ROWS, STORAGE = 2, "bfloat16"
 MOST_LAYOUT_S, MOST_RUNS = 0.1, 1.25
+
+
+def runs_per_cell(layout: ArenaLayout) -> float:
+    """Mean number of runs of a held cell; 1 is perfect."""
+    runs = [cell for level in layout.levels for layer in level for head in layer for cell in head if cell]
+    return sum(map(len, runs)) / len(runs)
 
 
 def measure(size: str, budget: str) -> dict[str, Any]:
@@ -50,7 +56,7 @@ def measure(size: str, budget: str) -> dict[str, Any]:
         "budget_bytes": allowed,
         "allocated_bytes": cache.allocated_bytes,
         "allocated_over_budget": round(cache.allocated_bytes / allowed, 6),
-        "runs_per_cell": round(layout.runs_per_cell, 4),
+        "runs_per_cell": round(runs_per_cell(layout), 4),
         "cells": layout.cells,
         "layout_s": round(sorted(took)[2], 4),
         "current_bytes": cache.current_bytes,

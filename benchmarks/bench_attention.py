@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from yardstick import matrix_product_ms
 
 import heatkv.engine.attention
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import Plan
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.rankings import HeadRankings
 from heatkv.engine.attention.grouping import AttentionCost, CallShape
 from heatkv.engine.attention.kernels import RaggedAttention
 from heatkv.engine.store import Store

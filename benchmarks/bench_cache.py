@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.plan import CachePlan
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.rankings import HeadRankings
 from heatkv.engine.token_cache import open_cache
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem, make_policy

@@ -23,10 +23,10 @@ from yardstick import matrix_product_ms
 
 from heatkv.calibration.level_costs import calibrate_levels
 from heatkv.calibration.measure import calibrate
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import CachePlan
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.rankings import HeadRankings
 from heatkv.generation.loop import Generator
 from heatkv.models.base import ImageModel
 from heatkv.models.catalogue import load_model

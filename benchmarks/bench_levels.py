@@ -17,10 +17,11 @@ import pytest
 import torch
 from yardstick import matrix_product_ms, parse
 
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import write_json
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts
+from heatkv.core.statistics import LevelStatistics
 from heatkv.levels.columns import ALL_LEVELS, allocate_levels
 from heatkv.models.catalogue import model_info
 from heatkv.profiling.measure.environment import environment
@@ -87,7 +88,7 @@ def costs(model: str) -> LevelStatistics:
 def capacity(model: str, budget: str) -> Capacity:
     geometry = model_info(model).geometry()
     room = Budget.parse(budget).token_heads(geometry)
-    return Capacity.shared(geometry.layers, geometry.heads, geometry.schedule.tokens, room)
+    return Capacity(geometry.layers, geometry.heads, geometry.schedule.tokens, room)
 
 
 @pytest.mark.parametrize("kind", KINDS)

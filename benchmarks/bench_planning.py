@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from bench_arena import runs_per_cell
 
-from heatkv.core.geometry import Budget
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.budget import Budget
+from heatkv.core.rankings import HeadRankings
 from heatkv.engine.layout import ArenaLayout
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem
@@ -53,4 +54,4 @@ def bench_arena_layout(benchmark: Any, size: str) -> None:
     """A plan to the slots of every cell."""
     plan = HeatKV().plan(problem(size, "10%"))
     layout = benchmark(ArenaLayout.of, plan)
-    benchmark.extra_info["runs_per_cell"] = round(layout.runs_per_cell, 3)
+    benchmark.extra_info["runs_per_cell"] = round(runs_per_cell(layout), 3)

@@ -18,9 +18,10 @@ from yardstick import matrix_product_ms
 
 from heatkv.calibration.level_costs import calibrate_levels
 from heatkv.calibration.measure import calibrate
-from heatkv.core.geometry import Budget, StorageType
+from heatkv.core.budget import Budget
 from heatkv.core.io import write_json
 from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import StorageType
 from heatkv.models.catalogue import load_model
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.measure.environment import environment

@@ -20,7 +20,6 @@ import numpy as np
 from heatkv.calibration.fisher import calibrate_fisher
 from heatkv.calibration.level_costs import calibrate_levels
 from heatkv.calibration.measure import calibrate
-from heatkv.compensation import compensation_of
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import Plan
 from heatkv.core.statistics import Statistics
@@ -41,10 +40,7 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "heatkv-lp, single error, 1 sink": ("heatkv-lp", {"value": "error", "sink_scales": 1}),
     "heatkv-lp": ("heatkv-lp", {}),
     "heatkv-mr": ("heatkv-mr", {}),
-    "heatkv-mr, constant": ("heatkv-mr", {"compensation": "constant"}),
-    "heatkv-mr, linear": ("heatkv-mr", {"compensation": "linear"}),
     "heatkv-mr, fisher": ("heatkv-mr", {"cost": "fisher"}),
-    "heatkv-mr, fisher, linear": ("heatkv-mr", {"cost": "fisher", "compensation": "linear"}),
 }
 
 
@@ -122,16 +118,11 @@ def main() -> None:
                     )
                     measured = statistics(model, POLICIES[name][1].get("cost", "error"), out)
                     made = plans(model, measured, name, budget)
-                    fitted = [compensation_of(model, plan, seed=CALIBRATION_SEED) for plan in made]
-                    found = [
-                        bench.compare(partial(Generator, model, p, settings=model.sampling, compensation=c))
-                        for p, c in zip(made, fitted, strict=True)
-                    ]
+                    found = [bench.compare(partial(Generator, model, p, settings=model.sampling)) for p in made]
                     rows[key] = {
                         "name": name, "budget": budget, "seed": seed,
                         "peak_over_budget": max(plan.peak_token_heads / plan.budget_token_heads for plan in made),
                         "gap": made[0].gap, "predicted_kl": made[0].settings.get("predicted_kl"),
-                        "compensation_bytes": 0 if fitted[0] is None else fitted[0].bytes,
                         "kl": np.mean([x.kl_of_images() for x in found], axis=0).round(6).tolist(),
                         "psnr_db": np.mean([np.concatenate(x.psnr_db) for x in found], axis=0).round(3).tolist(),
                     }  # fmt: skip

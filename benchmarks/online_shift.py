@@ -27,11 +27,10 @@ from yardstick import matrix_product_ms
 
 from heatkv.calibration.level_costs import calibrate_levels
 from heatkv.calibration.measure import calibrate
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.io import write_json
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.plan import Plan
-from heatkv.core.statistics import Statistics
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.generation.loop import Generator
 from heatkv.models.catalogue import load_model
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -153,7 +152,7 @@ def pooled(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     )
     return {
         "kl": {name: float(values.mean()) for name, values in kl.items()},
-        "differences": {f"{a} - {b}": paired_bootstrap(kl[a], kl[b]).to_json() for a, b in pairs},
+        "differences": {f"{a} - {b}": vars(paired_bootstrap(kl[a], kl[b])) for a, b in pairs},
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from heatkv import Budget, HeatKVError, KVCache, PlanningProblem, make_policy
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.rankings import HeadRankings
 from heatkv.models.catalogue import model_info
 from heatkv.profiling.analysis.fit import footprint, largest_share, parse_memory
 

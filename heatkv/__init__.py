@@ -30,54 +30,55 @@ if not Path(__file__).with_name("policies").is_dir():
 
 # Loaded when first used, so that `import heatkv` does not wait for torch.
 _EXPORTS = {
-    "Budget": "heatkv.core.geometry",
+    "Budget": "heatkv.core.budget",
     "CacheGeometry": "heatkv.core.geometry",
+    "Candidates": "heatkv.policies.dynamic",
+    "CapacityPlan": "heatkv.core.capacity_plan",
+    "DynamicPolicy": "heatkv.policies.dynamic",
     "EvictionPolicy": "heatkv.policies.base",
+    "Generator": "heatkv.generation.loop",
     "HeatKVError": "heatkv.errors",
     "KVCache": "heatkv.engine.arena_cache",
     "Plan": "heatkv.core.plan",
     "PlanningProblem": "heatkv.policies.base",
+    "PolicyError": "heatkv.errors",
     "ScaleSchedule": "heatkv.core.schedule",
+    "StaticPolicy": "heatkv.policies.base",
     "Statistics": "heatkv.core.statistics",
     "attach": "heatkv.attachment.attached",
     "calibrate": "heatkv.calibration.measure",
+    "check_policy": "heatkv.testing.contract",
     "generate": "heatkv.generation.loop",
     "load_model": "heatkv.models.catalogue",
+    "load_plan": "heatkv.core.plan_file",
     "make_policy": "heatkv.policies.base",
     "register": "heatkv.registry",
 }
 
 __all__ = [
-    "Budget",
-    "CacheGeometry",
-    "EvictionPolicy",
-    "HeatKVError",
-    "KVCache",
-    "Plan",
-    "PlanningProblem",
-    "ScaleSchedule",
-    "Statistics",
-    "attach",
-    "calibrate",
-    "generate",
-    "load_model",
-    "make_policy",
-    "register",
-]
+    "Budget", "CacheGeometry", "Candidates", "CapacityPlan", "DynamicPolicy", "EvictionPolicy", "Generator",
+    "HeatKVError", "KVCache", "Plan", "PlanningProblem", "PolicyError", "ScaleSchedule", "StaticPolicy", "Statistics",
+    "attach", "calibrate", "check_policy", "generate", "load_model", "load_plan", "make_policy", "register",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from heatkv.attachment.attached import attach
     from heatkv.calibration.measure import calibrate
-    from heatkv.core.geometry import Budget, CacheGeometry
+    from heatkv.core.budget import Budget
+    from heatkv.core.capacity_plan import CapacityPlan
+    from heatkv.core.geometry import CacheGeometry
     from heatkv.core.plan import Plan
+    from heatkv.core.plan_file import load_plan
     from heatkv.core.schedule import ScaleSchedule
     from heatkv.core.statistics import Statistics
     from heatkv.engine.arena_cache import KVCache
-    from heatkv.errors import HeatKVError
-    from heatkv.generation.loop import generate
+    from heatkv.errors import HeatKVError, PolicyError
+    from heatkv.generation.loop import Generator, generate
     from heatkv.models.catalogue import load_model
-    from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy
+    from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy, make_policy
+    from heatkv.policies.dynamic import Candidates, DynamicPolicy
     from heatkv.registry import register
+    from heatkv.testing.contract import check_policy
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import pkgutil
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
-from heatkv.core.checks import shown
+from heatkv.core.schema import shown, suggest
 from heatkv.errors import PolicyError
 
 ENTRY_POINT_GROUP = "heatkv.policies"
@@ -33,19 +32,19 @@ _PARTS = ("kind", "needs", "plan", "random", "source", "summary")
 """What every EvictionPolicy has; the class itself lives above this module."""
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-"""What the command line can take apart in a list of policies, and tell from an option."""
+"""What a list of policies can be taken apart into, and told from an option."""
 
 _registered: dict[str, Registered] = {}
 _broken: dict[str, str] = {}
 _searched = False
 
 
-def check_name(name: str, what: str) -> None:
+def check_name(name: Any, what: str) -> None:
     """Raise PolicyError unless `what` may have this name: lower-case letters, digits and hyphens between them."""
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise PolicyError(
-            f"{what} is named {shown(name)}; a name is lower-case letters, digits and hyphens between them, such as "
-            "keep-coarse, so that the command line can tell it from other text"
+            f"{what} is named {shown(name)}; a name is lower-case letters, digits and hyphens between them, such "
+            "as keep-coarse"
         )
 
 
@@ -57,21 +56,19 @@ def register(policy: type[Any]) -> type[Any]:
     """
     if not isinstance(policy, type):
         raise PolicyError(f"{shown(policy)} is no class; register a subclass of heatkv.EvictionPolicy")
-    name = getattr(policy, "name", None)
-    if not isinstance(name, str) or not name:
-        raise PolicyError(f"{policy.__qualname__} has no `name`; give the class a string `name`")
-    check_name(name, policy.__qualname__)
+    check_name(getattr(policy, "name", None), policy.__qualname__)
     missing = [part for part in _PARTS if not hasattr(policy, part)]
     if missing:
         raise PolicyError(f"{policy.__qualname__} has no {', '.join(missing)}; subclass heatkv.EvictionPolicy")
-    known = _registered.get(name)
-    if (
-        known is not None
-        and known.policy.__qualname__ + known.policy.__module__ != policy.__qualname__ + policy.__module__
-    ):
-        raise PolicyError(f"two policies are named {name!r}: {known.policy!r} and {policy!r}; rename one")
-    _registered[name] = Registered(name, policy, policy.__module__)
+    known = _registered.get(policy.name)
+    if known is not None and _place(known.policy) != _place(policy):
+        raise PolicyError(f"two policies are named {policy.name!r}: {known.policy!r} and {policy!r}; rename one")
+    _registered[policy.name] = Registered(policy.name, policy, policy.__module__)
     return policy
+
+
+def _place(policy: type[Any]) -> tuple[str, str]:
+    return policy.__module__, policy.__qualname__
 
 
 def _search() -> None:
@@ -112,11 +109,7 @@ def broken_plugins() -> dict[str, str]:
 def find_policy(name: str) -> type[Any]:
     """The policy class of this name. Raises PolicyError with a suggestion when there is none."""
     policies = registered_policies()
-    if not isinstance(name, str):
-        raise PolicyError(f"the policy is {shown(name)}; give its name, one of {', '.join(policies)}")
     if name in policies:
         return policies[name].policy
-    near = difflib.get_close_matches(name, policies, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
     broken = f" (plug-in {name!r} is broken: {_broken[name]})" if name in _broken else ""
-    raise PolicyError(f"unknown policy {name!r}{hint} Known: {', '.join(policies)}{broken}")
+    raise PolicyError(f"unknown policy {name!r}{suggest(name, policies)}{broken}")

@@ -29,10 +29,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import as_whole, of_kind, seed_of, shown, whole
-from heatkv.core.geometry import UNCODED_SCALES, Budget, CacheGeometry, StorageType
-from heatkv.core.plan import CachePlan, CoarseCells, Plan
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.plan import CachePlan, CoarseCells, Plan, keep_first
+from heatkv.core.rankings import HeadRankings
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import as_whole, of_kind, seed_of, shown, whole
+from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import UNCODED_SCALES, StorageType
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
 from heatkv.registry import find_policy
 
@@ -82,19 +86,6 @@ class PlanningProblem:
                 f"{self.geometry.layers} x {self.geometry.heads}"
             )
 
-    def of_heads(self, heads_LH: IntArray, seed: int) -> PlanningProblem:
-        """The same problem for these heads of every layer alone, (L, heads to take) indices, as if they were a model:
-        with their statistics and rankings, and their part of the budget."""
-        heads = heads_LH.shape[1]
-        return dataclasses.replace(
-            self,
-            geometry=self.geometry.of_heads(heads),
-            budget=self.budget.part(Fraction(heads, self.geometry.heads)),
-            statistics=None if self.statistics is None else self.statistics.of_heads(heads_LH),
-            rankings=None if self.rankings is None else self.rankings.of_heads(heads_LH),
-            seed=seed,
-        )
-
     @property
     def share(self) -> Fraction:
         """b, exactly."""
@@ -104,15 +95,6 @@ class PlanningProblem:
     def budget_token_heads(self) -> int:
         """floor(b*N*L*H)."""
         return self.budget.token_heads(self.geometry, self.rows, self.storage, self.uncoded_scales)
-
-
-@dataclass(frozen=True)
-class FewestSinks:
-    """The fewest sink scales that a policy can plan with, what sets them, and the way to plan with only `{0}`."""
-
-    count: int = 0
-    set_by: str = ""
-    way_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,8 +139,8 @@ class EvictionPolicy(ABC):
     def check_measured(self, problem: PlanningProblem) -> None:  # noqa: B027
         """Raise when what it plans from is missing, or was measured for something else."""
 
-    def check_room(self, problem: PlanningProblem) -> None:  # noqa: B027
-        """Raise when the budget is below what the policy must keep."""
+    def check_sinks(self, problem: PlanningProblem) -> None:  # noqa: B027
+        """Raise when the budget is below the scales that the policy must keep."""
 
     @property
     def uncoded_scales(self) -> int:
@@ -171,14 +153,8 @@ class EvictionPolicy(ABC):
         self.check_options(problem)
         problem = dataclasses.replace(problem, uncoded_scales=self.uncoded_scales)
         self.check_measured(problem)
-        self.check_room(problem)
+        self.check_sinks(problem)
         return problem
-
-    def of_heads(self, heads_LH: IntArray, heads: int) -> EvictionPolicy:
-        """The policy for these of the `heads` heads of every layer alone, (L, heads to take) indices: options that name
-        heads, or that are amounts of all of them, are those of these. Raises PolicyError where there are none."""
-        del heads_LH, heads
-        return self
 
     def settings(self, problem: PlanningProblem) -> dict[str, Any]:
         """Everything that decided the plan beside geometry and budget."""
@@ -228,7 +204,9 @@ class StaticPolicy(EvictionPolicy):
             raise
         except Exception as error:  # a third party's policy may fail in any way
             raise PolicyError(f"policy {self.name!r} failed: {type(error).__name__}: {error}") from error
-        return self.finish(problem, last_read)
+        plan = self.finish(problem, last_read)
+        plan.check()
+        return plan
 
     def finish(
         self,
@@ -251,58 +229,29 @@ class StaticPolicy(EvictionPolicy):
             **certificate,
         )
 
-    def check_room(self, problem: PlanningProblem) -> None:
-        """Raise when the sinks alone exceed the budget, or their number fits neither the schedule nor what was
-        measured."""
+    def check_sinks(self, problem: PlanningProblem) -> None:
+        """Raise when the sinks alone exceed the budget, or their number does not fit the schedule."""
         schedule, sinks = problem.geometry.schedule, as_whole(self.sink_scales)
-        rooms, fewest, most = self.rooms(problem), self.fewest_sinks(problem), len(schedule) - 1
-        fitting = max(n for n in range(most + 1) if schedule.offsets[n] <= min(rooms.values()))
-
-        def too_small(count: int) -> list[str]:
-            return [name for name, room in rooms.items() if room < schedule.offsets[count]]
-
-        def share(count: int) -> str:
-            tokens, cached = schedule.offsets[count], schedule.cached_tokens
-            percent = math.ceil(Fraction(10000 * tokens, cached)) / 100  # rounded up, so that it is enough
-            return f"{tokens}/{cached} = {percent:g}%"
-
-        more = ""
-        if fewest.count > fitting:
-            more = f" and raise {' and '.join(too_small(fewest.count))} to {share(fewest.count)}"
-        if sinks is None or not 0 <= sinks <= most:
+        if sinks is None or not 0 <= sinks < len(schedule):
             raise PolicyError(
                 f"sink_scales={shown(self.sink_scales)} does not fit a schedule of {len(schedule)} scales: "
-                f"{fewest.count} to {most if more else fitting}{more}"
+                f"0 to {len(schedule) - 1}"
             )
-        if sinks < fewest.count:
-            raise PolicyError(
-                f"sink_scales={sinks} is below {fewest.set_by}; set sink_scales={fewest.count}{more}, or "
-                f"{fewest.way_out.format(min(sinks, fitting))}"
-            )
-        if sinks > fitting:
-            short = too_small(sinks)
-            be, them = ("is", "it") if len(short) == 1 else ("are", "them")
-            way_out = fewest.way_out.format(fitting) if more else f"set sink_scales={fitting}"
-            raise BudgetError(
-                f"{' and '.join(short)} {be} below {share(sinks)}, the {sinks} sink scales; raise {them} or {way_out}"
-            )
-
-    def fewest_sinks(self, problem: PlanningProblem) -> FewestSinks:
-        """How few sinks what was measured allows."""
-        return FewestSinks()
-
-    def rooms(self, problem: PlanningProblem) -> dict[str, Fraction]:
-        """Tokens per head that may be held, by what sets them."""
-        share = problem.share
-        return {f"budget {float(share):.3g} ({problem.budget})": share * problem.geometry.schedule.cached_tokens}
+        if problem.share * schedule.cached_tokens < schedule.offsets[sinks]:
+            raise below_sinks(f"budget {float(problem.share):.3g} ({problem.budget})", schedule, sinks)
 
     def never_cached(self, problem: PlanningProblem) -> IntArray:
         """The plan that caches the sink scales only, to start from."""
-        geometry = problem.geometry
-        scales = len(geometry.schedule)
-        last_read = np.broadcast_to(np.arange(scales), (geometry.layers, geometry.heads, scales)).copy()
-        last_read[:, :, : self.sink_scales] = scales - 1
-        return last_read
+        return keep_first(problem.geometry.shape, self.sink_scales)
+
+
+def below_sinks(limit: str, schedule: ScaleSchedule, sinks: int) -> BudgetError:
+    """The error of a limit that the sink scales alone exceed."""
+    tokens, cached = schedule.offsets[sinks], schedule.cached_tokens
+    percent = math.ceil(Fraction(10000 * tokens, cached)) / 100  # rounded up, so that it is enough
+    return BudgetError(
+        f"{limit} is below {tokens}/{cached} = {percent:g}%, the {sinks} sink scales; raise it or lower sink_scales"
+    )
 
 
 def make_policy(name: str, **options: Any) -> EvictionPolicy:

@@ -93,11 +93,6 @@ class Wrapper(DynamicPolicy):
     def resolved(self, problem: PlanningProblem) -> DynamicPolicy:
         return self._over(self.inner.resolved(problem))
 
-    def of_heads(self, heads_LH: IntArray, heads: int) -> DynamicPolicy:
-        inner = self.inner.of_heads(heads_LH, heads)
-        assert isinstance(inner, DynamicPolicy)
-        return self._over(inner)
-
     def _over(self, inner: DynamicPolicy) -> DynamicPolicy:
         """The same over another base."""
         told = [f"{field.name}={getattr(inner, field.name)}" for field in dataclasses.fields(inner)]

@@ -149,7 +149,9 @@ class DynamicPolicy(EvictionPolicy):
         Raises BudgetError when not one token per head fits, PlanError when a subclass's capacities are impossible.
         """
         problem = self.checked(problem)
-        return self.resolved(problem)._plan(problem)
+        plan = self.resolved(problem)._plan(problem)
+        plan.check()
+        return plan
 
     def resolved(self, problem: PlanningProblem) -> DynamicPolicy:
         """The policy with what it takes from the problem, such as classes of heads, written into its options: a plan

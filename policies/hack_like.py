@@ -81,12 +81,6 @@ class HackLike(DynamicPolicy):
         count = round(self.contextual_share * len(concentration))
         return replace(self, contextual=tuple(sorted(np.argsort(-concentration, kind="stable")[:count].tolist())))
 
-    def of_heads(self, heads_LH: IntArray, heads: int) -> HackLike:
-        if self.contextual is None:
-            return self
-        contextual = self._is_contextual(len(heads_LH), heads)[np.arange(len(heads_LH))[:, None], heads_LH]
-        return replace(self, contextual=tuple(np.flatnonzero(contextual).tolist()))
-
     def _is_contextual(self, layers: int, heads: int) -> NDArray[np.bool_]:
         assert self.contextual is not None
         chosen = np.zeros(layers * heads, dtype=bool)

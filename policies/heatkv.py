@@ -9,9 +9,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.statistics import HeadRankings
+from heatkv.core.plan import keep_first
+from heatkv.core.rankings import HeadRankings
 from heatkv.errors import PolicyError
-from heatkv.policies.base import FewestSinks, PlanningProblem, StaticPolicy
+from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
 from heatkv.solve.cells import fit_checkpoints
 
@@ -38,7 +39,7 @@ def drop_by_rank(problem: PlanningProblem, sink_scales: int, rankings: HeadRanki
     """`last_read` of the rule: the first x_t pairs of every source scale's ranking are not read by target t."""
     geometry = problem.geometry
     scales = len(geometry.schedule)
-    last_read = np.full((geometry.layers, geometry.heads, scales), scales - 1, dtype=np.int64)
+    last_read = keep_first(geometry.shape, scales)
     if sink_scales >= scales - 1:
         return last_read
     dropped = np.asarray(dropped_pairs(problem, sink_scales))
@@ -73,14 +74,13 @@ class HeatKV(StaticPolicy):
                 "published rankings (--orders FILE)"
             )
 
-    def fewest_sinks(self, problem: PlanningProblem) -> FewestSinks:
-        first = 0 if problem.rankings is None else problem.rankings.first_scale
-        return FewestSinks(
-            first,
-            f"the {first} first scales, which the rankings leave out",
-            "plan from statistics, which rank every scale (heatkv calibrate, then --statistics FILE), with "
-            "sink_scales={0}",
-        )
+    def check_sinks(self, problem: PlanningProblem) -> None:
+        super().check_sinks(problem)
+        if problem.rankings is not None and self.sink_scales < problem.rankings.first_scale:
+            raise PolicyError(
+                f"sink_scales={self.sink_scales} is below the {problem.rankings.first_scale} first scales, which the "
+                "rankings leave out; raise it, or plan from statistics, which rank every scale"
+            )
 
     def last_read(self, problem: PlanningProblem) -> IntArray:
         rankings = problem.rankings

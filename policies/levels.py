@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import as_number, shown
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.levels import LEVELS
 from heatkv.core.plan import Plan
+from heatkv.core.schema import as_number, shown
 from heatkv.errors import PolicyError
 from heatkv.levels.columns import LevelAllocation, allocate_levels, cost_bound
 from heatkv.policies.base import PlanningProblem
@@ -36,11 +36,9 @@ class HeatKVLevels(SolvedPolicy):
 
     `cost` is "error", the squared output error relative to the residual stream, or "fisher", the expected change of
     the log-likelihood, whose prediction of the KL lets `max_kl` choose the smallest budget when that is "auto".
-    `levels` are those it may use, joined by "+"; "full" alone only drops cells. With `compensation`, what draws under
-    the plan first fits corrections of the outputs of heads with reduced cells: a "constant", or a "linear" map of
-    output and query, 2 d^2 + d parameters for every head and target (d the head size), which are told beside the
-    cache. Sinks are two scales here, since the third is small enough to be priced like the others; any number goes that
-    the level costs were measured with, or more.
+    `levels` are those it may use, joined by "+"; "full" alone only drops cells. Sinks are two scales
+    here, since the third is small enough to be priced like the others; any number goes that the level costs were
+    measured with, or more.
     """
 
     name: ClassVar[str] = "heatkv-mr"
@@ -51,7 +49,6 @@ class HeatKVLevels(SolvedPolicy):
     cost: Literal["error", "fisher"] = "error"
     levels: str = "full+pool2+mean"
     max_kl: float | None = None
-    compensation: Literal["none", "constant", "linear"] = "none"
 
     def check(self, problem: PlanningProblem) -> None:
         chosen = self.levels.split("+") if isinstance(self.levels, str) else [""]
@@ -62,8 +59,6 @@ class HeatKVLevels(SolvedPolicy):
             )
         if self.cost not in ("error", "fisher"):
             raise PolicyError(f"cost={self.cost!r} is unknown to policy {self.name!r}; known: error, fisher")
-        if self.compensation not in ("none", "constant", "linear"):
-            raise PolicyError(f"compensation={self.compensation!r} is unknown; known: none, constant, linear")
         if problem.budget.kind == "auto":
             if self.cost != "fisher" or self.max_kl is None:
                 raise PolicyError("budget auto needs cost=fisher, which predicts the KL, and max_kl, its bound")
@@ -73,10 +68,10 @@ class HeatKVLevels(SolvedPolicy):
             raise PolicyError(f"max_kl chooses the budget; it goes with budget auto, not with {problem.budget}")
         super().check(problem)
 
-    def rooms(self, problem: PlanningProblem) -> dict[str, Fraction]:
+    def check_sinks(self, problem: PlanningProblem) -> None:
         if problem.budget.kind == "auto":  # it takes what the sinks need
             problem = replace(problem, budget=Budget.parse(1.0))
-        return super().rooms(problem)
+        super().check_sinks(problem)
 
     def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
         return self.allocation(problem).last_reads()[0]

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import as_whole, shown
-from heatkv.core.geometry import Budget, CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import FULL, LEVELS, SINK_SCALES
 from heatkv.core.plan import CoarseCells, Plan
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.rankings import HeadRankings
+from heatkv.core.schema import as_whole
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import PolicyError
 from heatkv.levels.columns import LevelAllocation, allocate_levels, level_price_bound
-from heatkv.policies.base import FewestSinks, PlanningProblem, StaticPolicy
+from heatkv.policies.base import PlanningProblem, StaticPolicy, below_sinks
 from heatkv.policies.heatkv import drop_by_rank
 from heatkv.registry import register
 from heatkv.solve.cells import Allocation, Capacity, allocate, allocate_greedily, price_bound
@@ -30,8 +30,7 @@ FloatArray = NDArray[np.float64]
 class SolvedPolicy(StaticPolicy):
     """What policies share that solve a program for the budget.
 
-    With `ranks`, the heads of a layer are split over so many devices, in order, and each stays within its equal part of
-    the budget. `layer_cap` is a budget that no single layer may exceed.
+    `layer_cap` is a budget that no single layer may exceed.
     """
 
     without_levels: ClassVar[str] = ""
@@ -41,7 +40,6 @@ class SolvedPolicy(StaticPolicy):
     """How to plan from level costs of another kind, `{0}`, where it can."""
 
     sink_scales: int = SINK_SCALES
-    ranks: int = 1
     layer_cap: str | None = None
 
     @property
@@ -50,20 +48,7 @@ class SolvedPolicy(StaticPolicy):
         return (LEVELS.index(FULL),)
 
     def check(self, problem: PlanningProblem) -> None:
-        heads = problem.geometry.heads
-        if as_whole(self.ranks) is None or self.ranks < 1 or heads % self.ranks:
-            raise PolicyError(f"ranks={shown(self.ranks)} does not split {heads} heads evenly")
         self.cap()
-
-    def of_heads(self, heads_LH: NDArray[np.int64], heads: int) -> SolvedPolicy:
-        if self.ranks != 1:
-            raise PolicyError(
-                f"ranks={shown(self.ranks)} splits the heads within one plan; leave it out where each rank gets its own"
-            )
-        cap = self.cap()
-        if cap is None or cap.kind != "bytes":
-            return self
-        return replace(self, layer_cap=str(cap.part(Fraction(heads_LH.shape[1], heads))))
 
     def cap(self) -> Budget | None:
         """`layer_cap`, read. Raises BudgetError for what cannot be read, PolicyError for auto."""
@@ -78,23 +63,19 @@ class SolvedPolicy(StaticPolicy):
         if self.level_cost is not None:
             self.level_statistics(problem)
 
-    def fewest_sinks(self, problem: PlanningProblem) -> FewestSinks:
+    def check_sinks(self, problem: PlanningProblem) -> None:
+        super().check_sinks(problem)
         levels = None if problem.statistics is None else problem.statistics.levels
-        if levels is None or levels.cost != self.level_cost:
-            return FewestSinks()
-        measured = levels.choices.sink_scales
-        return FewestSinks(
-            measured,
-            f"the {measured} that the level costs were measured with",
-            f"measure anew with heatkv calibrate --levels {levels.cost} --sink-scales {{0}} and set sink_scales={{0}}",
-        )
-
-    def rooms(self, problem: PlanningProblem) -> dict[str, Fraction]:
-        rooms = super().rooms(problem)
-        if (cap := self.cap()) is not None:
+        if levels is not None and levels.cost == self.level_cost and self.sink_scales < levels.choices.sink_scales:
+            raise PolicyError(
+                f"sink_scales={self.sink_scales} is below the {levels.choices.sink_scales} that the level costs were "
+                "measured with; raise it, or measure level costs with fewer sinks"
+            )
+        cap, schedule = self.cap(), problem.geometry.schedule
+        if cap is not None:
             share = cap.share(_one_layer(problem), problem.rows, problem.storage)
-            rooms[f"layer_cap={self.layer_cap}"] = share * problem.geometry.schedule.cached_tokens
-        return rooms
+            if share * schedule.cached_tokens < schedule.offsets[self.sink_scales]:
+                raise below_sinks(f"layer_cap={self.layer_cap}", schedule, self.sink_scales)
 
     def level_statistics(self, problem: PlanningProblem) -> LevelStatistics:
         """The level costs, of the kind it plans by. Raises PolicyError."""
@@ -125,15 +106,13 @@ class SolvedPolicy(StaticPolicy):
         return -level_price_bound(levels, self.capacity(problem), self.allowed, row_prices, self.sink_scales)
 
     def capacity(self, problem: PlanningProblem) -> Capacity:
-        """The budget, split over the ranks, and the cap on single layers."""
+        """The budget, and the cap on single layers."""
         geometry = problem.geometry
-        tokens = geometry.schedule.tokens
-        group_LH = np.tile(np.arange(geometry.heads) * self.ranks // geometry.heads, (geometry.layers, 1))
-        room = problem.budget_token_heads // self.ranks
         layer_room = None
         if (cap := self.cap()) is not None:
             layer_room = cap.token_heads(_one_layer(problem), problem.rows, problem.storage)
-        return Capacity(tokens, group_LH, (room,) * self.ranks, layer_room)
+        tokens, room = geometry.schedule.tokens, problem.budget_token_heads
+        return Capacity(geometry.layers, geometry.heads, tokens, room, layer_room)
 
     def finish_levels(self, problem: PlanningProblem, allocation: LevelAllocation) -> Plan:
         """The plan of an allocation with levels; its value is minus its cost."""
@@ -238,7 +217,7 @@ class HeatKVLP(SolvedPolicy):
         if self.solver == "greedy":
             return allocate_greedily(values, capacity, self.sink_scales)
         candidates: tuple[NDArray[np.int64], ...] = ()
-        if self.ranks == 1 and self.layer_cap is None:  # the paper's rule knows neither
+        if self.layer_cap is None:  # which the paper's rule does not know
             candidates = (drop_by_rank(problem, self.sink_scales, HeadRankings.from_scores(statistics.scas)),)
         return allocate(values, capacity, self.sink_scales, candidates)
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.core.plan import keep_first
 from heatkv.errors import BudgetError
 from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
@@ -56,9 +57,7 @@ class Full(StaticPolicy):
             raise BudgetError(f"policy 'full' keeps everything; its budget is 100%, not {problem.budget}")
 
     def last_read(self, problem: PlanningProblem) -> IntArray:
-        geometry = problem.geometry
-        scales = len(geometry.schedule)
-        return np.full((geometry.layers, geometry.heads, scales), scales - 1, dtype=np.int64)
+        return keep_first(problem.geometry.shape, len(problem.geometry.schedule))
 
 
 @register

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +34,6 @@ from heatkv.models.checkpoint import build_var, build_vqvae
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
 from heatkv.models.sampling import SamplingSettings
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
-from heatkv.policies.base import PlanningProblem
 
 HERE = Path(__file__).parent
 SIDES = (1, 2, 3, 4)
@@ -1027,12 +1025,3 @@ def test_dynamic_policies_run_under_a_foreign_model(policy: str, options: dict[s
         assert 0.3 * full < attached.cache.allocated_bytes <= 0.4 * full
         same(draw_var(model), reduced, 1e-6)  # the next image starts anew
     assert any(not torch.equal(a, b) for a, b in zip(before, reduced, strict=True))
-
-
-def test_corrections_are_refused_for_a_foreign_model() -> None:
-    model = make_var()
-    plan = heatkv.make_policy("streaming", sink_scales=1).plan(
-        PlanningProblem(CacheGeometry(3, 2, 16, ScaleSchedule.square(SIDES)), heatkv.Budget.parse("60%"))
-    )
-    with pytest.raises(PolicyError, match="compensation=linear"):
-        heatkv.attach(model, plan=replace(plan, settings={"compensation": "linear"}))

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from strategies import SEEDS, live_table, plans
 from torch import Tensor
 
-from heatkv.core.geometry import STORAGE_BYTES, CacheGeometry
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.storage_type import STORAGE_BYTES
 from heatkv.engine.arena_cache import KVCache
 from heatkv.errors import PlanError
 

@@ -23,8 +23,8 @@ from PIL import Image
 from heatkv.cli import run
 from heatkv.cli.output import progress
 from heatkv.core import io as files
-from heatkv.core.checks import seed_after
-from heatkv.core.plan import Plan
+from heatkv.core.plan_file import load_plan
+from heatkv.core.schema import seed_after
 from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError
 from heatkv.policies.options import options_of
@@ -108,7 +108,7 @@ def test_solve_knows_other_ratios_and_sinks(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--model", "infinity-8b", "--policy", "streaming", "--budget", "650tokens", "--out", str(out)]
     assert run([*base, "--size", "0.60M", "--ratio", "3:2", "--sink-scales", "2"]) == 0
-    plan = Plan.load(out)
+    plan = load_plan(out)
     assert plan.schedule.scales[-1] == (1, 63, 42)
     assert plan.sink_scales == 2
     assert plan.budget_token_heads == 650 * 40 * 28
@@ -122,7 +122,7 @@ def test_solve_says_what_is_certified_and_nothing_where_nothing_is(
     assert (
         run([*base, "heatkv-lp", "--set", "value=error", "--statistics", str(statistics_file), "--out", str(out)]) == 0
     )
-    plan, table = Plan.load(out), capsys.readouterr().out
+    plan, table = load_plan(out), capsys.readouterr().out
     assert plan.value is not None
     assert plan.value_bound is not None
     for row in (f"value         │ {plan.value:.6g}", f"value at most │ {plan.value_bound:.6g}", "certified gap"):
@@ -164,17 +164,17 @@ def test_a_budget_that_is_chosen_is_told(tmp_path: Path, capsys: pytest.CaptureF
 def test_options_of_policies_are_set(statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--budget", "20%", "--policy", "heatkv-lp", "--statistics", str(statistics_file)]
-    chosen = ["--set", "value=mass", "--set", "ranks=3", "--set", "layer-cap=25%", "--set", "sink_scales = 2"]
+    chosen = ["--set", "value=mass", "--set", "layer-cap=25%", "--set", "sink_scales = 2"]
     assert run([*base, *chosen, "--out", str(out)]) == 0
-    assert dict(Plan.load(out).settings) == {
-        "value": "mass", "ranks": 3, "layer_cap": "25%", "sink_scales": 2, "solver": "lp", "budget": "20%",
+    assert dict(load_plan(out).settings) == {
+        "value": "mass", "layer_cap": "25%", "sink_scales": 2, "solver": "lp", "budget": "20%",
     }  # fmt: skip
     greedy = ["--set", "layer_cap=none", "--set", "value=error", "--set", "solver=greedy"]
     assert run([*base, *greedy, "--out", str(out)]) == 0
-    assert Plan.load(out).settings["layer_cap"] is None
+    assert load_plan(out).settings["layer_cap"] is None
     draw = ["generate", "--policy", "streaming", "--budget", "20%", "--label", "cat", "--out", str(tmp_path / "out")]
     assert run([*draw, "--set", "sink_scales=2"]) == 0
-    assert "has no option 'ranks'" in refused(capsys, *draw, "--set", "ranks=2")
+    assert "has no option 'value'" in refused(capsys, *draw, "--set", "value=mass")
 
 
 def test_what_a_composed_policy_plans_from_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +209,7 @@ def test_an_option_goes_to_the_policies_that_have_it(
         assert "value" not in told["streaming"]
     said = refused(capsys, *base, "--set", "window=3")
     assert "none of these policies has an option 'window'" in said
-    assert "heatkv-lp: sink_scales, ranks, layer_cap, value, solver; streaming: sink_scales" in said
+    assert "heatkv-lp: sink_scales, layer_cap, value, solver; streaming: sink_scales" in said
 
 
 @dataclass(frozen=True)
@@ -377,12 +377,12 @@ def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--policy", "streaming", "--budget", "10%", "--cfg", "-1"], "cfg is -1"),
         (["--policy", "heatkv", "--budget", "10%", "--orders", "a", "--statistics", "b"], "give one of them"),
         (["--plan", "absent.json", "--sink-scales", "2"], "leave --sink-scales out"),
-        (["--plan", "absent.json", "--set", "ranks=2"], "leave --set out"),
-        (["--policy", "streaming", "--budget", "10%", "--set", "ranks"], "write it as name=value"),
+        (["--plan", "absent.json", "--set", "value=mass"], "leave --set out"),
+        (["--policy", "streaming", "--budget", "10%", "--set", "value"], "write it as name=value"),
         (["--policy", "streaming", "--budget", "10%", "--set", "=2"], "write it as name=value"),
         (
-            ["--policy", "streaming", "--budget", "10%", "--set", "rnaks=2"],
-            "no option 'rnaks'. Options of streaming: sink_",
+            ["--policy", "streaming", "--budget", "10%", "--set", "vlaue=2"],
+            "no option 'vlaue'. Options of streaming: sink_",
         ),
         (["--policy", "streaming", "--budget", "10%", "--set", "sinkscales=2"], "did you mean 'sink_scales'?"),
         (["--policy", "streaming", "--budget", "10%", "--set", "sink_scales=2.5"], "is a whole number, not '2.5'"),
@@ -391,9 +391,11 @@ def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixtu
             ["--policy", "heatkv-lp", "--budget", "10%", "--set", "value=worth"],
             "is joint or error or mass, not 'worth'",
         ),
-        (["--policy", "heatkv-lp", "--budget", "10%", "--set", "ranks=4"], "ranks=4 does not split 6 heads"),
         (["--policy", "heatkv-lp", "--budget", "10%", "--set", "layer_cap=10parsec"], "unknown unit 'parsec'"),
-        (["--policy", "heatkv-lp", "--budget", "10%", "--set", "ranks=2", "--set", "ranks=3"], "'ranks' is set twice"),
+        (
+            ["--policy", "heatkv-lp", "--budget", "10%", "--set", "value=mass", "--set", "value=error"],
+            "'value' is set twice",
+        ),
         (["--policy", "streaming", "--budget", "10%", "--sink-scales", "2", "--set", "sink-scales=1"], "is set twice"),
         (["--policy", "streaming", "--budget", "10%", "--ratio", "3:"], "cannot read the height/width ratio"),
         (["--bugdet", "10%"], "No such option"),
@@ -494,7 +496,7 @@ def test_a_negative_seed_is_a_seed(tmp_path: Path) -> None:
     for seed in (-5, 5, 7):
         out = ["--seed", str(seed), "--out", str(tmp_path / f"{seed}.json")]
         assert run(["solve", "--policy", "random", "--budget", "20%", *out]) == 0
-    plans = [Plan.load(tmp_path / f"{seed}.json").last_read for seed in (-5, 5, 7)]
+    plans = [load_plan(tmp_path / f"{seed}.json").last_read for seed in (-5, 5, 7)]
     assert not np.array_equal(plans[0], plans[1])
     assert not np.array_equal(plans[0], plans[2])
 
@@ -582,12 +584,10 @@ def test_what_is_empty_is_refused(arguments: list[str], said: str, capsys: pytes
     assert said in refused(capsys, *arguments)
 
 
-def test_the_largest_seed_has_plans_for_ranks_and_other_samples_to_compare(tmp_path: Path) -> None:
+def test_the_largest_seed_has_other_samples_to_compare(tmp_path: Path) -> None:
     largest = 2**62
     assert seed_after(largest) == -largest
     assert seed_after(5, 3) == 8
-    arguments = ["solve", "--policy", "random", "--budget", "50%", "--seed", str(largest), "--ranks", "2"]
-    assert run([*arguments, "--out", str(tmp_path / "ranked.json")]) == 0
     arguments = ["compare", "--policies", "random", "--budgets", "50%", "--seed", str(largest), "--draws", "2"]
     few = ["--images", "1", "--pictures", "1", "--repeats", "1"]
     assert run([*arguments, *few, "--out", str(tmp_path / "compared")]) == 0
@@ -1068,8 +1068,7 @@ def test_an_output_that_takes_no_more(arguments: list[str]) -> None:
         (["--plan", "absent.json"], "cannot read absent.json"),
         (["--orders", str(ORDERS)], "12 layers x 6 heads = 72"),
         (["--orders", "a", "--statistics", "b"], "give one of them"),
-        (["--set", "ranks=2"], "none of these policies has an option 'ranks'"),
-        (["--policies", "heatkv-lp", "--set", "ranks=5"], "ranks=5 does not split 6 heads"),
+        (["--set", "window=2"], "none of these policies has an option 'window'"),
         (["--policies", "heatkv-lp", "--set", "layer_cap=0.1%"], "layer_cap=0.1% is below 5/230 = 2.18%, the 2 sink"),
     ],
 )

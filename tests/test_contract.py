@@ -39,7 +39,7 @@ OTHERS: dict[str, EvictionPolicy] = {
     "protected over scalekv": Protected(base="scalekv", scales="1"),
     "streaming, one sink": Streaming(sink_scales=1),
     "lp by mass": HeatKVLP(value="mass"),
-    "lp, greedy on two ranks": HeatKVLP(value="error", solver="greedy", ranks=2),
+    "lp, greedy": HeatKVLP(value="error", solver="greedy"),
     "levels by Fisher costs": HeatKVLevels(cost="fisher"),
     "levels, dropping only": HeatKVLevels(levels="full", sink_scales=1),
 }

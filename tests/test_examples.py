@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from heatkv.core.capacity_plan import load_plan
 from heatkv.core.plan import Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.models.catalogue import model_info
 
 ROOT = Path(__file__).parents[1]

@@ -20,9 +20,11 @@ from test_level_allocation import FEW, MORE, optimum
 from test_level_allocation import statistics as random_levels
 
 from heatkv.cli import run
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import level_tokens
 from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import PlanError, PolicyError, StatisticsError
@@ -135,18 +137,17 @@ def test_prices_bound_what_another_budget_is_worth(geometry: CacheGeometry, seed
 
 
 @pytest.mark.parametrize("value", ["error", "mass"])
-def test_prices_of_ranks_and_capped_layers(value: str) -> None:
+def test_prices_of_capped_layers(value: str) -> None:
     geometry = CacheGeometry(3, 4, 4, SQUARE)
     statistics = statistics_of(geometry, made_up_mass(geometry, 2, 1))
-    options = {"value": value, "ranks": 2, "layer_cap": "50%"}
+    options = {"value": value, "layer_cap": "50%"}
     held = [300, 304]
     less, more = (worth_of(judged(geometry, h, statistics, **options)[1], statistics) for h in held)
     assert less.measure == value
-    assert less.price_GTL.shape == (2, 5, 3)
+    assert less.price_TL.shape == (5, 3)
     assert less.cap_price_LT.any()
     assert less.price > 0
-    assert (less.price_GTL >= 0).all()
-    # a token-head is half one for either rank
+    assert (less.price_TL >= 0).all()
     assert more.price * 4 <= (more.bound - less.bound) * (1 + 1e-6)
     assert more.bound - less.bound <= less.price * 4 * (1 + 1e-6)
     capped = worth_of(judged(geometry, 300, statistics, **options | {"layer_cap": "40%"})[1], statistics)
@@ -204,12 +205,12 @@ def made(policy: str, statistics: Statistics, budget: str = "40%", **options: An
         ("heatkv-lp", {}, "joint"),
         ("heatkv-lp", {"value": "error"}, "error"),
         ("heatkv-lp", {"value": "mass"}, "mass"),
-        ("heatkv-lp", {"ranks": 2, "layer_cap": "50%"}, "joint"),
+        ("heatkv-lp", {"layer_cap": "50%"}, "joint"),
         ("heatkv-mr", {"cost": "error"}, "joint"),
         ("heatkv-mr", {"cost": "fisher"}, "fisher"),
         ("heatkv-mr", {"cost": "fisher", "levels": "full"}, "fisher"),
         ("heatkv-mr", {"levels": "full+mean"}, "joint"),
-        ("heatkv-mr", {"ranks": 2, "layer_cap": "45%"}, "joint"),
+        ("heatkv-mr", {"layer_cap": "45%"}, "joint"),
         ("heatkv-mr", {"cost": "fisher", "max_kl": 0.02}, "fisher"),
     ],
 )
@@ -344,14 +345,14 @@ def test_prices_of_levels_bound_what_any_budget_is_worth(seed: int, data: st.Dat
     assert worth.measure == "joint"
     assert worth.value == pytest.approx(plan.value, rel=1e-12)
     for there in {here, *data.draw(st.lists(st.integers(sinks, most), max_size=3))}:
-        best = -optimum(levels, Capacity.shared(layers, heads, schedule.tokens, there), allowed)
+        best = -optimum(levels, Capacity(layers, heads, schedule.tokens, there), allowed)
         assert best <= worth.bound + (there - here) * worth.price + 1e-9
         told = worth.bound + abs(worth.bound) * worth.change((there - here) / here)
         assert told == pytest.approx(worth.bound + (there - here) * worth.price)
 
 
 @pytest.mark.parametrize("cost", ["error", "fisher"])
-@pytest.mark.parametrize("options", [{}, {"levels": "full"}, {"ranks": 2}, {"layer_cap": "70%"}])
+@pytest.mark.parametrize("options", [{}, {"levels": "full"}, {"layer_cap": "70%"}])
 def test_prices_of_levels_are_slopes(cost: str, options: dict[str, Any]) -> None:
     """Concave: the step to the next budget is between the slopes at both ends, to the solver's tolerance."""
     statistics = measured(cost)
@@ -430,7 +431,7 @@ def solved(folder: Path, *arguments: str) -> Path:
 
 def test_explain_tells_and_draws(tmp_path: Path, emoji_statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = solved(tmp_path, "--policy", "heatkv-lp", "--set", "value=error", "--statistics", str(emoji_statistics))
-    plan = Plan.load(path)
+    plan = load_plan(path)
     capsys.readouterr()
     out = tmp_path / "new" / "charts"
     arguments = ["explain", str(path), "--statistics", str(emoji_statistics), "--out", str(out)]
@@ -491,7 +492,7 @@ def test_levels_are_judged_where_their_costs_are_known(
     for policy in ("heatkv-mr", "heatkv-lp"):
         (tmp_path / policy).mkdir()
         path = paths[policy] = solved(tmp_path / policy, "--policy", policy, "--statistics", str(costs))
-        plan = Plan.load(path)
+        plan = load_plan(path)
         assert plan.value is not None
         capsys.readouterr()
         assert run(["explain", str(path), "--statistics", str(costs), "--json"]) == 0
@@ -526,7 +527,7 @@ def test_levels_are_judged_where_their_costs_are_known(
 
 def test_a_plan_with_levels_is_explained_level_by_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = solved(tmp_path, "--policy", "streaming", "--budget", "40%", "--sink-scales", "1")
-    plan = Plan.load(path)
+    plan = load_plan(path)
     longer = np.minimum(plan.last_read + 1, len(plan.schedule) - 1)
     mean = np.where(plan.last_read == np.arange(8), plan.last_read, longer)
     levels = replace(

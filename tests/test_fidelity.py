@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from heatkv.cli import run
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.errors import HeatKVError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling.measure import perceptual

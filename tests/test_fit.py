@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from heatkv.cli import run
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.engine.arena_cache import KVCache
 from heatkv.errors import HeatKVError
 from heatkv.generation.loop import Generator
@@ -282,10 +282,10 @@ def test_the_budget_found_fits_when_asked_back(capsys: pytest.CaptureFixture[str
         (["--budget", "120%"], "above 100 %"),
         (["--memory", "5XB"], "memory '5XB' is no size above zero"),
         (["--model", "infinity-9b"], "unknown model"),
-        (["--budget", "1e-9"], "is below 21/6425 = 0.33%, the 3 sink scales; raise it or set sink_scales=0"),
+        (["--budget", "1e-9"], "is below 21/6425 = 0.33%, the 3 sink scales; raise it or lower sink_scales"),
         (["--budget", "1e-9tokens"], "is below 21/6425"),
         (["--budget", "1e-9", "--sink-scales", "0"], "holds no token of any head; one is 3.04e-07 of the full cache"),
-        (["--budget", "0.1%"], "is below 21/6425 = 0.33%, the 3 sink scales; raise it or set sink_scales=2"),
+        (["--budget", "0.1%"], "is below 21/6425 = 0.33%, the 3 sink scales; raise it or lower sink_scales"),
         (["--budget", "0"], "not above zero"),
         (["--budget", "-5%"], "cannot read the budget"),
         (["--budget", "999GiB"], "above the full cache"),
@@ -307,7 +307,7 @@ def test_the_command_refuses(arguments: list[str], said: str, capsys: pytest.Cap
 def test_fewer_sinks_allow_less(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["fit", "--model", "var-d16", "--memory", "2GiB", "--budget", "2%"]
     assert run(asked) == 2
-    assert "below 14/424 = 3.31%, the 3 sink scales; raise it or set sink_scales=2" in capsys.readouterr().err
+    assert "below 14/424 = 3.31%, the 3 sink scales; raise it or lower sink_scales" in capsys.readouterr().err
     assert run([*asked, "--sink-scales", "2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["sinks_bytes"] == told["full_cache_bytes"] * 5 // 424

@@ -13,23 +13,20 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from strategies import statistics_of
-from test_layer_budgets import FILE as BUDGETS
-from test_layer_budgets import SMALL
 from test_statistics import PAIRS
 
-from heatkv.core.capacity_plan import load_plan
-from heatkv.core.geometry import Budget, CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import LEVELS, LevelChoices
 from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.plan_file import load_plan
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import FormatError, StatisticsError
-from heatkv.layer_budgets import LayerBudgets
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import HeatKVLP
-from heatkv.policies.ranked import plan_ranks
 from heatkv.policies.snapkv import SnapKV
 from heatkv.profiling.measure.fidelity import FidelityBench
 from heatkv.profiling.measure.memory import (
@@ -52,7 +49,7 @@ from heatkv.profiling.measure.runner import (
 )
 from heatkv.profiling.report.page import report_data
 from heatkv.profiling.results.folder import ResultsFolder, comparison_digest, measurement_digest, save_scas
-from heatkv.profiling.results.merging import merge
+from heatkv.profiling.report.old_merging import merge
 from heatkv.testing.contract import made_up_mass
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
@@ -118,23 +115,9 @@ def test_plans(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert np.array_equal(names["reads"](target), plan.reads(target))
 
 
-def test_plans_for_ranks(statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = PlanningProblem(GEOMETRY, Budget.parse("50%"), statistics, model="tiny")
-    ranked = plan_ranks(HeatKVLP(value="error"), problem, 3)
-    assert fields("ranked.json", "field") == set(ranked.to_json())
-    monkeypatch.chdir(tmp_path)
-    ranked.save("ranked.json")
-    names = run_lines("ranked.json")
-    assert np.array_equal(names["heads"], ranked.heads)
-    whole = ranked.whole()
-    assert isinstance(whole, Plan)
-    for heads_LH, last_read in zip(names["heads"], names["last_reads"], strict=True):
-        assert np.array_equal(np.take_along_axis(whole.last_read, heads_LH[..., None], axis=1), last_read)
-
-
 def test_plans_with_certificate_and_levels_are_equal_bit_for_bit(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
-    again = Plan.load(tmp_path / "plan.json")
+    again = load_plan(tmp_path / "plan.json")
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
     assert again == plan
@@ -154,7 +137,7 @@ def test_plans_of_dynamic_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     made.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == made
     with pytest.raises(FormatError, match="load_plan"):
-        Plan.load(tmp_path / "plan.json")
+        load_plan(tmp_path / "plan.json")
 
 
 def test_statistics(statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,13 +236,3 @@ def test_rankings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rankings = HeadRankings.load_orders("2b.json", six_scales)
     assert np.array_equal(names["layer"] * 3 + names["head"], rankings.order)
     assert rankings.first_scale == 3  # the last of two is of scale T-2 = 4
-
-
-def test_layer_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = next(iter(BUDGETS.values()))
-    named = {re.sub(r"\d+", "l", name) for name in entry}
-    assert fields("Published budgets of layers", "field of an entry") == named
-    monkeypatch.chdir(tmp_path)
-    Path("budgets.json").write_text(json.dumps(BUDGETS))
-    names = run_lines("Published budgets of layers")
-    assert np.array_equal(names["tokens"], LayerBudgets.load("budgets.json", SMALL).tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.plan import Plan
 from heatkv.errors import ModelError, PlanError
 from heatkv.generation.loop import Generator, generate

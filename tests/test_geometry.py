@@ -12,8 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import geometries, shares
 
-from heatkv.core.geometry import STORAGE_BYTES, Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.storage_type import STORAGE_BYTES
 from heatkv.errors import BudgetError, PlanError
 
 MIB = 2**20
@@ -107,7 +109,8 @@ def test_token_heads_are_the_floor(geometry: CacheGeometry, share: Fraction, row
     assert most <= share * full < most + 1
     # the same budget in tokens and in bytes
     assert Budget("tokens", share * geometry.schedule.cached_tokens).token_heads(geometry, rows, storage) == most
-    key, value = {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2), PUBLIC_STORAGE: (4, 2)}[storage]
+    bytes_of = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2), PUBLIC_STORAGE: (4, 2)}
+    key, value = bytes_of[storage]
     one = geometry.head_dim * rows * (key + value)
     assert Budget("bytes", share * full * one).token_heads(geometry, rows, storage) == most
     assert geometry.bytes(most, rows, storage) == most * one

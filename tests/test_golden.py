@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from heatkv.core.budget import Budget
 from heatkv.core.capacity_plan import CapacityPlan
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.token_cache import SelectingCache
 from heatkv.generation.loop import Generator
@@ -25,7 +26,6 @@ from heatkv.models import infinity
 from heatkv.models.bsq import code_values, resize
 from heatkv.models.checkpoint import build_bsq, build_infinity, build_var, build_vqvae, read_safetensors
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
-from heatkv.models.emoji.train import TeacherForcing, forced_logits
 from heatkv.models.sampling import BitSamplingSettings, PublicSampler, RecordedTokens, SamplingSettings
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.policies.base import PlanningProblem
@@ -33,6 +33,7 @@ from heatkv.policies.dynamic import Candidates
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.scalekv import ScaleKV, ScaleKVFixed
 from heatkv.policies.windows import Full
+from tools.emoji.train import TeacherForcing, forced_logits
 
 HERE = Path(__file__).parent
 
@@ -195,7 +196,7 @@ def check_schedule(path: Path, told: dict[str, Any]) -> None:
         if found is None:
             pytest.skip(f"the published {name} rankings are not here")
         orders = json.loads(found.read_text())
-    rankings = HeadRankings.from_pairs(orders, geometry, path)
+    rankings = HeadRankings.from_pairs(orders, geometry)
     problem = PlanningProblem(geometry, Budget.parse(told["budget"]), rankings=rankings)
     plan = HeatKV(sink_scales=told["sink_scales"]).plan(problem)
     assert plan.last_read.tolist() == told["last_read"]

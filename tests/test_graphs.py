@@ -18,7 +18,6 @@ from torch import Tensor
 
 from heatkv.calibration.level_costs import calibrate_levels
 from heatkv.calibration.measure import calibrate
-from heatkv.compensation import Compensation, fit_compensation
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.statistics import Statistics
@@ -159,12 +158,10 @@ def check_replays(generator: Generator[Any], reference: Generator[Any], batches:
     assert generator.runner.graphs == len(generator.model.geometry.schedule)
 
 
-def check_policy(
-    model: ImageModel[Any], plan: CachePlan, batches: Sequence[Sequence[Any]], compensation: Compensation | None = None
-) -> None:
+def check_policy(model: ImageModel[Any], plan: CachePlan, batches: Sequence[Sequence[Any]]) -> None:
     size = len(batches[0])
-    made = Generator(model, plan, size, compensation=compensation, runner=TapeRunner())
-    check_replays(made, Generator(model, plan, size, compensation=compensation, runner=Fixed()), batches)
+    made = Generator(model, plan, size, runner=TapeRunner())
+    check_replays(made, Generator(model, plan, size, runner=Fixed()), batches)
 
 
 # ------------------------------------------------------------------------------------------ as eager ones
@@ -200,18 +197,6 @@ def test_in_8_bits(tiny: ClassConditionalModel, name: str, coding: str) -> None:
     plan = plan_of(name, tiny, storage=f"{coding}/float32")
     made, plain = (Generator(tiny, plan, 2, runner=run, storage=coding) for run in (TapeRunner(), EagerRunner()))
     check_replays(made, plain, [[3, 4], [9, 1], [5, 0]])
-
-
-@pytest.mark.parametrize("kind", ["constant", "linear"])
-@pytest.mark.parametrize("family", ["classes", "prompts"])
-def test_with_corrections(tiny: ClassConditionalModel, family: str, kind: Any) -> None:
-    model: ImageModel[Any] = tiny if family == "classes" else dataclasses.replace(small_prompts(), examples=PROMPTS[0])
-    batches: Sequence[Any] = [[3, 1], [9, 2], [50, 5]] if family == "classes" else PROMPTS
-    plan = plan_of("heatkv-mr", model)
-    assert isinstance(plan, Plan)
-    fitted = fit_compensation(model, plan, kind, samples=2)
-    assert fitted.corrections
-    check_policy(model, plan, batches, fitted)
 
 
 def test_heads_of_different_sizes_that_want_the_input(tiny: ClassConditionalModel) -> None:

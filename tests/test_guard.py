@@ -23,11 +23,11 @@ def file(folder: Path, name: str, edit: Edit = lambda told: None) -> Path:
         "model_fingerprint": "f", "policy": "heatkv", "settings": {"sink_scales": 3, "predicted_kl": 0.1},
         "budget": "10%", "rows": 2, "storage": "float32", "dtype": "float32", "schedule": [[1, 1, 1], [1, 2, 2]],
         "images": 8, "pictures": 4, "draws": 1, "budget_bytes": 1000, "planned_bytes": 900, "allocated_bytes": 900,
-        "full_bytes": 9000, "current_bytes": 10, "index_bytes": 20, "workspace_bytes": 30, "compensation_bytes": 0,
+        "full_bytes": 9000, "current_bytes": 10, "index_bytes": 20, "workspace_bytes": 30,
         "device_peak_bytes": None, "kl": 0.2, "top1_agreement": 0.8, "psnr_db": 30.0, "ssim": 0.9,
         "latency_ms": {"median": 10.0}, "seed": 0, "batch": 1, "attention": "ragged", "error": None,
         "memory": {
-            "process": "own", "weights_bytes": 5000, "corrections_bytes": 0,
+            "process": "own", "weights_bytes": 5000,
             "planned": {"cache_bytes": 900, "budget_bytes": 1000},
             "arena": {"cache_bytes": 900, "index_bytes": 20, "workspace_bytes": 30},
             "tensors": {"peak_bytes": {"opened": 1000, "drawing": 2000, "decode": 1500}, "arena_bytes": 900},
@@ -59,7 +59,6 @@ def of_first(**values: Any) -> Edit:
             for part, name in (("planned", "cache"), ("arena", "cache"), ("arena", "index"), ("arena", "workspace")):
                 of_row = {"planned": "planned", "arena": "allocated"}[part] if name == "cache" else name
                 memory[part][f"{name}_bytes"] = row[f"{of_row}_bytes"]
-            memory["corrections_bytes"] = row["compensation_bytes"]
 
     return edit
 
@@ -89,7 +88,6 @@ def failures(results: Path, before: Path, tolerances: Tolerances | None = None) 
         ("allocated_bytes", 900, 901),
         ("planned_bytes", 900, 901),
         ("index_bytes", 20, 21),
-        ("compensation_bytes", 0, 1),
         ("kl", 0.2199, 0.2201),
         ("top1_agreement", 0.7901, 0.7899),
         ("psnr_db", 29.51, 29.49),
@@ -104,7 +102,7 @@ def test_each_figure_fails_just_beyond_its_tolerance(
     assert not check_results(file(tmp_path, "good.json", of_first(**{figure: last_good})), before).failed
     of_memory = {
         "allocated_bytes": "memory.arena.cache_bytes", "planned_bytes": "memory.planned.cache_bytes",
-        "index_bytes": "memory.arena.index_bytes", "compensation_bytes": "memory.corrections_bytes",
+        "index_bytes": "memory.arena.index_bytes",
     }.get(figure)  # fmt: skip
     failed = [figure] if of_memory is None else [figure, of_memory]
     assert failures(file(tmp_path, "bad.json", of_first(**{figure: first_bad})), before) == failed

@@ -415,16 +415,6 @@ def test_half_precision_is_for_the_large_matrices_only(state: dict[str, Tensor])
 # ------------------------------------------------------------------------------------------------ prompts
 
 
-def test_unpacking_prompts() -> None:
-    packed = torch.cat([features(3), features(5)])
-    first, second = Prompt.unpack(packed, [0, 3, 8])
-    assert torch.equal(first.features_ME, features(3))
-    assert torch.equal(second.features_ME, features(5))
-    for lengths in ([0, 3], [3, 8], [0, 3, 3, 8], []):
-        with pytest.raises(ModelError, match="cumulative lengths"):
-            Prompt.unpack(packed, lengths)
-
-
 def test_prompts_of_other_lengths_leave_a_prompt_alone(tiny: TextConditionalModel) -> None:
     prompts = [
         Prompt(features(4)),

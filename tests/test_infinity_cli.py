@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from heatkv.cli import run
-from heatkv.core.plan import Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.generation.loop import generate
@@ -121,7 +121,7 @@ def test_calibrate_solve_and_generate(tiny: list[str], capsys: pytest.CaptureFix
     assert statistics.scas.shape == (4, 2, 7)
     budget = ["--model", TINY.name, "--policy", "heatkv", "--budget", "50%"]
     assert run(["solve", *budget, "--statistics", "s.safetensors", "--dtype", "float32", "--out", "plan.json"]) == 0
-    plan = Plan.load("plan.json")
+    plan = load_plan("plan.json")
     assert plan.bytes(2, "float32") <= FULL_BYTES / 2
     cat = ["--prompt", "a cat", "--dtype", "bfloat16"]
     assert run(["generate", *tiny, *cat, "--plan", "plan.json", "--out", "planned"]) == 0

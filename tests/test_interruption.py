@@ -22,7 +22,7 @@ from stopping import Kind, Moment, count_events, run_apart
 
 from heatkv.cli import run
 from heatkv.core.io import clear_temporaries, move, replacing, write_json
-from heatkv.core.plan import Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.errors import FormatError
 from heatkv.parallel.parts import load_arrays
 from heatkv.profiling.results.folder import MEMORY, TIMES
@@ -446,5 +446,5 @@ def test_a_plan_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FormatError, match=r"cannot write .*plan\.json: No space left on device"):
         load_model("emoji").plan("streaming", "10%").save(path)
-    assert Plan.load(path) == plan
+    assert load_plan(path) == plan
     assert list(tmp_path.iterdir()) == [path]

@@ -19,7 +19,7 @@ from scipy import stats
 
 import heatkv
 from heatkv.cli import run
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.engine.spans import PHASES, layer_name, listening, scale_name, span
 from heatkv.generation.loop import Generator
 from heatkv.models.class_conditional import ClassConditionalModel

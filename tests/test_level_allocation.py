@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, tokens_at
 
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import LevelStatistics
 from heatkv.errors import BudgetError, PlanError, StatisticsError
 from heatkv.levels import columns as level_allocation
 from heatkv.levels.columns import (
@@ -126,15 +126,15 @@ def optimum(stats: LevelStatistics, capacity: Capacity, levels: Sequence[int] = 
     """The least cost of any plan within the capacity: heads are added one by one, keeping what is not dominated."""
     paths = all_paths(stats.choices, levels, sinks)
     tokens = tokens_of(stats.choices.schedule, paths)
-    groups, layers, scales = capacity.groups, capacity.layers, capacity.scales
-    held = np.zeros((1, groups, layers, scales), dtype=np.int64)
+    layers, scales = capacity.layers, capacity.scales
+    held = np.zeros((1, layers, scales), dtype=np.int64)
     cost = np.zeros(1)
     for layer, head in np.ndindex(layers, capacity.heads):
         of_head = costs_of(stats, paths, layer, head)
         best = undominated(tokens, of_head)
-        more = np.zeros((len(best), groups, layers, scales), dtype=np.int64)
-        more[:, capacity.group_LH[layer, head], layer] = tokens[best]
-        held = (held[:, None] + more[None]).reshape(-1, groups, layers, scales)
+        more = np.zeros((len(best), layers, scales), dtype=np.int64)
+        more[:, layer] = tokens[best]
+        held = (held[:, None] + more[None]).reshape(-1, layers, scales)
         cost = (cost[:, None] + of_head[best]).reshape(-1)
         fits = feasible(held, capacity)  # what does not fit by now never will
         held, cost = held[fits], cost[fits]
@@ -143,18 +143,17 @@ def optimum(stats: LevelStatistics, capacity: Capacity, levels: Sequence[int] = 
     return float(cost.min())
 
 
-def feasible(held_KGLT: IntArray, capacity: Capacity) -> NDArray[np.bool_]:
+def feasible(held_KLT: IntArray, capacity: Capacity) -> NDArray[np.bool_]:
     """Checkpoint by checkpoint: layers up to l hold what the next target reads, the others what this one reads."""
-    fits = np.ones(len(held_KGLT), dtype=bool)
+    fits = np.ones(len(held_KLT), dtype=bool)
     layers, scales = capacity.layers, capacity.scales
-    for g, room in enumerate(capacity.room_G):
-        for t, l in np.ndindex(scales, layers):
-            live = held_KGLT[:, g, l + 1 :, t].sum(axis=1)
-            if t + 1 < scales:
-                live = live + held_KGLT[:, g, : l + 1, t + 1].sum(axis=1)
-            fits &= live <= room
+    for t, l in np.ndindex(scales, layers):
+        live = held_KLT[:, l + 1 :, t].sum(axis=1)
+        if t + 1 < scales:
+            live = live + held_KLT[:, : l + 1, t + 1].sum(axis=1)
+        fits &= live <= capacity.room
     if capacity.layer_room is not None:
-        fits &= (held_KGLT.sum(axis=1) <= capacity.layer_room).all(axis=(1, 2))
+        fits &= (held_KLT <= capacity.layer_room).all(axis=(1, 2))
     return fits
 
 
@@ -167,7 +166,7 @@ def check_plan(
 ) -> None:
     """It is a plan, fits at every checkpoint, and costs what it says."""
     choices, schedule = stats.choices, stats.choices.schedule
-    scales, held = len(schedule), np.zeros((1, capacity.groups, capacity.layers, len(schedule)), dtype=np.int64)
+    scales, held = len(schedule), np.zeros((1, capacity.layers, len(schedule)), dtype=np.int64)
     cost = 0.0
     for layer, head in np.ndindex(capacity.layers, capacity.heads):
         path = found.level[layer, head]
@@ -182,7 +181,7 @@ def check_plan(
                 assert path[t, s] in (*levels, NONE)
                 assert t == s + 1 or path[t, s] >= path[t - 1, s]  # levels never rise
         cost += costs_of(stats, path[None], layer, head)[0]
-        held[0, capacity.group_LH[layer, head], layer] += tokens_of(schedule, path[None])[0]
+        held[0, layer] += tokens_of(schedule, path[None])[0]
     assert feasible(held, capacity).all()
     assert found.cost == pytest.approx(cost, rel=1e-9, abs=1e-12)
     assert found.bound <= found.cost * (1 + 1e-12)
@@ -201,7 +200,7 @@ def full(schedule: ScaleSchedule, layers: int, heads: int) -> int:
 
 
 def shared(stats: LevelStatistics, room: int) -> Capacity:
-    return Capacity.shared(stats.layers, stats.heads, stats.choices.schedule.tokens, room)
+    return Capacity(stats.layers, stats.heads, stats.choices.schedule.tokens, room)
 
 
 # every kind of source: 1 token, 2 tokens, a grid that can be pooled, one that shrinks
@@ -358,7 +357,7 @@ def test_more_sinks_than_the_costs_have(
     schedule = stats.choices.schedule
     sinks = min(stats.choices.sink_scales + more, len(schedule) - 1)
     least = stats.layers * stats.heads * schedule.offsets[sinks]
-    capacity = dataclasses.replace(capacity, room_G=(max(capacity.room_G[0], least),))
+    capacity = dataclasses.replace(capacity, room=max(capacity.room, least))
     found, best = allocate_levels(stats, capacity, levels, sinks), optimum(stats, capacity, levels, sinks)
     check_plan(stats, capacity, found, levels, sinks)
     assert found.bound - 1e-9 <= best <= found.cost + 1e-9
@@ -367,7 +366,7 @@ def test_more_sinks_than_the_costs_have(
     assert level_cost(stats, found.level) == pytest.approx(found.cost, rel=1e-9, abs=1e-12)
     prices = capacity_prices(stats, capacity, levels, sinks)
     assert level_price_bound(stats, capacity, levels, prices, sinks) == pytest.approx(bound, rel=1e-9, abs=1e-12)
-    too_little = dataclasses.replace(capacity, room_G=(least - 1,))
+    too_little = dataclasses.replace(capacity, room=least - 1)
     said = f"the {sinks} sink scales alone hold 1 token-heads more than the budget's room of {least - 1};"
     for call in (allocate_levels, capacity_prices):
         with pytest.raises(BudgetError, match=said):
@@ -383,14 +382,11 @@ def test_fewer_sinks_than_the_costs_have() -> None:
 
 @settings(max_examples=20)
 @given(problem=problems(), data=st.data())
-def test_groups_and_layers_keep_to_their_rooms(problem: tuple[LevelStatistics, Capacity], data: st.DataObject) -> None:
+def test_layers_keep_to_their_room(problem: tuple[LevelStatistics, Capacity], data: st.DataObject) -> None:
     stats, whole = problem
     layers, heads = stats.layers, stats.heads
-    groups = data.draw(st.sampled_from([n for n in (1, 2) if heads % n == 0]))
-    group_LH = np.tile(np.arange(heads) * groups // heads, (layers, 1))
-    room = max(whole.room_G[0] // groups, layers * heads // groups)
     layer_room = data.draw(st.none() | st.integers(heads, full(stats.choices.schedule, 1, heads)))
-    capacity = Capacity(whole.tokens, group_LH, (room,) * groups, layer_room)
+    capacity = Capacity(layers, heads, whole.tokens, max(whole.room, layers * heads), layer_room)
     found, best = allocate_levels(stats, capacity), optimum(stats, capacity)
     check_plan(stats, capacity, found)
     assert found.bound - 1e-9 <= best <= found.cost + 1e-9
@@ -479,7 +475,8 @@ def test_levels_of_as_many_tokens_cost_the_same_and_others_are_refused() -> None
 def test_no_plan_is_below_the_bound_of_any_prices(problem: tuple[LevelStatistics, Capacity], seed: int) -> None:
     stats, capacity = problem
     rng = np.random.default_rng(seed)
-    prices = rng.random(len(capacity.room)) * (rng.random(len(capacity.room)) < 0.3) * 10.0 ** rng.integers(-3, 1)
+    count = len(capacity.row_room)
+    prices = rng.random(count) * (rng.random(count) < 0.3) * 10.0 ** rng.integers(-3, 1)
     for levels in ((0, 1, 2), (0,)):
         assert level_price_bound(stats, capacity, levels, prices) <= optimum(stats, capacity, levels) + 1e-9
         best = level_price_bound(stats, capacity, levels, capacity_prices(stats, capacity, levels))
@@ -570,8 +567,7 @@ def test_sinks_that_do_not_fit() -> None:
     stats = statistics(MORE, 2, 2, 4, 2)
     for capacity, room in (
         (shared(stats, 7), "than the budget's room of 7"),  # two sinks in four heads are 8
-        (Capacity(MORE.tokens, np.array([[0, 1]] * 2), (4, 3)), "than the budget's room of 3"),
-        (Capacity(MORE.tokens, np.zeros((2, 2), dtype=np.int64), (100,), 3), "than a layer's cap of 3"),
+        (Capacity(2, 2, MORE.tokens, 100, 3), "than a layer's cap of 3"),
     ):
         for call in (allocate_levels, cost_bound, capacity_prices):
             with pytest.raises(BudgetError, match=f"the 2 sink scales alone hold 1 token-heads more {room}"):

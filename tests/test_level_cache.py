@@ -21,9 +21,11 @@ from strategies import SEEDS, level_live_table, level_plans, plans, pooled, toke
 from test_cache import ROWS, Images, check_close, images_of, run
 from torch import Tensor
 
-from heatkv.core.geometry import STORAGE_BYTES, CacheGeometry
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CoarseCells, Plan
+from heatkv.core.plan_file import load_plan, plan_from_json
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.storage_type import STORAGE_BYTES
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.store import Places
 from heatkv.errors import FormatError, HeatKVError, PlanError
@@ -298,7 +300,7 @@ def test_equality_sees_the_levels() -> None:
 def test_files_round_trip_bit_for_bit(made: Plan, tmp_path: Path) -> None:
     made.save(tmp_path / "plan.json")
     first = (tmp_path / "plan.json").read_bytes()
-    again = Plan.load(tmp_path / "plan.json")
+    again = load_plan(tmp_path / "plan.json")
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == first
     assert again == made
@@ -312,7 +314,7 @@ def test_a_file_without_biases_has_the_log_of_the_count() -> None:
     told = plan(*both()).to_json()
     for entry in told["coarse"]:
         del entry["log_bias"]
-    read = Plan.from_json(told)
+    read = plan_from_json(told)
     assert read == plan(*(CoarseCells.uncalibrated(x.level, x.last_read, SCHEDULE) for x in both()))
     assert "coarse" not in plan().to_json()  # files of plans without levels are as they were
 
@@ -353,4 +355,4 @@ def changed(at: int, **entries: Any) -> dict[str, Any]:
 )
 def test_files_changed_by_hand_are_refused(told: dict[str, Any], error: type[HeatKVError], phrase: str) -> None:
     with pytest.raises(error, match=phrase):
-        Plan.from_json(json.loads(json.dumps(told)), "p.json")
+        plan_from_json(json.loads(json.dumps(told)), "p.json")

@@ -24,10 +24,10 @@ from heatkv.calibration import level_costs as level_calibration
 from heatkv.calibration.fisher import DRAWS, FisherCostCache, _drawn_log_likelihoods, calibrate_fisher
 from heatkv.calibration.level_costs import BiasCache, ErrorCostCache, LevelCostCache, calibrate_biases, calibrate_levels
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts, useful_levels
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import LevelStatistics, calibrated_bias
 from heatkv.errors import StatisticsError
 from heatkv.generation.loop import run_scales
 from heatkv.levels.columns import allocate_levels
@@ -676,7 +676,7 @@ def test_any_number_of_sinks_can_be_measured(measure: Any, var: ClassConditional
     schedule = var.geometry.schedule
     bias = biases_of(schedule, 2, 2)
     budget = 2 * 2 * schedule.cached_tokens // 2
-    capacity = Capacity(schedule.tokens, np.zeros((2, 2), dtype=np.int64), (budget,))
+    capacity = Capacity(2, 2, schedule.tokens, budget)
     of_three = allocate_levels(measure(var, 2, log_bias=bias, sink_scales=3), capacity)
     assert of_three.cost > 0
     for sinks in (0, 1, 2):

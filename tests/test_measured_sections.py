@@ -45,12 +45,12 @@ def memory_of(cuda: bool, count: Iterator[int]) -> Told:
     def peaks() -> Told:
         return {f"{kind}_bytes": next(count) for kind in ("requested", "allocated", "reserved")}
 
-    weights, corrections = next(count), next(count)
+    weights = next(count)
     planned = {"cache_bytes": next(count), "budget_bytes": next(count)}
     arena = {f"{name}_bytes": next(count) for name in ("cache", "index", "workspace")}
     tensors = {"peak_bytes": {phase: next(count) for phase in phases}, "arena_bytes": next(count)}
     told: Told = {
-        "process": "own", "weights_bytes": weights, "corrections_bytes": corrections, "planned": planned,
+        "process": "own", "weights_bytes": weights, "planned": planned,
         "arena": arena, "tensors": tensors, "host": None, "allocator": None, "graphs": None, "driver": None,
         "steps": [
             {"source": "planned cache", "target": "arena", "parts": {"unexplained": 7}},
@@ -155,7 +155,6 @@ CACHE_TITLES = {
     "plan: budget, MiB": ("planned", "budget_bytes"), "plan: cache, MiB": ("planned", "cache_bytes"),
     "arena: cache, MiB": ("arena", "cache_bytes"), "arena: index tables, MiB": ("arena", "index_bytes"),
     "arena: workspace, MiB": ("arena", "workspace_bytes"),
-    "beside the arena: corrections, MiB": ("corrections_bytes",),
 }  # fmt: skip
 DEVICE_TITLES = {
     "model: weights, MiB": ("weights_bytes",), "tensors: opening, MiB": ("tensors", "peak_bytes", "opened"),

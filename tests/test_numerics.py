@@ -30,7 +30,8 @@ from torch import Tensor
 import heatkv
 from heatkv.calibration.level_costs import calibrate_levels
 from heatkv.calibration.measure import MeasuringCache, calibrate
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import read_json
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.attention import triton_kernels

@@ -17,6 +17,7 @@ from strategies import geometries, last_reads, live_table, plans
 
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan, live_token_heads
+from heatkv.core.plan_file import load_plan, plan_from_json
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError, PlanError, ScheduleError
 
@@ -165,7 +166,7 @@ def test_equality() -> None:
 def test_files_round_trip_bit_for_bit(made: Plan, tmp_path: Path) -> None:
     made.save(tmp_path / "plan.json")
     first = (tmp_path / "plan.json").read_bytes()
-    again = Plan.load(tmp_path / "plan.json")
+    again = load_plan(tmp_path / "plan.json")
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == first
     assert again == made
@@ -201,7 +202,7 @@ def test_saving_replaces_a_file_whole_and_leaves_nothing_else(tmp_path: Path) ->
     path = tmp_path / "plan.json"
     path.write_text("old" * 10_000)
     plan().save(path)
-    assert Plan.load(path) == plan()
+    assert load_plan(path) == plan()
     assert [found.name for found in tmp_path.iterdir()] == ["plan.json"]
     with pytest.raises(FormatError, match=r"cannot write .*no-folder"):
         plan().save(tmp_path / "no-folder" / "plan.json")
@@ -272,7 +273,7 @@ def mean_level(bias: Any) -> dict[str, Any]:
 )
 def test_a_file_changed_by_hand_is_refused(told: Any, error: type[Exception], phrase: str) -> None:
     with pytest.raises(error, match=phrase):
-        Plan.from_json(told)
+        plan_from_json(told)
 
 
 @pytest.mark.parametrize("name", [name for name in plan().to_json() if name not in ("value", "gap")])
@@ -280,7 +281,7 @@ def test_every_key_is_needed(name: str) -> None:
     told = plan().to_json()
     del told[name]
     with pytest.raises((FormatError, PlanError), match=re.escape(name)):
-        Plan.from_json(told, "given.json")
+        plan_from_json(told, "given.json")
 
 
 def test_messages_name_the_file(tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_messages_name_the_file(tmp_path: Path) -> None:
     for text in (json.dumps(at(3, "last_read", 0, 0, 0)), json.dumps(at(1, "peak_token_heads")), "{", "[]"):
         path.write_text(text)
         with pytest.raises((FormatError, PlanError), match=r"mine\.json"):
-            Plan.load(path)
+            load_plan(path)
 
 
 @pytest.mark.parametrize(
@@ -308,14 +309,14 @@ def test_what_is_no_json(content: bytes, phrase: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(content)
     with pytest.raises(FormatError, match=phrase):
-        Plan.load(path)
+        load_plan(path)
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"cannot read .*missing\.json: No such file"):
-        Plan.load(tmp_path / "missing.json")
+        load_plan(tmp_path / "missing.json")
     with pytest.raises(FormatError, match=r"cannot read .*: Is a directory"):
-        Plan.load(tmp_path)
+        load_plan(tmp_path)
 
 
 def test_a_truncated_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
@@ -324,7 +325,7 @@ def test_a_truncated_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(FormatError, match="is not JSON"):
-            Plan.load(path)
+            load_plan(path)
 
 
 HOSTILE = st.one_of(
@@ -365,7 +366,7 @@ def test_a_changed_file_is_refused_or_means_what_it_says(data: st.DataObject) ->
         else:
             del place[path[-1]]
     try:
-        made = Plan.from_json(copy.deepcopy(told))
+        made = plan_from_json(copy.deepcopy(told))
     except (FormatError, PlanError, ScheduleError) as error:
         message = str(error)
     else:
@@ -388,11 +389,11 @@ def test_a_damaged_file_gives_a_typed_error(data: st.DataObject, tmp_path: Path)
     path = tmp_path / "plan.json"
     path.write_bytes(content)
     try:
-        made = Plan.load(path)
+        made = load_plan(path)
     except (FormatError, PlanError, ScheduleError):
         return
     made.save(path)  # what was accepted can be kept
-    assert Plan.load(path) == made
+    assert load_plan(path) == made
 
 
 def test_a_budget_in_token_heads_above_its_share_is_refused() -> None:

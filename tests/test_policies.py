@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from strategies import SEEDS, geometries, live_by_formula, live_table, shares, statistics_of
 
 from heatkv import registry
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings
 from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import HeatKV, Random
@@ -59,7 +60,7 @@ def test_a_budget_below_the_sinks_says_the_way_out(policy: EvictionPolicy) -> No
     geometry = CacheGeometry(32, 16, 128, ScaleSchedule.infinity("1M", 1.0))
     with pytest.raises(BudgetError) as caught:
         policy.plan(PlanningProblem(geometry, Budget.parse("0.2%"), rankings=HeadRankings.random(geometry, 0)))
-    for phrase in ("0.002 (0.2%)", "21/6425 = 0.33%", "the 3 sink scales", "raise it or set sink_scales=2"):
+    for phrase in ("0.002 (0.2%)", "21/6425 = 0.33%", "the 3 sink scales", "raise it or lower sink_scales"):
         assert phrase in str(caught.value)
     # at 0.2 % there is room for 12.85 tokens: two sink scales are 5
     dataclasses.replace(policy, sink_scales=2).plan(
@@ -197,7 +198,7 @@ def test_rankings_must_cover_what_may_be_dropped() -> None:
     rankings = HeadRankings(1, 2, 3, np.array([[0, 1], [0, 1]]))  # source scales 3 and 4
     problem = PlanningProblem(geometry, Budget.parse("50%"), rankings=rankings)
     HeatKV().plan(problem)
-    with pytest.raises(PolicyError, match="below the 3 first scales, which the rankings leave out; set sink_scales=3"):
+    with pytest.raises(PolicyError, match="below the 3 first scales, which the rankings leave out; raise it"):
         HeatKV(sink_scales=2).plan(problem)
     too_early = HeadRankings(1, 2, 2, np.array([[0, 1], [0, 1]]))  # none of source scale 4
     with pytest.raises(StatisticsError, match="cover the source scales 2 to 3; 3 to 4 are needed"):

@@ -22,13 +22,13 @@ from PIL import Image, PngImagePlugin
 
 from heatkv.calibration.measure import calibrate
 from heatkv.cli import run
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling.measure.runner import bytes_row, plan_subjects
 from heatkv.profiling.report.figures import spread_out
 from heatkv.profiling.report.page import report_data, write_report
 from heatkv.profiling.results.folder import ResultsFolder, save_scas, subject_file_name
-from heatkv.profiling.results.merging import merge
+from heatkv.profiling.report.old_merging import merge
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_POLICIES = ROOT / "benchmarks" / "results" / "compare_all.json"
@@ -223,7 +223,7 @@ def test_the_page_has_all_sections_and_says_the_result_first(compared: Path) -> 
 
 FIGURES = {
     "allowed, MiB": "budget_bytes", "planned, MiB": "planned_bytes", "allocated, MiB": "allocated_bytes",
-    "corrections, MiB": "compensation_bytes", "tables, MiB": "index_bytes", "workspace, MiB": "workspace_bytes",
+    "tables, MiB": "index_bytes", "workspace, MiB": "workspace_bytes",
     "running layer, MiB": "current_bytes", "device peak, MiB": "device_peak_bytes", "driver, MiB": "nvml_bytes",
     "full cache, MiB": "full_bytes", "KL, nats": "kl", "foretold KL, nats": "predicted_kl", "top-1": "top1_agreement",
     "PSNR, dB": "psnr_db", "SSIM": "ssim", "images": "images", "pictures": "pictures",
@@ -235,7 +235,7 @@ def test_all_figures_are_in_the_table_and_null_is_not_measured(folder: Path, tmp
         told["rows"][1]["ssim"] = None
         told["rows"][2]["latency_ms"] = None
         del told["rows"][3]["top1_agreement"]
-        told["rows"][4]["compensation_bytes"] = 0
+        told["rows"][4]["index_bytes"] = 0
 
     page, _ = page_of(edit(folder, lose), out=tmp_path / "out")
     rows = json.loads((folder / "results.json").read_text())["rows"]
@@ -259,7 +259,7 @@ def test_all_figures_are_in_the_table_and_null_is_not_measured(folder: Path, tmp
             assert name not in times or float(found[title]) == times[name]
         assert shown["CUDA graphs, ms"] == "not measured"
         assert [float(kl) for kl in shown["of its plans, nats"].split()] == pytest.approx(row["kl_of_draws"], abs=5e-5)
-    assert float(table["rows"][2 + 4][columns.index("corrections, MiB")]) == 0
+    assert float(table["rows"][2 + 4][columns.index("tables, MiB")]) == 0
     (scales,) = page.in_section("scales")
     of_rows = {(row["policy"], row["budget"]): row["kl_per_scale"] for row in rows}
     for texts, numbers in zip(scales["rows"][1:], scales["numbers"][1:], strict=True):

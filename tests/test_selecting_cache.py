@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heatkv.core.capacity_plan import CapacityPlan, load_plan
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.capacity_plan import CapacityPlan
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.plan_file import load_plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Provenance, Statistics
 from heatkv.engine.arena_cache import KVCache

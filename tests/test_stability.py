@@ -15,7 +15,8 @@ from test_cli import refused
 
 from heatkv.calibration.measure import rank_correlation
 from heatkv.cli import run
-from heatkv.core.geometry import Budget, CacheGeometry
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Provenance, Statistics, mean_over_targets
 from heatkv.policies.base import PlanningProblem, make_policy

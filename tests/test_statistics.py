@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from strategies import SEEDS, geometries, statistics_of
 
 from heatkv.core.geometry import CacheGeometry
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, ScheduleError, StatisticsError
 from heatkv.testing.contract import made_up_mass
 
@@ -373,7 +374,7 @@ def test_orders_belong_to_the_last_cached_scales(data: st.DataObject, geometry: 
     count = data.draw(st.integers(1, scales - 1))
     pairs = [[h, l] for l in range(layers) for h in range(heads)]
     orders = [data.draw(st.permutations(pairs)) for _ in range(count)]
-    rankings = HeadRankings.from_pairs(orders, geometry, "orders.json")
+    rankings = HeadRankings.from_pairs(orders, geometry)
     first = scales - 1 - count
     for given_order, ranks in zip(orders, rankings.for_scales(first, scales - 1), strict=True):
         assert [ranks[l, h] for h, l in given_order] == list(range(layers * heads))

@@ -16,9 +16,11 @@ from test_cache import ROWS, Images, dense, images_of
 from test_level_cache import dense as dense_levels
 from torch import Tensor
 
-from heatkv.core.geometry import CODED_BYTES, STORAGE_BYTES, Budget, CacheGeometry, StorageType
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.storage_type import CODES, STORAGE_BYTES, StorageType
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.layout import ArenaLayout
 from heatkv.engine.store import Store, decode, encode
@@ -50,7 +52,7 @@ def rounded(x: Tensor, coding: str) -> Tensor:
     return out.view(x.shape)
 
 
-@pytest.mark.parametrize("coding", sorted(CODED_BYTES))
+@pytest.mark.parametrize("coding", sorted(CODES))
 @settings(max_examples=50)
 @given(seed=SEEDS, exponent=st.integers(-30, 30), dim=st.sampled_from([1, 4, 33]))
 def test_codes_are_the_nearest(coding: str, seed: int, exponent: int, dim: int) -> None:
@@ -66,7 +68,7 @@ def test_codes_are_the_nearest(coding: str, seed: int, exponent: int, dim: int) 
     assert ((got - x.double()).abs() <= 0.51 * step + largest * 2.0**-9).all()
 
 
-@pytest.mark.parametrize("coding", sorted(CODED_BYTES))
+@pytest.mark.parametrize("coding", sorted(CODES))
 def test_zeros_stay_zeros_and_signs_signs(coding: str) -> None:
     x = torch.tensor([[[0.0, 0.0], [-3.0, 3.0], [1e-38, 0.0], [0.0, -1e30]]])
     codes, scales = encode(x, {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[coding])
@@ -133,7 +135,7 @@ def with_held(plan: Plan, images: Images, held: Images) -> list[Tensor]:
     return outs
 
 
-@pytest.mark.parametrize("coding", sorted(CODED_BYTES))
+@pytest.mark.parametrize("coding", sorted(CODES))
 @settings(max_examples=25)
 @given(plan=plans(max_side=3), rows=ROWS, seed=SEEDS)
 def test_attention_reads_what_the_codes_say(coding: str, plan: Plan, rows: int, seed: int) -> None:
@@ -168,7 +170,7 @@ def test_coarse_cells_are_coded_too(plan: Plan, rows: int, seed: int) -> None:
     plan=plans(),
     rows=ROWS,
     storage=st.sampled_from(sorted(STORAGE_BYTES)[:3]),
-    coding=st.sampled_from(sorted(CODED_BYTES)),
+    coding=st.sampled_from(sorted(CODES)),
 )
 def test_bytes_are_those_promised(plan: Plan, rows: int, storage: str, coding: str) -> None:
     """Counted cell by cell: the first two scales, when they are sinks, in the compute type, a byte a channel and a

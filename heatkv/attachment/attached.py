@@ -26,15 +26,15 @@ from torch.nn import functional as F
 
 from heatkv.calibration.level_costs import BiasCache, ErrorCostCache, level_choices
 from heatkv.calibration.measure import MeasuringCache, ObservingCache, add_sums
-from heatkv.compensation import kind_of
-from heatkv.core.checks import of_kind, shown, whole
-from heatkv.core.geometry import Budget, CacheGeometry, StorageType
-from heatkv.core.level_statistics import LevelStatistics, calibrated_bias
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.io import versions
 from heatkv.core.levels import LEVELS, SINK_SCALES
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import Provenance, Statistics
-from heatkv.core.versions import versions
+from heatkv.core.schema import of_kind, shown, whole
+from heatkv.core.statistics import LevelStatistics, Provenance, Statistics, calibrated_bias
+from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import ArenaCache
 from heatkv.engine.attention.rotary import rotate, rotation_of
 from heatkv.engine.store import check_coding
@@ -424,7 +424,7 @@ class Attached:
         if old is not None and (old.rows, old.store.dtype, old.store.device) == (rows, dtype, device):
             old.reset()
         else:
-            held_as = str(StorageType(str(dtype).removeprefix("torch."), self._storage))
+            held_as = str(StorageType.for_dtype(dtype, self._storage))
             needed = self.plan.bytes(rows, held_as)
             if self._most_bytes is not None and needed > self._most_bytes:
                 raise BudgetError(
@@ -663,15 +663,10 @@ def attach(
         all_weights = fingerprint(model) if isinstance(model, nn.Module) else None
         if statistics is not None and statistics.provenance.fingerprint != all_weights:
             statistics.check_fingerprint(_attention_fingerprint(found))
-        held_as = str(StorageType(str(found[0][1].mat_qkv.weight.dtype).removeprefix("torch."), storage))
+        held_as = str(StorageType.for_dtype(found[0][1].mat_qkv.weight.dtype, storage))
         rows = rows if rows is not None else (2 if guided else 1)
         problem = PlanningProblem(geometry, parsed, statistics, seed=seed, rows=rows, storage=held_as, model=name)
         plan = make_policy(policy, **options).plan(problem)
-    if kind_of(plan) is not None:
-        raise PolicyError(
-            f"the plan asks for corrections (compensation={plan.settings['compensation']}), which need a model of "
-            "heatkv.load_model to be fitted; plan with compensation=none"
-        )
     weight = found[0][1].mat_qkv.weight
     check_cache(plan, weight.dtype, weight.device, storage, attention)
     return Attached(

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv.calibration.measure import MAX_BLOCK_NUMBERS, ObservingCache, add_sums, sample_names
-from heatkv.core.checks import as_whole, shown, whole
-from heatkv.core.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.core.levels import LEVELS, NONE, SINK_SCALES, LevelChoices
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import as_whole, shown, whole
+from heatkv.core.statistics import LevelStatistics, calibrated_bias
 from heatkv.engine.attention.pooling import pooled_cells
 from heatkv.engine.watch import naming_samples
 from heatkv.errors import NumericsError, StatisticsError

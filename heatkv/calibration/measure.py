@@ -18,10 +18,10 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
-from heatkv.core.checks import whole
+from heatkv.core.io import versions
 from heatkv.core.plan import Plan
+from heatkv.core.schema import whole
 from heatkv.core.statistics import Provenance, Statistics
-from heatkv.core.versions import versions
 from heatkv.engine.arena_cache import KVCache, LayerStep
 from heatkv.engine.attention.ragged import HeadGroup
 from heatkv.engine.watch import naming_samples

@@ -22,7 +22,7 @@ import typer
 
 from heatkv.cli.options import command
 from heatkv.cli.output import say_of_any_rank
-from heatkv.core.versions import versions
+from heatkv.core.io import versions
 from heatkv.errors import HeatKVError, RanksError, out_of_memory
 from heatkv.parallel.ranks import current, join, leave
 
@@ -43,8 +43,8 @@ COMMANDS = {
     "new-policy": "new_policy",
 }
 
-# Those that several ranks share, samples or heads; all others run in one process.
-SHARED = ("calibrate", "compare", "generate")
+# Those whose samples several ranks share; all others run in one process.
+SHARED = ("calibrate", "compare")
 
 # Options whose texts may be empty.
 TEXTS = ("--prompt", "--negative")

@@ -23,11 +23,10 @@ from heatkv.cli.calibration_run import (
 from heatkv.cli.opening import Loaded, open_model, parse_names, positive, storage_of
 from heatkv.cli.options import AsJson, Resume, Running, Source, Without
 from heatkv.cli.output import progress, say, show
-from heatkv.core.geometry import Budget
-from heatkv.core.io import check_place, is_folder, is_there
-from heatkv.core.level_statistics import COSTS
+from heatkv.core.budget import Budget
+from heatkv.core.io import check_place
 from heatkv.core.levels import SINK_SCALES
-from heatkv.core.statistics import Statistics
+from heatkv.core.statistics import COSTS, Statistics
 from heatkv.errors import FormatError, HeatKVError, StatisticsError
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
@@ -133,9 +132,9 @@ def calibrate(
     if report and samples < 2:
         raise HeatKVError("--report compares two halves of the new samples; take at least 2 (--samples)")
     wanted = [Budget.parse(text) for text in parse_names(budgets or REPORTED_BUDGET, "budget")]
-    if is_folder(out):
+    if out.is_dir():
         raise FormatError(f"--out {out} is a folder; name a file")
-    there = is_there(out)
+    there = out.exists()
     if there and not append and not resume:
         raise FormatError(f"{out} exists; add samples to it with --append or name another file")
     if append and not there:
@@ -205,7 +204,7 @@ class _Compared:
         for policy in REPORTED_POLICIES:
             for problem in self.problems:
                 policy.check(problem)  # before hours are spent
-                policy.check_room(problem)
+                policy.check_sinks(problem)
 
     def agreements(self, parts: Sequence[Statistics]) -> list[Agreement]:
         from heatkv.profiling.analysis.stability import compare_halves, growing_halves

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from heatkv.cli.opening import open_statistics
 from heatkv.cli.output import say, shared_progress
-from heatkv.core.io import clear_temporaries
-from heatkv.core.level_statistics import LevelStatistics
-from heatkv.core.statistics import Statistics
-from heatkv.core.versions import versions
+from heatkv.core.io import clear_temporaries, versions
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import FormatError, HeatKVError, RanksError, StatisticsError
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings

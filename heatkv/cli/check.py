@@ -11,7 +11,7 @@ from rich.table import Table
 
 from heatkv.cli.options import AsJson
 from heatkv.cli.output import say, show
-from heatkv.core.checks import shown
+from heatkv.core.schema import shown
 from heatkv.errors import HeatKVError
 
 

@@ -10,14 +10,13 @@ import typer
 from rich.console import Group
 
 from heatkv.cli import options
-from heatkv.cli.opening import statistics_of_model, whole_of
+from heatkv.cli.opening import statistics_of_model
 from heatkv.cli.output import certificate, chosen_by_kl, make_folder, pairs, progress, say, show
-from heatkv.compensation import compensation_bytes
 from heatkv.core.levels import FULL, level_tokens
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.errors import HeatKVError, PlanError, PolicyError, StatisticsError
 from heatkv.models.catalogue import MODELS
-from heatkv.ranked_plan import RankedPlan, load_either
 
 if TYPE_CHECKING:
     from heatkv.profiling.analysis.explain import Worth
@@ -40,8 +39,7 @@ def explain(
     from heatkv.profiling.analysis import explain as explaining
     from heatkv.profiling.analysis import plan_report as report
 
-    found = load_either(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
-    told = whole_of(found, plan) if isinstance(found, RankedPlan) else found
+    told = load_plan(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
     if not isinstance(told, Plan):
         _explain_capacities(told, statistics, out, as_json)
         return
@@ -66,7 +64,6 @@ def explain(
         **{name: value for name, value in told.to_json().items() if name not in UNTOLD},
         "slack_token_heads": told.budget_token_heads - told.peak_token_heads,
         "predicted_kl": told.predicted_kl,
-        "correction_numbers": compensation_bytes(told, "float32") // 4,
         "source_scales": [
             {"kept_token_time": share, "never_cached": never, "dropped_early": early, "to_the_end": whole}
             for share, (never, early, whole) in zip(scales.tolist(), ends.tolist(), strict=True)
@@ -159,7 +156,6 @@ def _summary(plan: CachePlan) -> Any:
         "model": f"{plan.model or 'not told'}, {plan.geometry.layers} layers x {plan.geometry.heads} heads",
         "schedule": str(plan.schedule),
         "settings": ", ".join(f"{name}={value}" for name, value in plan.settings.items()) or "none",
-        **_corrections(plan),
         **({"sink scales": str(plan.sink_scales)} if isinstance(plan, Plan) else {}),
         "budget": f"{plan.budget_token_heads} of {full} token-heads ({plan.budget:.4%})",
         "peak": f"{plan.peak_token_heads} token-heads after layer {layer} of scale {target}",
@@ -170,12 +166,6 @@ def _summary(plan: CachePlan) -> Any:
     if plan.had_no_effect():
         facts["note"] = "the plan has no effect: nothing is dropped"
     return pairs(f"plan of {plan.policy}", ("what", "value"), facts)
-
-
-def _corrections(plan: CachePlan) -> dict[str, str]:
-    """What the corrections that the plan asks for take beside the cache."""
-    numbers = compensation_bytes(plan, "float32") // 4
-    return {"corrections": f"{numbers} numbers, once for all rows"} if numbers else {}
 
 
 def _worth_facts(worth: Worth) -> dict[str, Any]:
@@ -189,8 +179,8 @@ def _worth_facts(worth: Worth) -> dict[str, Any]:
         "value_per_token_head": worth.price,
         "change_of_bound_by_one_percent_of_budget": worth.change(0.01),
         "binding_checkpoints": [
-            {"group": int(g), "scale": int(t), "layer": int(l), "price": float(worth.price_GTL[g, t, l])}
-            for g, t, l in np.argwhere(worth.price_GTL)
+            {"scale": int(t), "layer": int(l), "price": float(worth.price_TL[t, l])}
+            for t, l in np.argwhere(worth.price_TL)
         ],
         "binding_layer_caps": [
             {"layer": int(l), "scale": int(t), "price": float(worth.cap_price_LT[l, t])}

@@ -15,9 +15,8 @@ from heatkv.cli.calibration_run import (
     to_be_continued,
 )
 from heatkv.cli.output import say
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import SINK_SCALES
-from heatkv.core.statistics import Statistics
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import FormatError, HeatKVError, StatisticsError
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings

@@ -11,8 +11,7 @@ import typer
 
 from heatkv.cli.opening import (
     Loaded,
-    only_plan,
-    open_either,
+    check_plan_alone,
     open_model,
     open_plan,
     open_rankings,
@@ -24,16 +23,14 @@ from heatkv.cli.opening import (
 from heatkv.cli.options import AsJson, BudgetText, Following, OutFolder, Policy, Ranking, Running, Source, Without
 from heatkv.cli.output import make_folder, progress, say
 from heatkv.cli.settings import policy_options
-from heatkv.core.checks import shown
-from heatkv.core.geometry import Budget
-from heatkv.core.io import check_new_file, file_name, replacing
+from heatkv.core.budget import Budget
+from heatkv.core.io import check_place, file_name, replacing
 from heatkv.core.plan import CachePlan
-from heatkv.errors import BudgetError, HeatKVError, ModelError, PlanError
+from heatkv.core.schema import shown
+from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import Settings
-from heatkv.parallel.ranks import current
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.ranked_plan import RankedPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,15 +61,12 @@ def generate(
 ) -> None:
     """Draw images under a budget.
 
-    Under torchrun, with a plan for as many ranks (heatkv solve --ranks), all processes draw the same images together.
-
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
-    from heatkv.compensation import compensation_of, kind_of
     from heatkv.engine.token_cache import check_cache
     from heatkv.generation.graphs import check_has_graphs
     from heatkv.generation.loop import draw_batches
-    from heatkv.profiling.measure.runner import images_of_rows
+    from heatkv.profiling.measure.subjects import images_of_rows
 
     positive(count=count)
     following_on = following.follow_every is not None
@@ -81,14 +75,9 @@ def generate(
             "--follow-every makes plans as it goes: give --policy, --budget and --statistics, no --plan or --graphs"
         )
     if following.save_statistics is not None:
-        check_new_file(following.save_statistics, "--save-statistics")
-    ranks = current()
-    ranks.kept = f"the images that were finished are in {out}"
-    if ranks.size > 1 and (plan is None or graphs):
-        raise HeatKVError(
-            f"{ranks.size} processes draw together with --plan and a plan for as many ranks (heatkv solve "
-            f"--ranks {ranks.size}), and without --graphs"
-        )
+        if following.save_statistics.exists():
+            raise FormatError(f"{following.save_statistics} exists; name another file (--save-statistics)")
+        check_place(following.save_statistics)
     loaded, settings = open_model(source, running, measuring=False)
     if graphs:
         check_has_graphs(loaded.device)
@@ -102,10 +91,9 @@ def generate(
     if following_on:
         follower = _follower(loaded, settings, policy, budget, batch, ranking, following, running)
         chosen: CachePlan = follower.plan
-    elif plan is not None and ranks.size > 1:
-        loaded, chosen = _part(loaded, only_plan(plan, policy, budget, ranking), source.model)
     elif plan is not None:
-        chosen = open_plan(only_plan(plan, policy, budget, ranking), loaded.geometry, source.model)
+        check_plan_alone(policy, budget, ranking)
+        chosen = open_plan(plan, loaded.geometry, source.model)
     else:
         named = policy or DEFAULT_POLICY
         made = make_policy(named, **policy_options([named], ranking)[named])
@@ -119,18 +107,14 @@ def generate(
         chosen = made.plan(problem)
     if plan is not None:
         say_bytes(chosen, str(plan), held_rows, storage)
-    compensation = None
-    if kind_of(chosen) is not None:
-        with progress("fitting corrections", len(chosen.schedule)) as advance:
-            compensation = compensation_of(loaded, chosen, seed=running.seed, settings=settings, progress=advance)
     check_cache(chosen, loaded.compute_dtype, loaded.device, running.storage, running.attention)
-    folder = make_folder(out) if ranks.first else out
+    folder = make_folder(out)
     if follower is not None:
         drawn: Iterable[Tensor] = follower.draw(labels)
     else:
         batches = draw_batches(
-            loaded, labels, chosen, seed=running.seed, batch=batch, settings=settings, compensation=compensation,
-            storage=running.storage, attention=running.attention, graphs=graphs,
+            loaded, labels, chosen, seed=running.seed, batch=batch, settings=settings, storage=running.storage,
+            attention=running.attention, graphs=graphs,
         )  # fmt: skip
         drawn = (image for images in batches for image in images)
     try:
@@ -139,13 +123,9 @@ def generate(
         if follower is not None and follower.events:
             _save_followed(follower, following)
         raise
-    if not ranks.first:
-        return
     held = chosen.bytes(held_rows, storage) / 2**20
     where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
-    extra = "" if compensation is None else f" and its corrections {compensation.bytes / 2**20:.2f} MiB"
-    each = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
-    took = f"{chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time{each}{extra}"
+    took = f"{chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time"
     say(f"written: {len(labels)} images in {where}; {took}")
     told = None if follower is None else _told_of(follower, following)
     if as_json:
@@ -157,20 +137,18 @@ def generate(
 
 
 def _write(drawn: Iterable[Tensor], titles: Sequence[str], folder: Path) -> int:
-    """Write the pictures as they are drawn; how many older ones they replaced. Of several ranks, which draw the same,
-    the first one writes."""
+    """Write the pictures as they are drawn; how many older ones they replaced."""
     from heatkv.generation.images import image_grid
 
-    replaced, written, writes = 0, 0, current().first
+    replaced, written = 0, 0
     try:
         with progress("drawing", len(titles)) as advance:
             for index, image in enumerate(drawn):
                 path = folder / f"{index:04d}_{titles[index]}.png"
-                if writes:
-                    replaced += path.exists()
-                    with replacing(path) as temporary:
-                        image_grid(image[None], 1).save(temporary, format="PNG")
-                    written += 1
+                replaced += path.exists()
+                with replacing(path) as temporary:
+                    image_grid(image[None], 1).save(temporary, format="PNG")
+                written += 1
                 advance(1)
     except BaseException:
         if written:
@@ -196,21 +174,6 @@ def _told_of(follower: FollowingGenerator[Any], following: Following) -> dict[st
         "{share_of_drawing:.0%} of the time of drawing".format(**summary)
     )
     return summary | {"events": [event.to_json() for event in follower.events]}
-
-
-def _part(model: Loaded, path: Path, name: str) -> tuple[Loaded, CachePlan]:
-    """This rank's part of the model, and its plan."""
-    from heatkv.models.tensor_parallel import shard_model
-
-    ranks = current()
-    plan = open_either(path, model.geometry, name)
-    size = plan.ranks if isinstance(plan, RankedPlan) else 1
-    if not isinstance(plan, RankedPlan) or size != ranks.size:
-        raise PlanError(
-            f"{path} is for {size} rank{'s' * (size > 1)}, and {ranks.size} processes were started; solve one for "
-            f"{ranks.size} (heatkv solve --ranks {ranks.size}) or start as many as it is for"
-        )
-    return shard_model(model, ranks, plan.heads[ranks.rank]), plan.plans[ranks.rank]
 
 
 def _follower(

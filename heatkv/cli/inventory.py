@@ -52,12 +52,12 @@ def doctor(
     told = environment(where)
     mps = torch.backends.mps.is_available()
     facts = {
-        "heatkv": told["versions"]["heatkv"],
-        "python": told["versions"]["python"],
-        "torch": told["versions"]["torch"],
-        "device": f"{told['device_name']} ({told['device']})",
-        "threads": str(told["threads"]),
-        "1024^3 fp32 product, one thread": f"{told['matrix_product_1024_fp32_one_thread_ms']} ms",
+        "heatkv": told.versions["heatkv"],
+        "python": told.versions["python"],
+        "torch": told.versions["torch"],
+        "device": f"{told.device_name} ({told.device})",
+        "threads": str(told.threads),
+        "1024^3 fp32 product, one thread": f"{told.matrix_product_1024_fp32_one_thread_ms} ms",
         "CUDA graphs": "yes" if torch.cuda.is_available() else "no CUDA device",
         "mps": "yes" if mps else "no",
         "triton": extra("triton", "triton", "heatkv[triton]"),

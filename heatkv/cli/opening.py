@@ -12,13 +12,17 @@ import torch
 
 from heatkv.cli.options import Ranking, Running, Source
 from heatkv.cli.output import say
+from heatkv.core.budget import Budget
 from heatkv.core.capacity_plan import CapacityPlan
-from heatkv.core.checks import seed_of, shown
-from heatkv.core.geometry import CODED_BYTES, Budget, CacheGeometry, StorageType
-from heatkv.core.io import read_bytes
-from heatkv.core.plan import CachePlan, named
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.io import in_file, read_bytes
+from heatkv.core.plan import CachePlan
+from heatkv.core.plan_file import load_plan
+from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import HeadRankings, Statistics
+from heatkv.core.schema import seed_of, shown
+from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import CODES, StorageType
 from heatkv.engine.token_cache import policy_of
 from heatkv.engine.watch import run_deterministically
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
@@ -28,7 +32,6 @@ from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import Settings
 from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.parallel.ranks import current
-from heatkv.ranked_plan import RankedPlan, load_either
 
 MOST = 1_000_000
 """Of whatever is counted on the command line."""
@@ -187,42 +190,26 @@ def storage_of(model: ImageModel[Any], coding: str | None = None) -> str:
 
 def storage_name(dtype: str, coding: str | None) -> str:
     """The name of a storage type. Raises BudgetError for an unknown coding."""
-    if coding is not None and coding not in CODED_BYTES:
-        raise BudgetError(f"unknown storage {coding!r}; known: {', '.join(CODED_BYTES)}; leave it out for {dtype}")
+    if coding is not None and coding not in CODES:
+        raise BudgetError(f"unknown storage {coding!r}; known: {', '.join(CODES)}; leave it out for {dtype}")
     return str(StorageType(dtype, coding))
 
 
 def open_plan(path: Path, geometry: CacheGeometry, model: str) -> CachePlan:
-    """A finished plan, when it is of this geometry and of no other model that has a name here; of one for several
-    ranks, what all of them hold together.
+    """A finished plan, when it is of this geometry and of no other model that has a name here.
 
     Attached models have names of their own, those of their classes.
     """
-    plan = open_either(path, geometry, model)
-    return whole_of(plan, path) if isinstance(plan, RankedPlan) else plan
-
-
-def whole_of(plan: RankedPlan, path: Path) -> CachePlan:
-    """The plan for one device that holds what all ranks do, and a line that says so. Raises PlanError."""
-    with named(path):
-        whole = plan.whole()
-    say(f"{path} is for {plan.ranks} ranks; taken as the plan of one process that holds what all of them do")
-    return whole
-
-
-def open_either(path: Path, geometry: CacheGeometry, model: str) -> CachePlan | RankedPlan:
-    """As `open_plan`, but one for several ranks as it is."""
-    plan = load_either(path, geometry.head_dim)
-    with named(path):
+    plan = load_plan(path, geometry.head_dim)
+    with in_file(path):
         plan.check_geometry(geometry)
-    for of_rank in plan.plans if isinstance(plan, RankedPlan) else (plan,):
-        if of_rank.geometry.head_dim != geometry.head_dim:
-            raise PlanError(
-                f"{path}: the plan is for heads of size {of_rank.geometry.head_dim}, those of {model} have "
-                f"{geometry.head_dim}; solve it again"
-            )
-        if isinstance(of_rank, CapacityPlan):
-            policy_of(of_rank)
+    if plan.geometry.head_dim != geometry.head_dim:
+        raise PlanError(
+            f"{path}: the plan is for heads of size {plan.geometry.head_dim}, those of {model} have "
+            f"{geometry.head_dim}; solve it again"
+        )
+    if isinstance(plan, CapacityPlan):
+        policy_of(plan)
     if plan.model != model and plan.model in MODELS:
         raise PlanError(f"{path} was made for {plan.model}, not for {model}; name that model (--model) or solve again")
     return plan
@@ -242,9 +229,8 @@ def say_bytes(plan: CachePlan, name: str, rows: int, storage: str) -> None:
         )
 
 
-def only_plan(path: Path, policy: str | None, budget: str | None, ranking: Ranking) -> Path:
-    """The file of a finished plan; refuses the options that would have gone into making one."""
+def check_plan_alone(policy: str | None, budget: str | None, ranking: Ranking) -> None:
+    """Refuse the options that would have gone into making a plan beside a finished one."""
     for name, value in {"policy": policy, "budget": budget, **vars(ranking)}.items():
         if value is not None:
             raise HeatKVError(f"--plan is a finished plan; leave --{name.replace('_', '-')} out")
-    return path

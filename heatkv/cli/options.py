@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from heatkv.core.geometry import CODED_BYTES
+from heatkv.core.storage_type import CODES
 from heatkv.errors import HeatKVError
 from heatkv.models.catalogue import COMPUTE_DTYPES
 
@@ -33,7 +33,7 @@ Deterministic = Annotated[
 ]
 Storage = Annotated[
     str | None,
-    typer.Option("--storage", help=f"8-bit codes in the cache: {', '.join(CODED_BYTES)}; default: the compute type"),
+    typer.Option("--storage", help=f"8-bit codes in the cache: {', '.join(CODES)}; default: the compute type"),
 ]
 Attention = Annotated[str, typer.Option("--attention", help="attention kernel: auto, ragged or triton")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
@@ -60,12 +60,6 @@ SinkScales = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="an option of a policy, see `heatkv policies`; may be repeated"),
-]
-RankCount = Annotated[
-    int | None, typer.Option("--ranks", help="devices that share the heads: one plan for each, in one file")
-]
-Split = Annotated[
-    str, typer.Option("--split", help="which heads go to which rank: balanced, or contiguous as Megatron-LM has them")
 ]
 Weights = Annotated[Path | None, typer.Option("--weights", help="weights file or folder, see `heatkv models`")]
 Vae = Annotated[Path | None, typer.Option("--vae", help="its VAE file; default: looked for beside the weights")]

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from heatkv.core.io import check_writable
+from heatkv.core.io import check_place
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.errors import FormatError
 from heatkv.parallel.ranks import current
@@ -155,5 +155,5 @@ def make_folder(path: Path, option: str = "--out") -> Path:
         if file is not None:
             raise FormatError(f"{option} {path} cannot be a folder: {file} is a file; name another folder") from error
         raise FormatError(f"cannot create the folder {path}: {error.strerror or error}; name another folder") from error
-    check_writable(path)
+    check_place(path / "file")
     return path

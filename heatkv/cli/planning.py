@@ -12,9 +12,9 @@ import typer
 from heatkv.cli import options
 from heatkv.cli.opening import (
     check_device,
+    check_plan_alone,
     is_guided,
     known_dtype,
-    only_plan,
     open_plan,
     open_rankings,
     parse_ratio,
@@ -25,16 +25,14 @@ from heatkv.cli.opening import (
 )
 from heatkv.cli.output import certificate, chosen_by_kl, pairs, show
 from heatkv.cli.settings import policy_options
-from heatkv.compensation import compensation_bytes
-from heatkv.core.geometry import Budget
-from heatkv.core.io import check_place, is_there
+from heatkv.core.budget import Budget
+from heatkv.core.io import check_place
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.errors import BudgetError, FormatError, HeatKVError
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.heatkv import HeatKV
-from heatkv.policies.ranked import SPLITS, plan_ranks
-from heatkv.ranked_plan import RankedPlan, load_either
 
 DEFAULT_POLICY = "heatkv"
 
@@ -56,14 +54,10 @@ def solve(
     cfg: options.Cfg = None,
     device: options.Device = "cpu",
     seed: options.Seed = 0,
-    ranks: options.RankCount = None,
-    split: options.Split = "balanced",
     out: Annotated[Path | None, typer.Option("--out", help="plan.json to write")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Compute a plan from geometry and statistics or published rankings; needs no weights.
-
-    With --ranks, one for each of several devices that share the heads, each under its own part of the budget.
 
     Example: heatkv solve --model infinity-2b --policy heatkv --budget 0.1 --orders orders.json --out plan.json
     """
@@ -74,14 +68,11 @@ def solve(
     rows = rows if rows is not None else (2 if guided else 1)
     positive(rows=rows)
     check_device(device)
-    if split not in SPLITS or (ranks is None and split != "balanced"):
-        raise HeatKVError(f"--split is {split!r}; it goes with --ranks and is {' or '.join(SPLITS)}")
     if out is not None:
         _check_replaceable(out)
     if plan is not None:
-        if ranks is not None:
-            raise HeatKVError("--plan is a finished plan; leave --ranks out, or solve anew")
-        solved: CachePlan = open_plan(only_plan(plan, policy, budget, ranking), geometry, model)
+        check_plan_alone(policy, budget, ranking)
+        solved: CachePlan = open_plan(plan, geometry, model)
         solved.check_bytes(rows, held_as)
     else:
         if budget is None:
@@ -102,16 +93,10 @@ def solve(
             held_as,
             model,
         )
-        if ranks is not None:
-            ranked = plan_ranks(chosen, problem, ranks, "contiguous" if split == "contiguous" else "balanced")
-            say_template(model, ratio)
-            _show_ranks(ranked, rows, held_as, out, as_json)
-            return
         solved = chosen.plan(problem)
     if out is not None:
         solved.save(out)
     static = solved if isinstance(solved, Plan) else None
-    corrections = compensation_bytes(solved, held_as)
     target, layer = solved.peak_checkpoint
     share = solved.peak_token_heads / max(solved.budget_token_heads, 1)
     facts = {
@@ -124,7 +109,6 @@ def solve(
         "sink_scales": static and static.sink_scales, "value": static and static.value,
         "value_bound": static and static.value_bound, "gap": static and static.gap,
         "budget_asked": solved.settings.get("budget"), "predicted_kl": solved.predicted_kl,
-        "compensation_bytes": corrections,
         "had_no_effect": solved.had_no_effect(), "out": None if out is None else str(out),
     }  # fmt: skip
     held, full = solved.bytes(rows, held_as) / 2**20, geometry.full_bytes(rows, dtype) / 2**20
@@ -134,7 +118,6 @@ def solve(
         "peak": f"{solved.peak_token_heads} of {solved.budget_token_heads} token-heads ({share:.2%} of the budget)",
         "at": f"after layer {layer} of scale {target}",
         "bytes": f"{held:.2f} MiB of {full:.2f} MiB in {dtype} ({rows} rows, {held_as})",
-        **({"corrections": f"{corrections / 2**20:.2f} MiB, once for all rows"} if corrections else {}),
         **({} if static is None else {"sink scales": str(static.sink_scales), **certificate(static)}),
     }
     if solved.had_no_effect():
@@ -146,65 +129,13 @@ def solve(
     show(pairs(title, ("what", "value"), told), as_json, facts)
 
 
-def _show_ranks(ranked: RankedPlan, rows: int, storage: str, out: Path | None, as_json: bool) -> None:
-    """Write a plan for ranks and tell how full each one gets, and what the split costs."""
-    if out is not None:
-        ranked.save(out)
-    heads = "contiguous" if ranked.contiguous else "assigned"
-    facts = {
-        "model": ranked.model, "policy": ranked.policy, "schedule": str(ranked.geometry.schedule),
-        "ranks": ranked.ranks, "heads": heads, "heads_per_rank": ranked.plans[0].geometry.heads,
-        "budget": ranked.budget, "budget_token_heads": ranked.budget_token_heads,
-        "full_token_heads": ranked.geometry.full_token_heads, "rows": rows, "storage": storage,
-        "value": ranked.value, "value_bound": ranked.value_bound, "gap": ranked.gap,
-        "unsplit_value": ranked.unsplit_value, "unsplit_bound": ranked.unsplit_bound,
-        "any_split_gap": ranked.any_split_gap, "out": None if out is None else str(out),
-        "of_ranks": [
-            {
-                "rank": rank, "budget_token_heads": plan.budget_token_heads, "peak_token_heads": plan.peak_token_heads,
-                "peak_checkpoint": dict(zip(("scale", "layer"), plan.peak_checkpoint, strict=True)),
-                "planned_bytes": plan.bytes(rows, storage), "compensation_bytes": compensation_bytes(plan, storage),
-                "value": getattr(plan, "value", None), "gap": getattr(plan, "gap", None),
-            }
-            for rank, plan in enumerate(ranked.plans)
-        ],
-    }  # fmt: skip
-    told = {
-        "schedule": str(ranked.geometry.schedule),
-        "heads": f"{ranked.plans[0].geometry.heads} of {ranked.geometry.heads} of every layer on each rank, {heads}",
-    }
-    for rank, plan in enumerate(ranked.plans):
-        (target, layer), held = plan.peak_checkpoint, plan.bytes(rows, storage) / 2**20
-        told[f"rank {rank}"] = (
-            f"{plan.peak_token_heads} of {plan.budget_token_heads} token-heads, after layer {layer} of scale {target}; "
-            f"{held:.2f} MiB ({rows} rows, {storage})"
-        )
-    shown = {
-        "value": (ranked.value, ".6g"),
-        "value on one device": (ranked.unsplit_value, ".6g"),
-        "certified gap, this split": (ranked.gap, ".3%"),
-        "certified gap, any split": (ranked.any_split_gap, ".3%"),
-    }
-    told |= {name: format(value, form) for name, (value, form) in shown.items() if value is not None}
-    if all(plan.had_no_effect() for plan in ranked.plans):
-        told["note"] = "the plan has no effect: nothing is dropped at this budget"
-    if out is not None:
-        told["written"] = str(out)
-    of = f" of the cache of {ranked.model}" if ranked.model else " of the cache"
-    show(
-        pairs(f"{ranked.policy} at {ranked.budget:.4g}{of}, {ranked.ranks} ranks", ("what", "value"), told),
-        as_json,
-        facts,
-    )
-
-
 def _check_replaceable(out: Path) -> None:
     """Refuse to write a plan over anything but a plan, and where none can be written."""
-    if not is_there(out):
+    if not out.exists():
         check_place(out)
         return
     try:
-        load_either(out, head_dim=1)
+        load_plan(out, head_dim=1)
     except HeatKVError as error:
         raise FormatError(f"{out} exists and is no plan; name another file (--out)") from error
 
@@ -243,7 +174,7 @@ def fit(
         storage=storage_name(dtype, storage),
     )  # fmt: skip
     policy.check(problem)
-    policy.check_room(problem)
+    policy.check_sinks(problem)
     if problem.budget_token_heads < 1:
         raise BudgetError(
             f"budget {float(problem.share):.3g} ({problem.budget}) holds no token of any head; one is "

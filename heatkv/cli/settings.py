@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from heatkv.cli.options import Ranking
-from heatkv.core.checks import shown
+from heatkv.core.schema import shown
 from heatkv.errors import PolicyError
 from heatkv.policies.options import PolicyOption, options_of
 from heatkv.registry import find_policy

@@ -8,29 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.io import check_header, read_json
-from heatkv.core.plan import (
-    FORMAT,
-    RANKED_FORMAT,
-    VERSION,
-    CachePlan,
-    IntArray,
-    Plan,
-    check_peak,
-    common_fields,
-    integer_array,
-    named,
-    typed,
-)
-from heatkv.errors import FormatError, PlanError
+from heatkv.core.plan import CachePlan
+from heatkv.core.schema import IntArray, integer_array
+from heatkv.errors import PlanError
 
 
 def available_tokens(geometry: CacheGeometry) -> IntArray:
@@ -43,9 +29,8 @@ class CapacityPlan(CachePlan):
     """`capacity[l, h, t]`: past tokens that head (l, h) reads while target t runs, its own scale not counted.
 
     With `shared`, the heads of a layer share the sum of theirs, and how much each gets is decided while drawing.
-    `carried` numbers of 4 bytes go with every held token of every row. Raises PlanError when an entry is negative, more
-    than the earlier scales have, or more than the last target's capacity and new tokens allow, and when a checkpoint
-    holds more than `budget_token_heads`.
+    `carried` numbers of 4 bytes go with every held token of every row. Raises PlanError for an array of another shape
+    or type.
     """
 
     policy: str
@@ -59,38 +44,11 @@ class CapacityPlan(CachePlan):
     carried: int = 0
 
     def __post_init__(self) -> None:
-        layers, heads, scales = self.geometry.layers, self.geometry.heads, len(self.schedule)
-        try:
-            given = np.asarray(self.capacity)
-        except ValueError as error:
-            raise PlanError(f"capacity is no regular array: {str(error).splitlines()[0]}") from error
-        if given.shape != (layers, heads, scales) or not np.issubdtype(given.dtype, np.integer):
-            raise PlanError(
-                f"capacity is {given.dtype} of shape {given.shape}; {layers} layers, {heads} heads, {scales} scales "
-                "need whole numbers for each"
-            )
-        array = given.astype(np.int64)
-        array.setflags(write=False)
+        array = integer_array(self.capacity, self.geometry.shape, "capacity", PlanError)
         object.__setattr__(self, "capacity", array)
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
-        if self.carried < 0:
-            raise PlanError(f"carried is {self.carried}; it cannot be below 0")
-        # what was dropped cannot come back: at most what was held, and the tokens that came with the last target
-        grown = np.zeros_like(array)
-        grown[..., 1:] = array[..., :-1] + np.asarray(self.schedule.tokens[:-1])
-        limit = np.minimum(available_tokens(self.geometry), grown)
-        given, limit = (x.sum(axis=1, keepdims=True) if self.shared else x for x in (array, limit))
-        wrong = np.argwhere((given < 0) | (given > limit))
-        if len(wrong) or (array < 0).any():
-            layer, head, target = (int(i) for i in (wrong if len(wrong) else np.argwhere(array < 0))[0])
-            of = "all heads" if self.shared else str(head)
-            raise PlanError(
-                f"capacity of layer {layer}, head {of}, target {target} is {given[layer, head, target]}; it must be "
-                f"from 0 to {limit[layer, head, target]}, the tokens there are"
-            )
-        self.check_budget()
 
-    @cached_property
+    @property
     def held(self) -> IntArray:
         return self.capacity
 
@@ -107,37 +65,30 @@ class CapacityPlan(CachePlan):
         counts = 4 * rows * self.geometry.layers * self.geometry.heads if self.shared else 0
         return token_heads * (each + 4 * rows * self.carried) + counts
 
+    def check(self) -> None:
+        """Raise PlanError when an entry is negative, more than the earlier scales have, or more than the last target's
+        capacity and new tokens allow, and when a checkpoint holds more than the budget."""
+        if self.carried < 0:
+            raise PlanError(f"carried is {self.carried}; it cannot be below 0")
+        # what was dropped cannot come back: at most what was held, and the tokens that came with the last target
+        grown = np.zeros_like(self.capacity)
+        grown[..., 1:] = self.capacity[..., :-1] + np.asarray(self.schedule.tokens[:-1])
+        limit = np.minimum(available_tokens(self.geometry), grown)
+        held = self.capacity
+        if self.shared:
+            held, limit = (np.broadcast_to(x.sum(axis=1, keepdims=True), held.shape) for x in (held, limit))
+        wrong = np.argwhere((self.capacity < 0) | (held > limit))
+        if len(wrong):
+            layer, head, target = (int(i) for i in wrong[0])
+            heads = "all heads" if self.shared else f"head {head}"
+            raise PlanError(
+                f"capacity of layer {layer}, {heads}, target {target} is {held[layer, head, target]}; it must be "
+                f"from 0 to {limit[layer, head, target]}, the tokens there are"
+            )
+        self.check_budget()
+
     def to_json(self) -> dict[str, Any]:
-        mine = {"shared": self.shared, "carried": self.carried, "capacity": self.capacity.tolist()}
-        return self._common_json() | mine
-
-
-def load_plan(path: str | Path, head_dim: int | None = None) -> CachePlan:
-    """Read a plan.json, of a static or a dynamic policy. Raises FormatError, PlanError or ScheduleError.
-
-    `head_dim` is the head size of a plan that does not state its own (it only matters for bytes).
-    """
-    return plan_from_json(read_json(path), path, head_dim)
-
-
-def plan_from_json(value: Any, source: str | Path = "plan", head_dim: int | None = None) -> CachePlan:
-    """Validate a parsed plan.json of a static or a dynamic policy; `source` names it in messages.
-
-    Raises what `load_plan` raises.
-    """
-    if isinstance(value, dict) and value.get("format") == RANKED_FORMAT:
-        raise FormatError(f"{source} holds a plan for each of several ranks; read it with RankedPlan.load")
-    data = check_header(value, source, FORMAT, VERSION)
-    if "capacity" not in data:
-        return Plan.from_json(value, source, head_dim)
-    if "last_read" in data:
-        raise FormatError(f"{source} holds both 'last_read' and 'capacity'; a plan is of a static or a dynamic policy")
-    with named(source):
-        plan = CapacityPlan(
-            **common_fields(data, head_dim),
-            capacity=integer_array(data["capacity"], "capacity"),
-            shared=typed(data, "shared", bool),
-            carried=typed(data, "carried", int),
-        )
-        check_peak(data, plan, "capacity")
-    return plan
+        """The plan as in a plan.json."""
+        return super().to_json() | {
+            "shared": self.shared, "carried": self.carried, "capacity": self.capacity.tolist(),
+        }  # fmt: skip

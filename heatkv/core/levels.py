@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from heatkv.core.schedule import ScaleSchedule
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
+from heatkv.core.schema import FloatArray, IntArray
 
 FULL, POOL2, MEAN = "full", "pool2", "mean"
 LEVELS = (FULL, POOL2, MEAN)
@@ -42,7 +39,6 @@ class Blocks:
 def blocks(scale: tuple[int, int, int], level: str) -> Blocks:
     """The blocks of a scale (t, h, w) at a level; frames are pooled one by one, the mean is over all of them."""
     frames, height, width = scale
-    _check_level(level)
     if level == FULL:
         return Blocks(tuple(range(frames * height * width)))
     if level == MEAN:
@@ -53,15 +49,9 @@ def blocks(scale: tuple[int, int, int], level: str) -> Blocks:
     return Blocks(tuple(of.reshape(-1).tolist()))
 
 
-def _check_level(level: str) -> None:
-    if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; known: {', '.join(LEVELS)}")
-
-
 @cache
 def level_tokens(schedule: ScaleSchedule, level: str) -> tuple[int, ...]:
     """Tokens of every scale at a level."""
-    _check_level(level)
     if level == FULL:
         return schedule.tokens
     if level == MEAN:
@@ -101,10 +91,6 @@ class LevelChoices:
     schedule: ScaleSchedule
     sink_scales: int = SINK_SCALES
     joint: int = 5
-
-    def __post_init__(self) -> None:
-        if self.sink_scales < 0 or self.joint < 0:
-            raise ValueError(f"sink_scales={self.sink_scales} and joint={self.joint} cannot be below 0")
 
     def of_source(self, source: int) -> tuple[int, ...]:
         """The levels of a source, fine to coarse, NONE last."""

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
+from itertools import accumulate
 from typing import Any
 
-from heatkv.core.checks import as_number, as_whole, shown, whole
+from heatkv.core.schema import shown
 from heatkv.errors import ScheduleError
 
 MAX_SIDE = 1 << 16
@@ -39,35 +40,28 @@ class ScaleSchedule:
     scales: tuple[tuple[int, int, int], ...]
 
     def __post_init__(self) -> None:
-        scales = tuple(_entries(self.scales))
-        if len(scales) > MAX_SCALES:
-            raise ScheduleError(f"a schedule has at most {MAX_SCALES} scales, this one has {len(scales)}")
-        for index, scale in enumerate(scales):
-            if len(scale) != 3 or not all(1 <= (as_whole(side) or 0) <= MAX_SIDE for side in scale):
+        if not 2 <= len(self.scales) <= MAX_SCALES:
+            raise ScheduleError(f"a schedule has 2 to {MAX_SCALES} scales, this one has {len(self.scales)}")
+        for index, scale in enumerate(self.scales):
+            if len(scale) != 3 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in scale):
                 raise ScheduleError(
                     f"scale {index} is {shown(scale)}; it must be (t, h, w), whole numbers from 1 to {MAX_SIDE}"
-                    + ("; ScaleSchedule.of takes (h, w) too" if len(scale) == 2 else "")
                 )
-        if len(scales) < 2:
-            raise ScheduleError(
-                f"a schedule needs at least 2 scales, this one has {len(scales)}: with one scale nothing is cached"
-            )
-        object.__setattr__(self, "scales", tuple(tuple(map(int, scale)) for scale in scales))
 
     # ------------------------------------------------------------------ ways to make one
 
     @classmethod
     def of(cls, scales: Iterable[Sequence[int]]) -> ScaleSchedule:
         """From (h, w) pairs or (t, h, w) triples, as lists or tuples (for instance from JSON). Raises ScheduleError."""
-        return cls(tuple((1, *entry) if len(entry) == 2 else entry for entry in _entries(scales)))  # type: ignore[misc]
+        try:
+            return cls(tuple((1, *entry) if len(entry) == 2 else tuple(entry) for entry in scales))  # type: ignore[misc]
+        except TypeError as error:
+            raise ScheduleError(f"a schedule is a list of [t, h, w] or [h, w], not {shown(scales)}") from error
 
     @classmethod
     def square(cls, sides: Iterable[int]) -> ScaleSchedule:
         """An image schedule of square scales with these sides. Raises ScheduleError."""
-        try:
-            return cls(tuple((1, side, side) for side in sides))
-        except TypeError:
-            raise ScheduleError(f"sides is {shown(sides)}; give a list of whole numbers, coarse to fine") from None
+        return cls(tuple((1, side, side) for side in sides))
 
     @classmethod
     def var(cls, pixels: int | str = 256) -> ScaleSchedule:
@@ -88,19 +82,17 @@ class ScaleSchedule:
         ScheduleError for another size or a ratio outside 0.1 to 10.
         """
         data = _infinity_data()
-        if not isinstance(size, str) or size not in data["sizes"]:
+        if size not in data["sizes"]:
             raise ScheduleError(f"Infinity has no size {shown(size)}; known: {', '.join(data['sizes'])}")
-        taken = cls.infinity_template(ratio)
-        template = next(entry for entry in data["templates"].values() if entry["h_div_w"] == taken)
+        nearest = cls.infinity_template(ratio)
+        template = next(entry for entry in data["templates"].values() if entry["h_div_w"] == nearest)
         return cls.of(template["scales"][: data["sizes"][size]])
 
     @classmethod
     def infinity_template(cls, ratio: float) -> float:
         """Height/width of the published template nearest to `ratio`, the first one on ties. Raises ScheduleError."""
-        if not 0.1 <= as_number(ratio) <= 10:
-            raise ScheduleError(
-                f"height/width ratio {shown(ratio)} is outside 0.1 to 10; templates run from 0.333 to 3.0"
-            )
+        if not 0.1 <= ratio <= 10:
+            raise ScheduleError(f"height/width ratio {ratio} is outside 0.1 to 10; templates run from 0.333 to 3.0")
         return min(cls.infinity_ratios(), key=lambda own: abs(own - ratio))
 
     @classmethod
@@ -126,12 +118,7 @@ class ScaleSchedule:
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Tokens before every scale; one entry more than scales, the last is the total."""
-        total = 0
-        out = [0]
-        for count in self.tokens:
-            total += count
-            out.append(total)
-        return tuple(out)
+        return tuple(accumulate(self.tokens, initial=0))
 
     @property
     def total_tokens(self) -> int:
@@ -143,8 +130,7 @@ class ScaleSchedule:
         return self.offsets[-2]
 
     def slice(self, scale: int) -> slice:
-        """Where the tokens of one scale lie in the flat sequence. Raises ScheduleError for a scale there is not."""
-        scale = whole(scale, "scale", ScheduleError, 0, len(self) - 1)
+        """Where the tokens of one scale lie in the flat sequence."""
         return slice(self.offsets[scale], self.offsets[scale + 1])
 
     def to_json(self) -> list[list[int]]:
@@ -155,16 +141,6 @@ class ScaleSchedule:
         if all(t == 1 and h == w for t, h, w in self.scales):
             return ",".join(str(h) for _, h, _ in self.scales)
         return ",".join(f"{h}x{w}" if t == 1 else f"{t}x{h}x{w}" for t, h, w in self.scales)
-
-
-def _entries(scales: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
-    try:
-        return [tuple(scale) for scale in scales]
-    except TypeError as error:
-        raise ScheduleError(
-            f"a schedule is a list of [t, h, w] or [h, w], not {shown(scales)}; of square scales, ScaleSchedule.square "
-            "takes the sides"
-        ) from error
 
 
 @cache

@@ -4,43 +4,45 @@ S-CAS, the scale-dependent cumulative attention score of HeatKV, is the attentio
 s, averaged over queries, over later target scales (the last included) and over calibration samples.
 The drop error is what the picture's stream loses when one cell is dropped: the squared change of the head's
 contribution, relative to the residual stream that enters the layer.
-Arrays: L layers, H heads, T scales; mass[l, h, t, s] is target scale t looking at source scale s.
+Arrays: L layers, H heads, T scales; mass[l, h, t, s] is target scale t looking at source scale s; levels are indices
+into LEVELS with NONE after them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save as safetensors_bytes
+from msgspec import Meta, Struct
 
-from heatkv.core.checks import number, of_kind, regular_array, shown, whole
-from heatkv.core.contents import EqualByContents
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.io import as_json, check_header, parse_json, read_json, replacing, whole_file
-from heatkv.core.level_statistics import LARGEST_SUM, LevelStatistics
+from heatkv.core.io import check_header, in_file, read_tensors, write_tensors
+from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.errors import FormatError, ScheduleError, StatisticsError
+from heatkv.core.schema import EqualByContents, FloatArray, convert, fixed
+from heatkv.errors import FormatError, StatisticsError
 
 FORMAT, VERSION = "heatkv-statistics", 1
-_NEEDED = ("mass_sum", "mass_square_sum")
-_ARRAYS = (*_NEEDED, "all_mass_sum", "error_sum")
-_OF_TARGETS = ("concentration_sum", "similarity_sum")
+
+_AXES = {
+    "mass_sum": "LHTT", "mass_square_sum": "LHTT", "all_mass_sum": "LHTT", "error_sum": "LHTT",
+    "concentration_sum": "LHT", "similarity_sum": "LT",
+}  # fmt: skip
+"""The arrays of a statistics file; all but the first two may be missing."""
+
 _MASS_TOLERANCE = 1e-3  # of the sum over sources, which is 1: bf16 attention rounds
 
-PUBLISHED_SINKS = 3
-"""First scales that published rankings leave out, as the paper never drops them."""
+COSTS = ("error", "fisher")
+"""The kinds of level costs."""
 
-_MEASURE_INSTEAD = "plan from statistics of it (heatkv calibrate, then --statistics FILE)"
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+LARGEST_SUM = 1e100
+"""Of anything that was measured: far above every real one, and its sums and squares still finite."""
 
 
 def mean_over_targets(values_LHTT: FloatArray) -> FloatArray:
@@ -52,9 +54,204 @@ def mean_over_targets(values_LHTT: FloatArray) -> FloatArray:
     return mean
 
 
+def calibrated_bias(schedule: ScaleSchedule, whole_LHT: FloatArray, pooled_LHTV: FloatArray) -> FloatArray:
+    """log_bias[l, h, s, level] = log(attention mass on the whole cell / the same with its pooled keys and no bias).
+
+    Both masses are sums over all later queries, relative to the full attention's. The log of the count stands in
+    where nothing was read; level "full" has 0.
+    """
+    counts = np.stack([log_counts(schedule, level) for level in LEVELS], axis=-1)
+    bias = np.broadcast_to(counts, pooled_LHTV.shape).copy()
+    read = (whole_LHT[..., None] > 0) & (pooled_LHTV > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bias[read] = np.log(whole_LHT[..., None] / pooled_LHTV)[read]
+    bias[..., 0] = 0
+    return bias
+
+
+def _check_array(array: FloatArray, shape: tuple[int, ...], name: str, least: float = 0) -> None:
+    """Raise StatisticsError for another shape, or an entry below `least`, above LARGEST_SUM or not a number."""
+    if array.shape != shape or 0 in shape:
+        raise StatisticsError(f"{name} has shape {array.shape}, not {shape}")
+    wrong = np.argwhere(~((array >= least) & (array <= LARGEST_SUM)))
+    if len(wrong):
+        place = tuple(int(i) for i in wrong[0])
+        raise StatisticsError(
+            f"{name}{list(place)} is {array[place]}; it must be from {least:g} to {LARGEST_SUM:g}: measure it again"
+        )
+
+
+class SampleSums(EqualByContents, ABC):
+    """Arrays that were summed over samples, so that those of disjoint samples add up; equal when all they hold is."""
+
+    samples: tuple[str, ...]
+
+    @abstractmethod
+    def sums(self) -> dict[str, FloatArray]:
+        """What was measured, summed over samples, by the names in files."""
+
+    @abstractmethod
+    def with_sums(self, sums: Mapping[str, FloatArray], samples: tuple[str, ...]) -> Self:
+        """Other sums, over other samples, measured alike."""
+
+    @abstractmethod
+    def check_alike(self, other: Self) -> None:
+        """Raise StatisticsError for what was measured in another way, so that sums cannot be added up."""
+
+    @property
+    def count(self) -> int:
+        """Samples measured."""
+        return len(self.samples)
+
+    def merge(self, other: Self) -> Self:
+        """Both sample sets as one. Raises StatisticsError when they were not measured alike or share a sample."""
+        self.check_alike(other)
+        shared = set(self.samples) & set(other.samples)
+        if shared:
+            raise StatisticsError(
+                f"{len(shared)} samples are in both (for instance {min(shared)}); measure others, with another seed"
+            )
+        mine, theirs = self.sums(), other.sums()
+        if set(mine) != set(theirs):
+            raise StatisticsError(
+                f"cannot merge statistics of {', '.join(mine)} with those of {', '.join(theirs)}; calibrate again"
+            )
+        return self.with_sums(
+            {name: array + theirs[name] for name, array in mine.items()}, self.samples + other.samples
+        )
+
+    def _check_samples(self) -> None:
+        if not self.samples or len(set(self.samples)) != self.count:
+            raise StatisticsError("statistics are of no sample, or count one twice")
+
+
+class _LevelHeader(Struct):
+    cost: Literal["error", "fisher"]
+    sink_scales: Annotated[int, Meta(ge=0)]
+    joint: Annotated[int, Meta(ge=0)]
+    samples: tuple[str, ...]
+    bias_samples: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LevelStatistics(SampleSums):
+    """Costs of holding cells at coarser levels, summed over samples, under frozen biases.
+
+    `log_bias` is (L, H, T, levels). `joint_sum[t]` is (L, H, combinations of target t) in the order of `choices`;
+    `single_sum[l, h, t, s, level]` is the cost of that level alone, all else whole, for the sources that are not joint.
+    `cost` is "error", the squared output error relative to the residual stream, summed over queries, or "fisher", the
+    expected squared change of the log-likelihood.
+    """
+
+    choices: LevelChoices
+    cost: str
+    log_bias: FloatArray
+    joint_sum: tuple[FloatArray, ...]
+    single_sum: FloatArray
+    samples: tuple[str, ...]
+    bias_samples: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("log_bias", "single_sum"):
+            object.__setattr__(self, name, fixed(np.array(getattr(self, name), dtype=np.float64)))
+        joint = tuple(fixed(np.array(array, dtype=np.float64)) for array in self.joint_sum)
+        object.__setattr__(self, "joint_sum", joint)
+
+    def __hash__(self) -> int:
+        return hash((self.choices, self.cost, self.samples))
+
+    @property
+    def layers(self) -> int:
+        return int(self.log_bias.shape[0])
+
+    @property
+    def heads(self) -> int:
+        return int(self.log_bias.shape[1])
+
+    @cached_property
+    def joint(self) -> tuple[FloatArray, ...]:
+        """Mean over samples of the cost of every combination, per target (L, H, combinations)."""
+        return tuple(joint / self.count for joint in self.joint_sum)
+
+    @cached_property
+    def single(self) -> FloatArray:
+        """Mean over samples of the cost of one source at a level, [l, h, t, s, level]."""
+        return self.single_sum / self.count
+
+    def sums(self) -> dict[str, FloatArray]:
+        joint = {f"joint_sum.{target}": array for target, array in enumerate(self.joint_sum)}
+        return {"single_sum": self.single_sum, **joint}
+
+    def with_sums(self, sums: Mapping[str, FloatArray], samples: tuple[str, ...]) -> LevelStatistics:
+        joint = tuple(sums[f"joint_sum.{target}"] for target in range(len(self.joint_sum)))
+        return replace(self, joint_sum=joint, single_sum=sums["single_sum"], samples=samples)
+
+    def check(self) -> None:
+        """Raise StatisticsError for arrays that do not fit together, costs that are not finite or negative, and samples
+        that are none or counted twice."""
+        scales, heads = len(self.choices.schedule), self.log_bias.shape[:2]
+        _check_array(self.log_bias, (*heads, scales, len(LEVELS)), "log_bias of levels", -LARGEST_SUM)
+        _check_array(self.single_sum, (*heads, scales, scales, NONE + 1), "single_sum of levels")
+        for target, joint in enumerate(self.joint_sum):
+            combinations = math.prod(self.choices.shape(target))
+            _check_array(joint, (*heads, combinations), f"joint_sum of levels for target {target}")
+        self._check_samples()
+
+    def check_alike(self, other: LevelStatistics) -> None:
+        """Raise StatisticsError for other biases, kinds or choices, with which costs cannot be added up."""
+        for name in ("cost", "choices"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise StatisticsError(f"cannot merge level costs of {name} {mine} and {theirs}; measure both alike")
+        if not np.array_equal(self.log_bias, other.log_bias):
+            raise StatisticsError(
+                "cannot merge level costs measured under different biases; measure the second part with the first's"
+            )
+
+    # ------------------------------------------------------------------ files
+
+    def arrays(self) -> dict[str, FloatArray]:
+        """The arrays by their names in a statistics file."""
+        return {"levels.log_bias": self.log_bias} | {f"levels.{name}": array for name, array in self.sums().items()}
+
+    def header(self) -> dict[str, Any]:
+        """What a statistics file says of them."""
+        return {
+            "cost": self.cost,
+            "sink_scales": self.choices.sink_scales,
+            "joint": self.choices.joint,
+            "samples": list(self.samples),
+            "bias_samples": list(self.bias_samples),
+        }
+
+    @classmethod
+    def from_file(
+        cls, schedule: ScaleSchedule, header: Any, arrays: Mapping[str, FloatArray], source: str | Path = "level costs"
+    ) -> LevelStatistics:
+        """From what `header` and `arrays` gave. Raises FormatError or StatisticsError."""
+        told = convert(header, _LevelHeader, source)
+        joint = [f"levels.joint_sum.{target}" for target in range(len(schedule))]
+        _check_names(arrays, ("levels.log_bias", "levels.single_sum", *joint), (), source)
+        costs = cls(
+            LevelChoices(schedule, told.sink_scales, told.joint), told.cost, arrays["levels.log_bias"],
+            tuple(arrays[name] for name in joint), arrays["levels.single_sum"], told.samples, told.bias_samples,
+        )  # fmt: skip
+        costs.check()
+        return costs
+
+
+def _check_names(
+    arrays: Mapping[str, FloatArray], needed: tuple[str, ...], optional: tuple[str, ...], source: str | Path
+) -> None:
+    if not set(needed) <= set(arrays) <= {*needed, *optional}:
+        raise FormatError(f"{source} holds the arrays {sorted(arrays)}; it must hold {', '.join((*needed, *optional))}")
+    if other := sorted(name for name, array in arrays.items() if array.dtype.kind != "f"):
+        raise FormatError(f"{source}: {other[0]} is of {arrays[other[0]].dtype}, not of floating-point numbers")
+
+
 @dataclass(frozen=True)
 class Provenance:
-    """Where statistics were measured. All but `samples`, `seed` and `versions` must agree for a merge.
+    """Where statistics were measured. All but `samples` and `versions` must agree for a merge.
 
     `samples` names every calibration sample once, as "seed:index:label". `cfg` is None when the guidance was not told.
     """
@@ -65,15 +262,6 @@ class Provenance:
     settings: Mapping[str, Any]
     samples: tuple[str, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("model", "fingerprint"):
-            of_kind(getattr(self, name), str, name, StatisticsError, "give it as text")
-        for name in ("settings", "versions"):
-            of_kind(getattr(self, name), Mapping, name, StatisticsError, "give a dictionary")
-        if self.cfg is not None:
-            object.__setattr__(self, "cfg", number(self.cfg, "cfg", StatisticsError))
-        of_kind(self.samples, tuple, "samples", StatisticsError, "give a tuple of names, seed:index:label")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -86,16 +274,21 @@ class Provenance:
         }
 
 
+class _Header(Struct):
+    schedule: list[list[int]]
+    provenance: Provenance
+    levels: Any = None
+
+
 @dataclass(frozen=True, eq=False)
-class Statistics(EqualByContents):
+class Statistics(SampleSums):
     """Sums over samples, so that shards merge by addition; float64 (L, H, T, T), entries with s > t are zero.
 
     `mass_sum` and `mass_square_sum` are of the conditional rows' attention mass, as the paper has it, `all_mass_sum`
     of the mean over all rows, `error_sum` of the drop error, summed over queries, mean over rows; `levels` are the
     costs of coarser levels. `concentration_sum` (L, H, T) is of how unevenly a scale's queries attend to the keys,
     `similarity_sum` (L, T) of how much its keys and values are like those of the scale before. The last five are None
-    where they were not measured. Statistics are equal when all they hold is, arrays exactly so. Raises StatisticsError
-    for wrong kinds or shapes, values that are not finite or negative, or masses that do not sum to one.
+    where they were not measured.
     """
 
     schedule: ScaleSchedule
@@ -109,97 +302,11 @@ class Statistics(EqualByContents):
     similarity_sum: FloatArray | None = None
 
     def __post_init__(self) -> None:
-        of_kind(self.schedule, ScaleSchedule, "schedule", StatisticsError, "give the ScaleSchedule they are of")
-        of_kind(
-            self.provenance, Provenance, "provenance", StatisticsError, "say in a Provenance where they were measured"
-        )
-        if self.levels is not None:
-            of_kind(self.levels, LevelStatistics, "levels", StatisticsError, "give LevelStatistics, or None for none")
-        scales = len(self.schedule)
-        for name, given in self.sums().items():
-            if name in _OF_TARGETS:
-                self._check_of_targets(name, given)
-                continue
-            try:
-                array = np.array(given, dtype=np.float64)
-            except (TypeError, ValueError):
-                raise StatisticsError(f"{name} is {shown(given)}; it must be an array of numbers") from None
-            if array.ndim != 4 or array.shape[2:] != (scales, scales) or 0 in array.shape:
-                raise StatisticsError(f"{name} has shape {array.shape}; it must be (layers, heads, {scales}, {scales})")
-            if not ((array >= 0) & (array <= LARGEST_SUM)).all():
-                layer, head, target, source = (int(i) for i in np.argwhere(~((array >= 0) & (array <= LARGEST_SUM)))[0])
-                raise StatisticsError(
-                    f"{name} of layer {layer}, head {head}, target {target}, source {source} is "
-                    f"{array[layer, head, target, source]}; it must be finite and not negative, and below "
-                    f"{LARGEST_SUM:g}"
-                )
-            if array.shape != np.shape(self.mass_sum):
-                raise StatisticsError(f"mass_sum is {np.shape(self.mass_sum)}, {name} {array.shape}")
-            if np.triu(array, 1).any():
-                raise StatisticsError(f"{name}: a target scale looks at a later source scale, which does not exist yet")
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
-        if self.levels is not None and (
-            (self.levels.layers, self.levels.heads) != (self.layers, self.heads)
-            or self.levels.choices.schedule != self.schedule
-        ):
-            raise StatisticsError(
-                f"the level costs are of {self.levels.layers} layers x {self.levels.heads} heads and the schedule "
-                f"{self.levels.choices.schedule}, the rest of {self.layers} x {self.heads} and {self.schedule}"
-            )
-        if not self.count:
-            raise StatisticsError("statistics of no sample say nothing; calibrate with at least one")
-        if len(set(self.provenance.samples)) != self.count:
-            raise StatisticsError("a calibration sample is counted twice")
-        for sums in (self.mass_sum, self.all_mass_sum):
-            if sums is None:
-                continue
-            off = np.abs((sums / self.count).sum(axis=3) - 1).max()
-            if off > _MASS_TOLERANCE:
-                raise StatisticsError(f"the attention mass of a head sums to 1 +- {off:.3g} over its sources, not to 1")
-        self._check_possible()
-
-    def _check_possible(self) -> None:
-        """Raise StatisticsError for sums that no samples can have: squares beside their masses, cosines, variances."""
-        mean, square = self.mass_sum / self.count, self.mass_square_sum / self.count
-        # of shares from 0 to 1: mean^2 <= mean of squares <= mean
-        impossible = (square < mean**2 - _MASS_TOLERANCE) | (square > mean + _MASS_TOLERANCE)
-        if impossible.any():
-            layer, head, target, source = (int(i) for i in np.argwhere(impossible)[0])
-            raise StatisticsError(
-                f"mass_square_sum of layer {layer}, head {head}, target {target}, source {source} cannot be that of "
-                f"masses whose sum is mass_sum; measure the statistics again"
-            )
-        keys = np.cumsum(self.schedule.tokens, dtype=float)  # that a target may see: the variance is below their count
-        for name, most in (("similarity_sum", 1.0), ("concentration_sum", keys)):
-            array = getattr(self, name)
-            if array is not None and (np.abs(array / self.count) > most * (1 + _MASS_TOLERANCE)).any():
-                raise StatisticsError(f"{name} is beyond what it can be of {self.count} samples; measure them again")
-
-    def sums(self) -> dict[str, FloatArray]:
-        """What was measured, summed over samples, by the names in files."""
-        names = (*_ARRAYS, *_OF_TARGETS)
-        return {name: array for name in names if (array := getattr(self, name)) is not None or name in _NEEDED}
-
-    def _check_of_targets(self, name: str, given: FloatArray) -> None:
-        array = np.array(given, dtype=np.float64)
-        of_heads = name == "concentration_sum"
-        wanted = (self.layers, *((self.heads,) if of_heads else ()), len(self.schedule))
-        if array.shape != wanted:
-            raise StatisticsError(f"{name} has shape {array.shape}; it must be {wanted}")
-        fine = (np.abs(array) <= LARGEST_SUM) & ((array >= 0) | (not of_heads))
-        if not fine.all():
-            layer, *head, target = (int(i) for i in np.argwhere(~fine)[0])
-            of_head = f", head {head[0]}" if head else ""
-            raise StatisticsError(
-                f"{name} of layer {layer}{of_head}, target {target} is {array[layer, *head, target]}; it must be finite"
-                f"{' and not negative' if of_heads else ''}, and below {LARGEST_SUM:g}"
-            )
-        array.setflags(write=False)
-        object.__setattr__(self, name, array)
+        for name, array in self.sums().items():
+            object.__setattr__(self, name, fixed(np.array(array, dtype=np.float64)))
 
     def __hash__(self) -> int:
-        return hash((self.schedule, self.provenance.fingerprint, self.provenance.samples))
+        return hash((self.schedule, self.provenance.fingerprint, self.samples))
 
     @property
     def layers(self) -> int:
@@ -210,15 +317,22 @@ class Statistics(EqualByContents):
         return int(self.mass_sum.shape[1])
 
     @property
-    def count(self) -> int:
-        """Samples measured."""
-        return len(self.provenance.samples)
+    def samples(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The name of every sample."""
+        return self.provenance.samples
+
+    def sums(self) -> dict[str, FloatArray]:
+        return {name: array for name in _AXES if (array := getattr(self, name)) is not None}
+
+    def with_sums(self, sums: Mapping[str, FloatArray], samples: tuple[str, ...]) -> Statistics:
+        return replace(self, provenance=replace(self.provenance, samples=samples), **sums)
+
+    # ------------------------------------------------------------------ means
 
     @cached_property
     def mass(self) -> FloatArray:
         """Mean attention mass [l, h, t, s] over samples and queries."""
-        mean: FloatArray = self.mass_sum / self.count
-        return mean
+        return self._mean("mass_sum")
 
     @cached_property
     def spread(self) -> FloatArray:
@@ -235,7 +349,7 @@ class Statistics(EqualByContents):
 
         Raises StatisticsError when it was not measured.
         """
-        return self._measured("all_mass_sum")
+        return self._mean("all_mass_sum")
 
     @property
     def drop_error(self) -> FloatArray:
@@ -244,7 +358,7 @@ class Statistics(EqualByContents):
 
         Raises StatisticsError when it was not measured.
         """
-        return self._measured("error_sum")
+        return self._mean("error_sum")
 
     @property
     def concentration(self) -> FloatArray:
@@ -253,7 +367,7 @@ class Statistics(EqualByContents):
 
         Raises StatisticsError when it was not measured.
         """
-        return self._measured("concentration_sum")
+        return self._mean("concentration_sum")
 
     @property
     def similarity(self) -> FloatArray:
@@ -262,17 +376,16 @@ class Statistics(EqualByContents):
 
         Raises StatisticsError when it was not measured.
         """
-        return self._measured("similarity_sum")
+        return self._mean("similarity_sum")
 
-    def _measured(self, name: str) -> FloatArray:
+    def _mean(self, name: str) -> FloatArray:
         sums: FloatArray | None = getattr(self, name)
         if sums is None:
             raise StatisticsError(
                 f"these statistics ({self.provenance.model}) lack {name}, which was not measured with them; calibrate "
                 "again with this release"
             )
-        mean: FloatArray = sums / self.count
-        return mean
+        return sums / self.count
 
     @cached_property
     def scas(self) -> FloatArray:
@@ -288,9 +401,36 @@ class Statistics(EqualByContents):
         gini: FloatArray = np.divide(weights @ flat, count * total, out=np.zeros_like(total), where=total > 0)
         return gini
 
+    # ------------------------------------------------------------------ checks
+
+    def check(self) -> None:
+        """Raise StatisticsError for wrong shapes, values that are not finite or negative, masses that do not sum to
+        one, and samples that are none or counted twice."""
+        sizes = {"L": self.layers, "H": self.heads, "T": len(self.schedule)} if self.mass_sum.ndim == 4 else {}
+        for name, array in self.sums().items():
+            shape = tuple(sizes.get(axis, -1) for axis in _AXES[name])
+            _check_array(array, shape, name, -LARGEST_SUM if name == "similarity_sum" else 0)
+            if len(shape) == 4 and np.triu(array, 1).any():
+                raise StatisticsError(f"{name}: a target scale looks at a later source scale, which does not exist yet")
+        self._check_samples()
+        for sums in (self.mass_sum, self.all_mass_sum):
+            off = 0 if sums is None else np.abs((sums / self.count).sum(axis=3) - 1).max()
+            if off > _MASS_TOLERANCE:
+                raise StatisticsError(f"the attention mass of a head sums to 1 +- {off:.3g} over its sources, not to 1")
+        if self.levels is not None:
+            self._check_levels(self.levels)
+
+    def _check_levels(self, levels: LevelStatistics) -> None:
+        mine = (self.layers, self.heads, self.schedule)
+        theirs = (levels.layers, levels.heads, levels.choices.schedule)
+        if mine != theirs:
+            raise StatisticsError(
+                "the level costs are of {} layers x {} heads and the schedule {}, ".format(*theirs)
+                + "the rest of {} x {} and {}".format(*mine)
+            )
+
     def check_geometry(self, geometry: CacheGeometry) -> None:
         """Raise StatisticsError unless they were measured on a model of this geometry and schedule."""
-        of_kind(geometry, CacheGeometry, "geometry", StatisticsError, "give that of a model: model.geometry")
         if (self.layers, self.heads) != (geometry.layers, geometry.heads):
             raise StatisticsError(
                 f"the statistics are of {self.layers} layers x {self.heads} heads ({self.provenance.model}), the model "
@@ -309,62 +449,30 @@ class Statistics(EqualByContents):
                 f"{self.provenance.fingerprint}; the model's is {fingerprint}); calibrate this model"
             )
 
-    def of_heads(self, heads_LH: IntArray) -> Statistics:
-        """What was measured of these heads of every layer, in this order; (L, heads to take) indices.
+    def check_alike(self, other: Statistics) -> None:
+        """Raise StatisticsError for statistics of another model, guidance, schedule or settings."""
+        for name in ("model", "fingerprint", "cfg", "settings"):
+            mine, theirs = getattr(self.provenance, name), getattr(other.provenance, name)
+            if mine != theirs:
+                raise StatisticsError(f"cannot merge statistics with {name} {mine!r} and {theirs!r}")
+        if self.schedule != other.schedule or self.mass_sum.shape != other.mass_sum.shape:
+            raise StatisticsError("cannot merge statistics of different schedules or head counts")
 
-        The similarity of scales, which is a mean over heads, stays that of the layer.
-        """
-        layers = np.arange(self.layers)[:, None]
-
-        def taken(array: FloatArray | None) -> FloatArray | None:
-            return None if array is None else array[layers, heads_LH]
-
-        return replace(
-            self,
-            mass_sum=self.mass_sum[layers, heads_LH],
-            mass_square_sum=self.mass_square_sum[layers, heads_LH],
-            all_mass_sum=taken(self.all_mass_sum),
-            error_sum=taken(self.error_sum),
-            concentration_sum=taken(self.concentration_sum),
-            levels=None if self.levels is None else self.levels.of_heads(heads_LH),
-        )
+    # ------------------------------------------------------------------ level costs, merging, files
 
     def with_levels(self, levels: LevelStatistics | None) -> Statistics:
         """The same with these level costs. Raises StatisticsError when they are of another geometry."""
+        if levels is not None:
+            self._check_levels(levels)
         return replace(self, levels=levels)
 
     def merge(self, other: Statistics) -> Statistics:
-        """Both sample sets as one. Raises StatisticsError when they were not measured alike or share a sample."""
-        of_kind(other, Statistics, "the other", StatisticsError, "load statistics with Statistics.load, or calibrate")
-        mine, theirs = self.provenance, other.provenance
-        for name in ("model", "fingerprint", "cfg", "settings"):
-            if getattr(mine, name) != getattr(theirs, name):
-                raise StatisticsError(
-                    f"cannot merge statistics with {name} {getattr(mine, name)!r} and {getattr(theirs, name)!r}"
-                )
-        if self.schedule != other.schedule or self.mass_sum.shape != other.mass_sum.shape:
-            raise StatisticsError("cannot merge statistics of different schedules or head counts")
-        twice = set(mine.samples) & set(theirs.samples)
-        if twice:
-            raise StatisticsError(
-                f"{len(twice)} samples are in both statistics (for instance {min(twice)}); use another seed"
-            )
-        merged = Provenance(
-            mine.model, mine.fingerprint, mine.cfg, mine.settings, mine.samples + theirs.samples, mine.versions
-        )
-        arrays, more = self.sums(), other.sums()
-        if set(arrays) != set(more):
-            raise StatisticsError(
-                f"cannot merge statistics of {', '.join(arrays)} with those of {', '.join(more)}; calibrate again"
-            )
-        sums = {name: array + more[name] for name, array in arrays.items()}
-        mine_levels, their_levels = self.levels, other.levels
-        levels = mine_levels if mine_levels is not None else their_levels
-        if mine_levels is not None and their_levels is not None:
-            levels = mine_levels.merge(their_levels)
-        return Statistics(self.schedule, provenance=merged, levels=levels, **sums)
-
-    # ------------------------------------------------------------------ files
+        """Both sample sets as one, and their level costs. Raises StatisticsError when they were not measured alike or
+        share a sample."""
+        levels = self.levels or other.levels
+        if self.levels is not None and other.levels is not None:
+            levels = self.levels.merge(other.levels)
+        return replace(super().merge(other), levels=levels)
 
     def save(self, path: str | Path) -> None:
         """Write a statistics file, whole or not at all. Raises FormatError."""
@@ -378,9 +486,7 @@ class Statistics(EqualByContents):
         if self.levels is not None:
             header["levels"] = self.levels.header()
             arrays |= self.levels.arrays()
-        text = as_json(header, path)
-        with replacing(path) as temporary:
-            temporary.write_bytes(safetensors_bytes(arrays, metadata={"heatkv": text}))
+        write_tensors(path, header, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -388,165 +494,15 @@ class Statistics(EqualByContents):
 
         Raises FormatError, ScheduleError or StatisticsError.
         """
-        path = whole_file(path)
-        try:
-            with safe_open(path, framework="numpy") as file:
-                text = (file.metadata() or {}).get("heatkv", "null")
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except OSError as error:
-            raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-        except Exception as error:  # whatever safetensors stumbles over: types that numpy lacks, shapes beyond it
-            raise FormatError(f"{path} is not a whole statistics file: {error}") from error
-        if other := sorted(name for name, array in arrays.items() if array.dtype.kind != "f"):
-            raise FormatError(
-                f"{path} is not a whole statistics file: {shown(other[0])} is of {arrays[other[0]].dtype}, not of "
-                "floating-point numbers"
-            )
-        header = check_header(parse_json(text, path), path, FORMAT, VERSION)
-        try:
-            told = header["provenance"]
-            for name in ("settings", "versions"):
-                if not isinstance(told[name], dict):
-                    raise FormatError(
-                        f"{path} is not a whole statistics file: its {name} is {shown(told[name])}, no object"
-                    )
-            levels = None
-            if "levels" in header:
-                of_levels = {name: arrays.pop(name) for name in list(arrays) if name.startswith("levels.")}
-                levels = LevelStatistics.from_file(ScaleSchedule.of(header["schedule"]), header["levels"], of_levels)
-            known = (*_ARRAYS, *_OF_TARGETS)
-            if not set(_NEEDED) <= set(arrays) <= set(known):
-                raise FormatError(f"{path} holds the arrays {sorted(arrays)}; known are {', '.join(known)}")
-            return cls(
-                ScaleSchedule.of(header["schedule"]),
-                **arrays,
-                levels=levels,
-                provenance=Provenance(
-                    model=str(told["model"]),
-                    fingerprint=str(told["fingerprint"]),
-                    cfg=None if told["cfg"] is None else float(told["cfg"]),
-                    settings=dict(told["settings"]),
-                    samples=tuple(str(sample) for sample in told["samples"]),
-                    versions=dict(told["versions"]),
-                ),
-            )
-        except (StatisticsError, ScheduleError) as error:
-            raise type(error)(f"{path}: {error}") from error
-        except KeyError as error:
-            raise FormatError(f"{path} is not a whole statistics file: it lacks {shown(error.args[0])}") from error
-        except (TypeError, ValueError, OverflowError) as error:
-            raise FormatError(f"{path} is not a whole statistics file: {error}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class HeadRankings(EqualByContents):
-    """For consecutive source scales, every (layer, head) pair from least to most important.
-
-    `order[i]`, of (scales, L*H), belongs to source scale `first_scale + i` and lists flat pair indices l*H + h, first
-    dropped first. Rankings are equal when all they hold is. Raises StatisticsError for what is no such array.
-    """
-
-    layers: int
-    heads: int
-    first_scale: int
-    order: IntArray
-
-    def __post_init__(self) -> None:
-        for name, least in (("layers", 1), ("heads", 1), ("first_scale", 0)):
-            object.__setattr__(self, name, whole(getattr(self, name), name, StatisticsError, least))
-        try:
-            given = np.asarray(self.order)
-        except ValueError:
-            raise StatisticsError("the rankings are not all of the same length") from None
-        if not np.issubdtype(given.dtype, np.integer):
-            raise StatisticsError(f"rankings list whole numbers l*H + h, not {shown(self.order)}")
-        order = given.astype(np.int64)
-        pairs = self.layers * self.heads
-        if order.ndim != 2 or order.shape[1] != pairs:
-            raise StatisticsError(f"a ranking must list all {pairs} (layer, head) pairs; got an array {order.shape}")
-        if (np.sort(order, axis=1) != np.arange(pairs)).any():
-            raise StatisticsError("a ranking must list every (layer, head) pair exactly once")
-        order.setflags(write=False)
-        object.__setattr__(self, "order", order)
-
-    def __hash__(self) -> int:
-        return hash((self.layers, self.heads, self.first_scale, self.order.tobytes()))
-
-    @cached_property
-    def ranks(self) -> IntArray:
-        """Position of every pair in its ranking, shape (scales, L, H)."""
-        ranks = np.empty_like(self.order)
-        np.put_along_axis(ranks, self.order, np.arange(self.order.shape[1])[None], axis=1)
-        return ranks.reshape(-1, self.layers, self.heads)
-
-    def for_scales(self, first: int, stop: int) -> IntArray:
-        """Ranks (stop - first, L, H) of the source scales from `first` up to `stop`, not included."""
-        last = self.first_scale + len(self.order)
-        if first < self.first_scale or stop > last:
-            raise StatisticsError(
-                f"the rankings cover the source scales {self.first_scale} to {last - 1}; {first} to {stop - 1} are "
-                "needed: change the schedule or the number of sink scales"
-            )
-        return self.ranks[first - self.first_scale : stop - self.first_scale]
-
-    def of_heads(self, heads_LH: IntArray) -> HeadRankings:
-        """The rankings of these heads of every layer alone, renumbered in this order; (L, heads to take) indices."""
-        ranks_SP = self.ranks[:, np.arange(self.layers)[:, None], heads_LH].reshape(len(self.order), -1)
-        return HeadRankings(self.layers, heads_LH.shape[1], self.first_scale, np.argsort(ranks_SP, axis=1))
-
-    @classmethod
-    def from_scores(cls, scores_LHS: FloatArray) -> HeadRankings:
-        """Rank ascending by score, ties by head, then layer (HeatKV, section 3)."""
-        layers, heads, _ = scores_LHS.shape
-        by_head = scores_LHS.transpose(2, 1, 0).reshape(scores_LHS.shape[2], -1)
-        order = np.argsort(by_head, axis=1, kind="stable")
-        return cls(layers, heads, 0, (order % layers) * heads + order // layers)
-
-    @classmethod
-    def random(cls, geometry: CacheGeometry, seed: int) -> HeadRankings:
-        """An independent uniformly random ranking for every source scale."""
-        generator = np.random.default_rng(seed % (1 << 64))  # a negative seed is a seed too
-        pairs = geometry.layers * geometry.heads
-        order = np.stack([generator.permutation(pairs) for _ in range(len(geometry.schedule))])
-        return cls(geometry.layers, geometry.heads, 0, order)
-
-    @classmethod
-    def load_orders(cls, path: str | Path, geometry: CacheGeometry) -> HeadRankings:
-        """Read a ranking file as published with HeatKV: a list of rankings, each a list of [head, layer] pairs.
-
-        Such a file has one ranking for every cached scale but the first three, and is refused for a schedule of
-        another number of scales. What else it was measured on it does not tell. Raises FormatError or StatisticsError.
-        """
-        rankings, scales = cls.from_pairs(read_json(path), geometry, path), len(geometry.schedule)
-        count = len(rankings.order)
-        if rankings.first_scale != PUBLISHED_SINKS:
-            raise StatisticsError(
-                f"{path} has {count} rankings, which are those of a schedule of {count + PUBLISHED_SINKS + 1} scales "
-                f"(all cached ones but the first {PUBLISHED_SINKS}); this one has {scales} scales: {_MEASURE_INSTEAD}"
-            )
-        return rankings
-
-    @classmethod
-    def from_pairs(cls, value: Sequence[Any], geometry: CacheGeometry, source: str | Path) -> HeadRankings:
-        """From such a list of any number of rankings; the last one is that of the last cached scale, T-2."""
-        layers, heads, scales = geometry.layers, geometry.heads, len(geometry.schedule)
-        if not isinstance(value, list) or not value:
-            raise FormatError(f"{source} is no list of rankings")
-        pairs = regular_array(value, 3)
-        if pairs is None or pairs.shape[2] != 2:
-            raise FormatError(
-                f"{source} must be a list of rankings, all of the same length, of [head, layer] pairs of whole numbers"
-            )
-        if pairs.shape[1] != layers * heads:
-            raise StatisticsError(
-                f"{source} ranks {pairs.shape[1]} (head, layer) pairs; the model has {layers} layers x {heads} heads = "
-                f"{layers * heads}"
-            )
-        if pairs.shape[0] > scales - 1:
-            raise StatisticsError(
-                f"{source} has {pairs.shape[0]} rankings; the schedule caches {scales - 1} scales: {_MEASURE_INSTEAD}"
-            )
-        head, layer = pairs[..., 0], pairs[..., 1]
-        if (head < 0).any() or (head >= heads).any() or (layer < 0).any() or (layer >= layers).any():
-            raise StatisticsError(f"{source} names a head or layer outside {heads} heads and {layers} layers")
-        return cls(layers, heads, scales - 1 - pairs.shape[0], layer * heads + head)
+        text, arrays = read_tensors(path, "statistics")
+        header = convert(check_header(text, path, FORMAT, VERSION), _Header, path)
+        with in_file(path):
+            schedule, levels = ScaleSchedule.of(header.schedule), None
+            if header.levels is not None:
+                costs = {name: arrays.pop(name) for name in list(arrays) if name.startswith("levels.")}
+                levels = LevelStatistics.from_file(schedule, header.levels, costs)
+            needed, optional = tuple(_AXES)[:2], tuple(_AXES)[2:]
+            _check_names(arrays, needed, optional, "the file")
+            statistics = cls(schedule, provenance=header.provenance, levels=levels, **arrays)
+            statistics.check()
+        return statistics

@@ -7,7 +7,7 @@ Shapes: R rows, H heads, N tokens of the running scale, D head size, P arena slo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.core.checks import of_kind, shown, whole
 from heatkv.core.levels import level_tokens
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.schema import of_kind, shown, whole
 from heatkv.engine.attention.grouping import CallShape
 from heatkv.engine.attention.kernels import choose_kernel
 from heatkv.engine.attention.pooling import Reduction
@@ -62,8 +62,7 @@ class ArenaCache(ABC):
 
     A model calls `attend(layer, q, k, v)`, layer by layer and scale by scale; the cache counts the scales itself.
     Slots are read only after they were written for the running images, so neither a pad nor a leftover can be seen.
-    `correct(target, layer, q, out)` may change what attention gives. Raises PlanError when it is called in another
-    order, with another shape than the plan's, or in several dtypes.
+    Raises PlanError when it is called in another order, with another shape than the plan's, or in several dtypes.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class ArenaCache(ABC):
         rows: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        correct: Callable[[int, int, Tensor, Tensor], Tensor] | None,
         storage: str | None,
     ) -> None:
         of_kind(dtype, torch.dtype, "dtype", PlanError, "give a type of torch, such as torch.float32")
@@ -83,7 +81,6 @@ class ArenaCache(ABC):
             raise PlanError(f"dtype {dtype} cannot hold keys and values; known: {known}; for 8 bits, give storage")
         self.geometry = plan.geometry
         self.rows = whole(rows, "rows", PlanError, 1)
-        self._correct = correct
         self.store = Store(
             self.rows, slots, plan.geometry.head_dim, dtype, known_device(device), storage, uncoded_slots
         )
@@ -186,9 +183,6 @@ class ArenaCache(ABC):
     def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         """What `attend` gives, after which the cache holds what the next target reads."""
 
-    def _corrected(self, layer: int, q_RHND: Tensor, out_RHND: Tensor) -> Tensor:
-        return out_RHND if self._correct is None else self._correct(self._target, layer, q_RHND, out_RHND)
-
 
 class KVCache(ArenaCache):
     """Keys and values that a static plan keeps, for `rows` rows of images drawn together.
@@ -206,7 +200,6 @@ class KVCache(ArenaCache):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         key_angles: Sequence[Tensor] | None = None,
-        correct: Callable[[int, int, Tensor, Tensor], Tensor] | None = None,
         storage: str | None = None,
         attention: str = "auto",
     ) -> None:
@@ -217,7 +210,7 @@ class KVCache(ArenaCache):
         self.key_angles = key_angles
         self.layout = ArenaLayout.of(plan, storage is not None)
         slots, uncoded = self.layout.slots, self.layout.uncoded_slots
-        super().__init__(plan, slots, uncoded, rows, dtype, device, correct, storage)
+        super().__init__(plan, slots, uncoded, rows, dtype, device, storage)
         self.kernel = choose_kernel(attention, self.store)
         self._steps = self._prepare()
         self.reset()
@@ -299,7 +292,7 @@ class KVCache(ArenaCache):
     def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         step = self._steps[self._target][layer]
         with span(ATTENTION):
-            out = self._corrected(layer, q_RHND, self._attention(layer, q_RHND, k_RHND, v_RHND, step))
+            out = self._attention(layer, q_RHND, k_RHND, v_RHND, step)
         with span(CACHE_UPDATE):
             self._keep(k_RHND, v_RHND, step)
         return out

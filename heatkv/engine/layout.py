@@ -130,18 +130,10 @@ class ArenaLayout:
         frozen = (tuple(tuple(tuple(cells) for cells in layer) for layer in level) for level in runs)
         return cls(plan.peak_token_heads, tuple(frozen), first)
 
-    def _cached(self) -> list[tuple[Run, ...]]:
-        return [cell for level in self.levels for layer in level for head in layer for cell in head if cell]
-
     @cached_property
     def cells(self) -> int:
         """Cells that are held at all, once for every level."""
-        return len(self._cached())
-
-    @property
-    def runs_per_cell(self) -> float:
-        """Mean number of runs of a held cell; 1 is perfect."""
-        return sum(map(len, self._cached())) / self.cells if self.cells else 1.0
+        return sum(1 for level in self.levels for layer in level for head in layer for cell in head if cell)
 
 
 @dataclass(frozen=True)

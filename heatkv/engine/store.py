@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.core.checks import shown
+from heatkv.core.schema import shown
 from heatkv.errors import PlanError
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from heatkv.core.budget import Budget
 from heatkv.core.capacity_plan import CapacityPlan
-from heatkv.core.geometry import Budget, StorageType
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import ArenaCache, KVCache
 from heatkv.engine.attention.kernels import check_kernel
 from heatkv.engine.attention.ragged import HeadGroup, head_indices, with_held
@@ -34,8 +35,6 @@ from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.registry import find_policy
 
 _STORAGE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-Correct = Callable[[int, int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,6 @@ class SelectingCache(ArenaCache):
         rows: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        correct: Correct | None = None,
         query_weight: Callable[[int], Tensor] | None = None,
         storage: str | None = None,
     ) -> None:
@@ -79,7 +77,7 @@ class SelectingCache(ArenaCache):
         self.plan, self.policy = plan, policy
         self._query_weight = query_weight
         self.layout = CapacityLayout.of(plan)
-        super().__init__(plan, self.layout.slots, 0, rows, dtype, device, correct, storage)
+        super().__init__(plan, self.layout.slots, 0, rows, dtype, device, storage)
         on = self.store.device
         self._carried_RPX = torch.empty((rows, self.layout.slots, plan.carried), device=on) if plan.carried else None
         heads = plan.geometry.heads if plan.shared else 0
@@ -192,8 +190,6 @@ class SelectingCache(ArenaCache):
                 with span(CACHE_UPDATE):
                     writes.append((step, *self._chosen(layer, step, q, k, v)))
         assert out_RHND is not None
-        with span(ATTENTION):
-            out_RHND = self._corrected(layer, q_RHND, out_RHND)
         with span(CACHE_UPDATE):
             for step, k, v, carried in writes:  # after all are chosen: heads may take over each other's slots
                 self.store.write(step.places, k.flatten(1, 2), v.flatten(1, 2))
@@ -330,7 +326,7 @@ class SelectingCache(ArenaCache):
             past_k, past_v = self.store.read_rows(where_RM).unflatten(2, (heads, -1))
             k, v = torch.cat([past_k.to(k.dtype), k], dim=2), torch.cat([past_v.to(v.dtype), v], dim=2)
         out_RHND = F.scaled_dot_product_attention(q_RHND, k, v, attn_mask=mask, scale=1.0)
-        return self._corrected(layer, q_RHND, out_RHND), k, v, slots_RHM, valid_RHC
+        return out_RHND, k, v, slots_RHM, valid_RHC
 
     def _keep_shared(
         self,
@@ -386,7 +382,6 @@ def open_cache(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     key_angles: Sequence[Tensor] | None = None,
-    correct: Correct | None = None,
     query_weight: Callable[[int], Tensor] | None = None,
     storage: str | None = None,
     attention: str = "auto",
@@ -398,9 +393,9 @@ def open_cache(
     """
     if isinstance(plan, CapacityPlan):
         check_cache(plan, dtype, device, storage, attention)
-        return SelectingCache(plan, policy_of(plan), rows, dtype, device, correct, query_weight, storage)
+        return SelectingCache(plan, policy_of(plan), rows, dtype, device, query_weight, storage)
     assert isinstance(plan, Plan)
-    return KVCache(plan, rows, dtype, device, key_angles, correct, storage, attention)
+    return KVCache(plan, rows, dtype, device, key_angles, storage, attention)
 
 
 def check_cache(

@@ -17,9 +17,8 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from heatkv.compensation import Compensation, compensation_of
-from heatkv.core.checks import of_kind, shown
 from heatkv.core.plan import CachePlan
+from heatkv.core.schema import of_kind, shown
 from heatkv.engine.arena_cache import ArenaCache
 from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
 from heatkv.engine.token_cache import SelectingCache, open_cache
@@ -217,7 +216,6 @@ class Generator(Generic[Label]):
         plan: CachePlan,
         batch: int,
         settings: Settings | None = None,
-        compensation: Compensation | None = None,
         *,
         storage: str | None = None,
         attention: str = "auto",
@@ -233,10 +231,9 @@ class Generator(Generic[Label]):
             runner = CUDAGraphRunner(model.device) if graphs else EagerRunner()
         self.runner: StepRunner = runner
         rows = self.batch * self.settings.rows_per_image
-        correct = None if compensation is None else compensation.apply
         self.cache = open_cache(
-            plan, rows, model.compute_dtype, model.device, model.key_angles, correct, model.adapter.query_weight,
-            storage, attention,
+            plan, rows, model.compute_dtype, model.device, model.key_angles, model.adapter.query_weight, storage,
+            attention,
         )  # fmt: skip
         self._buffers = _Buffers(model, self.batch)
         self._drawing: Drawing[Label] | None = None
@@ -291,7 +288,6 @@ def draw_batches(
     first_sample: int = 0,
     batch: int = 16,
     settings: Settings | None = None,
-    compensation: Compensation | None = None,
     storage: str | None = None,
     attention: str = "auto",
     graphs: bool = False,
@@ -299,8 +295,6 @@ def draw_batches(
     """What `generate` gives, (at most `batch`, 3, H, W) at a time; raises what that raises, once the first is asked
     for."""
     seed, first_sample, batch, settings = checked_run(model, seed, first_sample, batch, settings, None)
-    if compensation is not None:
-        of_kind(compensation, Compensation, "compensation", ModelError, "fit one with fit_compensation")
     try:
         chosen = None if isinstance(labels, str) else list(labels)
     except TypeError:
@@ -310,15 +304,11 @@ def draw_batches(
     if not chosen:
         raise ModelError("no label was given; give one per image")
     drawn_from = [model.label(label) for label in chosen]
-    if compensation is None:
-        compensation = compensation_of(model, plan, seed=seed, settings=settings)
     generator = None
     for first in range(0, len(drawn_from), batch):
         part = drawn_from[first : first + batch]
         if generator is None or generator.batch != len(part):
-            generator = Generator(
-                model, plan, len(part), settings, compensation, storage=storage, attention=attention, graphs=graphs
-            )
+            generator = Generator(model, plan, len(part), settings, storage=storage, attention=attention, graphs=graphs)
         drawn = generator.draw(part, seed, range(first_sample + first, first_sample + first + len(part)))
         assert drawn.images is not None
         yield drawn.images
@@ -333,7 +323,6 @@ def generate(
     first_sample: int = 0,
     batch: int = 16,
     settings: Settings | None = None,
-    compensation: Compensation | None = None,
     progress: Callable[[int], None] | None = None,
     storage: str | None = None,
     attention: str = "auto",
@@ -343,8 +332,7 @@ def generate(
 
     Labels are what `model.label` reads: numbers (also of a numpy array or a tensor) or names of classes, prompts or
     texts. `first_sample` numbers the first one for the random numbers. The pictures do not depend on `batch` but for
-    rounding. `compensation` are the plan's corrections, from `heatkv.compensation.fit_compensation`; where the plan
-    asks for some and none are given, they are fitted first. `storage` and `attention` are those of Generator. With
+    rounding. `storage` and `attention` are those of Generator. With
     `graphs`, batches from the third on replay CUDA graphs, which draw the same. Raises ModelError for labels that the
     model does not have, PlanError for a plan of another model, GraphError for graphs without a CUDA device.
     """
@@ -352,7 +340,7 @@ def generate(
     images: list[Tensor] = []
     for drawn in draw_batches(
         model, labels, plan, seed=seed, first_sample=first_sample, batch=batch, settings=settings,
-        compensation=compensation, storage=storage, attention=attention, graphs=graphs,
+        storage=storage, attention=attention, graphs=graphs,
     ):  # fmt: skip
         images.append(drawn)
         if progress is not None:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.plan import Plan
+from heatkv.core.statistics import LevelStatistics
 from heatkv.errors import PlanError, StatisticsError
 from heatkv.solve.cells import Capacity
 
@@ -323,14 +323,14 @@ class _Master:
         head, columns = self.columns()
         if allowed is not None:
             head, columns = head[allowed], columns.of(allowed)
-        count, sums = len(head), capacity.groups * capacity.layers * scales
+        count, sums = len(head), capacity.layers * scales
         one_each = sparse.csr_array((np.ones(count), (head, np.arange(count))), shape=(self.heads, count + sums))
         held = -column_use(capacity, head, columns.tokens).T / self.unit
         equal = sparse.vstack([one_each, sparse.hstack([held, sparse.eye_array(sums)])], format="csr")
-        limits = sparse.hstack([sparse.csr_array((len(capacity.room), count)), capacity.rows], format="csr")
+        limits = sparse.hstack([sparse.csr_array((len(capacity.row_room), count)), capacity.rows], format="csr")
         right = np.concatenate([np.ones(self.heads), np.zeros(sums)])
         cost = np.concatenate([columns.cost / self.scale, np.zeros(sums)])
-        return cost, equal, right, limits, capacity.room / self.unit
+        return cost, equal, right, limits, capacity.row_room / self.unit
 
     def relax(self) -> tuple[float, FloatArray, FloatArray]:
         """Cost of the best mix, the prices of the capacity's rows, and the shares of the columns."""
@@ -342,7 +342,7 @@ class _Master:
         return (
             solved.fun * self.scale,
             prices,
-            solved.x[: -self.capacity.groups * self.capacity.layers * self.capacity.scales],
+            solved.x[: -self.capacity.layers * self.capacity.scales],
         )
 
     def columns(self) -> tuple[IntArray, _Paths]:
@@ -370,13 +370,13 @@ class _Master:
 
 
 def column_use(capacity: Capacity, head_C: IntArray, tokens_CT: IntArray) -> sparse.csr_array:
-    """Token-heads that a column adds to every (group, layer, target), (C, G * L * T)."""
+    """Token-heads that a column adds to every (layer, target), (C, L * T)."""
     scales = capacity.scales
-    holder = capacity.index_LH.reshape(-1)[head_C][:, None] * scales + np.arange(scales)
+    holder = (head_C // capacity.heads)[:, None] * scales + np.arange(scales)
     columns = np.repeat(np.arange(len(head_C)), scales)
     return sparse.csr_array(
         (tokens_CT.ravel().astype(np.float64), (columns, holder.ravel())),
-        shape=(len(head_C), capacity.groups * capacity.layers * scales),
+        shape=(len(head_C), capacity.layers * scales),
     )
 
 
@@ -386,7 +386,7 @@ class _Rounding:
     def __init__(self, capacity: Capacity, head_C: IntArray, columns: _Paths) -> None:
         self.capacity, self.head_C, self.columns = capacity, head_C, columns
         scales = capacity.scales
-        self.holder_CT = capacity.index_LH.reshape(-1)[head_C][:, None] * scales + np.arange(scales)
+        self.holder_CT = (head_C // capacity.heads)[:, None] * scales + np.arange(scales)
         self.row, self.held_of_row = capacity.rows.nonzero()
 
     def run(self, chosen_P: IntArray) -> IntArray | None:
@@ -470,7 +470,7 @@ class _Relaxed:
 def _under_prices(pricing: _Pricing, capacity: Capacity, row_prices: FloatArray) -> tuple[_Paths, float]:
     """The cheapest paths under prices of the capacity's rows, and the bound these give: no plan costs less."""
     paths, reduced = pricing.best(capacity.token_prices(row_prices).reshape(pricing.heads, capacity.scales))
-    return paths, float(reduced.sum() - row_prices @ capacity.room)
+    return paths, float(reduced.sum() - row_prices @ capacity.row_room)
 
 
 def _relaxed(pricing: _Pricing, capacity: Capacity) -> _Relaxed:
@@ -486,12 +486,12 @@ def _relaxed(pricing: _Pricing, capacity: Capacity) -> _Relaxed:
     master = _Master(capacity, pricing.heads, scale)
     everything, _ = pricing.best(np.zeros((pricing.heads, scales)))
     if capacity.slack(capacity.held(everything.tokens.reshape(shape))).min() >= 0:
-        return _Relaxed(master, float(everything.cost.sum()), np.zeros(len(capacity.room)), everything)
+        return _Relaxed(master, float(everything.cost.sum()), np.zeros(len(capacity.row_room)), everything)
     master.add(nothing, all_heads)
     # a first idea of what is worth its tokens
-    for price in total / max(capacity.room.max(), 1.0) * 4.0 ** np.arange(-6, 4):
+    for price in total / max(capacity.row_room.max(), 1.0) * 4.0 ** np.arange(-6, 4):
         master.add(pricing.best(np.full((pricing.heads, scales), price))[0], all_heads)
-    bound, best_prices, before = -np.inf, np.zeros(len(capacity.room)), np.array([])
+    bound, best_prices, before = -np.inf, np.zeros(len(capacity.row_room)), np.array([])
     for _ in range(MAX_ROUNDS):
         mixed, prices, _ = master.relax()
         master.scale = max(mixed / 100, 1e-8 * scale)  # costs stay far above the solver's tolerance
@@ -721,7 +721,7 @@ def _program_of_near(
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(sparse.csr_array((np.ones(count), (head_N, np.arange(count))), (heads, count)), 1, 1),
-            LinearConstraint(sparse.csr_array(use.T), -np.inf, capacity.room[used_rows]),
+            LinearConstraint(sparse.csr_array(use.T), -np.inf, capacity.row_room[used_rows]),
         ],
         options={"mip_rel_gap": PROVEN, "node_limit": MAX_NODES},
     )

@@ -12,10 +12,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from heatkv.core.checks import of_kind, seed_of, shown, whole
-from heatkv.core.geometry import Budget, CacheGeometry, StorageType
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.schema import of_kind, seed_of, shown, whole
 from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import StorageType
 from heatkv.errors import ModelError, StatisticsError
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.sampling import Settings
@@ -134,7 +136,7 @@ class ImageModel(ABC, Generic[Label]):
             statistics,
             seed=seed,
             rows=self.sampling.rows_per_image if rows is None else rows,
-            storage=str(StorageType(str(self.compute_dtype).removeprefix("torch."), storage)),
+            storage=str(StorageType.for_dtype(self.compute_dtype, storage)),
             model=self.name,
         )
         return make_policy(policy, **options).plan(problem)

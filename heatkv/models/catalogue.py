@@ -10,10 +10,9 @@ from typing import Literal
 
 import torch
 
-from heatkv.core.checks import as_number, shown
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.io import as_path, is_folder, is_there
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import as_number, shown
 from heatkv.errors import ModelError, ScheduleError
 from heatkv.models.checkpoint import SHARDED, build_var, build_vqvae, read_checkpoint, var_state, vqvae_state
 from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
@@ -180,10 +179,10 @@ def load_model(
         )
     found = find_weights(weights, info.files)
     if info.family == "var":
-        return _placed(load_var(info, found, None if vae is None else as_path(vae)), compute, where)
+        return _placed(load_var(info, found, None if vae is None else Path(vae)), compute, where)
     if prompts and text_encoder is None:
         raise ModelError(f"turning prompts into features for {name} needs its text encoder; name it (--text-encoder)")
-    found_vae = as_path(vae) if vae is not None else find_beside(found, info.vae_files)
+    found_vae = Path(vae) if vae is not None else find_beside(found, info.vae_files)
     encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
     model = load_infinity(
         info,
@@ -206,26 +205,26 @@ def _placed(model: ClassConditionalModel, dtype: torch.dtype, device: torch.devi
 
 def find_weights(path: str | Path, names: Sequence[str]) -> Path:
     """`path` itself when it is a file or a sharded folder, else the first of `names` inside it."""
-    path = as_path(path)
-    if not is_folder(path):
+    path = Path(path)
+    if not path.is_dir():
         return path
-    if any(is_there(path / name) for name in SHARDED):
+    if any((path / name).exists() for name in SHARDED):
         return path
     return _first(path, names)
 
 
 def find_beside(weights: Path, names: Sequence[str]) -> Path:
     """The first of `names` in the folder of `weights`, or in the folder around it."""
-    for folder in (weights if is_folder(weights) else weights.parent, weights.parent):
+    for folder in (weights if weights.is_dir() else weights.parent, weights.parent):
         for name in names:
-            if is_there(folder / name):
+            if (folder / name).exists():
                 return folder / name
     raise ModelError(f"no {names[0]} lies beside {weights}; name it (--vae)")
 
 
 def _first(folder: Path, names: Sequence[str]) -> Path:
     for name in names:
-        if is_there(folder / name):
+        if (folder / name).exists():
             return folder / name
     raise ModelError(f"{folder} holds none of {', '.join(names)}; name the file itself")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from heatkv.core.checks import shown
-from heatkv.core.io import as_path, is_folder, is_there, read_json, whole_file
+from heatkv.core.io import opened, read_json, whole_file
+from heatkv.core.schema import shown
 from heatkv.engine.watch import finite
 from heatkv.errors import FormatError, ModelError, NumericsError
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.infinity import Infinity, InfinityConfig
-from heatkv.models.torch_file import load_torch_file
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
 
@@ -47,20 +47,36 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """What a weights file holds: a .safetensors file, a torch file, or a folder of either, sharded or not.
 
-    A torch file is read without executing anything in it. Raises FormatError for what is missing, broken, or holds
-    more than tensors and plain values.
+    A torch file is read by torch with `weights_only=True`. Raises FormatError for what is missing, broken, or holds
+    more than torch reads so.
     """
-    path = as_path(path)
-    return _read_folder(path) if is_folder(path) else _read_file(path)
+    path = Path(path)
+    return _read_folder(path) if path.is_dir() else _read_file(path)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return dict(read_safetensors(path))
-    content = load_torch_file(path)
+    content = _read_torch(path)
     if not isinstance(content, dict):
         raise FormatError(f"{path} holds a {type(content).__name__}, not named tensors")
     return content
+
+
+def _read_torch(path: Path) -> Any:
+    """What a torch file holds: tensors on the CPU, backed by the file, and plain values."""
+    with opened(path) as file:
+        zipped = file.read(4) == b"PK\3\4"  # files of torch before 1.6 are none, and cannot be mapped into memory
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise FormatError(
+            f"{path} is no torch file of tensors and plain values only, and nothing else is loaded, as it could run "
+            "code; where you trust it, load it elsewhere and save its state dict"
+        ) from error
+    except Exception as error:  # whatever torch stumbles over in damaged files
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise FormatError(f"{path} is not a whole torch file: {reason}") from error
 
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -71,9 +87,9 @@ SHARDED = (*(f"{name}.index.json" for name in _WHOLE), *_WHOLE)
 def _read_folder(folder: Path) -> dict[str, Any]:
     for name in _WHOLE:
         index = folder / f"{name}.index.json"
-        if is_there(index):
+        if index.exists():
             return _read_shards(index)
-        if is_there(folder / name):
+        if (folder / name).exists():
             return _read_file(folder / name)
     raise FormatError(f"{folder} holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
 
@@ -295,7 +311,11 @@ def _tensors_of(content: Mapping[str, Any], paths: Sequence[tuple[str, ...]], wh
         if isinstance(inner, Mapping):
             content = inner
             break
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor) and isinstance(name, str)}
+    state = {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    }
     if not state:
         entries = ", ".join(name if isinstance(name, str) else shown(name) for name in list(content)[:20])
         raise ModelError(f"these are no {what} weights: they have the entries {entries or 'none'}")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heatkv.core.checks import as_whole, shown, whole
 from heatkv.core.geometry import CacheGeometry
+from heatkv.core.schema import as_whole, shown, whole
 from heatkv.errors import ModelError
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
@@ -58,7 +58,7 @@ class ClassConditionalModel(ImageModel[int]):
     @property
     def geometry(self) -> CacheGeometry:
         config = self.transformer.config
-        return CacheGeometry(config.depth, self.transformer.heads, config.head_dim, config.schedule)
+        return CacheGeometry(config.depth, config.heads, config.head_dim, config.schedule)
 
     @property
     def device(self) -> torch.device:

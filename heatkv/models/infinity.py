@@ -261,11 +261,6 @@ class Infinity(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return next(self.layers()).sa.mat_qkv.weight.dtype
 
-    @property
-    def heads(self) -> int:
-        """Heads of a layer that run here: all of them, unless several devices share them."""
-        return next(self.layers()).sa.heads
-
     def layers(self) -> Iterator[Block]:
         """The blocks in order, with their type."""
         for block in self.blocks:
@@ -279,7 +274,7 @@ class Infinity(nn.Module):
                 BlockView(block, block.sa, block.sa.proj, lambda given: given[1].modulations[given[2]][:, 0])
                 for block in self.layers()
             ),
-            self.heads,
+            self.config.heads,
         )
 
     def unconditional(self, positions: int) -> Tensor:

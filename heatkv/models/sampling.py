@@ -13,7 +13,7 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from heatkv.core.checks import number, of_kind, whole
+from heatkv.core.schema import number, of_kind, whole
 from heatkv.errors import ModelError
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heatkv.core.checks import shown, whole
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import shown, whole
 from heatkv.errors import ModelError
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
@@ -54,14 +53,6 @@ class Prompt:
     features_ME: Tensor
     negative_ME: Tensor | None = None
     text: str = ""
-
-    @classmethod
-    def unpack(cls, features_XE: Tensor, cumulative_lengths: Sequence[int]) -> list[Prompt]:
-        """One prompt per gap of `cumulative_lengths` (0, M_1, M_1 + M_2, ...) from features without padding."""
-        ends = list(cumulative_lengths)
-        if ends[:1] != [0] or ends[-1] != len(features_XE) or any(first >= last for first, last in pairwise(ends)):
-            raise ModelError(f"cumulative lengths {ends} do not rise from 0 to the {len(features_XE)} rows given")
-        return [cls(features_XE[first:last]) for first, last in pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -106,7 +97,7 @@ class TextConditionalModel(ImageModel[Prompt]):
     @property
     def geometry(self) -> CacheGeometry:
         config = self.transformer.config
-        return CacheGeometry(config.depth, self.transformer.heads, config.head_dim, self.schedule)
+        return CacheGeometry(config.depth, config.heads, config.head_dim, self.schedule)
 
     @property
     def device(self) -> torch.device:

@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heatkv.core.checks import shown
-from heatkv.core.io import as_path, is_folder, is_there
+from heatkv.core.schema import shown
 from heatkv.engine.watch import finite, way_out
 from heatkv.errors import ModelError, NumericsError
 
@@ -60,17 +59,17 @@ class T5TextEncoder:
                 f"turning prompts into features needs transformers ({error}); install heatkv[infinity], or give text "
                 "features"
             ) from error
-        folder = as_path(source)
-        if is_there(folder) and not is_folder(folder):
+        folder = Path(source)
+        if folder.exists() and not folder.is_dir():
             raise ModelError(f"no T5 encoder can be loaded from {source}: it is a file; name the folder that holds it")
-        if not is_folder(folder) and not _HUB_NAME.fullmatch(str(source)):
+        if not folder.is_dir() and not _HUB_NAME.fullmatch(str(source)):
             raise ModelError(f"no T5 encoder can be loaded from {source}: it is neither a folder nor a hub name")
         # without any of these, transformers makes a tokenizer that knows no word
-        if is_folder(folder) and not any(is_there(folder / name) for name in _TOKENIZERS):
+        if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZERS):
             raise ModelError(f"no T5 encoder can be loaded from {source}: it holds none of {', '.join(_TOKENIZERS)}")
         try:
             with _quietly():
-                local = is_folder(folder)
+                local = folder.is_dir()
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     str(source), trust_remote_code=False, local_files_only=local
                 )

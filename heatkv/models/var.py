@@ -211,11 +211,6 @@ class VAR(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return next(self.layers()).attn.mat_qkv.weight.dtype
 
-    @property
-    def heads(self) -> int:
-        """Heads of a layer that run here: all of them, unless several devices share them."""
-        return next(self.layers()).attn.heads
-
     def layers(self) -> Iterator[Block]:
         """The blocks in order, with their type."""
         for block in self.blocks:
@@ -228,7 +223,7 @@ class VAR(nn.Module):
             tuple(
                 BlockView(block, block.attn, block.attn.proj, lambda given: given[1][:, 0]) for block in self.layers()
             ),
-            self.heads,
+            self.config.heads,
         )
 
     def condition(self, classes_R: Tensor) -> Condition:

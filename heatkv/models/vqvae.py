@@ -70,10 +70,6 @@ class VQVAEConfig:
         """Pixels per latent position and side."""
         return int(2 ** (len(self.channel_multipliers) - 1))
 
-    @property
-    def image_side(self) -> int:
-        return self.stride * self.patch_sides[-1]
-
 
 class AutoencoderConfig(Protocol):
     """What the encoder and the decoder are built from."""

@@ -14,15 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.checks import number, of_kind
-from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.plan import Plan
-from heatkv.core.statistics import Statistics
+from heatkv.core.schema import number, of_kind
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import PolicyError, StatisticsError
 from heatkv.levels.columns import level_cost, levels_of_plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import HeatKV
-from heatkv.policies.levels import HeatKVLevels
 from heatkv.policies.lp import HeatKVLP, SolvedPolicy
 from heatkv.solve.cells import read_value
 
@@ -128,8 +126,8 @@ def _cost_sums(levels: LevelStatistics) -> dict[str, FloatArray]:
 def check_can_follow(policy: EvictionPolicy) -> StaticPolicy:
     """The policy, when its plans can follow statistics that are measured while images are drawn.
 
-    Raises PolicyError for one that is dynamic, plans from nothing measured, needs Fisher costs, which take gradients
-    through all layers at once, or fits corrections, which takes images of the full cache.
+    Raises PolicyError for one that is dynamic, plans from nothing measured, or needs Fisher costs, which take
+    gradients through all layers at once.
     """
     of_kind(policy, EvictionPolicy, "policy", PolicyError, "make one with make_policy, or give its name")
     known = "heatkv, heatkv-lp and heatkv-mr do"
@@ -141,11 +139,6 @@ def check_can_follow(policy: EvictionPolicy) -> StaticPolicy:
         raise PolicyError(
             f"policy {policy.name!r} plans by {policy.level_cost} costs, which cannot be measured layer by layer; set "
             "cost=error"
-        )
-    if isinstance(policy, HeatKVLevels) and policy.compensation != "none":
-        raise PolicyError(
-            f"compensation={policy.compensation} is fitted on images of the full cache, which a plan that follows "
-            "never holds; set compensation=none"
         )
     return policy
 

@@ -19,10 +19,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from heatkv.core.checks import of_kind, shown, whole
-from heatkv.core.geometry import Budget, StorageType
+from heatkv.core.budget import Budget, parse_bytes
 from heatkv.core.plan import Plan
+from heatkv.core.schema import of_kind, shown, whole
 from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import StorageType
 from heatkv.errors import BudgetError, ModelError, StatisticsError
 from heatkv.generation.loop import Drawn, Generator
 from heatkv.models.base import ImageModel, checked_run
@@ -101,7 +102,7 @@ class FollowingGenerator(Generic[Label]):
             )
         self.model = model
         self._coding, self._attention = storage, attention
-        self._storage = str(StorageType(str(model.compute_dtype).removeprefix("torch."), storage))
+        self._storage = str(StorageType.for_dtype(model.compute_dtype, storage))
         self._rows = self.batch * self.settings.rows_per_image
         problem = PlanningProblem(
             model.geometry, Budget.parse(budget), statistics, seed=self.seed, rows=self._rows, storage=self._storage,
@@ -120,7 +121,7 @@ class FollowingGenerator(Generic[Label]):
     def _measured_at_once(self, memory: str | Budget | None) -> int:
         allowed = self.plan.budget_bytes(self._rows, self._storage)
         if memory is not None:
-            given = Budget.size_in_bytes(memory)
+            given = parse_bytes(str(memory))
             if given is None:
                 raise BudgetError(f"memory for measuring is {shown(memory)}, no number of bytes; write 64MiB or 2GB")
             allowed = given

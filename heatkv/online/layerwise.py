@@ -21,10 +21,9 @@ from torch.nn import functional as F
 from heatkv.calibration.level_costs import ErrorCostCache
 from heatkv.calibration.measure import MeasuringCache, ObservingCache, told_settings
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.level_statistics import LevelStatistics
-from heatkv.core.plan import Plan
-from heatkv.core.statistics import Provenance, Statistics
-from heatkv.core.versions import versions
+from heatkv.core.io import versions
+from heatkv.core.plan import Plan, keep_first
+from heatkv.core.statistics import LevelStatistics, Provenance, Statistics
 from heatkv.engine.arena_cache import LayerStep, storage_bytes
 from heatkv.errors import ModelError
 from heatkv.models.base import ImageModel
@@ -34,9 +33,7 @@ from heatkv.models.var import Attend
 
 def nothing_cached(geometry: CacheGeometry) -> Plan:
     """The plan whose arena is empty."""
-    scales = range(len(geometry.schedule))
-    last_read = torch.tensor(scales).expand(geometry.layers, geometry.heads, -1).numpy()
-    return Plan("layer-by-layer", geometry, last_read, 1.0, geometry.full_token_heads, 0)
+    return Plan("layer-by-layer", geometry, keep_first(geometry.shape, 0), 1.0, geometry.full_token_heads, 0)
 
 
 class LayerByLayer(ObservingCache):

@@ -20,7 +20,6 @@ from heatkv.errors import RanksError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
     from torch.distributed import ProcessGroup, Work
 
 Item = TypeVar("Item")
@@ -77,13 +76,6 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         """What every rank gives, in JSON's types, at every rank."""
         return [json.loads(self.share(self._as_bytes(value, source), source)) for source in range(self.size)]
-
-    def sum(self, part: Tensor) -> Tensor:
-        """The sum of all ranks' tensors, in the place of this one's. Raises RanksError when one of them has ended."""
-        return part
-
-    def take_first(self, value: Tensor) -> None:
-        """Make it rank 0's, in place. Raises RanksError when one of them has ended."""
 
     def _as_bytes(self, value: Any, source: int) -> bytes | None:
         return json.dumps(value).encode() if source == self.rank else None
@@ -223,21 +215,6 @@ class _Launched(Ranks):
             self.wait()  # NCCL does not notice a rank that is gone
         self._start(self._dist.broadcast, sent, source, group=group)
         return sent.cpu().numpy().tobytes()
-
-    def sum(self, part: Tensor) -> Tensor:
-        self._at_once(self._dist.all_reduce, part)
-        return part
-
-    def take_first(self, value: Tensor) -> None:
-        self._at_once(self._dist.broadcast, value, 0)
-
-    def _at_once(self, call: Callable[..., Any], tensor: Tensor, *arguments: Any) -> None:
-        """Between steps that all ranks take together, twice a layer: nobody looks around while waiting."""
-        _, group = self._sending or (None, None)
-        try:
-            call(tensor, *arguments, group=group)
-        except RuntimeError as error:
-            raise RanksError(f"another rank has ended; {self.kept}") from error
 
     def count(self, name: str, more: int) -> int:
         try:

@@ -2,8 +2,7 @@
 
 `allocate` solves a linear program over all cells: whether target t still reads cell (l, h, s), non-increasing in t, one
 capacity row per checkpoint. Its bound certifies how far the integral plan can be from the best one. Arrays: L layers,
-H heads, T scales, G groups of heads that share one room; value[l, h, t, s] is what it is worth that target t reads
-source s, which is finite and not negative.
+H heads, T scales; value[l, h, t, s] is what it is worth that target t reads source s, which is finite and not negative.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp, minimize_scalar
 
-from heatkv.core.plan import held_for_targets
+from heatkv.core.plan import held_for_targets, keep_first
 from heatkv.errors import BudgetError, PlanError
 
 IntArray = NDArray[np.int64]
@@ -30,89 +29,68 @@ _LARGEST_SUM = 1e300  # of all values; prices times room must stay finite
 
 @dataclass(frozen=True, eq=False)
 class Capacity:
-    """The room at every checkpoint, for groups of heads (one, or one per device) and for single layers.
+    """The room at every checkpoint, in the whole cache and in single layers.
 
-    `group_LH` numbers the group of every head, `room_G` says how many token-heads a group may hold at any checkpoint,
-    `layer_room` how many a single layer may hold, if that is limited. A checkpoint (t, l) comes after layer l has run
-    target t: layers up to l hold what target t+1 reads, the others what target t reads.
+    `room` is how many token-heads the cache may hold at any checkpoint, `layer_room` how many a single layer may hold,
+    if that is limited. A checkpoint (t, l) comes after layer l has run target t: layers up to l hold what target t+1
+    reads, the others what target t reads.
     """
 
+    layers: int
+    heads: int
     tokens: tuple[int, ...]
-    group_LH: IntArray
-    room_G: tuple[int, ...]
+    room: int
     layer_room: int | None = None
-
-    @classmethod
-    def shared(cls, layers: int, heads: int, tokens: tuple[int, ...], room: int) -> Capacity:
-        """One room for the whole cache."""
-        return cls(tokens, np.zeros((layers, heads), dtype=np.int64), (room,))
-
-    @property
-    def groups(self) -> int:
-        return len(self.room_G)
-
-    @property
-    def layers(self) -> int:
-        return int(self.group_LH.shape[0])
-
-    @property
-    def heads(self) -> int:
-        return int(self.group_LH.shape[1])
 
     @property
     def scales(self) -> int:
         return len(self.tokens)
 
-    @cached_property
-    def index_LH(self) -> IntArray:
-        """Row of (group, layer) of every head, to add token-heads up with."""
-        index: IntArray = self.group_LH * self.layers + np.arange(self.layers)[:, None]
-        return index
+    @property
+    def checkpoints(self) -> int:
+        """How many of `rows` are of the whole cache; those of layers follow."""
+        return (self.scales - 1) * self.layers
 
     def held(self, tokens_LHT: IntArray) -> IntArray:
-        """Token-heads that every group holds in every layer for every target, (G, L, T), from those of every head."""
-        held = np.zeros((self.groups * self.layers, self.scales), dtype=np.int64)
-        np.add.at(held, self.index_LH, tokens_LHT)
-        return held.reshape(self.groups, self.layers, self.scales)
+        """Token-heads that every layer holds for every target, (L, T), from those of every head."""
+        held: IntArray = tokens_LHT.sum(axis=1)
+        return held
 
     @cached_property
     def rows(self) -> sparse.csr_array:
-        """Capacity rows over the variables held[g, l, t]: (G, checkpoint t, checkpoint l), then layers (L, T)."""
+        """Capacity rows over the variables held[l, t]: (checkpoint t, checkpoint l), then layers (L, T)."""
         layers, scales = self.layers, self.scales
         target, at, layer = np.meshgrid(np.arange(scales - 1), np.arange(layers), np.arange(layers), indexing="ij")
         reads = np.where(layer <= at, target + 1, target)
-        checkpoint = sparse.csr_array(
+        rows = sparse.csr_array(
             (np.ones(reads.size), ((target * layers + at).ravel(), (layer * scales + reads).ravel())),
-            shape=((scales - 1) * layers, layers * scales),
+            shape=(self.checkpoints, layers * scales),
         )
-        blocks = sparse.block_diag([checkpoint] * self.groups, format="csr")
         if self.layer_room is None:
-            return sparse.csr_array(blocks)
-        of_layers = sparse.hstack([sparse.eye_array(layers * scales)] * self.groups)
-        return sparse.csr_array(sparse.vstack([blocks, of_layers]))
+            return rows
+        return sparse.csr_array(sparse.vstack([rows, sparse.eye_array(layers * scales)]))
 
     @cached_property
-    def room(self) -> FloatArray:
+    def row_room(self) -> FloatArray:
         """Right-hand side of `rows`."""
-        room = np.repeat(np.asarray(self.room_G, dtype=np.float64), (self.scales - 1) * self.layers)
+        room = np.full(self.checkpoints, float(self.room))
         if self.layer_room is None:
             return room
         return np.concatenate([room, np.full(self.layers * self.scales, float(self.layer_room))])
 
-    def slack(self, held_GLT: IntArray) -> FloatArray:
+    def slack(self, held_LT: IntArray) -> FloatArray:
         """Room left in every row; negative where the promise is broken."""
-        slack: FloatArray = self.room - self.rows @ held_GLT.reshape(-1)
+        slack: FloatArray = self.row_room - self.rows @ held_LT.reshape(-1)
         return slack
 
-    def check_sinks(self, held_GLT: IntArray, sink_scales: int) -> None:
+    def check_sinks(self, held_LT: IntArray, sink_scales: int) -> None:
         """Raise BudgetError when what the sinks alone hold exceeds a room, naming that of the budget or of a layer."""
-        slack = self.slack(held_GLT)
-        checkpoints = slack[: self.groups * (self.scales - 1) * self.layers].reshape(self.groups, -1)
+        slack = self.slack(held_LT)
+        checkpoints = slack[: self.checkpoints]
         alone = f"the {sink_scales} sink scales alone hold"
         if checkpoints.min(initial=0) < 0:
-            group = int(checkpoints.min(axis=1).argmin())
             raise BudgetError(
-                f"{alone} {-checkpoints.min():.0f} token-heads more than the budget's room of {self.room_G[group]}; "
+                f"{alone} {-checkpoints.min():.0f} token-heads more than the budget's room of {self.room}; "
                 "raise the budget or keep fewer sink scales"
             )
         if slack.min(initial=0) < 0:
@@ -123,9 +101,8 @@ class Capacity:
 
     def token_prices(self, row_prices: FloatArray) -> FloatArray:
         """What one token costs a head for every target it is held for, (L, H, T), under prices of the rows."""
-        prices = (self.rows.T @ row_prices).reshape(self.groups * self.layers, self.scales)
-        priced: FloatArray = prices[self.index_LH]
-        return priced
+        prices_LT = (self.rows.T @ row_prices).reshape(self.layers, self.scales)
+        return np.repeat(prices_LT[:, None], self.heads, axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +136,6 @@ def read_value(last_read_LHT: IntArray, value_LHTT: FloatArray) -> float:
     return float(value_LHTT[reads].sum())
 
 
-def _never_cached(layers: int, heads: int, scales: int, sink_scales: int) -> IntArray:
-    last_read = np.broadcast_to(np.arange(scales), (layers, heads, scales)).copy()
-    last_read[:, :, :sink_scales] = scales - 1
-    return last_read
-
-
 def _cumulative_value(value_LHTT: FloatArray, sink_scales: int) -> FloatArray:
     """worth[l, h, s, k]: what cell (l, h, s) is worth when k is the last target that reads it (0 for k <= s)."""
     later = np.triu(np.ones(value_LHTT.shape[2:], dtype=bool), 1).T  # [t, s]: t > s
@@ -183,7 +154,7 @@ def price_bound(value_LHTT: FloatArray, capacity: Capacity, sink_scales: int, ro
     profit = np.where(scales >= scales[:, None], worth - cost_LHSK, -np.inf)
     sinks = profit[:, :, :sink_scales, -1].sum()
     free = profit[:, :, sink_scales:].max(axis=3).sum() if sink_scales < capacity.scales else 0.0
-    return float(sinks + free + row_prices @ capacity.room)
+    return float(sinks + free + row_prices @ capacity.row_room)
 
 
 def allocate(
@@ -202,7 +173,7 @@ def allocate(
     if program.variables == 0:
         only = program.start
         value = read_value(only, value_LHTT)
-        return Allocation(only, value, value, np.zeros(len(capacity.room)))
+        return Allocation(only, value, value, np.zeros(len(capacity.row_room)))
     shares, row_prices = program.relax()
     bound = price_bound(value_LHTT, capacity, sink_scales, row_prices)
     rounded = [program.round_down(shares), *candidates]
@@ -228,8 +199,8 @@ def allocate_greedily(value_LHTT: FloatArray, capacity: Capacity, sink_scales: i
     plan = fill(start, value_LHTT, capacity, sink_scales)
     scarce = np.repeat(_scarce(capacity)[1:], layers).reshape(scales - 1, layers)
     scarce[:, :-1] = 0
-    unit = np.zeros(len(capacity.room))
-    unit[: capacity.groups * scales * layers - capacity.groups * layers] = np.tile(scarce.ravel(), capacity.groups)
+    unit = np.zeros(len(capacity.row_room))
+    unit[: capacity.checkpoints] = scarce.ravel()
     highest = float(np.max(value_LHTT / np.asarray(capacity.tokens)))
 
     def bound(log_price: float) -> float:
@@ -249,7 +220,7 @@ def allocate_greedily(value_LHTT: FloatArray, capacity: Capacity, sink_scales: i
 def _scarce(capacity: Capacity) -> FloatArray:
     """1 for every target before which a full cache would not fit, a little for the others, (T,)."""
     before = np.concatenate([[0], np.cumsum(capacity.tokens)[:-1]]) * capacity.layers * capacity.heads
-    return np.where(before > sum(capacity.room_G), 1.0, 1e-3)
+    return np.where(before > capacity.room, 1.0, 1e-3)
 
 
 def _checked_start(value_LHTT: FloatArray, capacity: Capacity, sink_scales: int) -> IntArray:
@@ -268,7 +239,7 @@ def _checked_start(value_LHTT: FloatArray, capacity: Capacity, sink_scales: int)
         total = float(value_LHTT.sum())
     if total > _LARGEST_SUM:
         raise PlanError(f"the values add up to {total:g}; scale them to a sum below {_LARGEST_SUM:g}")
-    start = _never_cached(layers, heads, scales, sink_scales)
+    start = keep_first((layers, heads, scales), sink_scales)
     capacity.check_sinks(capacity.held(held_for_targets([start], [capacity.tokens])), sink_scales)
     return start
 
@@ -287,14 +258,13 @@ def fill(last_read_LHT: IntArray, value_LHTT: FloatArray, capacity: Capacity, si
     source = np.tile(np.arange(scales), layers * heads)
     open_cells = np.flatnonzero((flat < scales - 1) & (source < scales - 1))
     slack = capacity.slack(capacity.held(held_for_targets([last_read], [capacity.tokens])))
-    checkpoints = slack[: capacity.groups * (scales - 1) * layers].reshape(capacity.groups, scales - 1, layers)
-    of_layer = slack[checkpoints.size :].reshape(layers, scales) if capacity.layer_room is not None else None
-    tokens, group_LH = capacity.tokens, capacity.group_LH.reshape(-1)
+    room = slack[: capacity.checkpoints].reshape(scales - 1, layers)
+    of_layer = slack[room.size :].reshape(layers, scales) if capacity.layer_room is not None else None
 
     # segments of the hull: from where a cell ends now to the target with the steepest mean value, and on from there
     segments: list[tuple[IntArray, IntArray, FloatArray]] = []
     cells, ends = open_cells, flat[open_cells].copy()
-    sizes = np.asarray(tokens, dtype=np.float64)
+    sizes = np.asarray(capacity.tokens, dtype=np.float64)
     while len(cells):
         later = np.arange(scales) > ends[:, None]
         gain = worth[cells] - np.take_along_axis(worth[cells], ends[:, None], axis=1)
@@ -310,8 +280,7 @@ def fill(last_read_LHT: IntArray, value_LHTT: FloatArray, capacity: Capacity, si
     cell_of, to_of, slope_of = (np.concatenate([part[i] for part in segments]) for i in range(3))
     for at in np.lexsort((to_of, -slope_of)):
         cell, to = int(cell_of[at]), int(to_of[at])
-        pair, size = cell // scales, tokens[cell % scales]
-        layer, room = pair // heads, checkpoints[group_LH[pair]]
+        layer, size = cell // (scales * heads), capacity.tokens[cell % scales]
         for target in range(int(flat[cell]) + 1, to + 1):
             fits = room[target - 1, layer:].min() >= size
             if fits and target < scales - 1 and layer:
@@ -330,7 +299,7 @@ def fill(last_read_LHT: IntArray, value_LHTT: FloatArray, capacity: Capacity, si
 
 
 class _Program:
-    """The linear program: x[l, h, s, t] in [0, 1] for every cell but the sinks, and held[g, l, t], their sums."""
+    """The linear program: x[l, h, s, t] in [0, 1] for every cell but the sinks, and held[l, t], their sums."""
 
     def __init__(self, value_LHTT: FloatArray, capacity: Capacity, sink_scales: int) -> None:
         layers, heads, scales = capacity.layers, capacity.heads, capacity.scales
@@ -351,10 +320,10 @@ class _Program:
         count = self.variables = len(layer)
         self._first = np.flatnonzero(target == source + 1)  # where each cell's variables begin
         self._cell = (layer[self._first], head[self._first], source[self._first])
-        sums = capacity.groups * layers * scales
+        sums = layers * scales
         self._unit = float(max(capacity.tokens))  # rows of similar size are kinder to the solver
         tokens = np.asarray(capacity.tokens, dtype=np.float64)[source] / self._unit
-        holder = capacity.index_LH[layer, head] * scales + target
+        holder = layer * scales + target
         columns = np.arange(count)
         self._sums = sparse.hstack(
             [sparse.csr_array((-tokens, (holder, columns)), shape=(sums, count)), sparse.eye_array(sums)], format="csr"
@@ -368,7 +337,7 @@ class _Program:
             ),
             shape=(len(falls), count + sums),
         )
-        room = sparse.hstack([sparse.csr_array((len(capacity.room), count)), capacity.rows])
+        room = sparse.hstack([sparse.csr_array((len(capacity.row_room), count)), capacity.rows])
         self._limits = sparse.csr_array(sparse.vstack([falling, room]))
         left = capacity.slack(capacity.held(held_for_targets([self.start], [capacity.tokens])))
         self._most = np.concatenate([np.zeros(len(falls)), left / self._unit])
@@ -390,7 +359,7 @@ class _Program:
         )
         if solved.x is None:
             raise PlanError(f"the solver found no plan: {solved.message}")
-        duals = -solved.ineqlin.marginals[-len(self.capacity.room) :]
+        duals = -solved.ineqlin.marginals[-len(self.capacity.row_room) :]
         return solved.x[: self.variables], np.maximum(duals, 0) * self._scale / self._unit
 
     def round_down(self, shares: FloatArray) -> IntArray:

@@ -29,13 +29,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.core.capacity_plan import CapacityPlan, load_plan
-from heatkv.core.geometry import STORAGE_BYTES, Budget, CacheGeometry, StorageType
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.budget import Budget
+from heatkv.core.capacity_plan import CapacityPlan
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import LEVELS, NONE, LevelChoices, level_tokens, log_counts
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import Provenance, Statistics
+from heatkv.core.statistics import LevelStatistics, Provenance, Statistics
+from heatkv.core.storage_type import STORAGE_BYTES, StorageType
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.token_cache import SelectingCache, policy_of
 from heatkv.errors import BudgetError, PolicyError, StatisticsError
@@ -201,7 +203,7 @@ def open_watched(policy: EvictionPolicy, plan: CachePlan, rows: int = 2, storage
     held = StorageType.parse(storage)
     dtype = getattr(torch, held.compute)
     if isinstance(plan, Plan):
-        return KVCache(plan, rows, dtype, storage=held.coding)
+        return KVCache(plan, rows, dtype, storage=held.code)
     assert isinstance(plan, CapacityPlan)
     told = as_told(policy, plan)
     _demand(isinstance(told, DynamicPolicy), "its plan has capacities, but it is no DynamicPolicy")
@@ -211,7 +213,7 @@ def open_watched(policy: EvictionPolicy, plan: CachePlan, rows: int = 2, storage
     def query_weight(layer: int) -> Tensor:
         return torch.randn((heads, dim, heads * dim), generator=torch.Generator().manual_seed(layer))
 
-    return _WatchedCache(plan, told, rows, dtype, query_weight=query_weight, storage=held.coding)
+    return _WatchedCache(plan, told, rows, dtype, query_weight=query_weight, storage=held.code)
 
 
 def as_told(policy: EvictionPolicy, plan: CachePlan) -> EvictionPolicy:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from heatkv.calibration.measure import calibrate
-from heatkv.core.capacity_plan import load_plan
-from heatkv.core.geometry import Budget
+from heatkv.core.budget import Budget
 from heatkv.core.plan import CachePlan, Plan
+from heatkv.core.plan_file import load_plan
 from heatkv.core.statistics import Statistics
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.attention import triton_kernels

@@ -2,7 +2,7 @@
 
 Token-time counts every token that is held once for each later target scale that reads it, so a cell that is kept half
 as long counts half, and one that is pooled to a quarter of its tokens a quarter.
-Arrays: L layers, H heads, T scales, G groups of heads that share one room; last_read as in a plan.
+Arrays: L layers, H heads, T scales; last_read as in a plan.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.core.geometry import Budget
-from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.budget import Budget
 from heatkv.core.levels import LEVELS, NONE
-from heatkv.core.plan import CachePlan, Plan, live_token_heads
-from heatkv.core.statistics import Statistics
+from heatkv.core.plan import CachePlan, Plan, keep_first, live_token_heads
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import PlanError, PolicyError, StatisticsError
 from heatkv.levels.columns import capacity_prices, level_cost, level_price_bound, levels_of_plan
 from heatkv.policies.base import PlanningProblem
@@ -45,11 +44,6 @@ LEVEL_COSTS = {"joint": "error", "fisher": "fisher"}
 
 _NO_PRICE = 1e-9
 """Share of the largest price below which a price is the solver's rounding."""
-
-
-def full_last_read(layers: int, heads: int, scales: int) -> IntArray:
-    """`last_read` of the full cache."""
-    return np.full((layers, heads, scales), scales - 1, dtype=np.int64)
 
 
 def reads_of_scales(last_reads: Sequence[IntArray]) -> FloatArray:
@@ -92,9 +86,7 @@ def ends_of_cells(last_read_LHT: IntArray) -> FloatArray:
 
 def full_use(plan: CachePlan) -> IntArray:
     """Token-heads that the full cache holds at every checkpoint, (T, L)."""
-    geometry = plan.geometry
-    full = full_last_read(geometry.layers, geometry.heads, len(plan.schedule))
-    return live_token_heads(full, plan.schedule.tokens)
+    return live_token_heads(keep_first(plan.geometry.shape, len(plan.schedule)), plan.schedule.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +96,7 @@ class Worth:
     `measure` is one of MEASURES; a cost counts as a negative value, as in plans. `instead` says why it is not the one
     that the plan was made by, if so. No plan within the budget, with these sinks, is worth more than `bound`, by the
     prices, or than `certified`, the plan's own bound where it is of the same numbers; the full cache is worth `full`.
-    `price_GTL` is the value of one more token-head at the checkpoint after layer l has run target t, 0 where it does
+    `price_TL` is the value of one more token-head at the checkpoint after layer l has run target t, 0 where it does
     not bind; `cap_price_LT` the same under a cap on single layers, which the budget does not move.
     """
 
@@ -113,7 +105,7 @@ class Worth:
     bound: float
     full: float
     budget_token_heads: int
-    price_GTL: FloatArray
+    price_TL: FloatArray
     cap_price_LT: FloatArray
     instead: str = ""
     certified: float | None = None
@@ -125,8 +117,8 @@ class Worth:
 
     @property
     def price(self) -> float:
-        """Value of one more token-head of budget, which is split over the groups: the slope of the bound."""
-        return float(self.price_GTL.sum() / len(self.price_GTL))
+        """Value of one more token-head of budget: the slope of the bound."""
+        return float(self.price_TL.sum())
 
     @property
     def gap(self) -> float:
@@ -230,7 +222,7 @@ def _by_cells(plan: Plan, statistics: Statistics, measure: str, capacity: Capaci
         values = statistics.all_mass if measure == "mass" else statistics.drop_error
     prices = _binding(allocate(values, capacity, plan.sink_scales).row_prices)
     bound = price_bound(values, capacity, plan.sink_scales, prices)
-    full = read_value(full_last_read(*plan.last_read.shape), values)
+    full = read_value(keep_first(plan.geometry.shape, len(plan.schedule)), values)
     return _worth(plan, measure, read_value(plan.last_read, values), bound, full, capacity, prices)
 
 
@@ -277,7 +269,7 @@ def _worth(
     plan: Plan, measure: str, value: float, bound: float, full: float, capacity: Capacity, row_prices: FloatArray
 ) -> Worth:
     layers, _, scales = plan.last_read.shape
-    checkpoints = capacity.groups * (scales - 1) * layers
+    checkpoints = capacity.checkpoints
     caps = row_prices[checkpoints:] if capacity.layer_room is not None else np.zeros(layers * scales)
     return Worth(
         measure=measure,
@@ -285,6 +277,6 @@ def _worth(
         bound=bound + 0.0,
         full=full + 0.0,
         budget_token_heads=plan.budget_token_heads,
-        price_GTL=row_prices[:checkpoints].reshape(capacity.groups, scales - 1, layers),
+        price_TL=row_prices[:checkpoints].reshape(scales - 1, layers),
         cap_price_LT=caps.reshape(layers, scales),
     )

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heatkv.core.geometry import Budget, CacheGeometry, StorageType
+from heatkv.core.budget import parse_bytes
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.attention.grouping import GROUP_BYTES
 from heatkv.errors import HeatKVError
@@ -221,7 +223,7 @@ _MOST_MEMORY = 1 << 60
 
 def parse_memory(text: str) -> int:
     """Bytes of a size like 24GiB. Raises HeatKVError for anything else."""
-    size = Budget.size_in_bytes(text)
+    size = parse_bytes(text)
     if size is None:
         raise HeatKVError(f"memory {text!r} is no size above zero with its unit; write it as 24GiB or 24GB")
     if size > _MOST_MEMORY:

@@ -6,32 +6,34 @@ Bytes and fidelity only: times of two runs do not compare. What was measured bef
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from heatkv.errors import HeatKVError
-from heatkv.profiling.measure.memory_figures import ARENA, PHASES, PLANNED, in_memory
-from heatkv.profiling.results.comparable import Measurement, Row, match, name_of
+from heatkv.profiling.results.comparable import match
+from heatkv.profiling.results.ledgers import PHASES, figure_at
+from heatkv.profiling.results.row import ResultRow, Results, read_results
 
-BYTES = ("planned_bytes", "allocated_bytes", "current_bytes", "index_bytes", "workspace_bytes", "compensation_bytes")
+BYTES = ("planned_bytes", "allocated_bytes", "current_bytes", "index_bytes", "workspace_bytes")
 DEVICE_BYTES = ("device_peak_bytes", "graph_pool_bytes")
 """Compared only where both files have them: not every device has them."""
 
 _Path = tuple[str, ...]
 
-PLAN_AND_ARENA: tuple[_Path, ...] = tuple(
-    ("memory", *figure.path) for figure in (*PLANNED, *ARENA) if figure.path != ("planned", "budget_bytes")
-)
-"""Figures of the ledgers that follow from the plan: the same on every machine."""
+PLAN_AND_ARENA: dict[_Path, str] = {
+    ("memory", "planned", "cache_bytes"): "planned_bytes",
+    ("memory", "arena", "cache_bytes"): "allocated_bytes",
+    ("memory", "arena", "index_bytes"): "index_bytes",
+    ("memory", "arena", "workspace_bytes"): "workspace_bytes",
+}
+"""Figures of the ledgers that follow from the plan, the same on every machine, and the row's field of the same bytes."""
 TENSORS: tuple[_Path, ...] = (
     *(("memory", "tensors", "peak_bytes", phase) for phase in PHASES), ("memory", "tensors", "arena_bytes"),
     ("memory", "weights_bytes"),
 )  # fmt: skip
 """Figures of the ledger of tensors: the same wherever one release of torch runs on one type of device."""
-LEDGERS = ("planned", "arena", "tensors")
-"""Parts of `memory` that every device has."""
 DEVICE_LEDGERS = ("host", "allocator", "graphs", "driver")
 """Parts that depend on the type of device; that they are there is looked at, not what they hold."""
 
@@ -59,19 +61,19 @@ class Tolerances:
             if name in ("top1", "ssim") and value > 1:
                 raise HeatKVError(f"the tolerance of {name} is {value:g}; no run falls by more than 1: write 0.01")
 
-    def limits(self, row: Row, tensors: bool) -> dict[_Path, tuple[float, bool]]:
+    def limits(self, row: ResultRow, tensors: bool) -> dict[_Path, tuple[float, bool]]:
         """The worst value that every figure of a baseline's row allows, by where the row has it, and whether more is
         worse; those of the ledger of tensors only with `tensors`."""
         limits: dict[_Path, tuple[float, bool]] = {}
         exact = (*((name,) for name in (*BYTES, *DEVICE_BYTES)), *PLAN_AND_ARENA)
         for paths, share in ((exact, self.bytes), (TENSORS if tensors else (), self.tensors)):
             for path in paths:
-                if (value := in_memory(row, path)) is not None:
+                if (value := figure_at(row, path)) is not None:
                     limits[path] = value * (1 + share), True
-        if (kl := row.get("kl")) is not None:
+        if (kl := row.kl) is not None:
             limits["kl",] = kl + max(self.kl * kl, self.kl_floor), True
         for name, allowed in (("top1_agreement", self.top1), ("psnr_db", self.psnr), ("ssim", self.ssim)):
-            if (value := row.get(name)) is not None:
+            if (value := getattr(row, name)) is not None:
                 limits[name,] = value - allowed, False
         return limits
 
@@ -159,84 +161,85 @@ def check_results(results: Path, baseline: Path, tolerances: Tolerances | None =
     itself.
     """
     tolerances = tolerances if tolerances is not None else Tolerances()
-    now, before = Measurement.read(results), Measurement.read(baseline)
+    now, before = read_results(results), read_results(baseline)
     if not before.rows:
         raise HeatKVError(f"{baseline} has no rows, so nothing can be held against it; write it with heatkv compare")
     for row in before.rows:
         for fault in _contradictions(row):
-            raise HeatKVError(f"{baseline}: {name_of(row)}: {fault}; make a new baseline")
+            raise HeatKVError(f"{baseline}: {row.name}: {fault}; make a new baseline")
     matched = match(now, before)
-    same_device = before.device is not None and now.device == before.device
-    tensors = same_device and before.torch is not None and now.torch == before.torch
+    made, made_before = now.environment, before.environment
+    same_device = made.device == made_before.device
+    tensors = same_device and made.versions.get("torch") == made_before.versions.get("torch")
     rows = tuple(
-        RowCheck(name_of(row), True, (), nearest=nearest)
+        RowCheck(row.name, True, (), nearest=nearest)
         if other is None
         else _checked(row, other, tolerances, same_device, tensors)
         for row, other, nearest in matched.pairs
     )
-    notes = [*matched.notes, *_left_out(now, before, [row for row, _, _ in matched.pairs], same_device, tensors)]
-    return Verdict(rows, tuple(map(name_of, matched.extra)), tuple(notes), tolerances)
+    notes = [*matched.notes, *_left_out(now, before, same_device, tensors)]
+    return Verdict(rows, tuple(row.name for row in matched.extra), tuple(notes), tolerances)
 
 
-def _left_out(
-    now: Measurement, before: Measurement, rows: Sequence[Row], same_device: bool, tensors: bool
-) -> Iterator[str]:
+def _left_out(now: Results, before: Results, same_device: bool, tensors: bool) -> Iterator[str]:
     """Notes on what of the baseline's memory was not compared, and why."""
-    measured = [row for row in rows if isinstance(row.get("memory"), Mapping)]
-    if not measured:
-        yield f"not compared: ledgers of memory, of which {before.path} has none"
-    here, there = (f"device {made.device}, torch {made.torch}" for made in (now, before))
-    if measured and not tensors:
+    if all(row.memory is None for row in before.rows):
+        yield "not compared: ledgers of memory, of which the baseline has none"
+        return
+    here, there = (
+        f"device {of.device}, torch {of.versions.get('torch')}" for of in (now.environment, before.environment)
+    )
+    if not tensors:
         yield f"not compared: the ledger of tensors ({here}; in the baseline {there})"
-    if measured and not same_device:
+    if not same_device:
         yield f"not compared: whether there are {', '.join(DEVICE_LEDGERS)} ({here}; in the baseline {there})"
 
 
-def _checked(row: Row, now: Row, tolerances: Tolerances, same_device: bool, tensors: bool) -> RowCheck:
+def _checked(row: ResultRow, now: ResultRow, tolerances: Tolerances, same_device: bool, tensors: bool) -> RowCheck:
     faults = [*_faults(row, now, same_device), *_contradictions(now)]
     changes = []
     for path, (limit, more_is_worse) in tolerances.limits(row, tensors).items():
-        before, value, name = in_memory(row, path), in_memory(now, path), ".".join(path)
+        before, value, name = figure_at(row, path), figure_at(now, path), ".".join(path)
         if value is None:
-            ledgers = [path[:size] for size in (1, 2) if size < len(path)]
-            of_lost_ledger = any(in_memory(now, ledger) is None for ledger in ledgers)  # which is a fault already
+            of_lost_ledger = path[0] == "memory" and now.memory is None  # which is a fault already
             if not of_lost_ledger and (same_device or name not in DEVICE_BYTES):
                 changes.append(Change(name, before, None, limit, True))
             continue
         failed = value > limit if more_is_worse else value < limit
         changes.append(Change(name, before, value, limit, failed))
-    return RowCheck(name_of(row), False, tuple(changes), tuple(faults))
+    return RowCheck(row.name, False, tuple(changes), tuple(faults))
 
 
-def _faults(row: Row, now: Row, same_device: bool) -> Iterator[str]:
+def _faults(row: ResultRow, now: ResultRow, same_device: bool) -> Iterator[str]:
     """Why a row could not be measured, or what the baseline's has and this one lacks, but for single figures."""
     # what could not be measured before either is not worse
-    if now.get("error") is not None and row.get("error") is None:
-        yield f"error: {now['error']}"
+    if now.error is not None and row.error is None:
+        yield f"error: {now.error}"
         return
-    if row.get("memory") is not None and now.get("memory") is None:
+    if row.memory is not None and now.memory is None:
         yield "lost: memory"
-    else:
-        for ledger in (*LEDGERS, *(DEVICE_LEDGERS if same_device else ())):
-            had, has = (in_memory(one, ("memory", ledger)) for one in (row, now))
-            if had is not None and has is None:
+    elif same_device:
+        for ledger in DEVICE_LEDGERS:
+            if figure_at(row.memory, [ledger]) is not None and figure_at(now.memory, [ledger]) is None:
                 yield f"lost: memory.{ledger}"
     for name in ("latency_ms", *(("graph_latency_ms",) if same_device else ())):
-        if row.get(name) is not None and now.get(name) is None:
+        if getattr(row, name) is not None and getattr(now, name) is None:
             yield f"lost: {name}"
 
 
-def _contradictions(row: Row) -> Iterator[str]:
+def _contradictions(row: ResultRow) -> Iterator[str]:
     """Ledgers that tell other bytes than the row's own fields, which the same plan makes.
 
     The ledgers are of the first plan, the fields the most of all plans.
     """
-    one_plan = (row.get("draws") or 1) == 1
-    for figure in (*PLANNED, *ARENA):
-        told, of_row = in_memory(row.get("memory"), figure.path), row.get(figure.field)
-        if told is not None and of_row is not None and (told != of_row if one_plan else told > of_row):
-            name = ".".join(("memory", *figure.path))
-            yield f"{name} is {told:,.0f}, {figure.field} {of_row:,.0f}{'' if one_plan else ' at most'}"
+    for path, field in PLAN_AND_ARENA.items():
+        of_ledger, of_row = figure_at(row, path), getattr(row, field)
+        if (
+            of_ledger is not None
+            and of_row is not None
+            and (of_ledger != of_row if row.draws == 1 else of_ledger > of_row)
+        ):
+            yield f"{'.'.join(path)} is {of_ledger:,.0f}, {field} {of_row:,.0f}{'' if row.draws == 1 else ' at most'}"
 
 
 def change_lines(verdict: Verdict, everything: bool = False) -> Sequence[tuple[str, ...]]:

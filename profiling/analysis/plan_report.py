@@ -79,7 +79,7 @@ def use_table(live_TL: IntArray, budget: int, names: Sequence[str]) -> Table:
 def worth_table(worth: Worth) -> Table:
     """The checkpoints that hold more value back, and how much of it."""
     table = _table("what binds", "after target", "layers that bind", "of the price", "")
-    binding = [worth.price_GTL.sum(axis=0), worth.cap_price_LT.T]
+    binding = [worth.price_TL, worth.cap_price_LT.T]
     total = sum(float(prices.sum()) for prices in binding)
     for prices_TL, what in zip(binding, ("", " (layer cap)"), strict=True):
         for target, prices_L in enumerate(prices_TL):

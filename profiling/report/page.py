@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from heatkv.core.io import is_there, opened, write_text
+from heatkv.core.io import opened, write_text
 from heatkv.errors import FormatError
 from heatkv.profiling.report import charts, sections
 from heatkv.profiling.report.artefact_sections import pictures, plans, scas
@@ -35,15 +35,15 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     Raises FormatError for a folder without results, for damaged files, for results of several models, and where the
     file to be replaced is no report; other HeatKVErrors for damaged plans.
     """
-    check_replaceable(out)
+    check_report_replaceable(out)
     write_text(out / NAME, render(merge(folders)))
     return out / NAME
 
 
-def check_replaceable(out: Path) -> None:
+def check_report_replaceable(out: Path) -> None:
     """Raise FormatError for another file in the place of the report."""
     path = out / NAME
-    if is_there(path):
+    if path.exists():
         with opened(path) as file:
             if _MARK not in file.read(1000):
                 raise FormatError(f"{path} is no report of HeatKV; move it away or write to another folder")

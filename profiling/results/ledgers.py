@@ -1,8 +1,8 @@
-"""The ledgers of measured memory, as the field `memory` of a row of results holds them (docs/memory.md says what they are).
+"""The ledgers of measured memory, as the field `memory` of a row of results holds them (docs/memory.md).
 
-`requested`, `allocated` and `reserved` are torch's CUDA allocator's: asked for; given out, rounded up; and kept from the
-driver, given out or not. The driver's figures come from NVML. On the CPU there are the bytes of tensors, counted at
-every operation, and what the system holds resident for the process. None is what could not be measured.
+`requested`, `allocated` and `reserved` are those of torch's CUDA allocator: asked for; given out, rounded up; and kept
+from the driver, given out or not. The driver's figures come from NVML. On the CPU they are the bytes of tensors,
+counted at every operation, and what the system holds resident for the process. None is what could not be measured.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from msgspec import Meta
 
 from heatkv.core.io import check_header, read_json, write_json
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.errors import FormatError, ScheduleError
+from heatkv.core.schema import convert
+from heatkv.errors import ScheduleError
 from heatkv.profiling.results.ledgers import ByteCount, Ledgers
 
 FORMAT, VERSION = "heatkv-results", 1
@@ -152,22 +153,22 @@ class Identity:
     """What was measured. `comparison` and `measurement` name all that fidelity, and memory and times, follow from;
     `rows` are cache rows, `storage` is the whole storage type; `plans` holds digests of files by their names."""
 
-    model: str | None = None
-    model_fingerprint: str | None = None
+    model: str
+    model_fingerprint: str
     policy: Text
-    settings: dict[str, Any] | None = None
+    settings: dict[str, Any]
     budget: Text
-    rows: Positive | None = None
-    batch: Positive | None = None
-    seed: int | None = None
-    dtype: str | None = None
-    storage: str | None = None
-    attention: str | None = None
-    schedule: tuple[tuple[int, int, int], ...] | None = None
-    draws: Positive | None = None
+    rows: Positive
+    batch: Positive
+    seed: int
+    dtype: str
+    storage: str
+    attention: str
+    schedule: tuple[tuple[int, int, int], ...]
+    draws: Positive
     plans: dict[str, str] | None = None
-    comparison: str | None = None
-    measurement: str | None = None
+    comparison: str
+    measurement: str
 
     @property
     def name(self) -> str:
@@ -180,17 +181,17 @@ class Bytes:
     """What plans and their caches take, the most over the plans of a policy that draws at random. `timeline_bytes`:
     after every layer of every scale, [T][L], under the first plan."""
 
-    budget_bytes: ByteCount | None = None
-    planned_bytes: ByteCount | None = None
+    budget_bytes: ByteCount
+    planned_bytes: ByteCount
     allocated_bytes: ByteCount | None = None
-    full_bytes: ByteCount | None = None
-    current_bytes: ByteCount | None = None
-    index_bytes: ByteCount | None = None
-    workspace_bytes: ByteCount | None = None
-    timeline_bytes: tuple[tuple[ByteCount, ...], ...] | None = None
+    full_bytes: ByteCount
+    current_bytes: ByteCount
+    index_bytes: ByteCount
+    workspace_bytes: ByteCount
+    timeline_bytes: tuple[tuple[ByteCount, ...], ...]
     predicted_kl: SignedNats | None = None
-    under_used: bool | None = None
-    had_no_effect: bool | None = None
+    under_used: bool
+    had_no_effect: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,15 +252,15 @@ class ResultRow(Fidelity, Times, Memory, Bytes, Identity):
 
     def __post_init__(self) -> None:
         try:
-            scales = None if self.schedule is None else len(ScaleSchedule(self.schedule))
+            ScaleSchedule(self.schedule)
         except ScheduleError as error:
             raise ValueError(f"its schedule: {error}") from error
         for name in ("kl_of_images", "top1_of_images"):
             _check_length(self, name, self.images)
         for name in ("psnr_of_pictures", "ssim_of_pictures", "lpips_of_pictures"):
             _check_length(self, name, self.pictures)
-        for name in ("kl_per_scale", "top1_per_scale", "timeline_bytes") if scales is not None else ():
-            _check_length(self, name, scales)
+        for name in ("kl_per_scale", "top1_per_scale", "timeline_bytes"):
+            _check_length(self, name, len(self.schedule))
 
 
 def _check_length(row: ResultRow, name: str, length: int | None) -> None:
@@ -282,19 +283,16 @@ class Results:
 
     format: Literal["heatkv-results"] = FORMAT
     version: Literal[1] = VERSION
-    environment: Environment = Environment()
+    environment: Environment = field(default_factory=Environment)
     sampling: dict[str, Any] | None = None
-    request: Request = Request()
+    request: Request = field(default_factory=Request)
     rows: tuple[ResultRow, ...]
 
 
 def read_results(path: Path) -> Results:
     """A results.json. Raises FormatError for what is none, naming the field that cannot be."""
     data = check_header(read_json(path), path, FORMAT, VERSION)
-    try:
-        return msgspec.convert(printable(data), Results)
-    except msgspec.ValidationError as error:
-        raise FormatError(f"{path} is not a whole {FORMAT} file: {error}") from error
+    return convert(printable(data), Results, path)
 
 
 def write_results(path: Path, results: Results) -> None:

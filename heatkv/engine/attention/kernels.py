@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.core.checks import shown
+from heatkv.core.schema import shown
 from heatkv.engine.attention import triton_kernels
 from heatkv.engine.attention.grouping import AttentionCost, CallShape
 from heatkv.engine.attention.held import HeldTokens

@@ -1,19 +1,81 @@
-"""Checks at the public borders: what is of the wrong kind is refused in one line, with the value and the way out."""
+"""What every reader of files and arguments shares: schemas decoded by msgspec, arrays of a shape, numbers, names.
+
+What is of the wrong kind is refused in one sentence, with the value, the limit and the way out.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import reprlib
+from collections.abc import Iterable
+from dataclasses import fields
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from heatkv.errors import HeatKVError
+from heatkv.errors import FormatError, HeatKVError
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+T = TypeVar("T")
 
 _LONGEST = 60
+
+
+def convert(value: Any, kind: type[T], source: str | Path) -> T:
+    """`value`, as JSON is parsed, as the msgspec type `kind`.
+
+    Raises FormatError with the file `source`, the place in it, what stands there and what must.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at `$")
+        place = place.strip("`.")
+        raise FormatError(f"{source}: {place + ': ' if place else ''}{what[:1].lower()}{what[1:]}") from error
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the closest one that is known, and all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f"{f'; did you mean {near[0]!r}?' if near else '.'} Known: {', '.join(names)}"
+
+
+def integer_array(value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError]) -> IntArray:
+    """A read-only copy of whole numbers of this shape, from an array or nested lists. Raises `error` for others."""
+    return fixed(_array(value, shape, name, error, np.integer, "whole numbers").astype(np.int64))
+
+
+def float_array(value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError]) -> FloatArray:
+    """A read-only float64 copy of numbers of this shape, from an array or nested lists. Raises `error` for others."""
+    return fixed(_array(value, shape, name, error, np.number, "numbers").astype(np.float64))
+
+
+def _array(
+    value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError], kind: type[np.number[Any]], what: str
+) -> NDArray[Any]:
+    try:
+        array = np.asarray(value)
+    except (ValueError, OverflowError):
+        raise error(f"{name} is no regular array; it must be {what} of shape {shape}") from None
+    if array.shape != shape or not np.issubdtype(array.dtype, kind):
+        raise error(f"{name} is {array.dtype} of shape {array.shape}; it must be {what} of shape {shape}")
+    return array
+
+
+def fixed(array: NDArray[Any]) -> NDArray[Any]:
+    """The array, which nobody can write to any more."""
+    array.setflags(write=False)
+    return array
 
 
 class _Shortened(reprlib.Repr):
@@ -134,3 +196,23 @@ def of_kind(value: Any, kind: type | tuple[type, ...], name: str, error: type[He
     """Raise unless the value is an instance of `kind`; `way_out` says how to get one."""
     if not isinstance(value, kind):
         raise error(f"{name} is {shown(value)}; {way_out}")
+
+
+class EqualByContents:
+    """For dataclasses with eq=False: equal when of one class with equal fields, arrays exactly so.
+
+    Such a class says itself what it hashes by, since arrays and mappings have no hash.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))  # type: ignore[arg-type]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)

@@ -1,4 +1,4 @@
-"""Trains the embedded model from nothing but the npm package: `python -m heatkv.models.emoji.train --help`.
+"""Trains the embedded model from nothing but the npm package: `python -m tools.emoji.train --help`.
 
 Three stages, each resumable from its own checkpoint: the VQVAE, the transformer, and the judge (a classifier of
 real training images that names the samples). `export` writes the fp16 weights that ship.
@@ -23,9 +23,9 @@ from heatkv.core.io import replacing, write_text
 from heatkv.generation.images import image_grid
 from heatkv.generation.loop import generate
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS, load
-from heatkv.models.emoji.data import EmojiImages
 from heatkv.models.var import VAR, Condition
 from heatkv.models.vqvae import VQVAE
+from tools.emoji.data import EmojiImages
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Images = Annotated[Path, typer.Option("--images", help="folder of the unpacked npm package emoji-datasource-google")]
