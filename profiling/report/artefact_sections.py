@@ -94,7 +94,9 @@ def _card(report: Report, row: Row, found: Sequence[CachePlan], name: str) -> Ma
     label = f"{report.merged.label(row)} at {result.budget}"
     lines = []
     for plan in found:
-        live = [[plan.bytes_of(int(count), result.rows, result.storage) for count in of_scale] for of_scale in plan.live]
+        live = [
+            [plan.bytes_of(int(count), result.rows, result.storage) for count in of_scale] for of_scale in plan.live
+        ]
         lines.append(Line(style, coarser(np.array(live) / 2**20)))
     limit, scales = result.budget_bytes / 2**20, scale_names(result)
     svg = charts.scale_chart(name, f"Memory of {label} over time", [Panel("", lines, limit)], scales, "MiB", True)

@@ -89,23 +89,14 @@ def styles(families: Mapping[str, Sequence[str]]) -> dict[str, Style]:
 
 @dataclass(frozen=True)
 class Line:
-    """A series. `x` and `y` have one length, `ranges` are around every y. Along scales there is no `x`, and `y` has a
-    figure for every scale, (T,), or one for every layer of every scale, (T, L)."""
+    """A series of figures `y` at `x`, each with a range. Along scales there is no `x` and no range, and `y` has a figure
+    for every scale, (T,), or one for every layer of every scale, (T, L)."""
 
     style: Style
     y: NDArray[np.float64]
     x: NDArray[np.float64] | None = None
     ranges: Sequence[tuple[float, float]] = ()
     dashed: bool = False
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A title, and ticks where they are chosen by hand."""
-
-    title: str
-    log: bool = False
-    ticks: Mapping[float, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,9 +121,13 @@ def _figure(name: str, width: float, height: float) -> Iterator[Any]:
 def _svg(figure: Any, label: str) -> Markup:
     """The figure as an element of the page; `label` is read to who cannot see it."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
     text = buffer.getvalue()
-    text = re.sub(r' id="[a-zA-Z]\w*?_\d+"|<defs>\s*<style.*?</defs>|<metadata>.*?</metadata>', "", text, flags=re.DOTALL)
+    text = re.sub(
+        r' id="[a-zA-Z]\w*?_\d+"|<defs>\s*<style.*?</defs>|<metadata>.*?</metadata>', "", text, flags=re.DOTALL
+    )
     for name, (light, _) in PALETTE.items():
         text = text.replace(light, f"var(--{name})")
     view_box = re.findall(r'viewBox="(0 0 (\S+) \S+)"', text)[0]
@@ -142,38 +137,39 @@ def _svg(figure: Any, label: str) -> Markup:
     return Markup(opening + text[text.index(">", text.index("<svg")) + 1 :])
 
 
-def _set_axis(axis: Any, set_scale: Any, settings: Axis) -> None:
-    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
-
-    if settings.log:
-        set_scale("log")
-    ticks = settings.ticks
-    locator = LogLocator(subs=(1, 2, 5)) if settings.log else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
-    axis.set_major_locator(FixedLocator(list(ticks)) if ticks else locator)
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda place, _: ticks.get(place, "") if ticks else f"{place:g}")
-    axis.set_label_text(settings.title)
-
-
 def line_chart(
-    name: str, label: str, lines: Sequence[Line], front: Sequence[tuple[float, float]], x: Axis, y: Axis
-) -> Markup:
-    """Lines of points with their ranges, over the Pareto front as a broad band."""
+    name: str, label: str, lines: Sequence[Line], front: Sequence[tuple[float, float]], budgets: Mapping[float, str],
+    y: str, log: bool,
+) -> Markup:  # fmt: skip
+    """Figures against MiB, over their Pareto front as a broad band; `budgets` are named by their MiB."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
     with _figure(name, 380, 270) as figure:
         ax = figure.add_axes((0.13, 0.19, 0.85, 0.79))
         ax.grid(True)
-        if front:
-            ax.plot(*zip(*front, strict=True), color=FRONT, linewidth=10, alpha=0.28, solid_capstyle="round",
-                    marker="o", markersize=14 if len(front) == 1 else 0, markeredgewidth=0, zorder=1)  # fmt: skip
+        ax.plot(*np.reshape(front, (-1, 2)).T, color=FRONT, linewidth=10, alpha=0.28, solid_capstyle="round",
+                marker="o", markersize=14 if len(front) == 1 else 0, markeredgewidth=0, zorder=1)  # fmt: skip
         for line in lines:
-            if line.ranges:
-                ax.vlines(line.x, *zip(*line.ranges, strict=True), color=line.style.hex, linewidth=4, alpha=0.35)
+            ax.vlines(line.x, *np.transpose(line.ranges), color=line.style.hex, linewidth=4, alpha=0.35)
             ax.plot(line.x, line.y, color=line.style.hex, linewidth=1.5, marker=line.style.marker, markersize=7,
                     markeredgecolor=SURFACE, markeredgewidth=0.8, zorder=3)  # fmt: skip
-        _set_axis(ax.xaxis, ax.set_xscale, x)
-        _set_axis(ax.yaxis, ax.set_yscale, y)
+        ax.set(xscale="log", xlabel="budget, and its MiB", yscale="log" if log else "linear", ylabel=y)
+        ax.set_xticks(_spaced(budgets), [f"{budgets[size]}\n{size:.3g}" for size in _spaced(budgets)])
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if log else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        ax.yaxis.set_major_formatter(lambda place, _: f"{place:g}")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_minor_locator(NullLocator())
         ax.margins(0.06, 0.08)
         return _svg(figure, label)
+
+
+def _spaced(places: Iterable[float]) -> list[float]:
+    """The places on a logarithmic axis that leave room for a text at each, from the left."""
+    ordered, shown = sorted(places), list[float]()
+    for place in ordered:
+        if not shown or math.log(place / shown[-1]) >= 0.09 * math.log(ordered[-1] / ordered[0]):
+            shown.append(place)
+    return shown
 
 
 def scale_chart(
@@ -266,16 +262,6 @@ def percent_scale(tracks: Iterable[Track]) -> Callable[[float], str]:
     ends = [end for track in tracks for lane in track.lanes for part in lane for end in (part.begin, part.end)]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     return lambda value: f"{100 * (value - low) / ((high - low) or 1):.2f}"
-
-
-def spaced(places: Iterable[float]) -> list[float]:
-    """The places on a logarithmic axis that leave room for a text at each, from the left."""
-    shown: list[float] = []
-    ordered = sorted(places)
-    for place in ordered:
-        if not shown or math.log(place / shown[-1]) >= 0.09 * math.log(ordered[-1] / ordered[0]):
-            shown.append(place)
-    return shown
 
 
 # ----------------------------------------------------------------------------------------- heat maps and pictures

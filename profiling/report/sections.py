@@ -21,10 +21,10 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.spans import PHASES as TIME_PHASES
 from heatkv.profiling.measure.latency import outliers_of
 from heatkv.profiling.report import charts, tables
-from heatkv.profiling.report.charts import Axis, Line, Panel, Part, Style, Track, stacked
+from heatkv.profiling.report.charts import Line, Panel, Part, Style, Track, stacked
 from heatkv.profiling.report.tables import Column, look_up
 from heatkv.profiling.results.comparable import REFERENCE
-from heatkv.profiling.results.ledgers import PHASES, AllocatorPeaks
+from heatkv.profiling.results.ledgers import PHASES
 from heatkv.profiling.results.merging import SEPARATOR, Group, Merged, Row, budgets_of, leaders, pareto_front, ranked
 from heatkv.profiling.results.row import Latency, ResultRow
 
@@ -239,37 +239,37 @@ def scale_names(row: ResultRow) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- fidelity
 
 
+def _kl(entry: Entry) -> float | None:
+    return entry.mean(KL)
+
+
 def answer(report: Report) -> dict[str, Any]:
     """The main result: what stays closest to the full cache at the smallest budget."""
     pool = max(report.fidelity, key=lambda pool: len(pool.entries), default=None)
     if pool is None:
         return {"policies": len({row.result.policy for row in report.merged.rows} - {REFERENCE})}
     budget, entries = list(pool.budgets.items())[-1]
-    best = leaders(entries, lambda entry: entry.mean(KL))
-    folders = [f" of {entry.rows[0].source.label}" if report.several else "" for entry in best]
-    return {"budget": budget, "best": [e.result.policy + folder for e, folder in zip(best, folders, strict=True)]}
+    folder = " of {}" if report.several else ""
+    best = [e.result.policy + folder.format(e.rows[0].source.label) for e in leaders(entries, _kl)]
+    return {"budget": budget, "best": best}
 
 
 def summary(report: Report) -> Blocks:
-    """The best policy at every budget."""
+    """The best policy at every budget, all that tie with it, and the next one."""
     rows = [row.result for row in report.merged.rows]
-    facts = {name: sorted({getattr(row, name) for row in rows} - {None}) for name in ("seed", "rows", "storage")}
-    facts |= {name: sorted({getattr(row, name) for row in rows} - {None, 0}) for name in ("images", "pictures")}
-    tiles = [(pool.title, [_tile(budget, of) for budget, of in pool.budgets.items()]) for pool in report.fidelity]
-    return [report.ui.summary(report.merged.model, facts, list(report.merged.machines.values()), tiles)]
+    facts = {
+        name: sorted({getattr(row, name) for row in rows} - {None})
+        for name in ("seed", "rows", "storage", "images", "pictures")
+    }
 
+    def tile(budget: str, entries: list[Entry]) -> dict[str, Any]:
+        best = leaders(entries, _kl)
+        others = [e for e in ranked(entries, _kl) if e.result.policy not in {entry.result.policy for entry in best}]
+        broken = [text for entry in best for text in tables.broken_promises(entry.result)]
+        return {"budget": budget, "best": best, "next": others[0] if others else None, "broken": broken}
 
-def _tile(budget: str, entries: list[Entry]) -> dict[str, Any]:
-    order = ranked(entries, lambda entry: entry.mean(KL))
-    best = leaders(entries, lambda entry: entry.mean(KL))
-    policies = {entry.result.policy for entry in best}
-    following = next((entry for entry in order if entry.result.policy not in policies), None)
-    return {
-        "budget": budget, "size": mib(best[0].result.budget_bytes), "best": best, "kl": best[0].cell(KL).value,
-        "range": best[0].range(KL), "top1": best[0].mean(TOP1), "next": following,
-        "next_kl": following and following.mean(KL),
-        "broken": [text for entry in best for text in tables.broken_promises(entry.result)],
-    }  # fmt: skip
+    tiles = [(pool.title, [tile(*item) for item in pool.budgets.items()]) for pool in report.fidelity]
+    return [report.ui.summary(report.merged.model, facts, list(report.merged.machines.values()), tiles, KL, TOP1)]
 
 
 def _against_memory(name: str, entries: Sequence[Entry], column: Column, log: bool) -> tuple[Markup, list[Entry]]:
@@ -286,11 +286,9 @@ def _against_memory(name: str, entries: Sequence[Entry], column: Column, log: bo
         ranges = [_range(entry, column) or (y, y) for entry, y in zip(members, ys, strict=True)]
         lines.append(Line(members[0].style, ys, xs, ranges))
     front = pareto_front(drawn, lambda entry: entry.mean(HELD), lambda entry: entry.mean(column))
-    sizes = {entry.result.budget_bytes / 2**20: entry.result.budget for entry in drawn}
-    ticks = {size: f"{sizes[size]}\n{size:.3g}" for size in charts.spaced(sizes)}
-    axes = Axis("budget, and its MiB", True, ticks), Axis(column.title, log)
+    budgets = {entry.result.budget_bytes / 2**20: entry.result.budget for entry in drawn}
     label = f"{column.title} against memory; the table has the figures"
-    return charts.line_chart(name, label, lines, [point(entry) for entry in front], *axes), front
+    return charts.line_chart(name, label, lines, [point(e) for e in front], budgets, column.title, log), front
 
 
 def _range(entry: Entry, column: Column) -> tuple[float, float] | None:
@@ -316,10 +314,10 @@ def fidelity(report: Report) -> Blocks:
 
 def _kl_table(report: Report, pool: Pool) -> Markup:
     """KL by policy and budget, from the least at the smallest budget on; the least of every budget is bold."""
-    best = [entry for of_budget in pool.budgets.values() for entry in leaders(of_budget, lambda e: e.mean(KL))]
+    best = [entry for of_budget in pool.budgets.values() for entry in leaders(of_budget, _kl)]
     by_name: dict[str, dict[str, Entry]] = {}
     for budget, entries in reversed(pool.budgets.items()):
-        for entry in ranked(entries, lambda entry: entry.mean(KL)):
+        for entry in ranked(entries, _kl):
             by_name.setdefault(entry.name, {})[budget] = entry
     lines = [
         [
@@ -416,7 +414,11 @@ def _phases(report: Report, pool: Pool) -> list[Markup]:
     groups = {title: [_time_track(e) for e in of if e in entries] for title, of in pool.titled.items()}
     at = charts.percent_scale(track for tracks in groups.values() for track in tracks)
     outliers = sum(look_up(e.result, f"{name}.outliers") or 0 for e in entries for name in tables.TIMES)
-    return [report.ui.phases(groups, at, [(colour, name) for name, colour in PHASE_COLOURS.items()], outliers, len(entries[0].rows) > 1)]
+    return [
+        report.ui.phases(
+            groups, at, [(colour, name) for name, colour in PHASE_COLOURS.items()], outliers, len(entries[0].rows) > 1
+        )
+    ]
 
 
 def _time_track(entry: Entry) -> Track:
@@ -475,61 +477,71 @@ def memory(report: Report) -> Blocks:
         if entries:
             groups = {title: [_memory_track(e) for e in of if e in entries] for title, of in pool.titled.items()}
             tracks = [track for of_budget in groups.values() for track in of_budget]
-            used = {part.title.rpartition(": ")[0] for track in tracks for lane in track.lanes for part in lane}
-            keys = [(colour, name) for name, colour in LEDGER_COLOURS.items() if name in used]
+            keys = {part.colour: part.title.rpartition(": ")[0] for t in tracks for lane in t.lanes for part in lane}
+            keys.pop("", None)
             weights = sorted({mib(look_up(entry.result, "memory.weights_bytes")) for entry in entries})
             shared = any(look_up(entry.result, "memory.process") == "shared" for entry in entries)
-            blocks = [report.ui.ledgers(groups, charts.percent_scale(tracks), keys, weights, shared)]
+            blocks = [report.ui.ledgers(groups, charts.percent_scale(tracks), keys.items(), weights, shared)]
         blocks += _over_time(report, pool, f"memory-{index}")
         if entries:
             blocks.append(report.table("Cache: planned, and allocated in the arena", entries, tables.PLANNED))
             blocks.append(report.table("Device: what was counted, and by whom", entries, tables.DEVICE))
-        columns = [Column(f"scale {name}", "MiB", _peak(s), ".3f") for s, name in enumerate(pool.scales)]
-        table = report.table("The most that the cache holds at every target scale", pool.entries, columns)
-        return [*blocks, report.ui.fold("The cache by target scale", [table])]
+        return blocks
 
     return [*report.each(pools, make), report.ui.ledger_words()]
 
 
-def _peak(scale: int) -> Callable[[ResultRow], float]:
-    return lambda row: max(row.timeline_bytes[scale])
+def _above_weights(path: str) -> Callable[[ResultRow], float | None]:
+    """What the allocator gave out beside the model's weights."""
+
+    def size(row: ResultRow) -> float | None:
+        peak, weights = look_up(row, f"memory.{path}.allocated_bytes"), look_up(row, "memory.allocator.weights_bytes")
+        return None if peak is None else max(0, peak - weights)
+
+    return size
 
 
-LEDGER_COLOURS = {
-    "planned: cache": "var(--series-6)", "arena: cache": "var(--series-1)", "arena: index tables": "var(--series-4)",
-    "arena: workspace": "var(--series-5)", "device: opening": charts.pale(0, 40), "device: drawing": "var(--series-0)",
-    "device: decode": charts.pale(0, 65), "device: reserved beyond": charts.pale(0, 20),
-    "device: with CUDA graphs": "var(--series-3)",
-}  # fmt: skip
+def _beyond(path: str) -> Callable[[ResultRow], float | None]:
+    """What the allocator kept from the driver beside what it gave out."""
+
+    def size(row: ResultRow) -> float | None:
+        peaks = look_up(row, f"memory.{path}")
+        return peaks and max(0, peaks.reserved_bytes - peaks.allocated_bytes)
+
+    return size
+
+
+def _device(name: str, path: str, tensors: str, colour: str) -> dict[Column, str]:
+    """A lane of what the device saw: of the allocator on a GPU, of tensors else."""
+    lane = {Column(name, "MiB", _above_weights(path), ledger="allocator"): colour}
+    lane[Column("reserved beyond", "MiB", _beyond(path), ledger="allocator")] = charts.pale(0, 20)
+    return lane | {Column(name, "MiB", tensors, ledger="tensors"): colour}
+
+
+_PHASE_SHADES = {"opened": charts.pale(0, 40), "drawing": "var(--series-0)", "decode": charts.pale(0, 65)}
+LANES = [
+    {Column("cache", "MiB", "planned_bytes", ledger="planned"): "var(--series-6)"},
+    {Column(name, "MiB", f"{field}_bytes", ledger="arena"): f"var(--series-{colour})"
+     for field, name, colour in (("allocated", "cache", 1), ("index", "index tables", 4), ("workspace", "workspace", 5))},
+    *(_device(name, f"allocator.peaks.{phase}", f"memory.tensors.peak_bytes.{phase}", _PHASE_SHADES[phase])
+      for phase, name in PHASES.items()),
+    _device("with CUDA graphs", "graphs.peaks", "memory.graphs.reason", "var(--series-3)"),
+]  # fmt: skip
+"""The bars of a row, one under the other: the parts of each with their colours."""
 
 
 def _memory_track(entry: Entry) -> Track:
-    ledgers = entry.result.memory
-    assert ledgers is not None
-
-    def lane(ledger: str, parts: Mapping[str, float]) -> tuple[Part, ...]:
-        named = {f"{ledger}: {part}": count / 2**20 for part, count in parts.items()}
-        return stacked({name: (size, LEDGER_COLOURS[name]) for name, size in named.items()}, "MiB")
-
-    def allocator(name: str, peaks: AllocatorPeaks) -> tuple[Part, ...]:
-        above = peaks.allocated_bytes - (ledgers.allocator.weights_bytes if ledgers.allocator else 0)
-        beyond = max(0, peaks.reserved_bytes - peaks.allocated_bytes)
-        return lane("device", {name: max(0, above), "reserved beyond": beyond})
-
-    arena, limit = ledgers.arena, ledgers.planned.budget_bytes / 2**20
-    allocated = {"cache": arena.cache_bytes, "index tables": arena.index_bytes, "workspace": arena.workspace_bytes}
-    cache = [lane("planned", {"cache": ledgers.planned.cache_bytes}), lane("arena", allocated)]
+    row, lanes = entry.result, []
+    for parts in LANES:
+        found = {
+            column: column.value(row) for column in parts if column.ledger != "tensors" or not row.memory.allocator
+        }
+        lengths = {f"{c.ledger}: {c.name}": (v / 2**20, parts[c]) for c, v in found.items() if v is not None}
+        lanes.append(stacked(lengths, "MiB"))
+    limit = row.budget_bytes / 2**20
     budget = Part(limit, limit, f"budget: {limit:.3f} MiB", kind="limit")
-    if ledgers.allocator is not None:
-        peaks = ledgers.allocator.peaks
-        device = [allocator(name, getattr(peaks, phase)) for phase, name in PHASES.items()]
-    else:
-        tensors = ledgers.tensors.peak_bytes
-        device = [lane("device", {name: getattr(tensors, phase)}) for phase, name in PHASES.items()]
-    if ledgers.graphs is not None and ledgers.graphs.peaks is not None:
-        device.append(allocator("with CUDA graphs", ledgers.graphs.peaks))
-    text = f"{mib(arena.cache_bytes)} in the arena, {device[1][0].end:.3f} on the device"
-    return Track(entry.name, entry.style, text, (*((*parts, budget) for parts in cache), *device))
+    text = f"{mib(row.allocated_bytes or 0)} in the arena, {lanes[3][0].end:.3f} on the device"
+    return Track(entry.name, entry.style, text, (*((*lane, budget) for lane in lanes[:2]), *filter(None, lanes[2:])))
 
 
 def _over_time(report: Report, pool: Pool, name: str) -> list[Markup]:
