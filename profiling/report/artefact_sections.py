@@ -17,7 +17,8 @@ from heatkv.core.plan import CachePlan, Plan
 from heatkv.profiling.analysis.explain import kept_of_heads, kept_of_scales
 from heatkv.profiling.report import charts
 from heatkv.profiling.report.charts import Colour, Line, Panel, Pixels
-from heatkv.profiling.report.sections import Blocks, Cell, Report, coarser, mib, scale_names
+from heatkv.profiling.report.pools import Cell, Report, mib, scale_names
+from heatkv.profiling.report.sections import Blocks, coarser
 from heatkv.profiling.results.artefacts import Missing, pictures_of, plans_of, scas_of
 from heatkv.profiling.results.comparable import REFERENCE
 from heatkv.profiling.results.merging import Row, budgets_of
@@ -159,7 +160,7 @@ def pictures(report: Report) -> Blocks:
     sheets: list[Markup] = []
     for (label, seed), found in seeds.items():
         full = next((images for row, images in found.values() if row.result.policy == REFERENCE), None)
-        rows = {row: images for row, images in found.values()}
+        rows = dict(found.values())
         for budget, of_budget in reversed(budgets_of(rows).items()):
             strips = [] if full is None else [("full cache", "", charts.strip(full), "")]
             for row in of_budget:

@@ -69,6 +69,10 @@ class Style:
         return PALETTE[f"series-{self.colour}"][0]
 
     @property
+    def css(self) -> str:
+        return f"var(--series-{self.colour})"
+
+    @property
     def outline(self) -> str:
         return MARKERS[self.marker]
 
@@ -89,8 +93,8 @@ def styles(families: Mapping[str, Sequence[str]]) -> dict[str, Style]:
 
 @dataclass(frozen=True)
 class Line:
-    """A series of figures `y` at `x`, each with a range. Along scales there is no `x` and no range, and `y` has a figure
-    for every scale, (T,), or one for every layer of every scale, (T, L)."""
+    """A series of figures `y` at `x`, each with a range. Along scales there is no `x` and no range, and `y` has one
+    figure for every scale, (T,), or for every layer of every scale, (T, L)."""
 
     style: Style
     y: NDArray[np.float64]
@@ -238,9 +242,6 @@ class Track:
     style: Style
     text: str
     lanes: tuple[tuple[Part, ...], ...]
-
-
-ZERO = Part(0, 0, "the base", kind="zero")
 
 
 def pale(colour: int, percent: int) -> str:

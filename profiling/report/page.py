@@ -16,7 +16,8 @@ from heatkv.core.io import opened, write_text
 from heatkv.errors import FormatError
 from heatkv.profiling.report import charts, sections
 from heatkv.profiling.report.artefact_sections import pictures, plans, scas
-from heatkv.profiling.report.sections import Blocks, Report
+from heatkv.profiling.report.pools import Report
+from heatkv.profiling.report.sections import Blocks
 from heatkv.profiling.results.merging import Merged, merge
 
 NAME = "report.html"

@@ -5,12 +5,8 @@ A section is a function of the report that gives its blocks, or None where it ha
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,219 +17,15 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.spans import PHASES as TIME_PHASES
 from heatkv.profiling.measure.latency import outliers_of
 from heatkv.profiling.report import charts, tables
-from heatkv.profiling.report.charts import Line, Panel, Part, Style, Track, stacked
-from heatkv.profiling.report.tables import Column, look_up
+from heatkv.profiling.report.charts import Line, Panel, Part, Track, stacked
+from heatkv.profiling.report.pools import Cell, Entry, Pool, Report, mib, shade
+from heatkv.profiling.report.tables import ARENA, KL, MEDIAN, TOP1, Column, look_up
 from heatkv.profiling.results.comparable import REFERENCE
-from heatkv.profiling.results.ledgers import PHASES
-from heatkv.profiling.results.merging import SEPARATOR, Group, Merged, Row, budgets_of, leaders, pareto_front, ranked
+from heatkv.profiling.results.ledgers import PHASES, AllocatorPeaks
+from heatkv.profiling.results.merging import leaders, pareto_front, ranked
 from heatkv.profiling.results.row import Latency, ResultRow
 
-KL, TOP1, HELD, MEDIAN = tables.KL, tables.TOP1, tables.ARENA, tables.MEDIAN
 Blocks = list[Markup] | None
-
-
-class Cell(NamedTuple):
-    """A field of a table. `value` is the figure in full, which the page sorts by; `shade`, from 0 to 1, tints it."""
-
-    text: str
-    value: float | str | None = None
-    style: Style | None = None
-    shade: float | None = None
-    kind: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """Rows of one policy at one budget that differ in their seed alone; its figures are means over them."""
-
-    rows: tuple[Row, ...]
-    name: str
-    style: Style
-
-    @property
-    def result(self) -> ResultRow:
-        """That of its first row."""
-        return self.rows[0].result
-
-    def values(self, column: Column) -> list[Any]:
-        """The figure of every row; none unless all have it, as means over other seeds do not compare."""
-        found = [column.value(row.result) for row in self.rows]
-        return [] if None in found else found
-
-    def mean(self, column: Column) -> float | None:
-        return statistics.fmean(values) if (values := self.values(column)) else None
-
-    def array(self, path: str) -> NDArray[np.float64] | None:
-        """The mean of a list of figures, such as one for every scale."""
-        found = [look_up(row.result, path) for row in self.rows]
-        return np.mean(found, axis=0) if all(found) else None
-
-    def range(self, column: Column) -> tuple[float, float] | None:
-        """The least and the most over seeds, or over the plans of a policy that draws at random."""
-        values = self.values(column) if len(self.rows) > 1 else column is KL and self.result.kl_of_draws or ()
-        return (min(values), max(values)) if len(values) > 1 else None
-
-    def cell(self, column: Column) -> Cell:
-        """The mean of a figure, with its deviation over seeds."""
-        values = self.values(column)
-        if not values:
-            return Cell(tables.NOT_MEASURED, kind="missing")
-        if isinstance(values[0], str):
-            return Cell("; ".join(dict.fromkeys(values)), values[0])
-        several = len(values) > 1 and column.form.endswith("f")
-        mean = statistics.fmean(values) if several else values[0]
-        return Cell(column.text(mean) + (f" ± {column.text(statistics.stdev(values))}" if several else ""), mean)
-
-    @property
-    def heads(self) -> list[Cell]:
-        """The first fields of its line in a table: policy and budget."""
-        return [Cell(self.name, self.name, self.style), Cell(self.result.budget, self.result.budget_bytes)]
-
-
-@dataclass(frozen=True, eq=False)
-class Pool:
-    """Entries whose figures compare: those of the full cache, and all others by budget, the largest first. `title` says
-    what sets them apart from other pools; `left_out` names what lacks a seed that others have."""
-
-    title: str
-    reference: list[Entry]
-    budgets: dict[str, list[Entry]]
-    left_out: list[str]
-
-    @property
-    def compared(self) -> list[Entry]:
-        return [entry for entries in self.budgets.values() for entry in entries]
-
-    @property
-    def entries(self) -> list[Entry]:
-        return [*self.reference, *self.compared]
-
-    @property
-    def titled(self) -> dict[str, list[Entry]]:
-        """Entries by budget, under titles that say its size; the full cache comes first."""
-        sized = {f"{text}, {mib(of[0].result.budget_bytes)}": of for text, of in self.budgets.items()}
-        return {"full cache": self.reference, **sized} if self.reference else sized
-
-    @property
-    def scales(self) -> list[str]:
-        return scale_names(self.entries[0].result)
-
-
-@dataclass(frozen=True, eq=False)
-class Report:
-    """What sections are made of: merged results, and `ui`, the macros of the templates."""
-
-    merged: Merged
-    ui: Any
-
-    @cached_property
-    def styles(self) -> dict[str, Style]:
-        """By label without batch and seed."""
-        families: dict[str, dict[str, None]] = {}
-        for row in sorted(self.merged.rows, key=lambda row: row.result.policy == REFERENCE):
-            families.setdefault(row.result.policy, {})[self.merged.label(row, ())] = None
-        return charts.styles({policy: list(labels) for policy, labels in families.items()})
-
-    @property
-    def several(self) -> bool:
-        return len(self.merged.sources) > 1
-
-    @cached_property
-    def fidelity(self) -> list[Pool]:
-        """What is compared with the full cache."""
-        return [pool for pool in self.pools(self.merged.fidelity_groups) if pool.budgets]
-
-    def pools(self, groups: Sequence[Group]) -> list[Pool]:
-        """Groups that differ in their seeds alone are taken together."""
-        found: dict[str, list[Group]] = {}
-        for group in groups:
-            key = {name: value for name, value in group.key.items() if name not in ("seed", "samples", "timed")}
-            # another turn may be that of another seed, or of rows that were added later, which do not compare
-            turn = sorted(map(self._subject, group.rows)) if "timed" in group.key else None
-            found.setdefault(repr((key, turn)), []).append(group)
-        pools = []
-        for members in found.values():
-            parts = [group.title.split(", ") for group in members]
-            shared = [part for part in parts[0] if all(part in other for other in parts)]
-            folders = dict.fromkeys(row.source.label for group in members for row in group.rows)
-            title = ", ".join(shared) + (f" ({', '.join(folders)})" if self.several else "")
-            pools.append(self.pool((r for g in members for r in g.rows), title if len(found) > 1 else ""))
-        return pools
-
-    def _subject(self, row: Row) -> tuple[str, int]:
-        return self.merged.label(row, ("batch",)), row.result.budget_bytes
-
-    def pool(self, rows: Iterable[Row], title: str = "", over_seeds: bool = True) -> Pool:
-        """These rows, those of several seeds as one entry. Names leave out what all rows share."""
-        members: dict[Any, list[Row]] = {}
-        for row in rows:
-            members.setdefault(self._subject(row) if over_seeds else row, []).append(row)
-        seeds = {key: {row.result.seed for row in of_key} for key, of_key in members.items()}
-        most = max(seeds.values(), key=lambda of_key: (len(of_key), sorted(of_key))) if over_seeds else None
-        axes = ("batch",) if most is not None and len(most) > 1 else ("batch", "seed")
-        parts = {of_key[0]: self.merged.label(of_key[0], axes).split(SEPARATOR) for of_key in members.values()}
-        shared = set.intersection(*(set(of_row[1:]) for of_row in parts.values()))
-        entries, left_out = {}, []
-        for key, of_key in members.items():
-            policy, *rest = parts[of_key[0]]
-            name = SEPARATOR.join([policy, *(part for part in rest if part not in shared)])
-            if most is None or seeds[key] == most:
-                entries[of_key[0]] = Entry(tuple(of_key), name, self.styles[self.merged.label(of_key[0], ())])
-            else:
-                left_out.append(f"{name} at {of_key[0].result.budget}")
-        reference = [entry for row, entry in entries.items() if row.result.policy == REFERENCE]
-        budgets = {budget: [entries[row] for row in of_budget] for budget, of_budget in budgets_of(entries).items()}
-        return Pool(title, reference, budgets, left_out)
-
-    def each(self, pools: Sequence[Pool], make: Callable[[int, Pool], list[Markup]]) -> list[Markup]:
-        """The blocks of every pool, under its title where there are several."""
-        return [self.ui.pools([(pool, make(index, pool)) for index, pool in enumerate(pools)])]
-
-    def table(
-        self, caption: str, entries: Sequence[Entry], columns: Iterable[Column],
-        best: Sequence[Entry] = (), shaded: bool = False,
-    ) -> Markup:  # fmt: skip
-        """A line for every entry: policy, budget, and the columns that any entry has a figure for."""
-        shown = tables.measured(columns, (row.result for entry in entries for row in entry.rows))
-        lines = [[entry.cell(column) for column in shown] for entry in entries]
-        if shaded:
-            lines = shade(lines)
-        for entry, line in zip(entries, lines, strict=True):
-            if entry in best:
-                line[0] = line[0]._replace(kind="best")
-        titles = ["policy", "budget", *(column.title for column in shown)]
-        return self.cells(caption, titles, [[*e.heads, *line] for e, line in zip(entries, lines, strict=True)])
-
-    def cells(self, caption: str, titles: Sequence[str], lines: Sequence[Sequence[Cell]], sort: bool = True) -> Markup:
-        """A table; columns of numbers stand to the right."""
-        right = [i > 0 and any(isinstance(line[i].value, int | float) for line in lines) for i in range(len(titles))]
-        markup: Markup = self.ui.table(caption, list(zip(titles, right, strict=True)), lines, sort)
-        return markup
-
-    def legend(self, entries: Iterable[Entry]) -> Markup:
-        markup: Markup = self.ui.legend(dict((entry.style, entry.name) for entry in entries).items())
-        return markup
-
-
-def shade(lines: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
-    """The cells, tinted by where their figures are between the least and the most, on a logarithmic scale."""
-    logs = [math.log(c.value) for line in lines for c in line if isinstance(c.value, float) and c.value > 0]
-    if not logs or max(logs) == min(logs):
-        return [list(line) for line in lines]
-
-    def share(value: Any) -> float | None:
-        return (math.log(value) - min(logs)) / (max(logs) - min(logs)) if value and value > 0 else None
-
-    return [[cell._replace(shade=share(cell.value)) for cell in line] for line in lines]
-
-
-def mib(count: float) -> str:
-    return f"{count / 2**20:,.3f} MiB"
-
-
-def scale_names(row: ResultRow) -> list[str]:
-    """Short names of scales: the side of square ones."""
-    return [str(h) if t == 1 and h == w else f"{h}x{w}" if t == 1 else f"{t}x{h}x{w}" for t, h, w in row.schedule]
 
 
 # ----------------------------------------------------------------------------------------------------- fidelity
@@ -276,16 +68,16 @@ def _against_memory(name: str, entries: Sequence[Entry], column: Column, log: bo
     """A chart of a figure against the bytes held, and its Pareto front."""
 
     def point(entry: Entry) -> tuple[float, float]:
-        return (entry.mean(HELD) or 0) / 2**20, entry.mean(column) or 0
+        return (entry.mean(ARENA) or 0) / 2**20, entry.mean(column) or 0
 
-    drawn = [entry for entry in entries if entry.mean(HELD) and ((entry.mean(column) or 0) > 0 or not log)]
+    drawn = [entry for entry in entries if entry.mean(ARENA) and ((entry.mean(column) or 0) > 0 or not log)]
     lines = []
     for label in dict.fromkeys(entry.name for entry in drawn):
         members = sorted((entry for entry in drawn if entry.name == label), key=point)
         xs, ys = np.array([point(entry) for entry in members]).T
         ranges = [_range(entry, column) or (y, y) for entry, y in zip(members, ys, strict=True)]
         lines.append(Line(members[0].style, ys, xs, ranges))
-    front = pareto_front(drawn, lambda entry: entry.mean(HELD), lambda entry: entry.mean(column))
+    front = pareto_front(drawn, lambda entry: entry.mean(ARENA), lambda entry: entry.mean(column))
     budgets = {entry.result.budget_bytes / 2**20: entry.result.budget for entry in drawn}
     label = f"{column.title} against memory; the table has the figures"
     return charts.line_chart(name, label, lines, [point(e) for e in front], budgets, column.title, log), front
@@ -334,29 +126,36 @@ def _kl_table(report: Report, pool: Pool) -> Markup:
     return report.cells(caption, ["policy", *pool.budgets], lines)
 
 
+DIFFERENCE = Column("difference", "nats per token", "versus.difference", "+.4f")
+
+
 def paired(report: Report) -> Blocks:
     """How far every policy's KL is from that of the base at the same budget, on the same images."""
     groups = [(g.title, [row for row in g.rows if row.result.versus]) for g in report.merged.fidelity_groups]
     pools = [report.pool(rows, title if len(groups) > 1 else "", over_seeds=False) for title, rows in groups if rows]
 
     def make(index: int, pool: Pool) -> list[Markup]:
-        tracks = {budget: sorted(map(_difference, entries)) for budget, entries in pool.budgets.items()}
-        groups = {budget: [track for _, track in of_budget] for budget, of_budget in tracks.items()}
-        at = charts.percent_scale(track for of_budget in groups.values() for track in of_budget)
+        groups = {
+            budget: [
+                _difference(entry) for entry in sorted(entries, key=lambda e: look_up(e.result, "versus.difference"))
+            ]
+            for budget, entries in pool.budgets.items()
+        }
+        at = charts.percent_scale(track for tracks in groups.values() for track in tracks)
         return [report.ui.paired(groups, at, pool.compared[0].result.versus)]
 
     return report.each(pools, make) if pools else None
 
 
-def _difference(entry: Entry) -> tuple[float, Track]:
-    """A difference with its interval, and what it is sorted by."""
+def _difference(entry: Entry) -> Track:
+    """The interval of a difference, around the difference, and the line at 0."""
     versus = entry.result.versus
     assert versus is not None
-    (low, high), text, colour = versus.interval, tables.difference_text(versus), f"var(--series-{entry.style.colour})"
+    (low, high), text, colour = versus.interval, tables.difference_text(versus), entry.style.css
     verdict = "closer" if high < 0 else "further" if low > 0 else "not separated"
-    point = Part(versus.difference, versus.difference, text, colour, "point")
-    track = Track(entry.name, entry.style, f"{text} {verdict}", ((charts.ZERO, Part(low, high, text, colour), point),))
-    return versus.difference, track
+    point = Part(versus.difference, versus.difference, text, kind="point")
+    zero = Part(0, 0, versus.policy, kind="zero")
+    return Track(entry.name, entry.style, f"{text} {verdict}", ((zero, Part(low, high, text, colour), point),))
 
 
 def per_scale(report: Report) -> Blocks:
@@ -387,7 +186,7 @@ def latency(report: Report) -> Blocks:
     for group in groups:
         full = [MEDIAN.value(row.result) for row in group.rows if row.result.policy == REFERENCE]
         shares |= {id(row.result): MEDIAN.value(row.result) / full[0] for row in group.rows if full}
-    columns = (MEDIAN, tables.IQR, Column("of full cache", "", lambda row: shares.get(id(row)), ".2f"), HELD)
+    columns = (MEDIAN, tables.IQR, Column("of full cache", "", lambda row: shares.get(id(row)), ".2f"), ARENA)
 
     def make(index: int, pool: Pool) -> list[Markup]:
         entries = ranked(pool.entries, lambda entry: entry.mean(MEDIAN))
@@ -491,41 +290,36 @@ def memory(report: Report) -> Blocks:
     return [*report.each(pools, make), report.ui.ledger_words()]
 
 
-def _above_weights(path: str) -> Callable[[ResultRow], float | None]:
-    """What the allocator gave out beside the model's weights."""
+def _allocator(path: str, size: Callable[[AllocatorPeaks, int], int]) -> Callable[[ResultRow], int | None]:
+    """A part of what the allocator had at most, from its peaks and the weights."""
 
-    def size(row: ResultRow) -> float | None:
-        peak, weights = look_up(row, f"memory.{path}.allocated_bytes"), look_up(row, "memory.allocator.weights_bytes")
-        return None if peak is None else max(0, peak - weights)
+    def value(row: ResultRow) -> int | None:
+        peaks, weights = look_up(row, f"memory.{path}"), look_up(row, "memory.allocator.weights_bytes")
+        return peaks and max(0, size(peaks, weights))
 
-    return size
-
-
-def _beyond(path: str) -> Callable[[ResultRow], float | None]:
-    """What the allocator kept from the driver beside what it gave out."""
-
-    def size(row: ResultRow) -> float | None:
-        peaks = look_up(row, f"memory.{path}")
-        return peaks and max(0, peaks.reserved_bytes - peaks.allocated_bytes)
-
-    return size
+    return value
 
 
-def _device(name: str, path: str, tensors: str, colour: str) -> dict[Column, str]:
-    """A lane of what the device saw: of the allocator on a GPU, of tensors else."""
-    lane = {Column(name, "MiB", _above_weights(path), ledger="allocator"): colour}
-    lane[Column("reserved beyond", "MiB", _beyond(path), ledger="allocator")] = charts.pale(0, 20)
-    return lane | {Column(name, "MiB", tensors, ledger="tensors"): colour}
+def _device(name: str, path: str, colour: str) -> dict[Column, str]:
+    """What the allocator gave out beside the model's weights, and kept from the driver beside that."""
+    given = Column(name, "MiB", _allocator(path, lambda p, weights: p.allocated_bytes - weights), ledger="allocator")
+    kept = _allocator(path, lambda peaks, _: peaks.reserved_bytes - peaks.allocated_bytes)
+    return {given: colour, Column("reserved beyond", "MiB", kept, ledger="allocator"): charts.pale(0, 20)}
 
 
-_PHASE_SHADES = {"opened": charts.pale(0, 40), "drawing": "var(--series-0)", "decode": charts.pale(0, 65)}
+def _tensors(name: str, phase: str, colour: str) -> dict[Column, str]:
+    def value(row: ResultRow) -> int | None:
+        return None if look_up(row, "memory.allocator") else look_up(row, f"memory.tensors.peak_bytes.{phase}")
+
+    return {Column(name, "MiB", value, ledger="tensors"): colour}
+
+
 LANES = [
-    {Column("cache", "MiB", "planned_bytes", ledger="planned"): "var(--series-6)"},
-    {Column(name, "MiB", f"{field}_bytes", ledger="arena"): f"var(--series-{colour})"
-     for field, name, colour in (("allocated", "cache", 1), ("index", "index tables", 4), ("workspace", "workspace", 5))},
-    *(_device(name, f"allocator.peaks.{phase}", f"memory.tensors.peak_bytes.{phase}", _PHASE_SHADES[phase])
-      for phase, name in PHASES.items()),
-    _device("with CUDA graphs", "graphs.peaks", "memory.graphs.reason", "var(--series-3)"),
+    {tables.PLANNED_CACHE: "var(--series-6)"},
+    {column: f"var(--series-{colour})" for column, colour in zip(tables.ARENA_PARTS, (1, 4, 5), strict=True)},
+    *(_device(name, f"allocator.peaks.{phase}", colour) | _tensors(name, phase, colour)
+      for (phase, name), colour in zip(PHASES.items(), (charts.pale(0, p) for p in (40, 100, 65)), strict=True)),
+    _device("with CUDA graphs", "graphs.peaks", "var(--series-3)"),
 ]  # fmt: skip
 """The bars of a row, one under the other: the parts of each with their colours."""
 
@@ -533,10 +327,8 @@ LANES = [
 def _memory_track(entry: Entry) -> Track:
     row, lanes = entry.result, []
     for parts in LANES:
-        found = {
-            column: column.value(row) for column in parts if column.ledger != "tensors" or not row.memory.allocator
-        }
-        lengths = {f"{c.ledger}: {c.name}": (v / 2**20, parts[c]) for c, v in found.items() if v is not None}
+        sizes = {column: size for column in parts if (size := column.value(row)) is not None}
+        lengths = {f"{column.ledger}: {column.name}": (size / 2**20, parts[column]) for column, size in sizes.items()}
         lanes.append(stacked(lengths, "MiB"))
     limit = row.budget_bytes / 2**20
     budget = Part(limit, limit, f"budget: {limit:.3f} MiB", kind="limit")
@@ -584,7 +376,11 @@ def environment(report: Report) -> Blocks:
     facts: dict[str, dict[str, str]] = {}
     for source in report.merged.sources:
         told, first = msgspec.to_builtins(source.results), source.results.rows[0]
-        found = {"model": first.model, "weights": first.model_fingerprint, "schedule": ScaleSchedule(first.schedule)}
+        found: dict[str, Any] = {
+            "model": first.model,
+            "weights": first.model_fingerprint,
+            "schedule": ScaleSchedule(first.schedule),
+        }
         found |= told["environment"] | (told["sampling"] or {}) | told["request"]
         if found.get("statistics"):
             found["statistics"] = f"{len(found['statistics']['samples'])} samples of {found['statistics']['model']}"

@@ -67,9 +67,9 @@ def measured(columns: Iterable[Column], rows: Iterable[ResultRow]) -> list[Colum
 # ------------------------------------------------------------------------------------- figures of several fields
 
 
-def difference_text(versus: Versus | None) -> str | None:
+def difference_text(versus: Versus) -> str:
     """A paired difference with its interval."""
-    return versus and f"{versus.difference:+.4f} [{versus.interval[0]:+.4f}, {versus.interval[1]:+.4f}]"
+    return f"{versus.difference:+.4f} [{versus.interval[0]:+.4f}, {versus.interval[1]:+.4f}]"
 
 
 def broken_promises(row: ResultRow) -> list[str]:
@@ -147,7 +147,7 @@ RESULTS = (
     ),
     MEDIAN, Column("time, CUDA graphs", "ms", "graph_latency_ms.median", ".1f"), KL,
     Column("KL of its plans", "nats", _kl_of_plans, brief=False),
-    Column("above the base's [interval]", "nats", lambda row: difference_text(row.versus)),
+    Column("above the base's [interval]", "nats", lambda row: row.versus and difference_text(row.versus)),
     *_figures(".4f", predicted_kl=("foretold KL", "nats")), TOP1,
     *_figures(".2f", psnr_db=("PSNR", "dB")), *_figures(".3f", ssim=("SSIM", ""), lpips=("LPIPS", "")),
     *_figures(".1f", fid=("FID", "")), *_figures("", False, images=("images", ""), pictures=("pictures", "")),
@@ -162,8 +162,7 @@ LATENCY = [
         Column("runs", "", f"{field}.runs", "", ledger, brief=False),
         Column("outliers", "", f"{field}.outliers", "", ledger),
         *(Column(name, "ms", f"{field}.phases.{name}", ".1f", ledger) for name in (*TIME_PHASES, "other")),
-        Column("last scale", "ms", lambda row, field=field: (look_up(row, f"{field}.scales") or [None])[-1], ".1f",
-               ledger),
+        Column("last scale", "ms", f"{field}.scales.-1", ".1f", ledger),
     )
 ]  # fmt: skip
 
@@ -185,11 +184,12 @@ def _allocator(kind: str, brief: str = "") -> list[Column]:
     ]
 
 
+ALLOWED, PLANNED_CACHE = _ledger("plan", "planned.", {"budget": "budget", "cache": "cache"}, "cache")
+ARENA_PARTS = _ledger("arena", "arena.", {"cache": "cache", "index": "index tables", "workspace": "workspace"}, "cache")
 PLANNED = (
-    *_ledger("plan", "planned.", {"budget": "budget", "cache": "cache"}, "cache"),
-    *_ledger("arena", "arena.", {"cache": "cache", "index": "index tables", "workspace": "workspace"}, "cache"),
+    ALLOWED, PLANNED_CACHE, *ARENA_PARTS,
     Column("cache by scale", "", _sparkline),
-)
+)  # fmt: skip
 DEVICE = (
     *_ledger("model", "", {"weights": "weights"}, "weights"),
     *_ledger("tensors", "tensors.peak_bytes.", PHASES, "drawing decode", ""),
