@@ -69,7 +69,8 @@ def measured(columns: Iterable[Column], rows: Iterable[ResultRow]) -> list[Colum
 
 def difference_text(versus: Versus) -> str:
     """A paired difference with its interval."""
-    return f"{versus.difference:+.4f} [{versus.interval[0]:+.4f}, {versus.interval[1]:+.4f}]"
+    low, high = versus.interval
+    return f"{versus.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def broken_promises(row: ResultRow) -> list[str]:
@@ -134,7 +135,7 @@ def scale_columns(path: str, scales: Sequence[str], unit: str, form: str, ledger
 POLICY, BUDGET = Column("policy", "", "policy"), Column("budget", "", "budget")
 AXES = (Column("batch", "", "batch"), Column("seed", "", "seed"))
 REMARK = Column("remark", "", _remark)
-KL, TOP1 = Column("KL", "nats per token", "kl", ".4f"), Column("top-1", "", "top1_agreement", ".1%")
+KL, TOP1 = Column("KL", "nats", "kl", ".4f"), Column("top-1", "", "top1_agreement", ".1%")
 ARENA = Column("arena", "MiB", "allocated_bytes", ".3f")
 MEDIAN, IQR = Column("time", "ms", "latency_ms.median", ".1f"), Column("IQR", "ms", "latency_ms.iqr", ".1f")
 RESULTS = (
@@ -147,7 +148,7 @@ RESULTS = (
     ),
     MEDIAN, Column("time, CUDA graphs", "ms", "graph_latency_ms.median", ".1f"), KL,
     Column("KL of its plans", "nats", _kl_of_plans, brief=False),
-    Column("above the base's [interval]", "nats", lambda row: row.versus and difference_text(row.versus)),
+    Column("above the base's", "nats", lambda row: row.versus and difference_text(row.versus)),
     *_figures(".4f", predicted_kl=("foretold KL", "nats")), TOP1,
     *_figures(".2f", psnr_db=("PSNR", "dB")), *_figures(".3f", ssim=("SSIM", ""), lpips=("LPIPS", "")),
     *_figures(".1f", fid=("FID", "")), *_figures("", False, images=("images", ""), pictures=("pictures", "")),
@@ -220,7 +221,7 @@ def _terminal_table(rows: Sequence[ResultRow], columns: Iterable[Column], title:
     brief = measured([column for column in (*columns, REMARK) if column.brief], rows)
     table = Table(title=title)
     for column in (shown := [POLICY, BUDGET, *axes, *brief]):
-        table.add_column(column.title, justify="right" if column.form or column in axes else "left", overflow="fold")
+        table.add_column(column.title, justify="right" if column.form or column in (BUDGET, *axes) else "left", overflow="fold")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         texts = ["-" if (value := column.value(row)) is None else column.text(value) for column in shown]
         table.add_row(*texts, end_section=following is not None and following.budget != row.budget)
