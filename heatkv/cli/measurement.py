@@ -252,7 +252,7 @@ class Measurement:
                 memory = results.memory(row.measurement, own=not self.in_process)
                 times = results.times(row.measurement, repeats)
             kept = [count + (found is not None) for count, found in zip(kept, (memory, times), strict=True)]
-            lines.append(Line(point, subject, row.updated(*filter(None, (memory, times)))))
+            lines.append(Line(point, subject, row.updated(*(part for part in (memory, times) if part is not None))))
         if resume:
             results.check_stopped([line.row for line in lines])
         files = results.save_plans([subject for _, subject in subjects], [self.files_name(o, lines) for o in lines])

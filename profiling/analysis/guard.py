@@ -28,7 +28,7 @@ PLAN_AND_ARENA: dict[_Path, str] = {
     ("memory", "arena", "index_bytes"): "index_bytes",
     ("memory", "arena", "workspace_bytes"): "workspace_bytes",
 }
-"""Figures of the ledgers that follow from the plan, the same on every machine, and the row's field of the same bytes."""
+"""Figures of the ledgers that follow from the plan, the same everywhere, and the row's fields of the same bytes."""
 TENSORS: tuple[_Path, ...] = (
     *(("memory", "tensors", "peak_bytes", phase) for phase in PHASES), ("memory", "tensors", "arena_bytes"),
     ("memory", "weights_bytes"),

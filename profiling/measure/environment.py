@@ -8,6 +8,7 @@ import statistics
 import time
 
 import torch
+from msgspec import structs
 
 from heatkv.core.io import versions
 from heatkv.engine.watch import is_deterministic
@@ -94,7 +95,7 @@ def timing_machine(device: torch.device) -> TimingMachine:
 def environment(device: torch.device) -> Environment:
     """What every result states about the machine it was measured on."""
     return Environment(
-        **vars(timing_machine(device)),
+        **structs.asdict(timing_machine(device)),
         device=device.type,
         device_name=device_name(device),
         threads=torch.get_num_threads(),

@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from heatkv.core.capacity_plan import CapacityPlan
@@ -185,13 +186,13 @@ def driver_memory(device: torch.device) -> DriverMemory | None:
     try:
         mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
         used = mine[0].usedGpuMemory if mine else None  # None in containers that hide processes
-        found = replace(found, process_bytes=None if used is None else int(used))
+        found = structs.replace(found, process_bytes=None if used is None else int(used))
     except pynvml.NVMLError:
         pass
     try:
         info = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
         sizes = {f"{name}_bytes": int(getattr(info, name)) for name in ("total", "reserved", "used", "free")}
-        found = replace(found, **sizes)
+        found = structs.replace(found, **sizes)
     except (pynvml.NVMLError, AttributeError, TypeError):  # an older driver, or an older pynvml
         pass
     return found
@@ -320,7 +321,7 @@ def measure_memory(
         driver=driver,
     )
     return Memory(
-        memory=replace(ledgers, steps=steps(ledgers)),
+        memory=structs.replace(ledgers, steps=steps(ledgers)),
         device_peak_bytes=device_peak,
         nvml_bytes=None if driver is None else driver.process_bytes,
     )

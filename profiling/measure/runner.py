@@ -49,7 +49,7 @@ def first_row(
     caches = [
         open_cache(
             plan, rows, model.compute_dtype, model.device if allocate else "meta", model.key_angles,
-            storage=held.coding, attention=subject.attention,
+            storage=held.code, attention=subject.attention,
         )
         for plan in plans
     ]  # fmt: skip
@@ -159,7 +159,7 @@ def measure_latency(
 
 def graph_latency(
     generator: Generator[Any], draw: Callable[[], object], repeats: int, progress: Callable[[], None] | None = None
-) -> tuple[Latency, int]:
+) -> tuple[Latency, int | None]:
     """Time of `draw`, which draws by a generator with graphs that has drawn nothing yet, and what its graphs hold.
 
     Raises GraphError where there can be no graphs.

@@ -40,9 +40,9 @@ class Subject:
         self, model: ImageModel[Any], settings: Settings, plan: int, batch: int, graphs: bool = False
     ) -> Generator[Any]:
         """What draws `batch` images under one of the plans."""
-        coding = StorageType.parse(self.storage).coding
+        code = StorageType.parse(self.storage).code
         return Generator(
-            model, self.plans[plan], batch, settings, storage=coding, attention=self.attention, graphs=graphs
+            model, self.plans[plan], batch, settings, storage=code, attention=self.attention, graphs=graphs
         )
 
 

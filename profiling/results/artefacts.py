@@ -45,7 +45,7 @@ def artefact_name(name: str) -> str:
 def file_digest(path: Path) -> str:
     """Names the contents of a file. Raises FormatError for what is none."""
     with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.sha256(file.read()).hexdigest()[:16]
 
 
 def plans_of(folder: Path, row: ResultRow) -> tuple[CachePlan, ...] | Missing:

@@ -13,12 +13,12 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from msgspec import structs
 from PIL import PngImagePlugin
 from torch import Tensor
 
@@ -220,7 +220,7 @@ class ResultsFolder:
             numbered = (path.with_name(f"results.{number}.json") for number in itertools.count(1))
             moved = next(free for free in numbered if not free.exists())
             move(path, moved)
-        write_results(path, replace(self._results, rows=tuple(rows)))
+        write_results(path, structs.replace(self._results, rows=tuple(rows)))
         return moved
 
 

@@ -8,10 +8,9 @@ counted at every operation, and what the system holds resident for the process. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 T = TypeVar("T")
 ByteCount = Annotated[int, Meta(ge=0, le=2**60)]
@@ -22,16 +21,14 @@ PHASES = {"opened": "opening", "drawing": "drawing", "decode": "decode"}
 UNEXPLAINED = "unexplained"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedMemory:
+class PlannedMemory(Struct, frozen=True, kw_only=True):
     """The plan's peak, and what it may be at most."""
 
     cache_bytes: ByteCount
     budget_bytes: ByteCount
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArenaMemory:
+class ArenaMemory(Struct, frozen=True, kw_only=True):
     """Real storage: of all that is cached with the scales of 8-bit codes, of the tables that say what is where, and of
     what attention gathers into."""
 
@@ -40,8 +37,7 @@ class ArenaMemory:
     workspace_bytes: ByteCount
 
 
-@dataclass(frozen=True)
-class Phases(Generic[T]):
+class Phases(Struct, Generic[T], frozen=True):
     """A figure of opening the cache, of drawing all scales, and of decoding them to pictures; each starts anew."""
 
     opened: T
@@ -53,8 +49,7 @@ class Phases(Generic[T]):
         return self.opened, self.drawing, self.decode
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorMemory:
+class TensorMemory(Struct, frozen=True, kw_only=True):
     """Most bytes of tensors alive at once on the model's device, without the model's own; `arena_bytes` of them are the
     arena's. Memory that a library takes inside of an operation is not seen."""
 
@@ -62,8 +57,7 @@ class TensorMemory:
     arena_bytes: ByteCount
 
 
-@dataclass(frozen=True, kw_only=True)
-class HostMemory:
+class HostMemory(Struct, frozen=True, kw_only=True):
     """Resident memory of the process: Python, libraries, weights, and pages that were touched.
 
     What loading the model took is None in a process that has done other things; `peak_bytes` where the system cannot
@@ -78,8 +72,7 @@ class HostMemory:
     most_bytes: ByteCount
 
 
-@dataclass(frozen=True, kw_only=True)
-class AllocatorPeaks:
+class AllocatorPeaks(Struct, frozen=True, kw_only=True):
     """Most bytes at once by torch's CUDA allocator."""
 
     requested_bytes: ByteCount | None = None
@@ -87,8 +80,7 @@ class AllocatorPeaks:
     reserved_bytes: ByteCount
 
 
-@dataclass(frozen=True, kw_only=True)
-class AllocatorMemory:
+class AllocatorMemory(Struct, frozen=True, kw_only=True):
     """The allocator's peaks while the model was loaded (None in a process that has done other things) and in every
     phase, weights included. `weights_bytes`: allocated before the cache was opened."""
 
@@ -97,8 +89,7 @@ class AllocatorMemory:
     peaks: Phases[AllocatorPeaks]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GraphMemory:
+class GraphMemory(Struct, frozen=True, kw_only=True):
     """Drawing with CUDA graphs: what their private pool has reserved, which is part of what the allocator has reserved,
     and the allocator's peaks; or for which `reason` there are no graphs."""
 
@@ -107,8 +98,7 @@ class GraphMemory:
     reason: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class DriverMemory:
+class DriverMemory(Struct, frozen=True, kw_only=True):
     """NVML after drawing: what this process has, its CUDA context included; and of the whole device how much there is,
     the driver keeps to itself, all processes use, and is free. `used_bytes` is without `reserved_bytes`."""
 
@@ -119,8 +109,7 @@ class DriverMemory:
     free_bytes: ByteCount | None = None
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Struct, frozen=True):
     """From one figure to the next: `parts` are what the second holds beside the first, and add up to the difference.
     What nothing accounts for is called `unexplained`."""
 
@@ -131,8 +120,7 @@ class Step:
     parts: dict[str, Difference]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ledgers:
+class Ledgers(Struct, frozen=True, kw_only=True):
     """All that was measured of one plan. `process`: `own`, or `shared` with other work, which colours the figures."""
 
     process: Literal["own", "shared"]

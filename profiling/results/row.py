@@ -7,12 +7,12 @@ measured: a figure outside of them is damaged, and must not win a comparison.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from heatkv.core.io import check_header, read_json, write_json
 from heatkv.core.schedule import ScaleSchedule
@@ -40,8 +40,7 @@ IDLE_UTILISATION = 5
 """Per cent of the time with a kernel running, up to which a GPU counts as idle; drivers round up."""
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(Struct, frozen=True):
     """What else a machine did before a measurement. `load_average`: of the last minute, this process included.
     `gpu_utilisation`: per cent of the last second with a kernel of others running. `gpu_processes`: other processes."""
 
@@ -64,16 +63,14 @@ class Load:
         return found or (["it says so itself"] if self.busy else [])
 
 
-@dataclass(frozen=True, kw_only=True)
-class TimingMachine:
+class TimingMachine(Struct, frozen=True, kw_only=True):
     """What times are to be read with: the machine's load and speed as they were taken."""
 
     load: Load | None = None
     matrix_product_1024_fp32_one_thread_ms: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Environment(TimingMachine):
+class Environment(TimingMachine, frozen=True, kw_only=True):
     """The machine and the releases that results were measured with."""
 
     device: str | None = None
@@ -81,10 +78,10 @@ class Environment(TimingMachine):
     threads: int | None = None
     deterministic: bool | None = None
     system: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = {}
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What was asked for. `seed` is there where there is one only; `samples_digest` is one for every seed where there
     are several; `statistics` is the provenance of those that policies planned from."""
 
@@ -104,8 +101,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return digest.get(str(seed)) if isinstance(digest, dict) else digest
 
 
-@dataclass(frozen=True, kw_only=True)
-class Latency:
+class Latency(Struct, frozen=True, kw_only=True):
     """Times in milliseconds of drawing, decoding included: of `runs` runs, `all` in the order they were made, with an
     interval of the median; and of every scale and phase, from further runs that were watched."""
 
@@ -123,16 +119,14 @@ class Latency:
         _check_interval(self.interval)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spread:
+class Spread(Struct, frozen=True, kw_only=True):
     """Over samples: the standard deviation, None of one alone, and the quartiles."""
 
     sd: float | None
     quartiles: tuple[float, float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Versus:
+class Versus(Struct, frozen=True, kw_only=True):
     """Mean of what a row's KL is above another policy's on the same images, with a paired bootstrap interval."""
 
     policy: str
@@ -277,22 +271,23 @@ def _check_interval(ends: tuple[float, float] | None) -> None:
 # --------------------------------------------------------------------------------------------------- the file
 
 
-@dataclass(frozen=True, kw_only=True)
-class Results:
+class Results(Struct, frozen=True, kw_only=True):
     """All that a results.json holds; `sampling` are the settings that images are drawn with."""
 
-    format: Literal["heatkv-results"] = FORMAT
-    version: Literal[1] = VERSION
-    environment: Environment = field(default_factory=Environment)
+    format: str = FORMAT
+    version: int = VERSION
+    environment: Environment = Environment()
     sampling: dict[str, Any] | None = None
-    request: Request = field(default_factory=Request)
+    request: Request = Request()
     rows: tuple[ResultRow, ...]
 
 
 def read_results(path: Path) -> Results:
     """A results.json. Raises FormatError for what is none, naming the field that cannot be."""
     data = check_header(read_json(path), path, FORMAT, VERSION)
-    return convert(printable(data), Results, path)
+    results = convert(printable(data), Results, path)
+    # msgspec leaves what a file lacks to the class, and out of the row
+    return msgspec.structs.replace(results, rows=tuple(map(replace, results.rows)))
 
 
 def write_results(path: Path, results: Results) -> None:
