@@ -79,8 +79,9 @@ def _against_memory(name: str, entries: Sequence[Entry], column: Column, log: bo
         lines.append(Line(members[0].style, ys, xs, ranges))
     front = pareto_front(drawn, lambda entry: entry.mean(ARENA), lambda entry: entry.mean(column))
     budgets = {entry.result.budget_bytes / 2**20: entry.result.budget for entry in drawn}
-    label = f"{column.title} against memory; the table has the figures"
-    return charts.line_chart(name, label, lines, [point(e) for e in front], budgets, column.title, log), front
+    title = "KL, nats per token" if column is KL else "ms per batch"
+    label = f"{title}, against memory; the table has the figures"
+    return charts.line_chart(name, label, lines, [point(entry) for entry in front], budgets, title, log), front
 
 
 def _range(entry: Entry, column: Column) -> tuple[float, float] | None:
