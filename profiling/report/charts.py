@@ -130,7 +130,7 @@ def _svg(figure: Any, label: str) -> Markup:
     )
     text = buffer.getvalue()
     text = re.sub(
-        r' id="[a-zA-Z]\w*?_\d+"|<defs>\s*<style.*?</defs>|<metadata>.*?</metadata>', "", text, flags=re.DOTALL
+        r' id="[a-zA-Z][\w.]*?_\d+"|<defs>\s*<style.*?</defs>|<metadata>.*?</metadata>', "", text, flags=re.DOTALL
     )
     for name, (light, _) in PALETTE.items():
         text = text.replace(light, f"var(--{name})")

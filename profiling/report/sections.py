@@ -365,10 +365,9 @@ def all_figures(report: Report) -> Blocks:
     """Every row of every folder."""
     blocks = []
     for source in report.merged.sources:
-        axes = [axis for axis in tables.AXES if axis.name in source.axes]
         pool = report.pool(source.rows, over_seeds=False)
         caption = f"{source.label}, {report.merged.machines[source.machine]}"
-        blocks.append(report.table(caption, pool.entries, (*axes, *tables.RESULTS, tables.REMARK)))
+        blocks.append(report.table(caption, pool.entries, (*tables.RESULTS, tables.REMARK)))
     return [*blocks, report.ui.figure_words()]
 
 

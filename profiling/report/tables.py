@@ -221,7 +221,9 @@ def _terminal_table(rows: Sequence[ResultRow], columns: Iterable[Column], title:
     brief = measured([column for column in (*columns, REMARK) if column.brief], rows)
     table = Table(title=title)
     for column in (shown := [POLICY, BUDGET, *axes, *brief]):
-        table.add_column(column.title, justify="right" if column.form or column in (BUDGET, *axes) else "left", overflow="fold")
+        table.add_column(
+            column.title, justify="right" if column.form or column in (BUDGET, *axes) else "left", overflow="fold"
+        )
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         texts = ["-" if (value := column.value(row)) is None else column.text(value) for column in shown]
         table.add_row(*texts, end_section=following is not None and following.budget != row.budget)
