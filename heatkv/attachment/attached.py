@@ -32,7 +32,7 @@ from heatkv.core.io import versions
 from heatkv.core.levels import LEVELS, SINK_SCALES
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import of_kind, shown, whole
+from heatkv.core.schema import shown, whole
 from heatkv.core.statistics import LevelStatistics, Provenance, Statistics, calibrated_bias
 from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import ArenaCache
@@ -498,8 +498,6 @@ class Attached:
         that differ in it are not merged. Samples are named seed:index:- with the index from `first_sample` on.
         Raises StatisticsError when nothing was measured, or for settings that are no dictionary.
         """
-        if settings is not None:
-            of_kind(settings, Mapping, "settings", StatisticsError, 'give a dictionary, such as {"top_k": 900}')
         sums, samples = self._measured("mass")
         provenance = Provenance(
             model=self._name,
@@ -523,8 +521,8 @@ class Attached:
         statistics with `statistics.with_levels(...)`. Raises StatisticsError when nothing was measured."""
         sums, samples = self._measured("levels")
         assert self._log_bias is not None
-        joint = tuple(sums[f"joint.{target}"] for target in range(len(self.plan.schedule)))
-        return LevelStatistics(self._choices, "error", self._log_bias, joint, sums["single"], samples, ())
+        joint = tuple(sums[f"joint_sum.{target}"] for target in range(len(self.plan.schedule)))
+        return LevelStatistics(self._choices, "error", self._log_bias, joint, sums["single_sum"], samples, ())
 
     def _measured(self, what: Measured) -> tuple[dict[str, FloatArray], tuple[str, ...]]:
         """The sums and the names of the samples."""
@@ -583,16 +581,6 @@ def attach(
     """
     if not isinstance(measure, bool | str):
         raise PolicyError(f"measure={shown(measure)} is unknown; known: True, 'mass', 'biases', 'levels'")
-    if policy is not None:
-        of_kind(policy, str, "policy", PolicyError, "give its name; `heatkv policies` lists them")
-    if plan is not None:
-        of_kind(plan, CachePlan, "plan", PlanError, "make one with model.plan, or load one with load_plan")
-    if statistics is not None:
-        way_out = "load statistics with Statistics.load, or measure them with measure=True"
-        of_kind(statistics, Statistics, "statistics", StatisticsError, way_out)
-    if schedule is not None:
-        of_kind(schedule, ScaleSchedule, "schedule", ScheduleError, "make one, for instance ScaleSchedule.var(256)")
-    of_kind(guided, bool, "guided", ModelError, "it is True or False: whether rows are doubled")
     seed, first_sample = whole(seed, "seed", ModelError), whole(first_sample, "first_sample", ModelError)
     blocks = list(_blocks(model))
     found = [_self_attention(where, block) for where, block in blocks]

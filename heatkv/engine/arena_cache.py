@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
-from heatkv.core.schema import of_kind, shown, whole
+from heatkv.core.schema import shown, whole
 from heatkv.core.storage_type import STORAGE_BYTES
 from heatkv.engine.attention.kernels import choose_kernel
 from heatkv.engine.layout import ArenaLayout
@@ -44,7 +44,7 @@ class Turn:
     @property
     def done(self) -> bool:
         """Whether all scales have run in all layers."""
-        return self.target == len(self.geometry.schedule) or self.layer == self.geometry.layers
+        return self.target == len(self.geometry.schedule)
 
     def check(self, layer: int, rows: int, tokens: int) -> None:
         """Raise PlanError unless a call of this layer, with so many rows and tokens of the scale, is due."""
@@ -74,9 +74,6 @@ class ArenaCache(ABC):
     Slots are read only after they were written for the running images, so neither a pad nor a leftover can be seen.
     """
 
-    turns: type[Turn] = Turn
-    """The order in which the cache is called."""
-
     wants_input = False
     """Whether the model must call `see_input` before every `attend`."""
 
@@ -100,7 +97,7 @@ class ArenaCache(ABC):
         check_code(code, device)
         self.geometry = plan.geometry
         self.rows = whole(rows, "rows", PlanError, 1)
-        self.turn = self.turns(plan.geometry, self.rows)
+        self.turn = Turn(plan.geometry, self.rows)
         self.store = Store(self.rows, slots, plan.geometry.head_dim, dtype, device, code, uncoded_slots)
         self.kernel = choose_kernel(attention, self.store)
         self.watch = Watch(plan.geometry, self.rows, dtype, device)
@@ -142,11 +139,6 @@ class ArenaCache(ABC):
         geometry = self.geometry
         tokens = max(geometry.schedule.tokens)
         return 2 * self.rows * geometry.heads * tokens * geometry.head_dim * self.store.dtype.itemsize
-
-    @property
-    def _target(self) -> int:
-        """The running scale."""
-        return self.turn.target
 
     def reset(self) -> None:
         """Start the next images; nothing that is held needs clearing."""
@@ -203,7 +195,6 @@ class KVCache(ArenaCache):
         code: str | None = None,
         attention: str = "auto",
     ) -> None:
-        of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
         self.plan, self.key_angles = plan, key_angles
         self.layout = ArenaLayout.for_plan(plan, code is not None)
         super().__init__(plan, self.layout.slots, self.layout.uncoded_slots, rows, dtype, device, code, attention)
