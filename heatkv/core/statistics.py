@@ -226,12 +226,12 @@ class LevelStatistics(SampleSums):
         cls, schedule: ScaleSchedule, header: Any, arrays: Mapping[str, FloatArray], source: str | Path = "level costs"
     ) -> LevelStatistics:
         """From what `header` and `arrays` gave. Raises FormatError or StatisticsError."""
-        told = convert(header, _LevelHeader, source)
+        fields = convert(header, _LevelHeader, source)
         joint = [f"levels.joint_sum.{target}" for target in range(len(schedule))]
         _check_names(arrays, ("levels.log_bias", "levels.single_sum", *joint), (), source)
         costs = cls(
-            LevelChoices(schedule, told.sink_scales, told.joint), told.cost, arrays["levels.log_bias"],
-            tuple(arrays[name] for name in joint), arrays["levels.single_sum"], told.samples, told.bias_samples,
+            LevelChoices(schedule, fields.sink_scales, fields.joint), fields.cost, arrays["levels.log_bias"],
+            tuple(arrays[name] for name in joint), arrays["levels.single_sum"], fields.samples, fields.bias_samples,
         )  # fmt: skip
         costs.check()
         return costs
