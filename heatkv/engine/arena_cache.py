@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
-from heatkv.core.schema import of_kind, shown, whole
+from heatkv.core.schema import shown, whole
 from heatkv.core.storage_type import STORAGE_BYTES
 from heatkv.engine.attention.kernels import choose_kernel
 from heatkv.engine.layout import ArenaLayout
@@ -203,7 +203,6 @@ class KVCache(ArenaCache):
         code: str | None = None,
         attention: str = "auto",
     ) -> None:
-        of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
         self.plan, self.key_angles = plan, key_angles
         self.layout = ArenaLayout.for_plan(plan, code is not None)
         super().__init__(plan, self.layout.slots, self.layout.uncoded_slots, rows, dtype, device, code, attention)
