@@ -425,15 +425,8 @@ class Statistics(SampleSums):
 
     def check_geometry(self, geometry: CacheGeometry) -> None:
         """Raise StatisticsError unless they were measured on a model of this geometry and schedule."""
-        if (self.layers, self.heads) != (geometry.layers, geometry.heads):
-            raise StatisticsError(
-                f"the statistics are of {self.layers} layers x {self.heads} heads ({self.provenance.model}), the model "
-                f"has {geometry.layers} x {geometry.heads}; calibrate this model"
-            )
-        if self.schedule != geometry.schedule:
-            raise StatisticsError(
-                f"the statistics are of the schedule {self.schedule}, the model runs {geometry.schedule}; calibrate it"
-            )
+        what = f"calibrate this model, not {self.provenance.model}: the statistics are of"
+        geometry.check_holds(self.layers, self.heads, self.schedule, what, StatisticsError)
 
     def check_fingerprint(self, fingerprint: str) -> None:
         """Raise StatisticsError unless they were measured on the very weights with this fingerprint."""
