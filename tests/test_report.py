@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from heatkv.calibration.measure import calibrate
 from heatkv.cli import run
 from heatkv.core.budget import Budget
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.profiling.measure.runner import bytes_row, plan_subjects
+from heatkv.profiling.measure.runner import first_row
+from heatkv.profiling.measure.subjects import plan_subjects
 from heatkv.profiling.report.figures import spread_out
-from heatkv.profiling.report.page import report_data, write_report
-from heatkv.profiling.results.folder import ResultsFolder, save_scas, subject_file_name
 from heatkv.profiling.report.old_merging import merge
+from heatkv.profiling.report.page import report_data, write_report
+from heatkv.profiling.results.artefacts import artefact_name, save_scas
+from heatkv.profiling.results.folder import ResultsFolder
+from heatkv.profiling.results.row import Latency, Request
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_POLICIES = ROOT / "benchmarks" / "results" / "compare_all.json"
@@ -109,20 +113,22 @@ def compared(tmp_path_factory: pytest.TempPathFactory, emoji: ClassConditionalMo
     subjects = plan_subjects(
         emoji, policies, budgets, statistics=statistics, rows=2, storage="float32", draws=2
     )  # fmt: skip
-    request = {"seed": 0, "images": 2, "pictures": 2, "samples_digest": "0", "repeats": 2}
-    request["statistics"] = statistics.provenance.to_json()
+    request = Request(
+        seed=0, images=2, pictures=2, samples_digest="0", repeats=2, statistics=statistics.provenance.to_json()
+    )
     results = ResultsFolder(folder, emoji, emoji.sampling, request, pictures=2)
     rows = []
     files = results.save_plans(subjects, [subject.name for subject in subjects])
     for place, (subject, plans) in enumerate(zip(subjects, files, strict=True)):
         kls = [0.01 * place + 0.001 * draw for draw in range(len(subject.plans))]
         digest = f"comparison {place}"
-        rows.append(bytes_row(emoji, subject, 2) | {
-            "comparison": digest, "plans": plans, "images": 2, "kl": sum(kls) / len(kls), "kl_of_draws": kls,
-            "kl_per_scale": [0.0] * 5 + [kls[0] / 4, kls[0], kls[0] * 2], "top1_agreement": 1 - 0.02 * place,
-            "pictures": 2, "psnr_db": 40.125 - place, "ssim": 0.99 - place / 128,
-            "latency_ms": {"median": 120.5 - place, "iqr": 1.5, "runs": 2},
-        })  # fmt: skip
+        rows.append(replace(
+            first_row(emoji, subject, batch=1, rows=2, seed=0, comparison=digest), plans=plans, images=2,
+            kl=sum(kls) / len(kls), kl_of_draws=tuple(kls),
+            kl_per_scale=(*[0.0] * 5, kls[0] / 4, kls[0], kls[0] * 2), top1_agreement=1 - 0.02 * place,
+            pictures=2, psnr_db=40.125 - place, ssim=0.99 - place / 128,
+            latency_ms=Latency(median=120.5 - place, iqr=1.5, runs=2),
+        ))  # fmt: skip
         generator = torch.Generator().manual_seed(place)
         results.save_pictures(subject.name, digest, torch.rand(2, 3, 24, 24, generator=generator))
     save_scas(folder / "scas.json", statistics)
@@ -588,7 +594,7 @@ def test_rows_of_a_sweep_are_told_apart(folder: Path, tmp_path: Path) -> None:
                 more = {"seed": seed, "batch": batch, "rows": 2 * batch, "comparison": comparison}
                 told["rows"].append(copy.deepcopy(row) | more | {"kl": row["kl"] + 0.25 * seed * (place > 0)})
         for row in rows:  # of the second seed, found by what it is of
-            stem = subject_file_name(f"{row['policy']} {row['budget']}")
+            stem = artefact_name(f"{row['policy']} {row['budget']}")
             info = PngImagePlugin.PngInfo()
             info.add_text("heatkv", f"{row['comparison']} of seed 1")
             with Image.open(folder / "pictures" / f"{stem}.png") as drawn:

@@ -21,8 +21,8 @@ from heatkv.cli import run
 from heatkv.cli.report import _tables
 from heatkv.errors import FormatError
 from heatkv.profiling.report.figures import columns, cut, shortened
-from heatkv.profiling.report.old_merging import EQUAL_BYTES, Source, leaders, pareto_front
 from heatkv.profiling.report.old_fields import check_apart, checked_row
+from heatkv.profiling.report.old_merging import EQUAL_BYTES, Source, leaders, pareto_front
 
 POLICIES = ("heatkv", "streaming", "h2o")
 SEEDS, BATCHES = (0, 1, 4), (1, 2)

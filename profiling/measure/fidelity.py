@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,11 @@ class FidelityBench:
             "lpips": None if isinstance(self._lpips, str) else self._lpips(images, originals),
             PICTURES: images,
         }
+
+    def measure(self, subject: Subject) -> Fidelity:
+        """Figures of a subject, compared now."""
+        makes = [partial(subject.generator, self.model, self.settings, plan) for plan in range(len(subject.plans))]
+        return self.figures([self.compare(make) for make in makes])
 
     def fid(self, compared: Compared) -> float | str:
         """FID of all pictures against the full cache's, or why there is none."""
