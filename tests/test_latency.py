@@ -95,13 +95,13 @@ def test_a_breakdown_adds_up(emoji: ClassConditionalModel) -> None:
     generator = Generator(emoji, emoji.plan("streaming", "30%"), 1)
     scales = len(emoji.geometry.schedule)
     found = measure_breakdown(lambda: generator.draw([0]), CPU, scales, 1)
-    assert found.phases_ms is not None
-    assert list(found.phases_ms) == [*PHASES, "other"]
-    assert all(value > 0 for value in (*found.scales_ms, *found.phases_ms.values()))
+    assert found.phases is not None
+    assert list(found.phases) == [*PHASES, "other"]
+    assert all(value > 0 for value in (*found.scales, *found.phases.values()))
     # all but preparations and the decoder happens in scales
-    assert len(found.scales_ms) == scales
-    assert sum(found.scales_ms) + found.phases_ms["decode"] <= sum(found.phases_ms.values())
-    assert measure_breakdown(lambda: generator.draw([0]), CPU, scales, 1, phases=False).phases_ms is None
+    assert len(found.scales) == scales
+    assert sum(found.scales) + found.phases["decode"] <= sum(found.phases.values())
+    assert measure_breakdown(lambda: generator.draw([0]), CPU, scales, 1, phases=False).phases is None
 
 
 def test_a_breakdown_takes_medians_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +121,8 @@ def test_a_breakdown_takes_medians_of_each_phase(monkeypatch: pytest.MonkeyPatch
         now += outside / 1e3
 
     found = measure_breakdown(call, CPU, 2, 3)
-    assert found.scales_ms == pytest.approx((2, 4))
-    assert found.phases_ms == pytest.approx(
+    assert found.scales == pytest.approx((2, 4))
+    assert found.phases == pytest.approx(
         {"attention": 6, "feed-forward": 0, "cache update": 0, "sampling": 0, "decode": 0.5, "other": 2}
     )
 
