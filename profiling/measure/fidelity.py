@@ -283,6 +283,9 @@ class FidelityBench:
         top1 = _over_plans([plan.top1_of_images() for plan in plans])
         pictures = {name: _over_plans([getattr(plan, name) for plan in plans]) for name in ("psnr_db", "ssim", "lpips")}
         measured = {name: values for name, values in pictures.items() if values is not None}
+        similarities: dict[str, Any] = {name: float(values.mean()) for name, values in measured.items()}
+        for name, values in measured.items():
+            similarities[f"{name.removesuffix('_db')}_of_pictures"] = tuple(values.tolist())
         distances = [self.fid(plan) for plan in plans]
         reasons = {}
         if "ssim" not in measured:
@@ -306,8 +309,7 @@ class FidelityBench:
             fid=None if "fid" in reasons else float(np.mean([float(distance) for distance in distances])),
             spread={name: spread(values) for name, values in {"kl": kl, "top1_agreement": top1, **measured}.items()},
             not_measured=reasons,
-            **{name: float(values.mean()) for name, values in measured.items()},
-            **{f"{name.removesuffix('_db')}_of_pictures": tuple(v.tolist()) for name, v in measured.items()},
+            **similarities,
         )
 
 
