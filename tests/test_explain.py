@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from strategies import SEEDS, geometries, last_reads, plans, statistics_of
+from support.levels import FEW, MORE, optimum, random_levels
 from test_cli import ORDERS, refused
-from test_level_allocation import FEW, MORE, optimum
-from test_level_allocation import statistics as random_levels
 
 from heatkv.cli import run
 from heatkv.core.budget import Budget
@@ -39,7 +38,7 @@ from heatkv.profiling.analysis.explain import (
     worth_of,
 )
 from heatkv.profiling.analysis.plan_report import bar, whole_ticks, worth_lines
-from heatkv.solve.cells import Capacity
+from heatkv.solve.checkpoints import Capacity
 from heatkv.testing.contract import level_costs_of, made_up_mass
 
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))

@@ -48,13 +48,13 @@ def test_a_cache_that_forgets_is_found(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_an_arena_beyond_the_budget_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "plans of Infinity-2B at 1M, and their arena's bytes"
     assert outcomes(monkeypatch, name) == {name: True}
-    lay_out = ArenaLayout.of
+    lay_out = ArenaLayout.for_plan
 
     def wasteful(*given: Any) -> ArenaLayout:
         found = lay_out(*given)
         return replace(found, slots=2 * found.slots)
 
-    monkeypatch.setattr(ArenaLayout, "of", wasteful)
+    monkeypatch.setattr(ArenaLayout, "for_plan", wasteful)
     assert outcomes(monkeypatch, name) == {name: False}
 
 

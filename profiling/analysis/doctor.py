@@ -22,9 +22,10 @@ from heatkv.core.budget import Budget
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.plan_file import load_plan
 from heatkv.core.statistics import Statistics
+from heatkv.core.storage_type import torch_dtype
 from heatkv.engine.arena_cache import KVCache
-from heatkv.engine.attention import triton_kernels
-from heatkv.engine.store import CODES, available_codings, decode, encode
+from heatkv.engine.attention import triton_launch
+from heatkv.engine.store import available_codes, decode, encode
 from heatkv.generation.loop import Generator, run_scales
 from heatkv.models.base import ImageModel
 from heatkv.models.catalogue import load_model, model_info
@@ -192,9 +193,9 @@ def _codes(material: _Material) -> str:
     most_M1 = x_MD.abs().amax(dim=-1, keepdim=True)
     # half a step of rounding, with as much again for the scale's own bf16
     allowed = {"int8": most_M1 / 127, "fp8": x_MD.abs() / 16 + most_M1 / 256}
-    codings = available_codings(material.device)
+    codings = available_codes(material.device)
     for coding in codings:
-        back_MD = decode(*encode(x_MD, CODES[coding]), torch.float32)
+        back_MD = decode(*encode(x_MD, torch_dtype(coding)), torch.float32)
         _demand(bool(((back_MD - x_MD).abs() <= allowed[coding]).all()), f"{coding} is off by more than its step")
         logits = material.logits_of(Generator(material.model, material.plan, SAMPLES, storage=coding))
         _demand(all(bool(scale.isfinite().all()) for scale in logits), f"logits over {coding} are not finite")
@@ -205,7 +206,7 @@ def _codes(material: _Material) -> str:
 
 def _fused(material: _Material) -> str:
     """the fused attention kernel, against the plain one"""
-    why_not = triton_kernels.supports(material.device, material.model.compute_dtype, material.model.geometry.head_dim)
+    why_not = triton_launch.missing(material.device, material.model.compute_dtype, material.model.geometry.head_dim)
     if material.device.type != "cuda":
         raise _NotHere(why_not or "no CUDA device, and the interpreter takes minutes")
     if why_not:
