@@ -18,8 +18,7 @@ from heatkv.cli import run
 from heatkv.errors import RanksError
 from heatkv.parallel.parts import Parts, load_arrays, save_arrays
 from heatkv.parallel.ranks import Ranks, current, join
-from heatkv.profiling.measure.runner import FIDELITY
-from heatkv.profiling.results.folder import MEMORY, TIMES
+from heatkv.profiling.results.row import Fidelity, Memory, Times
 
 CALIBRATE = ["calibrate", "--samples", "3"]  # batches of 2 and 1
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -111,10 +110,12 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def check_alike(one: Path, other: Path) -> None:
     """Two folders hold the same but for times and memory."""
-    timed = (*MEMORY, *TIMES)
+    timed = (*vars(Memory()), *vars(Times()))
     for mine, theirs in zip(rows_of(one), rows_of(other), strict=True):
         assert {k: v for k, v in mine.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
-        assert all(mine[name] is not None for name in FIDELITY if name not in ("lpips", "lpips_of_pictures", "fid"))
+        assert all(
+            mine[name] is not None for name in vars(Fidelity()) if name not in ("lpips", "lpips_of_pictures", "fid")
+        )
     assert {p.relative_to(one) for p in one.rglob("*")} == {p.relative_to(other) for p in other.rglob("*")}
     for path in [*one.glob("*.png"), *one.glob("*/*"), *one.glob("*.safetensors"), *one.glob("scas.json")]:
         assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path
