@@ -74,8 +74,8 @@ def compare(
     Example: heatkv compare --model emoji --policies heatkv,streaming --budgets 20%,10% --out results/compare
     """
     from heatkv.profiling.measure.runner import with_versus
+    from heatkv.profiling.report.charts import save_image_sheet, save_scas_heat_map
     from heatkv.profiling.report.page import check_report_replaceable
-    from heatkv.profiling.report.tables import save_image_sheet, save_scas_heat_map
     from heatkv.profiling.results.artefacts import save_scas
     from heatkv.profiling.results.folder import ResultsFolder, check_replaceable
 

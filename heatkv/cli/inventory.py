@@ -75,9 +75,9 @@ def doctor(
         show(table, as_json, facts)
         return
     outcomes = _self_test(where)
-    data = {**facts, "self_test": [{"check": o.name, "passed": o.passed, "told": o.told} for o in outcomes]}
+    data = {**facts, "self_test": [{"check": o.name, "passed": o.passed, "detail": o.detail} for o in outcomes]}
     show(RenderGroup(table, _self_test_table(outcomes)), as_json, data)
-    if any(outcome.passed is False for outcome in outcomes):
+    if not all(outcome.passed for outcome in outcomes):
         raise typer.Exit(1)
 
 
@@ -95,8 +95,7 @@ def _self_test(device: torch.device) -> list[Outcome]:
 def _self_test_table(outcomes: list[Outcome]) -> Table:
     table = Table("check", "result", "what was seen", title="self-test")
     for outcome in outcomes:
-        result = {True: "passed", False: "FAILED", None: "not here"}[outcome.passed]
-        table.add_row(outcome.name, result, outcome.told)
+        table.add_row(outcome.name, "passed" if outcome.passed else "FAILED", outcome.detail)
     return table
 
 
