@@ -99,7 +99,7 @@ class BiasCache(LevelCache):
         return {"whole": self.whole, "pooled_mass": self.pooled_mass}
 
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
-        target = self._target
+        target = self.turn.target
         levels = [self.pooled(source, keys[source], values[source]) for source in range(target)]
         widest = max(k.shape[2] for k in keys)
         for q in query_blocks(q_RHND, widest):
@@ -269,7 +269,7 @@ class ErrorCostCache(LevelCostCache):
     """Second pass: the squared output error relative to the residual stream, summed over queries, mean over rows."""
 
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
-        target, halves = self._target, self.rows // self.images
+        target, halves = self.turn.target, self.rows // self.images
         if target <= self.choices.sink_scales:
             return
         relative_R, factor = self.relative(), self.factors[layer]

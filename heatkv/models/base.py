@@ -15,10 +15,10 @@ from torch import Tensor
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
-from heatkv.core.schema import of_kind, seed_of, shown, whole
+from heatkv.core.schema import seed_of, shown, whole
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
-from heatkv.errors import ModelError, StatisticsError
+from heatkv.errors import ModelError
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.sampling import Settings
 from heatkv.models.var import Attend
@@ -132,8 +132,6 @@ class ImageModel(ABC, Generic[Label]):
         other weights.
         """
         if statistics is not None:
-            way_out = "load statistics with Statistics.load, or calibrate the model"
-            of_kind(statistics, Statistics, "statistics", StatisticsError, way_out)
             statistics.check_fingerprint(self.fingerprint)
         problem = PlanningProblem(
             self.geometry,
@@ -163,12 +161,6 @@ def checked_run(
 
     Raises ModelError for what is of the wrong kind.
     """
-    way_out = "load one with heatkv.load_model; a model of another repository is used through heatkv.attach"
-    of_kind(model, ImageModel, "model", ModelError, way_out)
-    if settings is not None:
-        of_kind(
-            settings, Settings, "settings", ModelError, "give SamplingSettings or BitSamplingSettings of this model"
-        )
     if progress is not None and not callable(progress):
         raise ModelError(f"progress is {shown(progress)}; give a function that is told how many are done")
     return (

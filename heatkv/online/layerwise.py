@@ -46,7 +46,7 @@ class LayerByLayer(ObservingCache):
         schedule, (residual_RNC, gate_R1C) = self.geometry.schedule, self._seen
         out_RHND = torch.empty_like(q_RHND)
         for target, (first, end) in enumerate(pairwise(schedule.offsets)):
-            self._target, sizes = target, schedule.tokens[: target + 1]
+            self.turn.target, sizes = target, schedule.tokens[: target + 1]
             q, k, v = q_RHND[:, :, first:end], k_RHND[:, :, :end], v_RHND[:, :, :end]
             self.watch.see(target, layer, q, k[:, :, first:], v[:, :, first:])
             super().see(layer, residual_RNC[:, first:end], gate_R1C)
