@@ -43,7 +43,7 @@ from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
 from heatkv.policies.base import make_policy
 from heatkv.policies.dynamic import Candidates
-from heatkv.policies.recent_tokens import SlidingWindowTokens
+from heatkv.policies.windows import SlidingWindowTokens
 from heatkv.profiling.measure.latency import Latency
 from heatkv.profiling.measure.ledger import TensorLedger
 from heatkv.profiling.measure.runner import Subject, Timing, bytes_row, latency_row, timed_with_graphs

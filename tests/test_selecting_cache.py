@@ -28,7 +28,7 @@ from heatkv.policies.composition import AdaKV, PerLayer, Protected
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.policies.h2o import H2O
 from heatkv.policies.hack_like import HackLike
-from heatkv.policies.recent_tokens import SlidingWindowTokens, StreamingTokens
+from heatkv.policies.windows import SlidingWindowTokens, StreamingTokens
 from heatkv.policies.scalekv import ScaleKV, ScaleKVFixed
 from heatkv.policies.snapkv import PyramidKV, SnapKV
 

@@ -174,7 +174,6 @@ def fit(
         storage=storage_name(dtype, storage),
     )  # fmt: skip
     policy.check(problem)
-    policy.check_sinks(problem)
     if problem.budget_token_heads < 1:
         raise BudgetError(
             f"budget {float(problem.share):.3g} ({problem.budget}) holds no token of any head; one is "

@@ -424,7 +424,7 @@ def policy_of(plan: CapacityPlan) -> DynamicPolicy:
         raise PolicyError(f"the plan has capacities, but policy {plan.policy!r} is no dynamic one")
     check_policy_of(plan, policy)
     share = Fraction(max(plan.budget_token_heads, 1), plan.geometry.full_token_heads)
-    policy.check_options(PlanningProblem(plan.geometry, Budget("share", share)))
+    policy.check(PlanningProblem(plan.geometry, Budget("share", share)))
     return policy
 
 

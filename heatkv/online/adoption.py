@@ -133,7 +133,7 @@ def check_can_follow(policy: EvictionPolicy) -> StaticPolicy:
     known = "heatkv, heatkv-lp and heatkv-mr do"
     if not isinstance(policy, StaticPolicy):
         raise PolicyError(f"policy {policy.name!r} chooses tokens while it draws and has no value to follow; {known}")
-    if "statistics" not in policy.plans_from():
+    if not policy.needs:
         raise PolicyError(f"policy {policy.name!r} plans from nothing measured, so it cannot follow it; {known}")
     if policy.level_cost not in (None, "error"):
         raise PolicyError(

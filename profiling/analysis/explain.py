@@ -23,8 +23,8 @@ from heatkv.errors import PlanError, PolicyError, StatisticsError
 from heatkv.levels.columns import capacity_prices, level_cost, level_price_bound, levels_of_plan
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
-from heatkv.policies.levels import HeatKVLevels
-from heatkv.policies.lp import HeatKVLP, SolvedPolicy, how_to_measure
+from heatkv.policies.heatkv_mr import HeatKVMR
+from heatkv.policies.lp import HeatKVLP, SolvedPolicy
 from heatkv.solve.cells import Capacity, allocate, price_bound, read_value
 
 IntArray = NDArray[np.int64]
@@ -185,10 +185,10 @@ def _with_certificate(worth: Worth, plan: Plan) -> Worth:
 
 def _policy(plan: Plan) -> SolvedPolicy:
     """The solver over the plan's budget, caps and levels; for a policy that is none, over all plans with its sinks."""
-    solvers = (HeatKVLevels,) if plan.coarse else (HeatKVLP, HeatKVLevels)
+    solvers = (HeatKVMR,) if plan.coarse else (HeatKVLP, HeatKVMR)
     solver = {cls.name: cls for cls in solvers}.get(plan.policy)
     if solver is None:
-        return HeatKVLevels(sink_scales=plan.sink_scales)
+        return HeatKVMR(sink_scales=plan.sink_scales)
     known = {field.name for field in fields(solver)}
     told = {name: value for name, value in plan.settings.items() if name in known}
     # what chose the budget or how to solve for it does not matter any more
@@ -204,8 +204,8 @@ def _policy(plan: Plan) -> SolvedPolicy:
 
 def _own_measure(plan: Plan) -> str | None:
     """The measure that a plan was made by; None for policies that measure nothing, or nothing known here."""
-    if plan.policy == HeatKVLevels.name:
-        cost = plan.settings.get("cost", HeatKVLevels.cost)
+    if plan.policy == HeatKVMR.name:
+        cost = plan.settings.get("cost", HeatKVMR.cost)
         return next((measure for measure, kind in LEVEL_COSTS.items() if kind == cost), None)
     if plan.coarse:  # the others know whole cells only
         return None
@@ -247,7 +247,7 @@ def _by_levels(plan: Plan, statistics: Statistics, measure: str, policy: SolvedP
 def _level_costs(plan: Plan, statistics: Statistics, kind: str) -> LevelStatistics:
     """The level costs of this kind, which hold for the plan's sinks. Raises PolicyError."""
     levels, mine = statistics.levels, f"these statistics ({statistics.provenance.model})"
-    measure = f"measure them with {how_to_measure(kind, plan.sink_scales)}"
+    measure = f"measure level costs of the kind {kind!r}, for {plan.sink_scales} sink scales or fewer"
     if levels is None:
         raise PolicyError(f"{mine} lack level costs; {measure}")
     if levels.cost != kind:
