@@ -317,7 +317,7 @@ class KeepNothing(StaticPolicy):
     name: ClassVar[str] = "keep-nothing"
 
     def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
-        return self.never_cached(problem)
+        return self.sinks_only(problem)
 
 
 @pytest.fixture
