@@ -54,7 +54,7 @@ from heatkv.core.storage_type import UNCODED_SCALES, StorageType
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
 from heatkv.policies.options import options_of
 from heatkv.registry import find_policy
-from heatkv.solve.cells import Capacity, fill
+from heatkv.solve.checkpoints import Capacity, fill
 
 NEEDS = ("statistics", "statistics or rankings", "level costs: error", "level costs: fisher")
 """What policies may plan from; all of it comes from calibrating a model, but for published rankings of heads."""
@@ -267,7 +267,7 @@ class ScoredCells(StaticPolicy):
             )
         value_LHTT = np.broadcast_to(value[:, :, None] if value.ndim == 3 else value, (layers, heads, scales, scales))
         capacity = Capacity(layers, heads, problem.geometry.schedule.tokens, problem.budget_token_heads)
-        return fill(self.sinks_only(problem), value_LHTT, capacity, self.sink_scales)
+        return fill(self.sinks_only(problem), value_LHTT, capacity)
 
 
 def below_sinks(limit: str, schedule: ScaleSchedule, sinks: int) -> BudgetError:

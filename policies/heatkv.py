@@ -13,7 +13,7 @@ from heatkv.core.schema import IntArray
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
-from heatkv.solve.cells import fit_checkpoints
+from heatkv.solve.checkpoints import fit_checkpoints
 
 
 def dropped_pairs(problem: PlanningProblem, sink_scales: int) -> list[int]:

@@ -15,7 +15,7 @@ from heatkv.core.levels import FULL, LEVELS
 from heatkv.core.plan import Plan
 from heatkv.core.schema import FloatArray
 from heatkv.errors import PolicyError
-from heatkv.levels.columns import cost_bound
+from heatkv.levels.columns import level_bound
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import SolvedPolicy
 from heatkv.registry import register
@@ -88,18 +88,19 @@ class HeatKVMR(SolvedPolicy):
         while low < high:  # by the bound, which is quicker than a plan and hardly below it
             middle = (low + high) // 2
             capacity = self.capacity(self._at(problem, middle))
-            if self._kl(problem, cost_bound(statistics, capacity, self.allowed, self.sink_scales)) <= max_kl:
+            bound, _ = level_bound(statistics, capacity, self.allowed, self.sink_scales)
+            if self._kl(problem, bound) <= max_kl:
                 high = middle
             else:
                 low = middle + 1
-        for step in range(high, BUDGET_STEPS + 1):
-            predicted = self._kl(problem, self.level_allocation(self._at(problem, step)).cost)
-            if predicted <= max_kl:
-                return self._at(problem, step)
-        raise PolicyError(  # only a cap on layers keeps the whole cache from costing nothing
-            f"no budget reaches max_kl={max_kl}: under layer_cap={self.layer_cap} the largest has {predicted:.3g}; "
-            "raise layer_cap or max_kl"
-        )
+        while (predicted := self._kl(problem, self.level_allocation(self._at(problem, high)).cost)) > max_kl:
+            if high == BUDGET_STEPS:  # only a cap on layers keeps the whole cache from costing nothing
+                raise PolicyError(
+                    f"no budget reaches max_kl={max_kl}: under layer_cap={self.layer_cap} the largest has "
+                    f"{predicted:.3g}; raise layer_cap or max_kl"
+                )
+            high += 1
+        return self._at(problem, high)
 
     @staticmethod
     def _at(problem: PlanningProblem, step: int) -> PlanningProblem:

@@ -16,7 +16,7 @@ from heatkv.errors import BudgetError
 from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.registry import register
-from heatkv.solve.cells import fit_checkpoints
+from heatkv.solve.checkpoints import fit_checkpoints
 
 
 def recent_scales(policy: StaticPolicy, problem: PlanningProblem) -> IntArray:

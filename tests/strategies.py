@@ -16,11 +16,14 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CoarseCells, Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Provenance, Statistics
-from heatkv.testing.contract import level_costs_of
+from heatkv.testing.material import level_costs_of
 
 Nested = Sequence[Sequence[Sequence[int]]]
 
 SEEDS = st.integers(0, 2**32 - 1)
+
+PAIRS = [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
+"""Every [head, layer] of 2 layers x 3 heads, as published rankings list them."""
 
 
 def live_by_formula(last_read: Nested, tokens: Sequence[int], target: int, layer: int) -> int:

@@ -29,7 +29,7 @@ from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP
 from heatkv.solve import cells as allocation
 from heatkv.solve.cells import Allocation, Capacity, allocate, allocate_greedily, fill, price_bound
-from heatkv.testing.contract import made_up_mass
+from heatkv.testing.material import made_up_mass
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

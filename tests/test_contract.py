@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, geometries
-from test_selecting_cache import GEOMETRY, POLICIES
+from support.dynamic import GEOMETRY, POLICIES
 from torch import Tensor
 
 from heatkv.core.geometry import CacheGeometry
@@ -27,7 +27,8 @@ from heatkv.policies.heatkv_mr import HeatKVMR
 from heatkv.policies.lp import HeatKVLP
 from heatkv.policies.windows import Streaming
 from heatkv.registry import registered_policies
-from heatkv.testing.contract import contract_checks, made_up_statistics, small_geometries
+from heatkv.testing.contract import contract_checks
+from heatkv.testing.material import made_up_statistics, small_geometries
 
 CHECKS = dict(contract_checks())
 REGISTERED = registered_policies()

@@ -49,7 +49,7 @@ from heatkv.profiling.measure.ledger import TensorLedger
 from heatkv.profiling.measure.runner import Subject, Timing, bytes_row, latency_row, timed_with_graphs
 from heatkv.profiling.report.tables import results_table
 from heatkv.registry import registered_policies
-from heatkv.testing.contract import made_up_problem
+from heatkv.testing.material import made_up_problem
 
 EVERY = pytest.mark.parametrize("name", registered_policies())
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -486,7 +486,7 @@ def check_fails(model: ImageModel[Any], plan: CachePlan) -> None:
 def test_a_policy_that_counts_in_python_is_found(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tiny.plan("sliding-window-tokens", "20%")
     check_policy(tiny, plan, [[3], [9], [50]])
-    monkeypatch.setattr("heatkv.engine.token_cache.policy_of", lambda plan: ByTheClock())
+    monkeypatch.setattr("heatkv.engine.open_cache.policy_of", lambda plan: ByTheClock())
     check_fails(tiny, plan)
 
 
@@ -794,7 +794,7 @@ def test_a_policy_that_waits_cannot_be_captured(
         def score(self, seen: Candidates) -> Tensor:
             return super().score(seen) + seen.k_RHCD.sum().item()
 
-    monkeypatch.setattr("heatkv.engine.token_cache.policy_of", lambda plan: Waits())
+    monkeypatch.setattr("heatkv.engine.open_cache.policy_of", lambda plan: Waits())
     generator = Generator(on_cuda, on_cuda.plan("sliding-window-tokens", "20%"), 1, graphs=True)
     generator.draw([3])
     with pytest.raises(GraphError, match=r"^scale \d cannot be recorded as a graph: PolicyError: score of policy"):

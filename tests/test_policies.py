@@ -28,7 +28,7 @@ from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import HeatKV, Random
 from heatkv.policies.windows import Full, SlidingWindow, Streaming
-from heatkv.testing.contract import made_up_mass
+from heatkv.testing.material import made_up_mass
 
 POLICIES = registry.registered_policies()
 

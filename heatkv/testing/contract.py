@@ -35,7 +35,8 @@ from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.plan_file import load_plan
 from heatkv.core.storage_type import STORAGE_BYTES, StorageType
 from heatkv.engine.arena_cache import KVCache
-from heatkv.engine.token_cache import SelectingCache, policy_of
+from heatkv.engine.open_cache import policy_of
+from heatkv.engine.token_cache import SelectingCache
 from heatkv.errors import BudgetError, PolicyError, StatisticsError
 from heatkv.policies.base import NEEDS, EvictionPolicy, PlanningProblem, StaticPolicy, make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
@@ -181,7 +182,7 @@ def open_watched(policy: EvictionPolicy, plan: CachePlan, rows: int = 2, storage
     kind = StorageType.parse(storage)
     dtype = getattr(torch, kind.compute)
     if isinstance(plan, Plan):
-        return KVCache(plan, rows, dtype, storage=kind.code)
+        return KVCache(plan, rows, dtype, code=kind.code)
     assert isinstance(plan, CapacityPlan)
     planned = with_settings(policy, plan)
     if not isinstance(planned, DynamicPolicy):
@@ -191,7 +192,7 @@ def open_watched(policy: EvictionPolicy, plan: CachePlan, rows: int = 2, storage
     def query_weight(layer: int) -> Tensor:
         return torch.randn((heads, dim, heads * dim), generator=torch.Generator().manual_seed(layer))
 
-    return _WatchedCache(plan, planned, rows, dtype, query_weight=query_weight, storage=kind.code)
+    return _WatchedCache(plan, planned, rows, dtype, query_weight=query_weight, code=kind.code)
 
 
 def with_settings(policy: EvictionPolicy, plan: CachePlan) -> EvictionPolicy:
@@ -206,8 +207,7 @@ def run_attention(cache: KVCache | SelectingCache, inputs: Sequence[Sequence[Att
     outs = []
     for layers in inputs:
         for layer, x in enumerate(layers):
-            if isinstance(cache, SelectingCache) and cache.wants_input:
-                cache.see_input(layer, x.input_RNW)
+            cache.see_input(layer, x.input_RNW)
             outs.append(cache.attend(layer, x.q_RHND, x.k_RHND, x.v_RHND))
     cache.check()
     return outs
