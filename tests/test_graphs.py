@@ -43,11 +43,11 @@ from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
 from heatkv.policies.base import make_policy
 from heatkv.policies.dynamic import Candidates
-from heatkv.policies.recent_tokens import SlidingWindowTokens
+from heatkv.policies.windows import SlidingWindowTokens
 from heatkv.profiling.measure.ledger import TensorLedger
 from heatkv.profiling.measure.runner import graph_latency
 from heatkv.registry import registered_policies
-from heatkv.testing.contract import made_up_problem
+from heatkv.testing.material import made_up_problem
 
 EVERY = pytest.mark.parametrize("name", registered_policies())
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {

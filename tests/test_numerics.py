@@ -46,7 +46,7 @@ from heatkv.models.text_conditional import Prompt
 from heatkv.models.text_encoder import T5TextEncoder
 from heatkv.models.var import MAX_LOG_SCALE, FeedForward
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.testing.contract import AttentionInput, made_up_inputs, made_up_problem
+from heatkv.testing.material import AttentionInput, made_up_inputs, made_up_problem
 
 GEOMETRY = CacheGeometry(2, 3, 16, ScaleSchedule.square((1, 2, 3, 5)))
 ROWS = 2
