@@ -205,6 +205,9 @@ class FidelityBench:
 
     def compare(self, make: Callable[[int], Generator[Any]]) -> Compared:
         """What the generators draw that `make` makes for so many images, compared with the full cache."""
+        if self._hold:  # before there is another cache
+            for index in range(len(self.batches)):
+                self.reference(index)
         sizes = {len(samples) for samples in self.batches}
         by_size = {size: make(size) for size in sizes}  # equal batches share a generator, and so a cache
         return Compared.join([self.compare_batch(by_size[len(b)], index) for index, b in enumerate(self.batches)])
@@ -233,9 +236,7 @@ class FidelityBench:
             kl.append(kl_divergence(reference[scale], logits).sum(1))
             agree.append((reference[scale].argmax(-1) == logits.argmax(-1)).sum(1).double())
 
-        generator.draw(
-            self._labels(samples), sampler=RecordedTokens(drawn.tokens), observe=observe, decode=False
-        )  # fmt: skip
+        generator.draw(self._labels(samples), sampler=RecordedTokens(drawn.tokens), observe=observe, decode=False)
         sums, agreements = (torch.stack(found, dim=1).cpu().numpy() for found in (kl, agree))
         self._progress(len(samples))
         if not np.isfinite(sums).all():
@@ -358,9 +359,7 @@ def load_compared(path: Path) -> list[Compared]:
             values: dict[str, Any] = {name: array[plan] for name, array in arrays.items()}
             if PICTURES in values:
                 drawn = torch.from_numpy(values[PICTURES])
-                values[PICTURES] = (
-                    drawn.permute(0, 3, 1, 2).float() / 255 if drawn.dtype == torch.uint8 else drawn
-                )  # fmt: skip
+                values[PICTURES] = drawn.permute(0, 3, 1, 2).float() / 255 if drawn.dtype == torch.uint8 else drawn
             plans.append(Compared(tuple(header["tokens"]), header["choices"], **values))
     except (KeyError, TypeError, IndexError) as error:
         raise FormatError(f"{path} is no part of a comparison: {error}; delete it, and start again") from error
