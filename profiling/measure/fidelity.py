@@ -108,7 +108,7 @@ def spread(values: FloatArray) -> Spread:
 @dataclass(frozen=True)
 class Compared:
     """What one plan gives over some images: KL and agreement summed over the tokens of every scale, and similarities of
-    the pictures that were drawn freely; None is what was not measured. `choices` are made of every token."""
+    the pictures that were drawn freely; None is what was not measured. A token has `choices` values to agree on."""
 
     tokens: tuple[int, ...]
     choices: int
@@ -164,8 +164,8 @@ class FidelityBench:
     """Draws references with the full cache, and compares any number of plans with them.
 
     `images` samples are teacher-forced, the first `pictures` of them also drawn freely. A batch's reference is drawn
-    when the batch is first compared, and kept with all others or, unless `hold`, until another is. `progress` is told
-    of images drawn.
+    when the batch is first compared, and kept with all others or, unless `hold`, until another is. `progress` is called
+    with the number of images drawn.
     """
 
     def __init__(
@@ -336,7 +336,7 @@ def drawings(samples: range, pictures: int) -> int:
 def save_compared(path: Path, plans: Sequence[Compared], pictures: int) -> None:
     """Write what one batch of images gave under every plan of a subject. Raises FormatError.
 
-    Pictures are kept in 8 bits, as they are shown, but in full where the FID of so many `pictures` is to be told.
+    Pictures are kept in 8 bits, as they are shown, but in full where there are enough `pictures` for an FID.
     """
     arrays = {
         name: np.stack([getattr(plan, name) for plan in plans])
