@@ -28,8 +28,6 @@ from heatkv.profiling.measure.environment import timing_machine
 from heatkv.profiling.measure.fidelity import FidelityBench
 from heatkv.profiling.measure.runner import first_row, measure_latency, subject_memory
 from heatkv.profiling.measure.subjects import plan_subjects
-from heatkv.profiling.report.old_merging import merge
-from heatkv.profiling.report.page import report_data
 from heatkv.profiling.results.artefacts import save_scas
 from heatkv.profiling.results.folder import ResultsFolder, comparison_digest, measurement_digest
 from heatkv.profiling.results.ledgers import (
@@ -41,7 +39,7 @@ from heatkv.profiling.results.ledgers import (
     Phases,
     Step,
 )
-from heatkv.profiling.results.row import Fidelity, Latency, Request, Times
+from heatkv.profiling.results.row import Request
 from heatkv.testing.contract import made_up_mass
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
@@ -144,25 +142,11 @@ def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pyte
     assert run_lines("results.json")["kl"] == {("full", "100%"): 0}
 
 
-def test_scas_and_reports(
-    statistics: Statistics, emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scas(statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_scas(Path("scas.json"), statistics)
     assert fields("scas.json", "field") == set(json.loads(Path("scas.json").read_text()))
     assert np.array_equal(run_lines("scas.json")["scas"], statistics.scas[:, :, :-1])
-
-    subjects = plan_subjects(emoji, ["streaming"], [Budget.parse("20%")], statistics=None, rows=2, storage="float32")
-    measured = Times(latency_ms=Latency(median=1, iqr=0, runs=1)), Fidelity(kl=0.5)
-    rows = [first_row(emoji, subject, batch=1, rows=2, seed=0).updated(*measured) for subject in subjects]
-    ResultsFolder(Path(), emoji, emoji.sampling, Request(seed=0)).finish(rows)
-    data = report_data(merge([Path()]))
-    text = section("report.json")
-    for part in ("sources", "fidelity", "latency"):
-        assert all(f"`{name}`" in text for name in data[part][0])
-    assert fields("report.json", "field") == set(data)
-    Path("report.json").write_text(json.dumps(data))
-    assert run_lines("report.json")["best"] == {"20%": "streaming"}
 
 
 def test_rankings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

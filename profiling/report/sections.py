@@ -372,7 +372,7 @@ def all_figures(report: Report) -> Blocks:
 
 
 def environment(report: Report) -> Blocks:
-    """Where and how all was measured, and the settings of every policy."""
+    """Where and how all was measured, and the settings of every policy, folder by folder."""
     facts: dict[str, dict[str, str]] = {}
     for source in report.merged.sources:
         told, first = msgspec.to_builtins(source.results), source.results.rows[0]
@@ -384,26 +384,26 @@ def environment(report: Report) -> Blocks:
         found |= told["environment"] | (told["sampling"] or {}) | told["request"]
         if found.get("statistics"):
             found["statistics"] = f"{len(found['statistics']['samples'])} samples of {found['statistics']['model']}"
+        for row in source.results.rows:
+            settings = in_words({name: value for name, value in row.settings.items() if name != "budget"})
+            of_policy = found.setdefault(f"settings of {row.policy}", [])
+            of_policy += [] if settings in of_policy else [settings]
         facts[source.label] = {name: in_words(value) for name, value in found.items() if value is not None}
     names = dict.fromkeys(name for found in facts.values() for name in found)
     lines = [[Cell(name.replace("_", " ")), *(Cell(of.get(name, "-")) for of in facts.values())] for name in names]
-    machines = report.cells("Machine, sampling and request", ["", *facts], lines, sort=False)
-    settings: dict[tuple[str, str], dict[str, None]] = {}
-    for row in report.merged.rows:
-        chosen = {name: value for name, value in row.result.settings.items() if name != "budget"}
-        settings.setdefault((report.merged.label(row, ()), in_words(chosen)), {})[row.result.budget] = None
-    lines = [
-        [Cell(label, label, report.styles[label]), Cell(", ".join(budgets)), Cell(text, kind="wide")]
-        for (label, text), budgets in settings.items()
-    ]
-    return [machines, report.cells("Settings of every policy", ["policy", "budgets", "settings"], lines, sort=False)]
+    return [report.cells("Machine, sampling, request and settings", ["", *facts], lines, sort=False)]
 
 
 def in_words(value: Any) -> str:
     """A value of JSON in one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {in_words(inner)}" for name, inner in value.items() if inner is not None) or "none"
-    if isinstance(value, list):
+        return (
+            ", ".join(
+                f"{name.replace('_', ' ')} {in_words(inner)}" for name, inner in value.items() if inner is not None
+            )
+            or "none"
+        )
+    if isinstance(value, list | tuple):
         return ", ".join(map(in_words, value[:8])) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
     if isinstance(value, bool):
         return "yes" if value else "no"
