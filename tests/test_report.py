@@ -684,7 +684,7 @@ SORTED = """
 (() => {
   const table = document.querySelector('#fidelity table');
   const button = table.tHead.querySelectorAll('button')[1];
-  const values = () => [...table.tBodies[0].rows].map(row => Number(row.cells[1].dataset.v));
+  const values = () => [...table.tBodies[0].rows].map(row => Number(row.cells[1].dataset.v)).filter(v => !isNaN(v));
   const inOrder = sign => values().every((value, i, all) => i === 0 || sign * (value - all[i - 1]) >= 0);
   button.click();
   const up = inOrder(1);
