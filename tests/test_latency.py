@@ -141,26 +141,29 @@ def test_spans_are_silent_unless_somebody_listens() -> None:
     assert "mine" in {event.key for event in profiler.key_averages()}
 
 
-@pytest.mark.parametrize("policy", ["streaming", "snapkv", "adakv"])
-def test_a_trace_names_scales_layers_and_phases_inside_each_other(
-    emoji: ClassConditionalModel, tmp_path: Path, capfd: pytest.CaptureFixture[str], policy: str
-) -> None:
+@pytest.fixture(scope="module", params=["streaming", "adakv"])
+def trace(
+    request: pytest.FixtureRequest, emoji: ClassConditionalModel, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("traces") / "new"
     _, subject = plan_subjects(
-        emoji, [policy], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
+        emoji, [request.param], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
     )  # fmt: skip
-    path = save_trace(tmp_path / "traces", emoji, subject, 1, emoji.sampling)
-    assert capfd.readouterr().out == ""
-    assert has_trace(path.parent, subject, 1)
-    assert not has_trace(path.parent, subject, 2)
+    path = save_trace(folder, emoji, subject, 1, emoji.sampling)
     # the pattern by which torch-tb-profiler finds a worker and its span
-    assert re.match(rf"^{policy}_30percent_batch_1\.\d+\.pt\.trace\.json$", path.name)
-    assert list(path.parent.iterdir()) == [path]
-    told = json.loads(path.read_text())
+    assert re.match(rf"^{request.param}_30percent_batch_1\.\d+\.pt\.trace\.json$", path.name)
+    assert list(folder.iterdir()) == [path]
+    assert (has_trace(folder, subject, 1), has_trace(folder, subject, 2)) == (True, False)
+    return path
+
+
+def test_trace_names_scales_layers_and_phases_inside_each_other(emoji: ClassConditionalModel, trace: Path) -> None:
+    told = json.loads(trace.read_text())
     assert "schemaVersion" in told
-    events = [event for event in told["traceEvents"] if event.get("cat") == "user_annotation"]
     spans: dict[str, list[tuple[float, float]]] = {}
-    for event in events:
-        spans.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
+    for event in told["traceEvents"]:
+        if event.get("cat") == "user_annotation":
+            spans.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
     scales, layers = range(len(emoji.geometry.schedule)), range(emoji.geometry.layers)
     assert all(len(spans[scale_name(scale)]) == 1 for scale in scales)  # one drawing: the warm-up is not in it
     assert all(len(spans[layer_name(layer)]) == len(scales) for layer in layers)
@@ -171,22 +174,15 @@ def test_a_trace_names_scales_layers_and_phases_inside_each_other(
         around = [place for name in outer for place in spans[name]]
         return all(any(low <= a and b <= high for low, high in around) for a, b in spans[inner])
 
-    for layer in layers:
-        assert within(layer_name(layer), [scale_name(scale) for scale in scales])
-    for phase in ("attention", "cache update", "feed-forward"):
-        assert within(phase, [layer_name(layer) for layer in layers])
-    assert within("sampling", [scale_name(scale) for scale in scales])
+    in_scales, in_layers = [scale_name(scale) for scale in scales], [layer_name(layer) for layer in layers]
+    assert all(within(name, in_scales) for name in (*in_layers, "sampling"))
+    assert all(within(phase, in_layers) for phase in ("attention", "cache update", "feed-forward"))
 
 
-def test_viewers_open_a_trace(emoji: ClassConditionalModel, tmp_path: Path) -> None:
-    _, subject = plan_subjects(
-        emoji, ["streaming"], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
-    )  # fmt: skip
-    path = save_trace(tmp_path / "traces", emoji, subject, 1, emoji.sampling)
-
+def test_viewers_open_a_trace(trace: Path, tmp_path: Path) -> None:
     # Perfetto leaves out what overlaps an earlier slice of its thread without lying in it
     slices: dict[Any, list[tuple[float, float]]] = {}
-    for event in json.loads(path.read_text())["traceEvents"]:
+    for event in json.loads(trace.read_text())["traceEvents"]:
         if event["ph"] == "X" and event.get("cat") != "Trace":  # the profiler's own, on a line of its own
             slices.setdefault((event["pid"], event["tid"]), []).append((event["ts"], -event["ts"] - event["dur"]))
     assert max(map(len, slices.values())) > 1000
@@ -202,8 +198,7 @@ def test_viewers_open_a_trace(emoji: ClassConditionalModel, tmp_path: Path) -> N
     # TensorBoard's plug-in, read by what it reads with
     from torch_tb_profiler.profiler.data import RunProfileData
 
-    (tmp_path / "cache").mkdir()
-    seen = RunProfileData.parse("worker", "1", str(path), str(tmp_path / "cache"))
+    seen = RunProfileData.parse("worker", "1", str(trace), str(tmp_path))
     seen.process()
     seen.analyze()
     assert seen.steps_names == ["1"]  # the one that is recorded
