@@ -26,7 +26,7 @@ from heatkv.models.catalogue import load_model
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.measure.environment import environment
 from heatkv.profiling.measure.fidelity import FidelityBench
-from heatkv.profiling.measure.runner import Subject, fidelity_row
+from heatkv.profiling.measure.subjects import Subject
 
 SHARES = (Fraction(20, 100), Fraction(10, 100), Fraction(65, 1000))
 SAMPLES, IMAGES, ROWS, SEED = 64, 32, 2, 1
@@ -52,7 +52,7 @@ def measure(dtype: str, measured: Statistics) -> list[dict[str, Any]]:
             plan = make_policy(policy).plan(problem)
             subject = Subject(policy, str(budget), (plan,), storage)
             cache = subject.generator(model, model.sampling, 0, 1).cache
-            figures, _ = fidelity_row(bench, subject)
+            figures = bench.measure(subject)
             allowed = None if policy == "full" else int(budget.amount)
             rows.append({
                 "policy": policy, "dtype": dtype, "storage": storage, "budget_bytes": allowed,
@@ -60,7 +60,7 @@ def measure(dtype: str, measured: Statistics) -> list[dict[str, Any]]:
                 "allocated_bytes": cache.allocated_bytes,
                 "allocated_over_full": round(cache.allocated_bytes / full_bytes, 4),
                 "token_heads_share": round(plan.peak_token_heads / model.geometry.full_token_heads, 4),
-                **{name: figures[name] for name in ("kl", "top1_agreement", "psnr_db", "ssim")},
+                **{name: getattr(figures, name) for name in ("kl", "top1_agreement", "psnr_db", "ssim")},
             })  # fmt: skip
             row = rows[-1]
             print(

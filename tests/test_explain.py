@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from strategies import SEEDS, geometries, last_reads, plans, statistics_of
-from test_level_allocation import FEW, MORE, optimum
-from test_level_allocation import statistics as random_levels
+from support.levels import FEW, MORE, optimum, random_levels
 
 from heatkv.cli import run
 from heatkv.core.budget import Budget

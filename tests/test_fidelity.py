@@ -23,7 +23,6 @@ from heatkv.errors import HeatKVError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling.measure import perceptual
 from heatkv.profiling.measure.fidelity import (
-    BatchComparison,
     Compared,
     FidelityBench,
     kl_divergence,
@@ -193,9 +192,9 @@ def test_batches_can_be_kept_and_joined(
 ) -> None:
     """Batch by batch, without all references at once, and through files: the same, but for pictures in 8 bits."""
     held = FidelityBench(emoji, images=3, pictures=2, seed=0, settings=emoji.sampling, batch=2, hold=False)
-    comparison, parts = BatchComparison(held), []
+    parts = []
     for index in range(2):
-        save_compared(tmp_path / f"{index}.safetensors", comparison.compare(subjects[2], index), 2)
+        save_compared(tmp_path / f"{index}.safetensors", held.compare_plans(subjects[2], index), 2)
         parts.append(load_compared(tmp_path / f"{index}.safetensors"))
     joined = [Compared.join(of_plan) for of_plan in zip(*parts, strict=True)]
     assert held.figures(joined) == held.figures(compare(2))

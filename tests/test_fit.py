@@ -94,7 +94,7 @@ def test_attention_against_a_real_cache(images: int, guided: bool) -> None:
         assert cache.index_bytes == taken.tables
         coded = footprint(info, images, size=size, dtype="float32", guided=guided, storage="int8")
         sinks = Streaming(sink_scales=3).plan(PlanningProblem(info.geometry(size), Budget.parse("100%")))
-        mixed = KVCache(sinks, taken.rows, torch.float32, "meta", storage="int8")
+        mixed = KVCache(sinks, taken.rows, torch.float32, "meta", code="int8")
         assert 0.9 * coded.tables <= mixed.index_bytes <= coded.tables
         assert cache.workspace_bytes <= taken.attention - taken.tables <= max(2 * cache.workspace_bytes, 1 << 21)
 

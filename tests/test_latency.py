@@ -18,38 +18,51 @@ import torch
 from scipy import stats
 
 import heatkv
-from heatkv.cli import run
 from heatkv.core.budget import Budget
 from heatkv.engine.spans import PHASES, layer_name, listening, scale_name, span
 from heatkv.generation.loop import Generator
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.profiling.measure import busy, latency
-from heatkv.profiling.measure.busy import Load, load_of
-from heatkv.profiling.measure.latency import Breakdown, Latency, measure_breakdown, median_interval, turns
-from heatkv.profiling.measure.runner import measure_latency, plan_subjects
-from heatkv.profiling.measure.trace import save_trace
-from heatkv.profiling.report.latency_table import latency_table
+from heatkv.profiling.measure import environment, latency
+from heatkv.profiling.measure.environment import load_of, timing_machine
+from heatkv.profiling.measure.latency import (
+    Breakdown,
+    latency_of,
+    measure_breakdown,
+    measure_interleaved,
+    median_interval,
+    turns,
+)
+from heatkv.profiling.measure.runner import measure_latency
+from heatkv.profiling.measure.subjects import plan_subjects
+from heatkv.profiling.measure.trace import has_trace, save_trace
+from heatkv.profiling.results.row import Latency, Load
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 9, 20, 101])
-def test_the_interval_of_the_median_is_the_binomials(count: int) -> None:
-    low, high, confidence = median_interval(list(np.random.default_rng(count).permutation(count)))
-    assert low + high == count - 1  # as many are left out on either side
+def test_median_interval_is_the_binomials(count: int) -> None:
+    values = list(np.random.default_rng(count).permutation(count))
+    low, high, confidence = median_interval(values)
     # the median lies between if neither too few nor too many values are below it
     inside = stats.binom(count, 0.5)
     assert confidence == pytest.approx(inside.cdf(high) - inside.cdf(low), abs=1e-12)
-    assert (confidence >= 0.95) == (count >= 6)
+    expected = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
     if count >= 6:
-        assert inside.cdf(high - 1) - inside.cdf(low + 1) < 0.95  # and none is narrower
+        assert (low, high) == (expected.low, expected.high)
+    else:  # too few for any interval of 95 %
+        assert np.isnan(expected.low)
+        assert (low, high) == (0, count - 1)
 
 
-def test_outliers_are_counted_and_kept() -> None:
-    told = Latency((10.0, 10.1, 10.2, 10.1, 10.0, 10.2, 55.0, 1.0)).to_json()
-    assert told["outliers"] == 2
-    assert told["all"] == [10.0, 10.1, 10.2, 10.1, 10.0, 10.2, 55.0, 1.0]
-    assert Latency((3.0, 3.0)).outliers == 0
+def test_latency_by_hand() -> None:
+    assert latency_of([1, 2, 3, 4, 100]) == Latency(
+        median=3, iqr=2, runs=5, interval=(1, 100), confidence=0.9375, outliers=1, all=(1, 2, 3, 4, 100)
+    )
+    assert latency_of([10.0, 10.1, 10.2, 10.1, 10.0, 10.2, 55.0, 1.0]).outliers == 2
+    broken_down = latency_of([3.0], Breakdown((1.0004, 2.0), {"attention": 1.23456}))
+    assert (broken_down.scales, broken_down.phases) == ((1.0, 2.0), {"attention": 1.235})
+    assert (broken_down.outliers, broken_down.confidence) == (0, 0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -62,17 +75,31 @@ def test_everyone_has_every_turn_equally_often(count: int) -> None:
         assert all(one != other for one, other in itertools.pairwise(orders[:2]))
 
 
+def test_latency_takes_turns_and_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, []
+
+    def call(name: str, seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        calls.append(name)
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now)
+    times = measure_interleaved({"a": lambda: call("a", 0.001), "b": lambda: call("b", 0.003)}, CPU, repeats=3)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ba"  # one warm-up, then turns that change
+    assert times == {"a": pytest.approx([1, 1, 1]), "b": pytest.approx([3, 3, 3])}
+
+
 def test_a_breakdown_adds_up(emoji: ClassConditionalModel) -> None:
     generator = Generator(emoji, emoji.plan("streaming", "30%"), 1)
     scales = len(emoji.geometry.schedule)
     found = measure_breakdown(lambda: generator.draw([0]), CPU, scales, 1)
-    assert found.phases_ms is not None
-    assert list(found.phases_ms) == [*PHASES, "other"]
-    assert all(value > 0 for value in (*found.scales_ms, *found.phases_ms.values()))
+    assert found.phases is not None
+    assert list(found.phases) == [*PHASES, "other"]
+    assert all(value > 0 for value in (*found.scales, *found.phases.values()))
     # all but preparations and the decoder happens in scales
-    assert len(found.scales_ms) == scales
-    assert sum(found.scales_ms) + found.phases_ms["decode"] <= sum(found.phases_ms.values())
-    assert measure_breakdown(lambda: generator.draw([0]), CPU, scales, 1, phases=False).phases_ms is None
+    assert len(found.scales) == scales
+    assert sum(found.scales) + found.phases["decode"] <= sum(found.phases.values())
+    assert measure_breakdown(lambda: generator.draw([0]), CPU, scales, 1, phases=False).phases is None
 
 
 def test_a_breakdown_takes_medians_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +119,8 @@ def test_a_breakdown_takes_medians_of_each_phase(monkeypatch: pytest.MonkeyPatch
         now += outside / 1e3
 
     found = measure_breakdown(call, CPU, 2, 3)
-    assert found.scales_ms == pytest.approx((2, 4))
-    assert found.phases_ms == pytest.approx(
+    assert found.scales == pytest.approx((2, 4))
+    assert found.phases == pytest.approx(
         {"attention": 6, "feed-forward": 0, "cache update": 0, "sampling": 0, "decode": 0.5, "other": 2}
     )
 
@@ -114,24 +141,29 @@ def test_spans_are_silent_unless_somebody_listens() -> None:
     assert "mine" in {event.key for event in profiler.key_averages()}
 
 
-@pytest.mark.parametrize("policy", ["streaming", "snapkv", "adakv"])
-def test_a_trace_names_scales_layers_and_phases_inside_each_other(
-    emoji: ClassConditionalModel, tmp_path: Path, capfd: pytest.CaptureFixture[str], policy: str
-) -> None:
+@pytest.fixture(scope="module", params=["streaming", "adakv"])
+def trace(
+    request: pytest.FixtureRequest, emoji: ClassConditionalModel, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("traces") / "new"
     _, subject = plan_subjects(
-        emoji, [policy], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
+        emoji, [request.param], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
     )  # fmt: skip
-    path = save_trace(tmp_path / "traces", emoji, subject, 1, emoji.sampling)
-    assert capfd.readouterr().out == ""
+    path = save_trace(folder, emoji, subject, 1, emoji.sampling)
     # the pattern by which torch-tb-profiler finds a worker and its span
-    assert re.match(rf"^{policy}_30percent_batch_1\.\d+\.pt\.trace\.json$", path.name)
-    assert list(path.parent.iterdir()) == [path]
-    told = json.loads(path.read_text())
+    assert re.match(rf"^{request.param}_30percent_batch_1\.\d+\.pt\.trace\.json$", path.name)
+    assert list(folder.iterdir()) == [path]
+    assert (has_trace(folder, subject, 1), has_trace(folder, subject, 2)) == (True, False)
+    return path
+
+
+def test_trace_names_scales_layers_and_phases_inside_each_other(emoji: ClassConditionalModel, trace: Path) -> None:
+    told = json.loads(trace.read_text())
     assert "schemaVersion" in told
-    events = [event for event in told["traceEvents"] if event.get("cat") == "user_annotation"]
     spans: dict[str, list[tuple[float, float]]] = {}
-    for event in events:
-        spans.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
+    for event in told["traceEvents"]:
+        if event.get("cat") == "user_annotation":
+            spans.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
     scales, layers = range(len(emoji.geometry.schedule)), range(emoji.geometry.layers)
     assert all(len(spans[scale_name(scale)]) == 1 for scale in scales)  # one drawing: the warm-up is not in it
     assert all(len(spans[layer_name(layer)]) == len(scales) for layer in layers)
@@ -142,22 +174,15 @@ def test_a_trace_names_scales_layers_and_phases_inside_each_other(
         around = [place for name in outer for place in spans[name]]
         return all(any(low <= a and b <= high for low, high in around) for a, b in spans[inner])
 
-    for layer in layers:
-        assert within(layer_name(layer), [scale_name(scale) for scale in scales])
-    for phase in ("attention", "cache update", "feed-forward"):
-        assert within(phase, [layer_name(layer) for layer in layers])
-    assert within("sampling", [scale_name(scale) for scale in scales])
+    in_scales, in_layers = [scale_name(scale) for scale in scales], [layer_name(layer) for layer in layers]
+    assert all(within(name, in_scales) for name in (*in_layers, "sampling"))
+    assert all(within(phase, in_layers) for phase in ("attention", "cache update", "feed-forward"))
 
 
-def test_viewers_open_a_trace(emoji: ClassConditionalModel, tmp_path: Path) -> None:
-    _, subject = plan_subjects(
-        emoji, ["streaming"], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
-    )  # fmt: skip
-    path = save_trace(tmp_path / "traces", emoji, subject, 1, emoji.sampling)
-
+def test_viewers_open_a_trace(trace: Path, tmp_path: Path) -> None:
     # Perfetto leaves out what overlaps an earlier slice of its thread without lying in it
     slices: dict[Any, list[tuple[float, float]]] = {}
-    for event in json.loads(path.read_text())["traceEvents"]:
+    for event in json.loads(trace.read_text())["traceEvents"]:
         if event["ph"] == "X" and event.get("cat") != "Trace":  # the profiler's own, on a line of its own
             slices.setdefault((event["pid"], event["tid"]), []).append((event["ts"], -event["ts"] - event["dur"]))
     assert max(map(len, slices.values())) > 1000
@@ -173,8 +198,7 @@ def test_viewers_open_a_trace(emoji: ClassConditionalModel, tmp_path: Path) -> N
     # TensorBoard's plug-in, read by what it reads with
     from torch_tb_profiler.profiler.data import RunProfileData
 
-    (tmp_path / "cache").mkdir()
-    seen = RunProfileData.parse("worker", "1", str(path), str(tmp_path / "cache"))
+    seen = RunProfileData.parse("worker", "1", str(trace), str(tmp_path))
     seen.process()
     seen.analyze()
     assert seen.steps_names == ["1"]  # the one that is recorded
@@ -198,37 +222,21 @@ def test_being_watched_changes_no_picture(emoji: ClassConditionalModel) -> None:
         assert torch.equal(alone.images, watched.images)
 
 
-def test_a_busy_processor_is_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(busy.os, "getloadavg", lambda: (7.26, 1.0, 1.0))
-    monkeypatch.setattr(busy.os, "cpu_count", lambda: 4)
-    assert load_of(CPU).to_json() == {
-        "load_average": 7.26, "cores": 4, "gpu_utilisation": None, "gpu_processes": None, "busy": True,
-    }  # fmt: skip
-    arguments = ["profile", "--policies", "full", "--repeats", "1", "--out", str(tmp_path)]
-    assert run(arguments) == 0
-    assert "warning: the machine is busy (a load average of 7.3 on 4 cores); times" in capsys.readouterr().err
-    told = json.loads((tmp_path / "results.json").read_text())
-    assert told["environment"]["load"]["busy"]
-    times = told["rows"][0]["latency_ms"]
-    assert (len(times["all"]), times["confidence"], len(times["scales"])) == (1, 0, 8)
-    monkeypatch.setattr(busy.os, "getloadavg", lambda: (4.0, 1.0, 1.0))
-    assert not load_of(CPU).reasons
-
-
-def test_the_table_shows_intervals_outliers_and_phases() -> None:
-    phases = {name: float(i) for i, name in enumerate((*PHASES, "other"))}
-    eager = Latency((10.0, 10.0, 10.0, 10.0, 99.0), Breakdown((1.0, 7.25), phases)).to_json()
-    graph = Latency((4.0, 5.0), Breakdown((1.0, 2.5), None)).to_json()
-    row = {"policy": "h2o", "budget": "10%", "latency_ms": eager, "graph_latency_ms": graph}
-    table = latency_table([row, {"policy": "full", "budget": "100%", "latency_ms": None}], "t")
-    lines = list(zip(*([str(cell) for cell in column._cells] for column in table.columns), strict=True))
-    assert lines == [
-        ("h2o", "10%", "10.0", "10.0 - 99.0", "1", "0.0", "1.0", "2.0", "3.0", "4.0", "5.0", "7.2"),
-        ("h2o, graphs", "10%", "4.5", "4.0 - 5.0", "0", *"------", "2.5"),
-    ]
-    assert "hold it with 50.0% or 93.8%; outliers (1) are counted in" in str(table.caption)
+def test_times_are_parts_of_a_row(emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (7.26, 1.0, 1.0))
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 4)
+    machine = timing_machine(CPU)
+    assert machine.load == Load(7.26, 4, busy=True)
+    (full,) = plan_subjects(emoji, [], [], statistics=None, rows=2, storage="float32")
+    times, no_graphs = measure_latency(
+        emoji, [full], batch=1, settings=emoji.sampling, repeats=1, machine=machine
+    )  # fmt: skip
+    found = times["full 100%"]
+    assert (no_graphs, found.graph_latency_ms, found.timing_machine) == ({}, None, machine)
+    assert found.latency_ms is not None
+    assert (found.latency_ms.runs, len(found.latency_ms.scales or ())) == (1, 8)
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (4.0, 1.0, 1.0))
+    assert not load_of(CPU).busy
 
 
 @pytest.mark.gpu
@@ -236,14 +244,15 @@ def test_the_table_shows_intervals_outliers_and_phases() -> None:
 def test_a_breakdown_on_a_cuda_device() -> None:
     model = heatkv.load_model("emoji", device="cuda")
     (full,) = plan_subjects(model, [], [], statistics=None, rows=2, storage="float32")
-    found = measure_latency(model, [full], rows=2, settings=model.sampling, repeats=2)["full 100%"]
-    assert found.eager.breakdown is not None
-    assert found.eager.breakdown.phases_ms is not None
-    assert all(value > 0 for value in found.eager.breakdown.phases_ms.values())
-    assert found.graph is not None
-    assert found.graph.breakdown is not None
-    assert found.graph.breakdown.phases_ms is None
-    assert all(scale > 0 for scale in found.graph.breakdown.scales_ms)
+    times, _ = measure_latency(
+        model, [full], batch=1, settings=model.sampling, repeats=2, machine=timing_machine(model.device)
+    )
+    eager, graph = times["full 100%"].latency_ms, times["full 100%"].graph_latency_ms
+    assert eager is not None
+    assert all(value > 0 for value in (eager.phases or {}).values())
+    assert graph is not None
+    assert graph.phases is None
+    assert all(scale > 0 for scale in graph.scales or ())
 
 
 @pytest.mark.parametrize(
@@ -270,12 +279,12 @@ def test_a_busy_gpu_is_told(monkeypatch: pytest.MonkeyPatch, used: int, processe
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [object()] * processes,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(busy.time, "sleep", waits.append)
-    monkeypatch.setattr(busy.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(environment.time, "sleep", waits.append)
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1"))
     found = load_of(torch.device("cuda", 0))
-    assert found == Load(0.0, found.cores, used, processes - 1)
+    assert found == Load(0.0, found.cores, used, processes - 1, busy=bool(told))
     assert found.reasons == told
     assert waits == [1.0]
     monkeypatch.setattr(nvml, "nvmlDeviceGetUtilizationRates", no_access)

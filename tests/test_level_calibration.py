@@ -38,7 +38,7 @@ from heatkv.models.sampling import CommonRandomSampler, SamplingSettings
 from heatkv.models.text_conditional import Prompt
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
-from heatkv.solve.cells import Capacity
+from heatkv.solve.checkpoints import Capacity
 
 FloatArray = NDArray[np.float64]
 Cell = tuple[int, int]

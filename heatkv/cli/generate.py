@@ -63,7 +63,7 @@ def generate(
 
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
-    from heatkv.engine.token_cache import check_cache
+    from heatkv.engine.open_cache import check_cache
     from heatkv.generation.graphs import check_has_graphs
     from heatkv.generation.loop import draw_batches
     from heatkv.profiling.measure.subjects import images_of_rows

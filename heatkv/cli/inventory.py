@@ -38,8 +38,8 @@ def doctor(
 
     import torch
 
-    from heatkv.engine.attention import triton_kernels
-    from heatkv.engine.store import available_codings
+    from heatkv.engine.attention import triton_launch
+    from heatkv.engine.store import available_codes
     from heatkv.profiling.measure.environment import environment
     from heatkv.profiling.measure.perceptual import fid_weights, lpips_weights
 
@@ -61,8 +61,8 @@ def doctor(
         "CUDA graphs": "yes" if torch.cuda.is_available() else "no CUDA device",
         "mps": "yes" if mps else "no",
         "triton": extra("triton", "triton", "heatkv[triton]"),
-        "fused attention kernel": triton_kernels.supports(where, torch.bfloat16, 128) or "yes",
-        "8-bit storage": ", ".join(available_codings(where)),
+        "fused attention kernel": triton_launch.missing(where, torch.bfloat16, 128) or "yes",
+        "8-bit storage": ", ".join(available_codes(where)),
         "NVML": extra("pynvml", "nvidia-ml-py", "heatkv[nvml]"),
         "trace viewer": extra("torch_tb_profiler", "torch-tb-profiler", "heatkv[traces]; Perfetto needs nothing"),
         "torchmetrics": extra("torchmetrics", "torchmetrics", "heatkv[metrics]; SSIM, LPIPS and FID need it"),

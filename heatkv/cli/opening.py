@@ -23,7 +23,7 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import seed_of, shown
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import CODES, StorageType
-from heatkv.engine.token_cache import policy_of
+from heatkv.engine.open_cache import policy_of
 from heatkv.engine.watch import run_deterministically
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
 from heatkv.models.base import ImageModel
@@ -120,7 +120,6 @@ def open_model(source: Source, running: Running, measuring: bool = True) -> tupl
     if running.deterministic:
         run_deterministically()
     model = load_model(**load_arguments(source, running))
-    current().use(model.device)
     say_template(source.model, source.ratio)
     return model, model.sampling if running.cfg is None else replace(model.sampling, cfg=running.cfg)
 

@@ -56,8 +56,7 @@ def profile(
     """
     from heatkv.profiling.measure.memory import check_snapshots
     from heatkv.profiling.measure.trace import has_trace, save_trace
-    from heatkv.profiling.report.latency_table import latency_table
-    from heatkv.profiling.report.memory_table import memory_table
+    from heatkv.profiling.report.tables import latency_table, memory_table
     from heatkv.profiling.results.folder import ResultsFolder, check_replaceable
 
     positive(repeats=repeats)

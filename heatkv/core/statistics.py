@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
@@ -216,25 +217,21 @@ class LevelStatistics(SampleSums):
 
     def header(self) -> dict[str, Any]:
         """What a statistics file says of them."""
-        return {
-            "cost": self.cost,
-            "sink_scales": self.choices.sink_scales,
-            "joint": self.choices.joint,
-            "samples": list(self.samples),
-            "bias_samples": list(self.bias_samples),
-        }
+        choices, samples = self.choices, list(self.samples)
+        names = {"cost": self.cost, "sink_scales": choices.sink_scales, "joint": choices.joint}
+        return names | {"samples": samples, "bias_samples": list(self.bias_samples)}
 
     @classmethod
     def from_file(
         cls, schedule: ScaleSchedule, header: Any, arrays: Mapping[str, FloatArray], source: str | Path = "level costs"
     ) -> LevelStatistics:
         """From what `header` and `arrays` gave. Raises FormatError or StatisticsError."""
-        told = convert(header, _LevelHeader, source)
+        fields = convert(header, _LevelHeader, source)
         joint = [f"levels.joint_sum.{target}" for target in range(len(schedule))]
         _check_names(arrays, ("levels.log_bias", "levels.single_sum", *joint), (), source)
         costs = cls(
-            LevelChoices(schedule, told.sink_scales, told.joint), told.cost, arrays["levels.log_bias"],
-            tuple(arrays[name] for name in joint), arrays["levels.single_sum"], told.samples, told.bias_samples,
+            LevelChoices(schedule, fields.sink_scales, fields.joint), fields.cost, arrays["levels.log_bias"],
+            tuple(arrays[name] for name in joint), arrays["levels.single_sum"], fields.samples, fields.bias_samples,
         )  # fmt: skip
         costs.check()
         return costs
@@ -264,14 +261,9 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "cfg": self.cfg,
-            "settings": dict(self.settings),
-            "samples": list(self.samples),
-            "versions": dict(self.versions),
-        }
+        """As in the header of a statistics file."""
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        return fields
 
 
 class _Header(Struct):
@@ -322,10 +314,12 @@ class Statistics(SampleSums):
         return self.provenance.samples
 
     def sums(self) -> dict[str, FloatArray]:
+        """What was measured, summed over samples, by the names in files."""
         return {name: array for name in _AXES if (array := getattr(self, name)) is not None}
 
     def with_sums(self, sums: Mapping[str, FloatArray], samples: tuple[str, ...]) -> Statistics:
-        return replace(self, provenance=replace(self.provenance, samples=samples), **sums)
+        """The same with other sums, over other samples; the level costs stay."""
+        return replace(self, provenance=replace(self.provenance, samples=samples), **sums)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ means
 
@@ -431,15 +425,8 @@ class Statistics(SampleSums):
 
     def check_geometry(self, geometry: CacheGeometry) -> None:
         """Raise StatisticsError unless they were measured on a model of this geometry and schedule."""
-        if (self.layers, self.heads) != (geometry.layers, geometry.heads):
-            raise StatisticsError(
-                f"the statistics are of {self.layers} layers x {self.heads} heads ({self.provenance.model}), the model "
-                f"has {geometry.layers} x {geometry.heads}; calibrate this model"
-            )
-        if self.schedule != geometry.schedule:
-            raise StatisticsError(
-                f"the statistics are of the schedule {self.schedule}, the model runs {geometry.schedule}; calibrate it"
-            )
+        what = f"calibrate this model, not {self.provenance.model}: the statistics are of"
+        geometry.check_holds(self.layers, self.heads, self.schedule, what, StatisticsError)
 
     def check_fingerprint(self, fingerprint: str) -> None:
         """Raise StatisticsError unless they were measured on the very weights with this fingerprint."""

@@ -15,10 +15,10 @@ from torch import Tensor
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
-from heatkv.core.schema import of_kind, seed_of, shown, whole
+from heatkv.core.schema import seed_of, shown, whole
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
-from heatkv.errors import ModelError, StatisticsError
+from heatkv.errors import ModelError
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.sampling import Settings
 from heatkv.models.var import Attend
@@ -32,8 +32,7 @@ LabelT = TypeVar("LabelT", contravariant=True)
 class Drawing(Protocol[LabelT]):
     """Images on their way: call `logits`, then `accept` what was chosen, once per scale; then `image`.
 
-    What it holds from one scale to the next, and from the labels, stays at the same addresses. What `accept` changes,
-    `logits` reads before it calls `attend` for the first time: the forwards of several scales may run side by side.
+    What it holds from one scale to the next, and from the labels, stays at the same addresses.
     """
 
     def logits(self, cache: Attend) -> Tensor:
@@ -41,6 +40,12 @@ class Drawing(Protocol[LabelT]):
 
     def accept(self, choices_BN: Tensor) -> None:
         """Take the choices of the running scale and prepare the input of the next one."""
+
+    def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
+        """Run the blocks once over all scales, as training does, of images that have these choices, (B, N) per scale.
+
+        Every layer calls `attend` once, with the tokens of all scales one after another.
+        """
 
     def image(self) -> Tensor:
         """(B, 3, H, W), RGB in [0, 1]."""
@@ -127,8 +132,6 @@ class ImageModel(ABC, Generic[Label]):
         other weights.
         """
         if statistics is not None:
-            way_out = "load statistics with Statistics.load, or calibrate the model"
-            of_kind(statistics, Statistics, "statistics", StatisticsError, way_out)
             statistics.check_fingerprint(self.fingerprint)
         problem = PlanningProblem(
             self.geometry,
@@ -158,12 +161,6 @@ def checked_run(
 
     Raises ModelError for what is of the wrong kind.
     """
-    way_out = "load one with heatkv.load_model; a model of another repository is used through heatkv.attach"
-    of_kind(model, ImageModel, "model", ModelError, way_out)
-    if settings is not None:
-        of_kind(
-            settings, Settings, "settings", ModelError, "give SamplingSettings or BitSamplingSettings of this model"
-        )
     if progress is not None and not callable(progress):
         raise ModelError(f"progress is {shown(progress)}; give a function that is told how many are done")
     return (

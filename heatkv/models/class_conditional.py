@@ -6,7 +6,7 @@ Shapes: B images, R rows (B, or 2B with guidance, conditional first), N tokens o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,15 @@ class Drawing:
         """Guided logits of the running scale, (B, N, V) in fp32."""
         logits = self._model.transformer(self.input(), self._condition, cache)
         return self._settings.guide(logits, self.scale, len(self._model.transformer.schedule))
+
+    def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
+        """Run the blocks over all scales at once, as training does, of images that have these codes."""
+        self._model.transformer.hidden(torch.cat(list(self._inputs(choices)), dim=1), self._condition, cache)
+
+    def _inputs(self, choices: Sequence[Tensor]) -> Iterator[Tensor]:
+        for tokens_BN in choices:
+            yield self.input()
+            self.accept(tokens_BN)
 
     def accept(self, tokens_BN: Tensor) -> None:
         """Take the codes of the running scale."""

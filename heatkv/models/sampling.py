@@ -13,7 +13,7 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from heatkv.core.schema import number, of_kind, whole
+from heatkv.core.schema import number, whole
 from heatkv.errors import ModelError
 
 
@@ -50,7 +50,6 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         number(self.cfg, "cfg", ModelError, 0, 100)
-        of_kind(self.ramp, bool, "ramp", ModelError, "it is True or False")
         _check_cut(self.top_k, self.top_p)
 
     @property

@@ -6,7 +6,7 @@ positions, E text channels, Z bits per latent position, h and w a latent's heigh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -254,6 +254,19 @@ class Drawing:
         model = self._model
         logits_RNV = model.transformer(self.input(), self._condition, self._rotations[self.scale], cache)
         return self._settings.guide(logits_RNV.unflatten(-1, (-1, 2)).flatten(1, 2), self.scale, len(model.schedule))
+
+    def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
+        """Run the blocks over all scales at once, as training does, of images that have these bits."""
+        rotations_2NP = torch.cat(self._rotations, dim=1)
+        # no name for the inputs, which nobody holds beyond the first layer
+        self._model.transformer.hidden(
+            torch.cat(list(self._inputs(choices)), dim=1), self._condition, rotations_2NP, cache
+        )
+
+    def _inputs(self, choices: Sequence[Tensor]) -> Iterator[Tensor]:
+        for choices_BN in choices:
+            yield self.input()
+            self.accept(choices_BN)
 
     def accept(self, choices_BN: Tensor) -> None:
         """Take the bits of the running scale, (B, N*K)."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from heatkv.core.plan import Plan
-from heatkv.engine.attention import triton_kernels
+from heatkv.engine.attention import triton_launch
 from heatkv.generation.loop import Generator, run_scales
 from heatkv.models.base import ImageModel
 from heatkv.models.catalogue import load_model
@@ -74,7 +74,7 @@ def _draw(device: torch.device) -> str:
     ways: dict[str, dict[str, Any]] = {"grouped attention": {}}
     if device.type == "cuda":
         ways["CUDA graphs"] = {"graphs": True}
-        if triton_kernels.supports(device, model.compute_dtype, plan.geometry.head_dim) is None:
+        if triton_launch.missing(device, model.compute_dtype, plan.geometry.head_dim) is None:
             ways["fused kernel"] = {"attention": "triton"}
     differences = []
     for way, options in ways.items():

@@ -20,12 +20,14 @@ from heatkv.core.levels import LEVELS, NONE
 from heatkv.core.plan import CachePlan, Plan, keep_first, live_token_heads
 from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError, StatisticsError
-from heatkv.levels.columns import capacity_prices, level_cost, level_price_bound, levels_of_plan
+from heatkv.levels.columns import level_bound, level_price_bound
+from heatkv.levels.costs import level_cost, levels_of_plan
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.levels import HeatKVLevels
 from heatkv.policies.lp import HeatKVLP, SolvedPolicy
-from heatkv.solve.cells import Capacity, allocate, price_bound, read_value
+from heatkv.solve.cells import allocate, price_bound, read_value
+from heatkv.solve.checkpoints import Capacity
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -216,7 +218,7 @@ def _by_levels(plan: Plan, statistics: Statistics, measure: str, policy: SolvedP
     level = levels_of_plan(plan)
     past = np.tril(np.ones(level.shape[2:], dtype=bool), -1)
     cost, full = level_cost(costs, level), level_cost(costs, np.where(past, 0, np.full_like(level, NONE)))
-    prices = _binding(capacity_prices(costs, capacity, policy.allowed, sinks))
+    prices = _binding(level_bound(costs, capacity, policy.allowed, sinks)[1])
     # above the cost by rounding only
     bound = min(level_price_bound(costs, capacity, policy.allowed, prices, sinks), cost)
     worth = _worth(plan, measure, -cost, -bound, -full, capacity, prices)

@@ -22,7 +22,7 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import KVCache
-from heatkv.engine.attention.grouping import GROUP_BYTES
+from heatkv.engine.attention.grouped import GROUP_BYTES
 from heatkv.errors import HeatKVError
 from heatkv.generation.loop import run_scales
 from heatkv.models import emoji as emoji_model

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from heatkv.core.storage_type import StorageType
-from heatkv.engine.token_cache import open_cache
+from heatkv.engine.open_cache import open_cache
 from heatkv.errors import GraphError, HeatKVError, out_of_memory
 from heatkv.generation.graphs import GraphRunner
 from heatkv.generation.loop import Generator
@@ -49,7 +49,7 @@ def first_row(
     caches = [
         open_cache(
             plan, rows, model.compute_dtype, model.device if allocate else "meta", model.key_angles,
-            storage=held.code, attention=subject.attention,
+            code=held.code, attention=subject.attention,
         )
         for plan in plans
     ]  # fmt: skip
