@@ -93,11 +93,12 @@ class _Launched(Ranks):
 
     def __init__(self) -> None:
         import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
         super().__init__()
         self._dist = dist
         try:
-            self._store, self.rank, self.size = next(dist.rendezvous("env://", timeout=JOINING))
+            self._store, self.rank, self.size = next(rendezvous("env://", timeout=JOINING))
             self.local_rank = int(os.environ["LOCAL_RANK"])
             dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=_LONGEST)
         except (RuntimeError, ValueError, KeyError) as error:
