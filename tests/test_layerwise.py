@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.models import features, make_infinity
 from test_calibration import DenseErrors, check_drop_errors
-from test_infinity import features
-from test_infinity import make as make_infinity
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

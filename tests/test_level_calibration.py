@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, pooled, schedules
-from test_infinity import features
-from test_infinity import make as make_infinity
+from support.models import features, make_infinity
 from torch import Tensor
 
 from heatkv.calibration import level_costs as level_calibration
@@ -32,8 +31,8 @@ from heatkv.errors import StatisticsError
 from heatkv.generation.loop import run_scales
 from heatkv.levels.columns import allocate_levels
 from heatkv.models.base import ImageModel
+from heatkv.models.base import fingerprint as fingerprint_of
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.models.class_conditional import fingerprint as fingerprint_of
 from heatkv.models.sampling import CommonRandomSampler, SamplingSettings
 from heatkv.models.text_conditional import Prompt
 from heatkv.models.var import VAR, VARConfig

@@ -41,7 +41,7 @@ from heatkv.engine.store import check_coding
 from heatkv.engine.token_cache import SelectingCache, check_cache, open_cache
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
 from heatkv.models.adapter import BlockView, ModelAdapter
-from heatkv.models.class_conditional import fingerprint, tensor_fingerprint
+from heatkv.models.base import fingerprint
 from heatkv.models.infinity import rotation_angles
 from heatkv.policies.base import PlanningProblem, make_policy
 
@@ -542,7 +542,7 @@ class Attached:
 
 def _attention_fingerprint(found: Iterable[tuple[str, Any]]) -> str:
     """The fingerprint of all self-attention parameters, the same for both layouts of the scales per head."""
-    return tensor_fingerprint(
+    return fingerprint(
         (f"{index}.{name}", tensor.view(1, -1, 1, 1) if name == "scale_mul_1H11" else tensor)
         for index, (_, module) in enumerate(found)
         for name, tensor in module.named_parameters()

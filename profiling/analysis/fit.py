@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from heatkv.core.budget import parse_bytes
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.storage_type import StorageType
+from heatkv.core.storage_type import StorageType, torch_dtype
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.attention.grouping import GROUP_BYTES
 from heatkv.errors import HeatKVError
 from heatkv.generation.loop import run_scales
 from heatkv.models import emoji as emoji_model
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE
-from heatkv.models.catalogue import COMPUTE_DTYPES, VAR_SAMPLING, ModelInfo
+from heatkv.models.catalogue import VAR_SAMPLING, ModelInfo
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.infinity import INFINITY_2B, INFINITY_8B, Infinity
 from heatkv.models.sampling import CommonRandomSampler
@@ -175,8 +175,8 @@ def _one_image(
     geometry, rows = info.geometry(size, ratio), 2 if guided else 1
     held_as = str(StorageType(dtype, storage))
     uncoded, coded = geometry.token_head_bytes(rows, held_as)
-    gathered = 2 * rows * geometry.schedule.total_tokens * geometry.head_dim * COMPUTE_DTYPES[dtype].itemsize
-    whole, short = (shapes(info, geometry.schedule, COMPUTE_DTYPES[dtype], layers) for layers in (info.layers, 2))
+    gathered = 2 * rows * geometry.schedule.total_tokens * geometry.head_dim * torch_dtype(dtype).itemsize
+    whole, short = (shapes(info, geometry.schedule, torch_dtype(dtype), layers) for layers in (info.layers, 2))
     tables = whole.rotations() if isinstance(whole, TextConditionalModel) else ()
     decoder: nn.Module = whole.vqvae if isinstance(whole, ClassConditionalModel) else whole.vae
     return Footprint(
@@ -184,7 +184,7 @@ def _one_image(
         rows=rows,
         transformer=_bytes([*whole.transformer.parameters(), *tables]),
         decoder=_bytes(decoder.parameters()),
-        text_encoder=text_encoder_parameters() * COMPUTE_DTYPES[dtype].itemsize if info.family == "infinity" else 0,
+        text_encoder=text_encoder_parameters() * torch_dtype(dtype).itemsize if info.family == "infinity" else 0,
         prompt=prompt_bytes(whole, 1, guided),
         # a layer's tensors are gone before the next one runs; from the second on, its input is not the transformer's
         working=drawing_bytes(short, 1, guided) - prompt_bytes(short, 1, guided),
