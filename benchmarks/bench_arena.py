@@ -35,8 +35,7 @@ MOST_LAYOUT_S, MOST_RUNS = 0.1, 1.25
 
 def runs_per_cell(layout: ArenaLayout) -> float:
     """Mean number of runs of a held cell; 1 is perfect."""
-    runs = [cell for level in layout.levels for layer in level for head in layer for cell in head if cell]
-    return sum(map(len, runs)) / len(runs)
+    return sum(map(len, layout.runs.values())) / len(layout.runs)
 
 
 def measure(size: str, budget: str) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def measure(size: str, budget: str) -> dict[str, Any]:
     took = []
     for _ in range(5):
         began = time.process_time()
-        layout = ArenaLayout.of(plan)
+        layout = ArenaLayout.for_plan(plan)
         took.append(time.process_time() - began)
     cache = KVCache(plan, ROWS, getattr(torch, STORAGE))
     allowed = geometry.bytes(plan.budget_token_heads, ROWS, STORAGE)
@@ -57,14 +56,14 @@ def measure(size: str, budget: str) -> dict[str, Any]:
         "allocated_bytes": cache.allocated_bytes,
         "allocated_over_budget": round(cache.allocated_bytes / allowed, 6),
         "runs_per_cell": round(runs_per_cell(layout), 4),
-        "cells": layout.cells,
+        "cells": len(layout.runs),
         "layout_s": round(sorted(took)[2], 4),
         "current_bytes": cache.current_bytes,
         "index_bytes": cache.index_bytes,
         "workspace_bytes": cache.workspace_bytes,
     }
     del cache
-    coded, storage = KVCache(plan, ROWS, getattr(torch, STORAGE), storage="int8"), f"int8/{STORAGE}"
+    coded, storage = KVCache(plan, ROWS, getattr(torch, STORAGE), code="int8"), f"int8/{STORAGE}"
     row["coded_allocated_bytes"] = coded.allocated_bytes
     row["coded_allocated_over_budget"] = round(
         coded.allocated_bytes / geometry.bytes(plan.budget_token_heads, ROWS, storage), 6

@@ -27,7 +27,7 @@ from heatkv.core.budget import Budget
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import Plan
 from heatkv.core.rankings import HeadRankings
-from heatkv.engine.attention.grouping import AttentionCost, CallShape
+from heatkv.engine.attention.grouped import AttentionCost, CallShape
 from heatkv.engine.attention.kernels import RaggedAttention
 from heatkv.engine.store import Store
 from heatkv.models.catalogue import model_info
@@ -160,7 +160,7 @@ def fitted(dtype: str) -> dict[str, float]:
             with torch.inference_mode():
                 runs = in_turns({"one": partial(kernel.attend, q, k, v, prepared)}, 9)
             us = 1e3 * min(runs["one"])
-            work = numbers.of(heads, held, False, 2, tokens, dim, kind.itemsize)
+            work = numbers.microseconds(heads, held, False, CallShape(2, tokens, dim, kind.itemsize))
             moved = 2e-3 * 2 * heads * (held + tokens) * dim * kind.itemsize
             told.append(us)
             rows.append([1.0, 0.0 if masked else work, work if masked else 0.0, moved])

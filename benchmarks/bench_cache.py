@@ -17,7 +17,7 @@ import torch
 from heatkv.core.budget import Budget
 from heatkv.core.plan import CachePlan
 from heatkv.core.rankings import HeadRankings
-from heatkv.engine.token_cache import open_cache
+from heatkv.engine.open_cache import open_cache
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem, make_policy
 
@@ -51,7 +51,7 @@ def bench_attend(benchmark: Any, case: str) -> None:
     policy, budget, coding = CASES[case]
     geometry = model_info("var-d16").geometry()
     plan = make_policy(policy).plan(PlanningProblem(geometry, Budget.parse(budget), model="var-d16"))
-    held = open_cache(plan, ROWS, torch.float32, "cpu", storage=coding)
+    held = open_cache(plan, ROWS, torch.float32, "cpu", code=coding)
     given = inputs()
 
     def image() -> None:

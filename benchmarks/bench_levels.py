@@ -25,7 +25,7 @@ from heatkv.core.statistics import LevelStatistics
 from heatkv.levels.columns import ALL_LEVELS, allocate_levels
 from heatkv.models.catalogue import model_info
 from heatkv.profiling.measure.environment import environment
-from heatkv.solve.cells import Capacity
+from heatkv.solve.checkpoints import Capacity
 
 SEED = 0
 TARGET_SECONDS = {"emoji": 5.0, "var-d16": 30.0, "var-d30": 120.0, "infinity-2b": 120.0}

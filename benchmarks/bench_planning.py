@@ -53,5 +53,5 @@ def bench_heatkv_plan(benchmark: Any, size: str, budget: str) -> None:
 def bench_arena_layout(benchmark: Any, size: str) -> None:
     """A plan to the slots of every cell."""
     plan = HeatKV().plan(problem(size, "10%"))
-    layout = benchmark(ArenaLayout.of, plan)
+    layout = benchmark(ArenaLayout.for_plan, plan)
     benchmark.extra_info["runs_per_cell"] = round(runs_per_cell(layout), 3)

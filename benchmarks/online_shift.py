@@ -152,7 +152,7 @@ def pooled(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     )
     return {
         "kl": {name: float(values.mean()) for name, values in kl.items()},
-        "differences": {f"{a} - {b}": paired_bootstrap(kl[a], kl[b]).to_json() for a, b in pairs},
+        "differences": {f"{a} - {b}": vars(paired_bootstrap(kl[a], kl[b])) for a, b in pairs},
     }
 
 

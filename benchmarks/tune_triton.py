@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from heatkv.core.io import write_text
-from heatkv.engine.attention.held import HeldTokens
-from heatkv.engine.attention.triton_kernels import Tile, fused_attention, supports
+from heatkv.engine.attention.triton_launch import HeldTokens, Tile, fused_attention, missing
 from heatkv.models.catalogue import model_info
 
 TABLE = Path(__file__).resolve().parents[1] / "heatkv/engine/attention/tiles.json"
@@ -121,7 +120,7 @@ def main() -> None:
     parser.add_argument("--head-dims", nargs="+", type=int, default=HEAD_DIMS)
     parser.add_argument("--table", type=Path, default=TABLE, help="the table to add the device's entries to")
     given = parser.parse_args()
-    reason = supports("cuda", torch.bfloat16, max(given.head_dims))
+    reason = missing("cuda", torch.bfloat16, max(given.head_dims))
     if reason:
         print(f"tiles can be tuned only where the kernels run compiled: {reason}", file=sys.stderr)
         raise SystemExit(2)

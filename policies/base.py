@@ -34,7 +34,7 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, CoarseCells, Plan, keep_first
 from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import as_whole, of_kind, seed_of, shown, whole
+from heatkv.core.schema import as_whole, seed_of, shown, whole
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import UNCODED_SCALES, StorageType
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
@@ -64,19 +64,11 @@ class PlanningProblem:
     uncoded_scales: int = UNCODED_SCALES
 
     def __post_init__(self) -> None:
-        of_kind(self.geometry, CacheGeometry, "geometry", PolicyError, "give that of a model: model.geometry")
-        of_kind(self.budget, Budget, "budget", PolicyError, "make one with Budget.parse")
-        of_kind(self.model, str, "model", PolicyError, "give its name as text")
         StorageType.parse(self.storage).token_head_bytes(self.geometry.head_dim)
         object.__setattr__(self, "seed", seed_of(self.seed, PolicyError))
         object.__setattr__(self, "rows", whole(self.rows, "rows", BudgetError, 1))
         if self.statistics is not None:
-            way_out = "load statistics with Statistics.load, or calibrate the model"
-            of_kind(self.statistics, Statistics, "statistics", StatisticsError, way_out)
             self.statistics.check_geometry(self.geometry)
-        if self.rankings is not None:
-            way_out = "load rankings with HeadRankings.load_orders"
-            of_kind(self.rankings, HeadRankings, "rankings", StatisticsError, way_out)
         if self.rankings is not None and (self.rankings.layers, self.rankings.heads) != (
             self.geometry.layers,
             self.geometry.heads,
@@ -149,7 +141,6 @@ class EvictionPolicy(ABC):
 
     def checked(self, problem: PlanningProblem) -> PlanningProblem:
         """The problem as this policy has it, after all that can be told before planning. Raises what is wrong."""
-        of_kind(problem, PlanningProblem, "problem", PolicyError, "give a PlanningProblem, or use model.plan")
         self.check_options(problem)
         problem = dataclasses.replace(problem, uncoded_scales=self.uncoded_scales)
         self.check_measured(problem)

@@ -14,7 +14,7 @@ from heatkv.core.rankings import HeadRankings
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
-from heatkv.solve.cells import fit_checkpoints
+from heatkv.solve.checkpoints import fit_checkpoints
 
 IntArray = NDArray[np.int64]
 

@@ -15,7 +15,7 @@ from heatkv.core.levels import LEVELS
 from heatkv.core.plan import Plan
 from heatkv.core.schema import as_number, shown
 from heatkv.errors import PolicyError
-from heatkv.levels.columns import LevelAllocation, allocate_levels, cost_bound
+from heatkv.levels.columns import LevelAllocation, allocate_levels, level_bound
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import SolvedPolicy
 from heatkv.registry import register
@@ -108,7 +108,7 @@ class HeatKVLevels(SolvedPolicy):
 
         while low < high:  # by the bound, which is quicker than a plan and hardly below it
             middle = (low + high) // 2
-            bound = cost_bound(statistics, self.capacity(at(middle)), self.allowed, self.sink_scales)
+            bound, _ = level_bound(statistics, self.capacity(at(middle)), self.allowed, self.sink_scales)
             if self._kl(problem, bound) <= self.max_kl:
                 high = middle
             else:

@@ -21,7 +21,8 @@ from heatkv.levels.columns import LevelAllocation, allocate_levels, level_price_
 from heatkv.policies.base import PlanningProblem, StaticPolicy, below_sinks
 from heatkv.policies.heatkv import drop_by_rank
 from heatkv.registry import register
-from heatkv.solve.cells import Allocation, Capacity, allocate, allocate_greedily, price_bound
+from heatkv.solve.cells import Allocation, allocate, allocate_greedily, price_bound
+from heatkv.solve.checkpoints import Capacity
 
 FloatArray = NDArray[np.float64]
 

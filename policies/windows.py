@@ -12,7 +12,7 @@ from heatkv.core.plan import keep_first
 from heatkv.errors import BudgetError
 from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
-from heatkv.solve.cells import fit_checkpoints
+from heatkv.solve.checkpoints import fit_checkpoints
 
 IntArray = NDArray[np.int64]
 

@@ -21,8 +21,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from heatkv.engine.attention import triton_jit, triton_kernels
-from heatkv.engine.attention.held import HeldTokens
+from heatkv.engine.attention import triton_jit, triton_launch
+from heatkv.engine.attention.triton_launch import HeldTokens
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -51,7 +51,7 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def launched(kernel: str, dtype: str, head_dim: int, plain: bool, codes: str | None) -> tuple[Any, Recorder]:
     """The kernel, and what its wrapper gives it."""
     recorder = Recorder()
-    triton_kernels._jit = lambda: SimpleNamespace(attention_kernel=recorder, append_kernel=recorder)
+    triton_launch._jit = lambda: SimpleNamespace(attention_kernel=recorder, append_kernel=recorder)
     rows, heads, tokens, slots, listed = 2, 16, 4096, 10000, 5000
     of = getattr(torch, dtype)
     q_RHND = meta(rows, tokens, 3, heads, head_dim, dtype=of).unbind(2)[0].transpose(1, 2)
@@ -63,7 +63,7 @@ def launched(kernel: str, dtype: str, head_dim: int, plain: bool, codes: str | N
     )
     if kernel == "append":
         heads_K, slots_KN = meta(7, dtype=torch.int32), meta(7, tokens, dtype=torch.int32)
-        triton_kernels.append_kept(q_RHND, q_RHND, heads_K, slots_KN, arena, *(coded or (None, None)))
+        triton_launch.append_kept(q_RHND, q_RHND, heads_K, slots_KN, *(coded or (arena,)))
         return triton_jit.append_kernel, recorder
     held = HeldTokens(
         meta(listed, dtype=torch.int32),
@@ -71,7 +71,7 @@ def launched(kernel: str, dtype: str, head_dim: int, plain: bool, codes: str | N
         meta(1, heads, dtype=torch.int32),
         meta(listed, dtype=torch.float32),
     )
-    triton_kernels.fused_attention(
+    triton_launch.fused_attention(
         q_RHND, q_RHND, q_RHND, None if arena is None else (arena, held), None if coded is None else (*coded, held)
     )
     return triton_jit.attention_kernel, recorder

@@ -1,189 +1,238 @@
-"""Thousands of hostile files against every loader: `make fuzz`, or `python tests/fuzz.py --count 12000 --seed 0`.
+"""Damaged files against every loader: a typed error of one line or a valid result, and no code in a file runs.
 
-A child process loads mutant after mutant; this one watches that it goes on, and takes another when it dies or stands
-still. A load may take a second of processor time, or twenty times that of the whole file if that is more, and may make
-the process grow by a gigabyte.
+`make fuzz`, or `python tests/fuzz.py --count 12000 --seed 0`; a few of each are in the suite (test_fuzz.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import json
+import random
 import resource
-import selectors
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-SECONDS = 1.0
-TIMES_WHOLE = 20
-GROWTH = 1 << 30
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from strategies import statistics_of
+
+from heatkv.core.budget import Budget
+from heatkv.core.geometry import CacheGeometry
+from heatkv.core.plan import CachePlan, CoarseCells
+from heatkv.core.plan_file import load_plan
+from heatkv.core.rankings import HeadRankings
+from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.statistics import Statistics
+from heatkv.errors import HeatKVError
+from heatkv.generation.images import read_pixels
+from heatkv.models.catalogue import load_model
+from heatkv.models.checkpoint import build_var, read_checkpoint, var_state
+from heatkv.models.var import VAR, VARConfig
+from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.profiling.measure.runner import bytes_row, plan_subjects
+from heatkv.profiling.results.folder import ResultsFolder
+from heatkv.profiling.results.reading import read_results
+from heatkv.testing.contract import made_up_mass
+
+GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4), (5, 4)]))
+MOST_SECONDS = 20
+"""Of processor time, after which a load is given up."""
 ROOM = 6 << 30
-"""Of address space, beyond what the process has at its start: past that, allocations fail, and the machine is safe."""
-STANDSTILL = 60
-"""Seconds without a word after which a child is given up."""
+"""Bytes of address space beyond what the process has: past that, allocations fail, and the machine is safe."""
 
 
-class TooLong(BaseException):
-    """A load that waits for something that does not come."""
+@dataclass(frozen=True)
+class Loader:
+    """A whole file, and what reads it."""
+
+    path: Path
+    load: Callable[[Path], Any]
+
+
+# ------------------------------------------------------------------------------------------------- whole files
+
+
+def _use_plan(path: Path) -> None:
+    plan = load_plan(path)
+    assert plan.peak_token_heads <= plan.budget_token_heads
+    plan.bytes(2, "bfloat16")
+
+
+def _use_statistics(path: Path) -> None:
+    found = Statistics.load(path)
+    assert np.isfinite([found.mass.sum(), found.spread.sum(), found.gini().sum()]).all()
+    HeadRankings.from_scores(found.scas)
+
+
+def make_loaders(root: Path) -> dict[str, Loader]:
+    """Every loader, with its whole file below `root`."""
+    problem = PlanningProblem(GEOMETRY, Budget.parse("50%"), model="tiny")
+    static = make_policy("streaming").plan(problem)
+    coarse = CoarseCells.uncalibrated("mean", static.last_read, GEOMETRY.schedule)
+    plans: dict[str, CachePlan] = {
+        "plan": replace(static, coarse=(coarse,)),
+        "dynamic": make_policy("snapkv").plan(problem),
+    }
+    for name, plan in plans.items():
+        plan.save(root / f"{name}.json")
+    orders = [[[h, l] for l in range(GEOMETRY.layers) for h in range(GEOMETRY.heads)]]
+    (root / "orders.json").write_text(json.dumps(orders))
+    statistics_of(GEOMETRY, made_up_mass(GEOMETRY, 2, 0)).save(root / "statistics.safetensors")
+    torch.manual_seed(0)
+    state = VAR(VARConfig((1, 2, 3), 2, 16, 2, num_classes=3, vocab_size=6, z_channels=4)).state_dict()
+    torch.save({"epoch": 1, "trainer": {"var_wo_ddp": state}}, root / "var.pth")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, root / "var.safetensors")
+    Image.new("RGB", (7, 5), "red").save(root / "picture.png")
+    emoji = load_model("emoji")
+    subjects = plan_subjects(emoji, ["streaming"], [problem.budget], statistics=None, rows=2, storage="float32")
+    rows = [bytes_row(emoji, subject, 2) | {"kl": 0.5, "comparison": ""} for subject in subjects]
+    ResultsFolder(root, emoji, emoji.sampling, {"seed": 0}).finish(rows)
+
+    def network(path: Path) -> Any:
+        return build_var(var_state(read_checkpoint(path)))
+
+    loads: dict[str, Callable[[Path], Any]] = {
+        "plan.json": _use_plan, "dynamic.json": _use_plan,
+        "orders.json": lambda path: HeadRankings.load_orders(path, GEOMETRY).ranks,
+        "statistics.safetensors": _use_statistics, "var.pth": network, "var.safetensors": network,
+        "picture.png": read_pixels, "results.json": read_results,
+    }  # fmt: skip
+    return {name: Loader(root / name, load) for name, load in loads.items()}
+
+
+# --------------------------------------------------------------------------------------------------- mutations
+
+
+VALUES: tuple[Any, ...] = (
+    None, True, [], {}, [[]], [{}], "", "x", "\0", "\x1b[31m", "../../x", "a" * 100_000, 0, 1, -1, 2, 0.5, 1e300,
+    2**31, 2**63, 2**64, 10**400, [[1, 1]] * 3_000, [[65536] * 3] * 5, [["x"] * 2_000 + ["y" * 500_000]],
+)  # fmt: skip
+
+
+def damage_bytes(data: bytes, rng: random.Random) -> bytes:
+    """What disks, networks and editors do to a file."""
+    start = rng.randrange(len(data) + 1)
+    stop = min(len(data), start + rng.choice((1, 8, 100)))
+    flipped = bytearray(data)
+    for _ in range(rng.choice((1, 3, 20))):
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return rng.choice((
+        b"", data[:start], data[start:], data + data, b"\xef\xbb\xbf" + data, data[:start] + data[stop:],
+        data[:start] + rng.randbytes(stop - start) + data[stop:], data[:stop] + data[start:], bytes(flipped),
+        b"[" * 100_000 + data,
+    ))  # fmt: skip
+
+
+def damage_value(value: Any, rng: random.Random) -> Any:
+    """The value with one to three members replaced, removed or doubled."""
+    root = [copy.deepcopy(value)]
+    for _ in range(rng.randint(1, 3)):
+        holder: Any = root
+        while True:
+            key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+            inner = holder[key]
+            if not isinstance(inner, dict | list) or not inner or rng.random() < 0.2:
+                break
+            holder = inner
+        kind = rng.randrange(6)
+        if kind == 0 and isinstance(holder, dict):
+            holder["more"] = holder.pop(key)
+        elif kind == 1 and holder is not root:
+            del holder[key]
+        elif kind == 2 and isinstance(holder, list) and holder is not root:
+            holder.append(inner)
+        else:
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
+        if not root[0]:
+            break
+    return root[0]
+
+
+def damage_header(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with another header, or another JSON text in it."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    metadata = header.get("__metadata__", {})
+    if "heatkv" in metadata and rng.random() < 0.6:
+        metadata["heatkv"] = json.dumps(damage_value(json.loads(metadata["heatkv"]), rng))
+    else:
+        header = damage_value(header, rng)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def damaged(path: Path, rng: random.Random) -> bytes:
+    """The content of a file after an accident."""
+    data = path.read_bytes()
+    if rng.random() < 0.7 and path.suffix == ".json":
+        return json.dumps(damage_value(json.loads(data), rng)).encode()
+    if rng.random() < 0.7 and path.suffix == ".safetensors":
+        return damage_header(data, rng)
+    return damage_bytes(data, rng)
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+def outcome(loader: Loader, name: str, seed: int, folder: Path) -> str:
+    """How the mutant of this seed ends: "valid", "refused", or what it must not do."""
+    path = folder / name
+    path.write_bytes(damaged(loader.path, random.Random(f"{name} {seed}")))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loader.load(path)
+    except HeatKVError as error:
+        return "refused" if str(error).strip() and str(error).isprintable() else f"it said {str(error)!r:.200}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:300]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    return "valid"
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise TooLong
-
-
-def _status(name: str) -> int:
-    """A figure of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(name)
-
-
-def _tell(**fields: Any) -> None:
-    print(json.dumps(fields), flush=True)
-
-
-def work(count: int, offset: int, skip: int, only: str | None) -> None:
-    """Load the mutants from the `skip`th on, telling of every one before and after."""
-    import torch
-    from conftest import make_t5
-    from hostile import Broken, Watch, make_targets, outcome, prepare, schedule_of_trials, text_targets, whole
-    from mutations import CANARY
-
-    from heatkv.models.catalogue import load_model
-
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, _stop)
-    watch = Watch()
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        canary, place = root / CANARY, root / "place"
-        (root / "t5").mkdir()
-        make_t5(root / "t5")
-        targets: list[Any] = [
-            *make_targets(root / "whole", canary, load_model("emoji"), root / "t5", 1280), *text_targets(),
-        ]  # fmt: skip
-        limits: dict[str, float] = {}
-        for target in targets:
-            load = whole(target, place / "x")
-            load()
-            began = time.process_time()
-            load()
-            limits[target.name] = max(SECONDS, TIMES_WHOLE * (time.process_time() - began))
-        resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + ROOM,) * 2)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        for index, (target, seed) in enumerate(schedule_of_trials(targets, count)):
-            if index < skip or (only is not None and target.name != only):
-                continue
-            trial = prepare(target, seed + offset, place / "x")
-            _tell(
-                index=index,
-                seed=seed + offset,
-                target=trial.target,
-                told=trial.told.encode("ascii", "replace").decode(),
-            )
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins with what is held now
-            before, began = _status("VmRSS"), time.process_time()
-            signal.setitimer(signal.ITIMER_REAL, 30)
-            try:
-                told = outcome(trial.load, watch, canary, trial.inside)
-                broken = None
-            except Broken as error:
-                told, broken = "broken", str(error)
-            except TooLong:
-                told, broken = "broken", "it stood still for 30 seconds"
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            seconds, grown = time.process_time() - began, _status("VmHWM") - before
-            if seconds > limits[target.name]:
-                broken = f"{broken or told[:80]}; it took {seconds:.1f} s"
-            if grown > GROWTH:
-                broken = f"{broken or told[:80]}; it grew by {grown >> 20} MiB"
-            if canary.exists():
-                canary.rmdir()
-            _tell(done=index, whole=told == "whole", broken=broken, seconds=seconds, grown=grown)
+    raise TimeoutError(f"it took {MOST_SECONDS} seconds of processor time")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=12_000, help="mutants in all")
     parser.add_argument("--seed", type=int, default=0, help="others than those of seed 0")
-    parser.add_argument("--only", help="name of one loader")
-    parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.work is not None:
-        work(given.count, given.seed * 10**7, given.work, given.only)
-        return 0
-    began, done = time.monotonic(), 0
-    counts: collections.Counter[str] = collections.Counter()
-    failures: list[str] = []
-    slowest: dict[str, float] = collections.defaultdict(float)
-    largest: dict[str, int] = collections.defaultdict(int)
-    skip = 0
-    while True:
-        command = [
-            sys.executable,
-            __file__,
-            "--count",
-            str(given.count),
-            "--seed",
-            str(given.seed),
-            "--work",
-            str(skip),
-        ]
-        command += [] if given.only is None else ["--only", given.only]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None
-        ready = selectors.DefaultSelector()
-        ready.register(child.stdout, selectors.EVENT_READ)
-        now: dict[str, Any] | None = None
-        how = "died"
-        while True:
-            if not ready.select(STANDSTILL):
-                how = f"stood still for {STANDSTILL} seconds"
-                child.kill()
-            line = child.stdout.readline()
-            if not line:
-                break
-            told = json.loads(line)
-            if "index" in told:
-                now = told
-                continue
-            assert now is not None
-            done += 1
-            counts[now["target"]] += 1
-            counts["valid"] += told["whole"]
-            slowest[now["target"]] = max(slowest[now["target"]], told["seconds"])
-            largest[now["target"]] = max(largest[now["target"]], told["grown"])
-            if told["broken"]:
-                failures.append(f"{now['target']} {now['seed']}: {now['told']}\n    {told['broken']}")
-                print(failures[-1], flush=True)
-            skip, now = told["done"] + 1, None
-            if done % 1000 == 0:
-                print(f"{done} mutants, {len(failures)} broken, {time.monotonic() - began:.0f} s", flush=True)
-        code = child.wait()
-        if now is None:
-            if code:
-                print(f"the child ended with {code} before a mutant", file=sys.stderr)
-                return 2
-            break
-        failures.append(f"{now['target']} {now['seed']}: {now['told']}\n    the process {how} ({code})")
-        print(failures[-1], flush=True)
-        done, skip = done + 1, now["index"] + 1
-    for name in slowest:
-        print(
-            f"{name:28} {counts[name]:6} mutants, slowest {slowest[name]:6.2f} s, grew by {largest[name] >> 20:5} MiB"
-        )
-    valid = counts["valid"]
-    print(f"{done} mutants in {time.monotonic() - began:.0f} s: {valid} valid, {done - valid - len(failures)} refused")
-    print(f"{len(failures)} broken")
-    return 1 if failures else 0
+    parser.add_argument("--only", help="name of one file")
+    options = parser.parse_args()
+    signal.signal(signal.SIGPROF, _stop)
+    with tempfile.TemporaryDirectory() as temporary:
+        loaders = make_loaders(Path(temporary))
+        names = [name for name in loaders if options.only in (None, name)]
+        (size,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+        resource.setrlimit(resource.RLIMIT_AS, (int(size.split()[1]) * 1024 + ROOM,) * 2)
+        (place := Path(temporary) / "place").mkdir()
+        counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        for index in range(options.count):
+            name, seed = names[index % len(names)], options.seed * 10**7 + index // len(names)
+            signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
+            ended = outcome(loaders[name], name, seed, place)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            counts[name, ended if ended in ("valid", "refused") else "broken"] += 1
+            if ended not in ("valid", "refused"):
+                print(f"{name} {seed}: {ended}", flush=True)
+    for name in names:
+        print(f"{name:24}", *(f"{counts[name, kind]:6} {kind}" for kind in ("valid", "refused", "broken")))
+    return int(any(kind == "broken" for _, kind in counts))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ Nested = Sequence[Sequence[Sequence[int]]]
 
 SEEDS = st.integers(0, 2**32 - 1)
 
+PAIRS = [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
+"""Every [head, layer] of 2 layers x 3 heads, as published rankings list them."""
+
 
 def live_by_formula(last_read: Nested, tokens: Sequence[int], target: int, layer: int) -> int:
     """live(t, l), cell by cell: layers up to l hold what is read after t, the later ones what t itself reads."""

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, geometries
-from test_selecting_cache import GEOMETRY, POLICIES
+from support.dynamic import GEOMETRY, POLICIES
 from torch import Tensor
 
 from heatkv.core.geometry import CacheGeometry

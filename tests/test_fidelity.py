@@ -1,4 +1,4 @@
-"""Spread, paired intervals, and measures that need weights: against scipy, by hand, and with stand-ins for networks."""
+"""Fidelity against scipy, by hand and against the full cache itself; measures that need weights with stand-ins."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,125 +15,209 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support.rows import row
 
 from heatkv.cli import run
 from heatkv.core.budget import Budget
 from heatkv.errors import HeatKVError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling.measure import perceptual
-from heatkv.profiling.measure.fidelity import FidelityBench, paired_bootstrap, spread
+from heatkv.profiling.measure.fidelity import (
+    BatchComparison,
+    Compared,
+    FidelityBench,
+    kl_divergence,
+    load_compared,
+    paired_bootstrap,
+    psnr,
+    save_compared,
+    spread,
+    ssim,
+)
 from heatkv.profiling.measure.perceptual import FID_LEAST_PICTURES, fid, open_lpips, why_no_fid
-from heatkv.profiling.measure.runner import bytes_row, fidelity_row, plan_subjects, versus
-from heatkv.profiling.report.tables import results_table
+from heatkv.profiling.measure.runner import with_versus
+from heatkv.profiling.measure.subjects import Subject, plan_subjects
 
 
-def test_the_paired_interval_is_scipys() -> None:
+def test_kl_equals_scipy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 3, 7, generator=generator) * 4, torch.randn(2, 3, 7, generator=generator) * 4
+    expected = stats.entropy(p.double().softmax(-1).numpy(), q.double().softmax(-1).numpy(), axis=-1)
+    np.testing.assert_allclose(kl_divergence(p, q).numpy(), expected, rtol=1e-6)
+    assert (kl_divergence(p, p) == 0).all()
+    assert not np.allclose(kl_divergence(q, p).numpy(), expected)
+
+
+def test_psnr_of_known_errors() -> None:
+    black = torch.zeros(3, 3, 8, 8)
+    off = black.clone()
+    off[1] += 51 / 255  # a fifth of the range everywhere: -10 log10(0.04) dB
+    off[2, :, 0, 0] = 1.0  # one pixel of 64 wrong by the whole range: 10 log10(64) dB
+    assert psnr(off, black) == pytest.approx([58.92, 13.979, 18.062], abs=1e-2)
+
+
+def test_ssim_is_one_for_equal_pictures_only() -> None:
+    picture = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    assert ssim(picture, picture) == pytest.approx([1, 1])
+    values = ssim(picture.flip(3), picture)
+    assert values is not None
+    assert (values < 0.5).all()
+
+
+# ------------------------------------------------------------------------------------------------ paired differences
+
+
+def test_paired_interval_is_that_of_resampled_means() -> None:
+    """Resampled here, with numpy's generator: so the committed intervals were made."""
     rng = np.random.default_rng(3)
     ours, theirs = rng.gamma(2, 0.1, 20), rng.gamma(2, 0.1, 20)
-    got = paired_bootstrap(ours, theirs)
-    expected = stats.bootstrap(
-        (ours, theirs), lambda a, b, axis: (a - b).mean(axis=axis), paired=True, vectorized=True, method="percentile",
-        n_resamples=20_000, rng=np.random.default_rng(5),
-    ).confidence_interval  # fmt: skip
-    width = expected.high - expected.low
-    assert got.mean == pytest.approx((ours - theirs).mean())
-    assert got.low == pytest.approx(expected.low, abs=width / 50)
-    assert got.high == pytest.approx(expected.high, abs=width / 50)
-    assert got == paired_bootstrap(list(ours), list(theirs))  # the same every time
-    assert (got.samples, got.confidence) == (20, 0.95)
-    narrow = paired_bootstrap(ours, theirs, confidence=0.5)
-    assert got.low < narrow.low < narrow.high < got.high
+    means = (ours - theirs)[np.random.default_rng(0).integers(0, 20, (10_000, 20))].mean(axis=1)
+    for confidence in (0.95, 0.5):
+        got = paired_bootstrap(list(ours), list(theirs), confidence=confidence)
+        tails = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+        assert (got.mean, got.low, got.high) == pytest.approx(((ours - theirs).mean(), *tails), rel=1e-12)
 
 
 def test_what_samples_have_in_common_cancels() -> None:
     hard = np.random.default_rng(0).gamma(1, 1, 12)  # some images are hard under every policy
     got = paired_bootstrap(hard + 0.01, hard)
     assert (got.mean, got.low, got.high) == pytest.approx((0.01, 0.01, 0.01))
-    for one, other in (([1.0], [1.0, 2.0]), ([], []), ([[1.0]], [[1.0]])):
+    one = paired_bootstrap([2.0], [1.5])
+    assert (one.mean, one.low, one.high) == (0.5, 0.5, 0.5)
+    for ours, theirs in (([1.0], [1.0, 2.0]), ([], []), ([[1.0]], [[1.0]])):
         with pytest.raises(HeatKVError, match="are not of the same samples"):
-            paired_bootstrap(np.array(one), np.array(other))
+            paired_bootstrap(np.array(ours), np.array(theirs))
 
 
 def test_spread_by_hand() -> None:
-    assert spread(np.array([1.0, 2.0, 3.0, 6.0])) == {
-        "sd": pytest.approx(stats.tstd([1, 2, 3, 6])), "quartiles": [1.75, 2.5, 3.75],
-    }  # fmt: skip
-    assert spread(np.array([2.0])) == {"sd": None, "quartiles": [2, 2, 2]}
+    found = spread(np.array([1.0, 2.0, 3.0, 6.0]))
+    assert (found.sd, found.quartiles) == (pytest.approx(stats.tstd([1, 2, 3, 6])), (1.75, 2.5, 3.75))
+    assert spread(np.array([2.0])).sd is None
 
 
-def row(policy: str, budget: str, kl: list[float] | None) -> dict[str, Any]:
-    return {"policy": policy, "budget": budget, "kl_of_images": kl}
+def differences(*rows: tuple[str, str, list[float] | None, int]) -> list[tuple[str, float] | None]:
+    """By (policy, budget, KL of images, seed), whom each row is compared with and the difference."""
+    made = [
+        row(policy=policy, budget=budget, kl_of_images=kl, images=len(kl or ()), seed=seed)
+        for policy, budget, kl, seed in rows
+    ]
+    found = [row.versus for row in with_versus(made)]
+    return [None if versus is None else (versus.policy, versus.difference) for versus in found]
 
 
-def test_every_policy_is_compared_with_heatkv_at_its_budget() -> None:
-    rows = [
-        row("full", "100%", [0, 0]), row("streaming", "30%", [2, 4]), row("heatkv", "30%", [1, 2]),
-        row("streaming", "10%", [5, 5]), row("heatkv", "10%", [6, 6]), row("streaming", "5%", [1, 1]),
-        row("random", "10%", None),
-    ]  # fmt: skip
-    told = versus(rows)
-    assert [None if one is None else (one["policy"], one["difference"]) for one in told] == [
-        None, ("heatkv", 1.5), None, ("heatkv", -1), None, None, None,
-    ]  # fmt: skip
-    assert told[1] is not None
-    assert told[1]["interval"] == [1, 2]
+def test_every_policy_is_compared_with_heatkv_at_its_place() -> None:
+    assert differences(
+        ("full", "100%", [0, 0], 0), ("streaming", "30%", [2, 4], 0), ("heatkv", "30%", [1, 2], 0),
+        ("streaming", "10%", [5, 5], 0), ("heatkv", "10%", [6, 6], 0), ("streaming", "5%", [1, 1], 0),
+        ("random", "10%", None, 0), ("heatkv", "10%", [1, 1], 1), ("streaming", "10%", [4, 4], 1),
+    ) == [None, ("heatkv", 1.5), None, ("heatkv", -1), None, None, None, None, ("heatkv", 3)]  # fmt: skip
     # without heatkv the first policy named stands in; without figures nothing does
-    told = versus([row("full", "100%", [0, 0]), row("h2o", "30%", [2, 4]), row("snapkv", "30%", [3, 5])])
-    assert [one and one["policy"] for one in told] == [None, None, "h2o"]
-    assert versus([row("full", "100%", None), row("h2o", "30%", None)]) == [None, None]
-    # each seed by itself
-    seeds = [row(policy, "30%", [kl]) | {"seed": seed} for policy, kl, seed in (
-        ("heatkv", 1.0, 0), ("h2o", 2.0, 0), ("heatkv", 5.0, 1), ("h2o", 9.0, 1),
-    )]  # fmt: skip
-    assert [one and one["difference"] for one in versus(seeds)] == [None, 1, None, 4]
+    assert differences(("full", "100%", [0], 0), ("h2o", "30%", [2], 0), ("snapkv", "30%", [3], 0)) == [
+        None, None, ("h2o", 1)
+    ]  # fmt: skip
+    assert differences(("full", "100%", None, 0), ("h2o", "30%", None, 0)) == [None, None]
 
 
-def test_a_row_keeps_what_single_images_gave(emoji: ClassConditionalModel) -> None:
-    bench = FidelityBench(emoji, images=3, pictures=2, seed=0, settings=emoji.sampling, batch=2)
-    subjects = plan_subjects(
-        emoji, ["random", "streaming"], [Budget.parse("20%")], statistics=None, rows=2, storage="float32", draws=2
+# -------------------------------------------------------------------------------------------------------- the bench
+
+
+@pytest.fixture(scope="module")
+def bench(emoji: ClassConditionalModel) -> FidelityBench:
+    return FidelityBench(emoji, images=3, pictures=2, seed=0, settings=emoji.sampling, batch=2)
+
+
+@pytest.fixture(scope="module")
+def subjects(emoji: ClassConditionalModel) -> list[Subject]:
+    return plan_subjects(
+        emoji, ["sliding-window", "random"], [Budget.parse("10%")], statistics=None, rows=2, storage="float32", draws=2
     )
-    rows = []
-    for subject in subjects:
-        figures, _ = fidelity_row(bench, subject)
-        rows.append(bytes_row(emoji, subject, 2) | figures)
-    sizes = emoji.geometry.schedule.tokens
-    for figures in rows:
-        assert len(figures["kl_of_images"]) == len(figures["top1_of_images"]) == 3
-        assert len(figures["psnr_of_pictures"]) == len(figures["ssim_of_pictures"]) == 2
-        assert np.mean(figures["kl_of_images"]) == pytest.approx(figures["kl"])
-        assert np.mean(figures["top1_of_images"]) == pytest.approx(figures["top1_agreement"])
-        assert np.dot(figures["top1_per_scale"], sizes) / sum(sizes) == pytest.approx(figures["top1_agreement"])
-        assert np.mean(figures["psnr_of_pictures"]) == pytest.approx(figures["psnr_db"])
-        assert set(figures["spread"]) == {"kl", "top1_agreement", "psnr_db", "ssim"}
-        assert figures["lpips"] is figures["fid"] is figures["lpips_of_pictures"] is None
-        assert set(figures["not_measured"]) == {"lpips", "fid"}
-    random = rows[1]
-    assert random["draws"] == len(random["kl_of_draws"]) == 2
-    assert len(set(random["kl_of_draws"])) == 2
-    # the first scale sees no cache
-    assert rows[2]["top1_per_scale"][0] == 1
-    rows = [one | {"versus": difference} for one, difference in zip(rows, versus(rows), strict=True)]
-    table = results_table(rows, "t")
-    (column,) = [column for column in table.columns if str(column.header) == "KL - random's [95%]"]
-    difference = rows[2]["kl"] - rows[1]["kl"]
-    assert [str(cell)[:7] for cell in column._cells] == ["-", "-", f"{difference:+.4f}"]
 
 
-def test_what_is_lacking_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+@pytest.fixture(scope="module")
+def compare(bench: FidelityBench, subjects: list[Subject]) -> Callable[[int], list[Compared]]:
+    """Every plan of a subject, compared once."""
+    found: dict[int, list[Compared]] = {}
+
+    def of(place: int) -> list[Compared]:
+        subject = subjects[place]
+        if place not in found:
+            found[place] = [
+                bench.compare(lambda size, plan=plan: subject.generator(bench.model, bench.settings, plan, size))  # type: ignore[misc]
+                for plan in range(len(subject.plans))
+            ]
+        return found[place]
+
+    return of
+
+
+Comparing = Callable[[int], list[Compared]]
+
+
+def test_the_full_cache_is_the_full_cache(bench: FidelityBench, compare: Comparing) -> None:
+    plans = compare(0)
+    figures = bench.figures(plans)
+    assert (figures.kl, figures.top1_agreement, figures.images, figures.pictures) == (0, 1, 3, 2)
+    assert figures.ssim == pytest.approx(1)
+    originals = torch.cat([bench.reference(index)[0].images for index in range(2)])[:2]  # type: ignore[misc]
+    assert plans[0].pictures_P3HW is not None
+    assert torch.equal(plans[0].pictures_P3HW, originals)
+
+
+def test_figures_sum_up_those_of_images(bench: FidelityBench, compare: Comparing) -> None:
+    sizes = bench.model.geometry.schedule.tokens
+    full = bench.figures(compare(0))
+    for place in (1, 2):
+        figures = bench.figures(compare(place))
+        assert figures.kl is not None
+        assert figures.kl > 0.001
+        assert len(figures.kl_of_images or ()) == len(figures.top1_of_images or ()) == 3
+        assert len(figures.psnr_of_pictures or ()) == len(figures.ssim_of_pictures or ()) == 2
+        assert np.mean(figures.kl_of_images or ()) == pytest.approx(figures.kl)
+        assert np.mean(figures.top1_of_images or ()) == pytest.approx(figures.top1_agreement)
+        assert np.mean(figures.psnr_of_pictures or ()) == pytest.approx(figures.psnr_db)
+        assert np.dot(figures.kl_per_scale or (), sizes) / sum(sizes) == pytest.approx(figures.kl)
+        assert np.dot(figures.top1_per_scale or (), sizes) / sum(sizes) == pytest.approx(figures.top1_agreement)
+        assert 0 < (figures.top1_agreement or 0) < 1
+        assert (figures.psnr_db or 0) < (full.psnr_db or 0)
+        # the first scale sees no cache, so nothing can differ there
+        assert ((figures.kl_per_scale or ())[0], (figures.top1_per_scale or ())[0]) == (0, 1)
+        assert set(figures.spread or ()) == {"kl", "top1_agreement", "psnr_db", "ssim"}
+        assert figures.lpips is figures.fid is figures.lpips_of_pictures is None
+        assert set(figures.not_measured or ()) == {"lpips", "fid"}
+        draws = [float(np.concatenate([plan.kl_of_images()]).mean()) for plan in compare(place)]
+        assert (len(set(draws)), figures.kl_of_draws) == (place, tuple(draws))
+
+
+def test_batches_can_be_kept_and_joined(
+    emoji: ClassConditionalModel, subjects: list[Subject], compare: Comparing, tmp_path: Path
+) -> None:
+    """Batch by batch, without all references at once, and through files: the same, but for pictures in 8 bits."""
+    held = FidelityBench(emoji, images=3, pictures=2, seed=0, settings=emoji.sampling, batch=2, hold=False)
+    comparison, parts = BatchComparison(held), []
+    for index in range(2):
+        save_compared(tmp_path / f"{index}.safetensors", comparison.compare(subjects[2], index), 2)
+        parts.append(load_compared(tmp_path / f"{index}.safetensors"))
+    joined = [Compared.join(of_plan) for of_plan in zip(*parts, strict=True)]
+    assert held.figures(joined) == held.figures(compare(2))
+    for one, other in zip(joined, compare(2), strict=True):
+        assert one.pictures_P3HW is not None
+        assert other.pictures_P3HW is not None
+        torch.testing.assert_close(one.pictures_P3HW, other.pictures_P3HW, atol=0.5 / 255 + 1e-6, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------- what needs weights
+
+
+def test_what_is_lacking_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
-    assert open_lpips() == "torchmetrics and torchvision not installed (pip install heatkv[metrics])"
-    assert (
-        why_no_fid(FID_LEAST_PICTURES) == "torchmetrics and torch_fidelity not installed (pip install heatkv[metrics])"
-    )
+    assert "torchmetrics and torchvision not installed" in str(open_lpips())
+    assert "torchmetrics and torch_fidelity not installed" in str(why_no_fid(FID_LEAST_PICTURES))
     few = torch.zeros(FID_LEAST_PICTURES - 1, 3, 1, 1)
-    assert fid(few, few) == "2047 pictures are fewer than the 2048 that FID needs (--images, --pictures)"
+    assert fid(few, few) == "2047 pictures are fewer than the 2048 that FID needs"
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert (
-        why_no_fid(FID_LEAST_PICTURES)
-        == f"Inception's weights are not at {perceptual._checkpoints()}/{perceptual.INCEPTION_FILE}"
-    )
+    inception = tmp_path / "checkpoints" / perceptual.INCEPTION_FILE
+    assert why_no_fid(FID_LEAST_PICTURES) == f"Inception's weights are not at {inception}"
 
 
 def test_doctor_tells_of_weights_and_opens_no_network(
@@ -146,18 +231,13 @@ def test_doctor_tells_of_weights_and_opens_no_network(
         facts = json.loads(capsys.readouterr().out)
         return facts["LPIPS"], facts["FID"]
 
-    found = importlib.util.find_spec
+    find = importlib.util.find_spec
     packages = ("torchmetrics", "torchvision", "torch_fidelity")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else found(name))
-    assert told() == (
-        "no: torchmetrics and torchvision not installed (pip install heatkv[metrics])",
-        "no: torchmetrics and torch_fidelity not installed (pip install heatkv[metrics])",
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else find(name))
+    assert all(text.startswith("no: ") and "not installed" in text for text in told())
     monkeypatch.setattr(perceptual, "_lacking", lambda *packages: None)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    weights = SimpleNamespace(DEFAULT=SimpleNamespace(url="https://download.example/alexnet.pth"))
-    stand_in(monkeypatch, "torchvision")
-    stand_in(monkeypatch, "torchvision.models", AlexNet_Weights=weights)
+    stand_in_weights(monkeypatch, "alexnet.pth")
     files = [tmp_path / "checkpoints" / name for name in ("alexnet.pth", perceptual.INCEPTION_FILE)]
     assert told() == (f"no: AlexNet's weights are not at {files[0]}", f"no: Inception's weights are not at {files[1]}")
     files[0].parent.mkdir()
@@ -172,8 +252,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> Non
     monkeypatch.setitem(sys.modules, name, module)
 
 
+def stand_in_weights(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    default = SimpleNamespace(url=f"https://download.example/{file}")
+    stand_in(monkeypatch, "torchvision")
+    stand_in(monkeypatch, "torchvision.models", AlexNet_Weights=SimpleNamespace(DEFAULT=default))
+
+
 def test_with_weights_every_picture_is_compared(
-    emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Networks are stood in for; what is handed to them, and that they are not asked without weights, is ours."""
     (tmp_path / "checkpoints").mkdir()
@@ -197,12 +283,10 @@ def test_with_weights_every_picture_is_compared(
         return lambda one, other: (one - other).abs().mean()
 
     inception = tmp_path / "checkpoints" / perceptual.INCEPTION_FILE
-    url = "https://download.example/models/alexnet-owt-7be5be79.pth"
-    stand_in(monkeypatch, "torchvision")
-    stand_in(monkeypatch, "torchvision.models", AlexNet_Weights=SimpleNamespace(DEFAULT=SimpleNamespace(url=url)))
+    weights = tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    stand_in_weights(monkeypatch, weights.name)
     stand_in(monkeypatch, "torchmetrics.image.lpip", LearnedPerceptualImagePatchSimilarity=similarity)
     stand_in(monkeypatch, "torchmetrics.image.fid", FrechetInceptionDistance=Distance)
-    weights = tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth"
     assert open_lpips() == f"AlexNet's weights are not at {weights}"
     weights.touch()
     inception.touch()
@@ -213,6 +297,5 @@ def test_with_weights_every_picture_is_compared(
     assert fid(pictures, reference, batch=2) == pytest.approx(float(pictures.sum() - reference.sum()), rel=1e-4)
     bench = FidelityBench(emoji, images=2, pictures=2, seed=0, settings=emoji.sampling)
     (full,) = plan_subjects(emoji, [], [], statistics=None, rows=2, storage="float32")
-    figures, _ = fidelity_row(bench, full)
-    assert (figures["lpips"], figures["lpips_of_pictures"], figures["fid"]) == (0, [0, 0], 0)
-    assert figures["not_measured"] == {}
+    figures = bench.figures([bench.compare(lambda size: full.generator(emoji, emoji.sampling, 0, size))])
+    assert (figures.lpips, figures.lpips_of_pictures, figures.fid, figures.not_measured) == (0, (0, 0), 0, {})

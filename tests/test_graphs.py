@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import SCHEDULE, TINY, features
 from support.public_sampler import PublicSampler
+from support.tiny_models import SHORT_SCHEDULE, TINY, features
 from tape import AddressRunner, TapeRunner, WatchedRunner
 from torch import Tensor
 
@@ -105,7 +105,7 @@ def small_prompts() -> TextConditionalModel:
     transformer.head.weight.mul_(4)
     vae = BitwiseVAE(BSQConfig(TINY.bits, 32, (1, 1)), encoder=False).eval().requires_grad_(False)
     settings = BitSamplingSettings(cfg=3.0)
-    return TextConditionalModel("tiny", transformer, vae, SCHEDULE, settings, fingerprint(transformer))
+    return TextConditionalModel("tiny", transformer, vae, SHORT_SCHEDULE, settings, fingerprint(transformer))
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_rotation_tables_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_prompts()
     for _ in range(2):
         Generator(model, model.plan(), 1).draw([Prompt(features(5))])
-    assert made == list(range(len(SCHEDULE)))
+    assert made == list(range(len(SHORT_SCHEDULE)))
 
 
 # --------------------------------------------------------------------------------- samplers and observers
@@ -486,7 +486,7 @@ def check_fails(model: ImageModel[Any], plan: CachePlan) -> None:
 def test_a_policy_that_counts_in_python_is_found(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tiny.plan("sliding-window-tokens", "20%")
     check_policy(tiny, plan, [[3], [9], [50]])
-    monkeypatch.setattr("heatkv.engine.token_cache.policy_of", lambda plan: ByTheClock())
+    monkeypatch.setattr("heatkv.engine.open_cache.policy_of", lambda plan: ByTheClock())
     check_fails(tiny, plan)
 
 
@@ -792,7 +792,7 @@ def test_a_policy_that_waits_cannot_be_captured(
         def score(self, seen: Candidates) -> Tensor:
             return super().score(seen) + seen.k_RHCD.sum().item()
 
-    monkeypatch.setattr("heatkv.engine.token_cache.policy_of", lambda plan: Waits())
+    monkeypatch.setattr("heatkv.engine.open_cache.policy_of", lambda plan: Waits())
     generator = Generator(on_cuda, on_cuda.plan("sliding-window-tokens", "20%"), 1, graphs=True)
     generator.draw([3])
     with pytest.raises(GraphError, match=r"^scale \d cannot be recorded as a graph: PolicyError: score of policy"):

@@ -19,15 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import stats
-from support.models import SCHEDULE, TINY, draw_logits, features, make_infinity
 from support.public_sampler import PublicSampler
+from support.tiny_models import SHORT_SCHEDULE, TINY, draw_logits, features, make_infinity
 from torch import Tensor
 
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError, ModelError
 from heatkv.generation.loop import Generator, generate
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE, BSQConfig, code_values, resize
-from heatkv.models.catalogue import MODELS, ModelInfo, load_infinity, load_model
+from heatkv.models.catalogue import MODELS, ModelInfo, load_infinity
 from heatkv.models.checkpoint import (
     bsq_config,
     build_bsq,
@@ -636,10 +636,12 @@ def test_logits_are_those_of_the_published_formulas() -> None:
         if scale + 1 < len(bits):
             codes.append(drawing.next_codes()[0])
     # angles from positions written out: 6 x 4 is the template 3:2, whose last scale is 78 x 52
-    places = [(round(r * 78 / h), round(s * 52 / w)) for _, h, w in SCHEDULE.scales for r in range(h) for s in range(w)]
+    places = [
+        (round(r * 78 / h), round(s * 52 / w)) for _, h, w in SHORT_SCHEDULE.scales for r in range(h) for s in range(w)
+    ]
     theta = [10000 ** (-2 * m / 16) for m in range(8)]
     angles = torch.tensor([[r * f for f in theta] + [s * f for f in theta] for r, s in places], dtype=torch.float64)
-    levels = [scale for scale, count in enumerate(SCHEDULE.tokens) for _ in range(count)]
+    levels = [scale for scale, count in enumerate(SHORT_SCHEDULE.tokens) for _ in range(count)]
     turn = torch.polar(torch.ones_like(angles), angles)
     conditional, unconditional = (
         dense_logits(model.transformer.state_dict(), text, codes, turn, levels)

@@ -15,41 +15,56 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import to_builtins
 from scipy import stats
 
 import heatkv
-from heatkv.cli import run
 from heatkv.core.budget import Budget
 from heatkv.engine.spans import PHASES, layer_name, listening, scale_name, span
 from heatkv.generation.loop import Generator
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.profiling.measure import busy, latency
-from heatkv.profiling.measure.busy import Load, load_of
-from heatkv.profiling.measure.latency import Breakdown, Latency, measure_breakdown, median_interval, turns
-from heatkv.profiling.measure.runner import measure_latency, plan_subjects
-from heatkv.profiling.measure.trace import save_trace
+from heatkv.profiling.measure import environment, latency
+from heatkv.profiling.measure.environment import load_of, timing_machine
+from heatkv.profiling.measure.latency import (
+    Breakdown,
+    latency_of,
+    measure_breakdown,
+    measure_interleaved,
+    median_interval,
+    turns,
+)
+from heatkv.profiling.measure.runner import measure_latency
+from heatkv.profiling.measure.subjects import plan_subjects
+from heatkv.profiling.measure.trace import has_trace, save_trace
 from heatkv.profiling.report.latency_table import latency_table
+from heatkv.profiling.results.row import Latency, Load
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 9, 20, 101])
-def test_the_interval_of_the_median_is_the_binomials(count: int) -> None:
-    low, high, confidence = median_interval(list(np.random.default_rng(count).permutation(count)))
-    assert low + high == count - 1  # as many are left out on either side
+def test_median_interval_is_the_binomials(count: int) -> None:
+    values = list(np.random.default_rng(count).permutation(count))
+    low, high, confidence = median_interval(values)
     # the median lies between if neither too few nor too many values are below it
     inside = stats.binom(count, 0.5)
     assert confidence == pytest.approx(inside.cdf(high) - inside.cdf(low), abs=1e-12)
-    assert (confidence >= 0.95) == (count >= 6)
+    expected = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
     if count >= 6:
-        assert inside.cdf(high - 1) - inside.cdf(low + 1) < 0.95  # and none is narrower
+        assert (low, high) == (expected.low, expected.high)
+    else:  # too few for any interval of 95 %
+        assert np.isnan(expected.low)
+        assert (low, high) == (0, count - 1)
 
 
-def test_outliers_are_counted_and_kept() -> None:
-    told = Latency((10.0, 10.1, 10.2, 10.1, 10.0, 10.2, 55.0, 1.0)).to_json()
-    assert told["outliers"] == 2
-    assert told["all"] == [10.0, 10.1, 10.2, 10.1, 10.0, 10.2, 55.0, 1.0]
-    assert Latency((3.0, 3.0)).outliers == 0
+def test_latency_by_hand() -> None:
+    assert latency_of([1, 2, 3, 4, 100]) == Latency(
+        median=3, iqr=2, runs=5, interval=(1, 100), confidence=0.9375, outliers=1, all=(1, 2, 3, 4, 100)
+    )
+    assert latency_of([10.0, 10.1, 10.2, 10.1, 10.0, 10.2, 55.0, 1.0]).outliers == 2
+    broken_down = latency_of([3.0], Breakdown((1.0004, 2.0), {"attention": 1.23456}))
+    assert (broken_down.scales, broken_down.phases) == ((1.0, 2.0), {"attention": 1.235})
+    assert (broken_down.outliers, broken_down.confidence) == (0, 0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -60,6 +75,20 @@ def test_everyone_has_every_turn_equally_often(count: int) -> None:
         assert Counter(order[place] for order in orders) == dict.fromkeys(range(count), 2)
     if count > 1:
         assert all(one != other for one, other in itertools.pairwise(orders[:2]))
+
+
+def test_latency_takes_turns_and_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, []
+
+    def call(name: str, seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        calls.append(name)
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now)
+    times = measure_interleaved({"a": lambda: call("a", 0.001), "b": lambda: call("b", 0.003)}, CPU, repeats=3)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ba"  # one warm-up, then turns that change
+    assert times == {"a": pytest.approx([1, 1, 1]), "b": pytest.approx([3, 3, 3])}
 
 
 def test_a_breakdown_adds_up(emoji: ClassConditionalModel) -> None:
@@ -123,6 +152,8 @@ def test_a_trace_names_scales_layers_and_phases_inside_each_other(
     )  # fmt: skip
     path = save_trace(tmp_path / "traces", emoji, subject, 1, emoji.sampling)
     assert capfd.readouterr().out == ""
+    assert has_trace(path.parent, subject, 1)
+    assert not has_trace(path.parent, subject, 2)
     # the pattern by which torch-tb-profiler finds a worker and its span
     assert re.match(rf"^{policy}_30percent_batch_1\.\d+\.pt\.trace\.json$", path.name)
     assert list(path.parent.iterdir()) == [path]
@@ -198,29 +229,27 @@ def test_being_watched_changes_no_picture(emoji: ClassConditionalModel) -> None:
         assert torch.equal(alone.images, watched.images)
 
 
-def test_a_busy_processor_is_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(busy.os, "getloadavg", lambda: (7.26, 1.0, 1.0))
-    monkeypatch.setattr(busy.os, "cpu_count", lambda: 4)
-    assert load_of(CPU).to_json() == {
-        "load_average": 7.26, "cores": 4, "gpu_utilisation": None, "gpu_processes": None, "busy": True,
-    }  # fmt: skip
-    arguments = ["profile", "--policies", "full", "--repeats", "1", "--out", str(tmp_path)]
-    assert run(arguments) == 0
-    assert "warning: the machine is busy (a load average of 7.3 on 4 cores); times" in capsys.readouterr().err
-    told = json.loads((tmp_path / "results.json").read_text())
-    assert told["environment"]["load"]["busy"]
-    times = told["rows"][0]["latency_ms"]
-    assert (len(times["all"]), times["confidence"], len(times["scales"])) == (1, 0, 8)
-    monkeypatch.setattr(busy.os, "getloadavg", lambda: (4.0, 1.0, 1.0))
-    assert not load_of(CPU).reasons
+def test_times_are_parts_of_a_row(emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (7.26, 1.0, 1.0))
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 4)
+    machine = timing_machine(CPU)
+    assert machine.load == Load(7.26, 4, busy=True)
+    (full,) = plan_subjects(emoji, [], [], statistics=None, rows=2, storage="float32")
+    times, no_graphs = measure_latency(
+        emoji, [full], batch=1, settings=emoji.sampling, repeats=1, machine=machine
+    )  # fmt: skip
+    found = times["full 100%"]
+    assert (no_graphs, found.graph_latency_ms, found.timing_machine) == ({}, None, machine)
+    assert found.latency_ms is not None
+    assert (found.latency_ms.runs, len(found.latency_ms.scales or ())) == (1, 8)
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (4.0, 1.0, 1.0))
+    assert not load_of(CPU).busy
 
 
 def test_the_table_shows_intervals_outliers_and_phases() -> None:
     phases = {name: float(i) for i, name in enumerate((*PHASES, "other"))}
-    eager = Latency((10.0, 10.0, 10.0, 10.0, 99.0), Breakdown((1.0, 7.25), phases)).to_json()
-    graph = Latency((4.0, 5.0), Breakdown((1.0, 2.5), None)).to_json()
+    eager = to_builtins(latency_of((10.0, 10.0, 10.0, 10.0, 99.0), Breakdown((1.0, 7.25), phases)))
+    graph = to_builtins(latency_of((4.0, 5.0), Breakdown((1.0, 2.5), None)))
     row = {"policy": "h2o", "budget": "10%", "latency_ms": eager, "graph_latency_ms": graph}
     table = latency_table([row, {"policy": "full", "budget": "100%", "latency_ms": None}], "t")
     lines = list(zip(*([str(cell) for cell in column._cells] for column in table.columns), strict=True))
@@ -236,14 +265,15 @@ def test_the_table_shows_intervals_outliers_and_phases() -> None:
 def test_a_breakdown_on_a_cuda_device() -> None:
     model = heatkv.load_model("emoji", device="cuda")
     (full,) = plan_subjects(model, [], [], statistics=None, rows=2, storage="float32")
-    found = measure_latency(model, [full], rows=2, settings=model.sampling, repeats=2)["full 100%"]
-    assert found.eager.breakdown is not None
-    assert found.eager.breakdown.phases_ms is not None
-    assert all(value > 0 for value in found.eager.breakdown.phases_ms.values())
-    assert found.graph is not None
-    assert found.graph.breakdown is not None
-    assert found.graph.breakdown.phases_ms is None
-    assert all(scale > 0 for scale in found.graph.breakdown.scales_ms)
+    times, _ = measure_latency(
+        model, [full], batch=1, settings=model.sampling, repeats=2, machine=timing_machine(model.device)
+    )
+    eager, graph = times["full 100%"].latency_ms, times["full 100%"].graph_latency_ms
+    assert eager is not None
+    assert all(value > 0 for value in (eager.phases or {}).values())
+    assert graph is not None
+    assert graph.phases is None
+    assert all(scale > 0 for scale in graph.scales or ())
 
 
 @pytest.mark.parametrize(
@@ -270,12 +300,12 @@ def test_a_busy_gpu_is_told(monkeypatch: pytest.MonkeyPatch, used: int, processe
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [object()] * processes,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(busy.time, "sleep", waits.append)
-    monkeypatch.setattr(busy.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(environment.time, "sleep", waits.append)
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1"))
     found = load_of(torch.device("cuda", 0))
-    assert found == Load(0.0, found.cores, used, processes - 1)
+    assert found == Load(0.0, found.cores, used, processes - 1, busy=bool(told))
     assert found.reasons == told
     assert waits == [1.0]
     monkeypatch.setattr(nvml, "nvmlDeviceGetUtilizationRates", no_access)

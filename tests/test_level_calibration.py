@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, pooled, schedules
-from support.models import features, make_infinity
+from support.tiny_models import features, make_infinity
 from torch import Tensor
 
 from heatkv.calibration import level_costs as level_calibration
@@ -37,7 +37,7 @@ from heatkv.models.sampling import CommonRandomSampler, SamplingSettings
 from heatkv.models.text_conditional import Prompt
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
-from heatkv.solve.cells import Capacity
+from heatkv.solve.checkpoints import Capacity
 
 FloatArray = NDArray[np.float64]
 Cell = tuple[int, int]

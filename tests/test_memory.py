@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs, to_builtins
 from torch import Tensor
 
+from heatkv.calibration.measure import calibrate
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
@@ -23,41 +27,62 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.storage_type import UNCODED_SCALES
 from heatkv.errors import HeatKVError
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.sampling import SamplingSettings
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling.measure import memory, worker
+from heatkv.profiling.measure import memory, runner, worker
 from heatkv.profiling.measure.ledger import TensorLedger
 from heatkv.profiling.measure.memory import (
+    Loading,
+    ResidentMemory,
+    cache_timeline,
+    check_snapshots,
+    driver_memory,
+    measure_memory,
+    steps,
+)
+from heatkv.profiling.measure.runner import first_row, subject_memory
+from heatkv.profiling.measure.subjects import Subject, images_of_rows, plan_subjects
+from heatkv.profiling.report.memory_table import memory_table, sparkline
+from heatkv.profiling.results.ledgers import (
     AllocatorMemory,
     AllocatorPeaks,
     ArenaMemory,
     DriverMemory,
     HostMemory,
-    Loading,
-    MemoryReport,
+    Ledgers,
     Phases,
     PlannedMemory,
-    ResidentMemory,
     TensorMemory,
-    cache_timeline,
-    check_snapshots,
-    driver_memory,
-    measure_memory,
 )
-from heatkv.profiling.measure.runner import Subject, subject_memory
-from heatkv.profiling.report.memory_table import memory_table, sparkline
+from heatkv.profiling.results.row import Memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GEOMETRY = CacheGeometry(2, 3, 32, ScaleSchedule.square((1, 2, 3, 4, 5)))
 
 
-def steps_of(report: MemoryReport) -> dict[tuple[str, str], dict[str, int]]:
+def steps_of(ledgers: Ledgers) -> dict[tuple[str, str], dict[str, int]]:
     """The parts by the figures that they lead from and to; every step adds up."""
-    steps = report.steps
-    for step in steps:
+    found = steps(ledgers)
+    for step in found:
         assert step.source_bytes + sum(step.parts.values()) == step.target_bytes
-    for one, next_one in itertools.pairwise(steps):
+    for one, next_one in itertools.pairwise(found):
         assert (one.target, one.target_bytes) == (next_one.source, next_one.source_bytes)
-    return {(step.source, step.target): dict(step.parts) for step in steps}
+    return {(step.source, step.target): dict(step.parts) for step in found}
+
+
+def ledgers_of(memory: Memory) -> Ledgers:
+    assert memory.memory is not None
+    assert memory.memory.steps == steps(memory.memory)
+    return memory.memory
+
+
+def peaks_of(requested: int | None, allocated: int, reserved: int) -> AllocatorPeaks:
+    return AllocatorPeaks(requested_bytes=requested, allocated_bytes=allocated, reserved_bytes=reserved)
+
+
+def driver_of(*sizes: int | None) -> DriverMemory:
+    names = ("process_bytes", "total_bytes", "reserved_bytes", "used_bytes", "free_bytes")
+    return DriverMemory(**dict(zip(names, sizes, strict=True)))
 
 
 # ------------------------------------------------------------------------------------------------ counting
@@ -104,52 +129,99 @@ class Counted:
 def test_every_phase_of_tensors_counted_by_hand() -> None:
     plan = make_policy("streaming").plan(PlanningProblem(GEOMETRY, Budget.parse("100%")))
     model: Any = SimpleNamespace(device=CPU, geometry=GEOMETRY, labels=lambda batch: list(range(batch)))
-    report = measure_memory(model, plan, lambda graphs: Counted(), 1, "float32", seed=5)  # type: ignore[arg-type, return-value]
+    report = ledgers_of(
+        measure_memory(model, plan, lambda graphs: Counted(), 1, "float32", seed=5)  # type: ignore[arg-type, return-value]
+    )
     # 30 cached tokens of 6 heads, 2 rows, 32 channels of 4 bytes for key and value each
-    assert report.planned == PlannedMemory(30 * 6 * 2 * 32 * 2 * 4, 30 * 6 * 2 * 32 * 2 * 4)
-    assert report.arena == ArenaMemory(4000, 400, 0)
-    assert report.tensors == TensorMemory(Phases(4400, 4400 + 8000 + 1000, 4400 + 1000 + 12000), 4000)
+    cache = 30 * 6 * 2 * 32 * 2 * 4
+    assert report.planned == PlannedMemory(cache_bytes=cache, budget_bytes=cache)
+    assert report.arena == ArenaMemory(cache_bytes=4000, index_bytes=400, workspace_bytes=0)
+    peaks = Phases(4400, 4400 + 8000 + 1000, 4400 + 1000 + 12000)
+    assert report.tensors == TensorMemory(peak_bytes=peaks, arena_bytes=4000)
     assert report.weights_bytes == 0
-    steps = steps_of(report)
-    assert steps["planned cache", "arena"] == {"unexplained": 4000 - report.planned.cache_bytes}
-    assert steps["arena", "tensors"] == {
+    parts = steps_of(report)
+    assert parts["planned cache", "arena"] == {"unexplained": 4000 - report.planned.cache_bytes}
+    assert parts["arena", "tensors"] == {
         "unexplained": 0, "index tables": 400, "workspace": 0, "activations": 13000,
     }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def report(emoji: ClassConditionalModel) -> MemoryReport:
+def measured(emoji: ClassConditionalModel) -> Memory:
     subject = Subject("streaming", "20%", (emoji.plan("streaming", "20%"),), "float32")
     return subject_memory(emoji, subject, 2, emoji.sampling)
 
 
-def test_the_embedded_model(emoji: ClassConditionalModel, report: MemoryReport) -> None:
+@pytest.fixture(scope="module")
+def report(measured: Memory) -> Ledgers:
+    return ledgers_of(measured)
+
+
+def test_the_embedded_model(emoji: ClassConditionalModel, report: Ledgers) -> None:
     peak = emoji.plan("streaming", "20%").peak_token_heads
     assert report.planned.cache_bytes == report.arena.cache_bytes == peak * 4 * 32 * 2 * 4  # four rows
     assert report.planned.budget_bytes == int(0.2 * 230 * 72) * 4 * 32 * 2 * 4
     modules = (emoji.transformer, emoji.vqvae)
     weights = [x for module in modules for x in (*module.parameters(), *module.buffers())]
     assert report.weights_bytes == sum({x.data_ptr(): x.numel() * x.element_size() for x in weights}.values())
-    steps = steps_of(report)
-    assert steps["planned cache", "arena"] == {"unexplained": 0}
-    assert steps["arena", "tensors"]["unexplained"] == 0
+    parts = steps_of(report)
+    assert parts["planned cache", "arena"] == {"unexplained": 0}
+    assert parts["arena", "tensors"]["unexplained"] == 0
     # two images of 48 x 48 x 3 in fp32 at least
     assert report.tensors.peak_bytes.decode >= report.arena.cache_bytes + 2 * 48 * 48 * 3 * 4
-    assert report.tensors.peak_bytes.opened >= sum(vars(report.arena).values())
+    assert report.tensors.peak_bytes.opened >= sum(structs.astuple(report.arena))
 
 
-def test_what_a_cpu_cannot_tell_is_none(report: MemoryReport) -> None:
-    assert report.process == "shared"
-    assert (report.allocator, report.graphs, report.driver, report.device_peak_bytes) == (None, None, None, None)
+def test_what_a_cpu_cannot_tell_is_none(measured: Memory, report: Ledgers) -> None:
+    assert (measured.device_peak_bytes, measured.nvml_bytes, measured.error) == (None, None, None)
+    assert (report.process, report.allocator, report.graphs, report.driver) == ("shared", None, None, None)
     assert report.host is not None
     assert (report.host.before_bytes, report.host.loading_peak_bytes, report.host.loaded_bytes) == (None, None, None)
     assert ("tensors", "resident") not in steps_of(report)
-    told = report.to_json()
-    assert [told[name] for name in ("allocator", "graphs", "driver")] == [None, None, None]
     assert driver_memory(CPU) is None
-    with pytest.raises(HeatKVError, match="a snapshot is one of the CUDA allocator; the model is on cpu"):
+    with pytest.raises(HeatKVError, match="a snapshot is one of the CUDA allocator, and the model is on cpu"):
         check_snapshots(CPU)
     check_snapshots(GPU)
+
+
+def test_bytes_are_read_from_the_storage(emoji: ClassConditionalModel) -> None:
+    subjects = plan_subjects(
+        emoji, ["streaming", "random"], [Budget.parse("30%"), Budget.parse("2MiB")], statistics=None, rows=4,
+        storage="float32", draws=2,
+    )  # fmt: skip
+    assert [(s.policy, s.budget, len(s.plans)) for s in subjects] == [
+        ("full", "100%", 1), ("streaming", "30%", 1), ("random", "30%", 2),
+        ("streaming", "2097152B", 1), ("random", "2097152B", 2),
+    ]  # fmt: skip
+    assert subjects[2].plans[0] != subjects[2].plans[1]
+    for subject in subjects:
+        row = first_row(emoji, subject, batch=2, rows=4, seed=0)
+        peak = max(plan.peak_token_heads for plan in subject.plans)
+        assert row.allocated_bytes == row.planned_bytes == peak * 4 * 2 * 4 * 32
+        assert row.allocated_bytes <= row.budget_bytes <= row.full_bytes
+        assert not row.had_no_effect
+        planned = first_row(emoji, subject, batch=2, rows=4, seed=0, allocate=False)
+        assert (planned.allocated_bytes, planned.planned_bytes) == (None, row.planned_bytes)
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "under_used", "had_no_effect"),
+    [("ams-kv-like", "58%", True, False), ("snapkv", "58%", False, False), ("streaming", "100%", False, True)],
+)
+def test_a_budget_that_cannot_be_used_is_flagged(
+    emoji: ClassConditionalModel, policy: str, budget: str, under_used: bool, had_no_effect: bool
+) -> None:
+    # ams-kv-like: whole scales only, in every layer alike
+    plan = emoji.plan(policy, budget, statistics=calibrate(emoji, 1) if under_used else None)
+    row = first_row(emoji, Subject(policy, budget, (plan,), "float32"), batch=1, rows=2, seed=0)
+    assert (row.under_used, row.had_no_effect) == (under_used, had_no_effect)
+    assert row.under_used == (row.planned_bytes < 0.95 * row.budget_bytes)
+
+
+def test_rows_are_whole_images() -> None:
+    assert (images_of_rows(3, SamplingSettings(cfg=0)), images_of_rows(4, SamplingSettings(cfg=1))) == (3, 2)
+    with pytest.raises(HeatKVError, match="rows=3 is no positive multiple of 2"):
+        images_of_rows(3, SamplingSettings(cfg=1))
 
 
 # ---------------------------------------------------------------------------------------- the system, the device
@@ -208,58 +280,59 @@ def fake_nvml(v2: bool, process: int | None, listed: bool = True) -> Any:
 def test_the_driver_separates_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
     for nvml, expected in (
-        (fake_nvml(True, 400), DriverMemory(400, 1000, 100, 600, 300)),
-        (fake_nvml(True, None), DriverMemory(None, 1000, 100, 600, 300)),
-        (fake_nvml(True, 400, listed=False), DriverMemory(None, 1000, 100, 600, 300)),
-        (fake_nvml(False, 400), DriverMemory(400, None, None, None, None)),
+        (fake_nvml(True, 400), driver_of(400, 1000, 100, 600, 300)),
+        (fake_nvml(True, None), driver_of(None, 1000, 100, 600, 300)),
+        (fake_nvml(True, 400, listed=False), driver_of(None, 1000, 100, 600, 300)),
+        (fake_nvml(False, 400), driver_of(400, None, None, None, None)),
         (None, None),
     ):
         monkeypatch.setitem(sys.modules, "pynvml", nvml)
         assert driver_memory(GPU) == expected
 
 
-def on_a_gpu(requested: bool = True, driver: DriverMemory | None = None) -> MemoryReport:
-    def peaks(requested_bytes: int, allocated: int, reserved: int) -> AllocatorPeaks:
-        return AllocatorPeaks(requested_bytes if requested else None, allocated, reserved)
+def ledgers(**more: Any) -> Ledgers:
+    return Ledgers(
+        process="own",
+        weights_bytes=310,
+        planned=PlannedMemory(cache_bytes=100, budget_bytes=110),
+        arena=ArenaMemory(cache_bytes=100, index_bytes=7, workspace_bytes=20),
+        tensors=TensorMemory(peak_bytes=Phases(130, 190, 160), arena_bytes=100),
+        **more,
+    )
 
-    return MemoryReport(
-        "own", 300, PlannedMemory(100, 110), ArenaMemory(100, 7, 20),
-        TensorMemory(Phases(130, 190, 160), 100), None,
-        AllocatorMemory(
-            320, peaks(700, 720, 800), Phases(peaks(450, 460, 810), peaks(520, 540, 820), peaks(500, 545, 815))
-        ),
-        None, driver,
-    )  # fmt: skip
+
+def on_a_gpu(requested: bool = True, driver: DriverMemory | None = None) -> Ledgers:
+    peaks = [(450, 460, 810), (520, 540, 820), (500, 545, 815)]
+    phases = Phases(*(peaks_of(asked if requested else None, *others) for asked, *others in peaks))
+    return ledgers(allocator=AllocatorMemory(weights_bytes=320, peaks=phases), driver=driver)
 
 
 def test_the_way_from_the_plan_to_the_device() -> None:
-    report = on_a_gpu(driver=DriverMemory(1200, 9000, 300, 1500, 7200))
+    report = on_a_gpu(driver=driver_of(1200, 9000, 300, 1500, 7200))
     assert steps_of(report) == {
         ("planned cache", "arena"): {"unexplained": 0},
         ("arena", "tensors"): {"unexplained": 0, "index tables": 7, "workspace": 20, "activations": 63},
-        ("tensors", "requested"): {"weights": 300, "unexplained": 30},
+        ("tensors", "requested"): {"weights": 310, "unexplained": 20},
         ("requested", "allocated"): {"rounding": 25},
         ("allocated", "reserved"): {"kept by the allocator": 275},
         ("reserved", "process"): {"driver context": 380},
         ("process", "device"): {"reserved by the driver": 300, "other processes": 300},
     }
-    assert report.device_peak_bytes == 545 - 320
     assert ("tensors", "allocated") in steps_of(on_a_gpu(requested=False))
     assert list(steps_of(on_a_gpu()))[-1] == ("allocated", "reserved")
-    hidden = on_a_gpu(driver=DriverMemory(None, 9000, 300, 1500, 7200))
+    hidden = on_a_gpu(driver=driver_of(None, 9000, 300, 1500, 7200))
     assert list(steps_of(hidden))[-1] == ("allocated", "reserved")
-    columns = [str(c.header) for c in memory_table([row_of(report.to_json())], "").columns]
+    columns = [str(c.header) for c in memory_table([row_of(to_builtins(report))], "").columns]
     assert columns[8:13] == ["allocated", "reserved", "graph pool", "process (NVML)", "driver's own"]
 
 
 def test_resident_memory_of_an_own_process_is_explained() -> None:
-    host = HostMemory("VmHWM", 1000, 1500, 1400, Phases(1500, 1800, 1700), 1800)
-    report = MemoryReport(
-        "own", 300, PlannedMemory(100, 110), ArenaMemory(100, 7, 20), TensorMemory(Phases(130, 190, 160), 100),
-        host, None, None, None,
+    host = HostMemory(
+        source="VmHWM", before_bytes=1000, loading_peak_bytes=1500, loaded_bytes=1400,
+        peak_bytes=Phases(1500, 1800, 1700), most_bytes=1800,
     )  # fmt: skip
-    assert steps_of(report)["tensors", "resident"] == {
-        "weights": 300, "Python and libraries": 1000, "left by loading": 100, "unexplained": 210,
+    assert steps_of(ledgers(host=host))["tensors", "resident"] == {
+        "weights": 310, "Python and libraries": 1000, "left by loading": 90, "unexplained": 210,
     }  # fmt: skip
 
 
@@ -271,13 +344,14 @@ def test_the_allocator_sees_the_arena(tmp_path: Path) -> None:
     model = load_model("emoji", device="cuda")
     subject = Subject("streaming", "20%", (model.plan("streaming", "20%"),), "float32")
     memory.record_snapshots()
-    report = subject_memory(model, subject, 1, model.sampling)
+    found = subject_memory(model, subject, 1, model.sampling)
     memory.save_snapshot(tmp_path / "snapshot.pickle")
     assert (tmp_path / "snapshot.pickle").stat().st_size > 1000
-    steps_of(report)
+    report = ledgers_of(found)
+    assert found.device_peak_bytes is not None
     assert report.allocator is not None
     assert report.host is None
-    for peaks in vars(report.allocator.peaks).values():
+    for peaks in report.allocator.peaks.each:
         assert report.weights_bytes + report.arena.cache_bytes <= peaks.allocated_bytes <= peaks.reserved_bytes
     assert report.graphs is not None
     assert report.graphs.pool_bytes is None or report.graphs.pool_bytes > 0
@@ -338,9 +412,9 @@ def row_of(told: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_table_tells_what_was_not_measured(report: MemoryReport) -> None:
+def test_the_table_tells_what_was_not_measured(report: Ledgers) -> None:
     assert sparkline([[0, 1], [50, 13], [100, 100], [0, 0]], 100) == "▁▄█ "
-    table = memory_table([row_of(report.to_json()), row_of(None, error="out of memory: 5 GiB")], "t")
+    table = memory_table([row_of(to_builtins(report)), row_of(None, error="out of memory: 5 GiB")], "t")
     cells = [list(column.cells) for column in table.columns]
     assert cells[3] == ["1.000", "1.000"]
     assert [of_column[1] for of_column in cells[5:-1]] == ["-"] * len(cells[5:-1])
@@ -353,31 +427,30 @@ def test_the_table_tells_what_was_not_measured(report: MemoryReport) -> None:
 
 def job_of(model: ClassConditionalModel, **more: Any) -> worker.Job:
     arguments: dict[str, Any] = {
-        "model": {"name": "emoji", "device": "cpu"}, "fingerprint": model.fingerprint, "cfg": None, "batch": 1,
-        "seed": 0, "storage": None, "attention": "auto", "threads": 1, "digest": "d",
+        "model": {"name": "emoji", "device": "cpu"}, "fingerprint": model.fingerprint, "settings": model.sampling,
+        "plan": model.plan("streaming", "20%").to_json(), "storage": "float32", "attention": "auto", "batch": 1,
+        "seed": 0, "threads": 1,
     }  # fmt: skip
     return worker.Job(**arguments | more)
 
 
-def test_a_process_of_its_own(emoji: ClassConditionalModel, tmp_path: Path) -> None:
-    plan = emoji.plan("streaming", "20%")
-    found = worker.measure_apart(tmp_path, job_of(emoji), plan)
-    assert found["error"] is None
-    told = found["memory"]
-    assert told["process"] == "own"
-    assert told["arena"]["cache_bytes"] == plan.peak_token_heads * 2 * 32 * 2 * 4
-    (resident,) = [step["parts"] for step in told["steps"] if step["target"] == "resident"] or [None]
-    if resident is not None:  # the system tells
-        assert resident["Python and libraries"] > 50 << 20
-        assert told["host"]["most_bytes"] > told["host"]["before_bytes"] + told["weights_bytes"]
-    assert (found["device_peak_bytes"], found["nvml_bytes"]) == (None, None)
-    assert list(tmp_path.iterdir()) == []
+def test_a_process_of_its_own(emoji: ClassConditionalModel, capfd: pytest.CaptureFixture[str]) -> None:
+    found = worker.measure_in_new_process(job_of(emoji))
+    assert (found.error, found.device_peak_bytes, found.nvml_bytes) == (None, None, None)
+    told = ledgers_of(found)
+    assert told.process == "own"
+    assert told.arena.cache_bytes == emoji.plan("streaming", "20%").peak_token_heads * 2 * 32 * 2 * 4
+    assert told.host is not None
+    if told.host.before_bytes is not None:  # the system tells
+        assert told.steps[-1].parts["Python and libraries"] > 50 << 20
+        assert told.host.most_bytes > told.host.before_bytes + told.weights_bytes
+    assert capfd.readouterr().out == ""
 
 
 def test_the_weights_must_be_the_same(emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "load_model", lambda **given: emoji)
     with pytest.raises(HeatKVError, match=r"the weights of emoji are .* now, and were other when the run began"):
-        worker.measure(job_of(emoji, fingerprint="other"), emoji.plan())
+        worker.measure_job(job_of(emoji, fingerprint="other"))
 
 
 @pytest.mark.parametrize(
@@ -389,66 +462,69 @@ def test_the_weights_must_be_the_same(emoji: ClassConditionalModel, monkeypatch:
         (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
     ],
 )
-def test_what_fails_is_told(
-    error: Exception, said: str, emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the worker would do it, here."""
+def test_what_fails_is_told(error: Exception, said: str) -> None:
+    assert runner.why_failed(error) == said
 
-    def run(place: Path) -> tuple[int, str]:
-        worker.do_job(place)
-        return 0, ""
 
-    def fails(*_: Any) -> None:
-        raise error
+def killed(job: Any, sender: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(worker, "_run", run)
-    monkeypatch.setattr(worker, "measure", fails)
-    assert worker.measure_apart(tmp_path, job_of(emoji), emoji.plan()) == {"error": said}
-    assert list(tmp_path.iterdir()) == []
+
+def failing(job: Any, sender: Any) -> None:
+    sys.exit(3)
+
+
+def waiting(job: Any, sender: Any) -> None:
+    """Says its number, interrupts the process that started it, and waits for its end."""
+    threading.Thread(target=worker._end_with_parent, daemon=True).start()
+    Path(job).write_text(str(os.getpid()))
+    os.kill(os.getppid(), signal.SIGINT)
+    threading.Event().wait()
 
 
 @pytest.mark.parametrize(
     ("does", "said"),
     [
-        ("kill -9 $$", "the worker was ended by SIGKILL, as the system does when memory runs out"),
-        ("kill -SEGV $$", "the worker was ended by SIGSEGV"),
-        ("echo one >&2; echo it broke >&2; exit 3", "the worker ended with code 3: it broke"),
-        ("exit 0", "the worker ended with code 0: it said nothing"),
-        ('echo "{\\"digest\\": \\"other\\"}" > "$3/result.json"', "the worker gave {}"),
+        (killed, "the process that measured was ended by SIGKILL, as the system does when memory runs out"),
+        (failing, "the process that measured ended with code 3"),
     ],
 )
-def test_a_worker_that_breaks_is_told(
-    does: str, said: str, emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker.sys, "executable", script(tmp_path, does))
-    folder = tmp_path / "out"
-    folder.mkdir()
-    assert worker.measure_apart(folder, job_of(emoji), emoji.plan()) == {"error": said}
-    assert list(folder.iterdir()) == []
+def test_a_process_that_breaks_is_told(does: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_run", does)
+    assert worker.measure_in_new_process(None) == Memory(error=said)  # type: ignore[arg-type]
 
 
-def test_an_interrupt_ends_the_worker(
-    emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    """The worker tells its number, interrupts this process, and waits for its end."""
+def test_an_interrupt_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_run", waiting)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    does = f"echo $$ > {tmp_path}/number; kill -INT {os.getpid()}; exec cat <&0 >/dev/null"
-    monkeypatch.setattr(worker.sys, "executable", script(tmp_path, does))
-    folder = tmp_path / "out"
-    folder.mkdir()
-    with pytest.raises(KeyboardInterrupt):
-        worker.measure_apart(folder, job_of(emoji), emoji.plan())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            worker.measure_in_new_process(str(tmp_path / "number"))  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "number").read_text()), 0)
-    assert list(folder.iterdir()) == []
 
 
-def script(folder: Path, does: str) -> str:
-    path = folder / "python"
-    path.write_text(f"#!/bin/sh\n{does}\n")
-    path.chmod(0o755)
-    return str(path)
+PARENT = """
+import os, signal, sys
+from heatkv.profiling.measure import worker
+import test_memory
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    worker._run = test_memory.waiting
+    worker.measure_in_new_process(sys.argv[1])
+"""
+
+
+def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "number")]
+    # the process shares the output, so that this returns only when it has ended too
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "number").exists()
 
 
 def test_loading_is_watched(emoji: ClassConditionalModel) -> None:

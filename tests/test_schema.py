@@ -63,10 +63,10 @@ def test_numbers_of_every_library() -> None:
     for half in (0.5, np.float32(0.5), torch.tensor(0.5), Fraction(1, 2), np.array(0.5)):
         assert number(half, "x", PlanError) == 0.5
     for wrong in (None, True, 3.0, "3", 4, -1, [3], 10**400):
-        with pytest.raises(PlanError, match="x is .* whole number from 0 to 3"):
+        with pytest.raises(PlanError, match=r"x is .* whole number from 0 to 3"):
             whole(wrong, "x", PlanError, 0, 3)
     for wrong in (None, True, "0.5", float("nan"), float("inf"), -1, [0.5], 10**400):
-        with pytest.raises(PlanError, match="x is .* finite number of at least 0"):
+        with pytest.raises(PlanError, match=r"x is .* finite number of at least 0"):
             number(wrong, "x", PlanError, 0)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from strategies import SEEDS, geometries, statistics_of
+from strategies import PAIRS, SEEDS, geometries, statistics_of
 
 from heatkv.core.geometry import CacheGeometry
+from heatkv.core.levels import LevelChoices
 from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import Statistics
-from heatkv.errors import FormatError, ScheduleError, StatisticsError
-from heatkv.testing.contract import made_up_mass
+from heatkv.core.statistics import LevelStatistics, Statistics
+from heatkv.errors import FormatError, HeatKVError, ScheduleError, StatisticsError
+from heatkv.testing.contract import level_costs_of, made_up_mass
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (2, 3)]))
+LEVEL_GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4), (2, 3)]))
 
 
 def small(count: int = 3, seed: int = 0, first_sample: int = 0, **provenance: object) -> Statistics:
@@ -112,102 +117,150 @@ def test_merging_shards_is_measuring_at_once(geometry: CacheGeometry, counts: li
     np.testing.assert_allclose(merged.spread, samples.std(axis=0, ddof=1), rtol=1e-6, atol=1e-7)
 
 
+def level_costs(mass: NDArray[np.float64], first: int = 0) -> LevelStatistics:
+    return level_costs_of(LEVEL_GEOMETRY, mass, tuple(f"7:{first + i}:3" for i in range(len(mass))))
+
+
+@given(counts=st.lists(st.integers(1, 3), min_size=2, max_size=4), seed=SEEDS)
+@settings(max_examples=40)
+def test_merging_level_costs_is_measuring_at_once(counts: list[int], seed: int) -> None:
+    mass = made_up_mass(LEVEL_GEOMETRY, sum(counts), seed)
+    starts = np.cumsum([0, *counts])
+    parts = [level_costs(mass[a : a + n], int(a)) for a, n in zip(starts, counts, strict=False)]
+    merged, whole = reduce(LevelStatistics.merge, parts), level_costs(mass)
+    assert merged.samples == whole.samples
+    for one, other in zip(merged.joint, whole.joint, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+    np.testing.assert_allclose(merged.single, whole.single, rtol=1e-12)
+    np.testing.assert_allclose(whole.single, whole.single_sum / len(mass))
+
+
+def test_merging_statistics_merges_their_level_costs() -> None:
+    mass = made_up_mass(LEVEL_GEOMETRY, 4, 1)
+    one, other = statistics_of(LEVEL_GEOMETRY, mass[:2]), statistics_of(LEVEL_GEOMETRY, mass[2:], 2)
+    levels = one.merge(other).levels
+    assert levels is not None
+    assert levels.samples == ("7:0:3", "7:1:3", "7:2:3", "7:3:3")
+    assert one.merge(statistics_of(LEVEL_GEOMETRY, mass[2:], 2, None)).levels is one.levels
+    assert statistics_of(LEVEL_GEOMETRY, mass[2:], 2, None).merge(one).levels is one.levels
+
+
 def test_what_cannot_be_merged() -> None:
     mine = small(first_sample=10)
     for name, value in (("model", "other"), ("fingerprint", "ff"), ("cfg", 2.0), ("settings", {"top_k": 11})):
-        with pytest.raises(StatisticsError, match=f"cannot merge statistics with {name} "):
+        with pytest.raises(StatisticsError, match=f"with {name} "):
             mine.merge(small(**{name: value}))
     small(versions={"torch": "3"}).merge(mine)  # a later release may add samples
-    with pytest.raises(StatisticsError, match=r"2 samples are in both statistics \(for instance 7:11:3\); use another"):
+    with pytest.raises(StatisticsError, match=r"2 samples are in both \(for instance 7:11:3\)"):
         mine.merge(small(first_sample=11))
+    with pytest.raises(StatisticsError, match="mass_square_sum, error_sum"):
+        mine.merge(replace(small(), all_mass_sum=None))
     for other in (
         CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (2, 1), (2, 2), (2, 3)])),
         CacheGeometry(3, 2, 4, GEOMETRY.schedule),
     ):
         with pytest.raises(StatisticsError, match="different schedules or head counts"):
             mine.merge(statistics_of(other, made_up_mass(other, 1, 0)))
+    costs = level_costs(made_up_mass(LEVEL_GEOMETRY, 1, 0))
+    choices = LevelChoices(LEVEL_GEOMETRY.schedule, 3)
+    for changes in ({"cost": "fisher"}, {"choices": choices}, {"log_bias": costs.log_bias + 1}):
+        with pytest.raises(StatisticsError, match="cannot merge level costs"):
+            costs.merge(replace(costs, samples=("b",), **changes))  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------- validation
+# ---------------------------------------------------------------------- what no measurement gives
 
 
-def changed(change: Callable[[NDArray[np.float64]], None]) -> Statistics:
-    mass = made_up_mass(GEOMETRY, 1, 0)
-    change(mass)
-    return statistics_of(GEOMETRY, mass, sink_scales=None)
+def mass_with(value: float, *place: int) -> NDArray[np.float64]:
+    mass: NDArray[np.float64] = small(1).mass_sum.copy()
+    mass[place] = value
+    return mass
 
 
-def set_to(value: float, *index: int) -> Callable[[NDArray[np.float64]], None]:
-    def change(mass: NDArray[np.float64]) -> None:
-        mass[(0, *index)] = value
-
-    return change
-
-
-def scaled(factor: float) -> Callable[[NDArray[np.float64]], None]:
-    def change(mass: NDArray[np.float64]) -> None:
-        mass[0, 1, 2, 3] *= factor
-
-    return change
+COSTS = level_costs(made_up_mass(LEVEL_GEOMETRY, 2, 0))
 
 
 @pytest.mark.parametrize(
-    ("change", "phrase"),
+    ("whole", "changes", "said"),
     [
-        (set_to(float("nan"), 1, 2, 3, 0), "layer 1, head 2, target 3, source 0 is nan; it must be finite"),
-        (set_to(float("inf"), 0, 1, 2, 1), "layer 0, head 1, target 2, source 1 is inf"),
-        (set_to(-0.25, 1, 0, 1, 1), r"layer 1, head 0, target 1, source 1 is -0\.25; .* not negative"),
-        (set_to(0.1, 0, 0, 1, 2), "looks at a later source scale, which does not exist yet"),
-        (scaled(1.01), r"sums to 1 \+- 0\.01 over its sources, not to 1"),
-        (scaled(0.99), "not to 1"),
-        (scaled(0.0), "not to 1"),
+        (small(1), {"mass_sum": mass_with(np.nan, 1, 2, 3, 0)}, r"mass_sum\[1, 2, 3, 0\] is nan"),
+        (small(1), {"mass_sum": mass_with(-0.25, 1, 0, 1, 1)}, r"mass_sum\[1, 0, 1, 1\] is -0\.25"),
+        (small(1), {"mass_sum": mass_with(0.1, 0, 0, 1, 2)}, "looks at a later source scale"),
+        (small(1), {"mass_sum": small(1).mass_sum * 1.01}, r"sums to 1 \+- 0\.01"),
+        (small(1), {"mass_sum": small(1).mass_sum[0]}, r"shape \(3, 4, 4\)"),
+        (small(1), {"mass_square_sum": small(1).mass_sum[:1]}, r"mass_square_sum has shape \(1, 3, 4, 4\)"),
+        (small(1), {"all_mass_sum": small(1).mass_sum * 0.99}, "sums to 1"),
+        (small(1), {"error_sum": np.full((2, 3, 4, 4), 1.7e308)}, "error_sum.* from 0 to 1e.100"),
+        (small(1), {"concentration_sum": np.zeros((2, 4))}, r"concentration_sum has shape \(2, 4\), not \(2, 3, 4\)"),
+        (small(1), {"similarity_sum": np.full((2, 4), np.inf)}, r"similarity_sum\[0, 0\] is inf"),
+        (small(samples=()), {}, "no sample"),
+        (small(samples=("a", "b", "a")), {}, "twice"),
+        (small(samples=("a", "b")), {}, "sums to 1"),  # three were summed
+        (small(1), {"levels": COSTS}, "level costs are of 2 layers x 3 heads and the schedule 1x1,1x2,2x2,4x4,2x3"),
+        (
+            COSTS,
+            {"joint_sum": (*COSTS.joint_sum[:-1], np.zeros((2, 3, 7)))},
+            r"target 4 has .*, not \(2, 3, 12\)",
+        ),
+        (COSTS, {"joint_sum": (*COSTS.joint_sum[:-1], np.full((2, 3, 12), -1e-9))}, r"target 4\[0, 0, 0\] is -1e-09"),
+        (COSTS, {"single_sum": np.zeros((2, 3, 5, 5, 3))}, r"not \(2, 3, 5, 5, 4\)"),
+        (COSTS, {"single_sum": np.full((2, 3, 5, 5, 4), np.inf)}, "single_sum.* is inf"),
+        (COSTS, {"log_bias": np.full((2, 3, 5, 3), np.nan)}, "log_bias.* is nan"),
+        (COSTS, {"log_bias": np.zeros((0, 3, 5, 3))}, "log_bias.* has shape"),
+        (COSTS, {"choices": LevelChoices(LEVEL_GEOMETRY.schedule, 3)}, "target 3 has shape"),
+        (COSTS, {"samples": ("a", "a")}, "twice"),
     ],
 )
-def test_impossible_mass_is_refused(change: Callable[[NDArray[np.float64]], None], phrase: str) -> None:
-    with pytest.raises(StatisticsError, match=phrase):
-        changed(change)
+def test_impossible_statistics(whole: Any, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(StatisticsError, match=said):
+        replace(whole, **changes).check()
 
 
 def test_rounding_of_half_precision_is_accepted() -> None:
-    changed(scaled(1.0005))
-
-
-def test_shapes_and_samples_are_checked() -> None:
-    mass = made_up_mass(GEOMETRY, 2, 0)
-    good = statistics_of(GEOMETRY, mass)
-    where = good.provenance
-    for wrong in (mass[0, 0], mass[0, :, :, 1:], mass[0, :, :, :, 1:], mass[0, :0]):
-        with pytest.raises(StatisticsError, match=r"mass_sum has shape .*; it must be \(layers, heads, 4, 4\)"):
-            Statistics(GEOMETRY.schedule, wrong, wrong, where)
-    with pytest.raises(StatisticsError, match=r"mass_sum is \(2, 3, 4, 4\), mass_square_sum \(1, 3, 4, 4\)"):
-        Statistics(GEOMETRY.schedule, good.mass_sum, good.mass_square_sum[:1], where)
-    with pytest.raises(StatisticsError, match="of no sample"):
-        small(samples=())
-    with pytest.raises(StatisticsError, match="counted twice"):
-        small(samples=("a", "b", "a"))
-    with pytest.raises(StatisticsError, match="not to 1"):
-        small(samples=("a", "b"))  # three were summed
+    replace(small(1), mass_sum=small(1).mass_sum * 1.0005).check()
 
 
 def test_statistics_cannot_be_changed() -> None:
     mass = made_up_mass(GEOMETRY, 1, 0)[0]
-    given_array = mass.copy()
-    measured = Statistics(GEOMETRY.schedule, given_array, given_array**2, small(1).provenance)
-    given_array[:] = 0
+    source = mass.copy()
+    measured = Statistics(GEOMETRY.schedule, source, source**2, small(1).provenance)
+    source[:] = 0
     assert np.array_equal(measured.mass_sum, mass)
-    with pytest.raises(ValueError, match="read-only"):
-        measured.mass_sum[0] = 0
+    for array in (measured.mass_sum, COSTS.log_bias, COSTS.single_sum, *COSTS.joint_sum):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
 
 
-def test_statistics_of_another_model_are_refused() -> None:
+def test_equality() -> None:
+    def nudged(array: NDArray[np.float64]) -> NDArray[np.float64]:
+        changed = array.copy()
+        place = tuple(np.argwhere(changed)[-1])
+        changed[place] = np.nextafter(changed[place], 0)
+        return changed
+
+    one = replace(statistics_of(LEVEL_GEOMETRY, made_up_mass(LEVEL_GEOMETRY, 2, 0)), levels=COSTS)
+    changes: list[dict[str, Any]] = [
+        {}, {"mass_sum": nudged(one.mass_sum)}, {"error_sum": None}, {"levels": None},
+        {"levels": replace(COSTS, joint_sum=(*COSTS.joint_sum[:-1], nudged(COSTS.joint_sum[-1])))},
+        {"provenance": replace(one.provenance, versions={})},
+    ]  # fmt: skip
+    made, again = ([replace(one, **change) for change in changes] for _ in range(2))
+    for i, first in enumerate(made):
+        assert [first == other for other in again] == [i == j for j in range(len(made))]
+        assert hash(first) == hash(again[i])
+
+
+def test_statistics_of_another_model() -> None:
     measured = small()
     measured.check_geometry(GEOMETRY)
     measured.check_fingerprint("0f")
-    with pytest.raises(StatisticsError, match=r"of 2 layers x 3 heads \(tiny\), the model has 3 x 2; calibrate"):
-        measured.check_geometry(CacheGeometry(3, 2, 4, GEOMETRY.schedule))
-    with pytest.raises(StatisticsError, match="of the schedule 1x1,1x2,2x2,2x3, the model runs 1,2,3,4; calibrate"):
-        measured.check_geometry(CacheGeometry(2, 3, 4, ScaleSchedule.square((1, 2, 3, 4))))
-    with pytest.raises(StatisticsError, match=r"other weights \(tiny, fingerprint 0f; the model's is f0\); calibrate"):
+    for wrong in (
+        CacheGeometry(3, 2, 4, GEOMETRY.schedule),
+        CacheGeometry(2, 3, 4, ScaleSchedule.square((1, 2, 3, 4))),
+    ):
+        with pytest.raises(StatisticsError, match="calibrate"):
+            measured.check_geometry(wrong)
+    with pytest.raises(StatisticsError, match=r"\(tiny, fingerprint 0f; the model's is f0\)"):
         measured.check_fingerprint("f0")
 
 
@@ -215,138 +268,88 @@ def test_statistics_of_another_model_are_refused() -> None:
 
 
 @SHARED_FOLDER
-@given(geometry=geometries(), count=st.integers(1, 3), seed=SEEDS)
-def test_files_round_trip_bit_for_bit(geometry: CacheGeometry, count: int, seed: int, tmp_path: Path) -> None:
-    measured = statistics_of(geometry, made_up_mass(geometry, count, seed))
-    measured.save(tmp_path / "s.safetensors")
-    again = Statistics.load(tmp_path / "s.safetensors")
-    assert again.mass_sum.tobytes() == measured.mass_sum.tobytes()
-    assert again.mass_square_sum.tobytes() == measured.mass_square_sum.tobytes()
-    assert again.schedule == measured.schedule
-    assert again.provenance == measured.provenance
+@given(geometry=geometries(), count=st.integers(1, 3), sinks=st.integers(0, 3), joint=st.integers(0, 5), seed=SEEDS)
+def test_files_round_trip_bit_for_bit(
+    geometry: CacheGeometry, count: int, sinks: int, joint: int, seed: int, tmp_path: Path
+) -> None:
+    mass = made_up_mass(geometry, count, seed)
+    measured = statistics_of(geometry, mass, sink_scales=None)
+    costs = level_costs_of(geometry, mass, measured.samples, sinks, joint)
+    bias = np.random.default_rng(seed).normal(size=costs.log_bias.shape)
+    costs = replace(costs, log_bias=bias, cost=("error", "fisher")[seed % 2], bias_samples=("7:9:ä",))
+    for levels in (None, costs):
+        replace(measured, levels=levels).save(tmp_path / "s.safetensors")
+        again = Statistics.load(tmp_path / "s.safetensors")
+        assert again == replace(measured, levels=levels)
+        again.save(tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "s.safetensors").read_bytes()
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, NDArray[Any]]], object]) -> None:
-    """A whole safetensors file whose header or arrays were changed."""
-    small().save(path)
+Change = Callable[[dict[str, Any], dict[str, NDArray[Any]]], object]
+
+
+def rewrite(path: Path, change: Change) -> None:
+    """A whole statistics file with level costs, whose header or arrays were changed."""
+    statistics_of(LEVEL_GEOMETRY, made_up_mass(LEVEL_GEOMETRY, 2, 0)).save(path)
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["heatkv"])
     arrays = load_file(path)
-    header: dict[str, Any] = {
-        "format": "heatkv-statistics",
-        "version": 1,
-        "schedule": GEOMETRY.schedule.to_json(),
-        "provenance": small().provenance.to_json(),
-    }
     change(header, arrays)
     save_file(arrays, path, metadata={"heatkv": json.dumps(header)})
 
 
-def test_the_documented_header_is_enough(tmp_path: Path) -> None:
-    path = tmp_path / "s.safetensors"
-    rewrite(path, lambda header, arrays: None)
-    assert Statistics.load(path).provenance == small().provenance
+def set_array(name: str, made: Callable[[NDArray[Any]], NDArray[Any]]) -> Change:
+    return lambda _, arrays: arrays.update({name: made(arrays[name])})
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "phrase"),
+    ("change", "error", "said"),
     [
-        (lambda header, _: header.update(format="heatkv-plan"), FormatError, "format 'heatkv-plan', not"),
-        (lambda header, _: header.update(version=2), FormatError, "version 2; this release reads version 1"),
-        (lambda header, _: header.update(version=True), FormatError, "version True; this release reads version 1"),
-        (lambda header, _: header.update(version="1"), FormatError, "version '1'; this release reads version 1"),
-        (lambda header, _: header.pop("version"), FormatError, "version None; this release reads version 1"),
+        (lambda header, _: header.update(format="heatkv-plan"), FormatError, "'heatkv-plan'"),
+        (lambda header, _: header.update(version=2), FormatError, "version 2"),
         (lambda header, _: header.pop("provenance"), FormatError, "provenance"),
-        (lambda header, _: header.pop("schedule"), FormatError, "schedule"),
-        (lambda header, _: header.update(schedule=[[1, 1]]), ScheduleError, "at least 2 scales"),
-        (lambda header, _: header.update(schedule=None), ScheduleError, "a schedule is a list"),
-        (lambda header, _: header.update(schedule=[[1, 1], [2, 2]]), StatisticsError, r"\(layers, heads, 2, 2\)"),
-        (lambda header, _: header.update(provenance=None), FormatError, "not a whole statistics file"),
-        (lambda header, _: header.update(provenance=[]), FormatError, "not a whole statistics file"),
-        (lambda header, _: header["provenance"].update(cfg="a"), FormatError, "not a whole statistics file"),
-        (lambda header, _: header["provenance"].update(cfg=10**400), FormatError, "not a whole statistics file"),
-        (lambda header, _: header["provenance"].update(settings=[1]), FormatError, "not a whole statistics file"),
-        (lambda header, _: header["provenance"].update(samples=None), FormatError, "not a whole statistics file"),
-        (lambda header, _: header["provenance"].update(samples=["a"]), StatisticsError, "not to 1"),
-        (lambda _, arrays: arrays.pop("mass_square_sum"), FormatError, "known are mass_sum, mass_square_sum"),
-        (lambda _, arrays: arrays.update(more=np.zeros(1)), FormatError, r"'mass_sum', 'more'\]"),
-        (lambda _, arrays: arrays.update(mass_sum=arrays["mass_sum"] / 0.5), StatisticsError, "not to 1"),
-        (lambda _, arrays: arrays.update(mass_sum=-arrays["mass_sum"]), StatisticsError, "not negative"),
-        (lambda _, arrays: arrays.update(mass_sum=arrays["mass_sum"][0]), StatisticsError, "shape"),
-        # finite, but no sum of it is
-        (
-            lambda _, arrays: arrays.update(mass_sum=np.tril(arrays["mass_sum"] * 0 + 1.7e308)),
-            StatisticsError,
-            "below 1e",
-        ),
+        (lambda header, _: header.update(schedule=[[1, 1]]), ScheduleError, "scales"),
+        (lambda header, _: header.update(schedule=None), FormatError, "schedule"),
+        (lambda header, _: header.update(schedule=[[1, 1], [2, 2]]), HeatKVError, "levels.joint_sum.2"),
+        (lambda header, _: header["provenance"].update(cfg="a"), FormatError, r"provenance\.cfg"),
+        (lambda header, _: header["provenance"].update(settings=[1]), FormatError, r"provenance\.settings"),
+        (lambda header, _: header["provenance"].update(samples=None), FormatError, r"provenance\.samples"),
+        (lambda header, _: header["provenance"].update(samples=["a"]), StatisticsError, "sums to 1"),
+        (lambda header, _: header.update(levels=3), FormatError, "expected `object`"),
+        (lambda header, _: header["levels"].update(cost="mass"), FormatError, "'mass'"),
+        (lambda header, _: header["levels"].pop("cost"), FormatError, "cost"),
+        (lambda header, _: header["levels"].update(sink_scales=-1), FormatError, "sink_scales"),
+        (lambda header, _: header["levels"].update(joint=True), FormatError, "joint"),
+        (lambda header, _: header["levels"].update(sink_scales=3), StatisticsError, "target 3 has shape"),
+        (lambda header, _: header["levels"].update(samples=[]), StatisticsError, "no sample"),
+        (lambda _, arrays: arrays.pop("mass_square_sum"), FormatError, "mass_square_sum"),
+        (lambda _, arrays: arrays.pop("levels.joint_sum.3"), FormatError, r"levels\.joint_sum\.3"),
+        (lambda _, arrays: arrays.update(more=np.zeros(1)), FormatError, "'more'"),
+        (lambda _, arrays: arrays.update({"levels.more": np.zeros(1)}), FormatError, r"'levels\.more'"),
+        (set_array("mass_sum", lambda x: x.astype(np.int64)), FormatError, "mass_sum is of int64"),
+        (set_array("mass_sum", lambda x: x / 0.5), StatisticsError, "sums to 1"),
+        (set_array("levels.log_bias", lambda x: x * np.nan), StatisticsError, "is nan"),
     ],
 )
-def test_a_file_changed_by_hand_is_refused(
-    change: Callable[[dict[str, Any], dict[str, NDArray[Any]]], object],
-    error: type[Exception],
-    phrase: str,
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "s.safetensors"
-    rewrite(path, change)
-    with pytest.raises(error, match=phrase):
-        Statistics.load(path)
+def test_a_file_changed_by_hand_is_refused(change: Change, error: type[HeatKVError], said: str, tmp_path: Path) -> None:
+    rewrite(tmp_path / "mine.safetensors", change)
+    with pytest.raises(error, match=rf"mine\.safetensors.*{said}"):
+        Statistics.load(tmp_path / "mine.safetensors")
 
 
-@pytest.mark.parametrize("metadata", [None, {}, {"heatkv": "{"}, {"heatkv": "null"}, {"heatkv": "[" * 100_000}])
-def test_a_foreign_safetensors_file_is_refused(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+def test_single_precision_is_read_as_double(tmp_path: Path) -> None:
+    rewrite(tmp_path / "s.safetensors", set_array("levels.log_bias", lambda x: x.astype(np.float32)))
+    levels = Statistics.load(tmp_path / "s.safetensors").levels
+    assert levels is not None
+    assert levels.log_bias.dtype == np.float64
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"heatkv": "{"}, {"heatkv": "null"}])
+def test_a_foreign_safetensors_file(metadata: dict[str, str] | None, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    save_file({"mass_sum": np.ones((1, 1, 2, 2)), "mass_square_sum": np.ones((1, 1, 2, 2))}, path, metadata=metadata)
+    save_file({"mass_sum": np.ones((1, 1, 2, 2))}, path, metadata=metadata)
     with pytest.raises(FormatError, match=r"weights\.safetensors"):
         Statistics.load(path)
-
-
-@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
-def test_types_that_numpy_lacks_are_refused(dtype: str, tmp_path: Path) -> None:
-    size = 4 * (2 if dtype == "BF16" else 1)
-    told: dict[str, Any] = {"__metadata__": {"heatkv": "null"}}
-    for index, name in enumerate(("mass_sum", "mass_square_sum")):
-        told[name] = {"dtype": dtype, "shape": [1, 1, 2, 2], "data_offsets": [index * size, index * size + size]}
-    header = json.dumps(told).encode()
-    path = tmp_path / "s.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2 * size))
-    with pytest.raises(FormatError, match="not a whole statistics file"):
-        Statistics.load(path)
-
-
-def test_what_cannot_be_read(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing.safetensors"):
-        with pytest.raises(FormatError, match=path.name):
-            Statistics.load(path)
-
-
-def test_a_truncated_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
-    path = tmp_path / "s.safetensors"
-    small().save(path)
-    whole = path.read_bytes()
-    for length in [*range(0, 700), *range(700, len(whole), 97), len(whole) - 1]:
-        path.write_bytes(whole[:length])
-        with pytest.raises(FormatError):
-            Statistics.load(path)
-
-
-@settings(SHARED_FOLDER, max_examples=300)
-@given(data=st.data())
-def test_a_damaged_file_gives_a_typed_error(data: st.DataObject, tmp_path: Path) -> None:
-    path = tmp_path / "s.safetensors"
-    small().save(path)
-    content = bytearray(path.read_bytes())
-    header_end = 8 + int.from_bytes(content[:8], "little")
-    for _ in range(data.draw(st.integers(1, 3))):
-        # as often in the short header as in the long data
-        last = data.draw(st.sampled_from([header_end, len(content)])) - 1
-        content[data.draw(st.integers(0, last))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content)
-    try:
-        measured = Statistics.load(path)
-    except (FormatError, StatisticsError, ScheduleError):
-        return
-    measured.save(path)  # what was accepted can be kept
-    assert np.array_equal(Statistics.load(path).mass_sum, measured.mass_sum)
-    assert abs(measured.mass.sum(axis=3) - 1).max() <= 1.001e-3
 
 
 # ---------------------------------------------------------------------- rankings
@@ -403,69 +406,52 @@ def test_random_rankings_favour_no_head() -> None:
     assert (abs(counts - 100) < 45).all()  # five standard deviations
 
 
-PAIRS = [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]  # [head, layer] of 2 layers x 3 heads
-
-
 def swapped(index: int, pair: Any) -> list[Any]:
     return [[*PAIRS[:index], pair, *PAIRS[index + 1 :]]]
 
 
 @pytest.mark.parametrize(
-    ("orders", "error", "phrase"),
+    ("orders", "error", "said"),
     [
-        ({}, FormatError, "no list of rankings"),
-        ([], FormatError, "no list of rankings"),
-        ("[[", FormatError, "no list of rankings"),
-        ([PAIRS, PAIRS[:5]], FormatError, "all of the same length"),
-        ([[[0, 0, 0]]], FormatError, r"of \[head, layer\] pairs of whole numbers"),
-        (PAIRS, FormatError, r"\[head, layer\] pairs"),
-        (swapped(2, [2.0, 0]), FormatError, "whole numbers"),
-        (swapped(4, [True, 1]), FormatError, "whole numbers"),
-        (swapped(4, ["1", 1]), FormatError, "whole numbers"),
-        (swapped(4, [None, 1]), FormatError, "whole numbers"),
-        (swapped(4, [10**400, 1]), FormatError, "whole numbers"),
-        (swapped(4, [2**63, 1]), FormatError, "whole numbers"),
-        ([PAIRS] * 4, StatisticsError, "has 4 rankings; the schedule caches 3 scales"),
-        ([PAIRS[:5]], StatisticsError, r"ranks 5 \(head, layer\) pairs; the model has 2 layers x 3 heads = 6"),
-        (swapped(5, [1, 2]), StatisticsError, "outside 3 heads and 2 layers"),  # layer and head mixed up
-        (swapped(5, [-1, 1]), StatisticsError, "outside 3 heads and 2 layers"),
-        (swapped(5, [0, 0]), StatisticsError, "every .* pair exactly once"),
+        ({}, FormatError, "array"),
+        ([], StatisticsError, "whole numbers"),
+        ([PAIRS, PAIRS[:5]], StatisticsError, "regular"),
+        ([[[0, 0, 0]]], StatisticsError, r"\(1, 6, 2\)"),
+        (PAIRS, FormatError, "int"),
+        *((swapped(2, pair), FormatError, "int") for pair in ([2.0, 0], [True, 0], ["1", 0], [None, 0])),
+        (swapped(4, [2**64, 1]), StatisticsError, "whole numbers"),
+        ([PAIRS] * 4, StatisticsError, "4 rankings; the schedule caches 3 scales"),
+        ([PAIRS[:5]], StatisticsError, r"\(1, 5, 2\)"),
+        (swapped(5, [1, 2]), StatisticsError, "exactly once"),  # layer and head mixed up
+        (swapped(5, [-1, 1]), StatisticsError, "exactly once"),
+        (swapped(5, [0, 0]), StatisticsError, "exactly once"),
     ],
 )
-def test_wrong_orders_are_refused(orders: Any, error: type[Exception], phrase: str, tmp_path: Path) -> None:
-    path = tmp_path / "orders.json"
-    path.write_text(json.dumps(orders))
-    with pytest.raises(error, match=phrase):
-        HeadRankings.load_orders(path, GEOMETRY)
+def test_wrong_orders(orders: Any, error: type[HeatKVError], said: str, tmp_path: Path) -> None:
+    (tmp_path / "orders.json").write_text(json.dumps(orders))
+    with pytest.raises(error, match=rf"orders\.json.*{said}"):
+        HeadRankings.load_orders(tmp_path / "orders.json", GEOMETRY)
 
 
-def test_orders_of_another_number_of_scales_are_refused(tmp_path: Path) -> None:
+def test_orders_of_another_number_of_scales(tmp_path: Path) -> None:
     path = tmp_path / "orders.json"
     path.write_text(json.dumps([PAIRS] * 2))  # of the cached scales 3 and 4 of six
     for scales in (4, 5, 7, 8):
         geometry = CacheGeometry(2, 3, 4, ScaleSchedule.square(range(1, scales + 1)))
-        said = (
-            rf"has 2 rankings, .* schedule of 6 scales \(.* first 3\); this one has {scales} scales: .*heatkv calibrate"
-        )
-        with pytest.raises(StatisticsError, match=said):
+        with pytest.raises(StatisticsError, match=rf"2 rankings .* schedule of 6 scales .*; this one has {scales}"):
             HeadRankings.load_orders(path, geometry)
     rankings = HeadRankings.load_orders(path, CacheGeometry(2, 3, 4, ScaleSchedule.square(range(1, 7))))
     assert rankings.first_scale == 3
 
 
-def test_unreadable_orders_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "orders.json"
-    with pytest.raises(FormatError, match="cannot read"):
-        HeadRankings.load_orders(path, GEOMETRY)
-    path.write_text(json.dumps([PAIRS])[:-1])
-    with pytest.raises(FormatError, match="is not JSON"):
-        HeadRankings.load_orders(path, GEOMETRY)
-
-
-def test_rankings_cannot_be_changed() -> None:
+def test_rankings_are_values() -> None:
     order = np.arange(6)[None]
     rankings = HeadRankings(2, 3, 0, order)
     order[0, 0] = 5
     assert rankings.order[0, 0] == 0
     with pytest.raises(ValueError, match="read-only"):
         rankings.order[0, 0] = 5
+    assert rankings == HeadRankings(2, 3, 0, np.arange(6)[None])
+    assert hash(rankings) == hash(HeadRankings(2, 3, 0, np.arange(6)[None]))
+    assert rankings != replace(rankings, first_scale=1)
+    assert rankings != HeadRankings(2, 3, 0, np.arange(6)[None, ::-1])

@@ -32,13 +32,13 @@ from heatkv.core.io import versions
 from heatkv.core.levels import LEVELS, SINK_SCALES
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import of_kind, shown, whole
+from heatkv.core.schema import shown, whole
 from heatkv.core.statistics import LevelStatistics, Provenance, Statistics, calibrated_bias
 from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import ArenaCache
 from heatkv.engine.attention.rotary import rotate, rotation_of
-from heatkv.engine.store import check_coding
-from heatkv.engine.token_cache import SelectingCache, check_cache, open_cache
+from heatkv.engine.open_cache import check_cache, open_cache
+from heatkv.engine.store import check_code
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
 from heatkv.models.adapter import BlockView, ModelAdapter
 from heatkv.models.base import fingerprint
@@ -402,8 +402,7 @@ class Attached:
         if not self._rows:
             self._prepare(v_RHND)
         cache = self.cache
-        if isinstance(cache, SelectingCache):
-            cache.see_input(layer.index, x_RNC)
+        cache.see_input(layer.index, x_RNC)
         out_RHND = cache.attend(layer.index, q_RHND, k_RHND, v_RHND)
         self._next_layer += 1
         if self._next_layer == len(self._layers):
@@ -439,7 +438,7 @@ class Attached:
                 else:
                     self._cache = open_cache(
                         self.plan, rows, dtype, device, self.key_angles, query_weight=self._query_weight,
-                        storage=self._storage, attention=self._attention,
+                        code=self._storage, attention=self._attention,
                     )  # fmt: skip
         if isinstance(self._cache, ObservingCache) and self._seen is not None:
             self._cache.see(*self._seen)  # the first layer was told of before the cache was at its start
@@ -499,8 +498,6 @@ class Attached:
         that differ in it are not merged. Samples are named seed:index:- with the index from `first_sample` on.
         Raises StatisticsError when nothing was measured, or for settings that are no dictionary.
         """
-        if settings is not None:
-            of_kind(settings, Mapping, "settings", StatisticsError, 'give a dictionary, such as {"top_k": 900}')
         sums, samples = self._measured("mass")
         provenance = Provenance(
             model=self._name,
@@ -524,8 +521,8 @@ class Attached:
         statistics with `statistics.with_levels(...)`. Raises StatisticsError when nothing was measured."""
         sums, samples = self._measured("levels")
         assert self._log_bias is not None
-        joint = tuple(sums[f"joint.{target}"] for target in range(len(self.plan.schedule)))
-        return LevelStatistics(self._choices, "error", self._log_bias, joint, sums["single"], samples, ())
+        joint = tuple(sums[f"joint_sum.{target}"] for target in range(len(self.plan.schedule)))
+        return LevelStatistics(self._choices, "error", self._log_bias, joint, sums["single_sum"], samples, ())
 
     def _measured(self, what: Measured) -> tuple[dict[str, FloatArray], tuple[str, ...]]:
         """The sums and the names of the samples."""
@@ -584,16 +581,6 @@ def attach(
     """
     if not isinstance(measure, bool | str):
         raise PolicyError(f"measure={shown(measure)} is unknown; known: True, 'mass', 'biases', 'levels'")
-    if policy is not None:
-        of_kind(policy, str, "policy", PolicyError, "give its name; `heatkv policies` lists them")
-    if plan is not None:
-        of_kind(plan, CachePlan, "plan", PlanError, "make one with model.plan, or load one with load_plan")
-    if statistics is not None:
-        way_out = "load statistics with Statistics.load, or measure them with measure=True"
-        of_kind(statistics, Statistics, "statistics", StatisticsError, way_out)
-    if schedule is not None:
-        of_kind(schedule, ScaleSchedule, "schedule", ScheduleError, "make one, for instance ScaleSchedule.var(256)")
-    of_kind(guided, bool, "guided", ModelError, "it is True or False: whether rows are doubled")
     seed, first_sample = whole(seed, "seed", ModelError), whole(first_sample, "first_sample", ModelError)
     blocks = list(_blocks(model))
     found = [_self_attention(where, block) for where, block in blocks]
@@ -655,7 +642,7 @@ def attach(
     else:
         assert policy is not None
         if storage is not None:
-            check_coding(storage, found[0][1].mat_qkv.weight.device)
+            check_code(storage, found[0][1].mat_qkv.weight.device)
         if parsed is None:
             raise BudgetError(f"policy {policy!r} needs a budget; write it as 10%, 0.1, 600MiB, 2GB or 650tokens")
         # statistics of this package's own model with the same weights name all of them, those measured here the

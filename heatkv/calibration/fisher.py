@@ -25,7 +25,7 @@ from heatkv.calibration.level_costs import (
     single_changes,
     source_items,
 )
-from heatkv.engine.arena_cache import LayerStep
+from heatkv.engine.steps import LayerStep
 
 FloatArray = NDArray[np.float64]
 

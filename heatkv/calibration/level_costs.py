@@ -39,8 +39,8 @@ _LEAST = 1e-15
 _AXES = {
     "whole": ("layer", "head", "source"),
     "pooled_mass": ("layer", "head", "source", "level"),
-    "joint": ("layer", "head", "combination"),
-    "single": ("layer", "head", "target scale", "source", "level"),
+    "joint_sum": ("layer", "head", "combination"),
+    "single_sum": ("layer", "head", "target scale", "source", "level"),
 }
 """Of the sums of level caches."""
 
@@ -99,7 +99,7 @@ class BiasCache(LevelCache):
         return {"whole": self.whole, "pooled_mass": self.pooled_mass}
 
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
-        target = self._target
+        target = self.turn.target
         levels = [self.pooled(source, keys[source], values[source]) for source in range(target)]
         widest = max(k.shape[2] for k in keys)
         for q in query_blocks(q_RHND, widest):
@@ -234,7 +234,7 @@ class LevelCostCache(LevelCache):
         self.joint, self.single = empty_costs(geometry.layers, geometry.heads, self.choices)
 
     def sums(self) -> dict[str, FloatArray]:
-        return {"single": self.single} | {f"joint.{target}": joint for target, joint in enumerate(self.joint)}
+        return {"single_sum": self.single} | {f"joint_sum.{target}": joint for target, joint in enumerate(self.joint)}
 
     def combinations(self, target: int) -> Combinations:
         """Those of a target; made once and kept for its layers."""
@@ -269,7 +269,7 @@ class ErrorCostCache(LevelCostCache):
     """Second pass: the squared output error relative to the residual stream, summed over queries, mean over rows."""
 
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
-        target, halves = self._target, self.rows // self.images
+        target, halves = self.turn.target, self.rows // self.images
         if target <= self.choices.sink_scales:
             return
         relative_R, factor = self.relative(), self.factors[layer]
@@ -464,8 +464,8 @@ class LevelCalibration:
             names += now
             if progress is not None:
                 progress(len(indices))
-        joint = tuple(sums[f"joint.{target}"] for target in range(len(choices.schedule)))
-        return LevelStatistics(choices, self.cost, log_bias, joint, sums["single"], tuple(names), of_bias)
+        joint = tuple(sums[f"joint_sum.{target}"] for target in range(len(choices.schedule)))
+        return LevelStatistics(choices, self.cost, log_bias, joint, sums["single_sum"], tuple(names), of_bias)
 
 
 def _draw_for_errors(batch: CostBatch) -> ErrorCostCache:

@@ -7,7 +7,7 @@ Shapes: R rows, B images (the conditional rows, which come first), H heads, N qu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from heatkv.core.io import versions
 from heatkv.core.plan import Plan
 from heatkv.core.schema import whole
 from heatkv.core.statistics import Provenance, Statistics
-from heatkv.engine.arena_cache import KVCache, LayerStep
-from heatkv.engine.attention.ragged import HeadGroup
+from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.attention.grouped import HeadGroup
+from heatkv.engine.steps import LayerStep
 from heatkv.engine.watch import naming_samples
 from heatkv.errors import NumericsError, PlanError, StatisticsError
 from heatkv.generation.loop import run_scales
@@ -222,7 +223,7 @@ class ObservingCache(KVCache):
         raise NotImplementedError
 
     def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
-        keys, values = self.sources(self._target, layer, k_RHND, v_RHND)
+        keys, values = self.sources(self.turn.target, layer, k_RHND, v_RHND)
         self.observe(layer, q_RHND, keys, values)
         self._relative_R = None
         return super()._attention(layer, q_RHND, k_RHND, v_RHND, step)
@@ -271,7 +272,7 @@ class MeasuringCache(ObservingCache):
             row, head, *source = (~numbers_RHX.isfinite()).nonzero()[0].tolist()
             of_source = f", source {source[0]}" if source else ""
             raise NumericsError(
-                f"{what} of layer {layer}, head {head}, target scale {self._target}{of_source}, image "
+                f"{what} of layer {layer}, head {head}, target scale {self.turn.target}{of_source}, image "
                 f"{row % self.images} is not finite, though q, k and v are; the residual stream or the weights of the "
                 "layer may not be, or overflowed: calibrate in float32 (--dtype float32)",
                 row % self.images,
@@ -279,7 +280,7 @@ class MeasuringCache(ObservingCache):
         return numbers_RHX
 
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
-        halves, images, target = self.rows // self.images, self.images, self._target
+        halves, images, target = self.rows // self.images, self.images, self.turn.target
         reads = read_sources(q_RHND, keys, values, self.factors[layer] if self.factors else None)
         mass_RHS = self._checked("the attention mass", layer, reads.mass / q_RHND.shape[2])
         mass_IBHS = mass_RHS.unflatten(0, (halves, images)).numpy()
@@ -350,16 +351,13 @@ def calibrate(
         names += drawn
         if progress is not None:
             progress(len(names))
-    cfg, told = told_settings(settings, model)
-    provenance = Provenance(
-        model=model.name,
-        fingerprint=model.fingerprint,
-        cfg=cfg,
-        settings=told,
-        samples=tuple(names),
-        versions=versions(),
-    )
-    return Statistics(model.geometry.schedule, provenance=provenance, levels=None, **sums)
+    return Statistics(model.geometry.schedule, provenance=provenance(model, settings, names), **sums)
+
+
+def provenance(model: ImageModel[Any], settings: Settings, samples: Iterable[str]) -> Provenance:
+    """Where these samples are measured: the model, how it draws, and the versions on this machine."""
+    cfg, others = told_settings(settings, model)
+    return Provenance(model.name, model.fingerprint, cfg, others, tuple(samples), versions())
 
 
 def told_settings(settings: Settings, model: ImageModel[Any]) -> tuple[float | None, dict[str, Any]]:

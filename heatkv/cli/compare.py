@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from heatkv.cli.folder_statistics import statistics_of_folder
@@ -32,8 +33,9 @@ from heatkv.errors import HeatKVError
 from heatkv.parallel.ranks import current
 
 if TYPE_CHECKING:
-    from heatkv.profiling.measure.runner import Subject
+    from heatkv.profiling.measure.subjects import Subject
     from heatkv.profiling.results.folder import ResultsFolder
+    from heatkv.profiling.results.row import Fidelity
 
 
 DEFAULT_POLICIES = "heatkv,sliding-window,streaming,random"
@@ -71,12 +73,11 @@ def compare(
 
     Example: heatkv compare --model emoji --policies heatkv,streaming --budgets 20%,10% --out results/compare
     """
-    import torch
-
-    from heatkv.profiling.measure.runner import versus
+    from heatkv.profiling.measure.runner import with_versus
+    from heatkv.profiling.report.charts import save_image_sheet, save_scas_heat_map
     from heatkv.profiling.report.page import check_report_replaceable
-    from heatkv.profiling.report.tables import save_image_sheet, save_scas_heat_map
-    from heatkv.profiling.results.folder import ResultsFolder, check_replaceable, save_scas
+    from heatkv.profiling.results.artefacts import save_scas
+    from heatkv.profiling.results.folder import ResultsFolder, check_replaceable
 
     positive(samples=samples, images=images, draws=draws, repeats=repeats)
     if pictures is None:
@@ -104,10 +105,11 @@ def compare(
         )
     subjects = measurement.subjects(statistics, draws)
     folder = make_folder(out)
-    request = measurement.request(repeats) | {
-        "images": images, "pictures": pictures, "draws": draws, "samples_digest": measurement.samples(images),
-        "statistics": None if statistics is None else statistics.provenance.to_json(),
-    }  # fmt: skip
+    request = msgspec.structs.replace(
+        measurement.request(repeats), images=images, pictures=pictures, draws=draws,
+        samples_digest=measurement.samples(images),
+        statistics=None if statistics is None else statistics.provenance.to_json(),
+    )  # fmt: skip
     results = ResultsFolder(folder, model, settings, request, pictures)
     ranks = current()
     by_digest = measurement.by_comparison(subjects, images, pictures)
@@ -124,13 +126,13 @@ def compare(
         # alone, as others at work would colour times
         measurement.measure(lines, repeats, results)
 
-        def finish(digest: str, figures: dict[str, Any], pictures_of_batches: Any) -> None:
-            first = next(line for line in lines if line.row["comparison"] == digest)
-            drawn[digest] = torch.cat(pictures_of_batches)
+        def finish(digest: str, figures: Fidelity, pictures_B3HW: Any) -> None:
+            first = next(line for line in lines if line.row.comparison == digest)
+            drawn[digest] = pictures_B3HW
             results.save_pictures(measurement.files_name(first, lines), digest, drawn[digest])
             for line in lines:
-                if line.row["comparison"] == digest:
-                    line.row.update(figures)
+                if line.row.comparison == digest:
+                    line.row = line.row.updated(figures)
             results.save([line.row for line in lines])
             if ranks.size == 1:  # others may be writing parts
                 results.parts.remove(f"{digest}.")
@@ -138,9 +140,8 @@ def compare(
         missing = {digest: at for digest, at in by_digest.items() if digest not in drawn}
         ranks.gather(list(missing))
         _compare_all(measurement, missing, results, images, pictures, finish)
-    rows = [line.row for line in lines]
-    rows = [row | {"versus": difference} for row, difference in zip(rows, versus(rows), strict=True)]
-    for figure, reason in rows[0]["not_measured"].items():
+    rows = with_versus([line.row for line in lines])
+    for figure, reason in (rows[0].not_measured or {}).items():
         say(f"no {figure.upper()}: {reason}")
     for name, pictures_of in _sheets(measurement, lines, drawn).items():
         budget = pictures_of[1][2]
@@ -166,11 +167,11 @@ def _take_earlier(lines: Sequence[Line], results: ResultsFolder) -> _Drawn:
     drawn: _Drawn = {}
     count = 0
     for line in lines:
-        digest = line.row["comparison"]
-        earlier = results.earlier(digest)
+        digest = line.row.comparison
+        earlier = results.fidelity(digest)
         if earlier is not None:
             figures, drawn[digest] = earlier
-            line.row.update(figures)
+            line.row = line.row.updated(figures)
             count += 1
     if count:
         say(f"{count} of {len(lines)} comparisons were made before: taken from {results.path.parent}")
@@ -183,12 +184,19 @@ def _compare_all(
     results: ResultsFolder,
     images: int,
     pictures: int,
-    finish: Callable[[str, dict[str, Any], Any], None],
+    finish: Callable[[str, Fidelity, Any], None],
 ) -> None:
     """Compare the subjects, by the digests of their comparisons, with the full cache; `finish` is given figures and
     pictures of each. Several ranks share them batch by batch of images; every batch is kept when it is done."""
-    from heatkv.profiling.measure.fidelity import FidelityBench, drawings, image_batches, load_compared, save_compared
-    from heatkv.profiling.measure.runner import BatchComparison, fidelity_row
+    from heatkv.profiling.measure.fidelity import (
+        BatchComparison,
+        Compared,
+        FidelityBench,
+        drawings,
+        image_batches,
+        load_compared,
+        save_compared,
+    )
     from heatkv.profiling.results.folder import part_name
 
     ranks, batches = current(), image_batches(images)
@@ -231,14 +239,13 @@ def _compare_all(
                 name: str, path: Path, of: Mapping[str, tuple[str, int]] = of, by: BatchComparison = comparison
             ) -> None:
                 digest, index = of[name]
-                save_compared(path, by.of(subjects[digest][1], index), pictures)
+                save_compared(path, by.compare(subjects[digest][1], index), pictures)
 
             results.parts.fill(list(of), ranks.share_of(lacking, ranks.rank), make, ranks)
             for digest in group if ranks.first else ():
                 compared = [load_compared(results.parts.path(part_name(digest, samples))) for samples in batches]
-                of_plans = [bench.joined(of_plan) for of_plan in zip(*compared, strict=True)]
-                figures, details = fidelity_row(bench, subjects[digest][1], of_plans)
-                finish(digest, figures, details.pictures)
+                of_plans = [Compared.join(of_plan) for of_plan in zip(*compared, strict=True)]
+                finish(digest, bench.figures(of_plans), of_plans[0].pictures_P3HW)
 
 
 def _sheets(measurement: Measurement, lines: Sequence[Line], drawn: _Drawn) -> dict[str, list[tuple[str, Any, str]]]:
@@ -247,7 +254,7 @@ def _sheets(measurement: Measurement, lines: Sequence[Line], drawn: _Drawn) -> d
     full: dict[int, Any] = {}
     batch = measurement.points[0].batch
     for line in lines:
-        pictures, seed, subject = drawn[line.row["comparison"]], line.point.seed, line.subject
+        pictures, seed, subject = drawn[line.row.comparison], line.point.seed, line.subject
         if line.point.batch != batch:
             continue
         if subject.policy == "full":

@@ -37,7 +37,7 @@ def explain(
     Example: heatkv explain plan.json --statistics statistics.safetensors --out charts
     """
     from heatkv.profiling.analysis import explain as explaining
-    from heatkv.profiling.analysis import plan_report as report
+    from heatkv.profiling.analysis import plan_view as report
 
     told = load_plan(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
     if not isinstance(told, Plan):
@@ -89,7 +89,7 @@ def _names(plan: CachePlan) -> list[str]:
 def _explain_capacities(plan: CachePlan, statistics: Path | None, out: Path | None, as_json: bool) -> None:
     """What a dynamic policy may hold: which tokens these are is only known while images are drawn."""
     from heatkv.profiling.analysis import explain as explaining
-    from heatkv.profiling.analysis import plan_report as report
+    from heatkv.profiling.analysis import plan_view as report
 
     if statistics is not None:
         raise HeatKVError(
@@ -117,7 +117,7 @@ def _explain_capacities(plan: CachePlan, statistics: Path | None, out: Path | No
 
 def _draw(plan: Plan, scales: Any, heads: Any, names: list[str], folder: Path) -> list[Path]:
     """All charts of a plan, with a heat map for every level."""
-    from heatkv.profiling.analysis import plan_report as report
+    from heatkv.profiling.analysis import plan_view as report
     from heatkv.profiling.analysis.explain import full_use
 
     title = f"{plan.policy} at {plan.budget:.4g} of the cache of {plan.model or 'a model'}"

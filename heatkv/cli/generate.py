@@ -63,10 +63,10 @@ def generate(
 
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
-    from heatkv.engine.token_cache import check_cache
+    from heatkv.engine.open_cache import check_cache
     from heatkv.generation.graphs import check_has_graphs
     from heatkv.generation.loop import draw_batches
-    from heatkv.profiling.measure.runner import images_of_rows
+    from heatkv.profiling.measure.subjects import images_of_rows
 
     positive(count=count)
     following_on = following.follow_every is not None

@@ -38,8 +38,8 @@ def doctor(
 
     import torch
 
-    from heatkv.engine.attention import triton_kernels
-    from heatkv.engine.store import available_codings
+    from heatkv.engine.attention import triton_launch
+    from heatkv.engine.store import available_codes
     from heatkv.profiling.measure.environment import environment
     from heatkv.profiling.measure.perceptual import fid_weights, lpips_weights
 
@@ -52,17 +52,17 @@ def doctor(
     told = environment(where)
     mps = torch.backends.mps.is_available()
     facts = {
-        "heatkv": told["versions"]["heatkv"],
-        "python": told["versions"]["python"],
-        "torch": told["versions"]["torch"],
-        "device": f"{told['device_name']} ({told['device']})",
-        "threads": str(told["threads"]),
-        "1024^3 fp32 product, one thread": f"{told['matrix_product_1024_fp32_one_thread_ms']} ms",
+        "heatkv": told.versions["heatkv"],
+        "python": told.versions["python"],
+        "torch": told.versions["torch"],
+        "device": f"{told.device_name} ({told.device})",
+        "threads": str(told.threads),
+        "1024^3 fp32 product, one thread": f"{told.matrix_product_1024_fp32_one_thread_ms} ms",
         "CUDA graphs": "yes" if torch.cuda.is_available() else "no CUDA device",
         "mps": "yes" if mps else "no",
         "triton": extra("triton", "triton", "heatkv[triton]"),
-        "fused attention kernel": triton_kernels.supports(where, torch.bfloat16, 128) or "yes",
-        "8-bit storage": ", ".join(available_codings(where)),
+        "fused attention kernel": triton_launch.missing(where, torch.bfloat16, 128) or "yes",
+        "8-bit storage": ", ".join(available_codes(where)),
         "NVML": extra("pynvml", "nvidia-ml-py", "heatkv[nvml]"),
         "trace viewer": extra("torch_tb_profiler", "torch-tb-profiler", "heatkv[traces]; Perfetto needs nothing"),
         "torchmetrics": extra("torchmetrics", "torchmetrics", "heatkv[metrics]; SSIM, LPIPS and FID need it"),
@@ -75,9 +75,9 @@ def doctor(
         show(table, as_json, facts)
         return
     outcomes = _self_test(where)
-    data = {**facts, "self_test": [{"check": o.name, "passed": o.passed, "told": o.told} for o in outcomes]}
+    data = {**facts, "self_test": [{"check": o.name, "passed": o.passed, "detail": o.detail} for o in outcomes]}
     show(RenderGroup(table, _self_test_table(outcomes)), as_json, data)
-    if any(outcome.passed is False for outcome in outcomes):
+    if not all(outcome.passed for outcome in outcomes):
         raise typer.Exit(1)
 
 
@@ -95,8 +95,7 @@ def _self_test(device: torch.device) -> list[Outcome]:
 def _self_test_table(outcomes: list[Outcome]) -> Table:
     table = Table("check", "result", "what was seen", title="self-test")
     for outcome in outcomes:
-        result = {True: "passed", False: "FAILED", None: "not here"}[outcome.passed]
-        table.add_row(outcome.name, result, outcome.told)
+        table.add_row(outcome.name, "passed" if outcome.passed else "FAILED", outcome.detail)
     return table
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 from rich.table import Table
 
 from heatkv.cli.opening import (
@@ -39,13 +40,12 @@ from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
 from heatkv.registry import registered_policies
 
 if TYPE_CHECKING:
-    from heatkv.profiling.measure.runner import Subject
+    from heatkv.profiling.measure.subjects import Subject
     from heatkv.profiling.results.folder import ResultsFolder
+    from heatkv.profiling.results.row import Memory, Request, ResultRow
 
 
 DEFAULT_BUDGETS = "50%,30%,20%,10%"
-
-_Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Point:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Line:
     """A subject at a point, with the row of results that is being filled."""
 
     point: Point
     subject: Subject
-    row: dict[str, Any]
+    row: ResultRow
 
 
 class Measurement:
@@ -108,7 +108,7 @@ class Measurement:
 
     def _points(self, batches: Sequence[int] | None, seeds: Sequence[int]) -> list[Point]:
         """Every batch with every seed."""
-        from heatkv.profiling.measure.runner import images_of_rows
+        from heatkv.profiling.measure.subjects import images_of_rows
 
         each = self.settings.rows_per_image
         if batches is None:
@@ -169,7 +169,7 @@ class Measurement:
         return [(point, subject) for point, subjects in found.items() for subject in subjects]
 
     def _subjects_at(self, point: Point, statistics: Statistics | None, draws: int) -> list[Subject]:
-        from heatkv.profiling.measure.runner import Subject, plan_subjects
+        from heatkv.profiling.measure.subjects import Subject, plan_subjects
 
         subjects = plan_subjects(
             self.model, self.policies, self.budgets, statistics=statistics, rankings=self.rankings, rows=point.rows,
@@ -186,13 +186,13 @@ class Measurement:
             taken.add(subject.name)
         return subjects
 
-    def _foretold_elsewhere(self, subject: Subject) -> dict[str, None]:
-        """No KL is foretold for a guidance that it was not foretold for."""
-        own, told = self.settings.to_json()["cfg"], subject.plans[0].settings
-        if told.get("predicted_kl") is None or told.get("predicted_cfg", own) in (None, own):
-            return {}
-        say(f"{subject.name}: its KL was foretold for cfg {told['predicted_cfg']}, this run has {own}")
-        return {"predicted_kl": None}
+    def _predicted_kl(self, subject: Subject) -> float | None:
+        """None for a guidance that it was not foretold for."""
+        own, settings = self.settings.to_json()["cfg"], subject.plans[0].settings
+        if settings.get("predicted_kl") is None or settings.get("predicted_cfg", own) in (None, own):
+            return subject.plans[0].predicted_kl
+        say(f"{subject.name}: its KL was foretold for cfg {settings['predicted_cfg']}, this run has {own}")
+        return None
 
     def _comparison(self, point: Point, subject: Subject, images: int, pictures: int) -> str:
         from heatkv.profiling.results.folder import comparison_digest
@@ -228,39 +228,36 @@ class Measurement:
     ) -> list[Line]:
         """A line for every subject, with its bytes, and its memory and times where they were measured before; all plans
         are saved. With `resume` a run over other rows that was stopped is refused."""
-        from heatkv.profiling.measure.runner import bytes_row
-        from heatkv.profiling.measure.worker import why_failed
+        from heatkv.profiling.measure.runner import first_row, why_failed
         from heatkv.profiling.results.folder import measurement_digest
 
         lines, kept = [], [0, 0]
         for point, subject in subjects:
-            row: dict[str, Any] = {
-                "comparison": self._comparison(point, subject, images, pictures),
-                "measurement": measurement_digest(
+            make = partial(
+                first_row, self.model, subject, batch=point.batch, rows=point.rows, seed=point.seed,
+                comparison=self._comparison(point, subject, images, pictures),
+                measurement=measurement_digest(
                     self.model, self.settings, subject, seed=point.seed, batch=point.batch
                 ),
-                "batch": point.batch,
-                "seed": point.seed,
-            }
+            )  # fmt: skip
             try:
-                row |= bytes_row(self.model, subject, point.rows)
+                row = make()
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                row |= bytes_row(self.model, subject, point.rows, allocate=False)
-                row |= self._unmeasured(point, subject, why_failed(error))
-            row |= self._foretold_elsewhere(subject)
+                row = make(allocate=False).updated(self._unmeasured(point, subject, why_failed(error)))
+            row = replace(row, predicted_kl=self._predicted_kl(subject))
             memory = times = None
-            if row.get("error") is None:
-                memory = results.memory(row["measurement"], own=not self.in_process)
-                times = results.times(row["measurement"], repeats)
+            if row.error is None:
+                memory = results.memory(row.measurement, own=not self.in_process)
+                times = results.times(row.measurement, repeats)
             kept = [count + (found is not None) for count, found in zip(kept, (memory, times), strict=True)]
-            lines.append(Line(point, subject, row | (memory or {}) | (times or {})))
+            lines.append(Line(point, subject, row.updated(*(part for part in (memory, times) if part is not None))))
         if resume:
             results.check_stopped([line.row for line in lines])
         files = results.save_plans([subject for _, subject in subjects], [self.files_name(o, lines) for o in lines])
         for line, of_line in zip(lines, files, strict=True):
-            line.row["plans"] = of_line
+            line.row = replace(line.row, plans=of_line)
         for count, what in zip(kept, ("memory", "time"), strict=True):
             if count:
                 say(
@@ -271,86 +268,85 @@ class Measurement:
 
     def files_name(self, line: Line, lines: Sequence[Line]) -> str:
         """Of the subject and its point; batches share files where they share plans."""
-        first = next(other for other in lines if other.row["comparison"] == line.row["comparison"])
+        first = next(other for other in lines if other.row.comparison == line.row.comparison)
         alike = [o for o in lines if (o.subject.name, o.point.seed) == (line.subject.name, line.point.seed)]
-        several = len({other.row["comparison"] for other in alike}) > 1
+        several = len({other.row.comparison for other in alike}) > 1
         return f"{line.subject.name}{self.point_name(first.point, batch=several)}"
 
     def measure(self, lines: Sequence[Line], repeats: int, results: ResultsFolder, snapshot: bool = False) -> None:
         """Add memory and times to the rows that lack them, saving each."""
-        rows = [line.row for line in lines]
-        results.save(rows)
-        paths = {id(line): self._snapshot_path(line, results.path.parent) if snapshot else None for line in lines}
+        results.save([line.row for line in lines])
+        paths = {id(line): self._snapshot_path(line, results.folder) if snapshot else None for line in lines}
         missing = [
             line for line in lines
-            if not {"memory", "error"} & line.row.keys()
+            if (line.row.memory is None and line.row.error is None)
             or ((path := paths[id(line)]) is not None and not path.exists())
         ]  # fmt: skip
         with progress("measuring memory", len(missing)) as advance:
             for line in missing:
-                line.row.update(self._memory(line, results.path.parent, paths[id(line)]))
-                results.save(rows)
+                line.row = line.row.updated(self._memory(line, paths[id(line)]))
+                results.save([line.row for line in lines])
                 advance(1)
         self._time(lines, repeats, results)
 
     def _snapshot_path(self, line: Line, folder: Path) -> Path:
         return folder / f"snapshot_{file_name(line.subject.name)}{self.point_name(line.point)}.pickle"
 
-    def _memory(self, line: Line, folder: Path, snapshot: Path | None) -> dict[str, Any]:
+    def _memory(self, line: Line, snapshot: Path | None) -> Memory:
         """In a process of its own, or quickly in this one; the allocator's history goes to `snapshot`."""
-        from heatkv.profiling.measure.memory import record_snapshots, save_snapshot
-        from heatkv.profiling.measure.runner import memory_row, subject_memory
-        from heatkv.profiling.measure.worker import Job, measure_apart, why_failed
-
-        point, subject = line.point, line.subject
-        if self.in_process:
-            if snapshot is not None:
-                record_snapshots()
-            try:
-                found = memory_row(subject_memory(self.model, subject, point.batch, self.settings, seed=point.seed))
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                return self._unmeasured(point, subject, why_failed(error))
-            if snapshot is not None:
-                save_snapshot(snapshot)
-            return found
         import torch
 
-        running = self.running
-        job = Job(
-            load_arguments(self.source, running), self.model.fingerprint, running.cfg, point.batch, point.seed,
-            running.storage, running.attention, torch.get_num_threads(), line.row["measurement"],
-            None if snapshot is None else str(snapshot.absolute()), running.deterministic,
-        )  # fmt: skip
-        found = measure_apart(folder, job, subject.plans[0])
-        return found if found["error"] is None else self._unmeasured(point, subject, found["error"])
+        from heatkv.profiling.measure.memory import record_snapshots, save_snapshot
+        from heatkv.profiling.measure.runner import subject_memory, why_failed
+        from heatkv.profiling.measure.worker import Job, measure_in_new_process
 
-    def _unmeasured(self, point: Point, subject: Subject, error: str) -> dict[str, Any]:
+        point, subject = line.point, line.subject
+        if not self.in_process:
+            job = Job(
+                load_arguments(self.source, self.running), self.model.fingerprint, self.settings,
+                subject.plans[0].to_json(), subject.storage, subject.attention, point.batch, point.seed,
+                torch.get_num_threads(), snapshot, self.running.deterministic,
+            )  # fmt: skip
+            memory = measure_in_new_process(job)
+            return memory if memory.error is None else self._unmeasured(point, subject, memory.error)
+        if snapshot is not None:
+            record_snapshots()
+        try:
+            memory = subject_memory(self.model, subject, point.batch, self.settings, seed=point.seed)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return self._unmeasured(point, subject, why_failed(error))
+        if snapshot is not None:
+            save_snapshot(snapshot)
+        return memory
+
+    def _unmeasured(self, point: Point, subject: Subject, error: str) -> Memory:
+        from heatkv.profiling.results.row import Memory
+
         say(f"{subject.name}{self.point_name(point).replace('_', ' ')} was not measured: {error}")
-        return {"error": error}
+        return Memory(error=error)
 
     def _time(self, lines: Sequence[Line], repeats: int, results: ResultsFolder) -> None:
         """Times of what could be drawn and has none, in turns with all others of its point."""
         from heatkv.profiling.measure.environment import timing_machine
-        from heatkv.profiling.measure.runner import latency_row, measure_latency
-        from heatkv.profiling.measure.worker import why_failed
+        from heatkv.profiling.measure.runner import measure_latency, why_failed
 
-        missing = [line for line in lines if "latency_ms" not in line.row and line.row.get("error") is None]
+        missing = [line for line in lines if line.row.latency_ms is None and line.row.error is None]
         runs = len(missing) * repeats * (2 if self.model.device.type == "cuda" else 1)
         with progress("timing", runs) as advance:
             for point in self.points:
                 untimed = [line for line in missing if line.point == point]
                 if not untimed:
                     continue
-                timed = datetime.now(UTC).isoformat(timespec="milliseconds")
-                machine, busy = timing_machine(self.model.device)
-                if busy:
-                    say(f"warning: the machine is busy ({', '.join(busy)}); times will be too long and spread")
+                machine = timing_machine(self.model.device)
+                if machine.load is not None and machine.load.reasons:
+                    busy = ", ".join(machine.load.reasons)
+                    say(f"warning: the machine is busy ({busy}); times will be too long and spread")
                 try:
-                    measured = measure_latency(
-                        self.model, [line.subject for line in untimed], rows=point.rows, settings=self.settings,
-                        repeats=repeats, seed=point.seed, progress=lambda: advance(1),
+                    times, no_graphs = measure_latency(
+                        self.model, [line.subject for line in untimed], batch=point.batch, settings=self.settings,
+                        repeats=repeats, machine=machine, seed=point.seed, progress=lambda: advance(1),
                     )  # fmt: skip
                 except Exception as error:
                     if not out_of_memory(error):
@@ -358,10 +354,9 @@ class Measurement:
                     say(f"{point.batch} images of {len(untimed)} policies were not timed: {why_failed(error)}")
                     continue
                 for line in untimed:
-                    timing = measured[line.subject.name]
-                    line.row.update(latency_row(timing) | {"timed": timed, "timing_machine": machine})
-                    if timing.no_graphs is not None:
-                        say(f"{line.subject.name} has no time with graphs: {timing.no_graphs}")
+                    line.row = line.row.updated(times[line.subject.name])
+                for name, reason in no_graphs.items():
+                    say(f"{name} has no time with graphs: {reason}")
                 results.save([line.row for line in lines])
 
     @property
@@ -382,13 +377,16 @@ class Measurement:
         of_seeds = {str(seed): samples_digest(self.model, seed_after(seed), images) for seed in self.seeds}
         return of_seeds if len(of_seeds) > 1 else next(iter(of_seeds.values()))
 
-    def request(self, repeats: int) -> dict[str, Any]:
+    def request(self, repeats: int) -> Request:
         """What was asked for, as results tell it."""
-        return ({"seed": self.seeds[0]} if len(self.seeds) == 1 else {}) | {
-            "seeds": self.seeds,
-            "batches": list(dict.fromkeys(point.batch for point in self.points)),
-            "repeats": repeats,
-        }
+        from heatkv.profiling.results.row import Request
+
+        return Request(
+            seed=self.seeds[0] if len(self.seeds) == 1 else None,
+            seeds=tuple(self.seeds),
+            batches=tuple(dict.fromkeys(point.batch for point in self.points)),
+            repeats=repeats,
+        )
 
 
 def _axes(sweep: Sweep, running: Running) -> tuple[list[int] | None, list[int]]:
@@ -434,7 +432,7 @@ def told_when_stopped(results: ResultsFolder) -> Iterator[None]:
 
 def finish_results(
     results: ResultsFolder,
-    rows: _Rows,
+    rows: Sequence[ResultRow],
     title: str,
     as_json: bool,
     report: bool = False,
@@ -450,5 +448,9 @@ def finish_results(
         draw_report([results.path.parent], results.path.parent)
     for table in before() if not as_json else ():
         show(table, False, None)
-    show(results_table(rows, title), as_json, read_json(results.path) if as_json else None)
+    show(
+        results_table([msgspec.to_builtins(row) for row in rows], title),
+        as_json,
+        read_json(results.path) if as_json else None,
+    )
     say(f"written: {results.path.parent}")

@@ -23,7 +23,7 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import seed_of, shown
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import CODES, DTYPES, StorageType
-from heatkv.engine.token_cache import policy_of
+from heatkv.engine.open_cache import policy_of
 from heatkv.engine.watch import run_deterministically
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
 from heatkv.models.base import ImageModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,6 +33,9 @@ from heatkv.errors import BudgetError, FormatError, HeatKVError
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.heatkv import HeatKV
+
+if TYPE_CHECKING:
+    from heatkv.profiling.analysis.fit import Fit
 
 DEFAULT_POLICY = "heatkv"
 
@@ -162,7 +165,7 @@ def fit(
 
     Example: heatkv fit --model infinity-8b --memory 40GiB --batch 4
     """
-    from heatkv.profiling.analysis.fit import Fit, Footprint, footprint, largest_batch, largest_share, parse_memory
+    from heatkv.profiling.analysis.fit import Fit, footprint, largest_batch, largest_share, parse_memory
 
     available, info, dtype = parse_memory(memory), model_info(model), known_dtype(dtype)
     guided, shape = is_guided(info, cfg), parse_ratio(ratio)
@@ -180,101 +183,55 @@ def fit(
             f"budget {float(problem.share):.3g} ({problem.budget}) holds no token of any head; one is "
             f"{1 / problem.geometry.full_token_heads:.3g} of the full cache, so raise it"
         )
-    asked = None if budget is None else problem.share
-
-    def measure(images: int, **changed: Any) -> Footprint:
-        given = {
-            "size": size,
-            "dtype": dtype,
-            "storage": storage,
-            "text_encoder": text_encoder,
-            "guided": guided,
-        } | changed
-        return footprint(info, images, ratio=shape, **given)
-
-    def least(size: str | None) -> Fraction:
-        """The share that the sinks need."""
-        schedule = info.schedule(size, shape)
-        return Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
-
-    if asked is None:
-        found = largest_share(measure(1 if batch is None else batch), available, least(size))
+    schedule = problem.geometry.schedule
+    least = Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
+    taken = footprint(
+        info, 1 if batch is None else batch, size=size, ratio=shape, dtype=dtype, storage=storage, guided=guided,
+        text_encoder=text_encoder,
+    )  # fmt: skip
+    if budget is None:
+        found = largest_share(taken, available, least)
+        answer = "the full cache fits" if found.share == 1 else f"the largest budget is {_percent(found.share)}"
     else:
-        found = largest_batch(measure(1), available, asked)
-    taken = found.taken
-
-    def ways_out() -> list[str]:
-        """The changes of one option that make it fit."""
-
-        def fits(size: str | None = size, **changed: Any) -> bool:
-            share = least(size) if asked is None else asked
-            return Fit(measure(taken.images, size=size, **changed), available, share).fits
-
-        ways = []
-        fewer = largest_batch(measure(1), available, found.share)
-        if fewer.fits:
-            ways.append(f"--batch {fewer.taken.images}")
-        lower = largest_share(measure(1), available, least(size))
-        if asked is not None and lower.fits:
-            ways.append(f"--budget {_percent(lower.share)}")
-        smaller = info.sizes[info.sizes.index(info.default_size if size is None else size.removesuffix("px")) + 1 :]
-        ways += [f"--size {size}" for size in smaller if problem.budget.kind == "share" and fits(size)][:1]
-        if guided and fits(guided=False):
-            ways.append("--cfg 1" if info.family == "infinity" else "--cfg 0")
-        if dtype == "float32" and fits(dtype="bfloat16"):
-            ways.append("--dtype bfloat16")
-        if storage is None and fits(storage="int8"):
-            ways.append("--storage int8")
-        if taken.text_encoder and fits(text_encoder=False):
-            ways.append("--no-text-encoder, with prompts encoded elsewhere")
-        return ways
-
-    percent, sinks = _percent(found.share), Fit(taken, available, least(size)).cache
+        found = largest_batch(taken, available, problem.share)
+        answer = f"the largest batch is {found.taken.images}"
+    taken, sinks = found.taken, Fit(found.taken, available, least).cache
     facts = {
-        "model": model, "memory_bytes": available, "images": taken.images, "rows": taken.rows,
-        "dtype": dtype, "storage": problem.storage,
-        "schedule": str(problem.geometry.schedule), "transformer_bytes": taken.transformer,
-        "decoder_bytes": taken.decoder, "text_encoder_bytes": taken.text_encoder, "prompt_bytes": taken.prompt,
-        "working_bytes": taken.working, "attention_bytes": taken.attention, "full_cache_bytes": taken.full_cache,
-        "sink_scales": policy.sink_scales,
-        "sinks_bytes": sinks, "budget": float(found.share), "cache_bytes": found.cache, "total_bytes": found.total,
-        "fits": found.fits, "left_bytes": max(0, available - found.total), "missing_bytes": found.missing,
+        "model": model, "memory_bytes": available, "images": taken.images, "rows": taken.rows, "dtype": dtype,
+        "storage": problem.storage, "schedule": str(schedule), **_fit_bytes(found, sinks),
+        "sink_scales": policy.sink_scales, "budget": float(found.share), "fits": found.fits,
+        "left_bytes": max(0, available - found.total), "missing_bytes": found.missing,
         "least_memory_bytes": taken.without_cache + sinks,
     }  # fmt: skip
-    told = {
-        "transformer": taken.transformer,
-        "decoder of codes": taken.decoder,
-        "text encoder": taken.text_encoder,
-        "classes or prompts (longest)": taken.prompt,
-        "working memory (peak)": taken.working,
-        "attention: tables, gathered heads": taken.attention,
-        "cache, full": taken.full_cache,
-        f"cache of the {policy.sink_scales} sink scales": sinks,
-        f"cache at {percent}": found.cache,
-        "total with that": found.total,
-        "left" if found.fits else "missing": abs(available - found.total),
-    }
+    names = (
+        "transformer", "decoder of codes", "text encoder", "classes or prompts (longest)", "working memory (peak)",
+        "attention: tables, gathered heads", "cache, full", f"cache of the {policy.sink_scales} sink scales",
+        f"cache at {_percent(found.share)}", "total with that", "left" if found.fits else "missing",
+    )  # fmt: skip
+    sizes = (*_fit_bytes(found, sinks).values(), abs(available - found.total))
     title = f"{model} in {memory}: {taken.images} at once, {problem.storage}"
-    table = pairs(title, ("what", "GiB"), {name: f"{value / 2**30:.3f}" for name, value in told.items()})
-    if not found.fits:
-        answer = "it does not fit"
-    elif asked is not None:
-        answer = f"the largest batch is {taken.images}"
-    else:
-        answer = "the full cache fits" if found.share == 1 else f"the largest budget is {percent}"
+    gib = {name: f"{size / 2**30:.3f}" for name, size in zip(names, sizes, strict=True)}
+    table = pairs(title, ("what", "GiB"), gib)
+    answer = answer if found.fits else "it does not fit"
     table.caption = f"{answer}; from shapes (docs/fit.md), without the driver's own memory and fragmentation"
     say_template(model, ratio)
-    if found.fits:
-        show(table, as_json, facts)
-        return
-    ways = ways_out()
-    show(table, as_json, facts | {"would_fit": ways})
-    held = f"at {percent}" if asked is not None else f"of the {policy.sink_scales} sink scales alone"
-    raise HeatKVError(
-        f"{available / 2**30:.2f} GiB do not hold a batch of {taken.images} of {model}: with the cache {held} it takes "
-        f"{found.total / 2**30:.2f} GiB; "
-        + (f"what fits: {', or '.join(ways)}" if ways else "no other batch, size or type fits")
-    )
+    show(table, as_json, facts)
+    if not found.fits:
+        held = f"of the {policy.sink_scales} sink scales alone" if budget is None else f"at {_percent(found.share)}"
+        raise HeatKVError(
+            f"{available / 2**30:.2f} GiB do not hold a batch of {taken.images} of {model}: with the cache {held} it "
+            f"takes {found.total / 2**30:.2f} GiB"
+        )
+
+
+def _fit_bytes(found: Fit, sinks: int) -> dict[str, int]:
+    taken = found.taken
+    return {
+        "transformer_bytes": taken.transformer, "decoder_bytes": taken.decoder,
+        "text_encoder_bytes": taken.text_encoder, "prompt_bytes": taken.prompt, "working_bytes": taken.working,
+        "attention_bytes": taken.attention, "full_cache_bytes": taken.full_cache, "sinks_bytes": sinks,
+        "cache_bytes": found.cache, "total_bytes": found.total,
+    }  # fmt: skip
 
 
 def _percent(share: Fraction) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.table import Table
 
@@ -55,8 +56,7 @@ def profile(
     """
     from heatkv.profiling.measure.memory import check_snapshots
     from heatkv.profiling.measure.trace import has_trace, save_trace
-    from heatkv.profiling.report.latency_table import latency_table
-    from heatkv.profiling.report.memory_table import memory_table
+    from heatkv.profiling.report.tables import latency_table, memory_table
     from heatkv.profiling.results.folder import ResultsFolder, check_replaceable
 
     positive(repeats=repeats)
@@ -82,9 +82,10 @@ def profile(
     rows = [line.row for line in lines]
 
     def tables() -> list[Table]:
+        records = [msgspec.to_builtins(row) for row in rows]
         return [
-            memory_table(rows, f"{model.name}: memory on {model.device}"),
-            latency_table(rows, f"{measurement.title}, {model.device}: time"),
+            memory_table(records, f"{model.name}: memory on {model.device}"),
+            latency_table(records, f"{measurement.title}, {model.device}: time"),
         ]
 
     finish_results(results, rows, f"{measurement.title}, {model.device}", as_json, before=tables)

@@ -50,6 +50,7 @@ class CapacityPlan(CachePlan):
 
     @property
     def held(self) -> IntArray:
+        """Past tokens that every head holds for every target, (L, H, T)."""
         return self.capacity
 
     def had_no_effect(self) -> bool:

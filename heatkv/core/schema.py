@@ -52,22 +52,22 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def integer_array(value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError]) -> IntArray:
     """A read-only copy of whole numbers of this shape, from an array or nested lists. Raises `error` for others."""
-    return fixed(_array(value, shape, name, error, np.integer, "whole numbers").astype(np.int64))
+    return fixed(_array(value, shape, name, error, "iu", "whole numbers").astype(np.int64))
 
 
 def float_array(value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError]) -> FloatArray:
     """A read-only float64 copy of numbers of this shape, from an array or nested lists. Raises `error` for others."""
-    return fixed(_array(value, shape, name, error, np.number, "numbers").astype(np.float64))
+    return fixed(_array(value, shape, name, error, "iuf", "numbers").astype(np.float64))
 
 
 def _array(
-    value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError], kind: type[np.number[Any]], what: str
+    value: Any, shape: tuple[int, ...], name: str, error: type[HeatKVError], kinds: str, what: str
 ) -> NDArray[Any]:
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):
         raise error(f"{name} is no regular array; it must be {what} of shape {shape}") from None
-    if array.shape != shape or not np.issubdtype(array.dtype, kind):
+    if array.shape != shape or array.dtype.kind not in kinds:
         raise error(f"{name} is {array.dtype} of shape {array.shape}; it must be {what} of shape {shape}")
     return array
 
@@ -78,36 +78,16 @@ def fixed(array: NDArray[Any]) -> NDArray[Any]:
     return array
 
 
-class _Shortened(reprlib.Repr):
-    """repr() of the beginning of a value, so that showing it takes no more than the line it is shown in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel = 8
-        self.maxtuple = self.maxlist = self.maxarray = self.maxdict = self.maxset = self.maxfrozenset = _LONGEST
-        self.maxdeque = self.maxother = self.maxstring = self.maxlong = 4 * _LONGEST
-
-    def repr_int(self, value: int, level: int) -> str:
-        if value.bit_length() < 10_000:  # Python refuses to write out more than 4300 digits
-            return super().repr_int(value, level)
-        return f"a whole number of {value.bit_length()} bits"
-
-
-_SHORTENED = _Shortened()
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 8
+_REPR.maxtuple = _REPR.maxlist = _REPR.maxdict = _REPR.maxset = _REPR.maxfrozenset = _LONGEST
+_REPR.maxother = _REPR.maxstring = _REPR.maxlong = 4 * _LONGEST
 
 
 def shown(value: Any) -> str:
     """A value in one line, cut where it is long."""
-    text = " ".join(_SHORTENED.repr(value).split())
+    text = " ".join(_REPR.repr(value).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-
-
-def written_out(value: Any) -> str:
-    """str(value); whole numbers of more digits than Python writes out are described."""
-    try:
-        return str(value)
-    except ValueError:
-        return shown(value)
 
 
 def as_whole(value: Any) -> int | None:
@@ -190,12 +170,6 @@ def _range(least: float | None, most: float | None) -> str:
     if least is None:
         return "" if most is None else f" of at most {most}"
     return f" of at least {least}" if most is None else f" from {least} to {most}"
-
-
-def of_kind(value: Any, kind: type | tuple[type, ...], name: str, error: type[HeatKVError], way_out: str) -> None:
-    """Raise unless the value is an instance of `kind`; `way_out` says how to get one."""
-    if not isinstance(value, kind):
-        raise error(f"{name} is {shown(value)}; {way_out}")
 
 
 class EqualByContents:

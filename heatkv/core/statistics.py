@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
@@ -216,13 +217,9 @@ class LevelStatistics(SampleSums):
 
     def header(self) -> dict[str, Any]:
         """What a statistics file says of them."""
-        return {
-            "cost": self.cost,
-            "sink_scales": self.choices.sink_scales,
-            "joint": self.choices.joint,
-            "samples": list(self.samples),
-            "bias_samples": list(self.bias_samples),
-        }
+        choices, samples = self.choices, list(self.samples)
+        names = {"cost": self.cost, "sink_scales": choices.sink_scales, "joint": choices.joint}
+        return names | {"samples": samples, "bias_samples": list(self.bias_samples)}
 
     @classmethod
     def from_file(
@@ -264,14 +261,9 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "cfg": self.cfg,
-            "settings": dict(self.settings),
-            "samples": list(self.samples),
-            "versions": dict(self.versions),
-        }
+        """As in the header of a statistics file."""
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        return fields
 
 
 class _Header(Struct):
@@ -322,10 +314,12 @@ class Statistics(SampleSums):
         return self.provenance.samples
 
     def sums(self) -> dict[str, FloatArray]:
+        """What was measured, summed over samples, by the names in files."""
         return {name: array for name in _AXES if (array := getattr(self, name)) is not None}
 
     def with_sums(self, sums: Mapping[str, FloatArray], samples: tuple[str, ...]) -> Statistics:
-        return replace(self, provenance=replace(self.provenance, samples=samples), **sums)
+        """The same with other sums, over other samples; the level costs stay."""
+        return replace(self, provenance=replace(self.provenance, samples=samples), **sums)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ means
 

@@ -1,60 +1,70 @@
 """The arena cache: one buffer for all layers, as large as the plan's peak, behind the one verb `attend`.
 
 Cells that a plan holds at a coarser level are made from the finer one when its last reader is done, within the budget.
-Shapes: R rows, H heads, N tokens of the running scale, D head size, P arena slots, I members of a pooled token.
+Shapes: R rows, H heads, N tokens of the running scale, D head size, I members of a pooled token.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.core.levels import level_tokens
+from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
-from heatkv.core.schema import of_kind, shown, whole
-from heatkv.engine.attention.grouping import CallShape
+from heatkv.core.schema import shown, whole
+from heatkv.core.storage_type import STORAGE_BYTES
 from heatkv.engine.attention.kernels import choose_kernel
-from heatkv.engine.attention.pooling import Reduction
-from heatkv.engine.layout import ArenaLayout, Run
+from heatkv.engine.layout import ArenaLayout
 from heatkv.engine.spans import ATTENTION, CACHE_UPDATE, span
-from heatkv.engine.store import Places, Store, known_device
+from heatkv.engine.steps import LayerStep, PlanSteps
+from heatkv.engine.store import Store, check_code
 from heatkv.engine.watch import Watch
 from heatkv.errors import PlanError
 
-IntArray = NDArray[np.int64]
 
-COMPUTE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Types that keys and values can be held in as they are."""
+class Turn:
+    """Which call of attention is due: the layers of a scale one after the other, then those of the next scale.
 
-
-@dataclass(frozen=True)
-class Pooling:
-    """Tokens of a coarser level to write at `slots`: made of held ones, or of new ones by their place in (H * N)."""
-
-    members: Places | Tensor
-    reduction: Reduction
-    slots: Places
-
-
-@dataclass(frozen=True)
-class LayerStep:
-    """What one layer does at one target scale: whom it reads, and what it keeps where.
-
-    `reads` and `kept` are what the attention kernel prepared, the second for heads that keep their new tokens whole,
-    None where no head does; `pooled_new` are made from new tokens, `pooled_held` from held ones.
+    `rows` is 0 until it is known; a cache knows it from the start.
     """
 
-    reads: Any
-    kept: Any
-    pooled_new: Pooling | None
-    pooled_held: Pooling | None
+    def __init__(self, geometry: CacheGeometry, rows: int = 0) -> None:
+        self.geometry, self.rows = geometry, rows
+        self.target, self.layer = 0, 0
+
+    def restart(self) -> None:
+        """Expect the first call of new images."""
+        self.target, self.layer = 0, 0
+
+    @property
+    def done(self) -> bool:
+        """Whether all scales have run in all layers."""
+        return self.target == len(self.geometry.schedule)
+
+    def check(self, layer: int, rows: int, tokens: int) -> None:
+        """Raise PlanError unless a call of this layer, with so many rows and tokens of the scale, is due."""
+        if self.done or layer != self.layer:
+            raise PlanError(
+                f"attend was called for layer {layer} when layer {self.layer} of scale {self.target} was due; "
+                "call reset() before new images"
+            )
+        expected = (self.rows or rows, self.geometry.schedule.tokens[self.target])
+        if (rows, tokens) != expected:
+            raise PlanError(
+                f"{rows} rows of {tokens} tokens arrived in layer {layer} of scale {self.target}; the plan's schedule "
+                f"and these images need {expected[0]} of {expected[1]}"
+            )
+
+    def advance(self) -> None:
+        """Go on to the call that is due next."""
+        self.layer += 1
+        if self.layer == self.geometry.layers:
+            self.target, self.layer = self.target + 1, 0
 
 
 class ArenaCache(ABC):
@@ -62,8 +72,13 @@ class ArenaCache(ABC):
 
     A model calls `attend(layer, q, k, v)`, layer by layer and scale by scale; the cache counts the scales itself.
     Slots are read only after they were written for the running images, so neither a pad nor a leftover can be seen.
-    Raises PlanError when it is called in another order, with another shape than the plan's, or in several dtypes.
     """
+
+    wants_input = False
+    """Whether the model must call `see_input` before every `attend`."""
+
+    _steps: Any
+    """What every target and layer does: nested sequences and dataclasses of tensors."""
 
     def __init__(
         self,
@@ -73,23 +88,19 @@ class ArenaCache(ABC):
         rows: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        storage: str | None,
+        code: str | None,
+        attention: str,
     ) -> None:
-        of_kind(dtype, torch.dtype, "dtype", PlanError, "give a type of torch, such as torch.float32")
-        if dtype not in COMPUTE_TYPES:
-            known = ", ".join(str(kind) for kind in COMPUTE_TYPES)
-            raise PlanError(f"dtype {dtype} cannot hold keys and values; known: {known}; for 8 bits, give storage")
+        if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in STORAGE_BYTES:
+            raise PlanError(f"dtype {shown(dtype)} cannot hold keys and values; use torch.float32 or torch.bfloat16")
+        device = torch.device(device)
+        check_code(code, device)
         self.geometry = plan.geometry
         self.rows = whole(rows, "rows", PlanError, 1)
-        self.store = Store(
-            self.rows, slots, plan.geometry.head_dim, dtype, known_device(device), storage, uncoded_slots
-        )
-        self.watch = Watch(plan.geometry, self.rows, dtype, self.store.device)
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes of the real storage of all that is held, with the scales of coded tokens."""
-        return storage_bytes(self.held)
+        self.turn = Turn(plan.geometry, self.rows)
+        self.store = Store(self.rows, slots, plan.geometry.head_dim, dtype, device, code, uncoded_slots)
+        self.kernel = choose_kernel(attention, self.store)
+        self.watch = Watch(plan.geometry, self.rows, dtype, device)
 
     @property
     def held(self) -> tuple[Tensor, ...]:
@@ -97,14 +108,14 @@ class ArenaCache(ABC):
         return self.store.buffers
 
     @property
-    def tables(self) -> list[Tensor]:
-        """The tensors that say what is read and written where."""
-        return tensors_in(self._prepared())
+    def allocated_bytes(self) -> int:
+        """Bytes of the real storage of all that is held, with the scales of coded tokens."""
+        return storage_bytes(self.held)
 
     @property
-    def attention(self) -> str:
-        """The name of the attention kernel that runs."""
-        return "ragged"
+    def tables(self) -> list[Tensor]:
+        """The tensors that say what is read and written where."""
+        return tensors_in(self._steps)
 
     @property
     def index_bytes(self) -> int:
@@ -112,9 +123,14 @@ class ArenaCache(ABC):
         return storage_bytes(self.tables)
 
     @property
+    def attention(self) -> str:
+        """The name of the attention kernel that runs."""
+        return self.kernel.name
+
+    @property
     def workspace_bytes(self) -> int:
         """Bytes that attention keeps beside the arena to work in."""
-        return 0
+        return self.kernel.workspace_bytes
 
     @property
     def current_bytes(self) -> int:
@@ -124,64 +140,40 @@ class ArenaCache(ABC):
         tokens = max(geometry.schedule.tokens)
         return 2 * self.rows * geometry.heads * tokens * geometry.head_dim * self.store.dtype.itemsize
 
-    @abstractmethod
-    def _prepared(self) -> Any:
-        """All that was prepared for the plan: nested sequences and dataclasses of tensors."""
-
     def reset(self) -> None:
         """Start the next images; nothing that is held needs clearing."""
-        self._target, self._next_layer = 0, 0
+        self.turn.restart()
         self.watch.clear()
+
+    def see_input(self, layer: int, attention_input_RNW: Tensor) -> None:
+        """What the next layer's queries, keys and values are made from; only a cache that `wants_input` looks at it."""
+        del layer, attention_input_RNW
 
     def check(self, images: int | None = None) -> None:
         """Call this when images are done; it waits for the device.
 
         Raises NumericsError when a query, key or value was not finite, and names the first one; with `images`, the
-        number of them, its row is told as one of theirs.
+        number of them, its row is named as one of theirs.
         """
-        found = self.watch.first(images)
-        if found is not None:
-            raise found[1]
+        broken = self.watch.first(images)
+        if broken is not None:
+            raise broken[1]
 
     def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         """Attention over what the plan still holds plus the current scale; then drop, then write what is kept.
 
         q, k, v are (R, H, N, D) in one dtype, q already scaled, k as it is to be cached (normalised, rotated).
-        Returns (R, H, N, D). Raises PlanError for another layer than the next, another shape, or several dtypes.
+        Returns (R, H, N, D). Raises PlanError for another layer than the next, and other rows or tokens than expected.
         """
-        geometry = self.geometry
-        if layer != self._next_layer or self._target >= len(geometry.schedule):
-            raise PlanError(
-                f"attend was called for layer {layer} when layer {self._next_layer} of scale {self._target} was due; "
-                "call reset() before new images"
-            )
-        expected = (self.rows, geometry.heads, geometry.schedule.tokens[self._target], geometry.head_dim)
-        for name, x in (("v", v_RHND), ("q", q_RHND), ("k", k_RHND)):
-            if not isinstance(x, Tensor):
-                raise PlanError(f"{name} of layer {layer}, scale {self._target} is {shown(x)}; it must be a tensor")
-            if not x.dtype.is_floating_point:
-                raise PlanError(f"{name} is of {x.dtype}; attention is over floating-point numbers")
-            if x.dtype != v_RHND.dtype:
-                raise PlanError(f"{name} is of {x.dtype}, v of {v_RHND.dtype}; give q, k and v in one type")
-            if x.shape != expected:
-                raise PlanError(
-                    f"{name} of layer {layer}, scale {self._target} is {tuple(x.shape)}; the plan needs (rows, heads, "
-                    f"tokens, head_dim) = {expected}"
-                )
-        self.watch.see(self._target, layer, q_RHND, k_RHND, v_RHND)
+        self.turn.check(layer, v_RHND.shape[0], v_RHND.shape[2])
+        self.watch.see(self.turn.target, layer, q_RHND, k_RHND, v_RHND)
         out = self._run(layer, q_RHND, k_RHND, v_RHND)
-        self._advance()
+        self.turn.advance()
         return out
-
-    def _advance(self) -> None:
-        """Go on to the call that is due next."""
-        self._next_layer += 1
-        if self._next_layer == self.geometry.layers:
-            self._target, self._next_layer = self._target + 1, 0
 
     @abstractmethod
     def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
-        """What `attend` gives, after which the cache holds what the next target reads."""
+        """What `attend` returns, after which the cache holds what the next target reads."""
 
 
 class KVCache(ArenaCache):
@@ -189,7 +181,7 @@ class KVCache(ArenaCache):
 
     Dropping is free: a slot whose last reader is done is overwritten by its next owner. `key_angles` are, for models
     that rotate keys, the angles of every token, (N, D/2) per scale; a plan with coarse cells needs them to pool.
-    `storage` is "int8" or "fp8" for 8-bit codes, sinks excepted, and None for the compute type; `attention` names the
+    `code` is "int8" or "fp8" for 8-bit codes, sinks excepted, and None for the compute type; `attention` names the
     kernel, "ragged", "triton", or "auto" for the one that suits the device. Raises PlanError for what cannot run here.
     """
 
@@ -200,154 +192,58 @@ class KVCache(ArenaCache):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         key_angles: Sequence[Tensor] | None = None,
-        storage: str | None = None,
+        code: str | None = None,
         attention: str = "auto",
     ) -> None:
-        of_kind(plan, Plan, "plan", PlanError, "make one with model.plan, or load one with Plan.load")
-        if key_angles is not None and (not isinstance(key_angles, Sequence) or len(key_angles) != len(plan.schedule)):
-            raise PlanError(f"key_angles is {shown(key_angles)}; give one tensor (N, D/2) per scale, or none")
-        self.plan = plan
-        self.key_angles = key_angles
-        self.layout = ArenaLayout.of(plan, storage is not None)
-        slots, uncoded = self.layout.slots, self.layout.uncoded_slots
-        super().__init__(plan, slots, uncoded, rows, dtype, device, storage)
-        self.kernel = choose_kernel(attention, self.store)
-        self._steps = self._prepare()
+        self.plan, self.key_angles = plan, key_angles
+        self.layout = ArenaLayout.for_plan(plan, code is not None)
+        super().__init__(plan, self.layout.slots, self.layout.uncoded_slots, rows, dtype, device, code, attention)
+        self._steps: list[list[LayerStep]] = self._prepare()
         self.reset()
 
     def _prepare(self) -> list[list[LayerStep]]:
-        plan, device = self.plan, self.store.device
-        layers, heads = plan.geometry.layers, range(plan.geometry.heads)
-        biases = [None, *(cells.log_bias for cells in plan.coarse)]
-        none = np.zeros(0, dtype=np.int64)
-        # level at which each cell is read by each target, and after it; the number of levels where it is not
-        levels = [plan.level_read(target).tolist() for target in range(len(plan.schedule))]
-        levels.append(np.full((layers, len(heads), len(plan.schedule)), len(biases)).tolist())
-        reductions: dict[tuple[int, int, int], Reduction] = {}
-
-        def reduction(source: int, held: int, wanted: int) -> Reduction:
-            key = (source, held, wanted)
-            if key not in reductions:
-                angles = None if self.key_angles is None else self.key_angles[source]
-                finer, coarser = plan.levels[held][0], plan.levels[wanted][0]
-                reductions[key] = Reduction.of(plan.schedule.scales[source], finer, coarser, device, angles)
-            return reductions[key]
-
-        def slots(layer: int, head: int, source: int, level: int) -> IntArray:
-            return _slots(self.layout.levels[level][layer][head][source])
-
-        def pooling(parts: Sequence[tuple[IntArray, Reduction, IntArray]], held: bool) -> Pooling | None:
-            if not parts:
-                return None
-            members, made, places = zip(*parts, strict=True)
-            sources = np.concatenate(members)
-            return Pooling(
-                self.store.places(sources) if held else torch.from_numpy(sources).to(device),
-                Reduction.together(made),
-                self.store.places(np.concatenate(places), writing=True),
-            )
-
-        steps = []
-        for target, tokens in enumerate(plan.schedule.tokens):
-            row = []
-            shape = CallShape(self.rows, tokens, plan.geometry.head_dim, self.store.dtype.itemsize)
-            for layer in range(layers):
-                now, then = levels[target][layer], levels[target + 1][layer]
-                held = [[(s, level) for s, level in enumerate(now[head]) if level < len(biases)] for head in heads]
-                kept = [head for head in heads if then[head][target] == 0]
-                new = [
-                    (head * tokens + np.arange(tokens), reduction(target, 0, level), slots(layer, head, target, level))
-                    for head in heads
-                    if 0 < (level := then[head][target]) < len(biases)
-                ]
-                old = [
-                    (slots(layer, head, s, level), reduction(s, level, after), slots(layer, head, s, after))
-                    for head in heads
-                    for s, level in held[head]
-                    if level < (after := then[head][s]) < len(biases)
-                ]
-                row.append(
-                    LayerStep(
-                        self.kernel.prepare(
-                            [np.concatenate([none, *(slots(layer, h, s, i) for s, i in held[h])]) for h in heads],
-                            [self._bias(layer, h, held[h]) for h in heads] if plan.coarse else None,
-                            shape,
-                        ),
-                        self.kernel.prepare_kept(kept, np.stack([slots(layer, h, target, 0) for h in kept]))
-                        if kept
-                        else None,
-                        pooling(new, held=False),
-                        pooling(old, held=True),
-                    )
-                )
-            steps.append(row)
-        return steps
-
-    def _bias(self, layer: int, head: int, held: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
-        """The bias of every held token of a head, of (source, level) cells in turn."""
-        sizes = [level_tokens(self.plan.schedule, level) for level, _ in self.plan.levels]
-        parts = [np.full(sizes[i][s], self.plan.coarse[i - 1].log_bias[layer, head, s] if i else 0.0) for s, i in held]
-        return np.concatenate([np.zeros(0), *parts])
+        """The steps of every target and layer."""
+        steps = PlanSteps(self.plan, self.layout, self.store, self.kernel, self.rows, self.key_angles)
+        targets, layers = range(len(self.plan.schedule)), range(self.geometry.layers)
+        return [[steps.step(target, layer) for layer in layers] for target in targets]
 
     def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
-        step = self._steps[self._target][layer]
+        step = self._steps[self.turn.target][layer]
         with span(ATTENTION):
             out = self._attention(layer, q_RHND, k_RHND, v_RHND, step)
         with span(CACHE_UPDATE):
             self._keep(k_RHND, v_RHND, step)
         return out
 
+    def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
+        return self.kernel.attend(q_RHND, k_RHND, v_RHND, step.reads)
+
     def _keep(self, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> None:
         """Write what later targets read; everything is made before a slot changes hands."""
-        writes: list[tuple[Places, Tensor, Tensor]] = []
-        if step.pooled_held is not None:
-            made, members = step.pooled_held.reduction, step.pooled_held.members
-            assert isinstance(members, Places)
-            k_RID, v_RID = self.store.read(members)
-            writes.append((step.pooled_held.slots, made.keys(k_RID), made.values(v_RID)))
-        if step.pooled_new is not None:
-            made, members = step.pooled_new.reduction, step.pooled_new.members
-            assert isinstance(members, Tensor)
-            k_RID, v_RID = (x.flatten(1, 2).index_select(1, members) for x in (k_RHND, v_RHND))
-            writes.append((step.pooled_new.slots, made.keys(k_RID), made.values(v_RID)))
+        held, new, writes = step.pooled_held, step.pooled_new, []
+        if held is not None:
+            writes.append(held.pooled(*self.store.read(held.members)))
+        if new is not None:
+            writes.append(new.pooled(*(x.flatten(1, 2).index_select(1, new.members) for x in (k_RHND, v_RHND))))
         for slots, k, v in writes:
             self.store.write(slots, k, v)
         if step.kept is not None:
             self.kernel.keep(k_RHND, v_RHND, step.kept)
 
-    def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
-        return self.kernel.attend(q_RHND, k_RHND, v_RHND, step.reads)
-
-    def _prepared(self) -> Any:
-        return self._steps
-
-    @property
-    def attention(self) -> str:
-        return self.kernel.name
-
-    @property
-    def workspace_bytes(self) -> int:
-        return self.kernel.workspace_bytes
-
-
-def _slots(runs: tuple[Run, ...]) -> IntArray:
-    """The slots of a cell in token order."""
-    return np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(first, first + size) for first, size in runs)])
-
 
 def tensors_in(prepared: Any) -> list[Tensor]:
     """All tensors in nested sequences and dataclasses."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     todo = [prepared]
     while todo:
-        one = todo.pop()
-        if isinstance(one, Tensor):
-            found.append(one)
-        elif isinstance(one, list | tuple):
-            todo += one
-        elif is_dataclass(one):
-            todo += [getattr(one, field.name) for field in fields(one)]
-    return found
+        item = todo.pop()
+        if isinstance(item, Tensor):
+            tensors.append(item)
+        elif isinstance(item, list | tuple):
+            todo += item
+        elif is_dataclass(item):
+            todo += [getattr(item, field.name) for field in fields(item)]
+    return tensors
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

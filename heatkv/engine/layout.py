@@ -7,20 +7,21 @@ assigned once: nothing moves during generation, and the arena is exactly as larg
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.levels import level_tokens
 from heatkv.core.plan import Plan
+from heatkv.core.schema import IntArray
 
 Run = tuple[int, int]
 """(first slot, number of slots)."""
+
+Cell = tuple[int, int, int, int]
+"""(level, layer, head, source scale); the level is an index into the plan's levels, 0 for whole cells."""
 
 
 class _FreeSlots:
@@ -48,8 +49,6 @@ class _FreeSlots:
         """The smallest stretch that is large enough; when there is none, the largest ones until `count` is reached."""
         runs: list[Run] = []
         while count:
-            if not self._by_size:
-                raise AssertionError("the arena is smaller than the plan's peak")
             at = bisect_left(self._by_size, (count, -1))
             size, start = self._by_size[at if at < len(self._by_size) else -1]
             self._remove(start)
@@ -70,84 +69,68 @@ class _FreeSlots:
             self._add(start, size)
 
 
-Cells = tuple[tuple[tuple[tuple[Run, ...], ...], ...], ...]
-"""Runs of every cell, [layer][head][source scale]; empty for a cell that is never held."""
-
-
 @dataclass(frozen=True)
 class ArenaLayout:
-    """Slots of every held cell at every level of the plan, fine to coarse: `levels[i][l][h][s]`.
+    """The runs of every cell that a static plan holds, once for every level it is held at.
 
     A cell lies in one run where best fit finds room, in several where it does not; tokens fill the runs in order.
-    The first `uncoded_slots` are for sinks alone, where an arena is coded.
+    The first `uncoded_slots` of a coded arena are for the sinks that are not coded; in any other there are none.
     """
 
     slots: int
-    levels: tuple[Cells, ...]
+    runs: dict[Cell, tuple[Run, ...]]
     uncoded_slots: int = 0
 
-    @property
-    def runs(self) -> Cells:
-        """Slots of the cells that are held whole."""
-        return self.levels[0]
-
     @classmethod
-    def of(cls, plan: Plan, coded: bool = False) -> ArenaLayout:
-        """Lay out a plan in as many slots as its peak, in the order in which a cache runs.
-
-        Where the arena is coded, the sinks that are not come first, in slots of their own.
-        """
-        layers, heads, scales = plan.last_read.shape
+    def for_plan(cls, plan: Plan, coded: bool = False) -> ArenaLayout:
+        """Lay out a plan in as many slots as its peak, in the order in which a cache runs."""
         tokens = [level_tokens(plan.schedule, level) for level, _ in plan.levels]
         # sinks are never dropped, so that the other cells have their peak while all of them are held
-        first, uncoded_scales = (
-            (plan.geometry.uncoded_token_heads(plan.uncoded_scales), plan.uncoded_scales) if coded else (0, 0)
-        )
-        pools = _FreeSlots(0, first), _FreeSlots(first, plan.peak_token_heads - first)
-        runs: list[list[list[list[tuple[Run, ...]]]]] = [
-            [[[()] * scales for _ in range(heads)] for _ in range(layers)] for _ in plan.levels
-        ]
-        # a cell is held at a level from when the finer ones end, or it is drawn, until its own last target
-        starting: dict[tuple[int, int], list[tuple[int, int, int, int]]] = defaultdict(list)
-        ending: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
-        finer = np.broadcast_to(np.arange(scales), plan.last_read.shape)
-        for level, (_, last_read) in enumerate(plan.levels):
-            held = np.argwhere(last_read > finer)
-            starts, ends = (array[tuple(held.T)].tolist() for array in (finer, last_read))
-            for (layer, head, source), start, end in zip(held.tolist(), starts, ends, strict=True):
-                starting[start, layer].append((end, head, source, level))
-                ending[end, layer].append((head, source, level))
-            finer = last_read
-        for target in range(scales):
-            for layer in range(layers):
-                for head, source, level in ending[target, layer]:
-                    free = pools[source >= uncoded_scales]
-                    free.give(runs[level][layer][head][source])
-                # cells that go together lie together, so that they leave long free stretches
-                for _, head, source, level in sorted(starting[target, layer]):
-                    free = pools[source >= uncoded_scales]
-                    runs[level][layer][head][source] = free.take(tokens[level][source])
-        frozen = (tuple(tuple(tuple(cells) for cells in layer) for layer in level) for level in runs)
-        return cls(plan.peak_token_heads, tuple(frozen), first)
+        uncoded_scales = plan.uncoded_scales if coded else 0
+        uncoded = plan.geometry.uncoded_token_heads(uncoded_scales)
+        pools = _FreeSlots(0, uncoded), _FreeSlots(uncoded, plan.peak_token_heads - uncoded)
+        runs: dict[Cell, tuple[Run, ...]] = {}
+        for _, layer, begins, _, head, source, level in _events(plan).tolist():
+            cell, free = (level, layer, head, source), pools[source >= uncoded_scales]
+            if begins:
+                runs[cell] = free.take(tokens[level][source])
+            else:
+                free.give(runs[cell])
+        return cls(plan.peak_token_heads, runs, uncoded)
 
-    @cached_property
-    def cells(self) -> int:
-        """Cells that are held at all, once for every level."""
-        return sum(1 for level in self.levels for layer in level for head in layer for cell in head if cell)
+
+def _events(plan: Plan) -> IntArray:
+    """When cells begin and end to be held, in order: (target, layer, begins, last target, head, source, level).
+
+    A cell is held at a level from when the finer ones end, or it is drawn, until its own last target. Those that begin
+    together are in the order of their last target: cells that go together lie together and leave long free stretches.
+    """
+    events = []
+    finer = np.broadcast_to(np.arange(len(plan.schedule)), plan.last_read.shape)
+    for level, (_, last_read) in enumerate(plan.levels):
+        layer, head, source = np.nonzero(last_read > finer)
+        start, end = finer[layer, head, source], last_read[layer, head, source]
+        for target, begins in ((end, 0), (start, 1)):
+            columns = (target, layer, begins, end, head, source, level)
+            events.append(np.stack(np.broadcast_arrays(*columns), axis=1))
+        finer = last_read
+    table: IntArray = np.concatenate(events)
+    return table[np.lexsort(table.T[::-1])]
 
 
 @dataclass(frozen=True)
 class CapacityLayout:
     """Slots of every head while every target runs: `places[t][l][h]`, in the order of the tokens they hold.
 
-    Where heads share, a layer has one list for all of them, as if it were one head.
+    One more entry than there are targets: after the last one nothing is held. Where heads share, a layer has one list
+    for all of them, as if it were one head.
     """
 
     slots: int
-    places: tuple[tuple[tuple[NDArray[np.int64], ...], ...], ...]
+    places: tuple[tuple[tuple[IntArray, ...], ...], ...]
 
     @classmethod
-    def of(cls, plan: CapacityPlan) -> CapacityLayout:
+    def for_plan(cls, plan: CapacityPlan) -> CapacityLayout:
         """Lay out a plan in as many slots as its peak, in the order in which a cache runs.
 
         A head that grows keeps its slots and gets more, one that shrinks keeps its first ones.
@@ -155,27 +138,31 @@ class CapacityLayout:
         counts = plan.capacity.sum(axis=1, keepdims=True) if plan.shared else plan.capacity
         layers, holders, scales = counts.shape
         free = _FreeSlots(0, plan.peak_token_heads)
-        none = np.zeros(0, dtype=np.int64)
-        now = [[none] * holders for _ in range(layers)]
-        places = [tuple(tuple(layer) for layer in now)]
-        for target in range(scales - 1):
-            for layer in range(layers):
-                wanted = counts[layer, :, target + 1].tolist()
+        nothing = [[np.zeros(0, dtype=np.int64)] * holders for _ in range(layers)]
+        now = [list(layer) for layer in nothing]
+        places = [now]
+        for target in range(1, scales):
+            now = [list(layer) for layer in now]
+            for layer, held in enumerate(now):
+                wanted = counts[layer, :, target].tolist()
                 for holder, count in enumerate(wanted):
-                    held = now[layer][holder]
-                    if len(held) > count:
-                        free.give(_runs(held[count:]))
-                        now[layer][holder] = held[:count]
+                    if len(held[holder]) > count:
+                        free.give(_runs(held[holder][count:]))
+                        held[holder] = held[holder][:count]
                 for holder, count in enumerate(wanted):
-                    held = now[layer][holder]
-                    if len(held) < count:
-                        taken = free.take(count - len(held))
-                        now[layer][holder] = np.concatenate([held, *(np.arange(a, a + n) for a, n in taken)])
-            places.append(tuple(tuple(layer) for layer in now))
-        return cls(plan.peak_token_heads, tuple(places))
+                    if len(held[holder]) < count:
+                        held[holder] = np.concatenate([held[holder], slots_in(free.take(count - len(held[holder])))])
+            places.append(now)
+        places.append(nothing)
+        return cls(plan.peak_token_heads, tuple(tuple(tuple(layer) for layer in target) for target in places))
 
 
-def _runs(slots: NDArray[np.int64]) -> list[Run]:
+def slots_in(runs: Sequence[Run]) -> IntArray:
+    """The slots of these runs in order."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(first, first + size) for first, size in runs)])
+
+
+def _runs(slots: IntArray) -> list[Run]:
     """The stretches of neighbouring slots."""
     pieces = np.split(slots, np.flatnonzero(np.diff(slots) != 1) + 1)
     return [(int(piece[0]), len(piece)) for piece in pieces]

@@ -8,18 +8,15 @@ Shapes: R rows, P uncoded slots, Q coded slots, M tokens that are read or writte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.core.schema import shown
+from heatkv.core.schema import IntArray, shown
+from heatkv.core.storage_type import CODES, torch_dtype
 from heatkv.errors import PlanError
-
-CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-"""The type of the codes, by the name of the coding."""
 
 LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -59,11 +56,19 @@ class Places:
     uncoded_at: Tensor | None = None
     coded_at: Tensor | None = None
 
+    @property
+    def slots(self) -> Tensor:
+        """Where there are any and all are in one part: their slots there."""
+        slots = self.uncoded if self.coded is None else self.coded
+        assert slots is not None
+        return slots
+
 
 class Store:
     """The buffers of one cache for all layers: keys at index 0 and values at 1, for `rows` rows.
 
-    `arena_2RPD` is of the compute type; `codes_2RQD` and `scales_2RQ` are there when the cache is coded.
+    `arena_2RPD` is of the compute type. `code` is "int8" or "fp8" for codes in all slots but the first
+    `uncoded_slots`; without one, `codes_2RQD` and `scales_2RQ` have no slots.
     """
 
     def __init__(
@@ -73,43 +78,31 @@ class Store:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        coding: str | None = None,
+        code: str | None = None,
         uncoded_slots: int = 0,
     ) -> None:
-        self.dtype, self.uncoded_slots = dtype, slots if coding is None else uncoded_slots
+        self.dtype, self.device, self.head_dim = dtype, device, head_dim
+        self.code = None if code is None else torch_dtype(code)
+        self.uncoded_slots = slots if code is None else uncoded_slots
+        coded_slots = slots - self.uncoded_slots
         self.arena_2RPD = torch.empty((2, rows, self.uncoded_slots, head_dim), dtype=dtype, device=device)
-        self.codes_2RQD: Tensor | None = None
-        self.scales_2RQ: Tensor | None = None
-        if coding is not None:
-            check_coding(coding, device)
-            shape = (2, rows, slots - uncoded_slots, head_dim)
-            self.codes_2RQD = torch.empty(shape, dtype=CODES[coding], device=device)
-            self.scales_2RQ = torch.empty(shape[:3], dtype=torch.bfloat16, device=device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.arena_2RPD.device
-
-    @property
-    def head_dim(self) -> int:
-        return self.arena_2RPD.shape[3]
-
-    @property
-    def code(self) -> torch.dtype | None:
-        """The type of the codes, if there are any."""
-        return None if self.codes_2RQD is None else self.codes_2RQD.dtype
+        self.codes_2RQD = torch.empty(
+            (2, rows, coded_slots, head_dim), dtype=torch.int8 if self.code is None else self.code, device=device
+        )
+        self.scales_2RQ = torch.empty((2, rows, coded_slots), dtype=torch.bfloat16, device=device)
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """All that is held."""
-        return tuple(x for x in (self.arena_2RPD, self.codes_2RQD, self.scales_2RQ) if x is not None)
+        return self.arena_2RPD, self.codes_2RQD, self.scales_2RQ
 
     def spoil(self) -> None:
         """Fill everything with what is no number: what is read before it is written shows."""
-        for buffer in self.buffers:
-            _bits(buffer).fill_(1) if buffer.element_size() == 1 else buffer.fill_(torch.nan)
+        self.arena_2RPD.fill_(torch.nan)
+        _bits(self.codes_2RQD).fill_(1)
+        self.scales_2RQ.fill_(torch.nan)
 
-    def places(self, slots: NDArray[np.int64], writing: bool = False) -> Places:
+    def places(self, slots: IntArray, writing: bool = False) -> Places:
         """These slots, in this order, to read, or to write: torch wants wider numbers for that."""
         kind, first = np.int64 if writing else np.int32, slots < self.uncoded_slots
 
@@ -117,13 +110,12 @@ class Store:
             if not chosen.any():
                 return None, None
             within, at = (slots[chosen] - offset).astype(kind), np.flatnonzero(chosen)
-            return self._on_device(within), None if chosen.all() else self._on_device(at)
+            return torch.from_numpy(within).to(self.device), (
+                None if chosen.all() else torch.from_numpy(at).to(self.device)
+            )
 
         (uncoded, uncoded_at), (coded, coded_at) = part(first, 0), part(~first, self.uncoded_slots)
         return Places(len(slots), uncoded, coded, uncoded_at, coded_at)
-
-    def _on_device(self, numbers: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(numbers).to(self.arena_2RPD.device)
 
     def read(self, places: Places) -> Tensor:
         """Keys and values at `places`, (2, R, M, D) of the compute type, a copy."""
@@ -131,29 +123,25 @@ class Store:
         if places.uncoded is not None:
             parts.append((self.arena_2RPD.index_select(2, places.uncoded), places.uncoded_at))
         if places.coded is not None:
-            assert self.codes_2RQD is not None
-            assert self.scales_2RQ is not None
             codes = _bits(self.codes_2RQD).index_select(2, places.coded).view(self.codes_2RQD.dtype)
             scales = self.scales_2RQ.index_select(2, places.coded)
             parts.append((decode(codes, scales, self.dtype), places.coded_at))
         if len(parts) == 1:
             return parts[0][0]
-        out = self.arena_2RPD.new_empty((2, self.arena_2RPD.shape[1], places.count, self.arena_2RPD.shape[3]))
+        out = self.arena_2RPD.new_empty((2, self.arena_2RPD.shape[1], places.count, self.head_dim))
         for x, at in parts:
             assert at is not None
             out.index_copy_(2, at, x)
         return out
 
     def read_rows(self, slots_RM: Tensor) -> Tensor:
-        """As `read`, where every row has its own slots; all must be in one part."""
-        if self.codes_2RQD is None or self.scales_2RQ is None:
-            return torch.stack([rows_at(part, slots_RM) for part in self.arena_2RPD])
-        assert self.uncoded_slots == 0
-        codes, scales = (
-            torch.stack([rows_at(part, slots_RM) for part in parts])
-            for parts in (_bits(self.codes_2RQD), self.scales_2RQ[..., None])
-        )
-        return decode(codes.view(self.codes_2RQD.dtype), scales[..., 0], self.dtype)
+        """As `read`, where every row has its own slots, and all slots of the store are coded, or none is."""
+        slots_BM = slots_RM.repeat(2, 1)
+        if self.code is None:
+            return rows_at(self.arena_2RPD.flatten(0, 1), slots_BM).unflatten(0, (2, -1))
+        codes = rows_at(_bits(self.codes_2RQD).flatten(0, 1), slots_BM).view(self.code)
+        scales = rows_at(self.scales_2RQ.flatten(0, 1)[..., None], slots_BM)[..., 0]
+        return decode(codes, scales, self.dtype).unflatten(0, (2, -1))
 
     def write(self, places: Places, k_RMD: Tensor, v_RMD: Tensor) -> None:
         """Put keys and values, coded where that part of the arena is."""
@@ -162,8 +150,6 @@ class Store:
                 x = x_RMD if places.uncoded_at is None else x_RMD.index_select(1, places.uncoded_at)
                 self.arena_2RPD[index].index_copy_(1, places.uncoded, x.to(self.dtype))
             if places.coded is not None:
-                assert self.codes_2RQD is not None
-                assert self.scales_2RQ is not None
                 x = x_RMD if places.coded_at is None else x_RMD.index_select(1, places.coded_at)
                 codes, scales = encode(x, self.codes_2RQD.dtype)
                 _bits(self.codes_2RQD[index]).index_copy_(1, places.coded, _bits(codes))
@@ -174,8 +160,8 @@ def rows_at(x_BCX: Tensor, at_BM: Tensor) -> Tensor:
     """x[b, at[b, m]], (B, M, X); whole rows are copied, which `gather` would do number by number."""
     batch, count, _ = x_BCX.shape
     flat = at_BM + count * torch.arange(batch, device=at_BM.device)[:, None]
-    rows: Tensor = x_BCX.reshape(batch * count, -1).index_select(0, flat.flatten()).unflatten(0, at_BM.shape)
-    return rows
+    rows: Tensor = x_BCX.reshape(batch * count, x_BCX.shape[2]).index_select(0, flat.flatten())
+    return rows.unflatten(0, at_BM.shape)
 
 
 def _bits(codes: Tensor) -> Tensor:
@@ -183,27 +169,16 @@ def _bits(codes: Tensor) -> Tensor:
     return codes.view(torch.int8)
 
 
-def known_device(device: torch.device | str) -> torch.device:
-    """The device of this name. Raises PlanError when there is none."""
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise PlanError(f"unknown device {shown(device)}; write cpu, cuda, cuda:1 or mps") from error
-    if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
-        raise PlanError(f"device {found} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
-    return found
-
-
-def available_codings(device: torch.device) -> tuple[str, ...]:
-    """The codings that the device has."""
+def available_codes(device: torch.device) -> tuple[str, ...]:
+    """The codes that the device has."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return ("int8",)
     return ("int8",) if device.type == "mps" else tuple(CODES)
 
 
-def check_coding(coding: str, device: torch.device) -> None:
-    """Raise PlanError for an unknown coding, or one that the device does not have."""
-    if not isinstance(coding, str) or coding not in CODES:
-        raise PlanError(f"unknown storage {shown(coding)}; known: {', '.join(CODES)}, or none for the compute type")
-    if coding not in available_codings(device):
-        raise PlanError(f"storage {coding} needs a CPU, or a GPU of compute capability 8.9; use int8 on {device}")
+def check_code(code: str | None, device: torch.device) -> None:
+    """Raise PlanError for an unknown code, or one that the device does not have."""
+    if code is not None and code not in CODES:
+        raise PlanError(f"unknown storage {shown(code)}; known: {', '.join(CODES)}, or none for the compute type")
+    if code is not None and code not in available_codes(device):
+        raise PlanError(f"storage {code} needs a CPU, or a GPU of compute capability 8.9; use int8 on {device}")

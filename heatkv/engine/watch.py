@@ -17,14 +17,8 @@ from torch import Tensor
 from heatkv.core.geometry import CacheGeometry
 from heatkv.errors import HeatKVError, NumericsError
 
-WATCHED = ("q", "k", "v")
-_LARGEST_IN_FULL = 6
-"""More heads or rows than these are counted, not listed."""
-
 _FEW_TOKENS = 16
 """More than these are summed first on a CPU, which takes half the time, in 16 bits a fifth."""
-_SUMMED_IN = {torch.float16: torch.float32}
-"""Sums in float16 would overflow."""
 
 CUBLAS_WORKSPACE = ":4096:8"
 """The setting under which cuBLAS gives the same bits every time."""
@@ -42,13 +36,8 @@ def finite(x: Tensor) -> bool:
 def way_out(dtype: torch.dtype) -> str:
     """What to do about numbers that overflowed in this type."""
     if dtype is torch.float16:
-        largest = f"{torch.finfo(dtype).max:.0f}"
-        return f"float16 holds nothing above {largest}: run in bfloat16 or float32 (--dtype bfloat16)"
-    name = str(dtype).removeprefix("torch.")
-    return (
-        f"sound weights do not lead beyond {name}: look at the weights, at the prompt's features, and at whatever else "
-        "was changed in the model"
-    )
+        return f"float16 holds nothing above {torch.finfo(dtype).max:.0f}: run in bfloat16 or float32"
+    return "look at the weights, at the prompt's features, and at whatever else was changed in the model"
 
 
 class Watch:
@@ -58,10 +47,9 @@ class Watch:
     """
 
     def __init__(self, geometry: CacheGeometry, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._geometry, self._dtype = geometry, dtype
-        scales, layers = len(geometry.schedule), geometry.layers
+        self._dtype = dtype
         self._sums_TL3RH = torch.zeros(
-            (scales, layers, len(WATCHED), rows, geometry.heads),
+            (len(geometry.schedule), geometry.layers, 3, rows, geometry.heads),
             dtype=torch.float64 if dtype is torch.float64 else torch.float32,  # sums of 16 bits would overflow
             device=device,
         )
@@ -76,30 +64,30 @@ class Watch:
         for into_RH, x_RHND in zip(self._parts[target][layer], (q_RHND, k_RHND, v_RHND), strict=True):
             x_RHND = x_RHND.detach() if x_RHND.requires_grad else x_RHND
             if x_RHND.device.type == "cpu" and x_RHND.shape[2] > _FEW_TOKENS:
-                x_RHD = x_RHND.sum(dim=2, dtype=_SUMMED_IN.get(x_RHND.dtype))
+                x_RHD = x_RHND.sum(dim=2, dtype=torch.float32 if x_RHND.dtype is torch.float16 else None)
                 torch.sum(x_RHD, dim=2, dtype=into_RH.dtype, out=into_RH)
             else:
                 torch.sum(x_RHND, dim=(2, 3), dtype=into_RH.dtype, out=into_RH)
 
     def first(self, images: int | None = None) -> tuple[int, NumericsError] | None:
         """The first place with numbers that are not finite: its scale, and an error that names it; it waits for the
-        device. With `images`, rows are told as those of images, the conditional ones first."""
-        fine_TL3RH = self._sums_TL3RH.isfinite()
-        if bool(fine_TL3RH.all()):
+        device. With `images`, rows are named as those of images, the conditional ones first."""
+        if bool(self._sums_TL3RH.isfinite().all()):
             return None
-        broken_TL3RH = ~fine_TL3RH.cpu()
-        places = broken_TL3RH.flatten(2).any(-1).nonzero().tolist()
-        scale, layer = places[0]
+        broken_TL3RH = ~self._sums_TL3RH.isfinite().cpu()
+        scale, layer = broken_TL3RH.flatten(2).any(-1).nonzero()[0].tolist()
         broken_3RH = broken_TL3RH[scale, layer]
-        names = [name for name, broken_RH in zip(WATCHED, broken_3RH, strict=True) if broken_RH.any()]
-        rows = broken_3RH.flatten(2).any(dim=(0, 2)).nonzero().flatten().tolist()
-        heads = broken_3RH.any(dim=(0, 1)).nonzero().flatten().tolist()
+        names = [name for name, broken_RH in zip("qkv", broken_3RH, strict=True) if broken_RH.any()]
+        heads, rows = (broken_3RH.any(dim=0).any(dim=dim).nonzero().flatten().tolist() for dim in (0, 1))
+        what = "row" if images is None else "image"
+        whose = rows if images is None else sorted({row % images for row in rows})
         text = (
-            f"{_joined(names)} of layer {layer}, {_counted('head', heads, self._geometry.heads)}, scale {scale}, "
-            f"{_told_rows(rows, broken_3RH.shape[1], images)} {'is' if len(names) == 1 else 'are'} not finite"
+            f"{' and '.join(names)} of layer {layer}, {numbered('head', heads)}, scale {scale}, "
+            f"{numbered(what, whose)}: not finite"
         )
-        if len(names) == len(WATCHED) and broken_3RH[:, rows].all():
-            text += f", so that what enters the layer was not: {_origin(scale, layer)}"
+        if len(names) == 3 and broken_3RH[:, rows].all():
+            source = "the class or prompt that is drawn" if scale == 0 else f"the codes up to scale {scale - 1}"
+            text += f", as was what enters the layer: {f'the output of layer {layer - 1}' if layer else source}"
         else:
             text += ", and nothing was before"
         return scale, NumericsError(f"{text}; {way_out(self._dtype)}", None if images is None else rows[0] % images)
@@ -108,42 +96,22 @@ class Watch:
 def logits_error(scale: int, layers: int, broken: Sequence[int], dtype: torch.dtype) -> NumericsError:
     """What to raise when the logits of these images were not finite, and no queries, keys or values before them."""
     return NumericsError(
-        f"the logits of scale {scale}, {_counted('image', broken, None)} are not finite, and no q, k or v was before: "
-        f"the output of the last layer, {layers - 1}, or the head's; {way_out(dtype)}",
+        f"the logits of scale {scale}, {numbered('image', broken)}: not finite, and no q, k or v was before; see the "
+        f"output of the last layer, {layers - 1}, and the head; {way_out(dtype)}",
         broken[0],
     )
 
 
-def _origin(scale: int, layer: int) -> str:
-    if layer:
-        return f"the output of layer {layer - 1}"
-    return "the class or prompt that is drawn" if scale == 0 else f"the sum of codes up to scale {scale - 1}"
-
-
-def _joined(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _counted(what: str, numbers: Sequence[int], of: int | None) -> str:
-    if len(numbers) == of and of > 1:
-        return f"all {of} {what}s"
-    if len(numbers) > _LARGEST_IN_FULL:
-        return f"{len(numbers)} {what}s from {numbers[0]} on"
-    return f"{what}{'s' * (len(numbers) > 1)} {_joined([str(number) for number in numbers])}"
-
-
-def _told_rows(rows: Sequence[int], count: int, images: int | None) -> str:
-    if images is None:
-        return f"{_counted('row', rows, None)} of {count}"
-    conditional = [row for row in rows if row < images]
-    half = "" if count == images else " (conditional rows)" if conditional == rows else ""
-    half = " (unconditional rows)" if not conditional else half
-    return f"{_counted('image', sorted({row % images for row in rows}), None)}{half}"
+def numbered(what: str, numbers: Sequence[int]) -> str:
+    """`head 3`, `heads 1, 2`, `heads 0, 1, 2, 3 and 28 more`."""
+    shown = ", ".join(map(str, numbers[:4]))
+    more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
+    return f"{what}{'s' * (len(numbers) > 1)} {shown}{more}"
 
 
 @contextmanager
 def naming_samples(names: Sequence[str]) -> Iterator[None]:
-    """Within, what is raised about an image tells the sample of this name, too."""
+    """Within, what is raised about an image names the sample, too."""
     try:
         yield
     except NumericsError as error:
@@ -153,8 +121,7 @@ def naming_samples(names: Sequence[str]) -> Iterator[None]:
 
 
 def run_deterministically() -> None:
-    """Make torch give the same bits every time on one machine, in this process from now on; call it before CUDA is
-    used.
+    """Make torch give the same bits every time on one machine, from now on; call it before CUDA is used.
 
     Operations that could not raise RuntimeError. Raises HeatKVError for a setting of cuBLAS that is not deterministic.
     """

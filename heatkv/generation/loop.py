@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from heatkv.core.plan import CachePlan
-from heatkv.core.schema import of_kind, shown
+from heatkv.core.schema import shown
 from heatkv.engine.arena_cache import ArenaCache
+from heatkv.engine.open_cache import open_cache
 from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
-from heatkv.engine.token_cache import SelectingCache, open_cache
 from heatkv.engine.watch import logits_error
-from heatkv.errors import ModelError, PlanError
+from heatkv.errors import ModelError
 from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, StepRunner
 from heatkv.models.base import Drawing, ImageModel, checked_run
 from heatkv.models.sampling import CommonRandomSampler, NoiseSampler, Sampler, Settings
@@ -223,8 +223,6 @@ class Generator(Generic[Label]):
         runner: StepRunner | None = None,
     ) -> None:
         _, _, self.batch, self.settings = checked_run(model, 0, 0, batch, settings, None)
-        of_kind(plan, CachePlan, "plan", PlanError, "make one with model.plan, or load one with load_plan")
-        of_kind(graphs, bool, "graphs", ModelError, "it is True or False")
         plan.check_geometry(model.geometry)
         self.model, self.plan = model, plan
         if runner is None:
@@ -263,7 +261,7 @@ class Generator(Generic[Label]):
         with torch.inference_mode(), ExitStack() as watched:
             self.cache.reset()
             drawing = self._begin(labels)
-            if isinstance(self.cache, SelectingCache) and self.cache.wants_input:
+            if self.cache.wants_input:
                 watched.enter_context(self.model.adapter.telling_inputs(self.cache.see_input))
             scales = _Scales(drawing, self.cache, sampler, self._buffers, self.runner, observe)
             return scales.run(len(self.model.geometry.schedule), decode, before_decode)

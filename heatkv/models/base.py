@@ -17,10 +17,10 @@ from torch import Tensor
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, Plan
-from heatkv.core.schema import of_kind, seed_of, shown, whole
+from heatkv.core.schema import seed_of, shown, whole
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
-from heatkv.errors import ModelError, StatisticsError
+from heatkv.errors import ModelError
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.sampling import Settings
 from heatkv.models.var import Attend, Transformer
@@ -48,8 +48,7 @@ def fingerprint(named: torch.nn.Module | Iterable[tuple[str, Tensor]]) -> str:
 class Drawing(ABC, Generic[Label]):
     """Images on their way: call `logits`, then `accept` what was chosen, once per scale; then `image`.
 
-    What it holds from one scale to the next, and from the labels, stays at the same addresses. What `accept` changes,
-    `logits` reads before it calls `attend` for the first time: the forwards of several scales may run side by side.
+    What it holds from one scale to the next, and from the labels, stays at the same addresses.
     """
 
     def __init__(self, settings: Settings, scales: int) -> None:
@@ -81,6 +80,13 @@ class Drawing(ABC, Generic[Label]):
         """Take the choices of the running scale and prepare the input of the next one."""
 
     @abstractmethod
+    def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
+        """Run the blocks once over all scales, as training does, of images that have these choices, (B, N) per scale.
+
+        Every layer calls `attend` once, with the tokens of all scales one after another.
+        """
+
+    @abstractmethod
     def image(self) -> Tensor:
         """(B, 3, H, W), RGB in [0, 1]."""
 
@@ -95,6 +101,14 @@ class Drawing(ABC, Generic[Label]):
         """Add the running scale's code features, and go on to the next scale."""
         self._f_hat = summed(self._f_hat, features_BZhw, first=self.scale == 0)
         self.scale += 1
+
+    def _all_inputs(self, choices: Sequence[Tensor]) -> Tensor:
+        """The inputs of all scales, one after another, of images that have these choices."""
+        inputs = []
+        for choices_BN in choices:
+            inputs.append(self.input())
+            self.accept(choices_BN)
+        return torch.cat(inputs, dim=1)
 
     def _for_all_rows(self, input_BNC: Tensor) -> Tensor:
         """The same input for the unconditional rows, where there are any."""
@@ -184,8 +198,6 @@ class ImageModel(ABC, Generic[Label]):
         other weights.
         """
         if statistics is not None:
-            way_out = "load statistics with Statistics.load, or calibrate the model"
-            of_kind(statistics, Statistics, "statistics", StatisticsError, way_out)
             statistics.check_fingerprint(self.fingerprint)
         problem = PlanningProblem(
             self.geometry,
@@ -215,10 +227,7 @@ def checked_run(
 
     Raises ModelError for what is of the wrong kind.
     """
-    way_out = "load one with heatkv.load_model; a model of another repository is used through heatkv.attach"
-    of_kind(model, ImageModel, "model", ModelError, way_out)
     settings = model.sampling if settings is None else settings
-    of_kind(settings, Settings, "settings", ModelError, "give SamplingSettings or BitSamplingSettings of this model")
     if progress is not None and not callable(progress):
         raise ModelError(f"progress is {shown(progress)}; give a function of how many are done")
     sizes = whole(first_sample, "first_sample", ModelError), whole(batch, "batch", ModelError, 1)

@@ -113,5 +113,8 @@ class Drawing(base.Drawing[int]):
         last = self.scale == self._scales - 1
         self._add(self._model.vqvae.quantize.code_features(choices_BN, self.scale, enlarge=not last))
 
+    def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
+        self._model.transformer.hidden(self._all_inputs(choices), self._condition, cache)
+
     def image(self) -> Tensor:
         return (self._model.vqvae.decode(self.f_hat) + 1) / 2

@@ -223,6 +223,11 @@ class Drawing(base.Drawing[Prompt]):
         logits: Tensor = self._model.transformer(self.input(), self._condition, rotation_2NP, cache)
         return logits.unflatten(-1, (-1, 2)).flatten(1, 2)
 
+    def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
+        rotations_2NP = torch.cat(self._rotations, dim=1)
+        # no name for the inputs, which nobody holds beyond the first layer
+        self._model.transformer.hidden(self._all_inputs(choices), self._condition, rotations_2NP, cache)
+
     def accept(self, choices_BN: Tensor) -> None:
         model = self._model
         _, height, width = model.schedule.scales[self.scale]

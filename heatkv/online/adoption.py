@@ -10,21 +10,21 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from heatkv.core.plan import Plan
-from heatkv.core.schema import number, of_kind
-from heatkv.core.statistics import LevelStatistics, Statistics
+from heatkv.core.schema import FloatArray, number
+from heatkv.core.statistics import LevelStatistics, SampleSums, Statistics
 from heatkv.errors import PolicyError, StatisticsError
-from heatkv.levels.columns import level_cost, levels_of_plan
+from heatkv.levels.costs import level_cost, levels_of_plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP, SolvedPolicy
 from heatkv.solve.cells import read_value
 
-FloatArray = NDArray[np.float64]
+Sums = TypeVar("Sums", bound=SampleSums)
 
 _NAMED = 10
 """Half-lives after which a sample's name is forgotten; by then it weighs less than a thousandth of a new one."""
@@ -32,23 +32,26 @@ _NAMED = 10
 _MOST_NAMES = 1_000_000
 
 
-class _Fading:
-    """Sums of arrays in which what came before an addition is scaled down."""
+class _Fading(Generic[Sums]):
+    """Sums in which what came before an addition is scaled down; the initial ones weigh `most` samples at most."""
 
-    def __init__(self, arrays: dict[str, FloatArray], count: int, weight: float) -> None:
-        self._sums = {name: array * (weight / count) for name, array in arrays.items()}
-        self._weight = weight
-        self._squares = weight**2 / count
+    def __init__(self, initial: Sums, most: float) -> None:
+        self._initial = initial
+        self._weight = min(float(initial.count), most)
+        self._squares = self._weight**2 / initial.count
+        self._sums = {name: array * (self._weight / initial.count) for name, array in initial.sums().items()}
 
-    def add(self, arrays: dict[str, FloatArray], count: int, keep: float) -> None:
-        """Add sums over `count` samples, what was there times `keep`."""
-        self._sums = {name: array * keep + arrays[name] for name, array in self._sums.items()}
+    def add(self, measured: SampleSums, keep: float) -> None:
+        """Add sums of the same arrays, what was there times `keep`."""
+        added, count = measured.sums(), measured.count
+        self._sums = {name: array * keep + added[name] for name, array in self._sums.items()}
         self._weight = self._weight * keep + count
         self._squares = self._squares * keep**2 + count
 
-    def sums(self, count: int) -> dict[str, FloatArray]:
-        """The weighted means as sums over so many samples."""
-        return {name: array * (count / self._weight) for name, array in self._sums.items()}
+    def means(self, samples: tuple[str, ...]) -> Sums:
+        """The weighted means, as sums over samples of these names."""
+        factor = len(samples) / self._weight
+        return self._initial.with_sums({name: array * factor for name, array in self._sums.items()}, samples)
 
     @property
     def effective_count(self) -> float:
@@ -63,39 +66,29 @@ class FadingStatistics:
     """
 
     def __init__(self, initial: Statistics, half_life: float) -> None:
-        of_kind(initial, Statistics, "initial", StatisticsError, "load statistics with Statistics.load, or calibrate")
-        if number(half_life, "half_life", StatisticsError) <= 0:
+        self.half_life = number(half_life, "half_life", StatisticsError)
+        if self.half_life <= 0:
             raise StatisticsError(f"half_life is {half_life}; it is a number of measured images above 0")
-        self.half_life = float(half_life)
-        self._initial = initial
         self._keep = 2 ** (-1 / self.half_life)
         past = -1 / math.expm1(-math.log(2) / self.half_life)
-        self._cells = _Fading(initial.sums(), initial.count, min(float(initial.count), past))
-        self._levels: _Fading | None = None
-        if initial.levels is not None:
-            levels, count = initial.levels, len(initial.levels.samples)
-            self._levels = _Fading(_cost_sums(levels), count, min(float(count), past))
-        self._names = deque(initial.provenance.samples, maxlen=math.ceil(min(_NAMED * self.half_life, _MOST_NAMES)))
+        self._initial, self._cells = initial, _Fading(initial, past)
+        self._levels = None if initial.levels is None else _Fading(initial.levels, past)
+        self._names = deque(initial.samples, maxlen=math.ceil(min(_NAMED * self.half_life, _MOST_NAMES)))
 
     def add(self, measured: Statistics) -> None:
         """Take in what was measured alike; its samples weigh the same. Raises StatisticsError for other statistics."""
-        mine, theirs = self._initial, measured
         for name in ("model", "fingerprint", "cfg"):
-            one, other = getattr(mine.provenance, name), getattr(theirs.provenance, name)
-            if one != other:
-                raise StatisticsError(f"{name} of the statistics is {one!r}, of what was measured {other!r}")
-        sums = theirs.sums()
-        lacking = set(mine.sums()) - set(sums)
-        if lacking or (mine.levels is not None and theirs.levels is None):
-            raise StatisticsError(f"what was measured lacks {min(lacking, default='level costs')}")
-        keep = self._keep**theirs.count
+            mine, theirs = getattr(self._initial.provenance, name), getattr(measured.provenance, name)
+            if mine != theirs:
+                raise StatisticsError(f"{name} of the statistics is {mine!r}, of what was measured {theirs!r}")
+        keep = self._keep**measured.count
         if self._levels is not None:
-            assert mine.levels is not None
-            assert theirs.levels is not None
-            mine.levels.check_alike(theirs.levels)
-            self._levels.add(_cost_sums(theirs.levels), theirs.count, keep)
-        self._cells.add(sums, theirs.count, keep)
-        self._names.extend(theirs.provenance.samples)
+            if self._initial.levels is None or measured.levels is None:
+                raise StatisticsError("what was measured lacks level costs")
+            self._initial.levels.check_alike(measured.levels)
+            self._levels.add(measured.levels, keep)
+        self._cells.add(measured, keep)
+        self._names.extend(measured.samples)
 
     @property
     def effective_count(self) -> float:
@@ -106,21 +99,11 @@ class FadingStatistics:
         """The weighted means as statistics; their provenance tells how they were weighted, so that they cannot be
         merged with others as if all weighed the same."""
         names = tuple(dict.fromkeys(self._names))
-        initial, levels = self._initial, None
-        if self._levels is not None:
-            assert initial.levels is not None
-            sums = self._levels.sums(len(names))
-            joint = tuple(sums[f"joint {target}"] for target in range(len(initial.schedule)))
-            levels = replace(initial.levels, joint_sum=joint, single_sum=sums["single"], samples=names)
-        told = {"half_life": self.half_life, "effective_count": round(self.effective_count, 6)}
-        provenance = replace(
-            initial.provenance, samples=names, settings={**initial.provenance.settings, "forgetting": told}
-        )
-        return Statistics(initial.schedule, provenance=provenance, levels=levels, **self._cells.sums(len(names)))
-
-
-def _cost_sums(levels: LevelStatistics) -> dict[str, FloatArray]:
-    return {"single": levels.single_sum} | {f"joint {t}": joint for t, joint in enumerate(levels.joint_sum)}
+        means = self._cells.means(names)
+        weighting = {"half_life": self.half_life, "effective_count": round(self.effective_count, 6)}
+        settings = {**means.provenance.settings, "forgetting": weighting}
+        levels = None if self._levels is None else self._levels.means(names)
+        return replace(means, levels=levels, provenance=replace(means.provenance, settings=settings))
 
 
 def check_can_follow(policy: EvictionPolicy) -> StaticPolicy:
@@ -129,18 +112,18 @@ def check_can_follow(policy: EvictionPolicy) -> StaticPolicy:
     Raises PolicyError for one that is dynamic, plans from nothing measured, or needs Fisher costs, which take
     gradients through all layers at once.
     """
-    of_kind(policy, EvictionPolicy, "policy", PolicyError, "make one with make_policy, or give its name")
-    known = "heatkv, heatkv-lp and heatkv-mr do"
     if not isinstance(policy, StaticPolicy):
-        raise PolicyError(f"policy {policy.name!r} chooses tokens while it draws and has no value to follow; {known}")
-    if "statistics" not in policy.plans_from():
-        raise PolicyError(f"policy {policy.name!r} plans from nothing measured, so it cannot follow it; {known}")
-    if policy.level_cost not in (None, "error"):
+        reason = "chooses tokens while it draws and has no value to follow"
+    elif "statistics" not in policy.plans_from():
+        reason = "plans from nothing measured, so it cannot follow it"
+    elif policy.level_cost not in (None, "error"):
         raise PolicyError(
             f"policy {policy.name!r} plans by {policy.level_cost} costs, which cannot be measured layer by layer; set "
             "cost=error"
         )
-    return policy
+    else:
+        return policy
+    raise PolicyError(f"policy {policy.name!r} {reason}; heatkv, heatkv-lp and heatkv-mr do")
 
 
 def plan_value(plan: Plan, policy: StaticPolicy, statistics: Statistics) -> tuple[float, float]:
@@ -189,11 +172,13 @@ class OnlinePlanner:
         self.policy = check_can_follow(policy)
         self.threshold = number(threshold, "threshold", PolicyError, 0)
         policy.check_measured(problem)
-        if problem.statistics is None:
-            raise PolicyError("a plan that follows begins with statistics (heatkv calibrate); rankings do not suffice")
         initial = problem.statistics
+        if initial is None:
+            raise PolicyError("a plan that follows begins with statistics; rankings do not suffice")
         if policy.level_cost is None:
             initial = initial.with_levels(None)  # nobody would measure them again
+        self.levels: LevelStatistics | None = initial.levels
+        """Choices and biases of the level costs that must be measured, if any."""
         self._problem = replace(problem, statistics=initial, rankings=None)
         self._fading = FadingStatistics(initial, half_life)
         self._row_prices: FloatArray | None = None
@@ -209,19 +194,13 @@ class OnlinePlanner:
         """As of FadingStatistics."""
         return self._fading.effective_count
 
-    @property
-    def levels(self) -> LevelStatistics | None:
-        """Choices and biases of the level costs that must be measured, if any."""
-        assert self._problem.statistics is not None
-        return self._problem.statistics.levels
-
     def follow(self, measured: Statistics) -> Decision:
         """Take in what was measured; afterwards `plan` is the one to draw under. Raises StatisticsError for statistics
         measured in another way."""
         self._fading.add(measured)
-        problem = replace(self._problem, statistics=self.statistics)
-        assert problem.statistics is not None
-        value, full = plan_value(self.plan, self.policy, problem.statistics)
+        statistics = self.statistics
+        problem = replace(self._problem, statistics=statistics)
+        value, full = plan_value(self.plan, self.policy, statistics)
         loss = full - value
         if loss <= 0:
             return Decision(0.0, 0.0, None, False)
@@ -233,7 +212,7 @@ class OnlinePlanner:
             if possible <= self.threshold:
                 return Decision(loss, possible, None, False)
         plan = self._solve(problem)
-        gain = (plan_value(plan, self.policy, problem.statistics)[0] - value) / loss
+        gain = (plan_value(plan, self.policy, statistics)[0] - value) / loss
         adopted = gain > self.threshold
         if adopted:
             self.plan = plan

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import reduce
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from heatkv.core.budget import Budget, parse_bytes
 from heatkv.core.plan import Plan
-from heatkv.core.schema import of_kind, shown, whole
+from heatkv.core.schema import shown, whole
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
 from heatkv.errors import BudgetError, ModelError, StatisticsError
@@ -36,26 +37,16 @@ Label = TypeVar("Label")
 
 
 @dataclass(frozen=True)
-class Event:
-    """What was done after `image` images: `measured` of them were measured, holding `measuring_bytes` at most.
-
-    `loss`, `possible`, `gain` and `adopted` are those of Decision. `seconds` were spent on measuring and on planning.
-    """
+class Event(Decision):
+    """The decision after `image` images, when `measured` of a batch were measured, holding `measuring_bytes` at most;
+    the seconds were spent on measuring and on planning."""
 
     image: int
     measured: int
     effective_count: float
-    loss: float
-    possible: float | None
-    gain: float | None
-    adopted: bool
     measuring_bytes: int
     measuring_seconds: float
     planning_seconds: float
-
-    @property
-    def solved(self) -> bool:
-        return self.gain is not None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"solved": self.solved}
@@ -87,13 +78,12 @@ class FollowingGenerator(Generic[Label]):
         batch: int = 1,
         seed: int = 0,
         settings: Settings | None = None,
-        memory: str | Budget | None = None,
+        memory: str | None = None,
         storage: str | None = None,
         attention: str = "auto",
     ) -> None:
         self.seed, _, self.batch, self.settings = checked_run(model, seed, 0, batch, settings, None)
         self.every = whole(every, "every", ModelError, 1)
-        of_kind(statistics, Statistics, "statistics", StatisticsError, "load or calibrate some")
         statistics.check_fingerprint(model.fingerprint)
         measured_at, drawn_at = statistics.provenance.cfg, self.settings.to_json()["cfg"]
         if measured_at is not None and measured_at != drawn_at:
@@ -102,41 +92,36 @@ class FollowingGenerator(Generic[Label]):
             )
         self.model = model
         self._coding, self._attention = storage, attention
-        self._storage = str(StorageType.for_dtype(model.compute_dtype, storage))
-        self._rows = self.batch * self.settings.rows_per_image
+        storage_type, rows = str(StorageType.for_dtype(model.compute_dtype, storage)), self._rows(self.batch)
         problem = PlanningProblem(
-            model.geometry, Budget.parse(budget), statistics, seed=self.seed, rows=self._rows, storage=self._storage,
+            model.geometry, Budget.parse(budget), statistics, seed=self.seed, rows=rows, storage=storage_type,
             model=model.name,
         )  # fmt: skip
         chosen = make_policy(policy) if isinstance(policy, str) else policy
         self.planner = OnlinePlanner(chosen, problem, half_life=half_life, threshold=threshold)
         self._beside = memory is not None
-        self.measured_at_once = self._measured_at_once(memory)
+        self.measured_at_once = self._measured_at_once(memory, self.plan.budget_bytes(rows, storage_type))
         self.drawn = 0
         self.events: list[Event] = []
-        self.drawing_seconds = 0.0
-        self.switching_seconds = 0.0
+        self.drawing_seconds = self.switching_seconds = 0.0
         self._generator: Generator[Label] | None = None
 
-    def _measured_at_once(self, memory: str | Budget | None) -> int:
-        allowed = self.plan.budget_bytes(self._rows, self._storage)
-        if memory is not None:
-            given = parse_bytes(str(memory))
-            if given is None:
-                raise BudgetError(f"memory for measuring is {shown(memory)}, no number of bytes; write 64MiB or 2GB")
-            allowed = given
+    def _rows(self, images: int) -> int:
+        return images * self.settings.rows_per_image
+
+    def _measured_at_once(self, memory: str | None, budget_bytes: int) -> int:
+        allowed = budget_bytes if memory is None else parse_bytes(str(memory))
+        if allowed is None:
+            raise BudgetError(f"memory for measuring is {shown(memory)}, no number of bytes; write 64MiB or 2GB")
         needed = held_bytes(self.model, self.settings)
         if needed > allowed:
-            images = math.ceil(needed / allowed * self.batch)
-            told, way_out = f"memory allows {allowed}", "allow more"
-            if not self._beside:
-                told = f"the budget allows {allowed} at batch {self.batch}"
-                way_out = (
-                    f"draw {images} at a time (in commands --rows {images * self.settings.rows_per_image}), or allow "
-                    "memory beside the cache, in commands with --measuring-memory"
-                )
+            limit, way_out = f"memory allows {allowed}", "allow more"
+            if memory is None:
+                images = math.ceil(needed / allowed * self.batch)
+                limit = f"the budget allows {allowed} at batch {self.batch}"
+                way_out = f"draw {images} at a time ({self._rows(images)} rows), or allow memory beside the cache"
             raise BudgetError(
-                f"measuring one image holds {needed} bytes, {told}; {way_out} (memory={-(-needed >> 20)}MiB)"
+                f"measuring one image holds {needed} bytes, {limit}; {way_out} (memory={-(-needed >> 20)}MiB)"
             )
         return allowed // needed
 
@@ -189,56 +174,52 @@ class FollowingGenerator(Generic[Label]):
         }
 
     def _draw(self, labels: Sequence[Label]) -> Drawn:
-        generator = self._generator
-        if generator is None or generator.batch != len(labels):
-            generator = None  # the old cache goes before the new one comes
-            self._release()
+        if self._generator is None or self._generator.batch != len(labels):
+            self._generator = None  # the old cache goes before the new one comes
             with self._timed() as seconds:
-                generator = self._generator = Generator(
+                self._generator = Generator(
                     self.model, self.plan, len(labels), self.settings, storage=self._coding, attention=self._attention
                 )
             if self.drawn:  # the first cache is there without following, too
                 self.switching_seconds += seconds[0]
         with self._timed() as seconds:
-            drawn = generator.draw(labels, self.seed, range(self.drawn, self.drawn + len(labels)))
+            drawn = self._generator.draw(labels, self.seed, range(self.drawn, self.drawn + len(labels)))
         self.drawing_seconds += seconds[0]
         self.drawn += len(labels)
         return drawn
 
-    def _release(self) -> None:
-        self._generator = None
-
     def _follow(self, labels: Sequence[Label], tokens: Sequence[Tensor], due: Sequence[int], first: int) -> None:
-        """Measure these images of a batch, so many at a time as fit in, and let the plan follow."""
+        """Measure these images of a batch, as many at once as fit in, and let the plan follow."""
         if not self._beside:
-            self._release()
-        most = 0
+            self._generator = None
         with self._timed() as measuring:
-            measured: Statistics | None = None
-            for start in range(0, len(due), self.measured_at_once):
-                chosen = due[start : start + self.measured_at_once]
-                found, held = measure_drawn(
-                    self.model,
-                    [labels[at] for at in chosen],
-                    [tokens_BN[chosen] for tokens_BN in tokens],
-                    [f"{self.seed}:{first + at}:{self.model.label_name(labels[at])}:served" for at in chosen],
-                    self.settings,
-                    self.planner.levels,
-                )
-                measured = found if measured is None else measured.merge(found)
-                most = max(most, held)
-        assert measured is not None
+            parts = [due[start : start + self.measured_at_once] for start in range(0, len(due), self.measured_at_once)]
+            measured, held = zip(*(self._measure(labels, tokens, part, first) for part in parts), strict=True)
+            merged = reduce(Statistics.merge, measured)
         before = self.plan
         with self._timed() as planning:
-            decision: Decision = self.planner.follow(measured)
+            decision = self.planner.follow(merged)
         if self.plan is not before:
-            self._release()
+            self._generator = None
         self.events.append(
             Event(
-                self.drawn, len(due), self.planner.effective_count, decision.loss, decision.possible, decision.gain,
-                decision.adopted, most, measuring[0], planning[0],
+                **asdict(decision), image=self.drawn, measured=len(due), effective_count=self.planner.effective_count,
+                measuring_bytes=max(held), measuring_seconds=measuring[0], planning_seconds=planning[0],
             )
         )  # fmt: skip
+
+    def _measure(
+        self, labels: Sequence[Label], tokens: Sequence[Tensor], images: Sequence[int], first: int
+    ) -> tuple[Statistics, int]:
+        """Statistics of these images of a batch, and the bytes held for them."""
+        return measure_drawn(
+            self.model,
+            [labels[at] for at in images],
+            [tokens_BN[images] for tokens_BN in tokens],
+            [f"{self.seed}:{first + at}:{self.model.label_name(labels[at])}:served" for at in images],
+            self.settings,
+            self.planner.levels,
+        )
 
     @contextmanager
     def _timed(self) -> Iterator[list[float]]:

@@ -39,7 +39,8 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import LevelStatistics, Provenance, Statistics
 from heatkv.core.storage_type import STORAGE_BYTES, StorageType
 from heatkv.engine.arena_cache import KVCache
-from heatkv.engine.token_cache import SelectingCache, policy_of
+from heatkv.engine.open_cache import policy_of
+from heatkv.engine.token_cache import SelectingCache
 from heatkv.errors import BudgetError, PolicyError, StatisticsError
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy, make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
@@ -177,8 +178,7 @@ def run_attention(cache: KVCache | SelectingCache, inputs: Sequence[Sequence[Att
     outs = []
     for of_scale in inputs:
         for layer, given in enumerate(of_scale):
-            if isinstance(cache, SelectingCache) and cache.wants_input:
-                cache.see_input(layer, given.input_RNW)
+            cache.see_input(layer, given.input_RNW)
             outs.append(cache.attend(layer, given.q_RHND, given.k_RHND, given.v_RHND))
     cache.check()
     return outs
@@ -203,7 +203,7 @@ def open_watched(policy: EvictionPolicy, plan: CachePlan, rows: int = 2, storage
     held = StorageType.parse(storage)
     dtype = getattr(torch, held.compute)
     if isinstance(plan, Plan):
-        return KVCache(plan, rows, dtype, storage=held.code)
+        return KVCache(plan, rows, dtype, code=held.code)
     assert isinstance(plan, CapacityPlan)
     told = as_told(policy, plan)
     _demand(isinstance(told, DynamicPolicy), "its plan has capacities, but it is no DynamicPolicy")
@@ -213,7 +213,7 @@ def open_watched(policy: EvictionPolicy, plan: CachePlan, rows: int = 2, storage
     def query_weight(layer: int) -> Tensor:
         return torch.randn((heads, dim, heads * dim), generator=torch.Generator().manual_seed(layer))
 
-    return _WatchedCache(plan, told, rows, dtype, query_weight=query_weight, storage=held.code)
+    return _WatchedCache(plan, told, rows, dtype, query_weight=query_weight, code=held.code)
 
 
 def as_told(policy: EvictionPolicy, plan: CachePlan) -> EvictionPolicy:

@@ -2,7 +2,7 @@
 
 Token-time counts every token that is held once for each later target scale that reads it, so a cell that is kept half
 as long counts half, and one that is pooled to a quarter of its tokens a quarter.
-Arrays: L layers, H heads, T scales; last_read as in a plan.
+Arrays: L layers, H heads, T scales, V levels (fine to coarse); last_read as in a plan.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 from heatkv.core.budget import Budget
 from heatkv.core.levels import LEVELS, NONE
 from heatkv.core.plan import CachePlan, Plan, keep_first, live_token_heads
-from heatkv.core.statistics import LevelStatistics, Statistics
-from heatkv.errors import PlanError, PolicyError, StatisticsError
-from heatkv.levels.columns import capacity_prices, level_cost, level_price_bound, levels_of_plan
+from heatkv.core.statistics import Statistics
+from heatkv.errors import PolicyError, StatisticsError
+from heatkv.levels.columns import level_bound, level_price_bound
+from heatkv.levels.costs import level_cost, levels_of_plan
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.levels import HeatKVLevels
-from heatkv.policies.lp import HeatKVLP, SolvedPolicy, how_to_measure
-from heatkv.solve.cells import Capacity, allocate, price_bound, read_value
+from heatkv.policies.lp import HeatKVLP, SolvedPolicy
+from heatkv.solve.cells import allocate, price_bound, read_value
+from heatkv.solve.checkpoints import Capacity
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -47,10 +49,7 @@ _NO_PRICE = 1e-9
 
 
 def reads_of_scales(last_reads: Sequence[IntArray]) -> FloatArray:
-    """Share of the reads of every source scale, a later target in a head each, that every level serves, (levels, T-1).
-
-    `last_reads` are those of a plan's levels, fine to coarse. For a single level it is the share of token-time, too.
-    """
+    """Share of the reads of every source scale, by a later target in a head each, that every level serves, (V, T-1)."""
     scales = last_reads[0].shape[2]
     ends = np.stack([np.broadcast_to(np.arange(scales), last_reads[0].shape), *last_reads])
     served: FloatArray = np.diff(ends, axis=0).mean(axis=(1, 2))[:, :-1] / np.arange(scales - 1, 0, -1)
@@ -58,10 +57,8 @@ def reads_of_scales(last_reads: Sequence[IntArray]) -> FloatArray:
 
 
 def kept_of_scales(last_reads: Sequence[IntArray], tokens: Sequence[tuple[int, ...]]) -> FloatArray:
-    """Share of the full cache's token-time that is kept of every source scale but the last, (T-1,).
-
-    `tokens` are those of every scale at every level.
-    """
+    """Share of the full cache's token-time that is kept of every source scale, (T-1,), from last_read and the tokens of
+    every scale at every level."""
     sizes = np.asarray(tokens, dtype=np.float64)[:, :-1]
     kept: FloatArray = (reads_of_scales(last_reads) * sizes).sum(axis=0) / sizes[0]
     return kept
@@ -79,8 +76,8 @@ def ends_of_cells(last_read_LHT: IntArray) -> FloatArray:
 
     `last_read_LHT` is that of the coarsest level, for what is kept at any.
     """
-    never = last_read_LHT == np.arange(last_read_LHT.shape[2])
-    whole = last_read_LHT == last_read_LHT.shape[2] - 1
+    scales = last_read_LHT.shape[2]
+    never, whole = last_read_LHT == np.arange(scales), last_read_LHT == scales - 1
     return np.stack([kind.mean(axis=(0, 1))[:-1] for kind in (never, ~never & ~whole, whole)], axis=1)
 
 
@@ -93,11 +90,11 @@ def full_use(plan: CachePlan) -> IntArray:
 class Worth:
     """What a plan is worth by statistics, and what its budget is.
 
-    `measure` is one of MEASURES; a cost counts as a negative value, as in plans. `instead` says why it is not the one
-    that the plan was made by, if so. No plan within the budget, with these sinks, is worth more than `bound`, by the
-    prices, or than `certified`, the plan's own bound where it is of the same numbers; the full cache is worth `full`.
-    `price_TL` is the value of one more token-head at the checkpoint after layer l has run target t, 0 where it does
-    not bind; `cap_price_LT` the same under a cap on single layers, which the budget does not move.
+    `measure` is one of MEASURES; a cost counts as a negative value, as in plans. `instead` says why the measure or its
+    figures are not those that the plan was made by, or is empty. No plan within the budget, with these sinks, is worth
+    more than `bound`, by the prices, or than `certified`, the plan's own bound where it is of the same numbers; the
+    full cache is worth `full`. `price_TL` is the value of one more token-head at the checkpoint after layer l has run
+    target t, 0 where it does not bind; `cap_price_LT` the same under a cap on layers, which the budget does not move.
     """
 
     measure: str
@@ -135,28 +132,22 @@ class Worth:
 
 
 def worth_of(plan: Plan, statistics: Statistics) -> Worth:
-    """Judge a plan by the measure it was made by, over the same budget and sinks, or where that was not measured, a
-    plan of whole cells by another one. One of a policy that measures nothing is judged by the drop error.
+    """A plan judged by the measure that it was made by, over the same budget and sinks. Where that was not measured, a
+    plan of whole cells is judged by another; one of a policy that measures nothing is judged by the drop error.
 
-    Raises StatisticsError for statistics of another geometry, PolicyError for settings that a plan alone does not tell
-    and for levels whose costs the statistics lack, PlanError for levels that have no cost.
+    Raises StatisticsError for statistics of another geometry, PolicyError where the statistics lack the costs of the
+    plan's levels and for a cap in bytes, PlanError for cells at levels that have no cost.
     """
-    statistics.check_geometry(plan.geometry)
-    policy, own = _policy(plan), _own_measure(plan)
     # half a token-head stands for none, which is no budget
     share = Fraction(max(2 * plan.budget_token_heads, 1), 2 * plan.geometry.full_token_heads)
     problem = PlanningProblem(plan.geometry, Budget("share", share), statistics)
+    policy = _policy(plan)
     policy.check(problem)
-    capacity = policy.capacity(problem)
-    beyond = [name for name, _ in plan.levels if LEVELS.index(name) not in policy.allowed]
-    if beyond:
-        raise PlanError(f"the plan holds cells at level {beyond[0]}, which its settings do not allow; solve it again")
-    if plan.coarse:
-        kind = "error" if statistics.levels is None else statistics.levels.cost
-        known = next(measure for measure, cost in LEVEL_COSTS.items() if cost == kind)
-        return _with_certificate(_by_levels(plan, statistics, own or known, policy, capacity), plan)
-    lacking = []
-    for measure in dict.fromkeys([own or "error", "error", "mass", "conditional-mass"]):
+    capacity, own, lacking = policy.capacity(problem), _own_measure(plan), list[str]()
+    by_levels, by_cells = list(LEVEL_COSTS), ["error", "mass", "conditional-mass"]
+    own_first = [] if own is None else [own]
+    measures = (own_first or by_levels) if plan.coarse else list(dict.fromkeys([*own_first, *by_cells]))
+    for measure in measures:
         try:
             if measure in LEVEL_COSTS:
                 worth = _by_levels(plan, statistics, measure, policy, capacity)
@@ -165,38 +156,27 @@ def worth_of(plan: Plan, statistics: Statistics) -> Worth:
         except (PolicyError, StatisticsError) as error:
             lacking.append(str(error))
             continue
-        if own is None or measure == own:
-            return _with_certificate(worth, plan)
-        return replace(
-            worth,
-            instead=f"the plan was made by the {MEASURES[own]}, but {lacking[0]}; here it is judged by the "
-            f"{MEASURES[measure]}, of which its own value and gap say nothing",
-        )
-    raise AssertionError("the mass of conditional rows is always measured")
-
-
-def _with_certificate(worth: Worth, plan: Plan) -> Worth:
-    """With the plan's own bound where it is of the same numbers, as its value tells."""
-    value, bound = plan.value, plan.value_bound
-    if value is None or bound is None or not math.isclose(value, worth.value, rel_tol=1e-9, abs_tol=1e-12):
-        return worth
-    return replace(worth, certified=bound)
+        if own not in (None, measure):
+            made_by = f"the plan was made by the {MEASURES[str(own)]}, but {lacking[0]}"
+            return replace(worth, instead=f"{made_by}; here it is judged by the {MEASURES[measure]}")
+        same = plan.value is not None and math.isclose(plan.value, worth.value, rel_tol=1e-9, abs_tol=1e-12)
+        return replace(worth, certified=plan.value_bound) if same else worth
+    raise PolicyError(lacking[0])
 
 
 def _policy(plan: Plan) -> SolvedPolicy:
-    """The solver over the plan's budget, caps and levels; for a policy that is none, over all plans with its sinks."""
-    solvers = (HeatKVLevels,) if plan.coarse else (HeatKVLP, HeatKVLevels)
-    solver = {cls.name: cls for cls in solvers}.get(plan.policy)
+    """The solver over the plan's budget, cap and levels; for a policy that is none, over all plans with its sinks."""
+    solvers: tuple[type[SolvedPolicy], ...] = (HeatKVLevels,) if plan.coarse else (HeatKVLP, HeatKVLevels)
+    solver = next((cls for cls in solvers if cls.name == plan.policy), None)
     if solver is None:
         return HeatKVLevels(sink_scales=plan.sink_scales)
     known = {field.name for field in fields(solver)}
-    told = {name: value for name, value in plan.settings.items() if name in known}
     # what chose the budget or how to solve for it does not matter any more
-    past = {"solver": "lp"} if solver is HeatKVLP else {"max_kl": None}
-    policy: SolvedPolicy = solver(**{**told, "sink_scales": plan.sink_scales, **past})
+    settings = {**plan.settings, "sink_scales": plan.sink_scales, "solver": "lp", "max_kl": None}
+    policy = solver(**{name: value for name, value in settings.items() if name in known})
     if (cap := policy.cap()) is not None and cap.kind == "bytes":
         raise PolicyError(
-            f"the plan's layer_cap={policy.layer_cap} depends on rows and storage type, which a plan does not tell; "
+            f"the plan's layer_cap={policy.layer_cap} depends on rows and storage type, which a plan does not hold; "
             "state the cap as a share or in tokens"
         )
     return policy
@@ -206,7 +186,7 @@ def _own_measure(plan: Plan) -> str | None:
     """The measure that a plan was made by; None for policies that measure nothing, or nothing known here."""
     if plan.policy == HeatKVLevels.name:
         cost = plan.settings.get("cost", HeatKVLevels.cost)
-        return next((measure for measure, kind in LEVEL_COSTS.items() if kind == cost), None)
+        return next(measure for measure, kind in LEVEL_COSTS.items() if kind == cost)
     if plan.coarse:  # the others know whole cells only
         return None
     if plan.policy == HeatKVLP.name:
@@ -229,35 +209,23 @@ def _by_cells(plan: Plan, statistics: Statistics, measure: str, capacity: Capaci
 def _by_levels(plan: Plan, statistics: Statistics, measure: str, policy: SolvedPolicy, capacity: Capacity) -> Worth:
     """Judged by the joint costs of levels. Raises PolicyError when these were not measured, PlanError when the plan
     holds a level that has no cost."""
-    costs = _level_costs(plan, statistics, LEVEL_COSTS[measure])
+    costs, kind, sinks = statistics.levels, LEVEL_COSTS[measure], plan.sink_scales
+    if costs is None or costs.cost != kind or costs.choices.sink_scales > sinks:
+        raise PolicyError(
+            f"these statistics ({statistics.provenance.model}) lack level costs of the kind {kind!r} for {sinks} sink "
+            "scales; calibrate them"
+        )
     level = levels_of_plan(plan)
     past = np.tril(np.ones(level.shape[2:], dtype=bool), -1)
     cost, full = level_cost(costs, level), level_cost(costs, np.where(past, 0, np.full_like(level, NONE)))
-    prices = _binding(capacity_prices(costs, capacity, policy.allowed, plan.sink_scales))
-    bound = level_price_bound(costs, capacity, policy.allowed, prices, plan.sink_scales)
-    bound = min(bound, cost)  # above it by rounding only
+    prices = _binding(level_bound(costs, capacity, policy.allowed, sinks)[1])
+    # above the cost by rounding only
+    bound = min(level_price_bound(costs, capacity, policy.allowed, prices, sinks), cost)
     worth = _worth(plan, measure, -cost, -bound, -full, capacity, prices)
-    of_costs = {LEVELS[index]: costs.log_bias[..., index] for index in range(len(LEVELS))}
-    if any(not np.array_equal(cells.log_bias, of_costs[cells.level]) for cells in plan.coarse):
-        note = "the plan has other log-biases than these costs were measured under, so its real cost is another one"
-        return replace(worth, instead=note)
-    return worth
-
-
-def _level_costs(plan: Plan, statistics: Statistics, kind: str) -> LevelStatistics:
-    """The level costs of this kind, which hold for the plan's sinks. Raises PolicyError."""
-    levels, mine = statistics.levels, f"these statistics ({statistics.provenance.model})"
-    measure = f"measure them with {how_to_measure(kind, plan.sink_scales)}"
-    if levels is None:
-        raise PolicyError(f"{mine} lack level costs; {measure}")
-    if levels.cost != kind:
-        raise PolicyError(f"{mine} hold level costs of the kind {levels.cost!r}, not {kind!r}; {measure}")
-    if levels.choices.sink_scales > plan.sink_scales:
-        raise PolicyError(
-            f"{mine} hold level costs for sink_scales={levels.choices.sink_scales} or more, the plan has "
-            f"{plan.sink_scales}; {measure}"
-        )
-    return levels
+    if all(np.array_equal(c.log_bias, costs.log_bias[..., LEVELS.index(c.level)]) for c in plan.coarse):
+        return worth
+    note = "the plan has other log-biases than these costs were measured under, so its real cost is another one"
+    return replace(worth, instead=note)
 
 
 def _binding(row_prices: FloatArray) -> FloatArray:
@@ -271,12 +239,8 @@ def _worth(
     layers, _, scales = plan.last_read.shape
     checkpoints = capacity.checkpoints
     caps = row_prices[checkpoints:] if capacity.layer_room is not None else np.zeros(layers * scales)
+    # a cost of nothing is 0, not -0
     return Worth(
-        measure=measure,
-        value=value + 0.0,  # a cost of nothing is 0, not -0
-        bound=bound + 0.0,
-        full=full + 0.0,
-        budget_token_heads=plan.budget_token_heads,
-        price_TL=row_prices[:checkpoints].reshape(scales - 1, layers),
-        cap_price_LT=caps.reshape(layers, scales),
-    )
+        measure, value + 0.0, bound + 0.0, full + 0.0, plan.budget_token_heads,
+        row_prices[:checkpoints].reshape(scales - 1, layers), caps.reshape(layers, scales),
+    )  # fmt: skip

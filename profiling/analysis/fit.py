@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from heatkv.core.budget import parse_bytes
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.storage_type import StorageType, torch_dtype
 from heatkv.engine.arena_cache import KVCache
-from heatkv.engine.attention.grouping import GROUP_BYTES
+from heatkv.engine.attention.grouped import GROUP_BYTES
 from heatkv.errors import HeatKVError
 from heatkv.generation.loop import run_scales
 from heatkv.models import emoji as emoji_model
@@ -41,24 +40,22 @@ from heatkv.profiling.measure.ledger import FusedAttention, TensorLedger
 TEXT_POSITIONS = 512
 """Longest prompt of Infinity's text encoder, the worst case for cross attention."""
 
-_T5_XL = {"width": 2048, "hidden": 5120, "layers": 24, "vocabulary": 32128, "buckets": 32, "heads": 32}
 MOST_IMAGES = 1 << 16
 
 
 def text_encoder_parameters() -> int:
     """Parameters of flan-t5-xl's encoder (Raffel et al. 2020, version 1.1: gated feed-forward, no biases)."""
-    width, hidden = _T5_XL["width"], _T5_XL["hidden"]
-    layer = 4 * width * width + 3 * width * hidden + 2 * width
-    return _T5_XL["vocabulary"] * width + _T5_XL["layers"] * layer + _T5_XL["buckets"] * _T5_XL["heads"] + width
+    width, hidden, layers, vocabulary, buckets, heads = 2048, 5120, 24, 32128, 32, 32
+    return (vocabulary + 1) * width + layers * (4 * width**2 + 3 * width * hidden + 2 * width) + buckets * heads
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that drawing `images` at once takes, apart from the cache.
+    """Bytes that drawing `images` at once takes beside the cache, and those of the full cache.
 
     `prompt` is what the class or prompt decides once per image (AdaLN vectors, keys and values of cross attention);
-    `working` the peak of all other tensors that come and go, in the transformer, the sampler or the decoder. `tables`
-    are those of what is read and written where, whatever the images; `uncoded` is what the scales that are never coded
+    `working` the peak of all other tensors that come and go, in the transformer, the sampler or the decoder; `tables`
+    say what is read and written where, for any number of images; `uncoded` is what the scales that are never coded
     take more than others would; `gathered` what the heads of a layer read at most with the full cache, `gathered_head`
     the part of one head.
     """
@@ -82,15 +79,15 @@ class Footprint:
         return self.tables + max(min(GROUP_BYTES, self.gathered), self.gathered_head)
 
     @property
-    def without_cache(self) -> int:
-        return self.weights + self.prompt + self.working + self.attention
-
-    @property
     def weights(self) -> int:
         return self.transformer + self.decoder + self.text_encoder
 
+    @property
+    def without_cache(self) -> int:
+        return self.weights + self.prompt + self.working + self.attention
+
     def times(self, count: int) -> Footprint:
-        """That of so many times the images, which share the weights."""
+        """That of `count` times the images, which share the weights."""
         grown = ("images", "rows", "prompt", "working", "full_cache", "uncoded", "gathered", "gathered_head")
         return replace(self, **{name: getattr(self, name) * count for name in grown})
 
@@ -98,29 +95,27 @@ class Footprint:
 _Shapes = ClassConditionalModel | TextConditionalModel
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
 @cache
 def shapes(info: ModelInfo, schedule: ScaleSchedule, dtype: torch.dtype, layers: int) -> _Shapes:
-    """The model with so many layers, without storage."""
+    """The model with this many layers, on tensors without storage."""
     with torch.device("meta"):
         if info.family == "infinity":
             large = info.heads == INFINITY_8B.heads
             config, vae_config = (INFINITY_8B, BSQ_D56) if large else (INFINITY_2B, BSQ_D32)
             infinity = Infinity(replace(config, depth=layers)).set_compute_dtype(dtype)
             vae = BitwiseVAE(vae_config, encoder=False)
-            made = TextConditionalModel(info.name, infinity, vae, schedule, INFINITY_SAMPLING, fingerprint="")
-            made.rotations()  # made once and kept like weights, so no part of drawing
-            return made
-        var_config, vqvae_config, sampling = emoji_model.VAR_CONFIG, emoji_model.VQVAE_CONFIG, emoji_model.SAMPLING
-        if not info.bundled:
+            model = TextConditionalModel(info.name, infinity, vae, schedule, INFINITY_SAMPLING, fingerprint="")
+            model.rotations()  # made once and kept like weights, so no part of drawing
+            return model
+        if info.bundled:
+            var_config, vqvae_config = emoji_model.VAR_CONFIG, emoji_model.VQVAE_CONFIG
+        else:
             sides = tuple(height for _, height, _ in schedule.scales)
-            width = info.heads * info.head_dim
-            var_config = VARConfig(sides, info.layers, width, info.heads, shared_adaln=info.layers == 36)
-            vqvae_config, sampling = VQVAEConfig(sides), VAR_SAMPLING
+            width, shared = info.heads * info.head_dim, info.layers == 36
+            var_config = VARConfig(sides, info.layers, width, info.heads, shared_adaln=shared)
+            vqvae_config = VQVAEConfig(sides)
         var = VAR(replace(var_config, depth=layers)).set_compute_dtype(dtype)
+        sampling = emoji_model.SAMPLING if info.bundled else VAR_SAMPLING
         return ClassConditionalModel(info.name, var, VQVAE(vqvae_config, encoder=False), sampling, fingerprint="")
 
 
@@ -129,6 +124,11 @@ def _labels(model: _Shapes, images: int) -> list[Any]:
     if isinstance(model, ClassConditionalModel):
         return [0] * images
     return [Prompt(torch.empty(TEXT_POSITIONS, model.transformer.config.text_channels)) for _ in range(images)]
+
+
+def _settings(model: _Shapes, guided: bool) -> Any:
+    unguided = 1.0 if isinstance(model, TextConditionalModel) else 0.0
+    return model.sampling if guided else replace(model.sampling, cfg=unguided)
 
 
 def prompt_bytes(model: _Shapes, images: int, guided: bool) -> int:
@@ -152,45 +152,36 @@ def drawing_bytes(model: _Shapes, images: int, guided: bool) -> int:
 
 
 def table_bytes(geometry: CacheGeometry, coded: bool = False) -> int:
-    """Of the full cache's tables: the slots that every target reads, in 4 bytes, and those that are written, in 8, with
-    whose they are. Where sinks and codes are read together, 8 more say which comes where."""
+    """Bytes of the full cache's tables: the slots that every target reads, in 4 bytes, and those that are written, in
+    8, with whose they are. Where sinks and codes are read together, 8 more say which comes where."""
     schedule = geometry.schedule
-    read = sum(schedule.offsets[: len(schedule)])
-    return (
-        ((12 if coded else 4) * read + 8 * (schedule.cached_tokens + len(schedule) - 1))
-        * geometry.layers
-        * geometry.heads
-    )
-
-
-def _settings(model: _Shapes, guided: bool) -> Any:
-    unguided = 1.0 if isinstance(model, TextConditionalModel) else 0.0
-    return model.sampling if guided else replace(model.sampling, cfg=unguided)
+    read, written = sum(schedule.offsets[: len(schedule)]), schedule.cached_tokens + len(schedule) - 1
+    return ((12 if coded else 4) * read + 8 * written) * geometry.layers * geometry.heads
 
 
 @cache
 def _one_image(
-    info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool, storage: str | None
+    info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool, coding: str | None
 ) -> Footprint:
-    geometry, rows = info.geometry(size, ratio), 2 if guided else 1
-    held_as = str(StorageType(dtype, storage))
-    uncoded, coded = geometry.token_head_bytes(rows, held_as)
-    gathered = 2 * rows * geometry.schedule.total_tokens * geometry.head_dim * torch_dtype(dtype).itemsize
-    whole, short = (shapes(info, geometry.schedule, torch_dtype(dtype), layers) for layers in (info.layers, 2))
+    geometry, rows, compute = info.geometry(size, ratio), 2 if guided else 1, torch_dtype(dtype)
+    storage = str(StorageType(dtype, coding))
+    uncoded, coded = geometry.token_head_bytes(rows, storage)
+    gathered = 2 * rows * geometry.schedule.total_tokens * geometry.head_dim * compute.itemsize
+    # a layer's tensors are gone before the next one runs; from the second on, its input is not the transformer's
+    whole, short = (shapes(info, geometry.schedule, compute, layers) for layers in (info.layers, 2))
     tables = whole.rotations() if isinstance(whole, TextConditionalModel) else ()
     decoder: nn.Module = whole.vqvae if isinstance(whole, ClassConditionalModel) else whole.vae
     return Footprint(
         images=1,
         rows=rows,
-        transformer=_bytes([*whole.transformer.parameters(), *tables]),
-        decoder=_bytes(decoder.parameters()),
-        text_encoder=text_encoder_parameters() * torch_dtype(dtype).itemsize if info.family == "infinity" else 0,
+        transformer=sum(x.nbytes for x in (*whole.transformer.parameters(), *tables)),
+        decoder=sum(x.nbytes for x in decoder.parameters()),
+        text_encoder=text_encoder_parameters() * compute.itemsize if info.family == "infinity" else 0,
         prompt=prompt_bytes(whole, 1, guided),
-        # a layer's tensors are gone before the next one runs; from the second on, its input is not the transformer's
         working=drawing_bytes(short, 1, guided) - prompt_bytes(short, 1, guided),
-        full_cache=geometry.full_bytes(rows, held_as),
+        full_cache=geometry.full_bytes(rows, storage),
         uncoded=geometry.uncoded_token_heads() * (uncoded - coded),
-        tables=table_bytes(geometry, storage is not None),
+        tables=table_bytes(geometry, coding is not None),
         gathered=gathered * geometry.heads,
         gathered_head=gathered,
     )
@@ -207,33 +198,28 @@ def footprint(
     text_encoder: bool = True,
     storage: str | None = None,
 ) -> Footprint:
-    """Bytes of drawing `images` at once with matrices in `dtype`, and the cache too, unless `storage` codes it: what is
-    not weights is in proportion.
+    """Bytes of drawing `images` at once, with matrices and cache in `dtype`, the cache coded as `storage` where that is
+    given. Raises HeatKVError for a batch that is too large.
 
     `text_encoder=False` leaves Infinity's encoder out, for prompts that were encoded before or elsewhere.
     """
     if not 1 <= images <= MOST_IMAGES:
         raise HeatKVError(f"a batch of {images}; it is from 1 to {MOST_IMAGES} images")
-    one = _one_image(info, size, ratio, dtype, guided, storage).times(images)
-    return one if text_encoder else replace(one, text_encoder=0)
-
-
-_MOST_MEMORY = 1 << 60
+    taken = _one_image(info, size, ratio, dtype, guided, storage).times(images)
+    return taken if text_encoder else replace(taken, text_encoder=0)
 
 
 def parse_memory(text: str) -> int:
     """Bytes of a size like 24GiB. Raises HeatKVError for anything else."""
     size = parse_bytes(text)
-    if size is None:
+    if not size:
         raise HeatKVError(f"memory {text!r} is no size above zero with its unit; write it as 24GiB or 24GB")
-    if size > _MOST_MEMORY:
-        raise HeatKVError(f"memory {text!r} is more than any machine has; write it as 24GiB or 24GB")
     return size
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A batch with the cache at `share`, beside the memory that there is."""
+    """A batch with the cache at `share`, in `memory` bytes."""
 
     taken: Footprint
     memory: int

@@ -6,34 +6,35 @@ Bytes and fidelity only: times of two runs do not compare. What was measured bef
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from heatkv.errors import HeatKVError
-from heatkv.profiling.measure.memory_figures import ARENA, PHASES, PLANNED, in_memory
-from heatkv.profiling.results.comparable import Measurement, Row, match, name_of
-
-BYTES = ("planned_bytes", "allocated_bytes", "current_bytes", "index_bytes", "workspace_bytes")
-DEVICE_BYTES = ("device_peak_bytes", "graph_pool_bytes")
-"""Compared only where both files have them: not every device has them."""
+from heatkv.profiling.results.comparable import match
+from heatkv.profiling.results.ledgers import PHASES, figure_at
+from heatkv.profiling.results.row import ResultRow, Results, read_results
 
 _Path = tuple[str, ...]
 
-PLAN_AND_ARENA: tuple[_Path, ...] = tuple(
-    ("memory", *figure.path) for figure in (*PLANNED, *ARENA) if figure.path != ("planned", "budget_bytes")
-)
-"""Figures of the ledgers that follow from the plan: the same on every machine."""
+DEVICE_BYTES: tuple[_Path, ...] = (("device_peak_bytes",), ("graph_pool_bytes",))
+"""Figures that not every device has: lost only where both files are of one type of device."""
+BYTES: tuple[_Path, ...] = (
+    ("planned_bytes",), ("allocated_bytes",), ("current_bytes",), ("index_bytes",), ("workspace_bytes",), *DEVICE_BYTES,
+    ("memory", "planned", "cache_bytes"), ("memory", "arena", "cache_bytes"), ("memory", "arena", "index_bytes"),
+    ("memory", "arena", "workspace_bytes"),
+)  # fmt: skip
+"""Figures that follow from the plan: the same on every machine."""
 TENSORS: tuple[_Path, ...] = (
     *(("memory", "tensors", "peak_bytes", phase) for phase in PHASES), ("memory", "tensors", "arena_bytes"),
     ("memory", "weights_bytes"),
 )  # fmt: skip
 """Figures of the ledger of tensors: the same wherever one release of torch runs on one type of device."""
-LEDGERS = ("planned", "arena", "tensors")
-"""Parts of `memory` that every device has."""
+FALLING = {"top1_agreement": "top1", "psnr_db": "psnr", "ssim": "ssim"}
+"""Figures of which less is worse, and their tolerances."""
 DEVICE_LEDGERS = ("host", "allocator", "graphs", "driver")
-"""Parts that depend on the type of device; that they are there is looked at, not what they hold."""
+"""Parts of `memory` that depend on the type of device: that they are there is compared, not what they hold."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +55,19 @@ class Tolerances:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (math.isfinite(value) and value >= 0):
-                raise HeatKVError(f"the tolerance of {name} is {value}; it must be a number from 0 on")
-            if name in ("top1", "ssim") and value > 1:
-                raise HeatKVError(f"the tolerance of {name} is {value:g}; no run falls by more than 1: write 0.01")
+            if not (math.isfinite(value) and 0 <= value <= (1 if name in ("top1", "ssim") else math.inf)):
+                limit = "from 0 to 1" if name in ("top1", "ssim") else "from 0 on"
+                raise HeatKVError(f"the tolerance of {name} is {value:g}; it must be a number {limit}")
 
-    def limits(self, row: Row, tensors: bool) -> dict[_Path, tuple[float, bool]]:
-        """The worst value that every figure of a baseline's row allows, by where the row has it, and whether more is
-        worse; those of the ledger of tensors only with `tensors`."""
-        limits: dict[_Path, tuple[float, bool]] = {}
-        exact = (*((name,) for name in (*BYTES, *DEVICE_BYTES)), *PLAN_AND_ARENA)
-        for paths, share in ((exact, self.bytes), (TENSORS if tensors else (), self.tensors)):
-            for path in paths:
-                if (value := in_memory(row, path)) is not None:
-                    limits[path] = value * (1 + share), True
-        if (kl := row.get("kl")) is not None:
-            limits["kl",] = kl + max(self.kl * kl, self.kl_floor), True
-        for name, allowed in (("top1_agreement", self.top1), ("psnr_db", self.psnr), ("ssim", self.ssim)):
-            if (value := row.get(name)) is not None:
-                limits[name,] = value - allowed, False
-        return limits
+    def limits(self, row: ResultRow, tensors: bool) -> dict[_Path, float]:
+        """The worst value that is allowed of every figure of a baseline's row, by its path; those of the ledger of
+        tensors only with `tensors`."""
+        grown = dict.fromkeys(BYTES, 1 + self.bytes) | {path: 1 + self.tensors for path in TENSORS if tensors}
+        limits = {path: value * by for path, by in grown.items() if (value := figure_at(row, path)) is not None}
+        if row.kl is not None:
+            limits["kl",] = row.kl + max(self.kl * row.kl, self.kl_floor)
+        fallen = {name: (getattr(row, name), getattr(self, tolerance)) for name, tolerance in FALLING.items()}
+        return limits | {(name,): value - by for name, (value, by) in fallen.items() if value is not None}
 
     def __str__(self) -> str:
         return (
@@ -97,22 +91,18 @@ class Change:
     limit: float
     failed: bool
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
-
 
 @dataclass(frozen=True)
 class RowCheck:
     """One row of the baseline: its figures, compared; none where the newer file has no such row.
 
-    `faults` are what no comparison of figures shows: why the row could not be measured, what is lost, and what
-    contradicts itself. `nearest` are the fields in which the likeliest row of the newer file differs from a missing
-    one.
+    `faults` are what no figure shows: why the row could not be measured, and what is lost. `nearest` are the fields in
+    which the likeliest row of the newer file differs from a missing one.
     """
 
     name: str
     missing: bool
-    changes: tuple[Change, ...]
+    changes: tuple[Change, ...] = ()
     faults: tuple[str, ...] = ()
     nearest: tuple[str, ...] = ()
 
@@ -124,7 +114,7 @@ class RowCheck:
 @dataclass(frozen=True)
 class Verdict:
     """All rows of the baseline, the names of rows that only the newer file has, notes on how both were made and on
-    what was not compared, and the tolerances that were held against them."""
+    what was not compared, and the tolerances."""
 
     rows: tuple[RowCheck, ...]
     extra: tuple[str, ...]
@@ -136,107 +126,70 @@ class Verdict:
         return any(row.failed for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "failed": self.failed,
-            "tolerances": dict(vars(self.tolerances)),
-            "rows": [
-                {
-                    "name": row.name, "failed": row.failed, "missing": row.missing, "nearest": list(row.nearest),
-                    "faults": list(row.faults), "changes": [change.to_json() for change in row.changes],
-                }
-                for row in self.rows
-            ],
-            "extra": list(self.extra),
-            "notes": list(self.notes),
-        }  # fmt: skip
+        rows = [vars(row) | {"failed": row.failed, "changes": list(map(vars, row.changes))} for row in self.rows]
+        return vars(self) | {"failed": self.failed, "tolerances": vars(self.tolerances), "rows": rows}
 
 
 def check_results(results: Path, baseline: Path, tolerances: Tolerances | None = None) -> Verdict:
-    """Compare a results.json with an earlier one of the same measurement.
+    """The verdict on a results.json by an earlier one of the same measurement.
 
     Raises FormatError for files that are none, name a row twice or hold figures that cannot be, HeatKVError for
-    measurements that do not compare: other samples, seeds or sampling, or a baseline without rows, or that contradicts
-    itself.
+    measurements that do not compare (other samples, seeds or sampling) and for a baseline without rows.
     """
-    tolerances = tolerances if tolerances is not None else Tolerances()
-    now, before = Measurement.read(results), Measurement.read(baseline)
+    tolerances = tolerances or Tolerances()
+    now, before = read_results(results), read_results(baseline)
     if not before.rows:
-        raise HeatKVError(f"{baseline} has no rows, so nothing can be held against it; write it with heatkv compare")
-    for row in before.rows:
-        for fault in _contradictions(row):
-            raise HeatKVError(f"{baseline}: {name_of(row)}: {fault}; make a new baseline")
+        raise HeatKVError(f"{baseline} has no rows, so nothing can be compared with it; measure it anew")
     matched = match(now, before)
-    same_device = before.device is not None and now.device == before.device
-    tensors = same_device and before.torch is not None and now.torch == before.torch
-    rows = tuple(
-        RowCheck(name_of(row), True, (), nearest=nearest)
-        if other is None
-        else _checked(row, other, tolerances, same_device, tensors)
-        for row, other, nearest in matched.pairs
-    )
-    notes = [*matched.notes, *_left_out(now, before, [row for row, _, _ in matched.pairs], same_device, tensors)]
-    return Verdict(rows, tuple(map(name_of, matched.extra)), tuple(notes), tolerances)
+    same_device = now.environment.device == before.environment.device
+    same_torch = now.environment.versions.get("torch") == before.environment.versions.get("torch")
+    rows = []
+    for row, other, nearest in matched.pairs:
+        if other is None:
+            rows.append(RowCheck(_name(row), True, nearest=nearest))
+        else:
+            changes = tuple(_changes(row, other, tolerances, same_device, same_device and same_torch))
+            rows.append(RowCheck(_name(row), False, changes, tuple(_faults(row, other, same_device))))
+    notes = [*matched.notes, *_left_out(now, before, same_device, same_torch)]
+    return Verdict(tuple(rows), tuple(map(_name, matched.extra)), tuple(notes), tolerances)
 
 
-def _left_out(
-    now: Measurement, before: Measurement, rows: Sequence[Row], same_device: bool, tensors: bool
-) -> Iterator[str]:
+def _name(row: ResultRow) -> str:
+    return f"{row.name}, {row.rows} rows, {row.storage}"
+
+
+def _left_out(now: Results, before: Results, same_device: bool, same_torch: bool) -> Iterator[str]:
     """Notes on what of the baseline's memory was not compared, and why."""
-    measured = [row for row in rows if isinstance(row.get("memory"), Mapping)]
-    if not measured:
-        yield f"not compared: ledgers of memory, of which {before.path} has none"
-    here, there = (f"device {made.device}, torch {made.torch}" for made in (now, before))
-    if measured and not tensors:
-        yield f"not compared: the ledger of tensors ({here}; in the baseline {there})"
-    if measured and not same_device:
-        yield f"not compared: whether there are {', '.join(DEVICE_LEDGERS)} ({here}; in the baseline {there})"
+    here, there = (f"device {e.device}, torch {e.versions.get('torch')}" for e in (now.environment, before.environment))
+    if all(row.memory is None for row in before.rows):
+        yield "not compared: ledgers of memory, of which the baseline has none"
+    elif not (same_device and same_torch):
+        ledgers = "tensors" if same_device else f"tensors, and whether there are those of {', '.join(DEVICE_LEDGERS)}"
+        yield f"not compared: the ledger of {ledgers} ({here}; in the baseline {there})"
 
 
-def _checked(row: Row, now: Row, tolerances: Tolerances, same_device: bool, tensors: bool) -> RowCheck:
-    faults = [*_faults(row, now, same_device), *_contradictions(now)]
-    changes = []
-    for path, (limit, more_is_worse) in tolerances.limits(row, tensors).items():
-        before, value, name = in_memory(row, path), in_memory(now, path), ".".join(path)
-        if value is None:
-            ledgers = [path[:size] for size in (1, 2) if size < len(path)]
-            of_lost_ledger = any(in_memory(now, ledger) is None for ledger in ledgers)  # which is a fault already
-            if not of_lost_ledger and (same_device or name not in DEVICE_BYTES):
-                changes.append(Change(name, before, None, limit, True))
+def _changes(
+    row: ResultRow, now: ResultRow, tolerances: Tolerances, same_device: bool, tensors: bool
+) -> Iterator[Change]:
+    """Every figure of the baseline's row, but those of lost memory, which is a fault already."""
+    for path, limit in tolerances.limits(row, tensors).items():
+        before, value, name = figure_at(row, path), figure_at(now, path), ".".join(path)
+        if value is None and (path[0] == "memory" or (path in DEVICE_BYTES and not same_device)):
             continue
-        failed = value > limit if more_is_worse else value < limit
-        changes.append(Change(name, before, value, limit, failed))
-    return RowCheck(name_of(row), False, tuple(changes), tuple(faults))
+        yield Change(name, before, value, limit, value is None or (value < limit if name in FALLING else value > limit))
 
 
-def _faults(row: Row, now: Row, same_device: bool) -> Iterator[str]:
+def _faults(row: ResultRow, now: ResultRow, same_device: bool) -> Iterator[str]:
     """Why a row could not be measured, or what the baseline's has and this one lacks, but for single figures."""
-    # what could not be measured before either is not worse
-    if now.get("error") is not None and row.get("error") is None:
-        yield f"error: {now['error']}"
+    if now.error is not None and row.error is None:  # what could not be measured before either is not worse
+        yield f"error: {now.error}"
         return
-    if row.get("memory") is not None and now.get("memory") is None:
-        yield "lost: memory"
-    else:
-        for ledger in (*LEDGERS, *(DEVICE_LEDGERS if same_device else ())):
-            had, has = (in_memory(one, ("memory", ledger)) for one in (row, now))
-            if had is not None and has is None:
-                yield f"lost: memory.{ledger}"
-    for name in ("latency_ms", *(("graph_latency_ms",) if same_device else ())):
-        if row.get(name) is not None and now.get(name) is None:
-            yield f"lost: {name}"
-
-
-def _contradictions(row: Row) -> Iterator[str]:
-    """Ledgers that tell other bytes than the row's own fields, which the same plan makes.
-
-    The ledgers are of the first plan, the fields the most of all plans.
-    """
-    one_plan = (row.get("draws") or 1) == 1
-    for figure in (*PLANNED, *ARENA):
-        told, of_row = in_memory(row.get("memory"), figure.path), row.get(figure.field)
-        if told is not None and of_row is not None and (told != of_row if one_plan else told > of_row):
-            name = ".".join(("memory", *figure.path))
-            yield f"{name} is {told:,.0f}, {figure.field} {of_row:,.0f}{'' if one_plan else ' at most'}"
+    parts: list[_Path] = [("memory",), ("latency_ms",)]
+    if same_device:
+        parts += [("graph_latency_ms",), *(("memory", ledger) for ledger in DEVICE_LEDGERS)]
+    for path in parts:
+        if figure_at(row, path) is not None and figure_at(now, path) is None and figure_at(now, path[:-1]) is not None:
+            yield f"lost: {'.'.join(path)}"
 
 
 def change_lines(verdict: Verdict, everything: bool = False) -> Sequence[tuple[str, ...]]:
@@ -247,20 +200,16 @@ def change_lines(verdict: Verdict, everything: bool = False) -> Sequence[tuple[s
             differs = f"the likeliest has another {', '.join(row.nearest)}" if row.nearest else ""
             lines.append((row.name, differs, "", "", "", "", "MISSING"))
         lines += [(row.name, fault, "", "", "", "", "FAILED") for fault in row.faults]
-        for change in row.changes:
-            if not everything and not change.failed and change.now == change.baseline:
-                continue
-            form = ",.0f" if "_bytes" in change.figure else ".5f"
-            now = "-" if change.now is None else format(change.now, form)
-            moved = "" if change.now is None else _moved(change.baseline, change.now, form)
-            told = "FAILED" if change.failed else "ok"
-            lines.append(
-                (row.name, change.figure, format(change.baseline, form), now, moved, format(change.limit, form), told)
-            )
-    lines += [(name, "", "", "", "", "", "new") for name in verdict.extra]
-    return lines
+        lines += [
+            (row.name, *_cells(change)) for change in row.changes
+            if everything or change.failed or change.now != change.baseline
+        ]  # fmt: skip
+    return lines + [(name, "", "", "", "", "", "new") for name in verdict.extra]
 
 
-def _moved(before: float, now: float, form: str) -> str:
-    share = f" ({(now - before) / before:+.1%})" if before else ""
-    return f"{now - before:+{form}}{share}"
+def _cells(change: Change) -> tuple[str, ...]:
+    form, before, now, moved = ",.0f" if "_bytes" in change.figure else ".5f", change.baseline, "-", ""
+    if change.now is not None:
+        share = f" ({(change.now - before) / before:+.1%})" if before else ""
+        now, moved = f"{change.now:{form}}", f"{change.now - before:+{form}}{share}"
+    return change.figure, f"{before:{form}}", now, moved, f"{change.limit:{form}}", "FAILED" if change.failed else "ok"

@@ -35,8 +35,8 @@ class PlanAgreement:
 
     `overlap`: of the token-time that either plan keeps beyond the sinks, the share that both keep. `loss`: the share of
     value that a plan of one half misses on the other half, where that half's own plan has it all; mean of both ways.
-    Both halves are noisy, so this is rather more than what is lost on the truth. It can fall below 0, as no plan is
-    made by its value alone.
+    Both halves are noisy, so this is more than what is lost on the truth; no plan is made by its value alone, so it can
+    fall below 0.
     """
 
     policy: str
@@ -70,10 +70,16 @@ class Agreement:
         }
 
 
+def _growing(half: int) -> list[int]:
+    """4, 8, 16, ... as long as they are below `half`, and `half` itself."""
+    doubled = (SMALLEST_HALF << times for times in range(half.bit_length()))
+    return [*(count for count in doubled if count < half), half]
+
+
 def batch_sizes(samples: int, largest: int) -> list[int]:
     """Batches of at most `largest` samples; every second ones make halves that grow to 4, 8, 16, ... samples // 2."""
-    half, sizes, done = samples // 2, list[int](), 0
-    for goal in (count for count in range(1, half + 1) if _doubled(count) or count == half):
+    sizes, done = list[int](), 0
+    for goal in _growing(samples // 2):
         while done < goal:
             size = min(largest, goal - done)
             sizes += [size, size]
@@ -88,13 +94,7 @@ def growing_halves(parts: Sequence[Statistics]) -> list[tuple[Statistics, Statis
         if one.count != other.count:
             break
         halves.append((halves[-1][0].merge(one), halves[-1][1].merge(other)) if halves else (one, other))
-    return [pair for pair in halves if _doubled(pair[0].count) or pair is halves[-1]]
-
-
-def _doubled(count: int) -> bool:
-    """Whether it is the smallest half, doubled any number of times."""
-    times, rest = divmod(count, SMALLEST_HALF)
-    return times.bit_count() == 1 and not rest
+    return [pair for pair in halves if pair[0].count in _growing(halves[-1][0].count)]
 
 
 def compare_halves(
@@ -106,26 +106,22 @@ def compare_halves(
         error = rank_correlation(mean_over_targets(one.drop_error), mean_over_targets(other.drop_error))
     plans = []
     for policy in policies:
-        measure, my_values, their_values = _values(policy, one, other)
+        measure, values = "mass", (one.mass, other.mass)
+        if isinstance(policy, HeatKVLP):
+            measure = "mass of all rows" if policy.value == "mass" else "drop error"
+            values = policy.values(one), policy.values(other)
         for problem in problems:
             mine, theirs = (policy.plan(replace(problem, statistics=half)).last_read for half in (one, other))
-            loss = (_loss(theirs, mine, my_values) + _loss(mine, theirs, their_values)) / 2
+            loss = (_loss(theirs, mine, values[0]) + _loss(mine, theirs, values[1])) / 2
             shared = overlap(mine, theirs, problem.geometry.schedule.tokens, policy.sink_scales)
             plans.append(PlanAgreement(policy.name, str(problem.budget), measure, shared, loss))
     return Agreement(one.count, rank_correlation(one.scas, other.scas), error, tuple(plans))
 
 
-def _values(policy: StaticPolicy, one: Statistics, other: Statistics) -> tuple[str, FloatArray, FloatArray]:
-    """What the policy plans by, and that of every cell for every target on either half."""
-    if isinstance(policy, HeatKVLP):
-        measure = "mass of all rows" if policy.value == "mass" else "drop error"
-        return measure, policy.values(one), policy.values(other)
-    return "mass", one.mass, other.mass
-
-
-def _loss(given_LHT: IntArray, own_LHT: IntArray, value_LHTT: FloatArray) -> float:
+def _loss(plan_LHT: IntArray, own_LHT: IntArray, value_LHTT: FloatArray) -> float:
+    """Share of the value of one's own plan that a plan misses."""
     own = read_value(own_LHT, value_LHTT)
-    return 1 - read_value(given_LHT, value_LHTT) / own if own > 0 else 0.0
+    return 1 - read_value(plan_LHT, value_LHTT) / own if own > 0 else 0.0
 
 
 def overlap(one_LHT: IntArray, other_LHT: IntArray, tokens: tuple[int, ...], sink_scales: int) -> float:
@@ -137,24 +133,24 @@ def overlap(one_LHT: IntArray, other_LHT: IntArray, tokens: tuple[int, ...], sin
     return float(both / either) if either else 1.0
 
 
-def enough(agreements: Sequence[Agreement], limit: float = ENOUGH_LOSS) -> int | None:
-    """The fewest samples from which on no plan loses `limit` of its value or more; None when there are none."""
-    found = None
-    for agreement in sorted(agreements, key=lambda a: a.samples, reverse=True):
-        if any(plan.loss >= limit for plan in agreement.plans):
+def enough(agreements: Sequence[Agreement]) -> int | None:
+    """The fewest samples from which on no plan loses ENOUGH_LOSS of its value or more; None when there are none."""
+    fewest = None
+    for agreement in sorted(agreements, key=lambda agreement: -agreement.samples):
+        if any(plan.loss >= ENOUGH_LOSS for plan in agreement.plans):
             break
-        found = agreement.samples
-    return found
+        fewest = agreement.samples
+    return fewest
 
 
-def verdict(agreements: Sequence[Agreement], limit: float = ENOUGH_LOSS) -> str:
+def verdict(agreements: Sequence[Agreement]) -> str:
     """Whether the samples are enough, in a sentence that says by which rule."""
-    found = enough(agreements, limit)
-    count = max(a.samples for a in agreements) if found is None else found
-    worst = max((plan for a in agreements if a.samples == count for plan in a.plans), key=lambda plan: plan.loss)
-    samples, others = ("1 sample is", "another one") if count == 1 else (f"{count} samples are", f"{count} others")
+    fewest = enough(agreements)
+    count = max(agreement.samples for agreement in agreements) if fewest is None else fewest
+    plans = [plan for agreement in agreements if agreement.samples == count for plan in agreement.plans]
+    worst = max(plans, key=lambda plan: plan.loss)
+    answer = f"not enough with {count} samples" if fewest is None else f"enough from {count} samples on"
     return (
-        f"{samples} {'not enough' if found is None else 'enough'}: a plan made on {count} loses "
-        f"{'' if found is None else 'at most '}{worst.loss:.2%} of the value on {others} ({worst.policy} at "
-        f"{worst.budget}); the rule is less than {limit:.0%} with every policy and budget, from there on"
+        f"{answer}: a plan made on one half loses up to {worst.loss:.2%} of the value on the other ({worst.policy} at "
+        f"{worst.budget}); less than {ENOUGH_LOSS:.0%} is to be lost with every policy and budget"
     )

@@ -1,19 +1,22 @@
-"""Where a measurement was made: device, threads, versions, and a yardstick to compare machines by."""
+"""Where a measurement was made: device, threads, versions, other load, and a yardstick to compare machines by."""
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
-from typing import Any
 
 import torch
+from msgspec import structs
 
 from heatkv.core.io import versions
 from heatkv.engine.watch import is_deterministic
-from heatkv.profiling.measure.busy import load_of
+from heatkv.profiling.results.row import Environment, Load, TimingMachine
 
 _YARDSTICK_SIDE = 1024
+_NVML_WINDOW_S = 1.0
+"""NVML's utilisation is of at most the last second, so that after so long our own work is out of it."""
 
 
 def matrix_product_ms(repeats: int = 7) -> float:
@@ -52,24 +55,51 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
-_PRODUCT = "matrix_product_1024_fp32_one_thread_ms"
+def load_of(device: torch.device) -> Load:
+    """The load as it is now; on a CUDA device this waits for a second with the device idle."""
+    try:
+        average = round(os.getloadavg()[0], 2)
+    except OSError:
+        average = None
+    used = others = None
+    if device.type == "cuda":
+        used, others = _nvml(device)
+    load = Load(average, os.cpu_count() or 1, used, others)
+    return Load(average, load.cores, used, others, busy=bool(load.reasons))
 
 
-def timing_machine(device: torch.device) -> tuple[dict[str, Any], list[str]]:
-    """What times are to be read with, taken as they are measured, and why the machine counts as busy, if it does."""
+def _nvml(device: torch.device) -> tuple[int | None, int | None]:
+    """Utilisation, and how many processes beside this one have a context on the device."""
+    try:
+        import pynvml
+    except ImportError:
+        return None, None
+    torch.cuda.synchronize(device)
+    time.sleep(_NVML_WINDOW_S)
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        used = int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        # in a container our own number is another one, but we are one of them
+        return used, max(0, len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) - 1)
+    except pynvml.NVMLError:
+        return None, None
+
+
+def timing_machine(device: torch.device) -> TimingMachine:
+    """What times are to be read with, taken as they are measured."""
     load = load_of(device)  # before our own product
-    return {"load": load.to_json(), _PRODUCT: round(matrix_product_ms(), 3)}, load.reasons
+    return TimingMachine(load=load, matrix_product_1024_fp32_one_thread_ms=round(matrix_product_ms(), 3))
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> Environment:
     """What every result states about the machine it was measured on."""
-    machine, _ = timing_machine(device)
-    return {
-        "device": device.type,
-        "device_name": device_name(device),
-        "threads": torch.get_num_threads(),
-        "deterministic": is_deterministic(),
-        "system": platform.platform(),
-        "versions": versions(),
-        **machine,
-    }
+    return Environment(
+        **structs.asdict(timing_machine(device)),
+        device=device.type,
+        device_name=device_name(device),
+        threads=torch.get_num_threads(),
+        deterministic=is_deterministic(),
+        system=platform.platform(),
+        versions=versions(),
+    )

@@ -2,20 +2,21 @@
 
 KL and agreement are teacher-forced: the policy sees the codes the full cache sampled, and its guided logits are
 compared before any cut. PSNR and SSIM compare free-running pictures drawn with the same random numbers.
-Shapes: B images, N tokens of a scale, V codes.
+Shapes: B images, P pictures, N tokens of a scale, V codes, T scales.
 """
 
 from __future__ import annotations
 
-import math
+import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import bootstrap
 from torch import Tensor
 
 from heatkv.errors import FormatError, HeatKVError
@@ -25,6 +26,10 @@ from heatkv.models.base import ImageModel
 from heatkv.models.sampling import CommonRandomSampler, RecordedTokens, Settings
 from heatkv.parallel.parts import load_arrays, save_arrays
 from heatkv.profiling.measure.perceptual import fid, open_lpips, why_no_fid
+from heatkv.profiling.measure.subjects import Subject
+from heatkv.profiling.results.row import Fidelity, Spread
+
+FloatArray = NDArray[np.float64]
 
 ROUNDING_MSE = 1 / (12 * 255**2)
 """Mean squared error of rounding to 8 bits; pictures that differ by less count as this close, 58.9 dB."""
@@ -36,21 +41,21 @@ def kl_divergence(reference_BNV: Tensor, logits_BNV: Tensor) -> Tensor:
     return (reference.exp() * (reference - other)).sum(-1)
 
 
-def psnr(images_B3HW: Tensor, reference_B3HW: Tensor) -> NDArray[np.float64]:
+def psnr(images_P3HW: Tensor, reference_P3HW: Tensor) -> FloatArray:
     """PSNR in dB of every 8-bit picture against its reference; equal pictures have 58.9 dB, that of rounding."""
-    difference = (to_pixels(images_B3HW).double() - to_pixels(reference_B3HW).double()) / 255
+    difference = (to_pixels(images_P3HW).double() - to_pixels(reference_P3HW).double()) / 255
     mse = (difference**2).flatten(1).mean(1).clamp(min=ROUNDING_MSE)
     return np.asarray(-10 * torch.log10(mse))
 
 
-def ssim(images_B3HW: Tensor, reference_B3HW: Tensor) -> NDArray[np.float64] | None:
+def ssim(images_P3HW: Tensor, reference_P3HW: Tensor) -> FloatArray | None:
     """SSIM (torchmetrics, Gaussian window of 11) of every picture; None when torchmetrics is not installed."""
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    except ImportError:
+    if importlib.util.find_spec("torchmetrics") is None:
         return None
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     values = structural_similarity_index_measure(
-        images_B3HW.float().cpu(), reference_B3HW.float().cpu(), data_range=1.0, reduction="none"
+        images_P3HW.float().cpu(), reference_P3HW.float().cpu(), data_range=1.0, reduction="none"
     )
     assert isinstance(values, Tensor)
     return np.asarray(values.double()).reshape(-1)
@@ -63,19 +68,11 @@ class PairedDifference:
     mean: float
     low: float
     high: float
-    samples: int
-    confidence: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "difference": self.mean, "interval": [self.low, self.high], "confidence": self.confidence,
-            "images": self.samples,
-        }  # fmt: skip
 
 
 def paired_bootstrap(
-    ours: Sequence[float] | NDArray[np.float64],
-    theirs: Sequence[float] | NDArray[np.float64],
+    ours: Sequence[float] | FloatArray,
+    theirs: Sequence[float] | FloatArray,
     *,
     confidence: float = 0.95,
     draws: int = 10_000,
@@ -91,78 +88,82 @@ def paired_bootstrap(
         raise HeatKVError(
             f"figures of shapes {one.shape} and {other.shape} are not of the same samples; compare runs of equal images"
         )
-    differences = one - other
-    resampled = np.random.default_rng(seed).integers(0, len(differences), (draws, len(differences)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(differences[resampled].mean(axis=1), [tail, 1 - tail])
-    return PairedDifference(float(differences.mean()), float(low), float(high), len(differences), confidence)
+    mean = float((one - other).mean())
+    if len(one) == 1:  # every draw is the same
+        return PairedDifference(mean, mean, mean)
+    interval = bootstrap(
+        (one - other,), np.mean, vectorized=True, method="percentile", n_resamples=draws, confidence_level=confidence,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return PairedDifference(mean, float(interval.low), float(interval.high))
 
 
-def spread(values: NDArray[np.float64]) -> dict[str, Any]:
-    """Standard deviation over samples (null for one alone) and the quartiles."""
-    deviation = float(values.std(ddof=1)) if len(values) > 1 else None
-    return {"sd": deviation, "quartiles": [float(x) for x in np.quantile(values, [0.25, 0.5, 0.75])]}
+def spread(values: FloatArray) -> Spread:
+    """Standard deviation over samples (None for one alone) and the quartiles."""
+    first, second, third = (float(x) for x in np.quantile(values, [0.25, 0.5, 0.75]))
+    return Spread(sd=float(values.std(ddof=1)) if len(values) > 1 else None, quartiles=(first, second, third))
 
 
-BY_BATCH = ("kl_sums", "agreements", "psnr_db", "ssim", "lpips", "pictures")
-"""What a Fidelity lists by batch of images."""
-
-
-@dataclass
-class Fidelity:
-    """Per-image figures of one policy: KL and agreement summed over tokens by scale, and picture similarities.
-
-    `reasons` says of every measure that could not be had why.
-    """
+@dataclass(frozen=True)
+class Compared:
+    """What one plan gives over some images: KL and agreement summed over the tokens of every scale, and similarities of
+    the pictures that were drawn freely; None is what was not measured. `choices` are made of every token."""
 
     tokens: tuple[int, ...]
-    choices_per_token: int = 1
-    kl_sums: list[NDArray[np.float64]] = field(default_factory=list)
-    agreements: list[NDArray[np.float64]] = field(default_factory=list)
-    psnr_db: list[NDArray[np.float64]] = field(default_factory=list)
-    ssim: list[NDArray[np.float64]] = field(default_factory=list)
-    lpips: list[NDArray[np.float64]] = field(default_factory=list)
-    fid: float | None = None
-    pictures: list[Tensor] = field(default_factory=list)
-    reasons: dict[str, str] = field(default_factory=dict)
+    choices: int
+    kl_sums_BT: FloatArray
+    agreements_BT: FloatArray
+    psnr_db: FloatArray | None = None
+    ssim: FloatArray | None = None
+    lpips: FloatArray | None = None
+    pictures_P3HW: Tensor | None = None
 
-    def kl_of_images(self) -> NDArray[np.float64]:
-        """Mean KL over all tokens of every image."""
-        means: NDArray[np.float64] = np.concatenate(self.kl_sums).sum(axis=1) / sum(self.tokens)
+    @classmethod
+    def join(cls, parts: Sequence[Compared]) -> Compared:
+        """All batches as one, in their order."""
+
+        def joined(name: str) -> Any:
+            found = [value for part in parts if (value := getattr(part, name)) is not None]
+            return None if not found else torch.cat(found) if name == PICTURES else np.concatenate(found)
+
+        return cls(parts[0].tokens, parts[0].choices, **{name: joined(name) for name in ARRAYS})
+
+    def kl_of_images(self) -> FloatArray:
+        """Mean KL over all tokens of every image, in nats."""
+        means: FloatArray = self.kl_sums_BT.sum(axis=1) / sum(self.tokens)
         return means
 
     def kl(self) -> float:
         """Mean over images and tokens, in nats."""
         return float(self.kl_of_images().mean())
 
-    def kl_per_scale(self) -> list[float]:
-        return [float(x) for x in np.concatenate(self.kl_sums).mean(axis=0) / np.array(self.tokens)]
+    def kl_per_scale(self) -> FloatArray:
+        means: FloatArray = self.kl_sums_BT.mean(axis=0) / np.array(self.tokens)
+        return means
 
-    def top1_agreement(self) -> float:
-        """Share of choices (tokens, or bits of tokens) whose most likely value is the full cache's."""
-        return float(self.top1_of_images().mean())
-
-    def top1_of_images(self) -> NDArray[np.float64]:
-        """The share of every image."""
-        choices = sum(self.tokens) * self.choices_per_token
-        shares: NDArray[np.float64] = np.concatenate(self.agreements).sum(axis=1) / choices
+    def top1_of_images(self) -> FloatArray:
+        """Of every image the share of choices (tokens, or bits of tokens) whose likeliest value is the full cache's."""
+        shares: FloatArray = self.agreements_BT.sum(axis=1) / (sum(self.tokens) * self.choices)
         return shares
 
-    def top1_per_scale(self) -> list[float]:
-        choices = np.array(self.tokens) * self.choices_per_token
-        return [float(x) for x in np.concatenate(self.agreements).mean(axis=0) / choices]
+    def top1_agreement(self) -> float:
+        return float(self.top1_of_images().mean())
 
-    def of_pictures(self, name: Literal["psnr_db", "ssim", "lpips"]) -> NDArray[np.float64] | None:
-        """A figure of every freely drawn picture; None when it was not measured."""
-        found: list[NDArray[np.float64]] = getattr(self, name)
-        return np.concatenate(found) if found else None
+    def top1_per_scale(self) -> FloatArray:
+        shares: FloatArray = self.agreements_BT.mean(axis=0) / (np.array(self.tokens) * self.choices)
+        return shares
+
+
+PICTURES = "pictures_P3HW"
+ARRAYS = ("kl_sums_BT", "agreements_BT", "psnr_db", "ssim", "lpips", PICTURES)
+"""The fields of Compared that have an entry for every image."""
 
 
 class FidelityBench:
     """Draws the reference once, with the full cache, and compares any number of plans with it.
 
     `images` samples are teacher-forced, the first `pictures` of them also drawn freely. Without `hold` a batch's
-    reference is drawn when that batch is compared, and kept until another is.
+    reference is drawn when that batch is compared, and kept until another is. `progress` is told of images drawn.
     """
 
     def __init__(
@@ -196,7 +197,6 @@ class FidelityBench:
         return {size: make(size) for size in {len(samples) for samples in self.batches}}
 
     def _draw(self, full: Generator[Any], samples: range) -> tuple[Drawn, list[Tensor]]:
-        """What the full cache draws, and its logits of every scale."""
         logits: list[Tensor] = []
         drawn = full.draw(self._labels(samples), self._seed, samples, observe=lambda _, x: logits.append(x))
         self._progress(len(samples))
@@ -215,22 +215,15 @@ class FidelityBench:
             self._reference[index] = self._draw(full, samples)
         return self._reference[index]
 
-    def reference_pictures(self) -> Tensor:
-        """What the full cache draws, (pictures, 3, H, W)."""
-        wanted = [index for index, samples in enumerate(self.batches) if samples.start < self.pictures]
-        images = [drawn.images for drawn, _ in map(self.reference, wanted) if drawn.images is not None]
-        return torch.cat(images)[: self.pictures]
-
-    def compare(self, make: Callable[[int], Generator[Any]]) -> Fidelity:
-        """Fidelity of what the generators draw that `make` makes for so many images, to the full cache."""
+    def compare(self, make: Callable[[int], Generator[Any]]) -> Compared:
+        """What the generators draw that `make` makes for so many images, compared with the full cache."""
         by_size = self._by_size(make)
-        return self.joined([self.compare_batch(by_size[len(b)], index) for index, b in enumerate(self.batches)])
+        return Compared.join([self.compare_batch(by_size[len(b)], index) for index, b in enumerate(self.batches)])
 
-    def compare_batch(self, generator: Generator[Any], index: int) -> Fidelity:
-        """The same over the images of one batch alone, without what is known only of all pictures."""
+    def compare_batch(self, generator: Generator[Any], index: int) -> Compared:
+        """The same over the images of one batch alone."""
         samples, (drawn, reference) = self.batches[index], self.reference(index)
         tokens = self.model.geometry.schedule.tokens
-        result = Fidelity(tokens, reference[0].shape[1] // tokens[0])
         kl: list[Tensor] = []
         agree: list[Tensor] = []
 
@@ -238,46 +231,100 @@ class FidelityBench:
             kl.append(kl_divergence(reference[scale], logits).sum(1))
             agree.append((reference[scale].argmax(-1) == logits.argmax(-1)).sum(1).double())
 
-        labels = self._labels(samples)
-        generator.draw(labels, sampler=RecordedTokens(drawn.tokens), observe=observe, decode=False)
-        result.kl_sums.append(torch.stack(kl, dim=1).cpu().numpy())
-        result.agreements.append(torch.stack(agree, dim=1).cpu().numpy())
+        generator.draw(
+            self._labels(samples), sampler=RecordedTokens(drawn.tokens), observe=observe, decode=False
+        )  # fmt: skip
+        sums, agreements = (torch.stack(found, dim=1).cpu().numpy() for found in (kl, agree))
         self._progress(len(samples))
-        if not all(math.isfinite(x) for x in result.kl_of_images()):
+        if not np.isfinite(sums).all():
             raise FloatingPointError(f"the logits under policy {generator.plan.policy!r} are not finite")
-        if samples.start < self.pictures:
-            wanted = min(len(samples), self.pictures - samples.start)
-            sampler = CommonRandomSampler(self._seed, samples, self.settings)
-            free = generator.draw(labels, sampler=sampler)
-            assert free.images is not None
-            assert drawn.images is not None
-            images, originals = free.images[:wanted], drawn.images[:wanted]
-            result.psnr_db.append(psnr(images, originals))
-            similarity = ssim(images, originals)
-            if similarity is not None:
-                result.ssim.append(similarity)
-            if not isinstance(self._lpips, str):
-                result.lpips.append(self._lpips(images, originals))
-            result.pictures.append(images)
-            self._progress(len(samples))
-        return result
+        pictures = self._compare_pictures(generator, samples, drawn) if samples.start < self.pictures else {}
+        return Compared(tokens, reference[0].shape[1] // tokens[0], sums, agreements, **pictures)
 
-    def joined(self, parts: Sequence[Fidelity]) -> Fidelity:
-        """All batches as one, in their order; with what is known only of all pictures, and why measures are lacking."""
-        result = Fidelity(parts[0].tokens, parts[0].choices_per_token)
-        for name in BY_BATCH:
-            setattr(result, name, [found for part in parts for found in getattr(part, name)])
-        if not result.ssim:
-            result.reasons["ssim"] = "torchmetrics not installed" if self.pictures else "no pictures were drawn"
-        if isinstance(self._lpips, str):
-            result.reasons["lpips"] = self._lpips
+    def _compare_pictures(self, generator: Generator[Any], samples: range, drawn: Drawn) -> dict[str, Any]:
+        """Pictures of a batch, drawn freely, and how similar they are to the full cache's."""
+        wanted = min(len(samples), self.pictures - samples.start)
+        free = generator.draw(self._labels(samples), sampler=CommonRandomSampler(self._seed, samples, self.settings))
+        self._progress(len(samples))
+        assert free.images is not None
+        assert drawn.images is not None
+        images, originals = free.images[:wanted], drawn.images[:wanted]
+        return {
+            "psnr_db": psnr(images, originals),
+            "ssim": ssim(images, originals),
+            "lpips": None if isinstance(self._lpips, str) else self._lpips(images, originals),
+            PICTURES: images,
+        }
+
+    def fid(self, compared: Compared) -> float | str:
+        """FID of all pictures against the full cache's, or why there is none."""
         reason = why_no_fid(self.pictures) if self.pictures else "no pictures"
-        distance = fid(torch.cat(result.pictures), self.reference_pictures()) if reason is None else reason
-        if isinstance(distance, str):
-            result.reasons["fid"] = distance
-        else:
-            result.fid = distance
-        return result
+        if reason is not None:
+            return reason
+        assert compared.pictures_P3HW is not None
+        wanted = [index for index, samples in enumerate(self.batches) if samples.start < self.pictures]
+        originals = [drawn.images for drawn, _ in map(self.reference, wanted) if drawn.images is not None]
+        return fid(compared.pictures_P3HW, torch.cat(originals)[: self.pictures])
+
+    def figures(self, plans: Sequence[Compared]) -> Fidelity:
+        """Figures of a subject, means over its plans.
+
+        Those of single images and pictures are kept, so that any two rows of equal samples can be compared in pairs
+        later.
+        """
+        kl, top1, psnr_db, ssim_, lpips = (
+            _mean_over_plans([figure(plan) for plan in plans])
+            for figure in (
+                Compared.kl_of_images, Compared.top1_of_images, lambda plan: plan.psnr_db, lambda plan: plan.ssim,
+                lambda plan: plan.lpips,
+            )
+        )  # fmt: skip
+        assert kl is not None
+        assert top1 is not None
+        spreads = {"kl": kl, "top1_agreement": top1, "psnr_db": psnr_db, "ssim": ssim_, "lpips": lpips}
+        distances = [self.fid(plan) for plan in plans]
+        reasons = {"ssim": "torchmetrics not installed" if self.pictures else "no pictures were drawn"}
+        reasons = {} if ssim_ is not None else reasons
+        reasons |= {"lpips": self._lpips} if isinstance(self._lpips, str) else {}
+        if isinstance(distances[0], str):
+            reasons["fid"] = distances[0]
+        return Fidelity(
+            images=len(kl),
+            kl=float(np.mean([plan.kl() for plan in plans])),
+            kl_per_scale=_floats(np.mean([plan.kl_per_scale() for plan in plans], axis=0)),
+            kl_of_draws=tuple(plan.kl() for plan in plans),
+            kl_of_images=_floats(kl),
+            top1_agreement=float(np.mean([plan.top1_agreement() for plan in plans])),
+            top1_per_scale=_floats(np.mean([plan.top1_per_scale() for plan in plans], axis=0)),
+            top1_of_images=_floats(top1),
+            pictures=self.pictures,
+            psnr_db=_mean(psnr_db),
+            psnr_of_pictures=_floats(psnr_db),
+            ssim=_mean(ssim_),
+            ssim_of_pictures=_floats(ssim_),
+            lpips=_mean(lpips),
+            lpips_of_pictures=_floats(lpips),
+            fid=None if "fid" in reasons else float(np.mean(distances)),  # type: ignore[arg-type]
+            spread={name: spread(values) for name, values in spreads.items() if values is not None},
+            not_measured=reasons,
+        )
+
+
+def _mean_over_plans(figures: Sequence[FloatArray | None]) -> FloatArray | None:
+    """Of every sample."""
+    present = [figure for figure in figures if figure is not None]
+    return np.mean(present, axis=0) if present else None
+
+
+def _floats(values: FloatArray | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values.tolist())
+
+
+def _mean(values: FloatArray | None) -> float | None:
+    return None if values is None else float(values.mean())
+
+
+# -------------------------------------------------------------------------------------------- batch by batch
 
 
 def image_batches(images: int, batch: int = 16) -> list[range]:
@@ -290,36 +337,61 @@ def drawings(samples: range, pictures: int) -> int:
     return len(samples) * (2 if samples.start < pictures else 1)
 
 
-def save_compared(path: Path, plans: Sequence[Fidelity], pictures: int) -> None:
-    """A file of what one batch of images gave under every plan of a subject. Raises FormatError.
+class BatchComparison:
+    """Compares subjects batch by batch; the generator stays for the next batch of the same plan."""
+
+    def __init__(self, bench: FidelityBench) -> None:
+        self.bench = bench
+        self._last: tuple[tuple[int, int, int], Generator[Any]] | None = None
+
+    def compare(self, subject: Subject, index: int) -> list[Compared]:
+        """What every plan of the subject gives over the images of a batch."""
+        if not self.bench.has(index):
+            self._last = None  # two caches at once may be too many
+            self.bench.reference(index)
+        size = len(self.bench.batches[index])
+        return [
+            self.bench.compare_batch(self._generator(subject, plan, size), index) for plan in range(len(subject.plans))
+        ]
+
+    def _generator(self, subject: Subject, plan: int, batch: int) -> Generator[Any]:
+        key = (id(subject), plan, batch)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # frees its cache first
+            self._last = key, subject.generator(self.bench.model, self.bench.settings, plan, batch)
+        return self._last[1]
+
+
+def save_compared(path: Path, plans: Sequence[Compared], pictures: int) -> None:
+    """Write what one batch of images gave under every plan of a subject. Raises FormatError.
 
     Pictures are kept in 8 bits, as they are shown, but in full where the FID of so many `pictures` is to be told.
     """
     arrays = {
-        name: np.stack([getattr(plan, name)[0] for plan in plans])
-        for name in BY_BATCH
-        if name != "pictures" and getattr(plans[0], name)
+        name: np.stack([getattr(plan, name) for plan in plans])
+        for name in ARRAYS
+        if name != PICTURES and getattr(plans[0], name) is not None
     }
-    if plans[0].pictures:
-        drawn = torch.stack([plan.pictures[0].float().cpu() for plan in plans])
-        whole = why_no_fid(pictures) is None
-        arrays["pictures"] = drawn.numpy() if whole else np.stack([to_pixels(images).numpy() for images in drawn])
-    save_arrays(path, arrays, {"tokens": plans[0].tokens, "choices_per_token": plans[0].choices_per_token})
+    drawn = [plan.pictures_P3HW.float().cpu() for plan in plans if plan.pictures_P3HW is not None]
+    if drawn:
+        in_full = why_no_fid(pictures) is None
+        arrays[PICTURES] = np.stack([(images if in_full else to_pixels(images)).numpy() for images in drawn])
+    save_arrays(path, arrays, {"tokens": plans[0].tokens, "choices": plans[0].choices})
 
 
-def load_compared(path: Path) -> list[Fidelity]:
+def load_compared(path: Path) -> list[Compared]:
     """What `save_compared` wrote. Raises FormatError for a damaged file."""
     header, arrays = load_arrays(path)
     try:
-        tokens, choices = tuple(header["tokens"]), header["choices_per_token"]
-        found = [Fidelity(tokens, choices) for _ in arrays["kl_sums"]]
-        for name in set(BY_BATCH) & set(arrays):
-            for plan, result in enumerate(found):
-                value: Any = arrays[name][plan]
-                if name == "pictures":
-                    value = torch.from_numpy(value)
-                    value = value.permute(0, 3, 1, 2).float() / 255 if value.dtype == torch.uint8 else value
-                setattr(result, name, [value])
+        plans = []
+        for plan in range(len(arrays["kl_sums_BT"])):
+            values: dict[str, Any] = {name: array[plan] for name, array in arrays.items()}
+            if PICTURES in values:
+                drawn = torch.from_numpy(values[PICTURES])
+                values[PICTURES] = (
+                    drawn.permute(0, 3, 1, 2).float() / 255 if drawn.dtype == torch.uint8 else drawn
+                )  # fmt: skip
+            plans.append(Compared(tuple(header["tokens"]), header["choices"], **values))
     except (KeyError, TypeError, IndexError) as error:
         raise FormatError(f"{path} is no part of a comparison: {error}; delete it, and start again") from error
-    return found
+    return plans

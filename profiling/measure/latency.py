@@ -5,7 +5,6 @@ Where the time goes is measured in runs of its own, so that looking does not col
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binom
 
 from heatkv.engine.spans import PHASES, listening, scale_name
+from heatkv.profiling.results.row import Latency
 
 CONFIDENCE = 0.95
 """Of the interval of a median, where there are runs enough for it."""
@@ -25,17 +26,16 @@ OUTLIER_IQRS = 1.5
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """An interval of the median from order statistics, whatever the distribution: low, high, and its confidence.
+    """An interval of the median, whatever the distribution: low, high, and its confidence.
 
-    The narrowest symmetric pair of order statistics that reaches `confidence`; with too few values the least and the
-    greatest, whose confidence is then lower (1 - 2^(1-n): six values are the fewest for 95 %).
+    The narrowest symmetric pair of order statistics that reaches `confidence`; with fewer than six values the least and
+    the greatest, which reach less than 95 %.
     """
     ordered, n = sorted(values), len(values)
-    inside, kept = 1 - 2 ** (1 - n), 0
-    # leaving out one more on either side loses the chance that exactly that many lie on one side of the median
-    while 2 * (kept + 1) < n and (narrower := inside - 2 * math.comb(n, kept + 1) / 2**n) >= confidence:
-        inside, kept = narrower, kept + 1
-    return ordered[kept], ordered[n - 1 - kept], inside
+    # leaving out `left` values on either side loses the chance that at most so many lie on one side of the median
+    missed = [2 * float(binom.cdf(left, n, 0.5)) for left in range((n + 1) // 2)]
+    left = max((left for left, chance in enumerate(missed) if chance <= 1 - confidence), default=0)
+    return ordered[left], ordered[n - 1 - left], 1 - missed[left]
 
 
 def outliers_of(values: Sequence[float]) -> list[float]:
@@ -47,54 +47,32 @@ def outliers_of(values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Medians over instrumented runs in milliseconds: of every scale, and of every phase of one drawing.
+    """Medians over watched runs in milliseconds: of every scale, and of every phase of one drawing.
 
-    `phases` has those of heatkv.engine.spans and `other`, the rest: projections, norms, embeddings, logits. None where
-    no Python runs inside a scale, as with CUDA graphs. Scales do not hold the decoder.
+    `phases_ms` has those of heatkv.engine.spans and `other`, the rest: projections, norms, embeddings, logits. None
+    where no Python runs inside a scale, as with CUDA graphs. Scales do not hold the decoder.
     """
 
     scales_ms: tuple[float, ...]
     phases_ms: Mapping[str, float] | None
 
 
-@dataclass(frozen=True)
-class Latency:
-    """Wall-clock times of repeated runs in the order they were made, in milliseconds, and where time goes."""
-
-    runs_ms: tuple[float, ...]
-    breakdown: Breakdown | None = None
-
-    @property
-    def median_ms(self) -> float:
-        return float(np.median(self.runs_ms))
-
-    @property
-    def iqr_ms(self) -> float:
-        """Distance between the quartiles."""
-        low, high = np.percentile(self.runs_ms, [25, 75])
-        return float(high - low)
-
-    @property
-    def outliers(self) -> int:
-        """How many runs lie far outside the quartiles; they count in everything else."""
-        return len(outliers_of(self.runs_ms))
-
-    def to_json(self) -> dict[str, Any]:
-        low, high, confidence = median_interval(self.runs_ms)
-        told: dict[str, Any] = {
-            "median": round(self.median_ms, 3),
-            "iqr": round(self.iqr_ms, 3),
-            "runs": len(self.runs_ms),
-            "interval": [round(low, 3), round(high, 3)],
-            "confidence": round(confidence, 4),
-            "outliers": self.outliers,
-            "all": [round(run, 3) for run in self.runs_ms],
-        }
-        if self.breakdown is not None:
-            phases = self.breakdown.phases_ms
-            told["scales"] = [round(x, 3) for x in self.breakdown.scales_ms]
-            told["phases"] = None if phases is None else {name: round(x, 3) for name, x in phases.items()}
-        return told
+def latency_of(runs_ms: Sequence[float], breakdown: Breakdown | None = None) -> Latency:
+    """Times in the order they were taken, as a row of results has them."""
+    low, high, confidence = median_interval(runs_ms)
+    quartiles = np.percentile(runs_ms, [25, 75])
+    phases = None if breakdown is None else breakdown.phases_ms
+    return Latency(
+        median=round(float(np.median(runs_ms)), 3),
+        iqr=round(float(quartiles[1] - quartiles[0]), 3),
+        runs=len(runs_ms),
+        interval=(round(low, 3), round(high, 3)),
+        confidence=round(confidence, 4),
+        outliers=len(outliers_of(runs_ms)),
+        all=tuple(round(run, 3) for run in runs_ms),
+        scales=None if breakdown is None else tuple(round(scale, 3) for scale in breakdown.scales_ms),
+        phases=None if phases is None else {name: round(phase, 3) for name, phase in phases.items()},
+    )
 
 
 def _synchronise(device: torch.device) -> None:
@@ -130,8 +108,8 @@ def measure_interleaved(
     device: torch.device,
     repeats: int,
     progress: Callable[[], None] | None = None,
-) -> dict[str, Latency]:
-    """Time every call `repeats` times after one warm-up, in `turns`."""
+) -> dict[str, list[float]]:
+    """Milliseconds of every call, `repeats` times after one warm-up, in `turns`."""
     for call in calls.values():
         call()
     names = list(calls)
@@ -141,7 +119,7 @@ def measure_interleaved(
             runs[names[index]].append(_timed(calls[names[index]], device))
             if progress is not None:
                 progress()
-    return {name: Latency(tuple(times)) for name, times in runs.items()}
+    return runs
 
 
 class SpanClock:
@@ -171,10 +149,7 @@ class SpanClock:
         _synchronise(self._device)
         sums: dict[str, float] = defaultdict(float)
         for name, began, ended in self._spans:
-            if self._device.type == "cuda":
-                sums[name] += began.elapsed_time(ended)
-            else:
-                sums[name] += (ended - began) * 1e3
+            sums[name] += began.elapsed_time(ended) if self._device.type == "cuda" else (ended - began) * 1e3
         return dict(sums)
 
 
@@ -182,21 +157,21 @@ def measure_breakdown(
     call: Callable[[], object], device: torch.device, scales: int, repeats: int, phases: bool = True
 ) -> Breakdown:
     """Medians over `repeats` drawings that are watched; `call` is warm. Without `phases`, of the scales alone."""
-    of_runs: list[dict[str, float]] = []
+    runs: list[dict[str, float]] = []
     for _ in range(repeats):
         clock = SpanClock(device)
         with listening(clock.span):
             _synchronise(device)
             with clock.span("all"):
                 call()
-        of_runs.append(clock.sums_ms())
-    names = [scale_name(scale) for scale in range(scales)]
+        runs.append(clock.sums_ms())
 
-    def median(values: Sequence[float]) -> float:
-        return float(np.median(values))
+    def median(figure: Callable[[dict[str, float]], float]) -> float:
+        return float(np.median([figure(run) for run in runs]))
 
-    found = None
+    by_phase = None
     if phases:
-        found = {name: median([run.get(name, 0.0) for run in of_runs]) for name in PHASES}
-        found["other"] = median([run["all"] - sum(run.get(name, 0.0) for name in PHASES) for run in of_runs])
-    return Breakdown(tuple(median([run[name] for run in of_runs]) for name in names), found)
+        by_phase = {name: median(lambda run, name=name: run.get(name, 0.0)) for name in PHASES}  # type: ignore[misc]
+        by_phase["other"] = median(lambda run: run["all"] - sum(run.get(name, 0.0) for name in PHASES))
+    by_scale = tuple(float(np.median([run[scale_name(scale)] for run in runs])) for scale in range(scales))
+    return Breakdown(by_scale, by_phase)

@@ -1,22 +1,18 @@
 """Three ledgers of what drawing under a plan takes: planned, held by the arena, seen by the device; and how each leads
-to the next (docs/memory.md).
-
-Every figure says whose it is. `requested`, `allocated` and `reserved` are those of torch's CUDA allocator: asked for;
-given out, rounded up; and kept from the driver, given out or not. Those of the driver come from NVML. On the CPU they
-are the bytes of tensors, counted at every operation, and what the system holds resident for the process.
-"""
+to the next (docs/memory.md). What every figure is stands beside its type, in heatkv.profiling.results.ledgers."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from heatkv.core.capacity_plan import CapacityPlan
@@ -29,6 +25,21 @@ from heatkv.errors import GraphError, HeatKVError
 from heatkv.generation.loop import Generator
 from heatkv.models.base import ImageModel
 from heatkv.profiling.measure.ledger import TensorLedger
+from heatkv.profiling.results.ledgers import (
+    UNEXPLAINED,
+    AllocatorMemory,
+    AllocatorPeaks,
+    ArenaMemory,
+    DriverMemory,
+    GraphMemory,
+    HostMemory,
+    Ledgers,
+    Phases,
+    PlannedMemory,
+    Step,
+    TensorMemory,
+)
+from heatkv.profiling.results.row import Memory
 
 Open = Callable[[bool], Generator[Any]]
 """Opens a cache and what draws with it; told whether with CUDA graphs."""
@@ -37,197 +48,55 @@ T = TypeVar("T")
 M = TypeVar("M", bound=ImageModel[Any])
 
 
-# ------------------------------------------------------------------------------------------------ the ledgers
+# ------------------------------------------------------------------------------------- from ledger to ledger
+
+Figure = tuple[str, int]
 
 
-@dataclass(frozen=True)
-class PlannedMemory:
-    """`cache_bytes`: the plan's peak; `budget_bytes`: what it may be at most."""
-
-    cache_bytes: int
-    budget_bytes: int
+def _step(source: Figure, target: Figure, known: Mapping[str, int], rest: str) -> Step:
+    """With what the known parts leave under the name `rest`."""
+    left = target[1] - source[1] - sum(known.values())
+    return Step(*source, *target, {**known, rest: left})
 
 
-@dataclass(frozen=True)
-class ArenaMemory:
-    """Real storage: `cache_bytes` of all that is cached, scales of 8-bit codes with it, `index_bytes` of the tables
-    that say what is where, `workspace_bytes` of what attention gathers into."""
-
-    cache_bytes: int
-    index_bytes: int
-    workspace_bytes: int
-
-
-@dataclass(frozen=True)
-class Phases(Generic[T]):
-    """A figure of opening the cache, of drawing all scales, and of decoding them to pictures; each starts anew."""
-
-    opened: T
-    drawing: T
-    decode: T
-
-
-@dataclass(frozen=True)
-class TensorMemory:
-    """Most bytes of tensors alive at once in every phase, on the model's device, without the model's own.
-
-    `arena_bytes`: those of the arena among them. Counted in a run of its own, at every operation of torch: memory that
-    a library takes inside of one is not seen.
-    """
-
-    peak_bytes: Phases[int]
-    arena_bytes: int
+def steps(ledgers: Ledgers) -> tuple[Step, ...]:
+    """From the planned bytes to what the device shows, as far as they were measured."""
+    arena, host = ledgers.arena, ledgers.host
+    tensors = ("tensors", max(ledgers.tensors.peak_bytes.each))
+    seen = {UNEXPLAINED: ledgers.tensors.arena_bytes - arena.cache_bytes}  # storage that no operation made
+    beside = {"index tables": arena.index_bytes, "workspace": arena.workspace_bytes}
+    figures = ("planned cache", ledgers.planned.cache_bytes), ("arena", arena.cache_bytes)
+    found = [_step(*figures, {}, UNEXPLAINED), _step(figures[1], tensors, seen | beside, "activations")]
+    weights = {"weights": ledgers.weights_bytes}
+    if ledgers.allocator is not None:
+        found += _allocator_steps(ledgers.allocator, ledgers.driver, tensors, weights)
+    elif host is not None and host.before_bytes is not None and host.loaded_bytes is not None:
+        left = host.loaded_bytes - host.before_bytes - ledgers.weights_bytes
+        known = weights | {"Python and libraries": host.before_bytes, "left by loading": left}
+        found.append(_step(tensors, ("resident", host.most_bytes), known, UNEXPLAINED))
+    return tuple(found)
 
 
-@dataclass(frozen=True)
-class HostMemory:
-    """Resident memory of the process, all of it: Python, libraries, weights, and pages that were touched.
-
-    `before_bytes`: before the model was loaded, `loading_peak_bytes`: the peak of that, `loaded_bytes`: after it; None
-    in a process that has done other things. `peak_bytes` of every phase, None where the system cannot start a peak
-    anew; `most_bytes` is the largest of them or, there, that of the process so far. `source`: what was read.
-    """
-
-    source: str
-    before_bytes: int | None
-    loading_peak_bytes: int | None
-    loaded_bytes: int | None
-    peak_bytes: Phases[int] | None
-    most_bytes: int
-
-
-@dataclass(frozen=True)
-class AllocatorPeaks:
-    """Most bytes at once by torch's CUDA allocator: requested (None where it does not tell), allocated, reserved."""
-
-    requested_bytes: int | None
-    allocated_bytes: int
-    reserved_bytes: int
-
-
-@dataclass(frozen=True)
-class AllocatorMemory:
-    """The allocator's peaks while the model was loaded (None in a process that has done other things) and in every
-    phase; everything is in them, weights too. `weights_bytes`: allocated before the cache was opened."""
-
-    weights_bytes: int
-    loading: AllocatorPeaks | None
-    peaks: Phases[AllocatorPeaks]
-
-
-@dataclass(frozen=True)
-class GraphMemory:
-    """Drawing with CUDA graphs: what their private pool has reserved, which is part of what the allocator has reserved,
-    and the allocator's peaks; or for which `reason` there are no graphs."""
-
-    pool_bytes: int | None
-    peaks: AllocatorPeaks | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class DriverMemory:
-    """NVML after drawing: what this process has, its CUDA context with it; and of the whole device how much there is,
-    the driver keeps to itself, all processes use, and is free. Version 2 of the figure: `used` is without `reserved`.
-    None is what NVML does not tell here."""
-
-    process_bytes: int | None
-    total_bytes: int | None
-    reserved_bytes: int | None
-    used_bytes: int | None
-    free_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Step:
-    """From one figure to the next, each of which has a name: `parts` are what the second holds beside the first, in
-    bytes, and add up to the difference. What nothing accounts for is called `unexplained`."""
-
-    source: str
-    source_bytes: int
-    target: str
-    target_bytes: int
-    parts: Mapping[str, int]
-
-    @classmethod
-    def of(cls, source: tuple[str, int], target: tuple[str, int], known: Mapping[str, int], rest: str) -> Step:
-        """With what the known parts leave under the name `rest`."""
-        left = target[1] - source[1] - sum(known.values())
-        return cls(*source, *target, {**known, rest: left})
-
-
-UNEXPLAINED = "unexplained"
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """All that was measured of one plan; `process` tells whether in a process of its own or in one that has done other
-    things, whose figures are coloured by them."""
-
-    process: Literal["own", "shared"]
-    weights_bytes: int
-    planned: PlannedMemory
-    arena: ArenaMemory
-    tensors: TensorMemory
-    host: HostMemory | None
-    allocator: AllocatorMemory | None
-    graphs: GraphMemory | None
-    driver: DriverMemory | None
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """From the planned bytes to what the device shows, as far as they were measured."""
-        planned, arena = ("planned cache", self.planned.cache_bytes), ("arena", self.arena.cache_bytes)
-        peaks = self.tensors.peak_bytes
-        tensors = ("tensors", max(peaks.opened, peaks.drawing, peaks.decode))
-        beside = {"index tables": self.arena.index_bytes, "workspace": self.arena.workspace_bytes}
-        seen = {UNEXPLAINED: self.tensors.arena_bytes - self.arena.cache_bytes}  # storage that no operation made
-        steps = [Step.of(planned, arena, {}, UNEXPLAINED), Step.of(arena, tensors, {**seen, **beside}, "activations")]
-        model = {"weights": self.weights_bytes}
-        if self.allocator is not None:
-            steps += self._allocator_steps(self.allocator, tensors, model)
-        elif self.host is not None and self.host.before_bytes is not None and self.host.loaded_bytes is not None:
-            before, loaded = self.host.before_bytes, self.host.loaded_bytes
-            known = {"Python and libraries": before, "left by loading": loaded - before - self.weights_bytes}
-            steps.append(Step.of(tensors, ("resident", self.host.most_bytes), model | known, UNEXPLAINED))
-        return tuple(steps)
-
-    def _allocator_steps(
-        self, allocator: AllocatorMemory, tensors: tuple[str, int], model: dict[str, int]
-    ) -> list[Step]:
-        phases = vars(allocator.peaks).values()
-        requested = [p.requested_bytes for p in phases if p.requested_bytes is not None]
-        allocated = ("allocated", max(peaks.allocated_bytes for peaks in phases))
-        reserved = ("reserved", max(peaks.reserved_bytes for peaks in phases))
-        steps = []
-        if requested:
-            asked = ("requested", max(requested))
-            steps.append(Step.of(tensors, asked, model, UNEXPLAINED))
-            steps.append(Step.of(asked, allocated, {}, "rounding"))
-        else:
-            steps.append(Step.of(tensors, allocated, model, UNEXPLAINED))
-        steps.append(Step.of(allocated, reserved, {}, "kept by the allocator"))
-        if self.driver is not None and self.driver.process_bytes is not None:
-            process = ("process", self.driver.process_bytes)
-            steps.append(Step.of(reserved, process, {}, "driver context"))
-            if self.driver.used_bytes is not None and self.driver.reserved_bytes is not None:
-                device = ("device", self.driver.used_bytes + self.driver.reserved_bytes)
-                steps.append(
-                    Step.of(process, device, {"reserved by the driver": self.driver.reserved_bytes}, "other processes")
-                )
-        return steps
-
-    @property
-    def device_peak_bytes(self) -> int | None:
-        """The CUDA allocator's peak of allocated bytes above what was allocated before the cache was opened."""
-        if self.allocator is None:
-            return None
-        phases: list[AllocatorPeaks] = list(vars(self.allocator.peaks).values())
-        return max(peaks.allocated_bytes for peaks in phases) - self.allocator.weights_bytes
-
-    def to_json(self) -> dict[str, Any]:
-        """As a row of results has it."""
-        return asdict(self) | {"steps": [asdict(step) for step in self.steps]}
+def _allocator_steps(
+    allocator: AllocatorMemory, driver: DriverMemory | None, tensors: Figure, weights: dict[str, int]
+) -> list[Step]:
+    phases = allocator.peaks.each
+    requested = [peaks.requested_bytes for peaks in phases if peaks.requested_bytes is not None]
+    allocated = ("allocated", max(peaks.allocated_bytes for peaks in phases))
+    reserved = ("reserved", max(peaks.reserved_bytes for peaks in phases))
+    if requested:
+        asked = ("requested", max(requested))
+        found = [_step(tensors, asked, weights, UNEXPLAINED), _step(asked, allocated, {}, "rounding")]
+    else:
+        found = [_step(tensors, allocated, weights, UNEXPLAINED)]
+    found.append(_step(allocated, reserved, {}, "kept by the allocator"))
+    if driver is not None and driver.process_bytes is not None:
+        process = ("process", driver.process_bytes)
+        found.append(_step(reserved, process, {}, "driver context"))
+        if driver.used_bytes is not None and driver.reserved_bytes is not None:
+            device = ("device", driver.used_bytes + driver.reserved_bytes)
+            found.append(_step(process, device, {"reserved by the driver": driver.reserved_bytes}, "other processes"))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ the instruments
@@ -294,9 +163,9 @@ class AllocatorMeter:
         told = torch.cuda.memory_stats(self._device)
         requested = told.get("requested_bytes.all.peak")
         return AllocatorPeaks(
-            None if requested is None else int(requested),
-            torch.cuda.max_memory_allocated(self._device),
-            torch.cuda.max_memory_reserved(self._device),
+            requested_bytes=None if requested is None else int(requested),
+            allocated_bytes=torch.cuda.max_memory_allocated(self._device),
+            reserved_bytes=torch.cuda.max_memory_reserved(self._device),
         )
 
 
@@ -308,7 +177,7 @@ def driver_memory(device: torch.device) -> DriverMemory | None:
         import pynvml
     except ImportError:
         return None
-    process = total = reserved = used = free = None
+    found = DriverMemory()
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
@@ -316,16 +185,17 @@ def driver_memory(device: torch.device) -> DriverMemory | None:
         return None
     try:
         mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-        told = mine[0].usedGpuMemory if mine else None  # None in containers that hide processes
-        process = None if told is None else int(told)
+        used = mine[0].usedGpuMemory if mine else None  # None in containers that hide processes
+        found = structs.replace(found, process_bytes=None if used is None else int(used))
     except pynvml.NVMLError:
         pass
     try:
         info = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-        total, reserved, used, free = int(info.total), int(info.reserved), int(info.used), int(info.free)
+        sizes = {f"{name}_bytes": int(getattr(info, name)) for name in ("total", "reserved", "used", "free")}
+        found = structs.replace(found, **sizes)
     except (pynvml.NVMLError, AttributeError, TypeError):  # an older driver, or an older pynvml
         pass
-    return DriverMemory(process, total, reserved, used, free)
+    return found
 
 
 def model_tensors(model: ImageModel[Any]) -> list[Tensor]:
@@ -334,18 +204,18 @@ def model_tensors(model: ImageModel[Any]) -> list[Tensor]:
     seen: set[int] = set()
     todo: list[Any] = [model]
     while todo:
-        one = todo.pop()
-        if id(one) in seen:
+        value = todo.pop()
+        if id(value) in seen:
             continue
-        seen.add(id(one))
-        if isinstance(one, Tensor):
-            found.append(one)
-        elif isinstance(one, dict):
-            todo += one.values()
-        elif isinstance(one, list | tuple | set):
-            todo += one
-        elif isinstance(one, nn.Module) or type(one).__module__.startswith("heatkv"):
-            todo.append(getattr(one, "__dict__", {}))
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, list | tuple | set):
+            todo += value
+        elif isinstance(value, nn.Module) or type(value).__module__.startswith("heatkv"):
+            todo.append(getattr(value, "__dict__", {}))
     return [tensor for tensor in found if tensor.device == model.device]
 
 
@@ -404,7 +274,7 @@ def measure_memory(
     *,
     seed: int = 0,
     loading: Loading | None = None,
-) -> MemoryReport:
+) -> Memory:
     """All ledgers of drawing `batch` images with what `open_` opens, under `plan`.
 
     It is drawn twice: as it is, for the system's, the allocator's and the driver's figures, then under the ledger of
@@ -412,13 +282,15 @@ def measure_memory(
     the figures those of a process of its own.
     """
     device = model.device
-    host = allocator = graphs = driver = None
+    host = allocator = graphs = driver = device_peak = None
     labels = model.labels(batch)
     if device.type == "cuda":
         meter = AllocatorMeter(device)
         held = torch.cuda.memory_allocated(device)
         generator, peaks = in_phases(lambda: open_(False), labels, seed, meter.reset, meter.peaks)
-        allocator = AllocatorMemory(held, None if loading is None else loading.allocator, peaks)
+        loaded = None if loading is None else loading.allocator
+        allocator = AllocatorMemory(weights_bytes=held, loading=loaded, peaks=peaks)
+        device_peak = max(peak.allocated_bytes for peak in peaks.each) - held
         driver = driver_memory(device)
         del generator
         graphs = _graph_memory(open_, labels, seed, meter)
@@ -427,25 +299,31 @@ def measure_memory(
     with TensorLedger(device) as ledger:
 
         def opened() -> Generator[Any]:
-            made = open_(False)
-            ledger.follow(made.cache.tables)  # many come from numpy
-            return made
+            generator = open_(False)
+            ledger.follow(generator.cache.tables)  # many come from numpy
+            return generator
 
         generator, tensors = in_phases(opened, labels, seed, ledger.reset_peak, lambda: ledger.peak)
         cache = generator.cache
-        arena = ArenaMemory(cache.allocated_bytes, cache.index_bytes, cache.workspace_bytes)
-        seen = ledger.bytes_seen(cache.held)
+        arena_bytes = ledger.bytes_seen(cache.held)
     rows = cache.rows
-    return MemoryReport(
+    ledgers = Ledgers(
         process="shared" if loading is None else "own",
         weights_bytes=storage_bytes(model_tensors(model)),
-        planned=PlannedMemory(plan.bytes(rows, storage), plan.budget_bytes(rows, storage)),
-        arena=arena,
-        tensors=TensorMemory(tensors, seen),
+        planned=PlannedMemory(cache_bytes=plan.bytes(rows, storage), budget_bytes=plan.budget_bytes(rows, storage)),
+        arena=ArenaMemory(
+            cache_bytes=cache.allocated_bytes, index_bytes=cache.index_bytes, workspace_bytes=cache.workspace_bytes
+        ),
+        tensors=TensorMemory(peak_bytes=tensors, arena_bytes=arena_bytes),
         host=host,
         allocator=allocator,
         graphs=graphs,
         driver=driver,
+    )
+    return Memory(
+        memory=structs.replace(ledgers, steps=steps(ledgers)),
+        device_peak_bytes=device_peak,
+        nvml_bytes=None if driver is None else driver.process_bytes,
     )
 
 
@@ -453,12 +331,12 @@ def _host_memory(open_: Open, labels: list[Any], seed: int, loading: Loading | N
     resident = ResidentMemory()
     _, peaks = in_phases(lambda: open_(False), labels, seed, resident.reset, resident.peak_bytes)
     return HostMemory(
-        resident.source,
-        None if loading is None else loading.before_bytes,
-        None if loading is None else loading.resident_peak_bytes,
-        None if loading is None else loading.loaded_bytes,
-        peaks if resident.resets else None,
-        max(vars(peaks).values()),
+        source=resident.source,
+        before_bytes=None if loading is None else loading.before_bytes,
+        loading_peak_bytes=None if loading is None else loading.resident_peak_bytes,
+        loaded_bytes=None if loading is None else loading.loaded_bytes,
+        peak_bytes=peaks if resident.resets else None,
+        most_bytes=max(peaks.each),
     )
 
 
@@ -469,9 +347,9 @@ def _graph_memory(open_: Open, labels: list[Any], seed: int, meter: AllocatorMet
         for _ in range(3):  # warms up, records, replays
             generator.draw(labels, seed)
     except GraphError as error:
-        return GraphMemory(None, None, str(error))
+        return GraphMemory(reason=str(error))
     runner: Any = generator.runner
-    return GraphMemory(runner.pool_bytes, meter.peaks())
+    return GraphMemory(pool_bytes=runner.pool_bytes, peaks=meter.peaks())
 
 
 # ------------------------------------------------------------------------------------------------ over time
@@ -494,8 +372,7 @@ def check_snapshots(device: torch.device) -> None:
     """Raise HeatKVError where there is no allocator whose state could be written."""
     if device.type != "cuda":
         raise HeatKVError(
-            f"a snapshot is one of the CUDA allocator; the model is on {device}: leave --snapshot out, or take a GPU "
-            "(--device cuda)"
+            f"a snapshot is one of the CUDA allocator, and the model is on {device}; leave it out, or take a GPU"
         )
 
 

@@ -71,7 +71,7 @@ def open_lpips() -> Similarity | str:
 def why_no_fid(pictures: int) -> str | None:
     """Why the FID of so many pictures cannot be had; None where it can."""
     if pictures < FID_LEAST_PICTURES:
-        return f"{pictures} pictures are fewer than the {FID_LEAST_PICTURES} that FID needs (--images, --pictures)"
+        return f"{pictures} pictures are fewer than the {FID_LEAST_PICTURES} that FID needs"
     found = fid_weights()
     return found if isinstance(found, str) else None
 

@@ -19,7 +19,7 @@ from heatkv.core.io import file_name, replacing
 from heatkv.errors import FormatError
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
-from heatkv.profiling.measure.runner import Subject
+from heatkv.profiling.measure.subjects import Subject
 
 
 def _worker(subject: Subject, batch: int, of_point: str) -> str:

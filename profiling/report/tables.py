@@ -1,153 +1,270 @@
-"""What people look at: tables on screen, image sheets and heat maps."""
+"""The columns of results: one list, which the tables of the terminal and those of the page are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
-from heatkv.core.io import replacing
-from heatkv.core.statistics import Statistics
-from heatkv.generation.images import to_pixels
+from heatkv.engine.spans import PHASES as TIME_PHASES
 from heatkv.profiling.analysis.stability import Agreement
 from heatkv.profiling.measure.runner import LEAST_USED
-from heatkv.profiling.report.wide_table import WideTable
+from heatkv.profiling.results.ledgers import PHASES, UNEXPLAINED
+from heatkv.profiling.results.row import ResultRow, Versus
+
+BARS = " ▁▂▃▄▅▆▇█"
+NOT_MEASURED = "not measured"
+TIMES = {"latency_ms": "", "graph_latency_ms": "CUDA graphs"}
+"""The times of a row, and what their columns are called beside the eager ones."""
 
 
-def _number(value: float | None, form: str, missing: str = "-") -> str:
-    return missing if value is None else format(value, form)
+def look_up(holder: Any, path: str) -> Any:
+    """What is under a path of attributes, keys and places, such as "latency_ms.scales.0"; None where a part is None."""
+    for name in path.split("."):
+        if isinstance(holder, Mapping):
+            holder = holder.get(name)
+        elif isinstance(holder, Sequence):
+            holder = holder[int(name)] if int(name) < len(holder) else None
+        elif holder is not None:
+            holder = getattr(holder, name)
+    return holder
 
 
-def _difference(versus: Mapping[str, Any] | None) -> str:
+@dataclass(frozen=True)
+class Column:
+    """A figure of every row: its name, its unit, where a row has it, and its format. `ledger` is who counts it. The
+    terminal, which is narrower than the page, has the `brief` columns alone."""
+
+    name: str
+    unit: str
+    source: str | Callable[[ResultRow], Any]
+    form: str = ""
+    ledger: str = ""
+    brief: bool = True
+
+    @property
+    def title(self) -> str:
+        name = f"{self.ledger}: {self.name}" if self.ledger else self.name
+        return f"{name}, {self.unit}" if self.unit else name
+
+    def value(self, row: ResultRow) -> Any:
+        """The figure in full; None where it was not measured."""
+        return look_up(row, self.source) if isinstance(self.source, str) else self.source(row)
+
+    def text(self, value: Any) -> str:
+        """A figure of this column as a reader sees it."""
+        return format(value / 2**20 if self.unit == "MiB" else value, self.form)
+
+
+def measured(columns: Iterable[Column], rows: Iterable[ResultRow]) -> list[Column]:
+    """The columns that any of the rows has a figure for."""
+    rows = list(rows)
+    return [column for column in columns if any(column.value(row) is not None for row in rows)]
+
+
+# ------------------------------------------------------------------------------------- figures of several fields
+
+
+def difference_text(versus: Versus) -> str:
     """A paired difference with its interval."""
-    if versus is None:
-        return "-"
-    low, high = versus["interval"]
-    return f"{versus['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    low, high = versus.interval
+    return f"{versus.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
-def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """The comparison as a table; "-" is a figure that was not measured."""
-    axes = [name for name in ("batch", "seed") if len({row.get(name) for row in rows}) > 1]
-    table = WideTable(heads=2 + len(axes), title=title)
-    foretold = any(row.get("predicted_kl") is not None for row in rows)
-    graphs = any(row.get("graph_latency_ms") for row in rows)
-    reference = next((row["versus"]["policy"] for row in rows if row.get("versus")), None)
-    for name in (
-        "policy", "budget", *axes, "budget MiB", "planned MiB", "allocated MiB", "of full",
-        "ms", *(["ms, graphs"] if graphs else []), "KL",
-        *([f"KL - {reference}'s [95%]"] if reference else []),
-        *(["foretold KL"] if foretold else []), "top-1", "PSNR dB", "SSIM",
-    ):  # fmt: skip
-        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
-    previous = None
-    for row in rows:
-        if previous is not None and row["budget"] != previous:
-            table.add_section()
-        previous = row["budget"]
-        name = row["policy"] + (f" (mean of {row['draws']})" if row["draws"] > 1 else "")
-        time, with_graphs = row.get("latency_ms"), row.get("graph_latency_ms")
-        table.add_row(
-            name + (" *" if row["had_no_effect"] else " †" if row.get("under_used") else ""),
-            row["budget"],
-            *(str(row[axis]) for axis in axes),
-            f"{row['budget_bytes'] / 2**20:.3f}",
-            f"{row['planned_bytes'] / 2**20:.3f}",
-            _number(None if row["allocated_bytes"] is None else row["allocated_bytes"] / 2**20, ".3f"),
-            _number(None if row["allocated_bytes"] is None else row["allocated_bytes"] / row["full_bytes"], ".1%"),
-            _number(time["median"] if time else None, ".1f"),
-            *([_number(with_graphs["median"] if with_graphs else None, ".1f")] if graphs else []),
-            _number(row.get("kl"), ".4f"),
-            *([_difference(row.get("versus"))] if reference else []),
-            *([_number(row.get("predicted_kl"), ".4f")] if foretold else []),
-            _number(row.get("top1_agreement"), ".1%"),
-            _number(row.get("psnr_db"), ".2f"),
-            _number(row.get("ssim"), ".3f"),
+def broken_promises(row: ResultRow) -> list[str]:
+    """What a row's bytes are that they must not be, in words."""
+    sizes = {"planned": row.planned_bytes, "allocated": row.allocated_bytes}
+    found = [
+        f"{name} is above the budget by {size - row.budget_bytes:,} bytes"
+        for name, size in sizes.items() if size is not None and size > row.budget_bytes
+    ]  # fmt: skip
+    if row.allocated_bytes not in (None, row.planned_bytes):
+        found.append(f"allocated and planned differ: {row.allocated_bytes:,} and {row.planned_bytes:,} bytes")
+    return found
+
+
+def _remark(row: ResultRow) -> str | None:
+    """What a reader must know of a row's figures; None where there is nothing."""
+    remarks = [*([f"memory not measured: {row.error}"] if row.error else []), *broken_promises(row)]
+    if row.had_no_effect or row.under_used:
+        remarks.append("no effect" if row.had_no_effect else f"uses less than {LEAST_USED:.0%} of its budget")
+    remarks += [f"mean of {row.draws} plans"] if row.draws > 1 else []
+    return "; ".join(remarks) or None
+
+
+def _sparkline(row: ResultRow) -> str:
+    """The fullest checkpoint of every scale as a bar; a full one is the budget."""
+    budget = row.budget_bytes or 1
+    return "".join(BARS[min(-(-8 * max(layers) // budget), 8)] for layers in row.timeline_bytes)
+
+
+def _unexplained(row: ResultRow) -> int | None:
+    steps = row.memory.steps if row.memory else ()
+    rests = [step.parts[UNEXPLAINED] for step in steps if UNEXPLAINED in step.parts]
+    return sum(rests) if rests else None
+
+
+def _kl_of_plans(row: ResultRow) -> str | None:
+    kls = row.kl_of_draws or ()
+    return " ".join(f"{kl:.4f}" for kl in kls) if len(kls) > 1 else None
+
+
+def _interval(field: str) -> Callable[[ResultRow], str | None]:
+    def text(row: ResultRow) -> str | None:
+        ends = look_up(row, f"{field}.interval")
+        return ends and f"{ends[0]:.1f} - {ends[1]:.1f}"
+
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------ columns
+
+
+def _figures(form: str, brief: bool = True, **named: tuple[str, str]) -> list[Column]:
+    """Columns by the field of the row that they show, each with its name and unit."""
+    return [Column(name, unit, field, form, brief=brief) for field, (name, unit) in named.items()]
+
+
+def scale_columns(path: str, scales: Sequence[str], unit: str, form: str, ledger: str = "") -> list[Column]:
+    """A column for every scale of a list in the rows."""
+    return [Column(name, unit, f"{path}.{place}", form, ledger) for place, name in enumerate(scales)]
+
+
+POLICY, BUDGET = Column("policy", "", "policy"), Column("budget", "", "budget")
+AXES = (Column("batch", "", "batch"), Column("seed", "", "seed"))
+REMARK = Column("remark", "", _remark)
+KL, TOP1 = Column("KL", "nats", "kl", ".4f"), Column("top-1", "", "top1_agreement", ".1%")
+ARENA = Column("arena", "MiB", "allocated_bytes", ".3f")
+MEDIAN, IQR = Column("time", "ms", "latency_ms.median", ".1f"), Column("IQR", "ms", "latency_ms.iqr", ".1f")
+RESULTS = (
+    *_figures(".3f", budget_bytes=("allowed", "MiB"), planned_bytes=("planned", "MiB")), ARENA,
+    Column("of full", "", lambda r: None if r.allocated_bytes is None else r.allocated_bytes / r.full_bytes, ".1%"),
+    *_figures(
+        ".3f", False, index_bytes=("index tables", "MiB"), workspace_bytes=("workspace", "MiB"),
+        current_bytes=("running layer", "MiB"), full_bytes=("full cache", "MiB"),
+        device_peak_bytes=("device peak", "MiB"), nvml_bytes=("driver", "MiB"),
+    ),
+    MEDIAN, Column("time, CUDA graphs", "ms", "graph_latency_ms.median", ".1f"), KL,
+    Column("KL of its plans", "nats", _kl_of_plans, brief=False),
+    Column("above the base's", "nats", lambda row: row.versus and difference_text(row.versus)),
+    *_figures(".4f", predicted_kl=("foretold KL", "nats")), TOP1,
+    *_figures(".2f", psnr_db=("PSNR", "dB")), *_figures(".3f", ssim=("SSIM", ""), lpips=("LPIPS", "")),
+    *_figures(".1f", fid=("FID", "")), *_figures("", False, images=("images", ""), pictures=("pictures", "")),
+)  # fmt: skip
+LATENCY = [
+    column
+    for field, ledger in TIMES.items()
+    for column in (
+        Column("median", "ms", f"{field}.median", ".1f", ledger),
+        Column("interval", "ms", _interval(field), "", ledger),
+        Column("confidence", "", f"{field}.confidence", ".1%", ledger, brief=False),
+        Column("runs", "", f"{field}.runs", "", ledger, brief=False),
+        Column("outliers", "", f"{field}.outliers", "", ledger),
+        *(Column(name, "ms", f"{field}.phases.{name}", ".1f", ledger) for name in (*TIME_PHASES, "other")),
+        Column("last scale", "ms", f"{field}.scales.-1", ".1f", ledger),
+    )
+]  # fmt: skip
+
+
+def _ledger(ledger: str, path: str, names: Mapping[str, str], brief: str = "", ending: str = "_bytes") -> list[Column]:
+    """Columns of `memory` under a path, by the beginning of the field; the terminal has those in `brief`."""
+    return [
+        Column(name, "MiB", f"memory.{path}{field}{ending}", ".3f", ledger, field in brief.split())
+        for field, name in names.items()
+    ]
+
+
+def _allocator(kind: str, brief: str = "") -> list[Column]:
+    ledger, ending = f"allocator, {kind}", f".{kind}_bytes"
+    return [
+        *_ledger(ledger, "allocator.", {"loading": "loading"}, ending=ending),
+        *_ledger(ledger, "allocator.peaks.", PHASES, brief, ending),
+        *_ledger(ledger, "graphs.", {"peaks": "with CUDA graphs"}, ending=ending),
+    ]
+
+
+ALLOWED, PLANNED_CACHE = _ledger("plan", "planned.", {"budget": "budget", "cache": "cache"}, "cache")
+ARENA_PARTS = _ledger("arena", "arena.", {"cache": "cache", "index": "index tables", "workspace": "workspace"}, "cache")
+PLANNED = (
+    ALLOWED, PLANNED_CACHE, *ARENA_PARTS,
+    Column("cache by scale", "", _sparkline),
+)  # fmt: skip
+DEVICE = (
+    *_ledger("model", "", {"weights": "weights"}, "weights"),
+    *_ledger("tensors", "tensors.peak_bytes.", PHASES, "drawing decode", ""),
+    *_ledger("tensors", "tensors.", {"arena": "arena among them"}),
+    *_ledger("allocator, allocated", "allocator.", {"weights": "before opening"}),
+    *_allocator("requested"), *_allocator("allocated", "drawing"), *_allocator("reserved", "drawing"),
+    *_ledger("allocator, reserved", "graphs.", {"pool": "pool of CUDA graphs"}, "pool"),
+    *_ledger("NVML", "driver.", {
+        "process": "process", "used": "device, used by all", "reserved": "device, kept by the driver",
+        "free": "device, free", "total": "device, in all",
+    }, "process reserved"),
+    *_ledger("resident", "host.", {
+        "before": "before loading", "loading_peak": "peak of loading", "loaded": "after loading",
+    }),
+    *_ledger("resident", "host.peak_bytes.", PHASES, ending=""),
+    *_ledger("resident", "host.", {"most": "largest peak"}, "most"),
+    Column(UNEXPLAINED, "MiB", _unexplained, ".3f"),
+    Column("no CUDA graphs because", "", "memory.graphs.reason", brief=False),
+)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- on the terminal
+
+
+def _terminal_table(rows: Sequence[ResultRow], columns: Iterable[Column], title: str) -> Table:
+    """A line for every row; "-" is a figure that was not measured."""
+    axes = [axis for axis in AXES if len({axis.value(row) for row in rows}) > 1]
+    brief = measured([column for column in (*columns, REMARK) if column.brief], rows)
+    table = Table(title=title)
+    for column in (shown := [POLICY, BUDGET, *axes, *brief]):
+        table.add_column(
+            column.title, justify="right" if column.form or column in (BUDGET, *axes) else "left", overflow="fold"
         )
-    notes = []
-    if any(row["had_no_effect"] for row in rows):
-        notes.append("* had no effect: nothing was dropped at this budget")
-    if any(row.get("under_used") and not row["had_no_effect"] for row in rows):
-        notes.append(f"† used less than {LEAST_USED:.0%} of its budget")
-    table.caption = "\n".join(notes) or None
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        texts = ["-" if (value := column.value(row)) is None else column.text(value) for column in shown]
+        table.add_row(*texts, end_section=following is not None and following.budget != row.budget)
     return table
+
+
+def results_table(rows: Sequence[ResultRow], title: str) -> Table:
+    """Bytes, times and fidelity."""
+    return _terminal_table(rows, RESULTS, title)
+
+
+def memory_table(rows: Sequence[ResultRow], title: str) -> Table:
+    """Memory by ledger, and the cache over time: its bars are shares of the budget."""
+    return _terminal_table(rows, (*PLANNED, *DEVICE), title)
+
+
+def latency_table(rows: Sequence[ResultRow], title: str) -> Table:
+    """Medians with their intervals, and where the time goes, from further runs that were watched."""
+    return _terminal_table(rows, LATENCY, title)
 
 
 def stability_tables(agreements: Sequence[Agreement]) -> list[Table]:
     """How far rankings and plans of two disjoint halves of the samples agree, a column for every size of a half."""
+    kinds = [("S-CAS", [agreement.scas for agreement in agreements])]
+    if all(agreement.error is not None for agreement in agreements):
+        kinds.append(("drop error", [agreement.error for agreement in agreements if agreement.error is not None]))
     counts = [str(agreement.samples) for agreement in agreements]
-    kinds = [("S-CAS", [a.scas for a in agreements])]
-    if all(a.error is not None for a in agreements):
-        kinds.append(("drop error", [a.error for a in agreements if a.error is not None]))
-    heads = Table(title="rank correlation of heads between halves, by samples per half")
-    plans = Table(title="plans of the two halves, by samples per half")
-    columns = ["source scale", *(f"{kind} {count}" for kind, _ in kinds for count in counts)]
-    for table, names in (
-        (heads, columns),
-        (plans, ["policy", "budget", *(f"{what} {count}" for what in ("overlap", "loss") for count in counts)]),
-    ):
-        for name in names:
-            table.add_column(name, justify="left" if name == "policy" else "right")
+    heads = Table("source scale", title="rank correlation of heads between halves, by samples per half")
+    plans = Table("policy", "budget", title="plans of the two halves, by samples per half")
+    for name in (f"{kind} {count}" for kind, _ in kinds for count in counts):
+        heads.add_column(name, justify="right")
+    for name in (f"{kind} {count}" for kind in ("overlap", "loss") for count in counts):
+        plans.add_column(name, justify="right")
     for scale in range(len(agreements[0].scas)):
         heads.add_row(str(scale), *(f"{of_scales[scale]:.3f}" for _, found in kinds for of_scales in found))
     for same in zip(*(agreement.plans for agreement in agreements), strict=True):
-        overlaps, losses = [f"{plan.overlap:.1%}" for plan in same], [f"{plan.loss:.2%}" for plan in same]
-        plans.add_row(same[0].policy, same[0].budget, *overlaps, *losses)
-    measures = {plan.policy: plan.measure for plan in agreements[0].plans}
+        figures = [f"{plan.overlap:.1%}" for plan in same] + [f"{plan.loss:.2%}" for plan in same]
+        plans.add_row(same[0].policy, same[0].budget, *figures)
+    measures = ", ".join(f"{policy}: {m}" for policy, m in {p.policy: p.measure for p in agreements[0].plans}.items())
     plans.caption = (
         "overlap: token-time kept by both plans, of that kept by either; loss: value that a plan of one half misses on "
-        f"the other ({', '.join(f'{policy}: {measure}' for policy, measure in measures.items())})"
+        f"the other ({measures})"
     )
     return [heads, plans]
-
-
-def save_image_sheet(path: Path, lines: Sequence[tuple[str, Any]], columns: int, title: str) -> None:
-    """A PNG with one labelled line of pictures per (label, images) pair; images are (B, 3, H, W) in [0, 1]."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.1 * columns + 1.6, 1.15 * len(lines) + 0.4), dpi=110)
-    axes = figure.subplots(len(lines), columns, squeeze=False)
-    for line, (label, images) in enumerate(lines):
-        pixels = to_pixels(images[:columns]).numpy()
-        for column in range(columns):
-            ax = axes[line, column]
-            ax.set_xticks([])
-            ax.set_yticks([])
-            for spine in ax.spines.values():
-                spine.set_visible(False)
-            if column < len(pixels):
-                ax.imshow(pixels[column], interpolation="nearest")
-        axes[line, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def save_scas_heat_map(path: Path, statistics: Statistics) -> None:
-    """S-CAS of every head (rows: layer by layer) by source scale, each column on its own colour scale."""
-    from matplotlib.figure import Figure
-
-    layers, heads = statistics.layers, statistics.heads
-    scas = statistics.scas[:, :, :-1].reshape(layers * heads, -1)
-    shown = scas / np.maximum(scas.max(axis=0, keepdims=True), np.finfo(float).tiny)
-    figure = Figure(figsize=(1.5 + 0.55 * scas.shape[1], 2 + 0.07 * layers * heads), dpi=110)
-    ax = figure.subplots()
-    image = ax.imshow(shown, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-    sides = [f"{s}\n{h}x{w}" for s, (_, h, w) in enumerate(statistics.schedule.scales[:-1])]
-    ax.set_xticks(range(scas.shape[1]), sides, fontsize=8)
-    ax.set_yticks(np.arange(layers) * heads - 0.5, [f"layer {layer}" for layer in range(layers)], fontsize=7)
-    ax.grid(axis="y", color="white", linewidth=0.4)
-    ax.set_xlabel("source scale")
-    ax.set_ylabel(f"{heads} heads of every layer")
-    ax.set_title(
-        f"S-CAS of {statistics.provenance.model}, {statistics.count} samples\n(share of the scale's largest)",
-        fontsize=9,
-    )
-    figure.colorbar(image, ax=ax, fraction=0.06)
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")

@@ -5,30 +5,29 @@ What is missing, or of another run, is told as Missing; what is there but cannot
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
-from heatkv.core.io import check_header, read_json
+from heatkv.core.io import check_header, file_name, opened, read_json, write_json
 from heatkv.core.plan import CachePlan
 from heatkv.core.plan_file import load_plan
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import regular_array, shown
+from heatkv.core.schema import convert
 from heatkv.core.statistics import Statistics
-from heatkv.errors import FormatError, HeatKVError
+from heatkv.errors import FormatError
 from heatkv.generation.images import GAP, picture_text, read_pixels
-from heatkv.profiling.results.folder import (
-    PICTURES,
-    SCAS_FORMAT,
-    SCAS_VERSION,
-    file_digest,
-    pictures_by_comparison,
-    subject_file_name,
-)
-from heatkv.profiling.results.merging import Row, Source
+from heatkv.profiling.results.row import ResultRow
+
+PICTURES = "pictures"
+"""The folder of pictures within one of results."""
+SCAS_FORMAT, SCAS_VERSION = "heatkv-scas", 1
 
 
 @dataclass(frozen=True)
@@ -38,85 +37,95 @@ class Missing:
     why: str
 
 
-def plans_of(row: Row) -> tuple[CachePlan, ...] | Missing:
+def artefact_name(name: str) -> str:
+    """What the files of a policy at a budget, or at one seed and batch of them, are called, without their ending."""
+    return file_name(name.replace("%", "percent"))
+
+
+def file_digest(path: Path) -> str:
+    """Names the contents of a file. Raises FormatError for what is none."""
+    with opened(path) as file:
+        return hashlib.sha256(file.read()).hexdigest()[:16]
+
+
+def plans_of(folder: Path, row: ResultRow) -> tuple[CachePlan, ...] | Missing:
     """All plans that a row was measured with. Raises FormatError, PlanError or ScheduleError for damaged files."""
-    files: dict[str, Any] = row.told.get("plans") or {}
-    if not files:
-        return Missing("this folder was made before plans were saved")
     plans = []
-    for name, digest in files.items():
-        path = row.source.folder / "plans" / name
+    for name, digest in (row.plans or {}).items():
+        path = folder / "plans" / name
         if Path(name).name != name or not path.exists():
             return Missing(f"plans/{name[:80]} is not there")
-        plan = load_plan(path)
         if file_digest(path) != digest:
             return Missing(f"plans/{name[:80]} is not the plan that was measured")
-        plans.append(plan)
-    return tuple(plans)
+        plans.append(load_plan(path))
+    return tuple(plans) or Missing("its plans were not saved")
 
 
-def pictures_of(row: Row) -> NDArray[np.uint8] | Missing:
-    """The pictures of a row, (B, H, W, 3). Raises FormatError for a damaged file."""
-    count = row.number("pictures")
-    if not count:
-        return Missing("no pictures were drawn")
-    path = pictures_by_comparison(row.source.folder).get(str(row.told.get("comparison")))
-    if path is None:
-        path = row.source.folder / PICTURES / f"{subject_file_name(row.name)}.png"
-    if not path.exists():
-        return Missing(f"pictures/{path.name} is not there" if path.parent.is_dir() else "this folder has no pictures")
-    told, pixels = picture_text(path, "heatkv"), read_pixels(path)
-    width, rest = divmod(pixels.shape[1] + GAP, int(count))
-    if told != row.told.get("comparison") or rest or width <= GAP:
-        return Missing(f"pictures/{path.name} is of another run")
-    return np.stack([pixels[:, i * width : (i + 1) * width - GAP] for i in range(int(count))])
-
-
-@dataclass(frozen=True, eq=False)
-class Scas:
-    """S-CAS of every head by source scale, (L, H, T-1), and where it is from."""
-
-    schedule: ScaleSchedule
-    scas_LHS: NDArray[np.float64]
-    samples: int
-
-
-def scas_of(source: Source) -> Scas | Missing:
-    """The S-CAS that the policies of a folder planned from. Raises FormatError for damaged files."""
-    wanted = source.request.get("statistics")
-    path, statistics = source.folder / "scas.json", source.folder / "statistics.safetensors"
-    if path.exists():
-        found, provenance = _read_scas(path)
-    elif statistics.exists():
-        measured = Statistics.load(statistics)
-        found = Scas(measured.schedule, measured.scas[:, :, :-1], measured.count)
-        provenance = measured.provenance.to_json()
-    else:
-        return Missing("this folder has no statistics: no policy in it planned from any, or they lie elsewhere")
-    of_run = ("fingerprint", "cfg", "settings", "samples")
-    if isinstance(wanted, dict) and any(wanted.get(name) != provenance.get(name) for name in of_run):
-        return Missing("the statistics in this folder are not those of its results")
+def pictures_by_comparison(folder: Path) -> dict[str, Path]:
+    """The files of pictures in a folder of results by the comparison that they are of, whatever they are called."""
+    found: dict[str, Path] = {}
+    for path in sorted((folder / PICTURES).glob("*.png")):
+        with suppress(FormatError):  # what is no picture of ours is of no comparison
+            found.setdefault(str(picture_text(path, "heatkv")), path)
     return found
 
 
-def _read_scas(path: Path) -> tuple[Scas, dict[str, Any]]:
-    data = check_header(read_json(path), path, SCAS_FORMAT, SCAS_VERSION)
-    try:
-        schedule = ScaleSchedule.of(data["schedule"])
-        scas, provenance = regular_array(data["scas"], 3, floats=True), dict(data["provenance"])
-        samples = len(provenance["samples"])
-    except KeyError as error:
-        raise FormatError(f"{path} is not a whole {SCAS_FORMAT} file: it lacks {shown(error.args[0])}") from error
-    except (TypeError, ValueError, HeatKVError) as error:
-        raise FormatError(f"{path} is not a whole {SCAS_FORMAT} file: {error}") from error
-    if (
-        scas is None
-        or scas.shape[2] != len(schedule) - 1
-        or 0 in scas.shape
-        or not ((scas >= 0) & (scas <= 1.01)).all()
-    ):
-        raise FormatError(
-            f"{path} is not a whole {SCAS_FORMAT} file: its scas are not shares of attention, one for every layer, "
-            f"head and cached scale of {len(schedule) - 1}"
-        )
-    return Scas(schedule, scas, samples), provenance
+def read_pictures(path: Path, count: int) -> NDArray[np.uint8]:
+    """The `count` pictures of a file, (B, H, W, 3). Raises FormatError where it cannot hold so many."""
+    pixels = read_pixels(path)
+    width, rest = divmod(pixels.shape[1] + GAP, count)
+    if rest or width <= GAP:
+        raise FormatError(f"{path} does not hold {count} pictures")
+    return np.stack([pixels[:, i * width : (i + 1) * width - GAP] for i in range(count)])
+
+
+def pictures_of(folder: Path, row: ResultRow) -> NDArray[np.uint8] | Missing:
+    """The pictures of a row, (B, H, W, 3). Raises FormatError for a damaged file."""
+    if not row.pictures:
+        return Missing("no pictures were drawn")
+    path = pictures_by_comparison(folder).get(row.comparison)
+    return Missing("its pictures are not there") if path is None else read_pictures(path, row.pictures)
+
+
+AttentionShare = Annotated[float, Meta(ge=0, le=1.01)]
+
+
+@dataclass(frozen=True)
+class Scas:
+    """S-CAS of every head by source scale, [L][H][T-1], and what it was measured on."""
+
+    schedule: tuple[tuple[int, int, int], ...]
+    provenance: dict[str, Any]
+    scas: tuple[tuple[tuple[AttentionShare, ...], ...], ...]
+
+    def __post_init__(self) -> None:
+        scales, shape = len(ScaleSchedule(self.schedule)), np.array(self.scas).shape
+        if len(shape) != 3 or shape[2] != scales - 1:
+            raise ValueError(f"its scas has the shape {shape}, no share for every layer, head and cached scale")
+
+
+def save_scas(path: Path, statistics: Statistics) -> None:
+    """Write the S-CAS that policies planned from."""
+    scas = {
+        "schedule": statistics.schedule.to_json(), "provenance": statistics.provenance.to_json(),
+        "scas": statistics.scas[:, :, :-1].tolist(),
+    }  # fmt: skip
+    write_json(path, {"format": SCAS_FORMAT, "version": SCAS_VERSION, **scas})
+
+
+def read_scas(path: Path) -> Scas:
+    """Raises FormatError for what is no scas.json."""
+    return convert(check_header(read_json(path), path, SCAS_FORMAT, SCAS_VERSION), Scas, path)
+
+
+def scas_of(folder: Path, statistics: dict[str, Any] | None) -> Scas | Missing:
+    """The S-CAS in a folder whose policies planned from `statistics`, of which this is the provenance. Raises
+    FormatError for damaged files."""
+    path = folder / "scas.json"
+    if not path.exists():
+        return Missing("this folder has no S-CAS: no policy in it planned from any")
+    scas = read_scas(path)
+    of_run = ("fingerprint", "cfg", "settings", "samples")
+    if statistics is not None and any(statistics.get(name) != scas.provenance.get(name) for name in of_run):
+        return Missing("the S-CAS in this folder is not that of its results")
+    return scas

@@ -1,278 +1,304 @@
-"""What a row of results may hold, and that it is of the kinds and within the limits it must be: it is read from files.
+"""results.json: the types of all it holds, which write it and read it.
 
-A field that is null or missing is None, "not measured". Fields that are not known here are kept as they are. Limits are
-those of what a figure means, such as a share from 0 to 1, or far beyond all that can be measured: a figure outside of
-them is a damaged one, and must not win a comparison.
+Attributes have the names of the file's fields. None is "not measured", and never 0; fields that are not known here are
+ignored. Limits are those of what a figure means, such as a share from 0 to 1, or lie far beyond all that can be
+measured: a figure outside of them is damaged, and must not win a comparison.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
+from msgspec import Meta, Struct
+
+from heatkv.core.io import check_header, read_json, write_json
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import shown
-from heatkv.errors import FormatError, ScheduleError
-from heatkv.profiling.measure.memory_figures import FIGURES, in_memory
+from heatkv.core.schema import convert
+from heatkv.errors import ScheduleError
+from heatkv.profiling.results.ledgers import ByteCount, Ledgers
 
-TEXTS = (
-    "comparison", "model", "model_fingerprint", "policy", "budget", "dtype", "storage", "attention", "measurement",
-    "timed", "error",
-)  # fmt: skip
-NUMBERS = (
-    "batch", "seed", "rows", "draws", "images", "pictures",
-    "budget_bytes", "planned_bytes", "allocated_bytes", "full_bytes",
-    "current_bytes", "index_bytes", "workspace_bytes", "device_peak_bytes", "nvml_bytes",
-    "graph_pool_bytes", "kl", "predicted_kl", "top1_agreement", "psnr_db", "ssim",
-)  # fmt: skip
-LISTS = ("kl_per_scale", "kl_of_draws")
-FLAGS = ("under_used", "had_no_effect")
-SERIES = (
-    "kl_of_images", "top1_per_scale", "top1_of_images", "psnr_of_pictures", "ssim_of_pictures", "lpips_of_pictures",
-)  # fmt: skip
-"""Of single samples: other figures sum them up."""
-OF_SAMPLES = {
-    "kl_of_images": "images", "top1_of_images": "images", "psnr_of_pictures": "pictures",
-    "ssim_of_pictures": "pictures", "lpips_of_pictures": "pictures",
-}  # fmt: skip
-"""Lists of one figure for every sample, and what counts these."""
-LARGEST = 1e100
-"""Of a figure: far beyond every real one, and what is worked out from it still finite."""
-TIMES = ("latency_ms", "graph_latency_ms")
-OBJECTS = ("settings", "plans", "timing_machine")
-KNOWN = frozenset((
-    *TEXTS, *NUMBERS, *LISTS, *FLAGS, *TIMES, *OBJECTS, *SERIES, "schedule", "timeline_bytes", "memory", "versus",
-))  # fmt: skip
-"""Fields of a row that the report has a place for; it lists all others as they are."""
+FORMAT, VERSION = "heatkv-results", 1
 
-MOST_BYTES = 2**60
-MOST_NATS = 1e6
-MOST_MS = 1e9
-ROUNDING = 1e-9
-"""How far below 0, or outside its range, rounding may take a figure."""
-SINGLE_ROUNDING = 1e-5
-"""The same of SSIM and LPIPS, which are computed in float32."""
+Text = Annotated[str, Meta(min_length=1)]
+Count = Annotated[int, Meta(ge=0, le=10**12)]
+Positive = Annotated[int, Meta(ge=1, le=10**12)]
+# Rounding may take a figure a little beyond its range; SSIM and LPIPS are computed in float32.
+Share = Annotated[float, Meta(ge=-1e-9, le=1 + 1e-9)]
+Nats = Annotated[float, Meta(ge=-1e-9, le=1e6)]
+SignedNats = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Decibel = Annotated[float, Meta(ge=-1e-9, le=100)]
+Similarity = Annotated[float, Meta(ge=-1 - 1e-5, le=1 + 1e-5)]
+Distance = Annotated[float, Meta(ge=-1e-5, le=1e6)]
+Milliseconds = Annotated[float, Meta(ge=0, le=1e9)]
+"""Of a part of a drawing, which may be too short to be measured."""
+WholeMilliseconds = Annotated[float, Meta(gt=0, le=1e9)]
+
+IDLE_UTILISATION = 5
+"""Per cent of the time with a kernel running, up to which a GPU counts as idle; drivers round up."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a figure may be, both ends included, and in words. `whole` for what is counted."""
+class Load(Struct, frozen=True):
+    """What else a machine did before a measurement. `load_average`: of the last minute, this process included.
+    `gpu_utilisation`: per cent of the last second with a kernel of others running. `gpu_processes`: other processes."""
 
-    low: float
-    high: float
-    words: str
-    whole: bool = False
+    load_average: float | None = None
+    cores: Positive | None = None
+    gpu_utilisation: float | None = None
+    gpu_processes: int | None = None
+    busy: bool = False
 
-    def hold(self, values: Iterable[float]) -> bool:
-        return all(self.low <= value <= self.high and (not self.whole or value == int(value)) for value in values)
-
-
-_KL = Limits(-ROUNDING, MOST_NATS, f"at least 0 and at most {MOST_NATS:g} nats")
-_SHARE = Limits(-ROUNDING, 1 + ROUNDING, "a share from 0 to 1")
-_SSIM = Limits(-1 - SINGLE_ROUNDING, 1 + SINGLE_ROUNDING, "from -1 to 1")
-_PSNR = Limits(-ROUNDING, 100, "from 0 to 100 dB")
-_BYTES = Limits(0, MOST_BYTES, "a whole number from 0 to 2^60 bytes", whole=True)
-_COUNT = Limits(0, 1e12, "a whole number from 0 to 1e12", whole=True)
-_COUNT_OF_ONE = Limits(1, 1e12, "a whole number from 1 to 1e12", whole=True)
-LIMITS: dict[str, Limits] = {
-    **dict.fromkeys(("kl", "kl_per_scale", "kl_of_draws", "kl_of_images"), _KL),
-    "predicted_kl": Limits(-MOST_NATS, MOST_NATS, f"within {MOST_NATS:g} nats"),  # a forecast may be off to any side
-    **dict.fromkeys(("top1_agreement", "top1_per_scale", "top1_of_images"), _SHARE),
-    **dict.fromkeys(("ssim", "ssim_of_pictures"), _SSIM),
-    **dict.fromkeys(("lpips", "lpips_of_pictures"), Limits(-SINGLE_ROUNDING, MOST_NATS, "at least 0")),
-    **dict.fromkeys(("psnr_db", "psnr_of_pictures"), _PSNR),
-    **dict.fromkeys(("batch", "rows", "draws"), _COUNT_OF_ONE),
-    **dict.fromkeys(("images", "pictures"), _COUNT),
-    **{name: _BYTES for name in NUMBERS if name.endswith("_bytes")},
-}
-"""Of figures, and of every one in a list of them."""
-
-IDENTITY = ("policy", "budget", "storage", "dtype", "rows", "batch", "seed", "model_fingerprint", "schedule")
-"""What tells the rows of one folder apart."""
+    @property
+    def reasons(self) -> list[str]:
+        """What speaks for the machine being busy; empty when nothing does."""
+        found = []
+        if self.load_average is not None and self.cores is not None and self.load_average > self.cores:
+            found.append(f"a load average of {self.load_average:.1f} on {self.cores} cores")
+        if self.gpu_utilisation is not None and self.gpu_utilisation > IDLE_UTILISATION:
+            found.append(f"the GPU is used {self.gpu_utilisation}% of the time by others")
+        if self.gpu_processes:
+            found.append(f"{self.gpu_processes} other processes on the GPU")
+        return found or (["it says so itself"] if self.busy else [])
 
 
-def check_apart(rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Raise FormatError for two rows of the same name in a file, of which no table could tell which is meant."""
-    found: dict[str, int] = {}
-    for index, row in enumerate(rows):
-        first = found.setdefault(json.dumps([row.get(name) for name in IDENTITY], sort_keys=True), index)
-        if first != index:
-            place = [
-                f"{name} {row[name]}" for name in ("storage", "rows", "batch", "seed") if row.get(name) is not None
-            ]
-            named = ", ".join([f"{row['policy']} {row['budget']}", *place])
-            raise FormatError(f"{where} has {named} twice, as rows {first} and {index}; keep one of them")
+class TimingMachine(Struct, frozen=True, kw_only=True):
+    """What times are to be read with: the machine's load and speed as they were taken."""
+
+    load: Load | None = None
+    matrix_product_1024_fp32_one_thread_ms: float | None = None
 
 
-def checked_row(row: Any, where: str) -> dict[str, Any]:
-    """The row, with all known fields of their kinds and within their limits or None, and printable. Raises FormatError
-    that names the row as `where` does."""
+class Environment(TimingMachine, frozen=True, kw_only=True):
+    """The machine and the releases that results were measured with."""
 
-    def need(good: bool, name: str, kind: str) -> None:
-        if not good:
-            raise FormatError(f"{where}: {name!r} is {shown(row.get(name))}; it must be {kind}")
+    device: str | None = None
+    device_name: str | None = None
+    threads: int | None = None
+    deterministic: bool | None = None
+    system: str | None = None
+    versions: dict[str, str] = {}
 
-    if not isinstance(row, dict):
-        raise FormatError(f"{where} is {shown(row)}, no object")
-    for name in ("policy", "budget"):
-        need(bool(row.get(name)), name, "a text")
-    for name, value in row.items():
-        if value is not None and name in _KINDS:
-            kind, good = _KINDS[name]
-            need(good(value), name, kind)
-    for name, limits in LIMITS.items():
-        if (told := row.get(name)) is not None:
-            need(limits.hold(told if isinstance(told, list) else [told]), name, limits.words)
-    for name in TIMES:
-        if row.get(name) is not None:
-            need(_is_possible(row[name]), name, _POSSIBLE)
-    for name, count in OF_SAMPLES.items():
-        told = row.get(name)
-        need(told is None or len(told) == row.get(count), name, f"one number for each of the {count}")
-    if row.get("schedule") is not None:
+
+class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was asked for. `seed` is there where there is one only; `samples_digest` is one for every seed where there
+    are several; `statistics` is the provenance of those that policies planned from."""
+
+    seed: int | None = None
+    seeds: tuple[int, ...] | None = None
+    batches: tuple[Positive, ...] | None = None
+    repeats: int | None = None
+    images: Count | None = None
+    pictures: Count | None = None
+    draws: Positive | None = None
+    samples_digest: str | dict[str, str] | None = None
+    statistics: dict[str, Any] | None = None
+
+    def samples_of(self, seed: int | None) -> str | None:
+        """The digest of the samples that fidelity at this seed was measured on."""
+        digest = self.samples_digest
+        return digest.get(str(seed)) if isinstance(digest, dict) else digest
+
+
+class Latency(Struct, frozen=True, kw_only=True):
+    """Times in milliseconds of drawing, decoding included: of `runs` runs, `all` in the order they were made, with an
+    interval of the median; and of every scale and phase, from further runs that were watched."""
+
+    median: WholeMilliseconds
+    iqr: Milliseconds | None = None
+    runs: Positive | None = None
+    interval: tuple[WholeMilliseconds, WholeMilliseconds] | None = None
+    confidence: Share | None = None
+    outliers: Count | None = None
+    all: tuple[WholeMilliseconds, ...] = ()
+    scales: tuple[Milliseconds, ...] | None = None
+    phases: dict[str, Milliseconds] | None = None
+
+    def __post_init__(self) -> None:
+        _check_interval(self.interval)
+
+
+class Spread(Struct, frozen=True, kw_only=True):
+    """Over samples: the standard deviation, None of one alone, and the quartiles."""
+
+    sd: float | None
+    quartiles: tuple[float, float, float]
+
+
+class Versus(Struct, frozen=True, kw_only=True):
+    """Mean of what a row's KL is above another policy's on the same images, with a paired bootstrap interval."""
+
+    policy: str
+    difference: SignedNats
+    interval: tuple[SignedNats, SignedNats]
+    confidence: Share | None = None
+    images: Positive | None = None
+
+    def __post_init__(self) -> None:
+        _check_interval(self.interval)
+
+
+# ------------------------------------------------------------------------------------------- the parts of a row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What was measured. `comparison` and `measurement` name all that fidelity, and memory and times, follow from;
+    `rows` are cache rows, `storage` is the whole storage type; `plans` holds digests of files by their names."""
+
+    model: str
+    model_fingerprint: str
+    policy: Text
+    settings: dict[str, Any]
+    budget: Text
+    rows: Positive
+    batch: Positive
+    seed: int
+    dtype: str
+    storage: str
+    attention: str
+    schedule: tuple[tuple[int, int, int], ...]
+    draws: Positive
+    plans: dict[str, str] | None = None
+    comparison: str
+    measurement: str
+
+    @property
+    def name(self) -> str:
+        """What a reader calls it."""
+        return f"{self.policy} {self.budget}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """What plans and their caches take, the most over the plans of a policy that draws at random. `timeline_bytes`:
+    after every layer of every scale, [T][L], under the first plan."""
+
+    budget_bytes: ByteCount
+    planned_bytes: ByteCount
+    allocated_bytes: ByteCount | None = None
+    full_bytes: ByteCount
+    current_bytes: ByteCount
+    index_bytes: ByteCount
+    workspace_bytes: ByteCount
+    timeline_bytes: tuple[tuple[ByteCount, ...], ...]
+    predicted_kl: SignedNats | None = None
+    under_used: bool
+    had_no_effect: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Measured memory of drawing under the first plan, or why there is none."""
+
+    memory: Ledgers | None = None
+    device_peak_bytes: ByteCount | None = None
+    nvml_bytes: ByteCount | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Times of drawing under the first plan. Rows of one moment `timed` were timed in turns."""
+
+    latency_ms: Latency | None = None
+    graph_latency_ms: Latency | None = None
+    graph_pool_bytes: ByteCount | None = None
+    timed: str | None = None
+    timing_machine: TimingMachine | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """How far pictures and guided logits are from the full cache's: means over plans, of `images` samples, `pictures`
+    of which were drawn freely."""
+
+    images: Count | None = None
+    kl: Nats | None = None
+    kl_per_scale: tuple[Nats, ...] | None = None
+    kl_of_draws: tuple[Nats, ...] | None = None
+    kl_of_images: tuple[Nats, ...] | None = None
+    top1_agreement: Share | None = None
+    top1_per_scale: tuple[Share, ...] | None = None
+    top1_of_images: tuple[Share, ...] | None = None
+    pictures: Count | None = None
+    psnr_db: Decibel | None = None
+    psnr_of_pictures: tuple[Decibel, ...] | None = None
+    ssim: Similarity | None = None
+    ssim_of_pictures: tuple[Similarity, ...] | None = None
+    lpips: Distance | None = None
+    lpips_of_pictures: tuple[Distance, ...] | None = None
+    fid: float | None = None
+    spread: dict[str, Spread] | None = None
+    not_measured: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultRow(Fidelity, Times, Memory, Bytes, Identity):
+    """One policy at one budget, batch and seed."""
+
+    versus: Versus | None = None
+
+    def updated(self, *parts: Bytes | Memory | Times | Fidelity) -> ResultRow:
+        """The row with measured parts in the place of its own."""
+        return replace(self, **{name: value for part in parts for name, value in vars(part).items()})
+
+    def __post_init__(self) -> None:
         try:
-            ScaleSchedule.of(row["schedule"])
+            ScaleSchedule(self.schedule)
         except ScheduleError as error:
-            raise FormatError(f"{where}: {error}") from error
-        scales = len(row["schedule"])
-        of_scales = {name: row.get(name) for name in ("kl_per_scale", "timeline_bytes")}
-        of_scales |= {name: (row.get(name) or {}).get("scales") for name in TIMES}
-        for name, told in of_scales.items():
-            kind = f"one number for every scale{', in scales' if name in TIMES else ''}"
-            kind = "one list for every scale" if name == "timeline_bytes" else kind
-            need(told is None or len(told) == scales, name, kind)
-    cleaned: dict[str, Any] = printable(row)
-    return cleaned
+            raise ValueError(f"its schedule: {error}") from error
+        for name in ("kl_of_images", "top1_of_images"):
+            _check_length(self, name, self.images)
+        for name in ("psnr_of_pictures", "ssim_of_pictures", "lpips_of_pictures"):
+            _check_length(self, name, self.pictures)
+        for name in ("kl_per_scale", "top1_per_scale", "timeline_bytes"):
+            _check_length(self, name, len(self.schedule))
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a number of JSON from -1e100 to 1e100, and no boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+def _check_length(row: ResultRow, name: str, length: int | None) -> None:
+    values = getattr(row, name)
+    if values is not None and len(values) != length:
+        raise ValueError(f"its {name} has {len(values)} entries, where there should be {length}")
 
 
-def _are_numbers(value: Any) -> TypeGuard[Sequence[float]]:
-    return isinstance(value, list) and all(map(is_number, value))
+def _check_interval(ends: tuple[float, float] | None) -> None:
+    if ends is not None and ends[0] > ends[1]:
+        raise ValueError(f"its interval is {list(ends)}, which does not go from low to high")
 
 
-def _is_time(value: Any) -> bool:
-    if not isinstance(value, dict) or not is_number(value.get("median")):
-        return False
-    given = {name: inner for name, inner in value.items() if inner is not None}
-    phases, interval = given.get("phases", {}), given.get("interval", [0, 0])
-    return (
-        all(is_number(given.get(name, 0)) for name in ("iqr", "runs", "confidence", "outliers"))
-        and all(_are_numbers(given.get(name, [])) for name in ("all", "scales"))
-        and _are_numbers(interval)
-        and len(interval) == 2
-        and isinstance(phases, dict)
-        and all(inner is None or (is_number(inner) and inner >= 0) for inner in phases.values())
-    )
+# --------------------------------------------------------------------------------------------------- the file
 
 
-_POSSIBLE = (
-    f"of times above 0 and at most {MOST_MS:g} ms, with the interval from low to high, at least 1 run and a confidence "
-    "from 0 to 1"
-)
+class Results(Struct, frozen=True, kw_only=True):
+    """All that a results.json holds; `sampling` are the settings that images are drawn with."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    environment: Environment = Environment()
+    sampling: dict[str, Any] | None = None
+    request: Request = Request()
+    rows: tuple[ResultRow, ...]
 
 
-def _is_possible(time: Mapping[str, Any]) -> bool:
-    """Whether a time could have been taken."""
-    given = {name: value for name, value in time.items() if value is not None}
-    interval = given.get("interval", [])
-    phases = [value for value in given.get("phases", {}).values() if value is not None]
-    return (
-        all(0 < value <= MOST_MS for value in [given["median"], *given.get("all", []), *interval])
-        # parts of a time may be too short to be told
-        and all(0 <= value <= MOST_MS for value in [given.get("iqr", 0), *given.get("scales", []), *phases])
-        and interval == sorted(interval)
-        and _COUNT_OF_ONE.hold([given.get("runs", 1)])
-        and _COUNT.hold([given.get("outliers", 0)])
-        and _SHARE.hold([given.get("confidence", 1)])
-    )
+def read_results(path: Path) -> Results:
+    """A results.json. Raises FormatError for what is none, naming the field that cannot be."""
+    data = check_header(read_json(path), path, FORMAT, VERSION)
+    results = convert(printable(data), Results, path)
+    # msgspec leaves what a file lacks to the class, and out of the row
+    return msgspec.structs.replace(results, rows=tuple(map(replace, results.rows)))
 
 
-def _is_timeline(value: Any) -> bool:
-    """Bytes by scale and layer: lists of one length, none of them empty."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(_are_numbers(layers) and layers and _BYTES.hold(layers) for layers in value)
-        and len({len(layers) for layers in value}) == 1
-    )
-
-
-def _is_memory(value: Any) -> bool:
-    """An object whose known figures are bytes within their limits, or null, or of a part that is null."""
-    if not isinstance(value, dict) or not {"process", "allocator", "host"} <= value.keys():
-        return False
-    for figure in FIGURES:
-        part: Any = value
-        for name in figure.path[:-1]:
-            part = part.get(name)
-            if part is None:
-                break
-            if not isinstance(part, dict):
-                return False
-        found = in_memory(value, figure.path)
-        if found is not None and not (is_number(found) and _BYTES.hold([found])):
-            return False
-    steps = value.get("steps") or []
-    return isinstance(steps, list) and all(
-        isinstance(step, dict)
-        and isinstance(step.get("parts"), dict)
-        and all(is_number(part) and abs(part) <= MOST_BYTES for part in step["parts"].values())
-        and all(isinstance(step.get(name, ""), str) for name in ("source", "target"))
-        for step in steps
-    )
-
-
-def _is_versus(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("policy"), str)
-        and is_number(value.get("difference"))
-        and _are_numbers(value.get("interval"))
-        and len(value["interval"]) == 2
-        and value["interval"][0] <= value["interval"][1]
-        and max(map(abs, [value["difference"], *value["interval"]])) <= MOST_NATS
-        and all(
-            value.get(name) is None or (is_number(value[name]) and limits.hold([value[name]]))
-            for name, limits in (("confidence", _SHARE), ("images", _COUNT_OF_ONE))
-        )
-    )
-
-
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(TEXTS, ("a text", lambda value: isinstance(value, str))),
-    **dict.fromkeys(NUMBERS, ("a finite number", is_number)),
-    "seed": ("a whole number", lambda value: type(value) is int and is_number(value)),
-    **dict.fromkeys((*LISTS, *SERIES), ("a list of finite numbers", _are_numbers)),
-    **dict.fromkeys(FLAGS, ("true or false", lambda value: isinstance(value, bool))),
-    **dict.fromkeys(OBJECTS, ("an object", lambda value: isinstance(value, dict))),
-    **dict.fromkeys(
-        TIMES,
-        ("an object with the median in ms, and perhaps iqr, runs, interval, all, scales and phases", _is_time),
-    ),
-    **dict.fromkeys(("lpips", "fid"), ("a finite number", is_number)),
-    "not_measured": (
-        "an object of texts",
-        lambda value: isinstance(value, dict) and all(isinstance(reason, str) for reason in value.values()),
-    ),
-    "timeline_bytes": ("bytes of every layer for every scale", _is_timeline),
-    "memory": ("an object of ledgers, whose figures are numbers of at least 0 and at most 2^60 bytes", _is_memory),
-    "versus": ("an object with policy, difference and the two ends of its interval, from low to high", _is_versus),
-}
-"""What the known fields of a row must be where they are not null."""
+def write_results(path: Path, results: Results) -> None:
+    """Write a results.json. Raises FormatError when that cannot be."""
+    write_json(path, msgspec.to_builtins(results), indent=1)
 
 
 def printable(value: Any) -> Any:
     """The same with a mark in the place of every character that cannot be printed, in all texts it holds."""
     if isinstance(value, str):
         return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
-    if isinstance(value, Mapping):
-        return {printable(str(name)): printable(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [printable(inner) for inner in value]
-    return value
+    if isinstance(value, dict):
+        return {printable(name): printable(inner) for name, inner in value.items()}
+    return [printable(inner) for inner in value] if isinstance(value, list) else value

@@ -14,16 +14,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.core.schema import shown
-from heatkv.engine.attention import triton_kernels
-from heatkv.engine.attention.grouping import AttentionCost, CallShape
-from heatkv.engine.attention.held import HeldTokens
-from heatkv.engine.attention.ragged import HeadGroup, Workspace, group_heads, group_numbers, ragged_attention
+from heatkv.core.schema import FloatArray, IntArray, shown
+from heatkv.engine.attention import triton_launch
+from heatkv.engine.attention.grouped import (
+    AttentionCost,
+    CallShape,
+    HeadGroup,
+    Workspace,
+    group_heads,
+    ragged_attention,
+)
+from heatkv.engine.attention.triton_launch import HeldTokens
 from heatkv.engine.store import Store
 from heatkv.errors import PlanError
 
-IntArrays = Sequence[NDArray[np.int64]]
-FloatArrays = Sequence[NDArray[np.float64]]
+IntArrays = Sequence[IntArray]
+FloatArrays = Sequence[FloatArray]
 
 
 class AttentionKernel(ABC):
@@ -46,7 +52,7 @@ class AttentionKernel(ABC):
     def attend(self, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, prepared: Any) -> Tensor:
         """softmax(q [held, k]^T + bias) [held, v] per head, (R, H, N, D)."""
 
-    def prepare_kept(self, heads: Sequence[int], slots_KN: NDArray[np.int64]) -> Any:
+    def prepare_kept(self, heads: Sequence[int], slots_KN: IntArray) -> Any:
         """These heads keep the tokens of the running scale, in these slots, one or more of each."""
         return (
             torch.tensor(heads, dtype=torch.long, device=self.store.device),
@@ -74,13 +80,13 @@ class RaggedAttention(AttentionKernel):
     def __init__(self, store: Store, cost: AttentionCost | None = None) -> None:
         super().__init__(store)
         self.cost = cost if cost is not None else AttentionCost.measured(store.dtype)
-        self.workspace = Workspace()
+        self.workspace = Workspace(store.dtype, store.device)
 
     def prepare(
         self, slots_of_head: IntArrays, bias_of_head: FloatArrays | None, shape: CallShape
     ) -> tuple[HeadGroup, ...]:
         groups = group_heads(self.store, slots_of_head, bias_of_head, shape, self.cost)
-        self.workspace.reserve(group_numbers(groups, shape), self.store.dtype, self.store.device)
+        self.workspace.reserve(groups, shape)
         return groups
 
     def attend(self, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, prepared: tuple[HeadGroup, ...]) -> Tensor:
@@ -99,38 +105,28 @@ class TritonAttention(AttentionKernel):
     def prepare(
         self, slots_of_head: IntArrays, bias_of_head: FloatArrays | None, shape: CallShape
     ) -> tuple[HeldTokens | None, HeldTokens | None]:
-        first = self.store.uncoded_slots
-        of_part: list[HeldTokens | None] = []
+        """Lists of the uncoded slots and of the coded ones, None where no head reads any."""
+        biases = bias_of_head or [np.zeros(len(slots)) for slots in slots_of_head]
+        first, lists = self.store.uncoded_slots, []
         for coded in (False, True):
             chosen = [(slots >= first) == coded for slots in slots_of_head]
-            counts = np.array([int(mine.sum()) for mine in chosen], dtype=np.int32)
-            if not counts.any():
-                of_part.append(None)
-                continue
-            slots = [slots[mine] - first * coded for slots, mine in zip(slots_of_head, chosen, strict=True)]
-            bias = None
-            if bias_of_head is not None:
-                bias = np.concatenate([x[mine] for x, mine in zip(bias_of_head, chosen, strict=True)])
-            begins = np.concatenate([[0], counts.cumsum()[:-1]]).astype(np.int32)
-            of_part.append(
-                HeldTokens(
-                    self._on_device(np.concatenate(slots).astype(np.int32)),
-                    self._on_device(begins[None]),
-                    self._on_device(counts[None]),
-                    self._on_device(bias.astype(np.float32)) if bias is not None and bias.any() else None,
-                )
+            counts = np.array([mine.sum() for mine in chosen])
+            slots = np.concatenate([slots[mine] for slots, mine in zip(slots_of_head, chosen, strict=True)])
+            bias = np.concatenate([x[mine] for x, mine in zip(biases, chosen, strict=True)])
+            held = HeldTokens(
+                self._on_device(slots - first * coded),
+                self._on_device((counts.cumsum() - counts)[None]),
+                self._on_device(counts[None]),
+                self._on_device(bias, np.float32) if bias.any() else None,
             )
-        return of_part[0], of_part[1]
+            lists.append(held if len(slots) else None)
+        return lists[0], lists[1]
 
-    def _on_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.store.device)
+    def _on_device(self, array: NDArray[Any], kind: type[np.generic] = np.int32) -> Tensor:
+        return torch.from_numpy(array.astype(kind)).to(self.store.device)
 
     def attend(
-        self,
-        q_RHND: Tensor,
-        k_RHND: Tensor,
-        v_RHND: Tensor,
-        prepared: tuple[HeldTokens | None, HeldTokens | None],
+        self, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, prepared: tuple[HeldTokens | None, HeldTokens | None]
     ) -> Tensor:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q_RHND, k_RHND, v_RHND)):
             raise PlanError(
@@ -138,46 +134,35 @@ class TritonAttention(AttentionKernel):
                 'use attention="ragged"'
             )
         uncoded, coded = prepared
-        plain = None if uncoded is None else (self.store.arena_2RPD, uncoded)
-        codes = None
-        if coded is not None:
-            assert self.store.codes_2RQD is not None
-            assert self.store.scales_2RQ is not None
-            codes = (self.store.codes_2RQD, self.store.scales_2RQ, coded)
-        return triton_kernels.fused_attention(q_RHND, k_RHND, v_RHND, plain, codes)
+        return triton_launch.fused_attention(
+            q_RHND,
+            k_RHND,
+            v_RHND,
+            None if uncoded is None else (self.store.arena_2RPD, uncoded),
+            None if coded is None else (self.store.codes_2RQD, self.store.scales_2RQ, coded),
+        )
 
-    def prepare_kept(self, heads: Sequence[int], slots_KN: NDArray[np.int64]) -> tuple[Tensor, Tensor, bool]:
+    def prepare_kept(self, heads: Sequence[int], slots_KN: IntArray) -> tuple[Tensor, Tensor, bool]:
         coded = bool((slots_KN >= self.store.uncoded_slots).all())  # all are of one scale
         within = slots_KN - self.store.uncoded_slots * coded
-        return self._on_device(np.array(heads, dtype=np.int32)), self._on_device(within.astype(np.int32)), coded
+        return self._on_device(np.array(heads)), self._on_device(within), coded
 
     def keep(self, k_RHND: Tensor, v_RHND: Tensor, prepared: tuple[Tensor, Tensor, bool]) -> None:
         heads_K, slots_KN, coded = prepared
-        if coded:
-            codes, scales = self.store.codes_2RQD, self.store.scales_2RQ
-            triton_kernels.append_kept(k_RHND, v_RHND, heads_K, slots_KN, None, codes, scales)
-        else:
-            triton_kernels.append_kept(k_RHND, v_RHND, heads_K, slots_KN, self.store.arena_2RPD)
+        into = (self.store.codes_2RQD, self.store.scales_2RQ) if coded else (self.store.arena_2RPD,)
+        triton_launch.append_kept(k_RHND, v_RHND, heads_K, slots_KN, *into)
 
 
 KERNELS = {kernel.name: kernel for kernel in (RaggedAttention, TritonAttention)}
 """The kernels by the name that a user may give."""
 
 
-def check_kernel(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, code: torch.dtype | None, gathered: bool
-) -> None:
-    """Raise PlanError for an unknown kernel, or one that cannot run with this device and these types, or, where tokens
-    are `gathered` to be scored, one that reads them where they are."""
-    if not isinstance(name, str) or (name != "auto" and name not in KERNELS):
+def check_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, code: torch.dtype | None) -> None:
+    """Raise PlanError for an unknown kernel, or one that cannot run with this device and these types."""
+    if name != "auto" and name not in KERNELS:
         raise PlanError(f"unknown attention kernel {shown(name)}; known: auto, {', '.join(KERNELS)}")
-    if name == "triton" and gathered:
-        raise PlanError(
-            "attention kernel triton is not for dynamic policies, whose tokens are gathered to be scored; use auto or "
-            "ragged"
-        )
-    missing = triton_kernels.supports(device, dtype, head_dim, code)
-    if name == "triton" and missing is not None:
+    missing = triton_launch.missing(device, dtype, head_dim, code) if name == "triton" else None
+    if missing is not None:
         raise PlanError(f"attention kernel triton cannot run here: {missing}; use ragged")
 
 
@@ -186,8 +171,8 @@ def choose_kernel(name: str, store: Store) -> AttentionKernel:
 
     Raises PlanError for an unknown name, or for a kernel that cannot run on the store's device or with its types.
     """
-    check_kernel(name, store.device, store.dtype, store.head_dim, store.code, gathered=False)
-    missing = triton_kernels.supports(store.device, store.dtype, store.head_dim, store.code)
+    able = store.device, store.dtype, store.head_dim, store.code
+    check_kernel(name, *able)
     if name == "auto":
-        return TritonAttention(store) if store.device.type == "cuda" and missing is None else RaggedAttention(store)
+        name = "triton" if store.device.type == "cuda" and triton_launch.missing(*able) is None else "ragged"
     return KERNELS[name](store)

@@ -11,13 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv.core.levels import FULL, blocks
 from heatkv.engine.attention.rotary import rotate, rotation_of
-
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

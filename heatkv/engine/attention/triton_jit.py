@@ -1,4 +1,4 @@
-"""The kernels themselves, in Triton's language; `triton_kernels` is how they are called. Importing this needs Triton.
+"""The kernels themselves, in Triton's language; `triton_launch` is how they are called. Importing this needs Triton.
 
 Shapes: R rows, H heads, N tokens of the running scale, D head size (padded to a power of two), P slots of a store,
 M queries and C keys of one tile, K heads that keep their new tokens.
@@ -90,58 +90,20 @@ def _listed(slots_X, bias_X, begin, start, count, BLOCK_C: tl.constexpr, BIASED:
 
 @triton.jit(do_not_specialize=["heads", "tokens"])
 def attention_kernel(
-    out_RHND,
-    q_RHND,
-    k_RHND,
-    v_RHND,
-    arena_2RPD,
-    plain_slots_X,
-    plain_begins_RH,
-    plain_counts_RH,
-    plain_bias_X,
-    codes_2RPD,
-    scales_2RP,
-    coded_slots_X,
-    coded_begins_RH,
-    coded_counts_RH,
-    coded_bias_X,
-    heads,
-    tokens,
-    out_stride_r,
-    out_stride_h,
-    out_stride_n,
-    q_stride_r,
-    q_stride_h,
-    q_stride_n,
-    k_stride_r,
-    k_stride_h,
-    k_stride_n,
-    v_stride_r,
-    v_stride_h,
-    v_stride_n,
-    arena_stride_2,
-    arena_stride_r,
-    arena_stride_p,
-    plain_begins_stride_r,
-    plain_counts_stride_r,
-    codes_stride_2,
-    codes_stride_r,
-    codes_stride_p,
-    scales_stride_2,
-    scales_stride_r,
-    coded_begins_stride_r,
-    coded_counts_stride_r,
-    PLAIN: tl.constexpr,
-    PLAIN_BIASED: tl.constexpr,
-    CODED: tl.constexpr,
-    CODED_BIASED: tl.constexpr,
-    FLOAT8: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    out_RHND, out_stride_r, out_stride_h, out_stride_n,
+    q_RHND, q_stride_r, q_stride_h, q_stride_n,
+    k_RHND, k_stride_r, k_stride_h, k_stride_n,
+    v_RHND, v_stride_r, v_stride_h, v_stride_n,
+    arena_2RPD, arena_stride_2, arena_stride_r, arena_stride_p,
+    plain_begins_RH, plain_begins_stride_r, plain_counts_RH, plain_counts_stride_r, plain_slots_X, plain_bias_X,
+    codes_2RPD, codes_stride_2, codes_stride_r, codes_stride_p,
+    scales_2RP, scales_stride_2, scales_stride_r,
+    coded_begins_RH, coded_begins_stride_r, coded_counts_RH, coded_counts_stride_r, coded_slots_X, coded_bias_X,
+    heads, tokens,
+    PLAIN: tl.constexpr, PLAIN_BIASED: tl.constexpr, CODED: tl.constexpr, CODED_BIASED: tl.constexpr,
+    FLOAT8: tl.constexpr, COMPUTE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Attention of BLOCK_M queries of one head of one row; programs of one head run together, as they share keys."""
     blocks = tl.cdiv(tokens, BLOCK_M)
     row = (tl.program_id(0) // blocks // heads).to(tl.int64)
@@ -221,21 +183,10 @@ def attention_kernel(
 
 @triton.jit
 def _append(
-    x_ND,
-    stride_n,
-    store_PD,
-    stride_p,
-    scales_2RP,
-    scale_at,
-    token_C,
-    slot_C,
-    in_C,
-    channel_D,
-    in_D,
-    CODED: tl.constexpr,
-    FLOAT8: tl.constexpr,
-):
-    """Write the keys or the values of C tokens of one head; their scales begin at `scale_at`."""
+    x_ND, stride_n, store_PD, stride_p, scales_P, token_C, slot_C, in_C, channel_D, in_D,
+    CODED: tl.constexpr, FLOAT8: tl.constexpr,
+):  # fmt: skip
+    """Write the keys or the values of C tokens of one head."""
     in_CD = in_C[:, None] & in_D
     x_CD = _as_fp32(tl.load(x_ND + token_C[:, None] * stride_n + channel_D[None, :], mask=in_CD, other=0.0))
     at_CD = slot_C[:, None] * stride_p + channel_D[None, :]
@@ -244,7 +195,7 @@ def _append(
         scale_C = _as_type(tl.div_rn(tl.max(tl.abs(x_CD), 1), largest), tl.bfloat16)
         scale_C = _as_fp32(scale_C)
         scale_C = tl.where(scale_C == 0.0, 1.0, scale_C)
-        tl.store(scales_2RP + scale_at + slot_C, _as_type(scale_C, tl.bfloat16), mask=in_C)
+        tl.store(scales_P + slot_C, _as_type(scale_C, tl.bfloat16), mask=in_C)
         coded_CD = tl.clamp(tl.div_rn(x_CD, scale_C[:, None]), -largest, largest)
         if FLOAT8:
             tl.store(store_PD + at_CD, _float8_code(coded_CD), mask=in_CD)
@@ -256,32 +207,14 @@ def _append(
 
 @triton.jit(do_not_specialize=["kept", "tokens"])
 def append_kernel(
-    k_RHND,
-    v_RHND,
-    heads_K,
-    slots_KN,
-    store_2RPD,
-    scales_2RP,
-    kept,
-    tokens,
-    k_stride_r,
-    k_stride_h,
-    k_stride_n,
-    v_stride_r,
-    v_stride_h,
-    v_stride_n,
-    slots_stride_k,
-    store_stride_2,
-    store_stride_r,
-    store_stride_p,
-    scales_stride_2,
-    scales_stride_r,
-    CODED: tl.constexpr,
-    FLOAT8: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    k_RHND, k_stride_r, k_stride_h, k_stride_n,
+    v_RHND, v_stride_r, v_stride_h, v_stride_n,
+    store_2RPD, store_stride_2, store_stride_r, store_stride_p,
+    scales_2RP, scales_stride_2, scales_stride_r,
+    heads_K, slots_KN, slots_stride_k,
+    kept, tokens,
+    CODED: tl.constexpr, FLOAT8: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Write keys and values of BLOCK_C new tokens of one kept head of one row to their slots, as they are or coded."""
     blocks = tl.cdiv(tokens, BLOCK_C)
     row = (tl.program_id(0) // blocks // kept).to(tl.int64)
@@ -293,35 +226,18 @@ def append_kernel(
     token_C = token_C.to(tl.int64)
     channel_D = tl.arange(0, BLOCK_D)
     in_D = (channel_D < D)[None, :]
+    x_ND = k_RHND + row * k_stride_r + head * k_stride_h
     store_PD = store_2RPD + row * store_stride_r
-    scale_at = row * scales_stride_r
+    scales_P = scales_2RP
+    if CODED:
+        scales_P = scales_2RP + row * scales_stride_r
     _append(
-        k_RHND + row * k_stride_r + head * k_stride_h,
-        k_stride_n,
-        store_PD,
-        store_stride_p,
-        scales_2RP,
-        scale_at,
-        token_C,
-        slot_C,
-        in_C,
-        channel_D,
-        in_D,
-        CODED,
-        FLOAT8,
-    )
+        x_ND, k_stride_n, store_PD, store_stride_p, scales_P, token_C, slot_C, in_C, channel_D, in_D, CODED, FLOAT8
+    )  # fmt: skip
+    x_ND = v_RHND + row * v_stride_r + head * v_stride_h
+    store_PD += tl.cast(store_stride_2, tl.int64)
+    if CODED:
+        scales_P += tl.cast(scales_stride_2, tl.int64)
     _append(
-        v_RHND + row * v_stride_r + head * v_stride_h,
-        v_stride_n,
-        store_PD + tl.cast(store_stride_2, tl.int64),
-        store_stride_p,
-        scales_2RP,
-        scale_at + scales_stride_2,
-        token_C,
-        slot_C,
-        in_C,
-        channel_D,
-        in_D,
-        CODED,
-        FLOAT8,
-    )
+        x_ND, v_stride_n, store_PD, store_stride_p, scales_P, token_C, slot_C, in_C, channel_D, in_D, CODED, FLOAT8
+    )  # fmt: skip

@@ -13,20 +13,33 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from heatkv.engine.attention.held import HeldTokens
-
 LARGEST_HEAD = 128
-COMPUTE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
-CODE_TYPES = (torch.int8, torch.float8_e4m3fn)
+COMPUTE_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+"""The types that products are taken in, by Triton's names."""
 # Writing only moves bytes: enough rows of a few hundred bytes each that every thread has several 16-byte pieces.
 APPEND_TOKENS, APPEND_WARPS = 32, 4
+
+
+@dataclass(frozen=True)
+class HeldTokens:
+    """Slots that every head of one layer reads for one target.
+
+    Head h of row r reads slots_X[begins[r, h] : begins[r, h] + counts[r, h]]; both are int32, (R, H), or (1, H) when
+    all rows read alike. `bias_X`, fp32, beside the slots, is added to the logits; None where no held token stands for
+    several.
+    """
+
+    slots_X: Tensor
+    begins_RH: Tensor
+    counts_RH: Tensor
+    bias_X: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,9 +55,7 @@ class Tile:
 @cache
 def tile_table() -> dict[str, Any]:
     """`tiles.json`: entries of every device that was tuned by its name, and of `default`, which is for all others."""
-    table: dict[str, Any] = json.loads(
-        resources.files("heatkv.engine.attention").joinpath("tiles.json").read_text("utf-8")
-    )
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("tiles.json").read_text("utf-8"))
     return table
 
 
@@ -63,36 +74,33 @@ def tile_for(device_name: str, head_dim: int, bits: int, coded: bool) -> Tile:
     raise ValueError(f"no tile for heads of {head_dim} channels; the kernels take up to {LARGEST_HEAD}")
 
 
-def supports(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int, codes: torch.dtype | None = None
+def missing(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, code: torch.dtype | None = None
 ) -> str | None:
-    """None where the kernels can run, otherwise the reason in words.
+    """What the kernels lack to run here, in words; None where they can.
 
-    `dtype` is that of queries, `codes` that of the coded store, None without one. On a CPU, only Triton's interpreter
+    `dtype` is that of queries, `code` that of the coded store, None without one. On a CPU, only Triton's interpreter
     runs them (TRITON_INTERPRET=1, set before Triton is imported); it is for tests, and far slower than PyTorch.
     """
     device = torch.device(device)
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install heatkv[triton]"
     if dtype not in COMPUTE_TYPES:
-        return f"the kernels compute in bfloat16, float16 or float32, not in {_name(dtype)}"
+        return f"the kernels compute in {', '.join(COMPUTE_TYPES.values())}, not in {dtype}"
     if not 1 <= head_dim <= LARGEST_HEAD:
         return f"heads have {head_dim} channels; the kernels take 1 to {LARGEST_HEAD}"
-    if codes is not None and codes not in CODE_TYPES:
-        return f"codes are int8 or float8_e4m3fn, not {_name(codes)}"
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            return "there is no CUDA device"
-        capability = torch.cuda.get_device_capability(device)
-        least = (8, 9) if codes == torch.float8_e4m3fn else (8, 0)
-        if capability < least:
-            what = "float8 codes need" if codes == torch.float8_e4m3fn else "the kernels need"
-            return f"{what} compute capability {least[0]}.{least[1]}; this device has {capability[0]}.{capability[1]}"
-    elif device.type == "cpu":
+    if device.type == "cpu":
         if not _interpreted():
             return "Triton runs on a CPU only in its interpreter: TRITON_INTERPRET=1, before Triton is imported"
-    else:
+    elif device.type != "cuda":
         return f"the kernels run on CUDA devices, not on {device.type}"
+    elif not torch.cuda.is_available():
+        return "there is no CUDA device"
+    else:
+        least = (8, 9) if code == torch.float8_e4m3fn else (8, 0)
+        capability = torch.cuda.get_device_capability(device)
+        if capability < least:
+            return f"compute capability {least[0]}.{least[1]} is needed; the device has {capability[0]}.{capability[1]}"
     return None
 
 
@@ -115,41 +123,26 @@ def fused_attention(
         tile: in place of the table's.
 
     Either store may be None. Sums are in fp32, and fp32 inputs are multiplied in fp32. Slots that no list names are
-    never read. Call it only where `supports` gives None. A kernel is compiled at its first call, which therefore cannot
+    never read. Call it only where nothing is `missing`. A kernel is compiled at its first call, which therefore cannot
     be recorded; a last dimension that is not contiguous is copied.
     """
-    jit = _jit()
     rows, heads, tokens, head_dim = q_RHND.shape
     q_RHND, k_RHND, v_RHND = (_channels_together(x) for x in (q_RHND, k_RHND, v_RHND))
     if out is None:
         out = torch.empty_like(q_RHND)
     if tile is None:
         tile = tile_for(_device_name(q_RHND.device), head_dim, 8 * q_RHND.element_size(), coded is not None)
-    arena, plain_held = plain or (None, None)
-    codes, scales, coded_held = coded or (None, None, None)
+    arena, listed = plain or (None, None)
+    codes, scales, codes_listed = coded or (None, None, None)
+    arguments = [part for x in (out, q_RHND, k_RHND, v_RHND, arena) for part in _strided(x, 3)]
+    arguments += [*_lists(listed), *_strided(codes, 3), *_strided(scales, 2), *_lists(codes_listed), heads, tokens]
     with torch.cuda.device_of(q_RHND):
-        jit.attention_kernel[(_blocks(tokens, tile.block_m) * rows * heads,)](
-            out,
-            q_RHND,
-            k_RHND,
-            v_RHND,
-            arena,
-            *_lists(plain_held),
-            _bits(codes),
-            scales,
-            *_lists(coded_held),
-            heads,
-            tokens,
-            *(stride for x in (out, q_RHND, k_RHND, v_RHND) for stride in x.stride()[:3]),
-            *_strides(arena, 3),
-            *_row_strides(plain_held),
-            *_strides(codes, 3),
-            *_strides(scales, 2),
-            *_row_strides(coded_held),
-            PLAIN=plain_held is not None,
-            PLAIN_BIASED=plain_held is not None and plain_held.bias_X is not None,
-            CODED=coded_held is not None,
-            CODED_BIASED=coded_held is not None and coded_held.bias_X is not None,
+        _jit().attention_kernel[(-(-tokens // tile.block_m) * rows * heads,)](
+            *arguments,
+            PLAIN=listed is not None,
+            PLAIN_BIASED=listed is not None and listed.bias_X is not None,
+            CODED=codes_listed is not None,
+            CODED_BIASED=codes_listed is not None and codes_listed.bias_X is not None,
             FLOAT8=_is_float8(codes),
             COMPUTE=_compute_type(q_RHND.dtype),
             D=head_dim,
@@ -167,42 +160,27 @@ def append_kept(
     v_RHND: Tensor,
     heads_K: Tensor,
     slots_KN: Tensor,
-    plain_arena_2RPD: Tensor | None = None,
-    codes_2RPD: Tensor | None = None,
+    store_2RPD: Tensor,
     scales_2RP: Tensor | None = None,
 ) -> None:
     """Write the new tokens of the heads in `heads_K` to `slots_KN`, the same in all rows; both int32.
 
-    Into `plain_arena_2RPD` they go as they are, rounded where its type is narrower. In codes, int8 or float8_e4m3fn,
-    the key or value x of a token becomes a scale, bfloat16(max|x| / 127), for float8 / 448, or 1 where that is 0, and
-    codes x / scale: whole numbers, half to even, cut to +-127, or float8 of what is cut to +-448. Raises ValueError
-    unless exactly one store is given.
+    Without scales they go into the store as they are, rounded where its type is narrower. In codes, int8 or
+    float8_e4m3fn, the key or value x of a token becomes a scale, bfloat16(max|x| / 127), for float8 / 448, or 1 where
+    that is 0, and codes x / scale: whole numbers, half to even, cut to +-127, or float8 of what is cut to +-448.
     """
-    if (plain_arena_2RPD is None) == (codes_2RPD is None) or (codes_2RPD is None) != (scales_2RP is None):
-        raise ValueError("give either plain_arena_2RPD, or codes_2RPD with scales_2RP")
     kept, tokens = slots_KN.shape
     if not kept:
         return
-    jit = _jit()
     rows, head_dim = k_RHND.shape[0], k_RHND.shape[3]
     k_RHND, v_RHND, slots_KN = (_channels_together(x) for x in (k_RHND, v_RHND, slots_KN))
-    store = plain_arena_2RPD if codes_2RPD is None else codes_2RPD
+    arguments = [part for x in (k_RHND, v_RHND, store_2RPD) for part in _strided(x, 3)]
+    arguments += [*_strided(scales_2RP, 2), heads_K, slots_KN, slots_KN.stride(0), kept, tokens]
     with torch.cuda.device_of(k_RHND):
-        jit.append_kernel[(_blocks(tokens, APPEND_TOKENS) * rows * kept,)](
-            k_RHND,
-            v_RHND,
-            heads_K,
-            slots_KN,
-            _bits(store),
-            scales_2RP,
-            kept,
-            tokens,
-            *(stride for x in (k_RHND, v_RHND) for stride in x.stride()[:3]),
-            slots_KN.stride(0),
-            *_strides(store, 3),
-            *_strides(scales_2RP, 2),
-            CODED=codes_2RPD is not None,
-            FLOAT8=_is_float8(codes_2RPD),
+        _jit().append_kernel[(-(-tokens // APPEND_TOKENS) * rows * kept,)](
+            *arguments,
+            CODED=scales_2RP is not None,
+            FLOAT8=_is_float8(store_2RPD),
             D=head_dim,
             BLOCK_D=_padded(head_dim),
             BLOCK_C=APPEND_TOKENS,
@@ -231,9 +209,7 @@ def _compute_type(dtype: torch.dtype) -> Any:
     """Triton's name of the type that products are taken in; its interpreter has no products of bfloat16."""
     import triton.language as tl
 
-    if dtype == torch.bfloat16 and _interpreted():
-        return tl.float32
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+    return tl.float32 if dtype == torch.bfloat16 and _interpreted() else getattr(tl, COMPUTE_TYPES[dtype])
 
 
 @cache
@@ -245,38 +221,25 @@ def _is_float8(codes: Tensor | None) -> bool:
     return codes is not None and codes.dtype == torch.float8_e4m3fn
 
 
-def _bits(store: Tensor | None) -> Tensor | None:
-    """float8 as bytes: Triton then needs no float8 to move them."""
-    return store.view(torch.uint8) if store is not None and _is_float8(store) else store
-
-
 def _channels_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _strides(store: Tensor | None, count: int) -> tuple[int, ...]:
-    return (0,) * count if store is None else store.stride()[:count]
+def _strided(x: Tensor | None, count: int) -> tuple[Any, ...]:
+    """A tensor and its first strides; float8 as bytes, since Triton then needs no float8 to move them."""
+    if x is None:
+        return (None, *[0] * count)
+    return (x.view(torch.uint8) if _is_float8(x) else x, *x.stride()[:count])
 
 
-def _lists(held: HeldTokens | None) -> tuple[Tensor | None, ...]:
-    return (None,) * 4 if held is None else (held.slots_X, held.begins_RH, held.counts_RH, held.bias_X)
-
-
-def _row_strides(held: HeldTokens | None) -> tuple[int, int]:
-    """Of begins and counts; 0 where all rows read alike."""
-    if held is None or len(held.begins_RH) == 1:
-        return 0, 0
-    return held.begins_RH.stride(0), held.counts_RH.stride(0)
-
-
-def _blocks(count: int, size: int) -> int:
-    return -(-count // size)
+def _lists(held: HeldTokens | None) -> tuple[Any, ...]:
+    """Begins and counts with their strides, 0 where all rows read alike, the slots, and the biases."""
+    if held is None:
+        return None, 0, None, 0, None, None
+    strides = [0 if len(held.begins_RH) == 1 else x.stride(0) for x in (held.begins_RH, held.counts_RH)]
+    return held.begins_RH, strides[0], held.counts_RH, strides[1], held.slots_X, held.bias_X
 
 
 def _padded(head_dim: int) -> int:
     """A power of two, and at least what products of Triton need."""
     return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

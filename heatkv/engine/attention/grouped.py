@@ -1,23 +1,106 @@
 """Attention over cells scattered in the arena, in plain PyTorch: runs everywhere.
 
-Groups of heads are gathered and handed to `scaled_dot_product_attention`, see `grouping`.
+Heads hold different numbers of tokens. One call per head does no needless work but costs a call each; one call for
+all pads every head to the longest and masks the rest. Between the two lies the cheapest split into groups, under a
+measured cost model; every group is gathered and handed to `scaled_dot_product_attention`.
 Shapes: R rows, H heads, N tokens of the running scale, D head size, G heads of a group, M held tokens.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from heatkv.engine.attention.grouping import AttentionCost, CallShape, split_heads
+from heatkv.core.schema import FloatArray, IntArray
 from heatkv.engine.store import Places, Store
+
+GROUP_BYTES = 1 << 25
+"""Most bytes of keys and values that a group of several heads gathers; more would leave the caches anyway."""
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """What all heads of a layer have in common for one target: rows, queries, head size, and bytes of a channel."""
+
+    rows: int
+    tokens: int
+    head_dim: int
+    itemsize: int
+
+    def gathered(self, held: int) -> int:
+        """Numbers of the keys and values of one head that holds so many tokens."""
+        return 2 * self.rows * (held + self.tokens) * self.head_dim
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """What attention of a group of heads takes on a CPU core, in microseconds.
+
+    Every call costs `call_us`; arithmetic `us_per_megaflop`, `masked` times that where a mask is needed; gathering
+    `us_per_kilobyte` of what is copied.
+    """
+
+    call_us: float
+    us_per_megaflop: float
+    masked: float
+    us_per_kilobyte: float
+
+    @classmethod
+    def measured(cls, dtype: torch.dtype) -> AttentionCost:
+        """The measured numbers of a type; those of bfloat16 for float16."""
+        table = json.loads(Path(__file__).with_name("costs.json").read_text())
+        return cls(**table["float32" if dtype is torch.float32 else "bfloat16"])
+
+    def microseconds(self, heads: int, held: int, masked: bool, shape: CallShape) -> float:
+        """Attention of the queries of every head and row over `held` tokens and themselves."""
+        numbers = heads * shape.gathered(held)
+        work = 2e-6 * numbers * shape.tokens * self.us_per_megaflop
+        moved = 1e-3 * numbers * shape.itemsize * self.us_per_kilobyte if held else 0.0
+        return self.call_us + work * (self.masked if masked else 1.0) + moved
+
+
+def split_heads(
+    counts: Sequence[int], biased: Sequence[bool], shape: CallShape, cost: AttentionCost
+) -> list[tuple[int, ...]]:
+    """The cheapest split of the heads, who hold `counts` tokens, into groups that are padded to their longest.
+
+    Heads with biases need a mask anyway. Groups are of heads that follow each other by count: exchanging heads shows
+    that no other split is cheaper where masks cost nothing, and they cost little. No group of several heads gathers
+    more than GROUP_BYTES.
+    """
+    order = sorted(range(len(counts)), key=lambda head: (counts[head], biased[head], head))
+    # heads alike are never parted but by GROUP_BYTES
+    alike = [list(heads) for _, heads in groupby(order, key=lambda head: (counts[head], biased[head]))]
+    # the least cost of the first classes of heads that are alike, and where the last group of that split starts
+    best, start_of = [0.0] + [np.inf] * len(alike), [0] * (len(alike) + 1)
+    for end in range(1, len(alike) + 1):
+        longest, heads, any_bias = counts[alike[end - 1][0]], 0, False
+        for start in range(end - 1, -1, -1):
+            first = alike[start][0]
+            heads, any_bias = heads + len(alike[start]), any_bias or biased[first]
+            if best[start] + cost.call_us < best[end]:
+                total = best[start] + cost.microseconds(heads, longest, any_bias or counts[first] != longest, shape)
+                if total < best[end]:
+                    best[end], start_of[end] = total, start
+    groups: list[tuple[int, ...]] = []
+    end = len(alike)
+    while end:
+        start = start_of[end]
+        group = sorted(head for heads in alike[start:end] for head in heads)
+        longest = max(counts[head] for head in group)
+        most = max(1, GROUP_BYTES // (shape.gathered(longest) * shape.itemsize)) if longest else len(group)
+        groups += [tuple(group[i : i + most]) for i in range(0, len(group), most)]
+        end = start
+    return sorted(groups)
 
 
 @dataclass(frozen=True)
@@ -40,7 +123,7 @@ class HeadGroup:
         return x_RHND[:, self.heads] if isinstance(self.heads, slice) else x_RHND.index_select(1, self.heads)
 
     def put(self, out_RHND: Tensor, x_RGND: Tensor) -> None:
-        """Write what these heads gave."""
+        """Write the output of these heads into that of all."""
         if isinstance(self.heads, slice):
             out_RHND[:, self.heads] = x_RGND
         else:
@@ -49,8 +132,8 @@ class HeadGroup:
 
 def group_heads(
     store: Store,
-    slots_of_head: Sequence[NDArray[np.int64]],
-    bias_of_head: Sequence[NDArray[np.float64]] | None,
+    slots_of_head: Sequence[IntArray],
+    bias_of_head: Sequence[FloatArray] | None,
     shape: CallShape,
     cost: AttentionCost,
 ) -> tuple[HeadGroup, ...]:
@@ -89,30 +172,24 @@ def head_indices(heads: tuple[int, ...], device: torch.device) -> slice | Tensor
 class Workspace:
     """Memory that the groups of a cache gather into, one after the other: made once, as large as the largest."""
 
-    def __init__(self) -> None:
-        self._flat: Tensor | None = None
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._flat = torch.empty(0, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._flat is None else self._flat.untyped_storage().nbytes()
+        return self._flat.untyped_storage().nbytes()
 
-    def reserve(self, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Room for at least so many numbers of this type."""
-        if numbers and (self._flat is None or self._flat.numel() < numbers):
-            self._flat = torch.empty(numbers, dtype=dtype, device=device)
+    def reserve(self, groups: Sequence[HeadGroup], shape: CallShape) -> None:
+        """Room for what each of the groups gathers."""
+        numbers = max((group.size * shape.gathered(group.held) for group in groups if group.held), default=0)
+        if numbers > len(self._flat):
+            self._flat = self._flat.new_empty(numbers)
 
     def room(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A tensor of this shape, and of the type of `like`, whose contents last until the next call."""
-        if self._flat is None or self._flat.dtype != like.dtype or self._flat.numel() < prod(shape):
+        if self._flat.dtype != like.dtype or len(self._flat) < prod(shape):
             return like.new_empty(shape)
         return self._flat[: prod(shape)].view(shape)
-
-
-def group_numbers(groups: Sequence[HeadGroup], shape: CallShape) -> int:
-    """Numbers that the largest of the groups gathers."""
-    return max(
-        (2 * shape.rows * g.size * (g.held + shape.tokens) * shape.head_dim for g in groups if g.held), default=0
-    )
 
 
 def ragged_attention(
@@ -124,7 +201,7 @@ def ragged_attention(
     workspace: Workspace,
 ) -> Tensor:
     """softmax(q [held, k]^T + bias) [held, v] per head, over the held tokens and the whole current scale; scale 1."""
-    out_RHND = torch.empty_like(q_RHND) if len(groups) > 1 else None
+    out_RHND = torch.empty_like(q_RHND)
     tokens = q_RHND.shape[2]
     for group in groups:
         q, k, v = with_held(group, q_RHND, k_RHND, v_RHND, store, workspace)
@@ -132,11 +209,9 @@ def ragged_attention(
         if group.bias_GM is not None:
             mask = F.pad(group.bias_GM, (0, tokens))[None, :, None].to(q.dtype).expand(len(q), -1, tokens, -1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-        if out_RHND is None:
+        if len(groups) == 1:
             return out
         group.put(out_RHND, out)
-    if out_RHND is None:
-        raise ValueError("attention over no head")
     return out_RHND
 
 

@@ -1,11 +1,10 @@
-"""What people look at of a plan: tables on screen and charts, of what it keeps, of cache use, of what room is worth.
+"""Tables and charts of a plan: what it keeps, how full the cache gets, and what room is worth.
 
 Arrays: L layers, H heads, T scales; T-1 of them are cached. `levels` are names with last_read arrays, fine to coarse.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,11 +58,8 @@ def layers_table(kept_LH: FloatArray) -> Table:
     """Per layer: the share of token-time that is kept, and by which heads the least and the most."""
     table = _table("kept per layer", "layer", "kept token-time", "", "least, by head", "most, by head")
     for layer, kept_H in enumerate(kept_LH):
-        least, most = int(kept_H.argmin()), int(kept_H.argmax())
-        table.add_row(
-            str(layer), f"{kept_H.mean():.1%}", bar(kept_H.mean()), f"{kept_H[least]:.1%} ({least})",
-            f"{kept_H[most]:.1%} ({most})",
-        )  # fmt: skip
+        mean, *ends = kept_H.mean(), *(f"{kept_H[head]:.1%} ({head})" for head in (kept_H.argmin(), kept_H.argmax()))
+        table.add_row(str(layer), f"{mean:.1%}", bar(mean), *ends)
     return table
 
 
@@ -79,52 +75,49 @@ def use_table(live_TL: IntArray, budget: int, names: Sequence[str]) -> Table:
 def worth_table(worth: Worth) -> Table:
     """The checkpoints that hold more value back, and how much of it."""
     table = _table("what binds", "after target", "layers that bind", "of the price", "")
-    binding = [worth.price_TL, worth.cap_price_LT.T]
-    total = sum(float(prices.sum()) for prices in binding)
-    for prices_TL, what in zip(binding, ("", " (layer cap)"), strict=True):
-        for target, prices_L in enumerate(prices_TL):
-            if prices_L.any():
-                share = prices_L.sum() / total
-                layers = ", ".join(str(layer) for layer in np.flatnonzero(prices_L))
-                table.add_row(str(target), f"{layers}{what}", f"{share:.1%}", bar(share))
+    total = float(worth.price_TL.sum() + worth.cap_price_LT.sum())
+    for prices_TL, kind in ((worth.price_TL, ""), (worth.cap_price_LT.T, " (layer cap)")):
+        for target in np.flatnonzero(prices_TL.any(axis=1)):
+            layers = ", ".join(map(str, np.flatnonzero(prices_TL[target])))
+            share = prices_TL[target].sum() / total
+            table.add_row(str(target), f"{layers}{kind}", f"{share:.1%}", bar(share))
     return table
 
 
 def worth_lines(worth: Worth) -> list[str]:
-    """The same in sentences."""
+    """What a plan and its budget are worth, in sentences."""
+    costs = worth.measure in LEVEL_COSTS
+
+    def amount(value: float) -> str:
+        if costs:
+            return f"{0 - value:.6g}"
+        return f"{value:.6g}, {value / worth.full if worth.full > 0 else 1.0:.2%} of the full cache's"
+
     lines = [worth.instead] if worth.instead else []
-    costs, gap = worth.measure in LEVEL_COSTS, f"the plan is at most {worth.gap:.3%} from the best"
-    within = "no plan within this budget, with these sinks, levels and caps,"
-    if costs:
-        lines.append(
-            f"cost: {0 - worth.value:.6g} ({MEASURES[worth.measure]}); {within} has less than "
-            f"{0 - worth.best:.6g}, so that {gap}"
-        )
-    else:
-        of_full = [value / worth.full if worth.full > 0 else 1.0 for value in (worth.value, worth.best)]
-        lines.append(
-            f"value: {worth.value:.6g} ({MEASURES[worth.measure]}), {of_full[0]:.2%} of the full cache's; {within} has "
-            f"more than {worth.best:.6g}, {of_full[1]:.2%}, so that {gap}"
-        )
+    name, beyond = ("cost", "less") if costs else ("value", "more")
+    lines.append(
+        f"{name} ({MEASURES[worth.measure]}): {amount(worth.value)}; no plan within this budget, with these sinks, "
+        f"levels and caps, has {beyond} than {amount(worth.best)}, so that the plan is at most {worth.gap:.3%} from "
+        "the best"
+    )
     if worth.price == 0:
-        what = "only the cap on single layers binds" if worth.cap_price_LT.any() else "no checkpoint binds"
-        return [*lines, f"{what}: by these statistics a larger budget is worth nothing"]
-    step, change = worth.budget_token_heads / 100, worth.change(0.01)
-    return [
-        *lines,
-        f"1 % more budget ({step:.4g} token-heads) gives the best plan at most {change:.3%} "
-        f"{'less cost' if costs else 'more value'}, 1 % less {'adds' if costs else 'takes'} at least {change:.3%} "
-        "(estimated from the prices of the binding checkpoints)",
-    ]
+        binds = "only the cap on single layers binds" if worth.cap_price_LT.any() else "no checkpoint binds"
+        return [*lines, f"{binds}: by these statistics a larger budget is worth nothing"]
+    step, change = f"{worth.budget_token_heads / 100:.4g} token-heads", f"{worth.change(0.01):.3%}"
+    more, takes = ("less cost", "adds") if costs else ("more value", "takes")
+    lines.append(
+        f"1 % more budget ({step}) gives the best plan at most {change} {more}, 1 % less {takes} at least {change} "
+        "(estimated from the prices of the binding checkpoints)"
+    )
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------ charts
 
 
-def whole_ticks(count: int) -> range:
+def ticks(count: int) -> range:
     """At most ten of the indices below `count`; a locator of matplotlib also marks numbers beyond the last."""
-    steps = (step * ten for ten in (10**power for power in itertools.count()) for step in (1, 2, 5))
-    return range(0, count, next(step for step in steps if count <= 10 * step))
+    return range(0, count, -(-count // 10))
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -151,13 +144,11 @@ def save_last_read(path: Path, last_read_LHT: IntArray, names: Sequence[str], ti
         if source >= scales - 1:
             ax.set_axis_off()
             continue
-        until_LH = last_read_LHT[:, :, source]
-        shown = np.ma.masked_equal(until_LH, source)
+        shown = np.ma.masked_equal(last_read_LHT[:, :, source], source)
         ax.imshow(shown, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
         ax.set_title(f"source {source} ({names[source]})", fontsize=8)
         ax.tick_params(labelsize=6)
-        ax.set_xticks(whole_ticks(heads))
-        ax.set_yticks(whole_ticks(layers))
+        ax.set(xticks=ticks(heads), yticks=ticks(layers))
     figure.supxlabel("head", fontsize=8)
     figure.supylabel("layer", fontsize=8)
     figure.suptitle(title, fontsize=9)
@@ -175,14 +166,11 @@ def save_kept(path: Path, scales_S: FloatArray, heads_LH: FloatArray, names: Seq
     by_scale, by_layer = figure.subplots(1, 2, sharey=True)
     by_scale.bar(range(len(scales_S)), 100 * scales_S, color="tab:blue")
     by_scale.set_xticks(range(len(scales_S)), [f"{s}\n{name}" for s, name in enumerate(names[:-1])], fontsize=6)
-    by_scale.set_xlabel("source scale", fontsize=8)
-    by_scale.set_ylabel("kept token-time, %", fontsize=8)
-    by_scale.set_ylim(0, 100)
+    by_scale.set(xlabel="source scale", ylabel="kept token-time, %", ylim=(0, 100))
     mean_L = heads_LH.mean(axis=1)
-    around = np.stack([mean_L - heads_LH.min(axis=1), heads_LH.max(axis=1) - mean_L])
-    by_layer.bar(range(len(mean_L)), 100 * mean_L, color="tab:green", yerr=100 * np.maximum(around, 0), ecolor="0.4")
-    by_layer.set_xticks(whole_ticks(len(mean_L)))
-    by_layer.set_xlabel("layer (lines: least and most of its heads)", fontsize=8)
+    range_2L = np.maximum(0, [mean_L - heads_LH.min(axis=1), heads_LH.max(axis=1) - mean_L])
+    by_layer.bar(range(len(mean_L)), 100 * mean_L, color="tab:green", yerr=100 * range_2L, ecolor="0.4")
+    by_layer.set(xticks=ticks(len(mean_L)), xlabel="layer (lines: least and most of its heads)")
     figure.suptitle(title, fontsize=9)
     _save(figure, path)
 
@@ -197,16 +185,13 @@ def save_use(path: Path, live_TL: IntArray, full_TL: IntArray, budget: int, name
     ax = figure.subplots()
     edges = np.arange(live_TL.size + 1)
     ax.stairs(live_TL.ravel(), edges, fill=True, color="tab:blue", alpha=0.35, label="held")
-    ax.stairs(live_TL.ravel(), edges, baseline=None, color="tab:blue", linewidth=1)
     ax.stairs(full_TL.ravel(), edges, baseline=None, color="0.5", linewidth=0.8, linestyle=":", label="full cache")
     ax.axhline(budget, color="tab:red", linewidth=1, label="budget")
-    ax.set_ylim(0, 1.25 * max(budget, 1))  # the full cache leaves the picture, or it would leave nothing else in it
-    ax.set_xlim(0, live_TL.size)
+    # the full cache leaves the picture, or it would leave nothing else in it
+    ax.set(xlim=(0, live_TL.size), ylim=(0, 1.25 * max(budget, 1)), title=title)
     ax.set_xticks(np.arange(scales) * layers, [f"{t}\n{names[t]}" for t in range(scales)], fontsize=6, ha="left")
     ax.grid(axis="x", color="0.9")
-    ax.set_xlabel(f"target scale, {layers} layers each", fontsize=8)
-    ax.set_ylabel("token-heads", fontsize=8)
+    ax.set(xlabel=f"target scale, {layers} layers each", ylabel="token-heads")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize=7, loc="upper left")
-    ax.set_title(title, fontsize=9)
     _save(figure, path)

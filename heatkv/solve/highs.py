@@ -1,0 +1,61 @@
+"""The one place that calls HiGHS (Huangfu and Hall 2018), through scipy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+
+from heatkv.core.schema import BoolArray, FloatArray
+from heatkv.errors import PlanError
+
+_INFEASIBLE = 2  # a status of milp
+
+
+@dataclass(frozen=True, eq=False)
+class LinearProgram:
+    """Minimise cost @ x where equal @ x = right, limits @ x <= most and 0 <= x <= upper."""
+
+    cost: FloatArray
+    equal: sparse.csr_array
+    right: FloatArray
+    limits: sparse.csr_array
+    most: FloatArray
+    upper: FloatArray
+
+    def solve(self) -> tuple[float, FloatArray, FloatArray]:
+        """The least cost, its x, and the dual prices of `limits`, which are not negative."""
+        solved = linprog(
+            self.cost,
+            A_ub=self.limits,
+            b_ub=self.most,
+            A_eq=self.equal,
+            b_eq=self.right,
+            bounds=np.stack([np.zeros(len(self.upper)), self.upper], axis=1),
+            method="highs-ds",
+        )
+        if solved.x is None:
+            raise PlanError(f"the solver found no plan: {solved.message}")
+        return float(solved.fun), solved.x, np.maximum(-solved.ineqlin.marginals, 0)
+
+    def solve_whole(self, is_whole: BoolArray, **options: Any) -> tuple[float, FloatArray | None]:
+        """A bound that no x with whole numbers where `is_whole` costs less than, and a cheap x, None if none was found.
+
+        `options` are those of scipy's milp.
+        """
+        solved = milp(
+            self.cost,
+            integrality=is_whole,
+            bounds=Bounds(0, self.upper),
+            constraints=[
+                LinearConstraint(self.equal, self.right, self.right),
+                LinearConstraint(self.limits, -np.inf, self.most),
+            ],
+            options=options,
+        )
+        if solved.status == _INFEASIBLE:
+            return np.inf, None
+        return -np.inf if solved.mip_dual_bound is None else float(solved.mip_dual_bound), solved.x

@@ -1,0 +1,19 @@
+"""A few damaged files for every loader; `make fuzz` has thousands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fuzz import make_loaders, outcome
+
+MUTANTS = 12
+
+
+def test_damaged_files_are_refused_or_valid(tmp_path: Path) -> None:
+    loaders = make_loaders(tmp_path)
+    (tmp_path / "place").mkdir()
+    for name, loader in loaders.items():
+        loader.load(loader.path)
+        ended = [outcome(loader, name, seed, tmp_path / "place") for seed in range(MUTANTS)]
+        assert set(ended) <= {"valid", "refused"}, (name, ended)
+        assert "refused" in ended, name
