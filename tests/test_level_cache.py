@@ -190,7 +190,7 @@ def test_live_by_hand() -> None:
 @pytest.mark.parametrize(
     ("coarse", "phrase"),
     [
-        (both(pool2=LAST_READ - 1), "of level pool2 is 0"),
+        (both(pool2=LAST_READ - 1), "of level pool2 is 1"),
         (both(pool2=np.minimum(POOL2, [2, 1, 2])), "of level pool2 is 1"),
         (both(mean=LAST_READ), "of level mean is 1"),
         ((CoarseCells("pool2", np.maximum(POOL2, [2, 2, 2]), BIAS),), "32 token-heads after layer 1 of scale 1"),
