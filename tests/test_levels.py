@@ -66,13 +66,6 @@ def test_counting_tokens_makes_no_blocks() -> None:
     assert level_tokens(huge, "mean") == (1, 1)
 
 
-@pytest.mark.parametrize("level", ["pool3", "none", ""])
-def test_an_unknown_level_is_named(level: str) -> None:
-    for call in (lambda: blocks((1, 2, 2), level), lambda: level_tokens(ScaleSchedule.square((1, 2)), level)):
-        with pytest.raises(ValueError, match=f"unknown level '{level}'; known: full, pool2, mean"):
-            call()
-
-
 # ---------------------------------------------------------------------- averages
 
 
@@ -203,9 +196,3 @@ def test_joint_sources_of_the_embedded_schedule() -> None:
     longer = LevelChoices(ScaleSchedule.var(256))
     assert longer.joint_sources(9) == (4, 5, 6, 7, 8)
     assert longer.other_sources(9) == (2, 3)
-
-
-@pytest.mark.parametrize("wrong", [{"sink_scales": -1}, {"joint": -1}])
-def test_counts_below_zero_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="cannot be below 0"):
-        LevelChoices(ScaleSchedule.square((1, 2, 3)), **wrong)
