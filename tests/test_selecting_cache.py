@@ -230,7 +230,7 @@ def test_bytes_beyond_the_budget() -> None:
 )
 def test_impossible_capacities(changed: np.ndarray, phrase: str) -> None:
     with pytest.raises(PlanError, match=phrase):
-        CapacityPlan("mine", GEOMETRY, changed, 1.0, GEOMETRY.full_token_heads)
+        CapacityPlan("mine", GEOMETRY, changed, 1.0, GEOMETRY.full_token_heads).check()
 
 
 @pytest.mark.parametrize(
