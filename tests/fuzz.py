@@ -38,7 +38,7 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import HeatKVError
 from heatkv.generation.images import read_pixels
-from heatkv.models.checkpoint import build_var, read_checkpoint, var_state
+from heatkv.models.checkpoint import build_var, read_checkpoint
 from heatkv.models.var import VAR, VARConfig
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.results.artefacts import read_scas, save_scas
@@ -98,7 +98,7 @@ def make_loaders(root: Path) -> dict[str, Loader]:
     save_scas(root / "scas.json", Statistics.load(root / "statistics.safetensors"))
 
     def network(path: Path) -> Any:
-        return build_var(var_state(read_checkpoint(path)))
+        return build_var(read_checkpoint(path))
 
     loads: dict[str, Callable[[Path], Any]] = {
         "plan.json": _use_plan, "dynamic.json": _use_plan,
