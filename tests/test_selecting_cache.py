@@ -24,9 +24,9 @@ from heatkv.policies.composition import AdaKV, PerLayer, Protected
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.policies.h2o import H2O
 from heatkv.policies.hack_like import HackLike
-from heatkv.policies.windows import SlidingWindowTokens, StreamingTokens
 from heatkv.policies.scalekv import ScaleKV
 from heatkv.policies.snapkv import PyramidKV, SnapKV
+from heatkv.policies.windows import SlidingWindowTokens, StreamingTokens
 from heatkv.testing.material import AttentionInput
 
 
