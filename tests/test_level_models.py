@@ -16,11 +16,11 @@ import pytest
 import torch
 from standin_infinity import turned
 from strategies import members, pooled
+from support.tiny_models import tiny_var
 from test_attach import KINDS, SCALES, attention_of
 from test_golden import check_infinity_run, check_scales, replays
 from test_infinity import SCHEDULE, features
 from test_infinity import make as make_infinity
-from test_level_calibration import tiny_var
 from torch import Tensor
 from torch.nn import functional as F
 

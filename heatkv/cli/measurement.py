@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 from rich.table import Table
 
 from heatkv.cli.opening import (
@@ -448,7 +447,7 @@ def finish_results(
     for table in before() if not as_json else ():
         show(table, False, None)
     show(
-        results_table([msgspec.to_builtins(row) for row in rows], title),
+        results_table(rows, title),
         as_json,
         read_json(results.path) if as_json else None,
     )
