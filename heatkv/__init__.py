@@ -59,7 +59,8 @@ _EXPORTS = {
 __all__ = [
     "Budget", "CacheGeometry", "Candidates", "CapacityPlan", "DynamicPolicy", "EvictionPolicy", "Generator",
     "HeatKVError", "KVCache", "Plan", "PlanningProblem", "PolicyError", "ScaleSchedule", "ScoredCells", "StaticPolicy",
-    "Statistics", "attach", "calibrate", "check_policy", "generate", "load_model", "load_plan", "make_policy", "register",
+    "Statistics", "attach", "calibrate", "check_policy", "generate", "load_model", "load_plan", "make_policy",
+    "register",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

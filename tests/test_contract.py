@@ -119,7 +119,7 @@ class Drawn(ScoredCells):
 def test_scored_cells_leave_no_room_for_another_cell(
     geometry: CacheGeometry, seed: int, percent: int, targets: bool
 ) -> None:
-    """Whatever else is read once more breaks the budget: by another plan with that one step, checked by its own rule."""
+    """Whatever cell is read for one more target, its plan breaks the budget."""
     problem = PlanningProblem(geometry, base.Budget("share", Fraction(percent, 100)), seed=seed)
     plan = Drawn(sink_scales=0, targets=targets).plan(problem)
     scales = len(geometry.schedule)
