@@ -178,7 +178,6 @@ def fit(
         storage=storage_name(dtype, storage),
     )  # fmt: skip
     policy.check(problem)
-    policy.check_sinks(problem)
     schedule = problem.geometry.schedule
     least = Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
     taken = footprint(
@@ -199,8 +198,8 @@ def fit(
     if not found.fits:
         held = f"of the {policy.sink_scales} sink scales alone" if budget is None else f"at {_percent(found.share)}"
         raise HeatKVError(
-            f"{available / 2**30:.2f} GiB do not hold a batch of {found.taken.images} of {model}: with the cache {held} "
-            f"it takes {found.total / 2**30:.2f} GiB"
+            f"{available / 2**30:.2f} GiB do not hold a batch of {found.taken.images} of {model}: with the cache "
+            f"{held} it takes {found.total / 2**30:.2f} GiB"
         )
 
 
