@@ -382,6 +382,7 @@ def test_what_lacks_a_seed_is_in_no_mean(tmp_path: Path) -> None:
 def test_times_are_ranked_within_their_turns(tmp_path: Path) -> None:
     later = changed(results(), lambda row: {"timed": "2026-02-02T00:00:00"} if row.policy == "h2o" else {})
     page = page_of(tmp_path, one=later)
+    assert "timed 2026-01-01 10:00:01" in page.said("latency")
     first, added = page.columns("latency", 0), page.columns("latency", 3)
     assert list(first) == [("full", "100%"), ("heatkv", "30%"), ("streaming", "30%"), ("heatkv", "10%"),
                            ("streaming", "10%")]  # fmt: skip
