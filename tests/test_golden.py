@@ -232,7 +232,6 @@ class Positioned(ScaleKV):
         return 1
 
     def carry(self, seen: Candidates) -> Tensor:
-        assert seen.carried_RHCX is not None
         positions = seen.carried_RHCX.clone()
         offsets = seen.schedule.offsets
         positions[:, :, seen.held :, 0] = torch.arange(offsets[seen.target], offsets[seen.target + 1]).float()
@@ -243,8 +242,7 @@ class PositionedCache(SelectingCache):
     """Also tells the positions that every layer holds after every scale."""
 
     def held_positions(self, layer: int) -> Tensor:
-        assert self._carried_RPX is not None
-        places = self.layout.places[self._target][layer]
+        places = self.layout.places[self.turn.target][layer]
         return torch.stack([self._carried_RPX[:, torch.from_numpy(slots), 0] for slots in places], dim=1).long()
 
 

@@ -440,7 +440,7 @@ def test_registering(plug_ins: Callable[..., None]) -> None:
         registry.register(type("Other", (KeepNothing,), {}))
     assert registry.find_policy("keep-nothing") is KeepNothing
     for nameless in (type("Nameless", (), {}), type("Nameless", (), {"name": ""}), type("Nameless", (), {"name": 3})):
-        with pytest.raises(PolicyError, match="Nameless has no `name`"):
+        with pytest.raises(PolicyError, match="Nameless is named"):
             registry.register(nameless)
 
 
