@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import to_builtins
 from yardstick import matrix_product_ms
 
 from heatkv.calibration.level_costs import calibrate_levels
@@ -82,7 +83,10 @@ def main() -> None:
     measured = calibrate(model, SAMPLES).with_levels(calibrate_levels(model, 32))
     rows = [row for dtype in ("float32", "bfloat16") for row in measure(dtype, measured)]
     if out is not None:
-        told = {"environment": environment(torch.device("cpu")), "matrix_product_1024_fp32_processor_ms": before}
+        told = {
+            "environment": to_builtins(environment(torch.device("cpu"))),
+            "matrix_product_1024_fp32_processor_ms": before,
+        }
         counts = {"calibration_samples": SAMPLES, "images": IMAGES, "seed": SEED}
         write_json(out, told | counts | {"rows": rows}, indent=1)
 

@@ -45,24 +45,25 @@ _EXPORTS = {
     "ScaleSchedule": "heatkv.core.schedule",
     "StaticPolicy": "heatkv.policies.base",
     "Statistics": "heatkv.core.statistics",
-    "attach": "heatkv.attachment.attached",
+    "attach": "heatkv.attachment.api",
     "calibrate": "heatkv.calibration.measure",
     "check_policy": "heatkv.testing.contract",
     "generate": "heatkv.generation.loop",
     "load_model": "heatkv.models.catalogue",
     "load_plan": "heatkv.core.plan_file",
     "make_policy": "heatkv.policies.base",
+    "measure": "heatkv.attachment.api",
     "register": "heatkv.registry",
 }
 
 __all__ = [
     "Budget", "CacheGeometry", "Candidates", "CapacityPlan", "DynamicPolicy", "EvictionPolicy", "Generator",
     "HeatKVError", "KVCache", "Plan", "PlanningProblem", "PolicyError", "ScaleSchedule", "StaticPolicy", "Statistics",
-    "attach", "calibrate", "check_policy", "generate", "load_model", "load_plan", "make_policy", "register",
+    "attach", "calibrate", "check_policy", "generate", "load_model", "load_plan", "make_policy", "measure", "register",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from heatkv.attachment.attached import attach
+    from heatkv.attachment.api import attach, measure
     from heatkv.calibration.measure import calibrate
     from heatkv.core.budget import Budget
     from heatkv.core.capacity_plan import CapacityPlan

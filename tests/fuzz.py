@@ -44,7 +44,7 @@ from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.measure.runner import bytes_row, plan_subjects
 from heatkv.profiling.results.folder import ResultsFolder
 from heatkv.profiling.results.reading import read_results
-from heatkv.testing.contract import made_up_mass
+from heatkv.testing.material import made_up_mass
 
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4), (5, 4)]))
 MOST_SECONDS = 20

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_infinity import features
-from test_infinity import make as make_infinity
+from support.tiny_models import features, make_infinity
 from torch import Tensor, nn
 
 from heatkv.calibration import measure as calibration

@@ -30,7 +30,7 @@ from heatkv.policies.lp import HeatKVLP
 from heatkv.solve import cells
 from heatkv.solve.cells import Allocation, allocate, allocate_greedily, price_bound
 from heatkv.solve.checkpoints import Capacity, fill, fit_checkpoints
-from heatkv.testing.contract import made_up_mass
+from heatkv.testing.material import made_up_mass
 
 SOLVERS = pytest.mark.parametrize("solve", [allocate, allocate_greedily])
 

@@ -14,9 +14,21 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from standin_infinity import Infinity, turned
-from standin_var import VAR, SelfAttention
-from test_golden import DECODED, EMBEDDED, GUIDED_LOGITS, HALF_LOGITS, close, tensors
+from support.foreign import (
+    KINDS,
+    SCALES,
+    SIDES,
+    attention_of,
+    draw_infinity,
+    draw_var,
+    dropping_plan,
+    make_infinity,
+    make_var,
+    same,
+)
+from support.golden import DECODED, EMBEDDED, GUIDED_LOGITS, HALF_LOGITS, close, tensors
+from support.standin_infinity import Infinity, turned
+from support.standin_var import VAR, SelfAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,14 +42,12 @@ from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import BudgetError, HeatKVError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
+from heatkv.models.base import fingerprint
 from heatkv.models.checkpoint import build_var, build_vqvae
-from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
+from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import SamplingSettings
-from heatkv.models.vqvae import VQVAE, VQVAEConfig
 
 HERE = Path(__file__).parent
-SIDES = (1, 2, 3, 4)
-SCALES = [(1, 1, 1), (1, 2, 2), (1, 3, 2), (1, 4, 3)]
 LIMITS = {
     "logits_cond": HALF_LOGITS, "logits_uncond": HALF_LOGITS, "logits_cfg": GUIDED_LOGITS, "summed_codes": EMBEDDED,
 }  # fmt: skip
@@ -47,73 +57,10 @@ CHOICES = ("tokens", "bits")
 # ------------------------------------------------------------------------------------------- models and golden sets
 
 
-def with_random_weights(model: Any, seed: int) -> Any:
-    """Weights large enough that attention is far from uniform."""
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "scale_mul" in name:
-            parameter.data += torch.rand_like(parameter) * 2
-        elif parameter.ndim >= 2:
-            nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
-    return model.eval()
-
-
-def make_var(seed: int = 0, sides: Sequence[int] = SIDES, **options: Any) -> VAR:
-    model = with_random_weights(VAR(sides, 3, 32, 2, **options), seed)
-    config = VQVAEConfig(tuple(sides), vocab_size=64, z_channels=8, channels=32, channel_multipliers=(1,))
-    model.vae = [with_random_weights(VQVAE(config, encoder=False), seed)]
-    return model
-
-
-def make_infinity(seed: int = 0, **options: Any) -> Infinity:
-    model = with_random_weights(Infinity(4, 32, 2, **options), seed)
-    model.add_schedule(SCALES, (8, 6))
-    return model
-
-
-def draw_var(model: VAR, labels: Sequence[int] = (3, 7), cfg: float = 1.5, seed: int = 5) -> list[Tensor]:
-    image = model.autoregressive_infer_cfg(len(labels), labels, g_seed=seed, cfg=cfg)
-    return [*(told["logits_cfg"] for told in model.record), image]
-
-
-def draw_infinity(model: Infinity, lengths: Sequence[int] = (4, 6), cfg: float = 3.0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    text = [torch.randn(length, 256, generator=generator) for length in lengths]
-    total = model.autoregressive_infer_cfg(SCALES, text, cfg=cfg)
-    return [*(told["logits_cfg"] for told in model.record), total]
-
-
-def same(one: Sequence[Tensor], other: Sequence[Tensor], limit: float) -> None:
-    for a, b in zip(one, other, strict=True):
-        close(a, b, limit)
-
-
-def attention_of(model: Any) -> list[Any]:
-    return [block.sa for block in model.unregistered_blocks] if isinstance(model, Infinity) else [
-        block.attn for block in model.blocks
-    ]  # fmt: skip
-
-
-KINDS: dict[str, tuple[Callable[..., Any], Callable[..., list[Tensor]], ScaleSchedule]] = {
-    "var": (make_var, draw_var, ScaleSchedule.square(SIDES)),
-    "infinity": (make_infinity, draw_infinity, ScaleSchedule.of(SCALES)),
-}
-
-
 @pytest.fixture(params=list(KINDS))
 def kind(request: pytest.FixtureRequest) -> tuple[Any, Callable[..., list[Tensor]], ScaleSchedule]:
     make, draw, schedule = KINDS[request.param]
     return make(), draw, schedule
-
-
-def dropping_plan(model: Any, schedule: ScaleSchedule, seed: int = 0) -> Plan:
-    """A random plan that drops about half of the cells."""
-    modules = attention_of(model)
-    geometry = CacheGeometry(len(modules), modules[0].num_heads, modules[0].head_dim, schedule)
-    scales = len(schedule)
-    low = np.broadcast_to(np.arange(scales), (geometry.layers, geometry.heads, scales))
-    last_read = np.random.default_rng(seed).integers(low, scales)
-    return Plan("drawn", geometry, last_read, 1.0, geometry.full_token_heads, 0)
 
 
 Find = Callable[..., tuple[Path, dict[str, Any]]]
@@ -199,7 +146,7 @@ def test_golden_var_pruned(find: Find) -> None:
     model = golden_var(*find(told["model_set"]))
     expected = tensors(folder, told["files"])
     plan = given_plan(told, CacheGeometry(2, 1, 64, ScaleSchedule.var(256)))
-    with heatkv.attach(model, plan=plan):
+    with heatkv.attach(model, plan):
         image = model.autoregressive_infer_cfg(1, [6], cfg=1.5, top_k=1)
     check_record(model.record, expected)
     close(image, expected["image"], DECODED)
@@ -225,7 +172,7 @@ def test_golden_infinity_pruned(name: str, find: Find) -> None:
     run, expected = told["run"], tensors(folder, told["files"])
     model, scales = golden_infinity(*find(told["model_set"]), run["of"])
     plan = given_plan(told, CacheGeometry(4, 2, 64, ScaleSchedule.of(scales)))
-    with heatkv.attach(model, plan=plan):
+    with heatkv.attach(model, plan):
         model.autoregressive_infer_cfg(scales, [expected["text.0"]], run["cfg"], run["tau"])
     check_record(model.record, expected)
 
@@ -259,7 +206,7 @@ def test_every_variant_of_attention(normalised: bool, flash: bool) -> None:
         before = draw(model)
         with heatkv.attach(model, "full", "100%", schedule=schedule):
             same(draw(model), before, 1e-4)
-        with heatkv.attach(model, plan=dropping_plan(model, schedule)):
+        with heatkv.attach(model, dropping_plan(model, schedule)):
             assert (draw(model)[1] - before[1]).abs().max() > 1e-2  # so that the line above says something
 
 
@@ -308,7 +255,7 @@ def test_a_dropping_plan_equals_hidden_cells() -> None:
         expected = draw_var(model)
         for module in attention_of(model):
             del module.forward
-        with heatkv.attach(model, plan=plan) as attached:
+        with heatkv.attach(model, plan) as attached:
             same(draw_var(model), expected, 1e-4)
             assert attached.cache.allocated_bytes == plan.bytes(4, "float32")
             assert attached.plan is plan
@@ -326,7 +273,7 @@ def test_8_bits_under_another_model(policy: str) -> None:
         coded = draw_var(model)
         assert attached.cache.allocated_bytes == attached.plan.bytes(4, "int8/float32") < plain_bytes
         plan = attached.plan
-    with heatkv.attach(model, plan=plan, storage="int8"):
+    with heatkv.attach(model, plan, storage="int8"):
         again = draw_var(model)
     for one, other, third in zip(plain, coded, again, strict=True):
         assert torch.equal(other, third)
@@ -345,7 +292,7 @@ def test_options_of_the_cache_are_refused(given: Any, error: type[Exception], sa
     with pytest.raises(error, match=said):
         heatkv.attach(make_var(), "full", "100%", **given)
     with pytest.raises(PolicyError, match="only go with policy="):
-        heatkv.attach(make_var(), measure=True, **given)
+        heatkv.measure(make_var(), **given)
 
 
 def test_the_model_keeps_no_cache_of_its_own(kind: Any) -> None:
@@ -367,7 +314,7 @@ def test_images_of_different_rows_in_one_block(kind: Any) -> None:
     model, draw, schedule = kind
     calls: list[dict[str, Any]] = [{}, {"cfg": 0.0 if isinstance(model, VAR) else 1.0}, {}, {}]
     expected = [draw(model, **call) for call in calls]
-    with heatkv.attach(model, plan=dropping_plan(model, schedule)) as attached:
+    with heatkv.attach(model, dropping_plan(model, schedule)) as attached:
         first = draw(model)
         cache = attached.cache
         second = draw(model, **calls[1])
@@ -385,7 +332,7 @@ def test_images_of_different_rows_in_one_block(kind: Any) -> None:
 
 def test_rows_do_not_see_each_other() -> None:
     model = make_var()
-    with heatkv.attach(model, plan=dropping_plan(model, ScaleSchedule.square(SIDES))):
+    with heatkv.attach(model, dropping_plan(model, ScaleSchedule.square(SIDES))):
         together = draw_var(model, [3, 7])
         model.autoregressive_infer_cfg(1, [3], cfg=1.5, g_seed=5)
         alone = model.record[0]["logits_cfg"]
@@ -397,7 +344,7 @@ def test_rows_do_not_see_each_other() -> None:
 
 def test_an_image_that_was_broken_off_leaves_nothing_behind() -> None:
     model, plan = make_var(), dropping_plan(make_var(), ScaleSchedule.square(SIDES))
-    with heatkv.attach(model, plan=plan) as attached:
+    with heatkv.attach(model, plan) as attached:
         expected = draw_var(model)
         with broken_at(model, scale=2), pytest.raises(RuntimeError, match="broken off"):
             draw_var(model)
@@ -509,7 +456,7 @@ def test_blocks_are_found_in_order_wherever_they_are() -> None:
     expected = draw_infinity(model)
     schedule = ScaleSchedule.of(SCALES)
     plan = dropping_plan(model, schedule)
-    with heatkv.attach(model, plan=plan):
+    with heatkv.attach(model, plan):
         pruned = draw_infinity(model)
     del model.unregistered_blocks
     shapes: list[Any] = [
@@ -519,7 +466,7 @@ def test_blocks_are_found_in_order_wherever_they_are() -> None:
         SimpleNamespace(unregistered_blocks=[SimpleNamespace(attn=block.sa) for block in blocks], blocks=["other"]),
     ]
     for shape in shapes:
-        with heatkv.attach(shape, plan=plan):
+        with heatkv.attach(shape, plan):
             model.unregistered_blocks = blocks
             same(draw_infinity(model), pruned, 0)
             del model.unregistered_blocks
@@ -615,7 +562,7 @@ def test_plans_of_other_models_are_refused() -> None:
         last_read = np.full((layers, heads, len(sides)), len(sides) - 1)
         return Plan("given", geometry, last_read, 1.0, geometry.full_token_heads, 0)
 
-    heatkv.attach(model, plan=plan())
+    heatkv.attach(model, plan())
     for wrong, phrase in (
         (plan(heads=4), "3 layers x 4 heads, the model has 3 x 2"),
         (plan(layers=2), "2 layers x 2 heads, the model has 3 x 2"),
@@ -623,7 +570,7 @@ def test_plans_of_other_models_are_refused() -> None:
         (plan(sides=(1, 2, 4)), "schedule 1,2,4, the model runs 1,2,3,4"),
     ):
         with pytest.raises(PlanError, match=phrase):
-            heatkv.attach(model, plan=wrong)
+            heatkv.attach(model, wrong)
     with pytest.raises(PlanError, match="schedule 1,2,3,4, the model runs 1,2"):
         heatkv.attach(make_infinity(), plan=dropping_plan(make_infinity(), ScaleSchedule.square(SIDES)),
                       schedule=ScaleSchedule.square((1, 2)))  # fmt: skip
@@ -789,7 +736,7 @@ def test_arguments_that_are_not_known_are_refused_when_they_are_used() -> None:
 
 
 def measured(model: Any, draw: Callable[..., list[Tensor]], **options: Any) -> Statistics:
-    with heatkv.attach(model, measure=True, **options) as attached:
+    with heatkv.measure(model, **options) as attached:
         draw(model)
     return attached.statistics()
 
@@ -826,7 +773,7 @@ def test_measuring_equals_a_dense_oracle(kind: Any, guided: bool) -> None:
     model, draw, schedule = kind
     expected = dense_masses(model, draw, schedule, rows=2 if guided else 4)
     plain = draw(model)
-    with heatkv.attach(model, measure=True, schedule=schedule, guided=guided, seed=4, first_sample=10) as attached:
+    with heatkv.measure(model, schedule=schedule, guided=guided, seed=4, first_sample=10) as attached:
         same(draw(model), plain, 1e-4)
     statistics = attached.statistics(cfg=1.5, settings={"top_k": 0})
     assert statistics.count == (2 if guided else 4)
@@ -851,7 +798,7 @@ def test_measuring_equals_calibrating_our_own_model(find: Find) -> None:
     folder, told = find("var_tiny_saln")
     own, model = own_model(folder, told), golden_var(folder, told)
     expected = calibrate(own, 5, batch=2)
-    with heatkv.attach(model, measure=True) as attached:
+    with heatkv.measure(model) as attached:
         for labels in ([0, 1], [2, 3], [4]):
             model.autoregressive_infer_cfg(len(labels), labels, cfg=1.5, top_k=1)
     statistics = attached.statistics(cfg=1.5)
@@ -878,13 +825,13 @@ def test_level_costs_equal_those_of_our_own_model(find: Find, name: str) -> None
         for labels in ([0, 1], [2]):
             model.autoregressive_infer_cfg(len(labels), labels, cfg=1.5, top_k=1)
 
-    with heatkv.attach(model, measure="biases") as attached:
+    with heatkv.measure(model, "biases") as attached:
         draw()
     log_bias = attached.log_bias()
     expected_bias = calibrate_biases(own, LevelChoices(own.geometry.schedule), 3, batch=2)
     np.testing.assert_allclose(log_bias, expected_bias, atol=1e-4)
     assert np.abs(log_bias[..., 1:]).max() > 0.5
-    with heatkv.attach(model, measure="levels", log_bias=expected_bias) as attached:
+    with heatkv.measure(model, "levels", log_bias=expected_bias) as attached:
         draw()
     levels, expected = attached.level_statistics(), calibrate_levels(own, 3, log_bias=expected_bias, batch=2)
     assert levels.samples == ("0:0:-", "0:1:-", "0:2:-")
@@ -892,12 +839,12 @@ def test_level_costs_equal_those_of_our_own_model(find: Find, name: str) -> None
         np.testing.assert_allclose(mine, theirs, rtol=5e-3, atol=1e-6 * max(theirs.max(), 1e-9))
     np.testing.assert_allclose(levels.single_sum, expected.single_sum, rtol=5e-3, atol=1e-6)
 
-    with heatkv.attach(model, measure="levels", log_bias=expected_bias, sink_scales=1) as attached:
+    with heatkv.measure(model, "levels", log_bias=expected_bias, sink_scales=1) as attached:
         draw()
     assert attached.level_statistics().choices == LevelChoices(own.geometry.schedule, 1)
 
     # and a plan made from them runs
-    with heatkv.attach(model, measure=True) as attached:
+    with heatkv.measure(model) as attached:
         draw()
     whole = attached.statistics(cfg=1.5).with_levels(levels)
     with heatkv.attach(model, "heatkv-mr", "50%", statistics=whole) as attached:
@@ -909,13 +856,13 @@ def test_level_costs_equal_those_of_our_own_model(find: Find, name: str) -> None
 def test_measuring_levels_asks_for_what_it_needs(kind: Any) -> None:
     model, _, schedule = kind
     with pytest.raises(PolicyError, match="go together"):
-        heatkv.attach(model, measure="levels", schedule=schedule)
+        heatkv.measure(model, "levels", schedule=schedule)
     with pytest.raises(PolicyError, match="sink_scales only go with policy="):
-        heatkv.attach(model, measure="biases", schedule=schedule, sink_scales=1)
+        heatkv.measure(model, "biases", schedule=schedule, sink_scales=1)
     with pytest.raises(PolicyError, match="measure='colour' is unknown"):
-        heatkv.attach(model, measure="colour", schedule=schedule)  # type: ignore[arg-type]
+        heatkv.measure(model, "colour", schedule=schedule)  # type: ignore[arg-type]
     with pytest.raises(StatisticsError, match="attach with measure='biases'"):
-        heatkv.attach(model, measure=True, schedule=schedule).log_bias()
+        heatkv.measure(model, schedule=schedule).log_bias()
 
 
 def test_statistics_of_other_weights_are_refused(kind: Any, tmp_path: Path) -> None:
@@ -954,7 +901,7 @@ def test_measurements_add_up_and_merge() -> None:
     model = make_var()
 
     def of(*batches: list[int], first_sample: int = 0) -> Statistics:
-        with heatkv.attach(model, measure=True, first_sample=first_sample) as attached:
+        with heatkv.measure(model, first_sample=first_sample) as attached:
             for labels in batches:
                 model.autoregressive_infer_cfg(len(labels), labels, top_k=1)
         return attached.statistics(cfg=1.5)
@@ -971,7 +918,7 @@ def test_measurements_add_up_and_merge() -> None:
 def test_images_that_were_broken_off_are_not_counted() -> None:
     model = make_var()
     expected = measured(model, draw_var)
-    with heatkv.attach(model, measure=True) as attached:
+    with heatkv.measure(model) as attached:
         with broken_at(model, scale=2), pytest.raises(RuntimeError, match="broken off"):
             draw_var(model)
         with pytest.raises(StatisticsError, match="no image was drawn to its last scale"):
@@ -989,7 +936,7 @@ def test_measuring_that_cannot_be_is_refused() -> None:
             attached.statistics()
         draw_var(model, [3], cfg=0)  # an odd number of rows is fine where nothing is measured
     phrase = r"1 rows are not two halves.*guided=False"
-    with heatkv.attach(model, measure=True), pytest.raises(StatisticsError, match=phrase):
+    with heatkv.measure(model), pytest.raises(StatisticsError, match=phrase):
         draw_var(model, [3], cfg=0)
 
 

@@ -13,8 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_infinity import features
-from test_infinity import make as make_infinity
+from support.tiny_models import features, make_infinity
 from torch import Tensor, nn
 
 from heatkv.calibration import measure as calibration

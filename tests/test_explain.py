@@ -37,7 +37,7 @@ from heatkv.profiling.analysis.explain import (
 )
 from heatkv.profiling.analysis.plan_view import bar, ticks, worth_lines
 from heatkv.solve.cells import Capacity
-from heatkv.testing.contract import level_costs_of, made_up_mass
+from heatkv.testing.material import level_costs_of, made_up_mass
 
 ORDERS = Path(__file__).parent / "golden" / "orders" / "2b.json"
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))

@@ -40,7 +40,7 @@ from heatkv.profiling.results.ledgers import (
     Step,
 )
 from heatkv.profiling.results.row import Request
-from heatkv.testing.contract import made_up_mass
+from heatkv.testing.material import made_up_mass
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4)]))

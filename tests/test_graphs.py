@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.public_sampler import PublicSampler
+from support.tiny_models import SHORT_SCHEDULE, TINY, features
 from tape import AddressRunner, TapeRunner, WatchedRunner
-from test_infinity import SCHEDULE, TINY, features
 from torch import Tensor
 
 from heatkv.calibration.level_costs import calibrate_levels
@@ -24,16 +25,15 @@ from heatkv.core.statistics import Statistics
 from heatkv.errors import GraphError, ModelError, NumericsError, PolicyError
 from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, GraphRunner, Step
 from heatkv.generation.loop import Drawn, Generator, generate
-from heatkv.models import class_conditional
-from heatkv.models.base import ImageModel
+from heatkv.models import base, class_conditional
+from heatkv.models.base import ImageModel, fingerprint
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.catalogue import load_model
-from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
+from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.infinity import Infinity
 from heatkv.models.sampling import (
     BitSamplingSettings,
     CommonRandomSampler,
-    PublicSampler,
     RecordedTokens,
     SamplingSettings,
     Settings,
@@ -43,11 +43,11 @@ from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
 from heatkv.policies.base import make_policy
 from heatkv.policies.dynamic import Candidates
-from heatkv.policies.recent_tokens import SlidingWindowTokens
+from heatkv.policies.windows import SlidingWindowTokens
 from heatkv.profiling.measure.ledger import TensorLedger
 from heatkv.profiling.measure.runner import graph_latency
 from heatkv.registry import registered_policies
-from heatkv.testing.contract import made_up_problem
+from heatkv.testing.material import made_up_problem
 
 EVERY = pytest.mark.parametrize("name", registered_policies())
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -103,7 +103,7 @@ def small_prompts() -> TextConditionalModel:
     transformer.head.weight.mul_(4)
     vae = BitwiseVAE(BSQConfig(TINY.bits, 32, (1, 1)), encoder=False).eval().requires_grad_(False)
     settings = BitSamplingSettings(cfg=3.0)
-    return TextConditionalModel("tiny", transformer, vae, SCHEDULE, settings, fingerprint(transformer))
+    return TextConditionalModel("tiny", transformer, vae, SHORT_SCHEDULE, settings, fingerprint(transformer))
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def test_rotation_tables_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_prompts()
     for _ in range(2):
         Generator(model, model.plan(), 1).draw([Prompt(features(5))])
-    assert made == list(range(len(SCHEDULE)))
+    assert made == list(range(len(SHORT_SCHEDULE)))
 
 
 # --------------------------------------------------------------------------------- samplers and observers
@@ -497,7 +497,7 @@ def test_host_numbers_in_a_policy_are_found(tiny: ClassConditionalModel, monkeyp
 
 def test_tensors_made_for_every_image_are_found(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def restart(self: Any, labels: Sequence[int]) -> bool:
-        self._condition, self.scale = self._of_labels(labels), 0
+        self._condition, self.scale = self._condition_for(labels), 0
         return True
 
     monkeypatch.setattr(class_conditional.Drawing, "restart", restart)
@@ -512,9 +512,7 @@ def test_tensors_made_for_every_image_are_found(tiny: ClassConditionalModel, mon
 
 
 def test_what_one_step_leaves_to_another_is_found(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        class_conditional, "summed", lambda total, added, first: added if first or total is None else total + added
-    )
+    monkeypatch.setattr(base, "summed", lambda total, added, first: added if first or total is None else total + added)
     check_fails(tiny, tiny.plan())
 
 

@@ -19,13 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from support.public_sampler import PublicSampler
+from support.tiny_models import SHORT_SCHEDULE, TINY, draw_logits, features, make_infinity
 from torch import Tensor
 
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError, ModelError
 from heatkv.generation.loop import Generator, generate
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE, BSQConfig, code_values, resize
-from heatkv.models.catalogue import MODELS, ModelInfo
+from heatkv.models.catalogue import MODELS, ModelInfo, load_infinity
 from heatkv.models.checkpoint import (
     bsq_config,
     build_bsq,
@@ -34,7 +36,6 @@ from heatkv.models.checkpoint import (
     infinity_state,
     read_checkpoint,
 )
-from heatkv.models.class_conditional import fingerprint
 from heatkv.models.infinity import (
     INFINITY_2B,
     INFINITY_8B,
@@ -45,48 +46,17 @@ from heatkv.models.infinity import (
     rotate,
     rotation_table,
 )
-from heatkv.models.sampling import BitSamplingSettings, CommonRandomSampler, PublicSampler
-from heatkv.models.text_conditional import Prompt, TextConditionalModel, load_infinity
+from heatkv.models.sampling import BitSamplingSettings, CommonRandomSampler
+from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.models.text_encoder import T5TextEncoder
 from heatkv.models.vqvae import ResidualBlock
 
 DATA = Path(__file__).parent / "data"
-TINY = InfinityConfig(
-    depth=4, width=64, heads=2, bits=8, mlp_hidden=256, pool_heads=2, text_channels=24, text_positions=20
-)
-SCHEDULE = ScaleSchedule.of([(1, 1), (2, 2), (3, 2), (6, 4)])
-
-
-def features(length: int, seed: int = 0, channels: int = TINY.text_channels) -> Tensor:
-    return torch.randn(length, channels, generator=torch.Generator().manual_seed(100 * length + seed))
-
-
-def make(patch: int = 1, schedule: ScaleSchedule = SCHEDULE, **sampling: Any) -> TextConditionalModel:
-    torch.manual_seed(5)
-    transformer = Infinity(TINY).eval().requires_grad_(False)
-    with torch.no_grad():
-        transformer.head.weight.mul_(4)  # logits that spread as a trained model's do
-    vae = BitwiseVAE(BSQConfig(TINY.bits // patch**2, 32, (1, 1)), encoder=False).eval().requires_grad_(False)
-    settings = BitSamplingSettings(**sampling)
-    return TextConditionalModel("tiny", transformer, vae, schedule, settings, fingerprint(transformer))
 
 
 @pytest.fixture(scope="module")
 def tiny() -> TextConditionalModel:
-    return make()
-
-
-def draw_logits(model: TextConditionalModel, prompts: list[Prompt], bits: tuple[Tensor, ...]) -> list[Tensor]:
-    """Guided logits of all scales when the model is shown these bits."""
-    logits: list[Tensor] = []
-
-    class Playback:
-        def choose(self, scale: int, logits_BNV: Tensor) -> Tensor:
-            logits.append(logits_BNV)
-            return bits[scale]
-
-    Generator(model, model.plan(), len(prompts)).draw(prompts, sampler=Playback(), decode=False)
-    return logits
+    return make_infinity()
 
 
 # ------------------------------------------------------------------------------------------------ positions
@@ -478,7 +448,7 @@ def test_what_is_no_prompt_is_refused(tiny: TextConditionalModel) -> None:
 
 
 def test_a_text_is_drawn_as_its_prompt(t5_folder: Path) -> None:
-    model = replace(make(), text_encoder=T5TextEncoder(t5_folder))
+    model = replace(make_infinity(), text_encoder=T5TextEncoder(t5_folder))
     (prompt,) = model.prompts(["a red cat"])
     plan = model.plan()
     assert torch.equal(generate(model, ["a red cat"], plan), generate(model, [prompt], plan))
@@ -499,7 +469,7 @@ def test_the_prompt_is_projected_once_per_image_and_layer(
 @pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("budget", ["100%", "60%"])
 def test_pictures_do_not_depend_on_the_batch(patch: int, budget: str) -> None:
-    model = make(patch)
+    model = make_infinity(patch)
     plan = model.plan("full") if budget == "100%" else model.plan("streaming", budget, sink_scales=2)
     assert plan.had_no_effect() == (budget == "100%")
     prompts = [Prompt(features(3)), Prompt(features(8), features(5)), Prompt(features(20))]
@@ -523,7 +493,7 @@ def test_nothing_of_the_images_before_is_read(tiny: TextConditionalModel) -> Non
 
 
 def test_bfloat16_stores_half_the_bytes_and_draws_nearly_the_same(tiny: TextConditionalModel) -> None:
-    half = make()
+    half = make_infinity()
     half.transformer.set_compute_dtype(torch.bfloat16)
     prompts = [Prompt(features(6)), Prompt(features(9))]
     exact = Generator(tiny, tiny.plan(), 2)
@@ -536,14 +506,14 @@ def test_bfloat16_stores_half_the_bytes_and_draws_nearly_the_same(tiny: TextCond
 
 
 def test_without_guidance_half_the_rows_draw_the_conditional_picture() -> None:
-    unguided = make(cfg=1.0, top_k=1)
+    unguided = make_infinity(cfg=1.0, top_k=1)
     prompts = [Prompt(features(6)), Prompt(features(6))]
     generator = Generator(unguided, unguided.plan(), 2)
     assert generator.cache.rows == 2
     drawn = generator.draw(prompts)
     assert all(torch.equal(bits[0], bits[1]) for bits in drawn.tokens)
     # guided at the last scale only: until then the conditional half alone decides, beside unconditional rows
-    late = make(cfg=(1.0, 1.0, 1.0, 3.0), top_k=1)
+    late = make_infinity(cfg=(1.0, 1.0, 1.0, 3.0), top_k=1)
     assert Generator(late, late.plan(), 2).cache.rows == 4
     plain = draw_logits(unguided, prompts, drawn.tokens)
     guided = draw_logits(late, prompts, drawn.tokens)
@@ -552,7 +522,7 @@ def test_without_guidance_half_the_rows_draw_the_conditional_picture() -> None:
 
 
 def test_the_layout_of_bits_in_patches() -> None:
-    model = make(patch=2)
+    model = make_infinity(patch=2)
     drawing = model.begin([Prompt(features(3))], model.sampling)
     drawing.accept(torch.zeros(1, 8, dtype=torch.long))
     bits = torch.randint(2, (1, 4 * 8), generator=torch.Generator().manual_seed(0))
@@ -575,7 +545,7 @@ def test_sums_of_codes_are_resized_linearly(tiny: TextConditionalModel) -> None:
     # 2 rows to 6: sample points at -1/3, 0, 1/3, 2/3, 1, 4/3, held at the edges
     wanted = [value + value * x for x in (-1, -1, -1 / 3, 1 / 3, 1, 1)]
     for column in range(4):
-        assert drawing.codes[0, 3, :, column].tolist() == pytest.approx(wanted, abs=1e-6)
+        assert drawing.f_hat[0, 3, :, column].tolist() == pytest.approx(wanted, abs=1e-6)
     # shrunk to 3 rows: centres at 0.5, 2.5, 4.5, between two neighbours each
     rows = drawing.next_codes().view(3, 2, 8)[:, 0, 3].tolist()
     assert rows == pytest.approx([0, value, 2 * value], abs=1e-6)
@@ -650,7 +620,7 @@ def dense_logits(
 
 
 def test_logits_are_those_of_the_published_formulas() -> None:
-    model = make(cfg=3.0, tau=0.5, top_k=1)
+    model = make_infinity(cfg=3.0, tau=0.5, top_k=1)
     torch.manual_seed(8)
     for name, parameter in model.transformer.named_parameters():
         if "bias" in name or "norm" in name:  # these start at zero or one, where a slip would not show
@@ -666,10 +636,12 @@ def test_logits_are_those_of_the_published_formulas() -> None:
         if scale + 1 < len(bits):
             codes.append(drawing.next_codes()[0])
     # angles from positions written out: 6 x 4 is the template 3:2, whose last scale is 78 x 52
-    places = [(round(r * 78 / h), round(s * 52 / w)) for _, h, w in SCHEDULE.scales for r in range(h) for s in range(w)]
+    places = [
+        (round(r * 78 / h), round(s * 52 / w)) for _, h, w in SHORT_SCHEDULE.scales for r in range(h) for s in range(w)
+    ]
     theta = [10000 ** (-2 * m / 16) for m in range(8)]
     angles = torch.tensor([[r * f for f in theta] + [s * f for f in theta] for r, s in places], dtype=torch.float64)
-    levels = [scale for scale, count in enumerate(SCHEDULE.tokens) for _ in range(count)]
+    levels = [scale for scale, count in enumerate(SHORT_SCHEDULE.tokens) for _ in range(count)]
     turn = torch.polar(torch.ones_like(angles), angles)
     conditional, unconditional = (
         dense_logits(model.transformer.state_dict(), text, codes, turn, levels)

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from standin_infinity import turned
 from strategies import members, pooled
-from test_attach import KINDS, SCALES, attention_of
-from test_golden import check_infinity_run, check_scales, replays
-from test_infinity import SCHEDULE, features
-from test_infinity import make as make_infinity
-from test_level_calibration import tiny_var
+from support.foreign import KINDS, SCALES, attention_of
+from support.golden import check_infinity_run, check_scales, replays
+from support.standin_infinity import turned
+from support.tiny_models import SHORT_SCHEDULE, features, make_infinity, tiny_var
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -153,7 +151,7 @@ def check_generator(
 LONGER = ScaleSchedule.of([(1, 1), (2, 2), (4, 4), (5, 3), (6, 8), (8, 8)])
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULE, LONGER], ids=str)
+@pytest.mark.parametrize("schedule", [SHORT_SCHEDULE, LONGER], ids=str)
 @pytest.mark.parametrize("patch", [1, 2])
 def test_infinity_reads_means_at_mean_positions(
     schedule: ScaleSchedule, patch: int, monkeypatch: pytest.MonkeyPatch
@@ -213,7 +211,7 @@ def test_attached_models_read_means(name: str, monkeypatch: pytest.MonkeyPatch) 
     modules = attention_of(model)
     plan = pooling_plan(CacheGeometry(len(modules), modules[0].num_heads, modules[0].head_dim, schedule))
     plain = draw(model)
-    with heatkv.attach(model, plan=plan) as attached:
+    with heatkv.attach(model, plan) as attached:
         ours = draw(model)
     assert attached.cache.allocated_bytes == plan.bytes(4, "float32")
     oracle = Unrotated(plan) if name == "infinity" else DenseLevels(plan)

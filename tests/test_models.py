@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from heatkv.errors import FormatError, ModelError, ScheduleError
+from heatkv.models.base import fingerprint
 from heatkv.models.catalogue import MODELS, load_model, model_info
 from heatkv.models.checkpoint import build_var, build_vqvae, read_safetensors, var_config, vqvae_config
-from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
+from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, ResidualBlock, Upsample, VQVAEConfig, phi_index

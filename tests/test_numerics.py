@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from strategies import SEEDS
+from support.foreign import draw_var, make_var
+from support.public_sampler import PublicSampler
+from support.tiny_models import features
 from tape import TapeRunner
-from test_attach import draw_var, make_var
 from test_graphs import small_classes, small_prompts
-from test_infinity import features
 from torch import Tensor
 
 import heatkv
@@ -41,12 +42,12 @@ from heatkv.errors import HeatKVError, NumericsError
 from heatkv.generation.loop import Generator
 from heatkv.models.base import ImageModel
 from heatkv.models.emoji import WEIGHTS, load
-from heatkv.models.sampling import PublicSampler, RecordedTokens, cumulative_in_fixed_point, cut_logits
+from heatkv.models.sampling import RecordedTokens, cumulative_in_fixed_point, cut_logits
 from heatkv.models.text_conditional import Prompt
 from heatkv.models.text_encoder import T5TextEncoder
 from heatkv.models.var import MAX_LOG_SCALE, FeedForward
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.testing.contract import AttentionInput, made_up_inputs, made_up_problem
+from heatkv.testing.material import AttentionInput, made_up_inputs, made_up_problem
 
 GEOMETRY = CacheGeometry(2, 3, 16, ScaleSchedule.square((1, 2, 3, 5)))
 ROWS = 2

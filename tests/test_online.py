@@ -24,7 +24,7 @@ from heatkv.online.adoption import FadingStatistics, OnlinePlanner, check_can_fo
 from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
 from heatkv.profiling.analysis.explain import worth_of
 from heatkv.solve.cells import read_value
-from heatkv.testing.contract import made_up_mass
+from heatkv.testing.material import made_up_mass
 
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.square((1, 2, 3, 4, 5, 6)))
 FOLLOWERS = pytest.mark.parametrize(

@@ -24,10 +24,10 @@ from heatkv.policies.composition import AdaKV, PerLayer, Protected
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.policies.h2o import H2O
 from heatkv.policies.hack_like import HackLike
-from heatkv.policies.recent_tokens import SlidingWindowTokens, StreamingTokens
 from heatkv.policies.scalekv import ScaleKV
 from heatkv.policies.snapkv import PyramidKV, SnapKV
-from heatkv.testing.contract import AttentionInput
+from heatkv.policies.windows import SlidingWindowTokens, StreamingTokens
+from heatkv.testing.material import AttentionInput
 
 
 def by_hiding(plan: CapacityPlan, policy: DynamicPolicy, steps: Sequence[Sequence[AttentionInput]]) -> list[Tensor]:

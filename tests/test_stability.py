@@ -29,7 +29,7 @@ from heatkv.profiling.analysis.stability import (
     overlap,
     verdict,
 )
-from heatkv.testing.contract import made_up_mass
+from heatkv.testing.material import made_up_mass
 
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
 POLICIES = [make_policy("heatkv", sink_scales=1), make_policy("heatkv-lp", sink_scales=1, value="error")]

@@ -22,12 +22,12 @@ from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import seed_of, shown
 from heatkv.core.statistics import Statistics
-from heatkv.core.storage_type import CODES, StorageType
+from heatkv.core.storage_type import CODES, DTYPES, StorageType
 from heatkv.engine.open_cache import policy_of
 from heatkv.engine.watch import run_deterministically
 from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
 from heatkv.models.base import ImageModel
-from heatkv.models.catalogue import COMPUTE_DTYPES, MODELS, ModelInfo, load_model, model_info
+from heatkv.models.catalogue import MODELS, ModelInfo, load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import Settings
 from heatkv.models.text_conditional import TextConditionalModel
@@ -82,10 +82,10 @@ def say_template(model: str, ratio: str | None) -> None:
 
 def known_dtype(dtype: str) -> str:
     """The name of a type, when it is known."""
-    if dtype not in COMPUTE_DTYPES:
-        near = difflib.get_close_matches(dtype, COMPUTE_DTYPES, n=1, cutoff=0.4)
+    if dtype not in DTYPES:
+        near = difflib.get_close_matches(dtype, DTYPES, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ModelError(f"unknown dtype {dtype!r}{hint} Known: {', '.join(COMPUTE_DTYPES)}")
+        raise ModelError(f"unknown dtype {dtype!r}{hint} Known: {', '.join(DTYPES)}")
     return dtype
 
 
@@ -184,7 +184,7 @@ def statistics_of_model(path: Path, model: str) -> Statistics:
 
 def storage_of(model: ImageModel[Any], coding: str | None = None) -> str:
     """How the model's cache is stored: in the type that it computes in, or coded. Raises BudgetError."""
-    return storage_name(next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == model.compute_dtype), coding)
+    return storage_name(str(model.compute_dtype).removeprefix("torch."), coding)
 
 
 def storage_name(dtype: str, coding: str | None) -> str:

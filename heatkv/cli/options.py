@@ -12,9 +12,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from heatkv.core.storage_type import CODES
+from heatkv.core.storage_type import CODES, DTYPES
 from heatkv.errors import HeatKVError
-from heatkv.models.catalogue import COMPUTE_DTYPES
 
 Model = Annotated[str, typer.Option("--model", help="name of a model, see `heatkv models`")]
 Statistic = Annotated[Path | None, typer.Option("--statistics", help="statistics file of `heatkv calibrate`")]
@@ -26,7 +25,7 @@ Cfg = Annotated[
 Rows = Annotated[
     int | None, typer.Option("--rows", help="cache rows; guidance takes two per image (default: one image)")
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help=f"compute and storage type: {', '.join(COMPUTE_DTYPES)}")]
+Dtype = Annotated[str, typer.Option("--dtype", help=f"compute and storage type: {', '.join(DTYPES)}")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="the same bits every time on one machine (docs/numerics.md)")

@@ -178,7 +178,6 @@ def fit(
         storage=storage_name(dtype, storage),
     )  # fmt: skip
     policy.check(problem)
-    policy.check_sinks(problem)
     schedule = problem.geometry.schedule
     least = Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
     taken = footprint(

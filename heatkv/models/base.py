@@ -1,13 +1,15 @@
 """What drawing, planning and measuring need of an image model, whatever it draws from.
 
-Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes.
+Shapes: B images, R rows (B, or 2B with guidance, conditional first), N choices of a scale (a token, or one bit of a
+token), C width, V codes, Z code channels, h and w the last scale's height and width.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,40 +23,103 @@ from heatkv.core.storage_type import StorageType
 from heatkv.errors import ModelError
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.sampling import Settings
-from heatkv.models.var import Attend
+from heatkv.models.var import Attend, Transformer
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.windows import Full
 
 Label = TypeVar("Label")
-LabelT = TypeVar("LabelT", contravariant=True)
+
+_FINGERPRINT_SAMPLES = 4096
 
 
-class Drawing(Protocol[LabelT]):
+def fingerprint(named: torch.nn.Module | Iterable[tuple[str, Tensor]]) -> str:
+    """16 hex digits over names, shapes and up to 4,096 evenly spaced values of every tensor, in fp32; of a module, over
+    its parameters."""
+    digest = hashlib.sha256()
+    pairs = named.named_parameters() if isinstance(named, torch.nn.Module) else named
+    for name, tensor in sorted(pairs, key=lambda entry: entry[0]):
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Drawing(ABC, Generic[Label]):
     """Images on their way: call `logits`, then `accept` what was chosen, once per scale; then `image`.
 
     What it holds from one scale to the next, and from the labels, stays at the same addresses.
     """
 
+    def __init__(self, settings: Settings, scales: int) -> None:
+        self._settings, self._scales = settings, scales
+        self._f_hat: Tensor | None = None
+        self.scale = 0
+
+    @abstractmethod
+    def restart(self, labels: Sequence[Label]) -> bool:
+        """Start other images, as many, in the same tensors; false, and nothing changed, when they do not fit in.
+
+        Raises ModelError for what cannot be drawn.
+        """
+
+    @abstractmethod
+    def input(self) -> Tensor:
+        """What the transformer is shown at the running scale, (R, N, C)."""
+
+    @abstractmethod
+    def raw_logits(self, cache: Attend) -> Tensor:
+        """Logits of the running scale, (R, N, V) in fp32."""
+
     def logits(self, cache: Attend) -> Tensor:
         """Guided logits of the running scale, (B, N, V) in fp32."""
+        return self._settings.guide(self.raw_logits(cache), self.scale, self._scales)
 
+    @abstractmethod
     def accept(self, choices_BN: Tensor) -> None:
         """Take the choices of the running scale and prepare the input of the next one."""
 
+    @abstractmethod
     def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
         """Run the blocks once over all scales, as training does, of images that have these choices, (B, N) per scale.
 
         Every layer calls `attend` once, with the tokens of all scales one after another.
         """
 
+    @abstractmethod
     def image(self) -> Tensor:
         """(B, 3, H, W), RGB in [0, 1]."""
 
-    def restart(self, labels: Sequence[LabelT]) -> bool:
-        """Start other images, as many, in the same tensors; false, and nothing changed, when they do not fit in.
+    @property
+    def f_hat(self) -> Tensor:
+        """Sum of code features so far, (B, Z, h, w); later scales are added to this very tensor."""
+        if self._f_hat is None:
+            raise ModelError("no scale was drawn yet")
+        return self._f_hat
 
-        Raises ModelError for what cannot be drawn.
-        """
+    def _add(self, features_BZhw: Tensor) -> None:
+        """Add the running scale's code features, and go on to the next scale."""
+        self._f_hat = summed(self._f_hat, features_BZhw, first=self.scale == 0)
+        self.scale += 1
+
+    def _all_inputs(self, choices: Sequence[Tensor]) -> Tensor:
+        """The inputs of all scales, one after another, of images that have these choices."""
+        inputs = []
+        for choices_BN in choices:
+            inputs.append(self.input())
+            self.accept(choices_BN)
+        return torch.cat(inputs, dim=1)
+
+    def _for_all_rows(self, input_BNC: Tensor) -> Tensor:
+        """The same input for the unconditional rows, where there are any."""
+        return torch.cat([input_BNC, input_BNC]) if self._settings.guided else input_BNC
+
+
+def summed(total: Tensor | None, added: Tensor, first: bool) -> Tensor:
+    """The sum with what a scale adds, in the tensor of the total where there is one."""
+    if total is None:
+        return added
+    return total.copy_(added) if first else total.add_(added)
 
 
 class ImageModel(ABC, Generic[Label]):
@@ -64,8 +129,27 @@ class ImageModel(ABC, Generic[Label]):
     """
 
     name: str
+    transformer: Transformer[Any]
     fingerprint: str
     sampling: Settings
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.transformer.compute_dtype
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """The view of the transformer's blocks that calibration and policies work on."""
+        return self.transformer.adapter()
+
+    @property
+    def key_angles(self) -> tuple[Tensor, ...] | None:
+        """The angles by which keys are rotated, (N, D/2) per scale; None when they are not."""
+        return None
 
     @property
     @abstractmethod
@@ -73,29 +157,11 @@ class ImageModel(ABC, Generic[Label]):
 
     @property
     @abstractmethod
-    def device(self) -> torch.device: ...
-
-    @property
-    @abstractmethod
-    def compute_dtype(self) -> torch.dtype: ...
-
-    @property
-    @abstractmethod
     def choices(self) -> tuple[int, int]:
         """Choices per token, and values of each: a scale's logits are (B, tokens * choices, values)."""
 
-    @property
     @abstractmethod
-    def adapter(self) -> ModelAdapter:
-        """The transformer's blocks, for what queries, keys and values do not tell."""
-
-    @property
-    def key_angles(self) -> tuple[Tensor, ...] | None:
-        """The angles by which keys are rotated, (N, D/2) for every scale; None for a model that rotates none."""
-        return None
-
-    @abstractmethod
-    def label(self, given: Any) -> Label:
+    def label(self, value: Any) -> Label:
         """What one image is drawn from, as a caller may write it. Raises ModelError for what it cannot be."""
 
     @abstractmethod
@@ -161,11 +227,8 @@ def checked_run(
 
     Raises ModelError for what is of the wrong kind.
     """
+    settings = model.sampling if settings is None else settings
     if progress is not None and not callable(progress):
-        raise ModelError(f"progress is {shown(progress)}; give a function that is told how many are done")
-    return (
-        seed_of(seed, ModelError),
-        whole(first_sample, "first_sample", ModelError),
-        whole(batch, "batch", ModelError, 1),
-        settings if settings is not None else model.sampling,
-    )
+        raise ModelError(f"progress is {shown(progress)}; give a function of how many are done")
+    sizes = whole(first_sample, "first_sample", ModelError), whole(batch, "batch", ModelError, 1)
+    return seed_of(seed, ModelError), *sizes, settings

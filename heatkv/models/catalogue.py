@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import as_number, shown
+from heatkv.core.schema import as_number, shown, suggest
+from heatkv.core.storage_type import DTYPES, torch_dtype
 from heatkv.errors import ModelError, ScheduleError
-from heatkv.models.checkpoint import SHARDED, build_var, build_vqvae, read_checkpoint, var_state, vqvae_state
-from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
+from heatkv.models.base import fingerprint
+from heatkv.models.checkpoint import SHARDED, build_bsq, build_infinity, build_var, build_vqvae, read_checkpoint
+from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.emoji import VAR_CONFIG
 from heatkv.models.emoji import load as load_emoji
+from heatkv.models.infinity import Infinity
 from heatkv.models.sampling import SamplingSettings
-from heatkv.models.text_conditional import TextConditionalModel, check_texts, load_infinity
+from heatkv.models.text_conditional import SAMPLING as INFINITY_SAMPLING
+from heatkv.models.text_conditional import TextConditionalModel, check_texts
 from heatkv.models.text_encoder import T5TextEncoder
+from heatkv.models.var import VAR
 
 VAR_SAMPLING = SamplingSettings(cfg=4.0, top_k=900, top_p=0.95)
 """What VAR's published demonstration uses; its FID figures are at cfg 1.5, top-p 0.96."""
 
-COMPUTE_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+Model = TypeVar("Model", ClassConditionalModel, TextConditionalModel)
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,9 @@ class ModelInfo:
             wanted = str(wanted).removesuffix("px")
             schedule = VAR_CONFIG.schedule if self.bundled else ScaleSchedule.var(wanted)
         if wanted not in self.sizes:
-            fitting = [
-                info
-                for info in MODELS.values()
-                if info.family == self.family and wanted in info.sizes and not self.bundled
-            ]
-            near = min(fitting, key=lambda info: abs(info.layers - self.layers), default=None)
-            way_out = "leave the size out" if near is None else f"use {near.name} for {wanted}"
+            others = [info for info in MODELS.values() if info.family == self.family and wanted in info.sizes]
+            near = min(others, key=lambda info: abs(info.layers - self.layers), default=None)
+            way_out = "leave the size out" if near is None or self.bundled else f"use {near.name} for {wanted}"
             raise ScheduleError(f"{self.name} is published for {' and '.join(self.sizes)}, not {wanted}; {way_out}")
         return schedule
 
@@ -125,13 +121,9 @@ MODELS: dict[str, ModelInfo] = {
 
 def model_info(name: str) -> ModelInfo:
     """The named model. Raises ModelError with a suggestion when there is none."""
-    if not isinstance(name, str):
-        raise ModelError(f"the model is {shown(name)}; give its name, one of {', '.join(MODELS)}")
-    if name in MODELS:
-        return MODELS[name]
-    near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ModelError(f"unknown model {name!r}{hint} Known: {', '.join(MODELS)}")
+    if name not in MODELS:
+        raise ModelError(f"unknown model {shown(name)}{suggest(str(name), MODELS)}")
+    return MODELS[name]
 
 
 def load_model(
@@ -155,62 +147,55 @@ def load_model(
     for weights of another model, FormatError for an unreadable file, ScheduleError for an unknown size or ratio.
     """
     info = model_info(name)
+    schedule = info.schedule(size, ratio)
     check_texts(prompts)
-    info.schedule(size, ratio)  # refuse a bad one before any file is read
-    if not isinstance(dtype, str) or dtype not in COMPUTE_DTYPES:
-        raise ModelError(f"unknown dtype {shown(dtype)}; known: {', '.join(COMPUTE_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {shown(dtype)}; known: {', '.join(DTYPES)}")
+    compute, where = torch_dtype(dtype), _usable_device(device)
+    if info.bundled and (weights is not None or vae is not None):
+        raise ModelError(f"the weights of {name} are in this package; leave weights and vae out")
+    if info.family == "var" and (text_encoder is not None or prompts):
+        raise ModelError(f"{name} draws classes, not prompts; leave the text encoder and prompts out")
+    if prompts and text_encoder is None:
+        raise ModelError(f"turning prompts into features for {name} needs its text encoder; name it as text_encoder")
+    if info.bundled:
+        return _placed(load_emoji(), compute, where)
+    if weights is None:
+        raise ModelError(f"{name} needs its weights, {info.weights}: name the file or its folder as weights")
+    path = find_weights(weights, info.files)
+    if info.family == "var":
+        return _placed(load_var(info, path, vae), compute, where)
+    vae_path = find_beside(path, info.vae_files) if vae is None else Path(vae)
+    encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
+    model = _placed(load_infinity(info, path, vae_path, schedule, encoder), compute, where)
+    return replace(model, examples=tuple(model.prompts(prompts))) if prompts else model
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
     try:
         where = torch.device(device)
         torch.empty(1, device=where).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise ModelError(
-            f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0].partition('. ')[0]}"
-        ) from error
-    compute = COMPUTE_DTYPES[dtype]
-    if info.bundled and (weights is not None or vae is not None):
-        raise ModelError(f"the weights of {name} are in this package; leave --weights and --vae out")
-    if info.family == "var" and (text_encoder is not None or prompts):
-        raise ModelError(f"{name} draws classes, not prompts; leave the text encoder and prompts out")
-    if info.bundled:
-        return _placed(load_emoji(), compute, where)
-    if weights is None:
-        raise ModelError(
-            f"{name} needs its weights, {info.weights}: name the file or its folder (weights, in commands --weights)"
-        )
-    found = find_weights(weights, info.files)
-    if info.family == "var":
-        return _placed(load_var(info, found, None if vae is None else Path(vae)), compute, where)
-    if prompts and text_encoder is None:
-        raise ModelError(f"turning prompts into features for {name} needs its text encoder; name it (--text-encoder)")
-    found_vae = Path(vae) if vae is not None else find_beside(found, info.vae_files)
-    encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
-    model = load_infinity(
-        info,
-        found,
-        found_vae,
-        text_encoder=encoder,
-        size=size,
-        ratio=ratio,
-        dtype=compute,
-        device=where,
-    )
-    return replace(model, examples=tuple(model.prompts(list(prompts)))) if prompts else model
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ModelError(f"device {str(device)!r} cannot be used here: {reason}") from error
+    return where
 
 
-def _placed(model: ClassConditionalModel, dtype: torch.dtype, device: torch.device) -> ClassConditionalModel:
+def _placed(model: Model, dtype: torch.dtype, device: torch.device) -> Model:
     model.transformer.set_compute_dtype(dtype).to(device)
-    model.vqvae.to(device)
+    (model.vae if isinstance(model, TextConditionalModel) else model.vqvae).to(device)
     return model
 
 
 def find_weights(path: str | Path, names: Sequence[str]) -> Path:
     """`path` itself when it is a file or a sharded folder, else the first of `names` inside it."""
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or any((path / name).exists() for name in SHARDED):
         return path
-    if any((path / name).exists() for name in SHARDED):
-        return path
-    return _first(path, names)
+    for name in names:
+        if (path / name).exists():
+            return path / name
+    raise ModelError(f"{path} holds none of {', '.join(names)}; name the file itself")
 
 
 def find_beside(weights: Path, names: Sequence[str]) -> Path:
@@ -219,36 +204,54 @@ def find_beside(weights: Path, names: Sequence[str]) -> Path:
         for name in names:
             if (folder / name).exists():
                 return folder / name
-    raise ModelError(f"no {names[0]} lies beside {weights}; name it (--vae)")
+    raise ModelError(f"no {names[0]} lies beside {weights}; name it as vae")
 
 
-def _first(folder: Path, names: Sequence[str]) -> Path:
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
-    raise ModelError(f"{folder} holds none of {', '.join(names)}; name the file itself")
-
-
-def load_var(info: ModelInfo, weights: Path, vae: Path | None) -> ClassConditionalModel:
+def load_var(info: ModelInfo, weights: Path, vae: str | Path | None) -> ClassConditionalModel:
     """A named VAR from its public files, or from a trainer file, which holds both networks. In fp32 on the CPU."""
     content = read_checkpoint(weights)
-    transformer = build_var(var_state(content))
+    transformer = build_var(content)
     config = transformer.config
-    if (config.depth, config.heads, config.head_dim) != (info.layers, info.heads, info.head_dim):
-        raise ModelError(
-            f"{weights} has {config.depth} layers x {config.heads} heads of {config.head_dim}; {info.name} has "
-            f"{info.layers} x {info.heads} of {info.head_dim}"
-        )
+    _check_sizes(info, weights, transformer)
     if config.schedule != info.schedule():
         raise ModelError(f"{weights} runs the schedule {config.schedule}, {info.name} runs {info.schedule()}")
-    if vae is None and "trainer" in content:
-        vqvae = build_vqvae(vqvae_state(content), config.patch_sides)
-    else:
-        vae = vae if vae is not None else find_beside(weights, info.vae_files)
-        vqvae = build_vqvae(vqvae_state(read_checkpoint(vae)), config.patch_sides)
+    if vae is not None or "trainer" not in content:
+        content = read_checkpoint(find_beside(weights, info.vae_files) if vae is None else vae)
+    vqvae = build_vqvae(content, config.patch_sides)
     if (vqvae.config.vocab_size, vqvae.config.z_channels) != (config.vocab_size, config.z_channels):
         raise ModelError(
             f"the VQVAE has {vqvae.config.vocab_size} codes of {vqvae.config.z_channels} channels, the transformer "
             f"draws {config.vocab_size} of {config.z_channels}; take {info.vae_files[0]}"
         )
     return ClassConditionalModel(info.name, transformer, vqvae, VAR_SAMPLING, fingerprint(transformer))
+
+
+def load_infinity(
+    info: ModelInfo,
+    weights: str | Path,
+    vae: str | Path,
+    schedule: ScaleSchedule,
+    text_encoder: T5TextEncoder | None = None,
+) -> TextConditionalModel:
+    """A named Infinity from its public files, on the CPU, every tensor in the type of its file.
+
+    `weights` is a file or a sharded folder. Raises FormatError for unreadable files, and ModelError for weights of
+    another model, or a VAE that does not belong to it.
+    """
+    if Path(vae).name == "infinity_vae_d32.pth":  # same shapes, so nothing else could tell
+        raise ModelError(f"{vae} was trained apart from the public transformers; take {info.vae_files[0]}")
+    transformer = build_infinity(read_checkpoint(weights), dtype=None)
+    _check_sizes(info, weights, transformer)
+    decoder = build_bsq(read_checkpoint(vae))
+    return TextConditionalModel(
+        info.name, transformer, decoder, schedule, INFINITY_SAMPLING, fingerprint(transformer), text_encoder
+    )
+
+
+def _check_sizes(info: ModelInfo, weights: str | Path, transformer: VAR | Infinity) -> None:
+    config = transformer.config
+    if (config.depth, config.heads, config.head_dim) != (info.layers, info.heads, info.head_dim):
+        raise ModelError(
+            f"{weights} has {config.depth} layers x {config.heads} heads of {config.head_dim}; {info.name} has "
+            f"{info.layers} x {info.heads} of {info.head_dim}"
+        )

@@ -25,8 +25,16 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.attention.rotary import rotate, rotation_of
 from heatkv.engine.spans import FEED_FORWARD, layer_name, span
 from heatkv.errors import ModelError
-from heatkv.models.adapter import BlockView, ModelAdapter
-from heatkv.models.var import MAX_LOG_SCALE, NORM_EPS, Attend, FeedForward, HeadNorm, layer_norm
+from heatkv.models.var import (
+    NORM_EPS,
+    Attend,
+    AttentionProjections,
+    FeedForward,
+    HeadNorm,
+    Transformer,
+    merge_heads,
+    modulated,
+)
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,9 @@ def rotation_angles(schedule: ScaleSchedule, scale: int, head_dim: int) -> Tenso
     second."""
     rows, columns = (torch.tensor(places, dtype=torch.float64) for places in rope_positions(schedule)[scale])
     frequencies = 10000.0 ** (torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4)).neg()
-    of_rows = (rows[:, None, None] * frequencies).expand(-1, len(columns), -1)
-    of_columns = (columns[None, :, None] * frequencies).expand(len(rows), -1, -1)
-    return torch.cat([of_rows, of_columns], dim=-1).flatten(0, 1)
+    down = (rows[:, None, None] * frequencies).expand(-1, len(columns), -1)
+    right = (columns[None, :, None] * frequencies).expand(len(rows), -1, -1)
+    return torch.cat([down, right], dim=-1).flatten(0, 1)
 
 
 def rotation_table(schedule: ScaleSchedule, scale: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
@@ -105,10 +113,6 @@ def prompt_attention(q_RHND: Tensor, k_RHMD: Tensor, v_RHMD: Tensor, mask_R11M: 
     return F.scaled_dot_product_attention(q_RHND, k_RHMD, v_RHMD, attn_mask=mask_R11M)
 
 
-def _merge_heads(x_RHND: Tensor) -> Tensor:
-    return x_RHND.transpose(1, 2).flatten(2)
-
-
 def _keys_and_values(source_RMX: Tensor, weight: Tensor, v_bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Keys, which have no bias, and values of prompts, (R, heads, M, size) each."""
     bias = torch.cat([torch.zeros_like(v_bias), v_bias]).to(weight.dtype)
@@ -117,31 +121,14 @@ def _keys_and_values(source_RMX: Tensor, weight: Tensor, v_bias: Tensor, heads: 
     return k, v
 
 
-class SelfAttention(nn.Module):
-    """Cosine attention with a learnt temperature per head; keys have no bias."""
-
-    def __init__(self, config: InfinityConfig) -> None:
-        super().__init__()
-        width, self.heads = config.width, config.heads
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.heads, 1, 1), math.log(4.0)))
-        self.proj = nn.Linear(width, width)
+class SelfAttention(AttentionProjections):
+    """Cosine attention with a learnt temperature per head, and rotated queries and keys."""
 
     def qkv(self, u_RNC: Tensor, rotation_2NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (scaled for a softmax of scale 1), keys as they are cached, and values."""
-        weight = self.mat_qkv.weight
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(weight.dtype)
-        qkv = F.linear(u_RNC.to(weight.dtype), weight, bias).unflatten(-1, (3, self.heads, -1))
-        qk_2RHND, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])
+        qk_2RHND, v = self.projected(u_RNC).split([2, 1])
         q, k = rotate(F.normalize(qk_2RHND.float(), dim=-1), rotation_2NP)
-        scale = self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
-        return (q * scale).to(v.dtype), k.to(v.dtype), v[0]
-
-    def project(self, out_RHND: Tensor) -> Tensor:
-        out: Tensor = self.proj(_merge_heads(out_RHND))
-        return out
+        return (q * self.temperature()).to(v.dtype), k.to(v.dtype), v[0]
 
 
 class CrossAttention(nn.Module):
@@ -160,7 +147,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, u_RNC: Tensor, k_RHMD: Tensor, v_RHMD: Tensor, mask_R11M: Tensor | None) -> Tensor:
         q = self.mat_q(u_RNC.to(self.mat_q.weight.dtype)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out: Tensor = self.proj(_merge_heads(prompt_attention(q, k_RHMD, v_RHMD, mask_R11M)))
+        out: Tensor = self.proj(merge_heads(prompt_attention(q, k_RHMD, v_RHMD, mask_R11M)))
         return out
 
 
@@ -179,7 +166,7 @@ class AttentivePool(nn.Module):
     def forward(self, text_RME: Tensor, mask_R11M: Tensor | None) -> Tensor:
         k, v = _keys_and_values(text_RME, self.mat_kv.weight, self.v_bias, self.heads)
         q = self.mat_q[:, :, None].expand(len(k), -1, -1, -1)
-        out: Tensor = self.proj(_merge_heads(prompt_attention(q, k, v, mask_R11M)))[:, 0]
+        out: Tensor = self.proj(merge_heads(prompt_attention(q, k, v, mask_R11M)))[:, 0]
         return out
 
 
@@ -200,31 +187,44 @@ class TextCondition:
     mask_R11M: Tensor | None
 
 
+PromptKeys = tuple[Tensor, Tensor, Tensor | None]
+"""What cross attention reads in a layer: keys and values (R, H, M, D), and the mask (R, 1, 1, M) over pads, if any."""
+
+
 class Block(nn.Module):
     """Self-attention and feed-forward, modulated by AdaLN, with ungated cross attention between them."""
 
     def __init__(self, config: InfinityConfig) -> None:
         super().__init__()
         self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
-        self.sa = SelfAttention(config)
+        self.sa = SelfAttention(config.width, config.heads)
         self.ca_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.ca = CrossAttention(config)
         self.ffn = FeedForward(config.width, config.mlp_hidden)
 
+    @property
+    def attention(self) -> SelfAttention:
+        return self.sa
+
+    @property
+    def matrices(self) -> tuple[nn.Linear, ...]:
+        sa, ca, ffn = self.sa, self.ca, self.ffn
+        return sa.mat_qkv, sa.proj, ca.mat_q, ca.mat_kv, ca.proj, ffn.fc1, ffn.fc2
+
     def forward(
-        self, x_RNC: Tensor, condition: TextCondition, layer: int, rotation_2NP: Tensor, cache: Attend
-    ) -> Tensor:
-        gate1, gate2, gain1, gain2, shift1, shift2 = condition.modulations[layer].unbind(1)
-        q, k, v = self.sa.qkv(torch.addcmul(shift1, layer_norm(x_RNC), gain1 + 1), rotation_2NP)
+        self, x_RNC: Tensor, modulation_R61C: Tensor, prompt: PromptKeys, layer: int, rotation_2NP: Tensor,
+        cache: Attend,
+    ) -> Tensor:  # fmt: skip
+        gate1, gate2, gain1, gain2, shift1, shift2 = modulation_R61C.unbind(1)
+        q, k, v = self.sa.qkv(modulated(x_RNC, gain1, shift1), rotation_2NP)
         x_RNC = torch.addcmul(x_RNC, self.sa.project(cache.attend(layer, q, k, v)), gate1)
-        x_RNC = x_RNC + self.ca(self.ca_norm(x_RNC), *condition.keys_values[layer], condition.mask_R11M)
+        x_RNC = x_RNC + self.ca(self.ca_norm(x_RNC), *prompt)
         with span(FEED_FORWARD):
-            return torch.addcmul(x_RNC, self.ffn(torch.addcmul(shift2, layer_norm(x_RNC), gain2 + 1)), gate2)
+            return torch.addcmul(x_RNC, self.ffn(modulated(x_RNC, gain2, shift2)), gate2)
 
 
-class Infinity(nn.Module):
-    """The transformer. The residual stream, the text side and the head stay in fp32; the blocks' matrices may be bf16
-    or fp16. It runs any schedule of at most `max_scales` scales."""
+class Infinity(Transformer[Block]):
+    """The transformer of Infinity. It runs any schedule of at most `max_scales` scales."""
 
     def __init__(self, config: InfinityConfig) -> None:
         super().__init__()
@@ -243,39 +243,6 @@ class Infinity(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(width)
         self.head = nn.Linear(width, 2 * config.bits)
-
-    def set_compute_dtype(self, dtype: torch.dtype) -> Infinity:
-        """Store the blocks' large matrices in `dtype`, everything else in fp32."""
-        large = set()
-        for block in self.layers():
-            sa, ca, ffn = block.sa, block.ca, block.ffn
-            for linear in (sa.mat_qkv, sa.proj, ca.mat_q, ca.mat_kv, ca.proj, ffn.fc1, ffn.fc2):
-                linear.to(dtype)
-                large |= {id(parameter) for parameter in linear.parameters()}
-        for parameter in self.parameters():
-            if id(parameter) not in large:
-                parameter.data = parameter.data.float()
-        return self
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return next(self.layers()).sa.mat_qkv.weight.dtype
-
-    def layers(self) -> Iterator[Block]:
-        """The blocks in order, with their type."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            yield block
-
-    def adapter(self) -> ModelAdapter:
-        """The view of the blocks for calibration and policies."""
-        return ModelAdapter(
-            tuple(
-                BlockView(block, block.sa, block.sa.proj, lambda given: given[1].modulations[given[2]][:, 0])
-                for block in self.layers()
-            ),
-            self.config.heads,
-        )
 
     def unconditional(self, positions: int) -> Tensor:
         """The learnt features that stand for a prompt of so many positions, (M, E)."""
@@ -308,30 +275,25 @@ class Infinity(nn.Module):
         """Text features of every row, (M, E) each, of any lengths, to what the blocks need of them; `positions` as in
         `project_text`."""
         pooled_RC, text_RMC, mask_R11M = self.project_text(features, positions)
-        of_layers = list(self._of_layers(pooled_RC, text_RMC))
-        return TextCondition(
-            pooled_RC,
-            tuple(modulation for modulation, _ in of_layers),
-            tuple(keys_values for _, keys_values in of_layers),
-            mask_R11M,
-        )
+        modulations, keys_values = zip(*self._layer_conditions(pooled_RC, text_RMC), strict=True)
+        return TextCondition(pooled_RC, modulations, keys_values, mask_R11M)
 
-    def _of_layers(self, pooled_RC: Tensor, text_RMC: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    def _layer_conditions(self, pooled_RC: Tensor, text_RMC: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
         """Modulations, and keys and values of the prompts, layer by layer."""
         shared = self.shared_ada_lin(pooled_RC).view(-1, 1, 6, self.config.width)
         for block in self.layers():
             yield (shared + block.ada_gss).transpose(1, 2), block.ca.keys_and_values(text_RMC)
 
     def condition_again(self, condition: TextCondition, features: Sequence[Tensor]) -> None:
-        """Put those of other texts, no longer than it has positions, into a condition that was made with `positions`;
-        layer by layer, so that no second one is there."""
+        """Put other texts, no longer than it has positions, into a condition that was made with `positions`; layer by
+        layer, so that there is never a second whole one."""
         assert condition.mask_R11M is not None
         pooled_RC, text_RMC, mask_R11M = self.project_text(features, condition.mask_R11M.shape[-1])
         assert mask_R11M is not None
         condition.pooled_RC.copy_(pooled_RC)
         condition.mask_R11M.copy_(mask_R11M)
         held = zip(condition.modulations, condition.keys_values, strict=True)
-        for (own, (own_k, own_v)), (new, (k, v)) in zip(held, self._of_layers(pooled_RC, text_RMC), strict=True):
+        for (own, (own_k, own_v)), (new, (k, v)) in zip(held, self._layer_conditions(pooled_RC, text_RMC), strict=True):
             for target, source in ((own, new), (own_k, k), (own_v, v)):
                 target.copy_(source)
 
@@ -348,8 +310,9 @@ class Infinity(nn.Module):
     def hidden(self, x_RNC: Tensor, condition: TextCondition, rotation_2NP: Tensor, cache: Attend) -> Tensor:
         """The residual stream after the last block."""
         for layer, block in enumerate(self.blocks):
+            prompt = *condition.keys_values[layer], condition.mask_R11M
             with span(layer_name(layer)):
-                x_RNC = block(x_RNC, condition, layer, rotation_2NP, cache)
+                x_RNC = block(x_RNC, condition.modulations[layer], prompt, layer, rotation_2NP, cache)
         return x_RNC
 
     def logits(self, hidden_RNC: Tensor, condition: TextCondition) -> Tensor:

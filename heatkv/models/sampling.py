@@ -6,8 +6,9 @@ VAR, or one bit of a token of Infinity, bits of a token in a row; then V is 2.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -17,48 +18,56 @@ from heatkv.core.schema import number, whole
 from heatkv.errors import ModelError
 
 
-@runtime_checkable
-class Settings(Protocol):
-    """What samplers and models ask of the settings of either kind."""
+class Settings(ABC):
+    """What samplers and models ask of the settings of either kind: guidance, and what is cut off before a draw.
+
+    `top_k` and `top_p` of 0 cut nothing.
+    """
+
+    cfg: Any
+    top_k: int
+    top_p: float
+
+    def __post_init__(self) -> None:
+        for strength in _numbers(self.cfg):
+            number(strength, "cfg", ModelError, 0, 100)
+        whole(self.top_k, "top_k", ModelError, 0)
+        number(self.top_p, "top_p", ModelError, 0, 1)
 
     @property
+    @abstractmethod
     def guided(self) -> bool:
         """Whether unconditional rows run beside the conditional ones."""
 
     @property
-    def rows_per_image(self) -> int: ...
+    def rows_per_image(self) -> int:
+        return 2 if self.guided else 1
 
-    def guide(self, logits_RNV: Tensor, scale: int, scales: int) -> Tensor: ...
+    @abstractmethod
+    def guide(self, logits_RNV: Tensor, scale: int, scales: int) -> Tensor:
+        """Guided logits, (B, N, V), of one of `scales` scales."""
 
-    def cut(self, logits_BNV: Tensor) -> Tensor: ...
+    def cut(self, logits_BNV: Tensor) -> Tensor:
+        return cut_logits(logits_BNV, self.top_k, self.top_p)
 
     def to_json(self) -> dict[str, Any]:
         """Every setting by name."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
-    """Guidance strength (0 = none), whether it ramps up over the scales as VAR does, and what is cut off.
-
-    `top_k` and `top_p` of 0 cut nothing.
-    """
+class SamplingSettings(Settings):
+    """Guidance strength (0 = none), and whether it ramps up over the scales as VAR does."""
 
     cfg: float = 1.5
     ramp: bool = True
     top_k: int = 0
     top_p: float = 0.0
 
-    def __post_init__(self) -> None:
-        number(self.cfg, "cfg", ModelError, 0, 100)
-        _check_cut(self.top_k, self.top_p)
-
     @property
     def guided(self) -> bool:
         return self.cfg > 0
-
-    @property
-    def rows_per_image(self) -> int:
-        return 2 if self.guided else 1
 
     def guide(self, logits_RNV: Tensor, scale: int, scales: int) -> Tensor:
         """(1 + g) cond - g uncond, with g = cfg, or cfg k/(K-1) at scale k when it ramps; (B, N, V)."""
@@ -68,16 +77,9 @@ class SamplingSettings:
         conditional, unconditional = logits_RNV.chunk(2)
         return (1 + strength) * conditional - strength * unconditional
 
-    def cut(self, logits_BNV: Tensor) -> Tensor:
-        return cut_logits(logits_BNV, self.top_k, self.top_p)
-
-    def to_json(self) -> dict[str, Any]:
-        """Every setting by name."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class BitSamplingSettings:
+class BitSamplingSettings(Settings):
     """How Infinity's bits are chosen: each is a draw of its own between two codes (V = 2).
 
     `cfg` is the share of the conditional logits (1 = no guidance) and `tau` the temperature, each one number or one
@@ -91,25 +93,17 @@ class BitSamplingSettings:
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        for strength in _numbers(self.cfg):
-            number(strength, "cfg", ModelError, 0, 100)
+        super().__post_init__()
         if not all(0 < number(temperature, "tau", ModelError) <= 100 for temperature in _numbers(self.tau)):
             raise ModelError(f"tau is {self.tau}; a temperature is above 0 and at most 100")
-        _check_cut(self.top_k, self.top_p)
 
     @property
     def guided(self) -> bool:
         return any(strength != 1 for strength in _numbers(self.cfg))
 
-    @property
-    def rows_per_image(self) -> int:
-        return 2 if self.guided else 1
-
     def guide(self, logits_RNV: Tensor, scale: int, scales: int) -> Tensor:
         """g cond + (1 - g) uncond after division by tau, g and tau those of the scale; (B, N, V)."""
-        strength, temperature = (
-            _of_scale(x, name, scale, scales) for x, name in ((self.cfg, "cfg"), (self.tau, "tau"))
-        )
+        strength, temperature = _at_scale(self.cfg, "cfg", scale, scales), _at_scale(self.tau, "tau", scale, scales)
         logits_RNV = logits_RNV / temperature
         if not self.guided:
             return logits_RNV
@@ -117,29 +111,17 @@ class BitSamplingSettings:
         # at 1 the unconditional half must not matter at all, not even when it overflowed
         return conditional if strength == 1 else strength * conditional + (1 - strength) * unconditional
 
-    def cut(self, logits_BNV: Tensor) -> Tensor:
-        return cut_logits(logits_BNV, self.top_k, self.top_p)
-
-    def to_json(self) -> dict[str, Any]:
-        """Every setting by name."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
 
 def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _of_scale(value: float | tuple[float, ...], name: str, scale: int, scales: int) -> float:
+def _at_scale(value: float | tuple[float, ...], name: str, scale: int, scales: int) -> float:
     if not isinstance(value, tuple):
         return value
     if len(value) != scales:
         raise ModelError(f"{name} has {len(value)} values for {scales} scales; give one, or one per scale")
     return value[scale]
-
-
-def _check_cut(top_k: int, top_p: float) -> None:
-    whole(top_k, "top_k", ModelError, 0)
-    number(top_p, "top_p", ModelError, 0, 1)
 
 
 def cut_logits(logits_BNV: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -213,9 +195,6 @@ class CommonRandomSampler:
     picture is a change in the logits.
     """
 
-    def __init_subclass__(cls) -> None:
-        raise TypeError("drawing calls the parts of CommonRandomSampler; write a class with a choose() of its own")
-
     def __init__(self, seed: int, samples: Sequence[int], settings: Settings) -> None:
         self._seed, self._samples, self.settings = seed, tuple(samples), settings
 
@@ -223,15 +202,15 @@ class CommonRandomSampler:
         """Gumbel noise, always made on the host."""
         if len(noise_BNV) != len(self._samples):
             raise ModelError(f"{len(noise_BNV)} images were drawn for {len(self._samples)} samples")
-        made = noise_BNV
+        host_BNV = noise_BNV
         if noise_BNV.device.type not in ("cpu", "meta"):
             # its copy does not make the host wait; the allocator uses this memory again only after the copy
-            made = torch.empty(noise_BNV.shape, pin_memory=noise_BNV.is_cuda)
-        for row, sample in zip(made, self._samples, strict=True):
+            host_BNV = torch.empty(noise_BNV.shape, pin_memory=noise_BNV.is_cuda)
+        for row, sample in zip(host_BNV, self._samples, strict=True):
             row.uniform_(generator=torch.Generator().manual_seed(noise_seed(self._seed, sample, scale)))
-        made.clamp_(min=1e-20).log_().neg_().log_().neg_()
-        if made is not noise_BNV:
-            noise_BNV.copy_(made, non_blocking=noise_BNV.is_cuda)
+        host_BNV.clamp_(min=1e-20).log_().neg_().log_().neg_()
+        if host_BNV is not noise_BNV:
+            noise_BNV.copy_(host_BNV, non_blocking=noise_BNV.is_cuda)
 
     def pick(self, logits_BNV: Tensor, noise_BNV: Tensor) -> Tensor:
         return (self.settings.cut(logits_BNV) + noise_BNV).argmax(dim=-1)
@@ -240,18 +219,6 @@ class CommonRandomSampler:
         noise_BNV = torch.empty(logits_BNV.shape, device=logits_BNV.device)
         self.noise(scale, noise_BNV)
         return self.pick(logits_BNV, noise_BNV)
-
-
-class PublicSampler:
-    """The public models' own draw order, for parity: one generator, one multinomial call per scale over all choices."""
-
-    def __init__(self, generator: torch.Generator, settings: Settings) -> None:
-        self._generator, self._settings = generator, settings
-
-    def choose(self, scale: int, logits_BNV: Tensor) -> Tensor:
-        batch, count, codes = logits_BNV.shape
-        shares = self._settings.cut(logits_BNV).softmax(dim=-1).view(batch * count, codes)
-        return torch.multinomial(shares, 1, replacement=True, generator=self._generator).view(batch, count)
 
 
 class RecordedTokens:

@@ -60,31 +60,30 @@ class T5TextEncoder:
                 "features"
             ) from error
         folder = Path(source)
-        if folder.exists() and not folder.is_dir():
-            raise ModelError(f"no T5 encoder can be loaded from {source}: it is a file; name the folder that holds it")
-        if not folder.is_dir() and not _HUB_NAME.fullmatch(str(source)):
-            raise ModelError(f"no T5 encoder can be loaded from {source}: it is neither a folder nor a hub name")
+        local = folder.is_dir()
+        if folder.exists() and not local:
+            raise _not_loaded(source, "it is a file; name the folder that holds it")
+        if not local and not _HUB_NAME.fullmatch(str(source)):
+            raise _not_loaded(source, "it is neither a folder nor a hub name")
         # without any of these, transformers makes a tokenizer that knows no word
-        if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZERS):
-            raise ModelError(f"no T5 encoder can be loaded from {source}: it holds none of {', '.join(_TOKENIZERS)}")
+        if local and not any((folder / name).exists() for name in _TOKENIZERS):
+            raise _not_loaded(source, f"it holds none of {', '.join(_TOKENIZERS)}")
         try:
             with _quietly():
-                local = folder.is_dir()
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     str(source), trust_remote_code=False, local_files_only=local
                 )
-                encoder, told = T5EncoderModel.from_pretrained(
+                encoder, report = T5EncoderModel.from_pretrained(
                     str(source), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
                     trust_remote_code=False, weights_only=True, local_files_only=local,
                 )  # fmt: skip
         except Exception as error:  # transformers and tokenizers raise nearly everything for damaged files
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"no T5 encoder can be loaded from {source}: {reason}") from error
+            raise _not_loaded(source, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
         # transformers would go on with random numbers in their place
-        unfit = {f"{name} is missing" for name in told["missing_keys"]}
-        unfit |= {f"{name} is of another shape" for name, *_ in told["mismatched_keys"]}
+        unfit = {f"{name} is missing" for name in report["missing_keys"]}
+        unfit |= {f"{name} is of another shape" for name, *_ in report["mismatched_keys"]}
         if unfit:
-            raise ModelError(f"no T5 encoder can be loaded from {source}: {min(unfit)}")
+            raise _not_loaded(source, min(unfit))
         known, embedded = len(self._tokenizer), encoder.config.vocab_size
         if known > embedded:
             raise ModelError(f"the tokenizer in {source} knows {known} tokens, the encoder {embedded}")
@@ -105,3 +104,7 @@ class T5TextEncoder:
                     f"{way_out(self._encoder.dtype)}"
                 )
         return features
+
+
+def _not_loaded(source: str | Path, reason: str) -> ModelError:
+    return ModelError(f"no T5 encoder can be loaded from {source}: {reason}")

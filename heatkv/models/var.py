@@ -1,7 +1,7 @@
 """VAR: the class-conditional next-scale transformer (Tian et al. 2024), from its published facts.
 
-The state dict has the public checkpoints' names. A model never sees a cache's insides: every block hands
-its queries, keys and values to one verb, `attend(layer, q, k, v)`, and adds what comes back.
+The state dict has the public checkpoints' names. A model never sees a cache's insides: every block hands its queries,
+keys and values to one verb, `attend(layer, q, k, v)`, and adds what comes back. Parts that Infinity shares come first.
 
 Shapes: R rows (images, doubled by guidance), N tokens of the running scale, C width, H heads, D head size,
 L tokens of all scales, V codes, Z code channels.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,128 @@ class Attend(Protocol):
     """
 
     def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor: ...
+
+
+# ------------------------------------------------------------------------------------- what both families share
+
+
+def layer_norm(x_RNC: Tensor) -> Tensor:
+    """Over the width, without gain and bias."""
+    return F.layer_norm(x_RNC, (x_RNC.shape[-1],), eps=NORM_EPS)
+
+
+def modulated(x_RNC: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """The normalised stream with the gain and the shift of AdaLN."""
+    return torch.addcmul(shift, layer_norm(x_RNC), gain + 1)
+
+
+class AttentionProjections(nn.Module):
+    """The projections around self-attention. Keys have no bias; with `l2_norm` every head learns a temperature."""
+
+    def __init__(self, width: int, heads: int, l2_norm: bool = True) -> None:
+        super().__init__()
+        self.heads, self.l2_norm = heads, l2_norm
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        if l2_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        self.proj = nn.Linear(width, width)
+
+    def projected(self, u_RNC: Tensor) -> Tensor:
+        """Queries, keys and values with their biases, (3, R, H, N, D)."""
+        weight = self.mat_qkv.weight
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(weight.dtype)
+        qkv = F.linear(u_RNC.to(weight.dtype), weight, bias).unflatten(-1, (3, self.heads, -1))
+        return qkv.permute(2, 0, 3, 1, 4)
+
+    def temperature(self) -> Tensor:
+        """What normalised queries are multiplied with, (1, H, 1, 1)."""
+        return self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
+
+    def project(self, out_RHND: Tensor) -> Tensor:
+        out: Tensor = self.proj(merge_heads(out_RHND))
+        return out
+
+
+def merge_heads(x_RHND: Tensor) -> Tensor:
+    """(R, N, H * D)."""
+    return x_RHND.transpose(1, 2).flatten(2)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, u_RNC: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(u_RNC.to(self.fc1.weight.dtype)), approximate="tanh"))
+        return out
+
+
+class HeadNorm(nn.Module):
+    """The AdaLN before the logits: gain and shift only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x_RNC: Tensor, condition_RC: Tensor) -> Tensor:
+        gain, shift = self.ada_lin(condition_RC).view(-1, 1, 2, condition_RC.shape[-1]).unbind(2)
+        return modulated(x_RNC, gain, shift)
+
+
+class TransformerBlock(Protocol):
+    """What a transformer of either family asks of its blocks.
+
+    The second argument of `forward` has the AdaLN vectors (R, 6, 1, C), of which the first is the gate of attention.
+    """
+
+    @property
+    def attention(self) -> AttentionProjections: ...
+
+    @property
+    def matrices(self) -> tuple[nn.Linear, ...]:
+        """The large layers, whose type is the compute type."""
+
+
+BlockT = TypeVar("BlockT", bound=TransformerBlock)
+
+
+class Transformer(nn.Module, Generic[BlockT]):
+    """Blocks in order. The residual stream and the head stay in fp32; the blocks' matrices may be bf16 or fp16."""
+
+    blocks: nn.ModuleList
+
+    def layers(self) -> Iterator[BlockT]:
+        """The blocks in order, with their type."""
+        return cast(Iterator[BlockT], iter(self.blocks))
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> Self:
+        """Store the blocks' large matrices in `dtype`, everything else in fp32."""
+        large = {id(x) for block in self.layers() for linear in block.matrices for x in linear.to(dtype).parameters()}
+        for parameter in self.parameters():
+            if id(parameter) not in large:
+                parameter.data = parameter.data.float()
+        return self
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return next(self.layers()).attention.mat_qkv.weight.dtype
+
+    def adapter(self) -> ModelAdapter:
+        """The view of the blocks for calibration and policies."""
+        views = (
+            BlockView(block, attention := block.attention, attention.proj, lambda arguments: arguments[1][:, 0])
+            for block in self.layers()
+        )
+        return ModelAdapter(tuple(views), next(self.layers()).attention.heads)
+
+
+# ---------------------------------------------------------------------------------------------------- VAR itself
 
 
 @dataclass(frozen=True)
@@ -64,60 +186,18 @@ class VARConfig:
         return ScaleSchedule.square(self.patch_sides)
 
 
-class SelfAttention(nn.Module):
-    """Self-attention of one block. Keys have no bias; with `l2_norm` every head learns its own temperature."""
-
-    def __init__(self, config: VARConfig) -> None:
-        super().__init__()
-        width, heads = config.width, config.heads
-        self.heads = heads
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.zero_k_bias: Tensor
-        self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.l2_norm = config.l2_norm
-        if config.l2_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        self.proj = nn.Linear(width, width)
+class SelfAttention(AttentionProjections):
+    """Self-attention of one block, over normalised queries and keys or plain ones."""
 
     def qkv(self, u_RNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (scaled for a softmax of scale 1), keys as they are cached, and values."""
-        rows, tokens, _ = u_RNC.shape
-        weight = self.mat_qkv.weight
-        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(weight.dtype)
-        qkv = F.linear(u_RNC.to(weight.dtype), weight, bias)
-        q, k, v = qkv.view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.projected(u_RNC).unbind(0)
         if self.l2_norm:
-            scale = self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
-            q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
+            q = (F.normalize(q.float(), dim=-1) * self.temperature()).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
         else:
             q = q * (0.25 / math.sqrt(q.shape[-1]))
         return q, k, v
-
-    def project(self, out_RHND: Tensor) -> Tensor:
-        rows, heads, tokens, dim = out_RHND.shape
-        out: Tensor = self.proj(out_RHND.transpose(1, 2).reshape(rows, tokens, heads * dim))
-        return out
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a tanh GELU between them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, u_RNC: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(u_RNC.to(self.fc1.weight.dtype)), approximate="tanh"))
-        return out
-
-
-def layer_norm(x_RNC: Tensor) -> Tensor:
-    """Over the width, without gain and bias."""
-    return F.layer_norm(x_RNC, (x_RNC.shape[-1],), eps=NORM_EPS)
 
 
 class Block(nn.Module):
@@ -125,13 +205,20 @@ class Block(nn.Module):
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
-        self.attn = SelfAttention(config)
+        self.attn = SelfAttention(config.width, config.heads, config.l2_norm)
         self.ffn = FeedForward(config.width, round(config.width * config.mlp_ratio))
-        self.shared_adaln = config.shared_adaln
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+
+    @property
+    def attention(self) -> SelfAttention:
+        return self.attn
+
+    @property
+    def matrices(self) -> tuple[nn.Linear, ...]:
+        return self.attn.mat_qkv, self.attn.proj, self.ffn.fc1, self.ffn.fc2
 
     def modulation(self, class_RC: Tensor, shared_R16C: Tensor | None) -> Tensor:
         """(R, 6, 1, C): gates, gains and shifts of attention and feed-forward."""
@@ -143,22 +230,10 @@ class Block(nn.Module):
 
     def forward(self, x_RNC: Tensor, modulation_R61C: Tensor, layer: int, cache: Attend) -> Tensor:
         gate1, gate2, gain1, gain2, shift1, shift2 = modulation_R61C.unbind(1)
-        q, k, v = self.attn.qkv(torch.addcmul(shift1, layer_norm(x_RNC), gain1 + 1))
+        q, k, v = self.attn.qkv(modulated(x_RNC, gain1, shift1))
         x_RNC = torch.addcmul(x_RNC, self.attn.project(cache.attend(layer, q, k, v)), gate1)
         with span(FEED_FORWARD):
-            return torch.addcmul(x_RNC, self.ffn(torch.addcmul(shift2, layer_norm(x_RNC), gain2 + 1)), gate2)
-
-
-class HeadNorm(nn.Module):
-    """The AdaLN before the logits: gain and shift only."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x_RNC: Tensor, class_RC: Tensor) -> Tensor:
-        gain, shift = self.ada_lin(class_RC).view(-1, 1, 2, class_RC.shape[-1]).unbind(2)
-        return torch.addcmul(shift, layer_norm(x_RNC), gain + 1)
+            return torch.addcmul(x_RNC, self.ffn(modulated(x_RNC, gain2, shift2)), gate2)
 
 
 @dataclass(frozen=True)
@@ -169,13 +244,13 @@ class Condition:
     modulations: tuple[Tensor, ...]
 
     def copy_(self, other: Condition) -> None:
-        """Take over another one's numbers."""
+        """Take over the numbers of another condition."""
         for own, new in zip((self.class_RC, *self.modulations), (other.class_RC, *other.modulations), strict=True):
             own.copy_(new)
 
 
-class VAR(nn.Module):
-    """The transformer. The residual stream and the head stay in fp32; the blocks' matrices may be bf16 or fp16."""
+class VAR(Transformer[Block]):
+    """The transformer of VAR, for the one schedule that its positions were trained for."""
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
@@ -187,11 +262,6 @@ class VAR(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, self.schedule.tokens[0], width))
         self.pos_1LC = nn.Parameter(torch.empty(1, total, width))
         self.lvl_embed = nn.Embedding(len(self.schedule), width)
-        levels = torch.repeat_interleave(
-            torch.arange(len(self.schedule)), torch.tensor(self.schedule.tokens), output_size=total
-        )
-        self.lvl_1L: Tensor
-        self.register_buffer("lvl_1L", levels[None])
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -199,32 +269,6 @@ class VAR(nn.Module):
         self.head = nn.Linear(width, config.vocab_size)
         for parameter in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(parameter, std=math.sqrt(1 / width / 3))
-
-    def set_compute_dtype(self, dtype: torch.dtype) -> VAR:
-        """Store the blocks' large matrices in `dtype`; everything else stays fp32."""
-        for block in self.layers():
-            for linear in (block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2):
-                linear.to(dtype)
-        return self
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return next(self.layers()).attn.mat_qkv.weight.dtype
-
-    def layers(self) -> Iterator[Block]:
-        """The blocks in order, with their type."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            yield block
-
-    def adapter(self) -> ModelAdapter:
-        """The view of the blocks for calibration and policies."""
-        return ModelAdapter(
-            tuple(
-                BlockView(block, block.attn, block.attn.proj, lambda given: given[1][:, 0]) for block in self.layers()
-            ),
-            self.config.heads,
-        )
 
     def condition(self, classes_R: Tensor) -> Condition:
         """Class indices (R,), `num_classes` for "no class", to what the blocks need of them."""
@@ -234,20 +278,19 @@ class VAR(nn.Module):
             shared = self.shared_ada_lin(class_RC).view(-1, 1, 6, class_RC.shape[-1])
         return Condition(class_RC, tuple(block.modulation(class_RC, shared) for block in self.layers()))
 
-    def positions(self, tokens: slice = slice(None)) -> Tensor:
-        """Position plus scale embedding of these tokens of the sequence (default: all), (1, L, C)."""
-        out: Tensor = self.pos_1LC[:, tokens] + self.lvl_embed(self.lvl_1L[:, tokens])
-        return out
+    def positions(self, scale: int) -> Tensor:
+        """Position plus scale embedding of the tokens of a scale, (1, N, C)."""
+        return self.pos_1LC[:, self.schedule.slice(scale)] + self.lvl_embed.weight[scale]
 
     def first_input(self, condition: Condition) -> Tensor:
+        """The start tokens of scale 0, (R, N, C)."""
         start = condition.class_RC[:, None].expand(-1, self.schedule.tokens[0], -1) + self.pos_start
-        return start + self.positions(self.schedule.slice(0))
+        return start + self.positions(0)
 
     def next_input(self, map_BZpp: Tensor, scale: int) -> Tensor:
         """The input tokens of `scale`, (B, N, C), from the area-resized sum of codes."""
-        tokens = self.word_embed(map_BZpp.flatten(2).transpose(1, 2).float())
-        out: Tensor = tokens + self.positions(self.schedule.slice(scale))
-        return out
+        tokens: Tensor = self.word_embed(map_BZpp.flatten(2).transpose(1, 2).float())
+        return tokens + self.positions(scale)
 
     def hidden(self, x_RNC: Tensor, condition: Condition, cache: Attend) -> Tensor:
         """The residual stream after the last block."""

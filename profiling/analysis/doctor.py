@@ -21,7 +21,8 @@ from heatkv.generation.loop import Generator, run_scales
 from heatkv.models.base import ImageModel
 from heatkv.models.catalogue import load_model
 from heatkv.models.sampling import CommonRandomSampler
-from heatkv.testing.contract import check_policy, small_geometries
+from heatkv.testing.contract import check_policy
+from heatkv.testing.material import small_geometries
 
 PICTURES = 2
 POLICIES = ("heatkv", "snapkv")

@@ -20,14 +20,14 @@ from torch import nn
 from heatkv.core.budget import parse_bytes
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.storage_type import StorageType
+from heatkv.core.storage_type import StorageType, torch_dtype
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.attention.grouped import GROUP_BYTES
 from heatkv.errors import HeatKVError
 from heatkv.generation.loop import run_scales
 from heatkv.models import emoji as emoji_model
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE
-from heatkv.models.catalogue import COMPUTE_DTYPES, VAR_SAMPLING, ModelInfo
+from heatkv.models.catalogue import VAR_SAMPLING, ModelInfo
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.infinity import INFINITY_2B, INFINITY_8B, Infinity
 from heatkv.models.sampling import CommonRandomSampler
@@ -163,7 +163,7 @@ def table_bytes(geometry: CacheGeometry, coded: bool = False) -> int:
 def _one_image(
     info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool, coding: str | None
 ) -> Footprint:
-    geometry, rows, compute = info.geometry(size, ratio), 2 if guided else 1, COMPUTE_DTYPES[dtype]
+    geometry, rows, compute = info.geometry(size, ratio), 2 if guided else 1, torch_dtype(dtype)
     storage = str(StorageType(dtype, coding))
     uncoded, coded = geometry.token_head_bytes(rows, storage)
     gathered = 2 * rows * geometry.schedule.total_tokens * geometry.head_dim * compute.itemsize

@@ -108,7 +108,7 @@ def spread(values: FloatArray) -> Spread:
 @dataclass(frozen=True)
 class Compared:
     """What one plan gives over some images: KL and agreement summed over the tokens of every scale, and similarities of
-    the pictures that were drawn freely; None is what was not measured. `choices` are made of every token."""
+    the pictures that were drawn freely; None is what was not measured. A token has `choices` values to agree on."""
 
     tokens: tuple[int, ...]
     choices: int
@@ -164,8 +164,8 @@ class FidelityBench:
     """Draws references with the full cache, and compares any number of plans with them.
 
     `images` samples are teacher-forced, the first `pictures` of them also drawn freely. A batch's reference is drawn
-    when the batch is first compared, and kept with all others or, unless `hold`, until another is. `progress` is told
-    of images drawn.
+    when the batch is first compared, and kept with all others or, unless `hold`, until another is. `progress` is called
+    with the number of images drawn.
     """
 
     def __init__(
@@ -205,6 +205,9 @@ class FidelityBench:
 
     def compare(self, make: Callable[[int], Generator[Any]]) -> Compared:
         """What the generators draw that `make` makes for so many images, compared with the full cache."""
+        if self._hold:  # before there is another cache
+            for index in range(len(self.batches)):
+                self.reference(index)
         sizes = {len(samples) for samples in self.batches}
         by_size = {size: make(size) for size in sizes}  # equal batches share a generator, and so a cache
         return Compared.join([self.compare_batch(by_size[len(b)], index) for index, b in enumerate(self.batches)])
@@ -233,9 +236,7 @@ class FidelityBench:
             kl.append(kl_divergence(reference[scale], logits).sum(1))
             agree.append((reference[scale].argmax(-1) == logits.argmax(-1)).sum(1).double())
 
-        generator.draw(
-            self._labels(samples), sampler=RecordedTokens(drawn.tokens), observe=observe, decode=False
-        )  # fmt: skip
+        generator.draw(self._labels(samples), sampler=RecordedTokens(drawn.tokens), observe=observe, decode=False)
         sums, agreements = (torch.stack(found, dim=1).cpu().numpy() for found in (kl, agree))
         self._progress(len(samples))
         if not np.isfinite(sums).all():
@@ -335,7 +336,7 @@ def drawings(samples: range, pictures: int) -> int:
 def save_compared(path: Path, plans: Sequence[Compared], pictures: int) -> None:
     """Write what one batch of images gave under every plan of a subject. Raises FormatError.
 
-    Pictures are kept in 8 bits, as they are shown, but in full where the FID of so many `pictures` is to be told.
+    Pictures are kept in 8 bits, as they are shown, but in full where there are enough `pictures` for an FID.
     """
     arrays = {
         name: np.stack([getattr(plan, name) for plan in plans])
@@ -358,9 +359,7 @@ def load_compared(path: Path) -> list[Compared]:
             values: dict[str, Any] = {name: array[plan] for name, array in arrays.items()}
             if PICTURES in values:
                 drawn = torch.from_numpy(values[PICTURES])
-                values[PICTURES] = (
-                    drawn.permute(0, 3, 1, 2).float() / 255 if drawn.dtype == torch.uint8 else drawn
-                )  # fmt: skip
+                values[PICTURES] = drawn.permute(0, 3, 1, 2).float() / 255 if drawn.dtype == torch.uint8 else drawn
             plans.append(Compared(tuple(header["tokens"]), header["choices"], **values))
     except (KeyError, TypeError, IndexError) as error:
         raise FormatError(f"{path} is no part of a comparison: {error}; delete it, and start again") from error

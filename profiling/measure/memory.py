@@ -44,7 +44,7 @@ from heatkv.profiling.results.ledgers import (
 from heatkv.profiling.results.row import Memory
 
 Open = Callable[[bool], Generator[Any]]
-"""Opens a cache and what draws with it; told whether with CUDA graphs."""
+"""Opens a cache and what draws with it, with CUDA graphs or without."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=ImageModel[Any])
@@ -162,8 +162,7 @@ class AllocatorMeter:
 
     def peaks(self) -> AllocatorPeaks:
         torch.cuda.synchronize(self._device)
-        told = torch.cuda.memory_stats(self._device)
-        requested = told.get("requested_bytes.all.peak")
+        requested = torch.cuda.memory_stats(self._device).get("requested_bytes.all.peak")
         return AllocatorPeaks(
             requested_bytes=None if requested is None else int(requested),
             allocated_bytes=torch.cuda.max_memory_allocated(self._device),

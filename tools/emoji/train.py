@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heatkv.core.io import replacing, write_text
+from heatkv.core.schedule import ScaleSchedule
 from heatkv.generation.images import image_grid
 from heatkv.generation.loop import generate
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS, load
@@ -136,8 +137,9 @@ def vqvae(images: Images, work: Work, steps: int = 2000, batch: int = 16, seed: 
 class TeacherForcing:
     """`attend` for a whole sequence at once: a token sees every token of its own and of coarser scales."""
 
-    def __init__(self, levels_L: Tensor) -> None:
-        self.mask_LL = levels_L[:, None] >= levels_L[None, :]
+    def __init__(self, schedule: ScaleSchedule) -> None:
+        scale_L = torch.repeat_interleave(torch.arange(len(schedule)), torch.tensor(schedule.tokens))
+        self.mask_LL = scale_L[:, None] >= scale_L[None, :]
 
     def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q_RHND, k_RHND, v_RHND, attn_mask=self.mask_LL, scale=1.0)
@@ -196,7 +198,8 @@ def forced_logits(model: VAR, labels_B: Tensor, maps_BLZ: Tensor, mask: TeacherF
     condition: Condition = model.condition(labels_B)
     first = model.schedule.tokens[0]
     x = torch.cat([condition.class_RC[:, None].expand(-1, first, -1) + model.pos_start, model.word_embed(maps_BLZ)], 1)
-    logits: Tensor = model(x + model.positions(), condition, mask)
+    positions = torch.cat([model.positions(scale) for scale in range(len(model.schedule))], 1)
+    logits: Tensor = model(x + positions, condition, mask)
     return logits
 
 
@@ -238,7 +241,7 @@ def transformer(
         adamw.load_state_dict(state["adamw"])
         generator.set_state(state["generator"])
         start = state["step"]
-    mask = TeacherForcing(model.lvl_1L[0])
+    mask = TeacherForcing(model.schedule)
     weight_L = torch.cat(
         [torch.full((n,), 1 / side) for n, side in zip(model.schedule.tokens, VAR_CONFIG.patch_sides, strict=True)]
     )

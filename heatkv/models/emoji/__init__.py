@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from heatkv.models.base import fingerprint
 from heatkv.models.checkpoint import build_var, build_vqvae, read_safetensors
-from heatkv.models.class_conditional import ClassConditionalModel, fingerprint
+from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import SamplingSettings
 from heatkv.models.var import VARConfig
 from heatkv.models.vqvae import VQVAEConfig
@@ -47,14 +48,11 @@ WEIGHTS = Path(__file__).parent / "emoji.safetensors"
 
 def load(path: Path = WEIGHTS) -> ClassConditionalModel:
     """The embedded model, in fp32 on the CPU."""
-    state = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in read_safetensors(path).items()
-    }
+    tensors = read_safetensors(path)
 
     def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor.float() for name, tensor in state.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
-    transformer = build_var(part("transformer."))
-    vqvae = build_vqvae(part("vqvae."), transformer.config.patch_sides)
+    transformer = build_var(part("transformer."), VAR_CONFIG)
+    vqvae = build_vqvae(part("vqvae."), VQVAE_CONFIG.patch_sides)
     return ClassConditionalModel("emoji", transformer, vqvae, SAMPLING, fingerprint(transformer), CLASSES)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heatkv.models.sampling import PublicSampler, SamplingSettings
+from heatkv.models.sampling import SamplingSettings
 from heatkv.models.vqvae import VQVAE
+from support.public_sampler import PublicSampler
 
 
 class SelfAttention(nn.Module):

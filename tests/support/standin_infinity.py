@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from standin_var import FeedForward, HeadNorm, modulated
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from support.standin_var import FeedForward, HeadNorm, modulated
 
 Scales = Sequence[tuple[int, int, int]]
 
