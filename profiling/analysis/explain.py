@@ -140,7 +140,8 @@ def worth_of(plan: Plan, statistics: Statistics) -> Worth:
     """
     # half a token-head stands for none, which is no budget
     share = Fraction(max(2 * plan.budget_token_heads, 1), 2 * plan.geometry.full_token_heads)
-    problem = PlanningProblem(plan.geometry, Budget("share", share), statistics)
+    problem = PlanningProblem(plan.geometry, Budget("share", share))
+    statistics.check_geometry(plan.geometry)
     policy = _policy(plan)
     policy.check(problem)
     capacity, own, lacking = policy.capacity(problem), _own_measure(plan), list[str]()
