@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import to_builtins
 from yardstick import matrix_product_ms, parse
 
 from heatkv.core.budget import Budget
@@ -115,7 +116,7 @@ def measure(model: str, budget: str) -> dict[str, Any]:
 def main() -> None:
     arguments = parse(__doc__, MODELS)
     torch.set_num_threads(1)
-    before = environment(torch.device("cpu"))
+    before = to_builtins(environment(torch.device("cpu")))
     rows = []
     print("model        budget |   LP s      gap |  greedy s      gap (own bound) |   rule s  of bound | product ms")
     for model in arguments.models:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import to_builtins
 from yardstick import matrix_product_ms
 
 from heatkv.core.budget import Budget
@@ -91,7 +92,10 @@ def main() -> None:
     print(f"largest: {worst}; asked: 1, {MOST_RUNS}, {MOST_LAYOUT_S}")
     print(f"1024 cubed fp32 product: {before:.1f} ms before, {matrix_product_ms():.1f} ms after")
     if out is not None:
-        told = {"environment": environment(torch.device("cpu")), "matrix_product_1024_fp32_processor_ms": before}
+        told = {
+            "environment": to_builtins(environment(torch.device("cpu"))),
+            "matrix_product_1024_fp32_processor_ms": before,
+        }
         write_json(out, told | {"rows": rows}, indent=1)
 
 

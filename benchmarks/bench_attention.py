@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec import to_builtins
 from numpy.typing import NDArray
 from yardstick import matrix_product_ms
 
@@ -208,7 +209,7 @@ def main() -> None:
     if given.out is not None:
         earlier = read_json(given.out)["rows"] if given.out.exists() else []
         cases = {(row["model"], row["dtype"]): row for row in (*earlier, *rows)}
-        told = {"environment": environment(torch.device("cpu"))}
+        told = {"environment": to_builtins(environment(torch.device("cpu")))}
         write_json(given.out, told | {"rows": list(cases.values())}, indent=1)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import to_builtins
 from random_models import labels_of, random_model
 from yardstick import matrix_product_ms
 
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    told = environment(torch.device("cpu"))
+    told = to_builtins(environment(torch.device("cpu")))
     rows: dict[str, Any] = {}
     if given.out is not None and given.out.exists():
         rows = {f"{row['case']} {row['dtype']}": row for row in read_json(given.out)["rows"]}

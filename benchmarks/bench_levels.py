@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import to_builtins
 from yardstick import matrix_product_ms, parse
 
 from heatkv.core.budget import Budget
@@ -126,7 +127,7 @@ def main() -> None:
     arguments = parse(__doc__, TARGET_SECONDS)
     torch.set_num_threads(1)
     told = {
-        "environment": environment(torch.device("cpu")),
+        "environment": to_builtins(environment(torch.device("cpu"))),
         "seed": SEED,
         "target_seconds": TARGET_SECONDS,
         "target_gap": TARGET_GAP,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import to_builtins
 from yardstick import matrix_product_ms
 
 from heatkv.calibration.level_costs import calibrate_levels
@@ -26,7 +27,7 @@ from heatkv.models.catalogue import load_model
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.measure.environment import environment
 from heatkv.profiling.measure.fidelity import FidelityBench
-from heatkv.profiling.measure.runner import Subject, fidelity_row
+from heatkv.profiling.measure.subjects import Subject
 
 SHARES = (Fraction(20, 100), Fraction(10, 100), Fraction(65, 1000))
 SAMPLES, IMAGES, ROWS, SEED = 64, 32, 2, 1
@@ -52,7 +53,7 @@ def measure(dtype: str, measured: Statistics) -> list[dict[str, Any]]:
             plan = make_policy(policy).plan(problem)
             subject = Subject(policy, str(budget), (plan,), storage)
             cache = subject.generator(model, model.sampling, 0, 1).cache
-            figures, _ = fidelity_row(bench, subject)
+            figures = bench.measure(subject)
             allowed = None if policy == "full" else int(budget.amount)
             rows.append({
                 "policy": policy, "dtype": dtype, "storage": storage, "budget_bytes": allowed,
@@ -60,7 +61,7 @@ def measure(dtype: str, measured: Statistics) -> list[dict[str, Any]]:
                 "allocated_bytes": cache.allocated_bytes,
                 "allocated_over_full": round(cache.allocated_bytes / full_bytes, 4),
                 "token_heads_share": round(plan.peak_token_heads / model.geometry.full_token_heads, 4),
-                **{name: figures[name] for name in ("kl", "top1_agreement", "psnr_db", "ssim")},
+                **{name: getattr(figures, name) for name in ("kl", "top1_agreement", "psnr_db", "ssim")},
             })  # fmt: skip
             row = rows[-1]
             print(
@@ -82,7 +83,10 @@ def main() -> None:
     measured = calibrate(model, SAMPLES).with_levels(calibrate_levels(model, 32))
     rows = [row for dtype in ("float32", "bfloat16") for row in measure(dtype, measured)]
     if out is not None:
-        told = {"environment": environment(torch.device("cpu")), "matrix_product_1024_fp32_processor_ms": before}
+        told = {
+            "environment": to_builtins(environment(torch.device("cpu"))),
+            "matrix_product_1024_fp32_processor_ms": before,
+        }
         counts = {"calibration_samples": SAMPLES, "images": IMAGES, "seed": SEED}
         write_json(out, told | counts | {"rows": rows}, indent=1)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import to_builtins
 
 from heatkv.calibration.fisher import calibrate_fisher
 from heatkv.calibration.level_costs import calibrate_levels
@@ -126,7 +127,9 @@ def main() -> None:
                         "kl": np.mean([x.kl_of_images() for x in found], axis=0).round(6).tolist(),
                         "psnr_db": np.mean([np.concatenate(x.psnr_db) for x in found], axis=0).round(3).tolist(),
                     }  # fmt: skip
-                    write_json(out, {"environment": environment(model.device), "images": IMAGES, "rows": rows})
+                    write_json(
+                        out, {"environment": to_builtins(environment(model.device)), "images": IMAGES, "rows": rows}
+                    )
                     print(
                         key,
                         json.dumps({f: round(float(np.mean(rows[key][f])), 4) for f in ("kl", "psnr_db")}),

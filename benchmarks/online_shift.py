@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec import to_builtins
 from yardstick import matrix_product_ms
 
 from heatkv.calibration.level_costs import calibrate_levels
@@ -164,7 +165,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     told = {
-        "environment": environment(torch.device("cpu")), "matrix_product_1024_fp32_processor_ms": matrix_product_ms(),
+        "environment": to_builtins(environment(torch.device("cpu"))),
+        "matrix_product_1024_fp32_processor_ms": matrix_product_ms(),
         "budget": BUDGET, "batch": BATCH, "calibration_samples": CALIBRATION, "images_per_seed": IMAGES,
         "drawn_before": BEFORE, "drawn_after": AFTER, "every": EVERY, "half_life": HALF_LIFE, "threshold": THRESHOLD,
     }  # fmt: skip

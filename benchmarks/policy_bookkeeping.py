@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from msgspec import to_builtins
 from yardstick import matrix_product_ms
 
 from heatkv.calibration.level_costs import calibrate_levels
@@ -98,7 +99,7 @@ def main() -> None:
         )
     print(f"1024 cubed fp32 product: {before:.1f} ms before, {matrix_product_ms():.1f} ms after")
     if out is not None:
-        told = environment(torch.device("cpu"))
+        told = to_builtins(environment(torch.device("cpu")))
         write_json(out, {"environment": told, "matrix_product_1024_fp32_processor_ms": before, "rows": rows}, indent=1)
 
 

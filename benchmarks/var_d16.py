@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import to_builtins
 from random_models import random_model
 from torch import Tensor
 
@@ -76,9 +77,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     out = parser.parse_args().out
     torch.set_num_threads(1)
-    before = environment(torch.device("cpu"))
+    before = to_builtins(environment(torch.device("cpu")))
     rows = [measure(dtype) for dtype in (torch.float32, torch.bfloat16)]
-    after = environment(torch.device("cpu"))
+    after = to_builtins(environment(torch.device("cpu")))
     name = "matrix_product_1024_fp32_one_thread_ms"
     if out is not None:
         write_json(out, {"environment": before | {f"{name}_after": after[name]}, "rows": rows}, indent=1)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from msgspec import to_builtins
 from random_models import labels_of, random_model
 from yardstick import matrix_product_ms, parse
 
@@ -70,7 +71,7 @@ def measure(case: str, dtype: str) -> dict[str, Any]:
 def main() -> None:
     given = parse(__doc__, CASES)
     torch.set_num_threads(1)
-    told, rows = environment(torch.device("cpu")), []
+    told, rows = to_builtins(environment(torch.device("cpu"))), []
     for case in given.models:
         for dtype in DTYPES:
             rows.append(measure(case, dtype))

@@ -36,7 +36,7 @@ class MassPerToken(StaticPolicy):
         if problem.statistics is None:
             raise PolicyError("mass-per-token needs statistics; measure them with heatkv.calibrate")
         tokens, last = np.array(problem.geometry.schedule.tokens), len(problem.geometry.schedule) - 1
-        last_read = self.never_cached(problem)  # but for the sinks, which are whole
+        last_read = self.sinks_only(problem)  # but for the sinks, which are whole
         heads = problem.geometry.layers * problem.geometry.heads
         room = problem.budget_token_heads - heads * tokens[: self.sink_scales].sum()
         worth = problem.statistics.scas[:, :, self.sink_scales : last] / tokens[self.sink_scales : last]

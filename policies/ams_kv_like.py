@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
+from msgspec import Meta
 from torch import Tensor
 
-from heatkv.core.plan import live_of_held
+from heatkv.core.schema import IntArray
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem
-from heatkv.policies.dynamic import Candidates, DynamicPolicy
+from heatkv.policies.dynamic import Candidates, DynamicPolicy, peak
 from heatkv.policies.grid import carried_recency
 from heatkv.registry import register
-
-IntArray = NDArray[np.int64]
 
 
 @register
@@ -31,37 +29,24 @@ class AmsKvLike(DynamicPolicy):
     sub-grid of the latest is kept, with as many tokens as fit. Every token carries how recent it is, 4 bytes.
     """
 
-    name: ClassVar[str] = "ams-kv-like"
-    needs: ClassVar[str] = "statistics"
-    source: ClassVar[str] = "after AMS-KV (AAAI 2026); own constants"
+    name = "ams-kv-like"
+    source = "after AMS-KV (AAAI 2026); own constants"
+    needs = frozenset({"statistics"})
+    carried = 1
 
-    condensed: int = 2
-
-    @property
-    def carried(self) -> int:
-        return 1
+    condensed: Annotated[int, Meta(ge=0)] = 2
 
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
         scales = len(problem.geometry.schedule)
-        condensed: Any = self.condensed
-        if not isinstance(condensed, int) or not 0 <= condensed < scales:
-            raise PolicyError(f"condensed={condensed!r} must be a number of scales from 0 to {scales - 1}")
+        if self.condensed >= scales:
+            raise PolicyError(f"condensed={self.condensed} must be a number of scales from 0 to {scales - 1}")
 
-    def check_measured(self, problem: PlanningProblem) -> None:
-        if problem.statistics is None:
-            raise PolicyError(
-                f"policy {self.name!r} needs statistics to tell kinds of layers (heatkv calibrate, then "
-                "--statistics FILE)"
-            )
-
-    def _with(self, problem: PlanningProblem, few: int, many: int) -> IntArray:
+    def _with_recent(self, problem: PlanningProblem, few: int, many: int) -> IntArray:
         """Capacities with so many recent scales in either half of the layers."""
-        assert problem.statistics is not None
-        geometry = problem.geometry
-        scales = len(geometry.schedule)
+        geometry, scales = problem.geometry, len(problem.geometry.schedule)
         first = min(3, scales - 1)
-        similar_L = problem.statistics.similarity[:, first:].mean(axis=1)
+        similar_L = problem.measured.similarity[:, first:].mean(axis=1)
         demanding = np.argsort(similar_L, kind="stable")[: geometry.layers // 2]
         recent = np.full(geometry.layers, few)
         recent[demanding] = many
@@ -69,26 +54,25 @@ class AmsKvLike(DynamicPolicy):
         for target in range(scales):
             for scale, tokens in enumerate(geometry.schedule.tokens[:target]):
                 held[:, target] += np.where((scale < self.condensed) | (scale >= target - recent), tokens, 0)
-        return np.broadcast_to(held[:, None], (geometry.layers, geometry.heads, scales)).copy()
+        return np.broadcast_to(held[:, None], geometry.shape).copy()
 
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
         """One recent scale in all layers, as much of it as the mean allows."""
-        return np.minimum(self._with(problem, 1, 1), mean)
+        return np.minimum(self._with_recent(problem, 1, 1), mean)
 
-    def _largest(self, problem: PlanningProblem, room: int, most: int) -> IntArray:
+    def largest(self, problem: PlanningProblem, room: int) -> IntArray:
         scales = len(problem.geometry.schedule)
 
         def fits(few: int, many: int) -> bool:
-            return int(live_of_held(self._with(problem, few, many).sum(axis=1)).max()) <= room
+            return peak(self._with_recent(problem, few, many)) <= room
 
         few = max((a for a in range(1, scales) if fits(a, a)), default=0)
         if not few:
-            return super()._largest(problem, room, most)
-        return self._with(problem, few, max(a for a in range(few, scales) if fits(few, a)))
+            return super().largest(problem, room)
+        return self._with_recent(problem, few, max(a for a in range(few, scales) if fits(few, a)))
 
     def carry(self, seen: Candidates) -> Tensor:
         return carried_recency(seen, self.condensed)
 
     def score(self, seen: Candidates) -> Tensor:
-        assert seen.carried_RHCX is not None
         return seen.carried_RHCX[..., 0]

@@ -1,20 +1,34 @@
 """The one interface every eviction policy implements: numbers in, plan out.
 
-A policy never touches a model, a device or a file. To add one, write a file in `policies/` (or a package, as
-`heatkv new-policy` does, with an entry point in the group `heatkv.policies`) with a dataclass like
+A policy never touches a model, a device or a file. To add one, write a file in `policies/`, or a package with an entry
+point in the group `heatkv.policies`, with a frozen dataclass such as
+
+    from dataclasses import dataclass
+
+    import numpy as np
+    from heatkv.policies import PlanningProblem, ScoredCells, register
 
     @register
     @dataclass(frozen=True)
-    class KeepNothing(StaticPolicy):
-        '''Only the sink scales are cached.'''
+    class MassPerToken(ScoredCells):
+        '''Keeps the cells that get most attention for their size.'''
 
-        name: ClassVar[str] = "keep-nothing"
+        name = "mass-per-token"
+        needs = frozenset({"statistics"})
 
-        def last_read(self, problem: PlanningProblem) -> IntArray:
-            return self.never_cached(problem)
+        def value(self, problem: PlanningProblem) -> np.ndarray:
+            return problem.measured.scas
 
-and it is listed, profiled, tested and documented by that alone. A name is lower-case letters, digits and hyphens.
-Policies that choose tokens while images are drawn are in `policies/dynamic.py`.
+and it is listed, profiled, tested and documented by that alone. Its fields are its options. What a class gives:
+
+    every policy     name         lower-case letters, digits and hyphens; the docstring's first line is its summary
+                     source       the paper or rule it implements (default: own)
+                     needs        what it plans from, a set of NEEDS (default: nothing)
+                     random       True when the plan depends on the problem's seed (default: False)
+                     check        raises for options that do not fit the problem (call super().check)
+    ScoredCells      value        what every cell is worth; the budget is filled with the best (must)
+    StaticPolicy     last_read    the whole plan, for policies that are no ScoredCells (must)
+    DynamicPolicy    score        what every token is worth while images are drawn (must); for more see `dynamic`
 """
 
 from __future__ import annotations
@@ -22,25 +36,28 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Set
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan, CoarseCells, Plan, keep_first
 from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import as_whole, seed_of, shown, whole
+from heatkv.core.schema import FloatArray, IntArray, suggest
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import UNCODED_SCALES, StorageType
 from heatkv.errors import BudgetError, HeatKVError, PolicyError, StatisticsError
+from heatkv.policies.options import options_of
 from heatkv.registry import find_policy
+from heatkv.solve.checkpoints import Capacity, fill
 
-IntArray = NDArray[np.int64]
+NEEDS = ("statistics", "statistics or rankings", "level costs: error", "level costs: fisher")
+"""What policies may plan from; all of it comes from calibrating a model, but for published rankings of heads."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +65,8 @@ class PlanningProblem:
     """What a policy may know: the cache's geometry, the budget, and measured statistics or published rankings.
 
     `rows` and `storage` turn a budget in bytes into token-heads, and so do the first `uncoded_scales` where the storage
-    is coded, which a policy sets itself; `seed` is for policies that draw at random. Raises
-    PolicyError for what is of the wrong kind, BudgetError for an unknown storage type, and StatisticsError for
-    statistics or rankings of another geometry.
+    is coded, which a policy sets itself; `seed` is for policies that draw at random. Raises BudgetError for an unknown
+    storage type, and StatisticsError for statistics or rankings of another geometry.
     """
 
     geometry: CacheGeometry
@@ -65,18 +81,23 @@ class PlanningProblem:
 
     def __post_init__(self) -> None:
         StorageType.parse(self.storage).token_head_bytes(self.geometry.head_dim)
-        object.__setattr__(self, "seed", seed_of(self.seed, PolicyError))
-        object.__setattr__(self, "rows", whole(self.rows, "rows", BudgetError, 1))
+        if self.rows < 1:
+            raise BudgetError(f"rows is {self.rows}; it must be at least 1")
         if self.statistics is not None:
             self.statistics.check_geometry(self.geometry)
-        if self.rankings is not None and (self.rankings.layers, self.rankings.heads) != (
-            self.geometry.layers,
-            self.geometry.heads,
-        ):
+        ranked, geometry = self.rankings, self.geometry
+        if ranked is not None and (ranked.layers, ranked.heads) != (geometry.layers, geometry.heads):
             raise StatisticsError(
-                f"the rankings are of {self.rankings.layers} layers x {self.rankings.heads} heads, the model has "
-                f"{self.geometry.layers} x {self.geometry.heads}"
+                f"the rankings are of {ranked.layers} layers x {ranked.heads} heads, the model has {geometry.layers} x "
+                f"{geometry.heads}"
             )
+
+    @property
+    def measured(self) -> Statistics:
+        """The statistics, for policies that need them. Raises PolicyError when there are none."""
+        if self.statistics is None:
+            raise PolicyError("the policy needs statistics; calibrate the model")
+        return self.statistics
 
     @property
     def share(self) -> Fraction:
@@ -95,69 +116,51 @@ class EvictionPolicy(ABC):
 
     name: ClassVar[str]
     kind: ClassVar[Literal["static", "dynamic"]]
-    needs: ClassVar[str] = "nothing"
-    """What it plans from, for the table of policies: nothing, or statistics or rankings."""
-    source: ClassVar[str] = ""
-    """The paper or rule it implements."""
+    source: ClassVar[str] = "own"
     random: ClassVar[bool] = False
-    """True when the plan depends on the seed, so that a comparison must average several draws."""
 
-    def plans_from(self) -> str:
-        """What it needs with the options that it has."""
-        return self.needs
+    @property
+    def needs(self) -> Set[str]:
+        """What it plans from with the options that it has, of NEEDS."""
+        return frozenset()
 
     @property
     def level_cost(self) -> str | None:
         """The kind of level costs that the statistics must have for it, if any."""
-        return None
-
-    @abstractmethod
-    def plan(self, problem: PlanningProblem) -> CachePlan:
-        """A validated plan within the budget. Raises BudgetError, PolicyError or PlanError."""
-
-    def check(self, problem: PlanningProblem) -> None:  # noqa: B027 - most policies have nothing to add
-        """Raise for options that do not fit each other or the problem; needs nothing that is measured."""
-
-    def check_options(self, problem: PlanningProblem) -> None:
-        """`check`, in which options of another type than it expects may fail in any way. Raises what it raises."""
-        try:
-            self.check(problem)
-        except HeatKVError:
-            raise
-        except Exception as error:
-            told = ", ".join(f"{field.name}={shown(getattr(self, field.name))}" for field in dataclasses.fields(self))
-            raise PolicyError(f"policy {self.name!r} cannot use {told}: {error}") from error
-
-    def check_measured(self, problem: PlanningProblem) -> None:  # noqa: B027
-        """Raise when what it plans from is missing, or was measured for something else."""
-
-    def check_sinks(self, problem: PlanningProblem) -> None:  # noqa: B027
-        """Raise when the budget is below the scales that the policy must keep."""
+        return next((cost for cost in ("error", "fisher") if f"level costs: {cost}" in self.needs), None)
 
     @property
     def uncoded_scales(self) -> int:
         """The first scales that a coded cache of its plans holds in the compute type: sinks alone have such places."""
         return 0
 
+    @abstractmethod
+    def plan(self, problem: PlanningProblem) -> CachePlan:
+        """A checked plan within the budget. Raises BudgetError, PolicyError or PlanError."""
+
+    def check(self, problem: PlanningProblem) -> None:  # noqa: B027 - most policies have nothing to add
+        """Raise PolicyError for options that do not fit the problem, BudgetError for a budget that cannot be kept;
+        works without anything that is measured."""
+
+    def check_measured(self, problem: PlanningProblem) -> None:
+        """Raise PolicyError when what it plans from is missing."""
+        if self.needs and problem.statistics is None and not (
+            "statistics or rankings" in self.needs and problem.rankings is not None
+        ):
+            raise PolicyError(f"policy {self.name!r} needs {' and '.join(sorted(self.needs))}; calibrate the model")
+
     def checked(self, problem: PlanningProblem) -> PlanningProblem:
-        """The problem as this policy has it, after all that can be told before planning. Raises what is wrong."""
-        self.check_options(problem)
+        """The problem as this policy has it, after all that can be said before planning. Raises what is wrong."""
         problem = dataclasses.replace(problem, uncoded_scales=self.uncoded_scales)
+        self.check(problem)
         self.check_measured(problem)
-        self.check_sinks(problem)
         return problem
 
     def settings(self, problem: PlanningProblem) -> dict[str, Any]:
-        """Everything that decided the plan beside geometry and budget."""
-        settings = {
-            # as JSON gives it back, which knows no tuples and no integers of numpy
-            name: list(value) if isinstance(value, tuple) else value if (number := as_whole(value)) is None else number
-            for name, value in dataclasses.asdict(self).items()
-        }
-        settings["budget"] = str(problem.budget)
-        if self.random:
-            settings["seed"] = problem.seed
-        return settings
+        """Everything that decided the plan beside geometry and budget, as JSON gives it back."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+        return settings | {"budget": str(problem.budget)} | ({"seed": problem.seed} if self.random else {})
 
     @classmethod
     def summary(cls) -> str:
@@ -169,9 +172,7 @@ class EvictionPolicy(ABC):
 class StaticPolicy(EvictionPolicy):
     """A policy that decides before the first image which cell lives until when.
 
-    `sink_scales` is how many of the first scales are never dropped (HeatKV's paper: 3). A subclass gives `last_read`;
-    `plan` raises PolicyError for options that are wrong, BudgetError for a budget that cannot be kept, and PlanError
-    for a `last_read` that is no plan.
+    `sink_scales` is how many of the first scales are never dropped (HeatKV's paper: 3).
     """
 
     kind: ClassVar[Literal["static", "dynamic"]] = "static"
@@ -180,24 +181,26 @@ class StaticPolicy(EvictionPolicy):
 
     @property
     def uncoded_scales(self) -> int:
-        return max(0, min(UNCODED_SCALES, as_whole(self.sink_scales) or 0))  # what is no number is refused later
+        return max(0, min(UNCODED_SCALES, self.sink_scales))
 
     @abstractmethod
     def last_read(self, problem: PlanningProblem) -> IntArray:
-        """`last_read[l, h, s]` of the plan; the base class checks it against the budget."""
+        """`last_read[l, h, s]` of the plan: the last target scale that reads the cell, s itself where it is never
+        cached. It is refused when a checkpoint holds more than the budget; it is not asked for the full budget."""
 
     def plan(self, problem: PlanningProblem) -> Plan:
-        """A validated plan. Raises BudgetError when the budget cannot hold the sinks, PlanError when it is exceeded."""
+        """A checked plan. Raises BudgetError when the budget cannot hold the sinks, PolicyError for options that are
+        wrong, and PlanError for a `last_read` that is no plan or exceeds the budget."""
         problem = self.checked(problem)
+        if problem.share == 1:
+            return self.finish(problem, keep_first(problem.geometry.shape, len(problem.geometry.schedule)))
         try:
             last_read = self.last_read(problem)
         except HeatKVError:
             raise
         except Exception as error:  # a third party's policy may fail in any way
             raise PolicyError(f"policy {self.name!r} failed: {type(error).__name__}: {error}") from error
-        plan = self.finish(problem, last_read)
-        plan.check()
-        return plan
+        return self.finish(problem, last_read)
 
     def finish(
         self,
@@ -206,8 +209,9 @@ class StaticPolicy(EvictionPolicy):
         coarse: tuple[CoarseCells, ...] = (),
         **certificate: float,
     ) -> Plan:
-        """The plan with all that it was made for; `certificate` is value, value_bound and gap where they are known."""
-        return Plan(
+        """The checked plan with all that it was made for; `certificate` is value, value_bound and gap where they are
+        known. Raises PlanError."""
+        plan = Plan(
             policy=self.name,
             geometry=problem.geometry,
             last_read=last_read,
@@ -219,21 +223,51 @@ class StaticPolicy(EvictionPolicy):
             coarse=coarse,
             **certificate,
         )
+        plan.check()
+        return plan
 
-    def check_sinks(self, problem: PlanningProblem) -> None:
-        """Raise when the sinks alone exceed the budget, or their number does not fit the schedule."""
-        schedule, sinks = problem.geometry.schedule, as_whole(self.sink_scales)
-        if sinks is None or not 0 <= sinks < len(schedule):
+    def check(self, problem: PlanningProblem) -> None:
+        """Raise when the number of sinks does not fit the schedule, or the sinks alone exceed the budget."""
+        schedule = problem.geometry.schedule
+        if not 0 <= self.sink_scales < len(schedule):
             raise PolicyError(
-                f"sink_scales={shown(self.sink_scales)} does not fit a schedule of {len(schedule)} scales: "
-                f"0 to {len(schedule) - 1}"
+                f"sink_scales={self.sink_scales} does not fit a schedule of {len(schedule)} scales: 0 to "
+                f"{len(schedule) - 1}"
             )
-        if problem.share * schedule.cached_tokens < schedule.offsets[sinks]:
-            raise below_sinks(f"budget {float(problem.share):.3g} ({problem.budget})", schedule, sinks)
+        if problem.share * schedule.cached_tokens < schedule.offsets[self.sink_scales]:
+            raise below_sinks(f"budget {float(problem.share):.3g} ({problem.budget})", schedule, self.sink_scales)
 
-    def never_cached(self, problem: PlanningProblem) -> IntArray:
-        """The plan that caches the sink scales only, to start from."""
+    def sinks_only(self, problem: PlanningProblem) -> IntArray:
+        """`last_read` that caches the sink scales only, to start from."""
         return keep_first(problem.geometry.shape, self.sink_scales)
+
+
+@dataclass(frozen=True)
+class ScoredCells(StaticPolicy):
+    """A static policy that says what cells are worth; those worth most for their size fill the budget.
+
+    Cells are kept longer one after another, in the order of value per token and target, while every checkpoint has
+    room.
+    """
+
+    @abstractmethod
+    def value(self, problem: PlanningProblem) -> FloatArray:
+        """What it is worth to read source scale s, (L, H, T), or that target t reads it, [l, h, t, s] of shape
+        (L, H, T, T): finite numbers of at least 0."""
+
+    def last_read(self, problem: PlanningProblem) -> IntArray:
+        layers, heads, scales = problem.geometry.shape
+        value = np.asarray(self.value(problem), dtype=np.float64)
+        if value.shape not in ((layers, heads, scales), (layers, heads, scales, scales)) or not (
+            np.isfinite(value).all() and (value >= 0).all()
+        ):
+            raise PolicyError(
+                f"value() of policy {self.name!r} has shape {value.shape}, least {value.min(initial=0):g}; it must be "
+                f"({layers}, {heads}, {scales}) or ({layers}, {heads}, {scales}, {scales}) finite numbers of at least 0"
+            )
+        value_LHTT = np.broadcast_to(value[:, :, None] if value.ndim == 3 else value, (layers, heads, scales, scales))
+        capacity = Capacity(layers, heads, problem.geometry.schedule.tokens, problem.budget_token_heads)
+        return fill(self.sinks_only(problem), value_LHTT, capacity)
 
 
 def below_sinks(limit: str, schedule: ScaleSchedule, sinks: int) -> BudgetError:
@@ -246,21 +280,19 @@ def below_sinks(limit: str, schedule: ScaleSchedule, sinks: int) -> BudgetError:
 
 
 def make_policy(name: str, **options: Any) -> EvictionPolicy:
-    """The named policy with these options, the fields of its class, such as sink_scales.
+    """The policy of this name with these options, the fields of its class, such as sink_scales.
 
-    Raises PolicyError for an unknown name or option; what an option may be, the policy checks when it plans.
+    Raises PolicyError for an unknown name or option, and for a value that is not of the option's type.
     """
-    cls = find_policy(name)
-    known = [field.name for field in dataclasses.fields(cls) if field.init] if dataclasses.is_dataclass(cls) else []
-    unknown = [option for option in options if option not in known]
-    if known and unknown:
-        raise PolicyError(f"policy {name!r} has no option {unknown[0]!r}; its options are {', '.join(known)}")
+    cls, known = find_policy(name), options_of(find_policy(name))
+    for option, value in options.items():
+        if option not in known:
+            raise PolicyError(f"policy {name!r} has no option {option!r}{suggest(option, known)}")
+        known[option].check(value, name)
     try:
-        policy = cls(**options)
+        policy: EvictionPolicy = cls(**options)
     except HeatKVError:
         raise
     except Exception as error:  # a third party's policy may fail in any way
         raise PolicyError(f"policy {name!r}: {error}") from error
-    if not isinstance(policy, EvictionPolicy):
-        raise PolicyError(f"policy {name!r} is no EvictionPolicy")
     return policy

@@ -5,67 +5,82 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from msgspec import Meta
 from torch import Tensor
 
-from heatkv.core.capacity_plan import available_tokens
+from heatkv.core.schema import FloatArray, IntArray
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.policies.options import options_of
 from heatkv.registry import find_policy, register
 
-IntArray = NDArray[np.int64]
 
-
-def inner_policy(text: str) -> DynamicPolicy:
-    """A dynamic policy written as its name, or with options as `snapkv:window=16:kernel=3`. Raises PolicyError."""
-    name, *pairs = str(text).split(":")
-    options: dict[str, Any] = {}
+def read_policy(text: str) -> DynamicPolicy:
+    """A dynamic policy written as its name, or with options as `snapkv:window=16:kernel=3`; a base with options of its
+    own goes in brackets, as in `adakv:base=[h2o:recent=0.2]:alpha=0.1`. Raises PolicyError."""
+    name, *pairs = _parts(text)
+    known, options = options_of(find_policy(name)), dict[str, Any]()
     for pair in pairs:
-        option, equals, value = pair.partition("=")
-        if not equals or not option.strip():
+        option, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
             raise PolicyError(f"cannot read base={text!r}; write it as snapkv or snapkv:window=16:kernel=3")
-        options[option.strip()] = _read(name, option.strip(), value)
+        options[option] = value
+        if option in known and known[option].wanted is None:  # lists, which only settings of plans have in them
+            try:
+                options[option] = ast.literal_eval(value)
+            except (ValueError, SyntaxError) as error:
+                raise PolicyError(f"{option} of policy {name!r} cannot be read from {value!r}") from error
+        elif option in known:
+            options[option] = known[option].parse(value.removeprefix("[").removesuffix("]"), name)
     policy = make_policy(name, **options)
     if not isinstance(policy, DynamicPolicy):
         raise PolicyError(f"base={text!r} is no dynamic policy; compose those that score tokens, such as snapkv")
     return policy
 
 
-def _read(name: str, option: str, value: str) -> Any:
-    """The value of an option, by its type. Raises PolicyError for one that the policy does not have."""
-    known = options_of(find_policy(name))
-    if option not in known:
-        raise PolicyError(f"policy {name!r} has no option {option!r}; its options are {', '.join(known)}")
-    if known[option].wanted is None:  # lists, which only a plan's own settings have in them
-        try:
-            return ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise PolicyError(f"{option} of policy {name!r} cannot be read from {value!r}") from error
-    return known[option].parse(value, name)
+def _parts(text: str) -> list[str]:
+    """What stands between colons that are not in brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "[") - (character == "]")
+        if character == ":" and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def policy_text(policy: DynamicPolicy) -> str:
+    """The policy with all its options, as `read_policy` reads it."""
+    options = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    for name, value in options.items():
+        if isinstance(policy, Wrapper) and name == "base":
+            text = value if isinstance(value, str) else policy_text(value)
+            options[name] = f"[{text}]" if ":" in text else text
+    return ":".join([policy.name, *(f"{name}={value}" for name, value in options.items())])
 
 
 @dataclass(frozen=True)
 class Wrapper(DynamicPolicy):
-    """What policies share that change another one, their `base`, which is written as `inner_policy` reads it."""
+    """What policies share that change another one, their `base`: a policy, or its text as `read_policy` reads it."""
 
-    needs: ClassVar[str] = "what its base needs"
-
-    base: str = "snapkv"
-
-    def plans_from(self) -> str:
-        return self.inner.plans_from()
+    base: str | DynamicPolicy = "snapkv"
 
     @cached_property
     def inner(self) -> DynamicPolicy:
-        return inner_policy(self.base)
+        return read_policy(self.base) if isinstance(self.base, str) else self.base
+
+    @property
+    def needs(self) -> Set[str]:
+        return self.inner.needs
 
     @property
     def shared(self) -> bool:
@@ -79,10 +94,6 @@ class Wrapper(DynamicPolicy):
     def wants_input(self) -> bool:
         return self.inner.wants_input
 
-    @property
-    def level_cost(self) -> str | None:
-        return self.inner.level_cost
-
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
         self.inner.check(problem)
@@ -90,13 +101,13 @@ class Wrapper(DynamicPolicy):
     def check_measured(self, problem: PlanningProblem) -> None:
         self.inner.check_measured(problem)
 
-    def resolved(self, problem: PlanningProblem) -> DynamicPolicy:
-        return self._over(self.inner.resolved(problem))
+    def resolved(self, problem: PlanningProblem) -> Self:
+        inner = self.inner.resolved(problem)
+        return self if inner == self.inner else dataclasses.replace(self, base=policy_text(inner))
 
-    def _over(self, inner: DynamicPolicy) -> DynamicPolicy:
-        """The same over another base."""
-        told = [f"{field.name}={getattr(inner, field.name)}" for field in dataclasses.fields(inner)]
-        return self if inner == self.inner else dataclasses.replace(self, base=":".join([inner.name, *told]))
+    def settings(self, problem: PlanningProblem) -> dict[str, Any]:
+        base = self.base if isinstance(self.base, str) else policy_text(self.base)
+        return super().settings(problem) | {"base": base}
 
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
         return self.inner.capacities(problem, mean)
@@ -118,21 +129,16 @@ class AdaKV(Wrapper):
     comparable between heads, as probabilities are.
     """
 
-    name: ClassVar[str] = "adakv"
-    source: ClassVar[str] = "Ada-KV (Feng et al. 2024)"
+    name = "adakv"
+    source = "Ada-KV (Feng et al. 2024)"
+    shared = True
 
-    alpha: float = 0.2
-
-    @property
-    def shared(self) -> bool:
-        return True
+    alpha: Annotated[float, Meta(ge=0, le=1)] = 0.2
 
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
         if self.inner.shared:
             raise PolicyError(f"the heads of base={self.base!r} share already; name another base")
-        if not 0 <= self.alpha <= 1:
-            raise PolicyError(f"alpha={self.alpha!r} must be a share from 0 to 1")
 
     def score(self, seen: Candidates) -> Tensor:
         score = self.inner.score(seen)
@@ -153,8 +159,8 @@ class PerLayer(Wrapper):
     `weights` are one number per layer, or two, for the first and the last with a straight line between them.
     """
 
-    name: ClassVar[str] = "per-layer"
-    source: ClassVar[str] = "composition"
+    name = "per-layer"
+    source = "composition"
 
     weights: str = "2,1"
 
@@ -162,16 +168,17 @@ class PerLayer(Wrapper):
         super().check(problem)
         self._weights(problem.geometry.layers)
 
-    def _weights(self, layers: int) -> NDArray[np.float64]:
+    def _weights(self, layers: int) -> FloatArray:
+        """The weight of every layer; their mean is 1."""
         try:
-            given = [float(weight) for weight in str(self.weights).split(",")]
+            numbers = [float(weight) for weight in self.weights.split(",")]
         except ValueError as error:
             raise PolicyError(f"weights={self.weights!r}; write numbers as 2,1") from error
-        if len(given) not in (2, layers) or not all(math.isfinite(w) and w > 0 for w in given):
+        if len(numbers) not in (2, layers) or not all(math.isfinite(w) and w > 0 for w in numbers):
             raise PolicyError(
                 f"weights={self.weights!r} must be {layers} numbers above zero, one per layer, or 2 for first and last"
             )
-        weights = np.linspace(given[0], given[1], layers) if len(given) == 2 != layers else np.array(given)
+        weights = np.linspace(numbers[0], numbers[1], layers) if len(numbers) == 2 != layers else np.array(numbers)
         return np.asarray(weights / weights.mean())
 
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
@@ -191,63 +198,62 @@ class Protected(Wrapper):
     holds, every token carries its scale, 4 bytes, which count against the budget.
     """
 
-    name: ClassVar[str] = "protected"
-    source: ClassVar[str] = "composition"
+    name = "protected"
+    source = "composition"
 
     scales: str = "0,1,2"
 
+    @cached_property
     def _scales(self) -> tuple[int, ...]:
         try:
-            scales = tuple(sorted({int(scale) for scale in str(self.scales).split(",")}))
+            scales = tuple(sorted({int(scale) for scale in self.scales.split(",")}))
         except ValueError as error:
             raise PolicyError(f"scales={self.scales!r}; write scales as 0,1,2") from error
         if scales[0] < 0:
             raise PolicyError(f"scales={self.scales!r}; they count from 0")
         return scales
 
+    @property
     def _first(self) -> bool:
-        scales = self._scales()
-        return scales == tuple(range(len(scales)))
+        """Whether they are the first ones."""
+        return self._scales == tuple(range(len(self._scales)))
 
     @property
     def carried(self) -> int:
-        return self.inner.carried + (0 if self._first() else 1)
+        return self.inner.carried + (0 if self._first else 1)
 
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
         last = len(problem.geometry.schedule) - 2
-        if self._scales()[-1] > last:
+        if self._scales[-1] > last:
             raise PolicyError(f"scales={self.scales!r}; the last scale that is cached is {last}")
 
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
-        found = self.inner.capacities(problem, mean)
+        capacities = self.inner.capacities(problem, mean)
         kept = np.zeros(len(problem.geometry.schedule), dtype=np.int64)
-        for scale in self._scales():
+        for scale in self._scales:
             kept[scale + 1 :] += problem.geometry.schedule.tokens[scale]
-        if (found.min(axis=(0, 1)) < kept).any() and problem.budget_token_heads < problem.geometry.full_token_heads:
-            found = np.maximum(found, np.minimum(kept, available_tokens(problem.geometry)))
-        return found
+        return np.maximum(capacities, kept)
 
     def carry(self, seen: Candidates) -> Tensor:
-        assert seen.carried_RHCX is not None
-        if self._first():
+        if self._first:
             return self.inner.carry(seen)
         own = seen.carried_RHCX[..., -1:].clone()
         own[:, :, seen.held :] = seen.target
-        if not self.inner.carried:
-            return own
-        inner = self.inner.carry(dataclasses.replace(seen, carried_RHCX=seen.carried_RHCX[..., :-1]))
-        return torch.cat([inner, own], dim=-1)
+        inner = self._without_own(seen)
+        return torch.cat([self.inner.carry(inner), own], dim=-1) if self.inner.carried else own
 
     def score(self, seen: Candidates) -> Tensor:
-        scales = self._scales()
-        if self._first():
-            kept = seen.index_RHC < seen.schedule.offsets[len(scales)]
+        if self._first:
+            kept = seen.index_RHC < seen.schedule.offsets[len(self._scales)]
             return self.inner.score(seen).masked_fill(kept, math.inf)
-        assert seen.carried_RHCX is not None
-        of_scale = seen.carried_RHCX[..., -1]
-        kept = torch.zeros_like(of_scale, dtype=torch.bool)
-        for scale in scales:
-            kept |= of_scale == scale
-        given = seen.carried_RHCX[..., :-1] if self.inner.carried else None
-        return self.inner.score(dataclasses.replace(seen, carried_RHCX=given)).masked_fill(kept, math.inf)
+        scale_RHC = seen.carried_RHCX[..., -1]
+        kept = torch.zeros_like(scale_RHC, dtype=torch.bool)
+        for scale in self._scales:
+            kept |= scale_RHC == scale
+        return self.inner.score(self._without_own(seen)).masked_fill(kept, math.inf)
+
+    @staticmethod
+    def _without_own(seen: Candidates) -> Candidates:
+        """The candidates as the base sees them, without the scale that every token carries."""
+        return dataclasses.replace(seen, carried_RHCX=seen.carried_RHCX[..., :-1])

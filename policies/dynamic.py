@@ -1,6 +1,18 @@
-"""The interface of dynamic policies: capacities before the first image, scores of the held tokens while drawing.
+"""Dynamic policies: capacities before the first image, scores of the held tokens while drawing.
 
-Shapes: R rows, H heads of a group, N tokens of the running scale, C candidates, D head size, W width of the model.
+What a class gives beside what `base` lists:
+
+    score        what every candidate is worth (must); the best are kept
+    carried      how many numbers go with every held token, paid for from the budget (default: 0)
+    carry        these numbers, after every target
+    capacities   how many tokens every head holds for every target (default: the same number)
+    largest      the largest capacities that fit, for policies whose capacities do not follow a mean
+    shared       True when the heads of a layer share their capacity: the best scores of all are kept (default: False)
+    wants_input  True when `score` needs the attention's input and the query weights (default: False)
+    resolved     the policy with what it takes from the problem written into its options (default: itself)
+
+Shapes: R rows, H heads of a group, N tokens of the running scale, C candidates, D head size, X carried numbers, W width
+of the model; L layers, T scales.
 """
 
 from __future__ import annotations
@@ -8,21 +20,19 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv.core.capacity_plan import CapacityPlan, available_tokens
 from heatkv.core.plan import live_of_held
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import IntArray
 from heatkv.errors import BudgetError, HeatKVError, PolicyError
 from heatkv.policies.base import EvictionPolicy, PlanningProblem
-
-IntArray = NDArray[np.int64]
 
 MAX_BLOCK_NUMBERS = 1 << 22
 """Most attention probabilities that exist at a time (16 MiB)."""
@@ -33,27 +43,30 @@ class Candidates:
     """What a policy sees when a layer has run a target scale: the tokens of which it is to keep the best.
 
     The first `held` of the C candidates come from the cache, in sequence order, the last N are the running scale's own.
-    `k`, `v` are (R, H, C, D) as they are cached; `q` (R, H, N, D) carries the softmax scale. `heads` are the indices of
-    the H heads, of `heads_of_layer`; `capacity` is how many tokens each keeps (their mean where heads share). `valid`
-    is None, or false for places that hold nothing, which come first. `carried` is (R, H, C, numbers), what `carry` gave
-    when a token was last a candidate, 0 for new ones. `attention_input` (R, N, W) and `query_weight` (H, D, W) are
-    there for policies with `wants_input`. Nothing of it may be changed.
+    Nothing of it may be changed.
     """
 
     layer: int
     target: int
     heads: tuple[int, ...]
+    """Indices of the H heads."""
     heads_of_layer: int
     schedule: ScaleSchedule
     capacity: int
+    """How many tokens each head keeps; their mean where heads share."""
     held: int
     q_RHND: Tensor
+    """Queries, which carry the softmax scale."""
     k_RHCD: Tensor
+    """Keys as they are cached; so are the values."""
     v_RHCD: Tensor
     valid_RHC: Tensor | None = None
-    carried_RHCX: Tensor | None = None
-    attention_input_RNW: Tensor | None = None
-    query_weight_HDW: Tensor | None = None
+    """False for places that hold nothing, which come first; None where all hold a token."""
+    carried_RHCX: Tensor = field(default_factory=lambda: torch.empty(0))
+    """What `carry` gave when a token was last a candidate, 0 for new ones; fp32."""
+    attention_input_RNW: Tensor = field(default_factory=lambda: torch.empty(0))
+    """The attention's input, for policies with `wants_input`; so is the query weight."""
+    query_weight_HDW: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def count(self) -> int:
@@ -107,12 +120,12 @@ class DynamicPolicy(EvictionPolicy):
 
     @property
     def shared(self) -> bool:
-        """Whether the heads of a layer share their capacity: the best scores of all heads are kept."""
+        """Whether the heads of a layer share their capacity."""
         return False
 
     @property
     def carried(self) -> int:
-        """How many numbers go with every held token, computed by `carry`; their bytes count against the budget."""
+        """How many numbers go with every held token; 4 bytes each count against the budget."""
         return 0
 
     @property
@@ -125,91 +138,88 @@ class DynamicPolicy(EvictionPolicy):
         """How much every candidate is worth, (R, H, C); the highest are kept, +inf before all others."""
 
     def carry(self, seen: Candidates) -> Tensor:
-        """The numbers to carry with every candidate, (R, H, C, carried), fp32; `score` sees them as `carried`."""
+        """The numbers to carry with every candidate, (R, H, C, X) fp32; `score` and the next target see them."""
         raise NotImplementedError(f"{type(self).__name__} carries numbers but has no carry()")
 
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
-        """Past tokens of every head for every target, (L, H, T), when heads may hold `mean` on average: the same number
-        in all heads, unless a subclass says otherwise."""
-        geometry = problem.geometry
-        of_target = np.minimum(available_tokens(geometry), mean)
-        return np.broadcast_to(of_target, (geometry.layers, geometry.heads, len(of_target))).copy()
+        """Past tokens of every head for every target, (L, H, T), when heads may hold `mean` on average."""
+        return np.broadcast_to(np.minimum(available_tokens(problem.geometry), mean), problem.geometry.shape).copy()
 
-    def room(self, problem: PlanningProblem) -> int:
-        """Token-heads that may be held, after what is carried has taken its part of the budget's bytes."""
-        geometry, most = problem.geometry, problem.budget_token_heads
-        # where tokens are chosen while drawing, none has a place of its own that is not coded
-        _, bytes_each = geometry.token_head_bytes(1, problem.storage)
-        counts = 4 * geometry.layers * geometry.heads if self.shared else 0
-        return max(0, most * bytes_each - counts) // (bytes_each + 4 * self.carried)
+    def largest(self, problem: PlanningProblem, room: int) -> IntArray:
+        """The capacities, (L, H, T), of the largest mean that hold at most `room` token-heads at every checkpoint.
 
-    def plan(self, problem: PlanningProblem) -> CapacityPlan:
-        """The plan with the largest mean capacity that fits at every checkpoint.
-
-        Raises BudgetError when not one token per head fits, PlanError when a subclass's capacities are impossible.
+        Raises BudgetError when none do.
         """
-        problem = self.checked(problem)
-        plan = self.resolved(problem)._plan(problem)
-        plan.check()
-        return plan
-
-    def resolved(self, problem: PlanningProblem) -> DynamicPolicy:
-        """The policy with what it takes from the problem, such as classes of heads, written into its options: a plan
-        must tell all that its scores depend on."""
-        del problem
-        return self
-
-    def _plan(self, problem: PlanningProblem) -> CapacityPlan:
         geometry = problem.geometry
-        full = np.broadcast_to(available_tokens(geometry), (geometry.layers, geometry.heads, len(geometry.schedule)))
-        if problem.share == 1:  # nothing is ever dropped, so nothing need be carried
-            return self._finish(problem, full, everything=True)
-        room = self.room(problem)
         most = room // (geometry.layers * geometry.heads)
         if most < 1:
             raise BudgetError(
                 f"budget {problem.budget} is {room} token-heads, fewer than one for each of {geometry.layers} layers x "
                 f"{geometry.heads} heads; raise it"
             )
-        try:
-            return self._finish(problem, self._largest(problem, room, most))
-        except HeatKVError:
-            raise
-        except Exception as error:  # a third party's policy may fail in any way
-            raise PolicyError(f"policy {self.name!r} failed: {type(error).__name__}: {error}") from error
-
-    def _largest(self, problem: PlanningProblem, room: int, most: int) -> IntArray:
-        """The capacities of the largest mean that fits; layers that change at different times may not reach `most`."""
-        low, high = 0, most + 1
-        found: IntArray | None = None
+        # layers that change one after another may not reach `most`, which is tried first
+        low, high, largest = 0, most + 1, None
         while high - low > 1:
-            mean = high - 1 if found is None and high == most + 1 else (low + high) // 2
-            capacities = np.asarray(self.capacities(problem, mean))
-            if int(live_of_held(capacities.sum(axis=1)).max()) <= room:
-                low, found = mean, capacities
+            mean = most if high > most and largest is None else (low + high) // 2
+            capacities = self.capacities(problem, mean)
+            if peak(capacities) <= room:
+                low, largest = mean, capacities
             else:
                 high = mean
-        if found is None:
-            least = int(live_of_held(np.asarray(self.capacities(problem, 1)).sum(axis=1)).max())
+        if largest is None:
             raise BudgetError(
-                f"policy {self.name!r} keeps {least} token-heads at least; budget {problem.budget} has room for "
-                f"{room}: raise it"
+                f"policy {self.name!r} keeps {peak(self.capacities(problem, 1))} token-heads at least; budget "
+                f"{problem.budget} has room for {room}: raise it"
             )
         # what is left is less than one token per head: whole layers get one more, as many as there is room for
-        spare = (room - int(live_of_held(found.sum(axis=1)).max())) // problem.geometry.heads
-        found = found.copy()
-        found[:spare] = np.minimum(found[:spare] + 1, available_tokens(problem.geometry))
-        return found
+        spare = (room - peak(largest)) // geometry.heads
+        largest = largest.copy()
+        largest[:spare] = np.minimum(largest[:spare] + 1, available_tokens(geometry))
+        return largest
 
-    def _finish(self, problem: PlanningProblem, capacity: IntArray, everything: bool = False) -> CapacityPlan:
-        return CapacityPlan(
+    def resolved(self, problem: PlanningProblem) -> Self:
+        """The policy with what it takes from the problem, such as classes of heads, written into its options: a plan
+        must record all that its scores depend on."""
+        del problem
+        return self
+
+    def plan(self, problem: PlanningProblem) -> CapacityPlan:
+        """A checked plan. Raises BudgetError when not one token per head fits, PolicyError for options that are wrong,
+        and PlanError for capacities that are impossible."""
+        problem = self.checked(problem)
+        policy, full = self.resolved(problem), problem.share == 1
+        if full:  # nothing is ever dropped, so nothing need be carried
+            capacity: IntArray = np.broadcast_to(available_tokens(problem.geometry), problem.geometry.shape)
+        else:
+            try:
+                capacity = policy.largest(problem, policy.room(problem))
+            except HeatKVError:
+                raise
+            except Exception as error:  # a third party's policy may fail in any way
+                raise PolicyError(f"policy {self.name!r} failed: {type(error).__name__}: {error}") from error
+        plan = CapacityPlan(
             policy=self.name,
             geometry=problem.geometry,
             capacity=capacity,
             budget=float(problem.share),
             budget_token_heads=problem.budget_token_heads,
             model=problem.model,
-            settings=self.settings(problem),
-            shared=self.shared and not everything,
-            carried=0 if everything else self.carried,
+            settings=policy.settings(problem),
+            shared=policy.shared and not full,
+            carried=0 if full else policy.carried,
         )
+        plan.check()
+        return plan
+
+    def room(self, problem: PlanningProblem) -> int:
+        """Token-heads that may be held, after what is carried has taken its part of the budget's bytes."""
+        geometry = problem.geometry
+        # where tokens are chosen while drawing, none has a place of its own that is not coded
+        _, bytes_each = geometry.token_head_bytes(1, problem.storage)
+        counts = 4 * geometry.layers * geometry.heads if self.shared else 0
+        return max(0, problem.budget_token_heads * bytes_each - counts) // (bytes_each + 4 * self.carried)
+
+
+def peak(capacity_LHT: IntArray) -> int:
+    """Token-heads that capacities hold at the fullest checkpoint."""
+    return int(live_of_held(np.asarray(capacity_LHT).sum(axis=1)).max())

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import IntArray
 from heatkv.policies.dynamic import Candidates
 
 
 def carried_recency(seen: Candidates, first_scales: int) -> Tensor:
     """The `recency` of every candidate, (R, H, C, 1): carried along for held tokens, looked up for new ones. Tokens of
     the first scales, which stay in any case, have +inf."""
-    assert seen.carried_RHCX is not None
     scores = seen.carried_RHCX.clone()
     scores[:, :, seen.held :, 0] = _of_scale(seen.schedule, seen.target, first_scales, scores.device)
     return scores
@@ -44,7 +44,7 @@ def recency(schedule: ScaleSchedule) -> Tensor:
     return torch.from_numpy(np.concatenate(scores)).float()
 
 
-def _trailing_zeros(numbers: np.ndarray, most: int) -> np.ndarray:
+def _trailing_zeros(numbers: IntArray, most: int) -> IntArray:
     """How often each number is divisible by two; `most` for 0."""
     zeros = np.zeros_like(numbers)
     for power in range(1, most + 1):

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from heatkv.core.plan import keep_first
 from heatkv.core.rankings import HeadRankings
+from heatkv.core.schema import IntArray
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem, StaticPolicy
 from heatkv.registry import register
 from heatkv.solve.checkpoints import fit_checkpoints
-
-IntArray = NDArray[np.int64]
 
 
 def dropped_pairs(problem: PlanningProblem, sink_scales: int) -> list[int]:
@@ -63,19 +60,12 @@ class HeatKV(StaticPolicy):
     Rankings are ascending in S-CAS, the attention mass a head puts on the scale; ties by head, then layer.
     """
 
-    name: ClassVar[str] = "heatkv"
-    needs: ClassVar[str] = "statistics or rankings"
-    source: ClassVar[str] = "HeatKV, section 3"
+    name = "heatkv"
+    source = "HeatKV, section 3"
+    needs = frozenset({"statistics or rankings"})
 
-    def check_measured(self, problem: PlanningProblem) -> None:
-        if problem.rankings is None and problem.statistics is None:
-            raise PolicyError(
-                "policy 'heatkv' needs statistics of this model (heatkv calibrate, then --statistics FILE) or "
-                "published rankings (--orders FILE)"
-            )
-
-    def check_sinks(self, problem: PlanningProblem) -> None:
-        super().check_sinks(problem)
+    def check(self, problem: PlanningProblem) -> None:
+        super().check(problem)
         if problem.rankings is not None and self.sink_scales < problem.rankings.first_scale:
             raise PolicyError(
                 f"sink_scales={self.sink_scales} is below the {problem.rankings.first_scale} first scales, which the "
@@ -83,10 +73,7 @@ class HeatKV(StaticPolicy):
             )
 
     def last_read(self, problem: PlanningProblem) -> IntArray:
-        rankings = problem.rankings
-        if rankings is None:
-            assert problem.statistics is not None
-            rankings = HeadRankings.from_scores(problem.statistics.scas)
+        rankings = problem.rankings or HeadRankings.from_scores(problem.measured.scas)
         return drop_by_rank(problem, self.sink_scales, rankings)
 
 
@@ -95,9 +82,9 @@ class HeatKV(StaticPolicy):
 class Random(StaticPolicy):
     """The control: HeatKV's rule with a random ranking per source scale, to fill the budget in the same shape."""
 
-    name: ClassVar[str] = "random"
-    source: ClassVar[str] = "control"
-    random: ClassVar[bool] = True
+    name = "random"
+    source = "control"
+    random = True
 
     def last_read(self, problem: PlanningProblem) -> IntArray:
         return drop_by_rank(problem, self.sink_scales, HeadRankings.random(problem.geometry, problem.seed))

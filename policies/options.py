@@ -1,4 +1,4 @@
-"""The options of policies: the fields of their dataclasses, and how they are read from text."""
+"""The options of policies: the fields of their dataclasses, their types, and how they are read from text."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from heatkv.core.schema import shown
 from heatkv.errors import PolicyError
 
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_TRUTH = {"yes": "true", "no": "false"}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "none"}
+_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 @dataclass(frozen=True)
@@ -23,26 +27,41 @@ class PolicyOption:
     default: Any
 
     def __str__(self) -> str:
-        """As `heatkv policies` lists it: name=default, and what it may be where the default does not tell."""
-        shown = "..." if self.default is dataclasses.MISSING else _shown(self.default)
+        """As lists of policies show it: name=default, and what it may be where the default does not tell."""
+        text = f"{self.name}={'...' if self.default is dataclasses.MISSING else _text(self.default)}"
         if self.wanted is None:
-            return f"{self.name}={shown} (in Python only)"
-        told = self.default not in (None, dataclasses.MISSING) and get_origin(self.kind) is not Literal
-        return f"{self.name}={shown}" if told or self.wanted is None else f"{self.name}={shown} ({self.wanted})"
+            return f"{text} (in Python only)"
+        clear = self.default not in (None, dataclasses.MISSING) and get_origin(self.kind) is not Literal
+        return text if clear else f"{text} ({self.wanted})"
 
     @property
     def wanted(self) -> str | None:
-        """What its values are called; None where they cannot be written on a command line."""
+        """What its values are called; None where they cannot be written as text."""
         return _wanted(self.kind)
 
     def parse(self, text: str, policy: str) -> Any:
         """The value that `text` says. Raises PolicyError when it is not of the option's type."""
         if self.wanted is None:
             raise PolicyError(f"option {self.name!r} of policy {policy!r} can only be set in Python")
+        if text.lower() == "none" and NoneType in get_args(self.kind):
+            return None
+        return self._convert(_TRUTH.get(text.lower(), text) if self.kind is bool else text, text, policy, strict=False)
+
+    def check(self, value: Any, policy: str) -> None:
+        """Raise PolicyError when the value is not of the option's type, or out of its range."""
+        self._convert(value, value, policy, strict=True)
+
+    def _convert(self, value: Any, original: Any, policy: str, strict: bool) -> Any:
         try:
-            return _read(self.kind, text)
-        except ValueError as error:
-            raise PolicyError(f"{self.name} of policy {policy!r} is {self.wanted}, not {shown(text)}") from error
+            value = value if dataclasses.is_dataclass(value) else msgspec.convert(value, self.kind, strict=strict)
+        except msgspec.ValidationError as error:
+            wanted = self.wanted or str(error)
+            raise PolicyError(f"{self.name} of policy {policy!r} is {wanted}, not {shown(original)}") from error
+        except TypeError:  # a third party's annotation may be of any kind
+            return value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PolicyError(f"{self.name} of policy {policy!r} is a finite number, not {shown(original)}")
+        return value
 
 
 def options_of(policy: Any) -> dict[str, PolicyOption]:
@@ -50,7 +69,7 @@ def options_of(policy: Any) -> dict[str, PolicyOption]:
     if not dataclasses.is_dataclass(policy):
         return {}
     try:
-        kinds = get_type_hints(policy)
+        kinds = get_type_hints(policy, include_extras=True)
     except Exception:  # a third party's annotations may name what is not imported at run time
         kinds = {}
     return {
@@ -61,50 +80,28 @@ def options_of(policy: Any) -> dict[str, PolicyOption]:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _shown(value: Any) -> str:
-    """A value as `--set` reads it."""
+def _text(value: Any) -> str:
+    """A value as `parse` reads it."""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "none"}
-
-
 def _wanted(kind: Any) -> str | None:
-    """What a value of this type is called; None for types that cannot be written on a command line."""
+    """What a value of this type is called; None for types that cannot be written as text."""
+    if get_origin(kind) is Annotated:
+        kind, *limits = get_args(kind)
+        bounds = [
+            f" {word} {bound:g}"
+            for limit in limits
+            for name, word in _LIMITS.items()
+            if (bound := getattr(limit, name, None)) is not None
+        ]
+        return f"{_wanted(kind)}{' and'.join(bounds)}"
     if get_origin(kind) is Literal:
-        return " or ".join(_shown(choice) for choice in get_args(kind))
+        return " or ".join(_text(choice) for choice in get_args(kind))
     if get_origin(kind) in (Union, UnionType):
         names = [name for member in get_args(kind) if (name := _wanted(member)) is not None]
         return " or ".join(names) if names != ["none"] else None
     return _NAMES.get(kind)
-
-
-def _read(kind: Any, text: str) -> Any:
-    """The value of this type that is written so. Raises ValueError."""
-    if get_origin(kind) in (Union, UnionType):
-        # nearly everything can be read as text, so that comes last
-        for member in sorted(get_args(kind), key=(NoneType, bool, int, float).__contains__, reverse=True):
-            try:
-                return _read(member, text)
-            except ValueError:
-                continue
-    elif get_origin(kind) is Literal:
-        for choice in get_args(kind):
-            if _shown(choice) == text:
-                return choice
-    elif kind is NoneType and text.lower() == "none":
-        return None
-    elif kind is bool and text.lower() in _TRUTH:
-        return _TRUTH[text.lower()]
-    elif kind is int:
-        return int(text)
-    elif kind is float and math.isfinite(float(text)):
-        return float(text)
-    elif kind is str:
-        return text
-    raise ValueError(text)

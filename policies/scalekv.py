@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
-from typing import ClassVar
+from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from heatkv.core.capacity_plan import available_tokens
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import IntArray
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.registry import register
-
-IntArray = NDArray[np.int64]
 
 PUBLISHED_MEAN = 650
 """Mean tokens per head that the published tables were made for."""
@@ -39,8 +38,9 @@ _DRAFTERS = 0.07
 """Share of drafters where none are published: between the 2 of 32 and 3 of 40 that are."""
 
 
-def _drafters_of(published: tuple[int, ...], layers: int, target: int) -> tuple[int, ...]:
-    return published[:1] if layers == 32 and target == 12 else published
+def _is_published(problem: PlanningProblem) -> bool:
+    """Whether there is a table for the problem's model."""
+    return problem.geometry.layers in PUBLISHED and problem.geometry.schedule == ScaleSchedule.infinity("1M", 1.0)
 
 
 @register
@@ -60,34 +60,34 @@ class ScaleKV(DynamicPolicy):
     names others, as "0,23".
     """
 
-    name: ClassVar[str] = "scalekv"
-    needs: ClassVar[str] = "statistics, but for Infinity's square 1M schedule"
-    source: ClassVar[str] = "ScaleKV (Li et al. 2025)"
+    name = "scalekv"
+    source = "ScaleKV (Li et al. 2025)"
+    wants_input = True
 
     drafters: str | None = None
 
     @property
-    def wants_input(self) -> bool:
-        return True
+    def needs(self) -> Set[str]:
+        """Nothing for Infinity's square 1M schedule either."""
+        return frozenset({"statistics"} if self.drafters is None else ())
 
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
         self._named(problem.geometry.layers)
 
     def check_measured(self, problem: PlanningProblem) -> None:
-        self._drafters(problem)
+        if not _is_published(problem):
+            super().check_measured(problem)
 
-    def resolved(self, problem: PlanningProblem) -> ScaleKV:
+    def resolved(self, problem: PlanningProblem) -> Self:
         return replace(self, drafters=",".join(map(str, self._drafters(problem))))
 
-    def _published(self, problem: PlanningProblem) -> bool:
-        return problem.geometry.layers in PUBLISHED and problem.geometry.schedule == ScaleSchedule.infinity("1M", 1.0)
-
     def _named(self, layers: int) -> tuple[int, ...] | None:
+        """The drafters that the option names."""
         if self.drafters is None:
             return None
         try:
-            named = tuple(sorted({int(layer) for layer in str(self.drafters).split(",")}))
+            named = tuple(sorted({int(layer) for layer in self.drafters.split(",")}))
         except ValueError as error:
             raise PolicyError(f"drafters={self.drafters!r}; write layers as 0,23") from error
         if not 0 <= named[0] <= named[-1] < layers or len(named) == layers > 1:
@@ -99,16 +99,10 @@ class ScaleKV(DynamicPolicy):
         named = self._named(layers)
         if named is not None:
             return named
-        if self._published(problem):
+        if _is_published(problem):
             return PUBLISHED[layers][0]
-        if problem.statistics is None:
-            raise PolicyError(
-                f"policy {self.name!r} needs statistics to tell drafters (heatkv calibrate, then --statistics FILE), "
-                "or their layers (--set drafters=0,1)"
-            )
         targets = np.arange(1, len(problem.geometry.schedule))
-        mass = problem.statistics.mass
-        past_L = 1 - mass[:, :, targets, targets].mean(axis=(1, 2))
+        past_L = 1 - problem.measured.mass[:, :, targets, targets].mean(axis=(1, 2))
         count = max(1, round(_DRAFTERS * layers))
         return tuple(sorted(np.argsort(-past_L, kind="stable")[:count].tolist()))
 
@@ -117,7 +111,7 @@ class ScaleKV(DynamicPolicy):
         layers, available = geometry.layers, available_tokens(geometry)
         tokens = (0, *geometry.schedule.tokens)
         named = self._drafters(problem)
-        tabled = self._published(problem) and named == PUBLISHED[layers][0] and problem.share <= _TABLED
+        tabled = _is_published(problem) and named == PUBLISHED[layers][0] and problem.share <= _TABLED
         of_layers = np.zeros((layers, len(available)), dtype=np.int64)
         for target, there_are in enumerate(available.tolist()):
             drafters = named
@@ -125,7 +119,7 @@ class ScaleKV(DynamicPolicy):
                 large = small = there_are
             elif tabled and target in PUBLISHED[layers][1]:
                 large, small = (math.floor(c * mean / PUBLISHED_MEAN) for c in PUBLISHED[layers][1][target])
-                drafters = _drafters_of(named, layers, target)
+                drafters = named[:1] if (layers, target) == (32, 12) else named
             else:
                 large, small = self._solved(layers, len(named), there_are, mean)
             of_layers[:, target] = min(small, there_are)
@@ -133,7 +127,7 @@ class ScaleKV(DynamicPolicy):
             if target:
                 # what a layer has dropped for one target it lacks for the next
                 of_layers[:, target] = np.minimum(of_layers[:, target], of_layers[:, target - 1] + tokens[target])
-        return np.broadcast_to(of_layers[:, None], (layers, geometry.heads, len(available))).copy()
+        return np.broadcast_to(of_layers[:, None], geometry.shape).copy()
 
     @staticmethod
     def _solved(layers: int, drafters: int, available: int, mean: int) -> tuple[int, int]:
@@ -161,8 +155,6 @@ class ScaleKV(DynamicPolicy):
 
     def queries(self, seen: Candidates, window: Tensor) -> Tensor:
         """The window's queries that keys are matched with, (R, H, W, D)."""
-        assert seen.attention_input_RNW is not None
-        assert seen.query_weight_HDW is not None
         at = seen.attention_input_RNW[:, window].to(seen.query_weight_HDW.dtype)
         return torch.einsum("rwc,hdc->rhwd", at, seen.query_weight_HDW)
 
@@ -172,11 +164,8 @@ class ScaleKV(DynamicPolicy):
 class ScaleKVFixed(ScaleKV):
     """ScaleKV that matches keys with the true queries: with bias, norm, temperature and rotation."""
 
-    name: ClassVar[str] = "scalekv-fixed"
-
-    @property
-    def wants_input(self) -> bool:
-        return False
+    name = "scalekv-fixed"
+    wants_input = False
 
     def queries(self, seen: Candidates, window: Tensor) -> Tensor:
         return seen.q_RHND[:, :, window]

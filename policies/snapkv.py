@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
+from msgspec import Meta
 from torch import Tensor
 from torch.nn import functional as F
 
 from heatkv.core.capacity_plan import available_tokens
+from heatkv.core.schema import IntArray
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.registry import register
-
-IntArray = NDArray[np.int64]
 
 
 @register
@@ -31,18 +30,16 @@ class SnapKV(DynamicPolicy):
     the capacity at most (chosen: small capacities would hold nothing but the window).
     """
 
-    name: ClassVar[str] = "snapkv"
-    source: ClassVar[str] = "SnapKV (Li et al. 2024)"
+    name = "snapkv"
+    source = "SnapKV (Li et al. 2024)"
 
-    window: int = 64
-    kernel: int = 5
+    window: Annotated[int, Meta(ge=1)] = 64
+    kernel: Annotated[int, Meta(ge=1)] = 5
 
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
-        if not isinstance(self.window, int) or self.window < 1:
-            raise PolicyError(f"window={self.window!r} must be a whole number of queries, at least 1")
-        if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
-            raise PolicyError(f"kernel={self.kernel!r} must be an odd whole number")
+        if self.kernel % 2 == 0:
+            raise PolicyError(f"kernel={self.kernel} must be odd")
 
     def score(self, seen: Candidates) -> Tensor:
         window = _window(self.window, seen.new, seen.capacity)
@@ -71,15 +68,10 @@ class PyramidKV(SnapKV):
     exactly m, the largest that fits while layers change one after another (chosen).
     """
 
-    name: ClassVar[str] = "pyramidkv"
-    source: ClassVar[str] = "PyramidKV (Cai et al. 2024)"
+    name = "pyramidkv"
+    source = "PyramidKV (Cai et al. 2024)"
 
-    beta: float = 20.0
-
-    def check(self, problem: PlanningProblem) -> None:
-        super().check(problem)
-        if not self.beta >= 1:
-            raise PolicyError(f"beta={self.beta!r} must be at least 1")
+    beta: Annotated[float, Meta(ge=1)] = 20.0
 
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
         geometry = problem.geometry

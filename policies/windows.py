@@ -1,20 +1,22 @@
-"""Policies that need no measurement: the full cache, and windows of the most recent scales in whole cells."""
+"""Policies that need no measurement: the full cache, and windows of the most recent scales or tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from msgspec import Meta
+from torch import Tensor
 
 from heatkv.core.plan import keep_first
+from heatkv.core.schema import IntArray
 from heatkv.errors import BudgetError
 from heatkv.policies.base import PlanningProblem, StaticPolicy
+from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.registry import register
 from heatkv.solve.checkpoints import fit_checkpoints
-
-IntArray = NDArray[np.int64]
 
 
 def recent_scales(policy: StaticPolicy, problem: PlanningProblem) -> IntArray:
@@ -25,7 +27,7 @@ def recent_scales(policy: StaticPolicy, problem: PlanningProblem) -> IntArray:
     """
     geometry = problem.geometry
     schedule, pairs = geometry.schedule, geometry.layers * geometry.heads
-    last_read = policy.never_cached(problem)
+    last_read = policy.sinks_only(problem)
     order_LH = np.arange(pairs).reshape(geometry.heads, geometry.layers).T
     most_heads = np.full(len(schedule), pairs)  # a cell once dropped cannot return
     for target in range(policy.sink_scales + 1, len(schedule)):
@@ -47,14 +49,15 @@ def recent_scales(policy: StaticPolicy, problem: PlanningProblem) -> IntArray:
 class Full(StaticPolicy):
     """Keeps everything to the end: the reference that every policy is measured against."""
 
-    name: ClassVar[str] = "full"
-    source: ClassVar[str] = "reference"
+    name = "full"
+    source = "reference"
 
     sink_scales: int = 0
 
     def check(self, problem: PlanningProblem) -> None:
         if problem.share < 1:
             raise BudgetError(f"policy 'full' keeps everything; its budget is 100%, not {problem.budget}")
+        super().check(problem)
 
     def last_read(self, problem: PlanningProblem) -> IntArray:
         return keep_first(problem.geometry.shape, len(problem.geometry.schedule))
@@ -62,13 +65,11 @@ class Full(StaticPolicy):
 
 @register
 @dataclass(frozen=True)
-class SlidingWindow(StaticPolicy):
-    """Keeps the most recent scales, in whole cells, as many as fill the budget; no sinks."""
+class Streaming(StaticPolicy):
+    """Keeps the sink scales and the most recent scales, in whole cells, as many as fill the budget."""
 
-    name: ClassVar[str] = "sliding-window"
-    source: ClassVar[str] = "Beltagy et al. 2020, Longformer, section 3.1; whole cells"
-
-    sink_scales: int = 0
+    name = "streaming"
+    source = "Xiao et al. 2023, StreamingLLM, section 3.2; whole cells"
 
     def last_read(self, problem: PlanningProblem) -> IntArray:
         return recent_scales(self, problem)
@@ -76,11 +77,43 @@ class SlidingWindow(StaticPolicy):
 
 @register
 @dataclass(frozen=True)
-class Streaming(StaticPolicy):
-    """Keeps the sink scales and the most recent scales, in whole cells, as many as fill the budget."""
+class SlidingWindow(Streaming):
+    """Keeps the most recent scales, in whole cells, as many as fill the budget; no sinks."""
 
-    name: ClassVar[str] = "streaming"
-    source: ClassVar[str] = "Xiao et al. 2023, StreamingLLM, section 3.2; whole cells"
+    name = "sliding-window"
+    source = "Beltagy et al. 2020, Longformer, section 3.1; whole cells"
 
-    def last_read(self, problem: PlanningProblem) -> IntArray:
-        return recent_scales(self, problem)
+    sink_scales: int = 0
+
+
+@register
+@dataclass(frozen=True)
+class SlidingWindowTokens(DynamicPolicy):
+    """The most recent tokens in sequence order, equally many in all heads."""
+
+    name = "sliding-window-tokens"
+    source = "sliding-window attention"
+
+    def score(self, seen: Candidates) -> Tensor:
+        return seen.no_scores() + torch.arange(seen.count, device=seen.k_RHCD.device)
+
+
+@register
+@dataclass(frozen=True)
+class StreamingTokens(SlidingWindowTokens):
+    """The first tokens and the most recent ones, equally many in all heads; positions are not renumbered.
+
+    `sink_tokens`: those of the first three scales by default, 21 in the square 1M schedule (chosen, as HeatKV protects
+    them); language models take 4.
+    """
+
+    name = "streaming-tokens"
+    source = "StreamingLLM (Xiao et al. 2024)"
+
+    sink_tokens: Annotated[int, Meta(ge=0)] | None = None
+
+    def score(self, seen: Candidates) -> Tensor:
+        index, offsets = seen.index_RHC, seen.schedule.offsets
+        sinks = offsets[min(3, len(seen.schedule))] if self.sink_tokens is None else self.sink_tokens
+        # a head holds its tokens in sequence order, and the first ones are never dropped
+        return torch.where(index < sinks, 2 * seen.count - index, super().score(seen))

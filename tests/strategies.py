@@ -16,7 +16,7 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CoarseCells, Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Provenance, Statistics
-from heatkv.testing.contract import level_costs_of
+from heatkv.testing.material import level_costs_of
 
 Nested = Sequence[Sequence[Sequence[int]]]
 

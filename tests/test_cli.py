@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
+import pkgutil
 import re
 import signal
 import subprocess
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from msgspec import convert
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -29,7 +30,8 @@ from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError
 from heatkv.policies.options import options_of
 from heatkv.policies.windows import Streaming
-from heatkv.profiling.measure.runner import FIDELITY
+from heatkv.profiling.results.ledgers import Ledgers
+from heatkv.profiling.results.row import Fidelity, Memory
 
 ORDERS = Path(__file__).parent / "golden" / "orders" / "2b.json"
 GOLDEN = Path(__file__).parent / "golden" / "schedules"
@@ -685,7 +687,7 @@ def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(rows["random"]["kl_of_draws"]) == 2 == rows["random"]["draws"]
     assert {path.name for path in out.iterdir()} == {
         "results.json", "statistics.safetensors", "images_30percent.png", "images_15percent.png", "scas.png",
-        "scas.json", "pictures", "plans", "report.html", "report.md", "report.json",
+        "scas.json", "pictures", "plans", "report.html",
     }  # fmt: skip
     for name in ("images_30percent.png", "scas.png"):
         with Image.open(out / name) as picture:
@@ -695,7 +697,9 @@ def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture
     again = [*arguments, "--out", str(tmp_path / "again")]
     assert run([*again, "--statistics", str(out / "statistics.safetensors")]) == 0
     for row in rows_of(tmp_path / "again"):
-        assert {name: row[name] for name in FIDELITY} == {name: rows[row["policy"]][name] for name in FIDELITY}
+        assert {name: row[name] for name in vars(Fidelity())} == {
+            name: rows[row["policy"]][name] for name in vars(Fidelity())
+        }
 
 
 def rows_of(folder: Path, name: str = "results.json") -> list[dict[str, Any]]:
@@ -715,8 +719,8 @@ def test_a_used_folder_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureF
     # the same again takes all comparisons from there; the sheet shows the pictures of the earlier run
     assert run([*arguments, "--policies", "heatkv,random"]) == 0
     assert "3 of 3 comparisons were made before" in capsys.readouterr().err
-    assert [{name: row[name] for name in FIDELITY} for row in rows_of(out)] == [
-        {name: row[name] for name in FIDELITY} for row in first
+    assert [{name: row[name] for name in vars(Fidelity())} for row in rows_of(out)] == [
+        {name: row[name] for name in vars(Fidelity())} for row in first
     ]
     assert (out / "statistics.safetensors").read_bytes() == measured
     assert (out / "images_30percent.png").read_bytes() == sheet
@@ -829,8 +833,8 @@ def test_a_sweep_over_batches_and_seeds(
         assert len(now) >= len(finished) + saves - 1
         finished = now
     measured: list[str] = []
-    for name in ("subject_memory", "measure_latency", "fidelity_row"):
-        monkeypatch.setattr(f"heatkv.profiling.measure.runner.{name}", counting(name, measured))
+    for name in ("runner.subject_memory", "runner.measure_latency", "fidelity.FidelityBench.figures"):
+        monkeypatch.setattr(f"heatkv.profiling.measure.{name}", counting(name, measured))
     assert run(arguments) == 0
     rows = rows_of(tmp_path)
     assert [(row["seed"], row["batch"], row["rows"], row["policy"]) for row in rows] == [
@@ -840,9 +844,13 @@ def test_a_sweep_over_batches_and_seeds(
     assert finished.items() <= every.items()
     assert len(every) == 2 * points * 3
     # batches share comparisons, and a point is timed at once
-    assert measured.count("fidelity_row") == points - len({key[1] for key in finished if key[0] == "kl"})
-    assert measured.count("measure_latency") == points - len({key[2:4] for key in finished if key[0] == "latency_ms"})
-    assert measured.count("subject_memory") == 2 * points - len([key for key in finished if key[0] == "memory"])
+    assert measured.count("fidelity.FidelityBench.figures") == points - len(
+        {key[1] for key in finished if key[0] == "kl"}
+    )
+    assert measured.count("runner.measure_latency") == points - len(
+        {key[2:4] for key in finished if key[0] == "latency_ms"}
+    )
+    assert measured.count("runner.subject_memory") == 2 * points - len([key for key in finished if key[0] == "memory"])
     assert not (tmp_path / "results.partial.json").exists()
     assert not list(tmp_path.glob("results.[0-9]*.json"))
     endings = [f"_seed{seed}" for seed in seeds] if len(seeds) > 1 else [""]
@@ -874,8 +882,8 @@ def figures(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], str]:
 
 
 def counting(name: str, calls: list[str]) -> Any:
-    """The function of this name of the runner, which notes its calls."""
-    original = getattr(importlib.import_module("heatkv.profiling.measure.runner"), name)
+    """The function of this name of the measuring modules, which notes its calls."""
+    original = pkgutil.resolve_name(f"heatkv.profiling.measure.{name}")
 
     def called(*arguments: Any, **options: Any) -> Any:
         calls.append(name)
@@ -899,40 +907,6 @@ main()
 """
 
 
-@pytest.mark.slow
-def test_a_killed_sweep_takes_its_worker_with_it(tmp_path: Path) -> None:
-    """Killed when the first worker has started: that ends without a result, and the same command does all there is."""
-    reader, writer = os.pipe()
-    arguments = ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "1", "--out", str(tmp_path)]
-    command = [sys.executable, "-c", KILLED_WITH_WORKER, str(writer), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, stderr=subprocess.PIPE, env=environment, pass_fds=(writer,), timeout=300)
-    os.close(writer)
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    assert os.read(reader, 1) == b""  # the worker, who held the other end, is gone
-    os.close(reader)
-    left = tmp_path / ".memory_job"
-    assert {path.name for path in left.iterdir()} == {"job.json", "plan.json"}
-    assert run(arguments) == 0
-    assert [row["memory"]["process"] for row in rows_of(tmp_path)] == ["own", "own"]
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "plans"}
-
-
-KILLED_WITH_WORKER = """
-import os, signal, subprocess, sys
-from heatkv.profiling.measure import worker
-from heatkv.__main__ import main
-held, start = int(sys.argv.pop(1)), subprocess.Popen
-def started(command, *arguments, **options):
-    if "heatkv.profiling.measure.worker" not in command:
-        return start(command, *arguments, **options)
-    process = start(command, *arguments, pass_fds=(held,), **options)
-    os.kill(os.getpid(), signal.SIGKILL)
-worker.subprocess.Popen = started
-main()
-"""
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -943,7 +917,7 @@ main()
         (["--batches", "2", "--rows", "4"], "--batches and --rows both say how much"),
         (["--seeds", "1.5"], "cannot read the seed list '1.5'"),
         (["--seeds", "1", "--seed", "2"], "--seeds and --seed both name seeds"),
-        (["--snapshot"], "a snapshot is one of the CUDA allocator; the model is on cpu: leave --snapshot out"),
+        (["--snapshot"], "a snapshot is one of the CUDA allocator, and the model is on cpu"),
     ],
 )
 def test_sweeps_that_are_none_are_refused(
@@ -959,15 +933,14 @@ def test_a_sweep_goes_on_after_what_cannot_be_measured(
     """The second of three runs out of memory: its row says so and has no figures; once more it is tried again."""
     asked: list[int] = []
 
-    def apart(folder: Path, job: Any, plan: Any) -> dict[str, Any]:
+    def apart(job: Any) -> Memory:
         asked.append(job.batch)
-        out_of_memory = len(asked) == 2
-        return {"error": "out of memory: 5 GiB"} if out_of_memory else {"error": None, "memory": told}
+        return Memory(error="out of memory: 5 GiB") if len(asked) == 2 else Memory(memory=told)
 
     arguments = ["profile", "--policies", "streaming", "--budgets", "20%,10%", "--repeats", "1", "--out", str(tmp_path)]
     assert run([*arguments[:4], "20%", *arguments[5:7], "--in-process", "--out", str(tmp_path / "first")]) == 0
-    told = rows_of(tmp_path / "first")[0]["memory"] | {"process": "own"}
-    monkeypatch.setattr("heatkv.profiling.measure.worker.measure_apart", apart)
+    told = convert(rows_of(tmp_path / "first")[0]["memory"] | {"process": "own"}, Ledgers)
+    monkeypatch.setattr("heatkv.profiling.measure.worker.measure_in_new_process", apart)
     capsys.readouterr()
     assert run(arguments) == 0
     out, said = capsys.readouterr()

@@ -23,11 +23,12 @@ from heatkv.errors import BudgetError, PolicyError
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.composition import AdaKV, Protected
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
-from heatkv.policies.levels import HeatKVLevels
+from heatkv.policies.heatkv_mr import HeatKVMR
 from heatkv.policies.lp import HeatKVLP
 from heatkv.policies.windows import Streaming
 from heatkv.registry import registered_policies
-from heatkv.testing.contract import contract_checks, made_up_statistics, small_geometries
+from heatkv.testing.contract import contract_checks
+from heatkv.testing.material import made_up_statistics, small_geometries
 
 CHECKS = dict(contract_checks())
 REGISTERED = registered_policies()
@@ -40,8 +41,8 @@ OTHERS: dict[str, EvictionPolicy] = {
     "streaming, one sink": Streaming(sink_scales=1),
     "lp by mass": HeatKVLP(value="mass"),
     "lp, greedy": HeatKVLP(value="error", solver="greedy"),
-    "levels by Fisher costs": HeatKVLevels(cost="fisher"),
-    "levels, dropping only": HeatKVLevels(levels="full", sink_scales=1),
+    "levels by Fisher costs": HeatKVMR(cost="fisher"),
+    "levels, dropping only": HeatKVMR(levels="full", sink_scales=1),
 }
 
 every_check = pytest.mark.parametrize("check", CHECKS)
@@ -91,8 +92,8 @@ class Static(StaticPolicy):
 
     def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
         if problem.share == 1:
-            return np.full_like(self.never_cached(problem), len(problem.geometry.schedule) - 1)
-        return self.never_cached(problem)
+            return np.full_like(self.sinks_only(problem), len(problem.geometry.schedule) - 1)
+        return self.sinks_only(problem)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def changed(base: type[EvictionPolicy], **methods: Any) -> EvictionPolicy:
 
 
 def too_much(self: Static, problem: PlanningProblem) -> NDArray[np.int64]:
-    return np.full_like(self.never_cached(problem), len(problem.geometry.schedule) - 1)
+    return np.full_like(self.sinks_only(problem), len(problem.geometry.schedule) - 1)
 
 
 def promise_more(self: Static, problem: PlanningProblem) -> CachePlan:
@@ -188,7 +189,7 @@ def without(self: Any, problem: PlanningProblem) -> Any:
 
 
 def never_full(self: Static, problem: PlanningProblem) -> NDArray[np.int64]:
-    return self.never_cached(problem)
+    return self.sinks_only(problem)
 
 
 def with_a_tuple(self: Any, problem: PlanningProblem) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import HeatKVError, PlanError, PolicyError, StatisticsError
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling.analysis import plan_view
 from heatkv.profiling.analysis.explain import (
     ends_of_cells,
     full_use,
@@ -38,7 +37,7 @@ from heatkv.profiling.analysis.explain import (
 )
 from heatkv.profiling.analysis.plan_view import bar, ticks, worth_lines
 from heatkv.solve.cells import Capacity
-from heatkv.testing.contract import level_costs_of, made_up_mass
+from heatkv.testing.material import level_costs_of, made_up_mass
 
 ORDERS = Path(__file__).parent / "golden" / "orders" / "2b.json"
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
@@ -92,6 +91,14 @@ def test_kept_shares_against_every_read(plan: Plan, data: st.DataObject) -> None
 
 def test_bar() -> None:
     assert [bar(share, 4) for share in (0, 1e-9, 0.5, 1, 1.2)] == ["░░░░", "█░░░", "██░░", "████", "████"]
+
+
+@given(count=st.integers(1, 20000))
+def test_ticks(count: int) -> None:
+    marks = ticks(count)
+    assert marks[0] == 0
+    assert len(marks) <= 10
+    assert marks[-1] < count <= marks[-1] + marks.step
 
 
 # ------------------------------------------------------------------------------------------------ what room is worth
@@ -340,49 +347,6 @@ def test_prices_of_levels(cost: str, options: dict[str, Any]) -> None:
     for less, more in itertools.pairwise(worths):
         rounding = 1e-3 * abs(less.bound)
         assert 60 * more.price - rounding <= more.bound - less.bound <= 60 * less.price + rounding
-
-
-# ------------------------------------------------------------------------------------------------ charts
-
-
-@given(count=st.integers(1, 20000))
-def test_ticks(count: int) -> None:
-    marks = ticks(count)
-    assert marks[0] == 0
-    assert len(marks) <= 10
-    assert marks[-1] < count <= marks[-1] + marks.step
-
-
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (12, 6), (33, 10)])
-def test_no_chart_marks_what_is_not_there(layers: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: dict[str, Any] = {}
-    monkeypatch.setattr(plan_view, "_save", lambda figure, path: figures.update({path.name: figure}))
-    geometry = CacheGeometry(layers, heads, 4, SQUARE)
-    plan = make_policy("streaming", sink_scales=1).plan(PlanningProblem(geometry, Budget.parse("40%")))
-    names = [f"{s}x{s}" for s in range(1, 7)]
-    plan_view.save_last_read(Path("last_read"), plan.last_read, names, "")
-    kept = kept_of_scales([plan.last_read], [SQUARE.tokens]), kept_of_heads(plan.held, SQUARE.tokens)
-    plan_view.save_kept(Path("kept"), *kept, names, "")
-    plan_view.save_use(Path("use"), plan.live, full_use(plan), plan.budget_token_heads, names, "")
-
-    def shown(axis: Any) -> list[float]:
-        low, high = sorted(axis.get_view_interval())
-        return [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
-
-    def whole(axis: Any, count: float) -> bool:
-        return bool(shown(axis)) and all(tick == int(tick) and 0 <= tick < count for tick in shown(axis))
-
-    for figure in figures.values():
-        figure.canvas.draw()
-    *maps, colours = figures["last_read"].axes
-    assert all(whole(ax.xaxis, heads) and whole(ax.yaxis, layers) for ax in maps[:5])
-    assert shown(colours.yaxis) == list(range(6))
-    by_scale, by_layer = figures["kept"].axes
-    assert whole(by_scale.xaxis, 5)
-    assert whole(by_layer.xaxis, layers)
-    (use,) = figures["use"].axes
-    assert shown(use.xaxis) == [t * layers for t in range(6)]
-    assert whole(use.yaxis, 1.25 * plan.budget_token_heads + 1)
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import socket
 import sys
 from collections.abc import Callable
@@ -17,13 +15,11 @@ import torch
 from scipy import stats
 from support.rows import row
 
-from heatkv.cli import run
 from heatkv.core.budget import Budget
 from heatkv.errors import HeatKVError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling.measure import perceptual
 from heatkv.profiling.measure.fidelity import (
-    BatchComparison,
     Compared,
     FidelityBench,
     kl_divergence,
@@ -193,9 +189,9 @@ def test_batches_can_be_kept_and_joined(
 ) -> None:
     """Batch by batch, without all references at once, and through files: the same, but for pictures in 8 bits."""
     held = FidelityBench(emoji, images=3, pictures=2, seed=0, settings=emoji.sampling, batch=2, hold=False)
-    comparison, parts = BatchComparison(held), []
+    parts = []
     for index in range(2):
-        save_compared(tmp_path / f"{index}.safetensors", comparison.compare(subjects[2], index), 2)
+        save_compared(tmp_path / f"{index}.safetensors", held.compare_plans(subjects[2], index), 2)
         parts.append(load_compared(tmp_path / f"{index}.safetensors"))
     joined = [Compared.join(of_plan) for of_plan in zip(*parts, strict=True)]
     assert held.figures(joined) == held.figures(compare(2))
@@ -208,7 +204,8 @@ def test_batches_can_be_kept_and_joined(
 # ------------------------------------------------------------------------------------------- what needs weights
 
 
-def test_what_is_lacking_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_lacking_is_told_and_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asks the network"))
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
     assert "torchmetrics and torchvision not installed" in str(open_lpips())
     assert "torchmetrics and torch_fidelity not installed" in str(why_no_fid(FID_LEAST_PICTURES))
@@ -218,32 +215,6 @@ def test_what_is_lacking_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     inception = tmp_path / "checkpoints" / perceptual.INCEPTION_FILE
     assert why_no_fid(FID_LEAST_PICTURES) == f"Inception's weights are not at {inception}"
-
-
-def test_doctor_tells_of_weights_and_opens_no_network(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Reasons without packages and without files, and the files once they are there; nothing is read or downloaded."""
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asks the network"))
-
-    def told() -> tuple[str, str]:
-        assert run(["doctor", "--json"]) == 0
-        facts = json.loads(capsys.readouterr().out)
-        return facts["LPIPS"], facts["FID"]
-
-    find = importlib.util.find_spec
-    packages = ("torchmetrics", "torchvision", "torch_fidelity")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else find(name))
-    assert all(text.startswith("no: ") and "not installed" in text for text in told())
-    monkeypatch.setattr(perceptual, "_lacking", lambda *packages: None)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    stand_in_weights(monkeypatch, "alexnet.pth")
-    files = [tmp_path / "checkpoints" / name for name in ("alexnet.pth", perceptual.INCEPTION_FILE)]
-    assert told() == (f"no: AlexNet's weights are not at {files[0]}", f"no: Inception's weights are not at {files[1]}")
-    files[0].parent.mkdir()
-    for file in files:
-        file.write_bytes(b"no weights at all")
-    assert told() == (f"yes, with the weights at {files[0]}", f"yes, with the weights at {files[1]}")
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:

@@ -19,9 +19,7 @@ from heatkv.errors import HeatKVError
 from heatkv.generation.loop import Generator
 from heatkv.models.catalogue import load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.models.emoji import VQVAE_CONFIG
 from heatkv.models.text_conditional import TextConditionalModel
-from heatkv.models.vqvae import VQVAE
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.windows import Full, Streaming
 from heatkv.profiling.analysis.fit import (
@@ -66,20 +64,6 @@ def test_ledger_of_attention() -> None:
     assert ledger.peak == 2 * 3 * (5 * 6 + 7 * 4) * 4
 
 
-def test_decoder_on_shapes_against_real_tensors() -> None:
-    """The decoder of the embedded model, with and without storage."""
-    peaks = []
-    for device in ("cpu", "meta"):
-        with torch.device(device):
-            decoder, latent = VQVAE(VQVAE_CONFIG, encoder=False), torch.zeros(2, 16, 12, 12)
-        with torch.inference_mode(), FusedAttention(), TensorLedger() as ledger:
-            decoder.decode(latent)
-        peaks.append(ledger.peak)
-    # a picture of 48 x 48 pixels, two of them, 64 channels in fp32, at least twice at the widest place
-    assert peaks[0] >= 2 * 2 * 64 * 48 * 48 * 4
-    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
-
-
 def test_footprint_of_infinity_2b() -> None:
     info = model_info("infinity-2b")
     taken = footprint(info, 1, dtype="bfloat16")
@@ -99,7 +83,7 @@ def test_footprint_of_infinity_2b() -> None:
     assert footprint(info, 1, size="0.25M").full_cache < taken.full_cache
 
 
-@pytest.mark.parametrize(("images", "guided"), [(1, True), (2, False), (9, True)])
+@pytest.mark.parametrize(("images", "guided"), [(1, True), (9, False)])
 def test_attention_against_a_real_cache(images: int, guided: bool) -> None:
     """Tables and room for gathered heads of a real cache, which may be too much."""
     for name, size in (("emoji", None), ("infinity-2b", "0.25M")):
@@ -242,7 +226,7 @@ def test_budget_that_was_found_fits(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--batch", "0"], "0"), (["--batch", "65537"], "65536"), (["--batch", "2", "--budget", "10%"], "one of them"),
         (["--memory", "5XB"], "'5XB'"), (["--dtype", "int8"], "int8"), (["--budget", "120%"], "100 %"),
-        (["--budget", "0.1%"], "21/6425"), (["--budget", "1e-9", "--sink-scales", "0"], "3.04e-07"),
+        (["--budget", "0.1%"], "21/6425"),
         (["--budget", "auto"], "auto"), (["--sink-scales", "13"], "sink_scales=13"), (["--size", "2M"], "'2M'"),
     ],
 )  # fmt: skip

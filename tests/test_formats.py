@@ -24,8 +24,13 @@ from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.lp import HeatKVLP
 from heatkv.policies.snapkv import SnapKV
+from heatkv.profiling.measure.environment import timing_machine
 from heatkv.profiling.measure.fidelity import FidelityBench
-from heatkv.profiling.measure.memory import (
+from heatkv.profiling.measure.runner import first_row, measure_latency, subject_memory
+from heatkv.profiling.measure.subjects import plan_subjects
+from heatkv.profiling.results.artefacts import save_scas
+from heatkv.profiling.results.folder import ResultsFolder, comparison_digest, measurement_digest
+from heatkv.profiling.results.ledgers import (
     AllocatorMemory,
     AllocatorPeaks,
     DriverMemory,
@@ -34,19 +39,8 @@ from heatkv.profiling.measure.memory import (
     Phases,
     Step,
 )
-from heatkv.profiling.measure.runner import (
-    bytes_row,
-    fidelity_row,
-    latency_row,
-    measure_latency,
-    memory_row,
-    plan_subjects,
-    subject_memory,
-)
-from heatkv.profiling.report.old_merging import merge
-from heatkv.profiling.report.page import report_data
-from heatkv.profiling.results.folder import ResultsFolder, comparison_digest, measurement_digest, save_scas
-from heatkv.testing.contract import made_up_mass
+from heatkv.profiling.results.row import Request
+from heatkv.testing.material import made_up_mass
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4)]))
@@ -127,13 +121,13 @@ def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pyte
     (full,) = plan_subjects(emoji, [], [], statistics=None, rows=2, storage="float32")
     digest = comparison_digest(emoji, emoji.sampling, full, seed=0, images=1, pictures=1)
     measurement = measurement_digest(emoji, emoji.sampling, full, seed=0, batch=1)
-    row = {"comparison": digest, "measurement": measurement, "batch": 1, "seed": 0} | bytes_row(emoji, full, 2)
-    row |= memory_row(subject_memory(emoji, full, 1, emoji.sampling))
-    row |= latency_row(measure_latency(emoji, [full], rows=2, settings=emoji.sampling, repeats=1)[full.name])
-    bench = FidelityBench(emoji, images=1, pictures=1, seed=0, settings=emoji.sampling)
-    row |= fidelity_row(bench, full)[0]
+    row = first_row(emoji, full, batch=1, rows=2, seed=0, comparison=digest, measurement=measurement)
+    machine, settings = timing_machine(emoji.device), emoji.sampling
+    times, _ = measure_latency(emoji, [full], batch=1, settings=settings, repeats=1, machine=machine)
+    bench = FidelityBench(emoji, images=1, pictures=1, seed=0, settings=settings)
+    row = row.updated(subject_memory(emoji, full, 1, settings), times[full.name], bench.measure(full))
     monkeypatch.chdir(tmp_path)
-    assert ResultsFolder(Path(), emoji, emoji.sampling, {"seed": 0}).finish([row]) is None
+    assert ResultsFolder(Path(), emoji, emoji.sampling, Request(seed=0)).finish([row]) is None
     told = json.loads(Path("results.json").read_text())
     assert fields("results.json", "field") == set(told)
     assert fields("results.json", "field of a row") == set(told["rows"][0])
@@ -143,30 +137,16 @@ def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pyte
         for name in value if isinstance(value, dict) else ():
             assert f"`{name}`" in text
     for kind in (HostMemory, AllocatorMemory, AllocatorPeaks, GraphMemory, DriverMemory, Step, Phases):
-        for field in dataclasses.fields(kind):
-            assert f"`{field.name}`" in text
+        for name in kind.__struct_fields__:
+            assert f"`{name}`" in text
     assert run_lines("results.json")["kl"] == {("full", "100%"): 0}
 
 
-def test_scas_and_reports(
-    statistics: Statistics, emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scas(statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_scas(Path("scas.json"), statistics)
     assert fields("scas.json", "field") == set(json.loads(Path("scas.json").read_text()))
     assert np.array_equal(run_lines("scas.json")["scas"], statistics.scas[:, :, :-1])
-
-    subjects = plan_subjects(emoji, ["streaming"], [Budget.parse("20%")], statistics=None, rows=2, storage="float32")
-    times = {"latency_ms": {"median": 1, "iqr": 0, "runs": 1}}
-    rows = [bytes_row(emoji, subject, 2) | times | {"kl": 0.5, "comparison": ""} for subject in subjects]
-    ResultsFolder(Path(), emoji, emoji.sampling, {"seed": 0}).finish(rows)
-    data = report_data(merge([Path()]))
-    text = section("report.json")
-    for part in ("sources", "fidelity", "latency"):
-        assert all(f"`{name}`" in text for name in data[part][0])
-    assert fields("report.json", "field") == set(data)
-    Path("report.json").write_text(json.dumps(data))
-    assert run_lines("report.json")["best"] == {"20%": "streaming"}
 
 
 def test_rankings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

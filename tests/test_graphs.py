@@ -43,13 +43,11 @@ from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
 from heatkv.policies.base import make_policy
 from heatkv.policies.dynamic import Candidates
-from heatkv.policies.recent_tokens import SlidingWindowTokens
-from heatkv.profiling.measure.latency import Latency
+from heatkv.policies.windows import SlidingWindowTokens
 from heatkv.profiling.measure.ledger import TensorLedger
-from heatkv.profiling.measure.runner import Subject, Timing, bytes_row, latency_row, timed_with_graphs
-from heatkv.profiling.report.tables import results_table
+from heatkv.profiling.measure.runner import graph_latency
 from heatkv.registry import registered_policies
-from heatkv.testing.contract import made_up_problem
+from heatkv.testing.material import made_up_problem
 
 EVERY = pytest.mark.parametrize("name", registered_policies())
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -677,33 +675,20 @@ def test_a_capture_that_fails_gives_the_stream_back_and_tells_the_first_reason(m
 
 
 def test_times_with_graphs(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    eager = Timing(Latency((1.0,)))
     generator = Generator(tiny, tiny.plan(), 1, runner=TapeRunner())
     runs: list[int] = []
-    found = timed_with_graphs(
-        eager,
+    latency, _ = graph_latency(
         generator,
         lambda: generator.draw([3]),
         2,
         lambda: runs.append(generator.runner.graphs),  # type: ignore[attr-defined]
     )
-    assert found.graph is not None
-    assert len(found.graph.runs_ms) == 2
+    assert latency.runs == 2
     assert runs == [4, 4]  # everything was recorded before the first one
-    assert (found.eager, found.no_graphs) == (eager.eager, None)
-    row = latency_row(dataclasses.replace(found, graph_pool_bytes=5))
-    assert (row["graph_latency_ms"]["runs"], row["graph_pool_bytes"]) == (2, 5)
-    shown = bytes_row(tiny, Subject("full", "100%", (tiny.full_plan(),), "float32"), 2) | row
-    for told, columns in ((shown, ["ms", "ms, graphs"]), (shown | {"graph_latency_ms": None}, ["ms"])):
-        headers = [str(column.header) for column in results_table([told], "").columns]
-        assert [name for name in headers if name.startswith("ms")] == columns
-
     monkeypatch.setattr(class_conditional, "summed", lambda total, added, first: added * added.sum().item())
     broken = Generator(tiny, tiny.plan(), 1, runner=TapeRunner())
-    found = timed_with_graphs(eager, broken, lambda: broken.draw([3]), 2)
-    assert found.graph is None
-    assert "scale 0 cannot be recorded" in str(found.no_graphs)
-    assert latency_row(found)["graph_latency_ms"] is None
+    with pytest.raises(GraphError, match="scale 0 cannot be recorded"):
+        graph_latency(broken, lambda: broken.draw([3]), 2)
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU

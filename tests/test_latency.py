@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from msgspec import to_builtins
 from scipy import stats
 
 import heatkv
@@ -36,7 +35,6 @@ from heatkv.profiling.measure.latency import (
 from heatkv.profiling.measure.runner import measure_latency
 from heatkv.profiling.measure.subjects import plan_subjects
 from heatkv.profiling.measure.trace import has_trace, save_trace
-from heatkv.profiling.report.latency_table import latency_table
 from heatkv.profiling.results.row import Latency, Load
 
 CPU = torch.device("cpu")
@@ -95,13 +93,13 @@ def test_a_breakdown_adds_up(emoji: ClassConditionalModel) -> None:
     generator = Generator(emoji, emoji.plan("streaming", "30%"), 1)
     scales = len(emoji.geometry.schedule)
     found = measure_breakdown(lambda: generator.draw([0]), CPU, scales, 1)
-    assert found.phases_ms is not None
-    assert list(found.phases_ms) == [*PHASES, "other"]
-    assert all(value > 0 for value in (*found.scales_ms, *found.phases_ms.values()))
+    assert found.phases is not None
+    assert list(found.phases) == [*PHASES, "other"]
+    assert all(value > 0 for value in (*found.scales, *found.phases.values()))
     # all but preparations and the decoder happens in scales
-    assert len(found.scales_ms) == scales
-    assert sum(found.scales_ms) + found.phases_ms["decode"] <= sum(found.phases_ms.values())
-    assert measure_breakdown(lambda: generator.draw([0]), CPU, scales, 1, phases=False).phases_ms is None
+    assert len(found.scales) == scales
+    assert sum(found.scales) + found.phases["decode"] <= sum(found.phases.values())
+    assert measure_breakdown(lambda: generator.draw([0]), CPU, scales, 1, phases=False).phases is None
 
 
 def test_a_breakdown_takes_medians_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +119,8 @@ def test_a_breakdown_takes_medians_of_each_phase(monkeypatch: pytest.MonkeyPatch
         now += outside / 1e3
 
     found = measure_breakdown(call, CPU, 2, 3)
-    assert found.scales_ms == pytest.approx((2, 4))
-    assert found.phases_ms == pytest.approx(
+    assert found.scales == pytest.approx((2, 4))
+    assert found.phases == pytest.approx(
         {"attention": 6, "feed-forward": 0, "cache update": 0, "sampling": 0, "decode": 0.5, "other": 2}
     )
 
@@ -143,26 +141,29 @@ def test_spans_are_silent_unless_somebody_listens() -> None:
     assert "mine" in {event.key for event in profiler.key_averages()}
 
 
-@pytest.mark.parametrize("policy", ["streaming", "snapkv", "adakv"])
-def test_a_trace_names_scales_layers_and_phases_inside_each_other(
-    emoji: ClassConditionalModel, tmp_path: Path, capfd: pytest.CaptureFixture[str], policy: str
-) -> None:
+@pytest.fixture(scope="module", params=["streaming", "adakv"])
+def trace(
+    request: pytest.FixtureRequest, emoji: ClassConditionalModel, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("traces") / "new"
     _, subject = plan_subjects(
-        emoji, [policy], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
+        emoji, [request.param], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
     )  # fmt: skip
-    path = save_trace(tmp_path / "traces", emoji, subject, 1, emoji.sampling)
-    assert capfd.readouterr().out == ""
-    assert has_trace(path.parent, subject, 1)
-    assert not has_trace(path.parent, subject, 2)
+    path = save_trace(folder, emoji, subject, 1, emoji.sampling)
     # the pattern by which torch-tb-profiler finds a worker and its span
-    assert re.match(rf"^{policy}_30percent_batch_1\.\d+\.pt\.trace\.json$", path.name)
-    assert list(path.parent.iterdir()) == [path]
-    told = json.loads(path.read_text())
+    assert re.match(rf"^{request.param}_30percent_batch_1\.\d+\.pt\.trace\.json$", path.name)
+    assert list(folder.iterdir()) == [path]
+    assert (has_trace(folder, subject, 1), has_trace(folder, subject, 2)) == (True, False)
+    return path
+
+
+def test_trace_names_scales_layers_and_phases_inside_each_other(emoji: ClassConditionalModel, trace: Path) -> None:
+    told = json.loads(trace.read_text())
     assert "schemaVersion" in told
-    events = [event for event in told["traceEvents"] if event.get("cat") == "user_annotation"]
     spans: dict[str, list[tuple[float, float]]] = {}
-    for event in events:
-        spans.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
+    for event in told["traceEvents"]:
+        if event.get("cat") == "user_annotation":
+            spans.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
     scales, layers = range(len(emoji.geometry.schedule)), range(emoji.geometry.layers)
     assert all(len(spans[scale_name(scale)]) == 1 for scale in scales)  # one drawing: the warm-up is not in it
     assert all(len(spans[layer_name(layer)]) == len(scales) for layer in layers)
@@ -173,22 +174,15 @@ def test_a_trace_names_scales_layers_and_phases_inside_each_other(
         around = [place for name in outer for place in spans[name]]
         return all(any(low <= a and b <= high for low, high in around) for a, b in spans[inner])
 
-    for layer in layers:
-        assert within(layer_name(layer), [scale_name(scale) for scale in scales])
-    for phase in ("attention", "cache update", "feed-forward"):
-        assert within(phase, [layer_name(layer) for layer in layers])
-    assert within("sampling", [scale_name(scale) for scale in scales])
+    in_scales, in_layers = [scale_name(scale) for scale in scales], [layer_name(layer) for layer in layers]
+    assert all(within(name, in_scales) for name in (*in_layers, "sampling"))
+    assert all(within(phase, in_layers) for phase in ("attention", "cache update", "feed-forward"))
 
 
-def test_viewers_open_a_trace(emoji: ClassConditionalModel, tmp_path: Path) -> None:
-    _, subject = plan_subjects(
-        emoji, ["streaming"], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
-    )  # fmt: skip
-    path = save_trace(tmp_path / "traces", emoji, subject, 1, emoji.sampling)
-
+def test_viewers_open_a_trace(trace: Path, tmp_path: Path) -> None:
     # Perfetto leaves out what overlaps an earlier slice of its thread without lying in it
     slices: dict[Any, list[tuple[float, float]]] = {}
-    for event in json.loads(path.read_text())["traceEvents"]:
+    for event in json.loads(trace.read_text())["traceEvents"]:
         if event["ph"] == "X" and event.get("cat") != "Trace":  # the profiler's own, on a line of its own
             slices.setdefault((event["pid"], event["tid"]), []).append((event["ts"], -event["ts"] - event["dur"]))
     assert max(map(len, slices.values())) > 1000
@@ -204,8 +198,7 @@ def test_viewers_open_a_trace(emoji: ClassConditionalModel, tmp_path: Path) -> N
     # TensorBoard's plug-in, read by what it reads with
     from torch_tb_profiler.profiler.data import RunProfileData
 
-    (tmp_path / "cache").mkdir()
-    seen = RunProfileData.parse("worker", "1", str(path), str(tmp_path / "cache"))
+    seen = RunProfileData.parse("worker", "1", str(trace), str(tmp_path))
     seen.process()
     seen.analyze()
     assert seen.steps_names == ["1"]  # the one that is recorded
@@ -244,20 +237,6 @@ def test_times_are_parts_of_a_row(emoji: ClassConditionalModel, monkeypatch: pyt
     assert (found.latency_ms.runs, len(found.latency_ms.scales or ())) == (1, 8)
     monkeypatch.setattr(environment.os, "getloadavg", lambda: (4.0, 1.0, 1.0))
     assert not load_of(CPU).busy
-
-
-def test_the_table_shows_intervals_outliers_and_phases() -> None:
-    phases = {name: float(i) for i, name in enumerate((*PHASES, "other"))}
-    eager = to_builtins(latency_of((10.0, 10.0, 10.0, 10.0, 99.0), Breakdown((1.0, 7.25), phases)))
-    graph = to_builtins(latency_of((4.0, 5.0), Breakdown((1.0, 2.5), None)))
-    row = {"policy": "h2o", "budget": "10%", "latency_ms": eager, "graph_latency_ms": graph}
-    table = latency_table([row, {"policy": "full", "budget": "100%", "latency_ms": None}], "t")
-    lines = list(zip(*([str(cell) for cell in column._cells] for column in table.columns), strict=True))
-    assert lines == [
-        ("h2o", "10%", "10.0", "10.0 - 99.0", "1", "0.0", "1.0", "2.0", "3.0", "4.0", "5.0", "7.2"),
-        ("h2o, graphs", "10%", "4.5", "4.0 - 5.0", "0", *"------", "2.5"),
-    ]
-    assert "hold it with 50.0% or 93.8%; outliers (1) are counted in" in str(table.caption)
 
 
 @pytest.mark.gpu

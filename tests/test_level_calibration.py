@@ -14,9 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from strategies import SEEDS, pooled, schedules
-from support.tiny_models import features, make_infinity
+from support.tiny_models import tiny_infinity, tiny_var
 from torch import Tensor
 
 from heatkv.calibration import level_costs as level_calibration
@@ -26,20 +25,16 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts, useful_levels
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import FloatArray
 from heatkv.core.statistics import LevelStatistics, calibrated_bias
 from heatkv.errors import StatisticsError
 from heatkv.generation.loop import run_scales
 from heatkv.levels.columns import allocate_levels
 from heatkv.models.base import ImageModel
-from heatkv.models.base import fingerprint as fingerprint_of
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.models.sampling import CommonRandomSampler, SamplingSettings
-from heatkv.models.text_conditional import Prompt
-from heatkv.models.var import VAR, VARConfig
-from heatkv.models.vqvae import VQVAE, VQVAEConfig
+from heatkv.models.sampling import CommonRandomSampler
 from heatkv.solve.checkpoints import Capacity
 
-FloatArray = NDArray[np.float64]
 Cell = tuple[int, int]
 """A source and the level it is held at."""
 
@@ -230,13 +225,13 @@ CASES = [
 
 @pytest.mark.parametrize(("schedule", "choices"), CASES, ids=["joint", "others", "alone"])
 @pytest.mark.parametrize("rotates", [False, True])
-def test_error_costs_equal_dense_attention(schedule: ScaleSchedule, choices: LevelChoices, rotates: bool) -> None:
+def test_error_costs_of_dense_attention(schedule: ScaleSchedule, choices: LevelChoices, rotates: bool) -> None:
     case = Case.of(schedule, choices, 3, 1.0, rotates)
     case.check_errors(case.error_cache(), 40)
 
 
-@pytest.mark.parametrize("lead", [5.0, 15.0, 40.0, 90.0, 200.0])
-@pytest.mark.parametrize("winner", [0, 2, 4, 5, 7])
+@pytest.mark.parametrize("lead", [5.0, 40.0, 200.0])
+@pytest.mark.parametrize("winner", [0, 4, 7])
 def test_error_costs_where_one_source_has_nearly_all_mass(winner: int, lead: float) -> None:
     """Its logits lead by so much that all others have e^-lead of the mass; without it they are what is read."""
     case = Case.of(LONG, LevelChoices(LONG, 1, 2), 4)
@@ -260,7 +255,7 @@ def test_error_costs_where_all_that_is_always_held_is_hardly_read(lead: float) -
 
 
 @pytest.mark.parametrize(("schedule", "choices"), CASES, ids=["joint", "others", "alone"])
-def test_fisher_costs_equal_dense_attention(schedule: ScaleSchedule, choices: LevelChoices) -> None:
+def test_fisher_costs_of_dense_attention(schedule: ScaleSchedule, choices: LevelChoices) -> None:
     """(sum over queries and both halves of gradient * change)^2, mean over draws, summed over images."""
     case = Case.of(schedule, choices, 5, 1.0, rotates=True)
     cache = FisherCostCache(choices, case.bias, case.plan, 4, 2, key_angles=case.angles)
@@ -292,7 +287,7 @@ def test_fisher_costs_equal_dense_attention(schedule: ScaleSchedule, choices: Le
 
 
 @pytest.mark.parametrize("rotates", [False, True])
-def test_biases_equal_dense_attention(rotates: bool) -> None:
+def test_biases_of_dense_attention(rotates: bool) -> None:
     case = Case.of(LONG, LevelChoices(LONG), 6, 1.5, rotates)
     cache = BiasCache(case.choices, case.plan, 4, 2, key_angles=case.angles)
     case.run(cache)
@@ -332,12 +327,12 @@ def test_biases_where_nothing_was_read() -> None:
     joint=st.integers(0, 4),
     seed=SEEDS,
 )
-def test_any_schedule_can_be_measured(schedule: ScaleSchedule, sinks: int, joint: int, seed: int) -> None:
+def test_error_costs_of_any_schedule(schedule: ScaleSchedule, sinks: int, joint: int, seed: int) -> None:
     case = Case.of(schedule, LevelChoices(schedule, sinks, joint), seed)
     case.check_errors(case.error_cache(), 8)
 
 
-def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case.of(LONG, LevelChoices(LONG, 1, 3), 8)
 
     def measured() -> list[FloatArray]:
@@ -366,7 +361,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert 1 <= min(blocks) < max(LONG.tokens)
 
 
-def test_costs_are_not_rounded_by_autocast() -> None:
+def test_costs_under_autocast() -> None:
     case = Case.of(LONG, LevelChoices(LONG, 1, 3), 8)
     plain = case.error_cache()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -377,25 +372,6 @@ def test_costs_are_not_rounded_by_autocast() -> None:
 
 # ---------------------------------------------------------------------- whole models
 
-SIDES = (1, 1, 2, 2, 3, 4, 4, 5, 4)  # at the last target source 2 is none of the five largest
-
-
-def tiny_var() -> ClassConditionalModel:
-    """Random weights, with attention and gates far from uniform."""
-    torch.manual_seed(7)
-    transformer = VAR(VARConfig(SIDES, 2, 32, 2, num_classes=5, vocab_size=32, z_channels=8)).eval()
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            if "scale_mul" in name:
-                parameter.add_(torch.rand_like(parameter) * 2)
-            elif parameter.ndim >= 2:
-                parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
-    vqvae = VQVAE(VQVAEConfig(SIDES, 32, 8, 32, (1,)), encoder=False).eval()
-    for module in (transformer, vqvae):
-        module.requires_grad_(False)
-    settings = SamplingSettings(cfg=2.0, ramp=True, top_k=10)
-    return ClassConditionalModel("tiny", transformer, vqvae, settings, fingerprint_of(transformer))
-
 
 @pytest.fixture(scope="module")
 def var() -> ClassConditionalModel:
@@ -404,9 +380,7 @@ def var() -> ClassConditionalModel:
 
 @pytest.fixture(scope="module")
 def infinity() -> ImageModel[Any]:
-    schedule = ScaleSchedule.of([(1, 1), (2, 2), (3, 2), (4, 5), (6, 4)])
-    model = make_infinity(schedule=schedule)
-    return dataclasses.replace(model, examples=(Prompt(features(7)), Prompt(features(4), features(9))))
+    return tiny_infinity(ScaleSchedule.of([(1, 1), (2, 2), (3, 2), (4, 5), (6, 4)]))
 
 
 @pytest.fixture(params=["var", "infinity"])
@@ -448,10 +422,10 @@ def recorded(model: ImageModel[Any], images: int, seed: int, first: int = 0) -> 
     return recorder
 
 
-def check_biases(model: ImageModel[Any], layers: Sequence[int]) -> None:
+def test_biases_of_a_model(model: ImageModel[Any]) -> None:
     schedule = model.geometry.schedule
     bias, recorder = calibrate_biases(model, LevelChoices(schedule), 3, seed=5, batch=2), recorded(model, 3, 5)
-    for layer in layers:
+    for layer in range(model.geometry.layers):
         whole, means = np.zeros(bias.shape[1:3]), np.zeros(bias.shape[1:])
         for target in range(1, len(schedule)):
             whole_HS, pooled_HSV = recorder.dense(model, bias, target, layer).masses()
@@ -463,8 +437,8 @@ def check_biases(model: ImageModel[Any], layers: Sequence[int]) -> None:
                 np.testing.assert_allclose(bias[layer, :, s, v], np.log(whole[:, s] / means[:, s, v]), atol=2e-4)
 
 
-def check_error_costs(model: ImageModel[Any], layers: Sequence[int], targets: Sequence[int], most: int) -> None:
-    """What two images cost, in all heads of these layers, for up to `most` combinations of a target."""
+def test_error_costs_of_a_model(model: ImageModel[Any]) -> None:
+    """What two images cost."""
     geometry = model.geometry
     bias = biases_of(geometry.schedule, geometry.layers, geometry.heads)
     measured = calibrate_levels(model, 2, log_bias=bias, seed=5, first_sample=1, batch=2)
@@ -472,9 +446,9 @@ def check_error_costs(model: ImageModel[Any], layers: Sequence[int], targets: Se
     assert [name.split(":")[:2] for name in measured.samples] == [["5", "1"], ["5", "2"]]
     recorder, choices = recorded(model, 2, 5, first=1), measured.choices
     halves = model.sampling.rows_per_image
-    for layer in layers:
+    for layer in range(geometry.layers):
         weights = model.adapter.output_weight(layer).double()
-        for target in targets:
+        for target in range(3, len(geometry.schedule)):
             oracle, relative = recorder.dense(model, bias, target, layer), recorder.relative[layer][target]
 
             def cost(
@@ -484,32 +458,13 @@ def check_error_costs(model: ImageModel[Any], layers: Sequence[int], targets: Se
                 return np.asarray((moved.square().sum((2, 3)) * relative[:, None]).sum(0) / halves / 2)
 
             atol = 1e-5 * cost(dict.fromkeys(range(2, target), NONE)).max()
-            for index, held in combinations(choices, target, most):
+            for index, held in combinations(choices, target, 30):
                 np.testing.assert_allclose(measured.joint[target][layer, :, index], cost(held), rtol=5e-3, atol=atol)
             for source in choices.other_sources(target):
                 for level in choices.of_other(source):
                     np.testing.assert_allclose(
                         measured.single[layer, :, target, source, level], cost({source: level}), rtol=5e-3, atol=atol
                     )
-
-
-def test_biases_of_a_model(model: ImageModel[Any]) -> None:
-    check_biases(model, range(model.geometry.layers))
-
-
-def test_error_costs_of_a_model(model: ImageModel[Any]) -> None:
-    last = len(model.geometry.schedule) - 1
-    check_error_costs(model, range(model.geometry.layers), range(3, last + 1), 30)
-    if last == 8:
-        assert LevelChoices(model.geometry.schedule).other_sources(last) == (2,)
-
-
-def test_level_costs_of_the_embedded_model(emoji: ClassConditionalModel) -> None:
-    check_error_costs(emoji, (0, 7), (3, 5), 8)
-
-
-def test_biases_of_the_embedded_model(emoji: ClassConditionalModel) -> None:
-    check_biases(emoji, (6,))
 
 
 class Perturbed:
@@ -535,15 +490,15 @@ class Perturbed:
         return out
 
 
-def check_fisher_costs(model: ImageModel[Any], targets: Sequence[int], most: int) -> None:
+def test_fisher_costs_of_a_model(model: ImageModel[Any]) -> None:
     """The change of the drawn tokens' log-likelihood along a change of one head's output, squared."""
     geometry = model.geometry
     bias = biases_of(geometry.schedule, geometry.layers, geometry.heads)
     measured = calibrate_fisher(model, 2, log_bias=bias, seed=5, first_sample=1, batch=2)
     recorder, choices = recorded(model, 2, 5, first=1), measured.choices
-    for target in targets:
-        cells = [held for _, held in combinations(choices, target, most)]
-        which = [index for index, _ in combinations(choices, target, most)]
+    for target in (3, len(geometry.schedule) - 1):
+        cells = [held for _, held in combinations(choices, target, 12)]
+        which = [index for index, _ in combinations(choices, target, 12)]
         for source in choices.other_sources(target):
             cells += [{source: level} for level in choices.of_other(source)]
         oracles = [recorder.dense(model, bias, target, layer) for layer in range(geometry.layers)]
@@ -580,16 +535,7 @@ def check_fisher_costs(model: ImageModel[Any], targets: Sequence[int], most: int
         assert atol > 0
 
 
-def test_fisher_costs_of_a_model(model: ImageModel[Any]) -> None:
-    last = len(model.geometry.schedule) - 1
-    check_fisher_costs(model, (3, last), 12)
-
-
-def test_fisher_costs_of_the_embedded_model(emoji: ClassConditionalModel) -> None:
-    check_fisher_costs(emoji, (3,), 4)
-
-
-def test_fisher_draws_follow_the_distribution() -> None:
+def test_fisher_draws() -> None:
     logits = torch.tensor([0.0, 1.0, -2.0, 2.5])
     p = logits.softmax(-1)
     drawn = _drawn_log_likelihoods(logits.expand(2, 20_000, 4), 3, (4, 5), 1)
@@ -617,14 +563,14 @@ def check_alike(one: LevelStatistics, other: LevelStatistics, rtol: float) -> No
 
 
 @MEASURES
-def test_costs_do_not_depend_on_the_batch(measure: Any, var: ClassConditionalModel) -> None:
+def test_costs_in_batches(measure: Any, var: ClassConditionalModel) -> None:
     whole, one_by_one = (measure(var, 3, bias_samples=2, seed=4, batch=batch) for batch in (3, 1))
     check_alike(one_by_one, whole, 1e-3)
     assert whole.bias_samples == ("4:0:0", "4:1:1")
 
 
 @MEASURES
-def test_shards_under_equal_biases_merge_to_one_run(measure: Any, var: ClassConditionalModel) -> None:
+def test_merged_shards(measure: Any, var: ClassConditionalModel) -> None:
     bias = biases_of(var.geometry.schedule, 2, 2)
     whole = measure(var, 2, log_bias=bias, seed=4, batch=1)
     parts = [measure(var, 1, log_bias=bias, seed=4, first_sample=i) for i in range(2)]
@@ -636,41 +582,24 @@ def test_shards_under_equal_biases_merge_to_one_run(measure: Any, var: ClassCond
     assert np.array_equal(merged.joint[5], (parts[0].joint[5] + parts[1].joint[5]) / 2)
 
 
-def test_what_cannot_be_merged(var: ClassConditionalModel) -> None:
-    bias = biases_of(var.geometry.schedule, 2, 2)
-    one, other = (calibrate_levels(var, 1, log_bias=bias, first_sample=i) for i in (0, 1))
-    with pytest.raises(StatisticsError, match="measured under different biases"):
-        one.merge(dataclasses.replace(other, log_bias=bias + 1e-9))
-    with pytest.raises(StatisticsError, match="kind 'error' and 'fisher'"):
-        one.merge(dataclasses.replace(other, cost="fisher"))
-    with pytest.raises(StatisticsError, match=r"sink_scales=2, joint=5 and sink_scales=3, .*--sink-scales 2\)"):
-        one.merge(calibrate_levels(var, 1, log_bias=bias, first_sample=1, sink_scales=3))
-    with pytest.raises(StatisticsError, match=r"1 samples are in both level costs \(for instance 0:0:0\)"):
-        one.merge(one)
+@MEASURES
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"samples": 0}, "samples is 0"),
+        ({"bias_samples": 0}, "samples is 0"),
+        ({"sink_scales": -1}, "sink_scales is -1"),
+        ({"sink_scales": 9}, "sink_scales is 9"),
+        ({"log_bias": np.zeros((2, 2, 9))}, "log_bias is float64"),
+    ],
+)
+def test_refused_options(measure: Any, options: dict[str, Any], named: str, var: ClassConditionalModel) -> None:
+    with pytest.raises(StatisticsError, match=named):
+        measure(var, **({"samples": 1} | options))
 
 
 @MEASURES
-def test_no_sample_is_refused(measure: Any, var: ClassConditionalModel) -> None:
-    with pytest.raises(StatisticsError, match="samples is 0; it must be a whole number of at least 1"):
-        measure(var, 0)
-    with pytest.raises(StatisticsError, match="samples is 0; it must be a whole number of at least 1"):
-        measure(var, 1, bias_samples=0)
-
-
-@MEASURES
-@pytest.mark.parametrize("sinks", [-1, 9])
-def test_sinks_that_the_schedule_does_not_have_are_refused(
-    measure: Any, sinks: int, var: ClassConditionalModel
-) -> None:
-    scales = len(var.geometry.schedule)
-    with pytest.raises(
-        StatisticsError, match=f"sink_scales={sinks} does not fit .* of {scales} scales: 0 to {scales - 1}"
-    ):
-        measure(var, 1, sink_scales=sinks)
-
-
-@MEASURES
-def test_any_number_of_sinks_can_be_measured(measure: Any, var: ClassConditionalModel) -> None:
+def test_plans_of_other_sinks(measure: Any, var: ClassConditionalModel) -> None:
     """Plans with three sinks are equal, from costs of three and of fewer."""
     schedule = var.geometry.schedule
     bias = biases_of(schedule, 2, 2)
@@ -678,22 +607,9 @@ def test_any_number_of_sinks_can_be_measured(measure: Any, var: ClassConditional
     capacity = Capacity(2, 2, schedule.tokens, budget)
     of_three = allocate_levels(measure(var, 2, log_bias=bias, sink_scales=3), capacity)
     assert of_three.cost > 0
-    for sinks in (0, 1, 2):
+    for sinks in (0, 2):
         found = allocate_levels(measure(var, 2, log_bias=bias, sink_scales=sinks), capacity, sink_scales=3)
         assert found.cost == pytest.approx(of_three.cost, rel=0.01)
         assert found.bound == pytest.approx(of_three.bound, rel=0.01)
     everything = measure(var, 1, log_bias=bias, sink_scales=len(schedule) - 1)
     assert not any(joint.any() for joint in everything.joint_sum)
-
-
-def test_more_sinks_leave_less_to_choose(var: ClassConditionalModel) -> None:
-    bias = biases_of(var.geometry.schedule, 2, 2)
-    default, other = (calibrate_levels(var, 1, log_bias=bias, sink_scales=sinks) for sinks in (2, 4))
-    assert other.choices == LevelChoices(var.geometry.schedule, 4)
-    # with scales 2 and 3 whole the costs are those of the combinations that hold them whole
-    target = 6
-    table = default.choices.combinations(target)
-    whole = (table[:, :2] == 0).all(axis=1)  # of sources 2 to 5, which are all joint
-    np.testing.assert_allclose(
-        other.joint[target], default.joint[target][:, :, whole], rtol=1e-3, atol=1e-6 * default.joint[target].max()
-    )

@@ -18,8 +18,7 @@ from strategies import members, pooled
 from support.foreign import KINDS, SCALES, attention_of
 from support.golden import check_infinity_run, check_scales, replays
 from support.standin_infinity import turned
-from support.tiny_models import SHORT_SCHEDULE, features, make_infinity
-from test_level_calibration import tiny_var
+from support.tiny_models import SHORT_SCHEDULE, features, make_infinity, tiny_var
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -19,7 +19,7 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import BudgetError, PolicyError
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.testing.contract import made_up_mass
+from heatkv.testing.material import made_up_mass
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3, 4, 5))
 GEOMETRY = CacheGeometry(3, 4, 4, SCHEDULE)  # N = 30, 55 tokens in all; two sinks are 5 tokens

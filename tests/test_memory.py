@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from msgspec import structs, to_builtins
+from msgspec import structs
 from torch import Tensor
 
 from heatkv.calibration.measure import calibrate
@@ -42,7 +42,6 @@ from heatkv.profiling.measure.memory import (
 )
 from heatkv.profiling.measure.runner import first_row, subject_memory
 from heatkv.profiling.measure.subjects import Subject, images_of_rows, plan_subjects
-from heatkv.profiling.report.memory_table import memory_table, sparkline
 from heatkv.profiling.results.ledgers import (
     AllocatorMemory,
     AllocatorPeaks,
@@ -322,8 +321,6 @@ def test_the_way_from_the_plan_to_the_device() -> None:
     assert list(steps_of(on_a_gpu()))[-1] == ("allocated", "reserved")
     hidden = on_a_gpu(driver=driver_of(None, 9000, 300, 1500, 7200))
     assert list(steps_of(hidden))[-1] == ("allocated", "reserved")
-    columns = [str(c.header) for c in memory_table([row_of(to_builtins(report))], "").columns]
-    assert columns[8:13] == ["allocated", "reserved", "graph pool", "process (NVML)", "driver's own"]
 
 
 def test_resident_memory_of_an_own_process_is_explained() -> None:
@@ -403,23 +400,6 @@ def test_dynamic_policies_over_time(name: str) -> None:
     counts = 4 * 2 * 2 * 3 if getattr(plan, "shared", False) else 0
     after = plan.held.sum(axis=(0, 1))[1:]
     assert timeline[:-1, -1].tolist() == (after * (512 + carried) + counts).tolist()
-
-
-def row_of(told: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
-    return {
-        "policy": "p", "budget": "20%", "batch": 1, "planned_bytes": 1 << 20, "allocated_bytes": 1 << 20,
-        "budget_bytes": 100, "timeline_bytes": [[0, 1], [50, 13], [100, 100]], "memory": told, **more,
-    }  # fmt: skip
-
-
-def test_the_table_tells_what_was_not_measured(report: Ledgers) -> None:
-    assert sparkline([[0, 1], [50, 13], [100, 100], [0, 0]], 100) == "▁▄█ "
-    table = memory_table([row_of(to_builtins(report)), row_of(None, error="out of memory: 5 GiB")], "t")
-    cells = [list(column.cells) for column in table.columns]
-    assert cells[3] == ["1.000", "1.000"]
-    assert [of_column[1] for of_column in cells[5:-1]] == ["-"] * len(cells[5:-1])
-    assert "p 20%, 1 images: out of memory: 5 GiB" in str(table.caption)
-    assert "in a process that has done other things" in str(table.caption)
 
 
 # ------------------------------------------------------------------------------------------------ own processes

@@ -28,7 +28,7 @@ from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 from heatkv.policies.heatkv import HeatKV, Random
 from heatkv.policies.windows import Full, SlidingWindow, Streaming
-from heatkv.testing.contract import made_up_mass
+from heatkv.testing.material import made_up_mass
 
 POLICIES = registry.registered_policies()
 
@@ -317,7 +317,7 @@ class KeepNothing(StaticPolicy):
     name: ClassVar[str] = "keep-nothing"
 
     def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
-        return self.never_cached(problem)
+        return self.sinks_only(problem)
 
 
 @pytest.fixture
@@ -440,7 +440,7 @@ def test_registering(plug_ins: Callable[..., None]) -> None:
         registry.register(type("Other", (KeepNothing,), {}))
     assert registry.find_policy("keep-nothing") is KeepNothing
     for nameless in (type("Nameless", (), {}), type("Nameless", (), {"name": ""}), type("Nameless", (), {"name": 3})):
-        with pytest.raises(PolicyError, match="Nameless has no `name`"):
+        with pytest.raises(PolicyError, match="Nameless is named"):
             registry.register(nameless)
 
 

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from stopping import Ended, Moment, free_port, run_apart
+from stopping import Ended, Moment, run_apart
 
 from heatkv.cli import run
 from heatkv.errors import RanksError
 from heatkv.parallel.parts import Parts, load_arrays, save_arrays
 from heatkv.parallel.ranks import Ranks, current, join
-from heatkv.profiling.measure.runner import FIDELITY
-from heatkv.profiling.results.folder import MEMORY, TIMES
+from heatkv.profiling.results.row import Fidelity, Memory, Times
 
 CALIBRATE = ["calibrate", "--samples", "3"]  # batches of 2 and 1
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -66,7 +65,7 @@ def test_a_rank_that_is_killed_is_told_and_its_work_is_kept(killed: int, alone: 
     lines = ended[1 - killed].error.splitlines()
     assert "Traceback" not in ended[1 - killed].error
     assert lines[-1].startswith("heatkv: ")
-    assert "has ended; what was finished is kept, and the same command with --resume goes on" in lines[-1]
+    assert "has ended; what was finished is kept" in lines[-1]
     assert len([line for line in lines if line.startswith("heatkv: ")]) == 1
     assert not out.exists()
     kept = list((tmp_path / "s.safetensors.parts").glob("samples.*.safetensors"))
@@ -111,10 +110,12 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def check_alike(one: Path, other: Path) -> None:
     """Two folders hold the same but for times and memory."""
-    timed = (*MEMORY, *TIMES)
+    timed = (*vars(Memory()), *vars(Times()))
     for mine, theirs in zip(rows_of(one), rows_of(other), strict=True):
         assert {k: v for k, v in mine.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
-        assert all(mine[name] is not None for name in FIDELITY if name not in ("lpips", "lpips_of_pictures", "fid"))
+        assert all(
+            mine[name] is not None for name in vars(Fidelity()) if name not in ("lpips", "lpips_of_pictures", "fid")
+        )
     assert {p.relative_to(one) for p in one.rglob("*")} == {p.relative_to(other) for p in other.rglob("*")}
     for path in [*one.glob("*.png"), *one.glob("*/*"), *one.glob("*.safetensors"), *one.glob("scas.json")]:
         assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path
@@ -187,55 +188,14 @@ def test_items_are_dealt_once_and_in_order() -> None:
         assert dealt == list("abcde")
 
 
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"WORLD_SIZE": "2"}, "RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT are not set; start with torchrun"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; torchrun sets it to a whole number"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0; it must be from 1 to"),
-        ({**LAUNCHED, "RANK": "2"}, "RANK is 2; it must be from 0 to 1"),
-        ({**LAUNCHED, "LOCAL_RANK": "-1"}, "LOCAL_RANK is -1; it must be from 0 to 1"),
-        ({**LAUNCHED, "MASTER_PORT": "99999"}, "MASTER_PORT is 99999; it must be from 1 to 65535"),
-    ],
-)
-def test_variables_that_do_not_fit_are_refused(
-    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {**LAUNCHED, "MASTER_PORT": "no"}])
+def test_variables_that_do_not_fit_are_refused(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RanksError, match=said):
+    with pytest.raises(RanksError, match=f"of {variables['WORLD_SIZE']} cannot join"):
         join()
     assert run(["policies"]) == 2
-    assert said in capsys.readouterr().err
     assert current().size == 1
-
-
-@pytest.mark.parametrize(
-    ("rank", "address", "why"),
-    [
-        ("0", "127.0.0.1", "1 of 2 ranks came to 127.0.0.1"),
-        ("1", "127.0.0.1", "rank 1 of 2 waits for rank 0: nobody listens at 127.0.0.1"),
-        ("1", "nobody.invalid", "rank 1 of 2 waits for rank 0: nobody listens at nobody.invalid"),
-    ],
-)
-def test_a_rank_that_waits_tells_for_whom_and_ends_when_asked_to(
-    rank: str, address: str, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-
-    def stopped_when_told(text: str) -> None:
-        said.append(text)
-        if len(said) == 1:
-            signal.raise_signal(signal.SIGTERM)
-
-    port = str(free_port())
-    for name, value in {**LAUNCHED, "RANK": rank, "MASTER_ADDR": address, "MASTER_PORT": port}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("heatkv.parallel.ranks._TELL_SECONDS", 0.0)
-    monkeypatch.setattr("heatkv.cli.say_of_any_rank", stopped_when_told)
-    assert run(["policies"]) == 128 + signal.SIGTERM
-    assert why in said[0]
-    assert said[1:] == ["heatkv: stopped"]
 
 
 def test_one_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +206,7 @@ def test_one_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks.rank, ranks.size, ranks.local_rank = 5, 8, 1
     assert ranks.device("cpu") == "cpu"
     assert ranks.device("cuda") == "cuda:1"
-    with pytest.raises(RanksError, match="--device cuda:0 is one GPU, and 8 ranks each need one: write --device cuda"):
+    with pytest.raises(RanksError, match="cuda:0 is one GPU, and 8 ranks"):
         ranks.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -385,7 +385,7 @@ def test_s_cas_is_that_of_the_run(emoji: ClassConditionalModel, tmp_path: Path) 
     from heatkv.calibration.measure import calibrate
 
     statistics: Statistics = calibrate(emoji, 1)
-    provenance = statistics.provenance.to_json()
+    provenance = json.loads(json.dumps(statistics.provenance.to_json()))
     assert isinstance(scas_of(tmp_path, provenance), Missing)
     path = tmp_path / "scas.json"
     save_scas(path, statistics)

@@ -42,13 +42,13 @@ def test_wrong_values_in_one_layer(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_arena_above_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    lay_out = ArenaLayout.of
+    lay_out = ArenaLayout.for_plan
 
     def wasteful(*arguments: Any) -> ArenaLayout:
         layout = lay_out(*arguments)
         return replace(layout, slots=2 * layout.slots)
 
-    monkeypatch.setattr(ArenaLayout, "of", wasteful)
+    monkeypatch.setattr(ArenaLayout, "for_plan", wasteful)
     assert "the contract of heatkv" in failed_checks()
 
 

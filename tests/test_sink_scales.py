@@ -24,7 +24,7 @@ from heatkv.core.statistics import Statistics
 from heatkv.errors import BudgetError, PolicyError
 from heatkv.models.catalogue import load_model
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.testing.contract import made_up_mass
+from heatkv.testing.material import made_up_mass
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3, 4, 5))
 GEOMETRY = CacheGeometry(2, 2, 4, SCHEDULE)  # N = 30

@@ -15,7 +15,7 @@ from heatkv.errors import BudgetError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.measure.fidelity import FidelityBench
-from heatkv.profiling.measure.runner import fidelity_row, plan_subjects
+from heatkv.profiling.measure.subjects import plan_subjects
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +70,7 @@ def test_heatkv_is_closer_to_the_full_cache_than_windows_and_chance(emoji: Class
     names = ["heatkv", "sliding-window", "random"]
     subjects = plan_subjects(emoji, names, budgets, statistics=statistics, rows=2, storage="float32", draws=2)
     bench = FidelityBench(emoji, images=16, pictures=1, seed=1, settings=emoji.sampling)
-    kl = {subject.name: fidelity_row(bench, subject)[0]["kl"] for subject in subjects}
+    kl = {subject.name: bench.measure(subject).kl for subject in subjects}
     for budget in ("30%", "20%", "10%"):
         assert kl[f"heatkv {budget}"] < kl[f"sliding-window {budget}"]
         assert kl[f"heatkv {budget}"] < kl[f"random {budget}"]

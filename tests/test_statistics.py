@@ -24,7 +24,7 @@ from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import FormatError, HeatKVError, ScheduleError, StatisticsError
-from heatkv.testing.contract import level_costs_of, made_up_mass
+from heatkv.testing.material import level_costs_of, made_up_mass
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -24,7 +24,7 @@ from heatkv.engine.layout import ArenaLayout, slots_in
 from heatkv.engine.store import Store, decode, encode
 from heatkv.errors import BudgetError
 from heatkv.policies.base import make_policy
-from heatkv.testing.contract import made_up_problem
+from heatkv.testing.material import made_up_problem
 
 CPU = torch.device("cpu")
 LARGEST = {"int8": 127, "fp8": 448}

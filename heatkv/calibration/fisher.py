@@ -12,22 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from heatkv.calibration.level_costs import (
-    Combinations,
-    CostBatch,
-    LevelCalibration,
-    LevelCostCache,
-    numbers_per_query,
-    query_blocks,
-    single_changes,
-    source_items,
-)
+from heatkv.calibration.level_costs import LevelBatch, LevelCalibration, LevelCostCache, single_changes
 from heatkv.engine.steps import LayerStep
-
-FloatArray = NDArray[np.float64]
 
 DRAWS = 4
 """Token maps drawn per image and scale."""
@@ -59,47 +47,41 @@ class FisherCostCache(LevelCostCache):
         inputs, self.outputs, self._inputs = self._inputs, [], []
         if target <= self.choices.sink_scales:
             return
-        combinations = self.combinations(target)
         for layer, (q, k, v) in enumerate(inputs):
             gradient_GBHND = torch.stack([of_draw[layer] for of_draw in gradients]).float()
-            keys, values = self.sources(target, layer, k, v)
-            self._price_layer(layer, target, combinations, gradient_GBHND, q, keys, values)
+            self._price_layer(target, layer, gradient_GBHND, q, *self.sources(target, layer, k, v))
 
     def _price_layer(
         self,
-        layer: int,
         target: int,
-        combinations: Combinations,
+        layer: int,
         gradient_GBHND: Tensor,
         q_RHND: Tensor,
-        keys: list[Tensor],
-        values: list[Tensor],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
     ) -> None:
-        cells, biases = self.cells_and_biases(target, layer, keys, values)
-        draws, rows, heads = gradient_GBHND.shape[:3]
-        count = combinations.holds.shape[1]
-        joint_GBHK = torch.zeros(draws, rows, heads, count, dtype=torch.float64, device=q_RHND.device)
-        alone = self.alone(target)
-        single_AGBH = torch.zeros(len(alone), draws, rows, heads, dtype=torch.float64, device=q_RHND.device)
+        cells, combinations, alone = (
+            self.cells(target, layer, keys, values), self.combinations(target), self.alone(target)
+        )  # fmt: skip
+        shape = gradient_GBHND.shape[:3]
+        joint_GBHK = q_RHND.new_zeros((*shape, combinations.holds.shape[1]), dtype=torch.float64)
+        single_GBHA = q_RHND.new_zeros((*shape, len(alone)), dtype=torch.float64)
         first = 0
-        for q in query_blocks(q_RHND, numbers_per_query(combinations, cells)):
-            gradient = gradient_GBHND[:, :, :, first : first + q.shape[2]]
+        for q in combinations.blocks(q_RHND, cells):
+            block_GBHND = gradient_GBHND[:, :, :, first : first + q.shape[2]]
             first += q.shape[2]
-            items = source_items(q, cells, biases, combinations.chosen, combinations.fixed)
+            items = combinations.items(q, cells)
             scale_BHNK = (items.weight @ combinations.holds).reciprocal_()
-            for draw in range(draws):
-                along_BHNI = (items.moment @ gradient[draw][..., None])[..., 0]
+            for draw, gradient in enumerate(block_GBHND):
+                along_BHNI = (items.moment @ gradient[..., None])[..., 0]
                 changes = (along_BHNI @ combinations.holds).mul_(scale_BHNK)
                 changes[..., 0] = 0  # all is whole; rounding may say otherwise
                 joint_GBHK[draw] += changes.sum(dim=2, dtype=torch.float64)
-            if alone:
-                for cell, change in single_changes(q, cells, biases, alone):
-                    single_AGBH[alone.index(cell)] += (change * gradient).sum(dim=(-2, -1), dtype=torch.float64)
+            for cell, change in single_changes(q, cells, alone):
+                single_GBHA[..., alone.index(cell)] += (change * block_GBHND).sum(dim=(-2, -1), dtype=torch.float64)
         self.joint[target][layer] += self._expected(joint_GBHK).cpu().numpy()
-        for index, (source, level) in enumerate(alone):
-            self.single[layer, :, target, source, level] += (
-                self._expected(single_AGBH[index][..., None])[:, 0].cpu().numpy()
-            )
+        for (source, level), cost_H in zip(alone, self._expected(single_GBHA).mT.cpu().numpy(), strict=True):
+            self.single[layer, :, target, source, level] += cost_H
 
     def _expected(self, changes_GBHK: Tensor) -> Tensor:
         """Square of the change in all rows of an image together, mean over draws, sum over images, (H, K)."""
@@ -127,7 +109,7 @@ def _drawn_log_likelihoods(logits_BNV: Tensor, seed: int, samples: Sequence[int]
     return out
 
 
-def _draw_for_fisher(batch: CostBatch) -> FisherCostCache:
+def _draw_for_fisher(batch: LevelBatch) -> FisherCostCache:
     model, sinks = batch.model, batch.choices.sink_scales
     cache, sampler = batch.cache(FisherCostCache), batch.sampler
     with torch.no_grad():

@@ -1,24 +1,23 @@
 """Measuring what coarser cells cost: first the logit biases of pooled keys, then all combinations of levels under them.
 
 Both passes draw with the full cache and work block by block of queries; a full query-by-key matrix never exists.
-Shapes: B rows, H heads, N queries, D head size, V levels, I items, K combinations of levels.
+Shapes: B rows, H heads, N queries, M keys, D head size, V levels, I items, K combinations of levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from heatkv.calibration.measure import MAX_BLOCK_NUMBERS, ObservingCache, add_sums, sample_names
 from heatkv.core.levels import LEVELS, NONE, SINK_SCALES, LevelChoices
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import as_whole, shown, whole
+from heatkv.core.schema import FloatArray, float_array, whole
 from heatkv.core.statistics import LevelStatistics, calibrated_bias
 from heatkv.engine.attention.pooling import pooled_cells
 from heatkv.engine.watch import naming_samples
@@ -27,22 +26,14 @@ from heatkv.generation.loop import run_scales
 from heatkv.models.base import ImageModel, checked_run
 from heatkv.models.sampling import CommonRandomSampler, Settings
 
-FloatArray = NDArray[np.float64]
+Cell = tuple[Tensor, Tensor, Tensor]
+"""Keys and values of a source at a level, (B, H, M, D) fp32, and the bias of its logits, (H,)."""
 
 _FAR = 30.0
 """In logits: e^-30 of a number does not show in its fp32 sum with it, and its square is far from underflow."""
 
 _LEAST = 1e-15
 """The least weight of what is always held: where all else is dropped, its square must not be 0 in fp32."""
-
-
-_AXES = {
-    "whole": ("layer", "head", "source"),
-    "pooled_mass": ("layer", "head", "source", "level"),
-    "joint_sum": ("layer", "head", "combination"),
-    "single_sum": ("layer", "head", "target scale", "source", "level"),
-}
-"""Of the sums of level caches."""
 
 BIAS_BATCH = 16
 """Images at once for biases, which take little memory."""
@@ -69,14 +60,11 @@ class LevelCache(ObservingCache):
         sums = self.sums()
         for name, array in sums.items():
             if not np.isfinite(array).all():
-                places = map(int, np.argwhere(~np.isfinite(array))[0])
-                what, _, target = name.partition(".")
-                of_target = f", target scale {target}" if target else ""
-                place = ", ".join(f"{axis} {at}" for axis, at in zip(_AXES[what], places, strict=True))
+                layer, head, *rest = (int(i) for i in np.argwhere(~np.isfinite(array))[0])
                 raise NumericsError(
-                    f"level costs: {what}{of_target} of {place} is not finite, though q, k and v are, in one of the "
-                    f"samples {samples[0]} to {samples[-1]}; the residual stream or the weights of the layer may not "
-                    "be, or overflowed: calibrate in float32 (--dtype float32)"
+                    f"level costs: {name} of layer {layer}, head {head} at {rest} is not finite, though q, k and v "
+                    f"are, in one of the samples {samples[0]} to {samples[-1]}; the residual stream or the weights of "
+                    "the layer may not be, or overflowed: calibrate in float32"
                 )
         return sums
 
@@ -90,8 +78,7 @@ class BiasCache(LevelCache):
 
     def reset(self) -> None:
         super().reset()
-        geometry = self.plan.geometry
-        shape = (geometry.layers, geometry.heads, len(geometry.schedule))
+        shape = self.plan.geometry.shape
         self.whole: FloatArray = np.zeros(shape)
         self.pooled_mass: FloatArray = np.zeros((*shape, len(LEVELS)))
 
@@ -116,7 +103,7 @@ class BiasCache(LevelCache):
 
 
 def query_blocks(q_RHND: Tensor, numbers_per_query: int) -> Iterator[Tensor]:
-    """The queries in fp32, so many at a time that none of their results is large."""
+    """The queries in fp32, in blocks of which no result is large."""
     rows, heads, queries, _ = q_RHND.shape
     block = max(1, MAX_BLOCK_NUMBERS // (rows * heads * numbers_per_query))
     with torch.autocast(q_RHND.device.type, enabled=False):  # it would round the logits
@@ -145,19 +132,12 @@ def _attention(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> tuple[Tensor, 
 
 
 def source_items(
-    q_BHND: Tensor,
-    cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]],
-    biases: Sequence[Mapping[int, Tensor]],
-    chosen: Sequence[tuple[int, int]],
-    fixed: Sequence[int],
+    q_BHND: Tensor, cells: Sequence[Mapping[int, Cell]], chosen: Sequence[tuple[int, int]], fixed: Sequence[int]
 ) -> Items:
-    """The items of the (source, level) in `chosen`, after one for the sources `fixed` together; `cells[s][level]` are
-    keys and values (B, H, M, D), `biases[s][level]` is (H,)."""
-    lse, outputs = [], []
-    for levels in cells:
-        of_source, output = _attention(q_BHND, *levels[0])
-        lse.append(of_source)
-        outputs.append(output)
+    """The items of the (source, level) in `chosen`, after one for the sources `fixed` together; `cells` are those of
+    every source by level."""
+    wholes = [_attention(q_BHND, *levels[0][:2]) for levels in cells]
+    lse, outputs = [lse for lse, _ in wholes], [output for _, output in wholes]
     # one source may lead by so much that the weights of all others would be 0
     far_BHN = torch.stack(lse).topk(2, dim=0).values[1] + _FAR
     lse = [torch.minimum(source, far_BHN) for source in lse]
@@ -175,8 +155,9 @@ def source_items(
     for source, level in chosen:
         weight, output = weights[source], outputs[source]
         if level != 0:
-            of_level, output = _attention(q_BHND, *cells[source][level])
-            shift = biases[source][level][None, :, None] - total_BHN
+            k, v, bias_H = cells[source][level]
+            of_level, output = _attention(q_BHND, k, v)
+            shift = bias_H[None, :, None] - total_BHN
             weight = (of_level + shift).clamp_(max=_FAR).exp_()  # a mean may lead by more yet
         item_weights.append(weight)
         moments.append(weight[..., None] * (output - out_BHND))
@@ -196,7 +177,7 @@ class Combinations:
     pairs: Tensor
 
     @classmethod
-    def of(cls, choices: LevelChoices, target: int, device: torch.device) -> Combinations:
+    def for_target(cls, choices: LevelChoices, target: int, device: torch.device) -> Combinations:
         joint = choices.joint_sources(target)
         table = choices.combinations(target)
         chosen = tuple((source, level) for source in joint for level in choices.of_source(source) if level != NONE)
@@ -207,6 +188,10 @@ class Combinations:
         fixed = tuple(source for source in range(target + 1) if source not in joint)
         return cls(chosen, fixed, holds, holds[first] * holds[second] * twice)
 
+    def items(self, q_BHND: Tensor, cells: Sequence[Mapping[int, Cell]]) -> Items:
+        """Those of the target, for some of its queries."""
+        return source_items(q_BHND, cells, self.chosen, self.fixed)
+
     def squared_changes(self, items: Items) -> Tensor:
         """|change of the output|^2 of every combination, summed over queries, (B, H, K) float64."""
         first, second = torch.triu_indices(len(self.holds), len(self.holds), device=items.weight.device)
@@ -215,6 +200,14 @@ class Combinations:
         change = (products_BHNI @ self.pairs).div_(weight_BHNK.square_())
         change[..., 0] = 0  # all is whole; rounding may say otherwise
         return change.sum(dim=2).double().clamp_(min=0)
+
+    def blocks(self, q_RHND: Tensor, cells: Sequence[Mapping[int, Cell]]) -> Iterator[Tensor]:
+        """The queries in blocks, by the largest result of one query: its logits, its combinations, or the moments or
+        products of its items, those of the single changes included."""
+        items, count = self.holds.shape
+        items = max(items, len(cells) + len(LEVELS) * (len(self.fixed) - 1))
+        widest = max(of_source[0][0].shape[2] for of_source in cells)
+        return query_blocks(q_RHND, max(widest, count, items * max(items, cells[0][0][1].shape[-1])))
 
 
 class LevelCostCache(LevelCache):
@@ -225,44 +218,43 @@ class LevelCostCache(LevelCache):
 
     def __init__(self, choices: LevelChoices, log_bias: FloatArray, *arguments: Any, **named: Any) -> None:
         self.log_bias = log_bias
-        self._combinations: tuple[int, Combinations] | None = None
+        self._combinations: dict[int, Combinations] = {}
         super().__init__(choices, *arguments, **named)
 
     def reset(self) -> None:
         super().reset()
-        geometry = self.plan.geometry
-        self.joint, self.single = empty_costs(geometry.layers, geometry.heads, self.choices)
+        layers, heads, scales = self.plan.geometry.shape
+        targets = range(scales)
+        self.joint = [np.zeros((layers, heads, int(np.prod(self.choices.shape(target))))) for target in targets]
+        self.single: FloatArray = np.zeros((layers, heads, scales, scales, NONE + 1))
 
     def sums(self) -> dict[str, FloatArray]:
+        """By the names that LevelStatistics has for them."""
         return {"single_sum": self.single} | {f"joint_sum.{target}": joint for target, joint in enumerate(self.joint)}
 
     def combinations(self, target: int) -> Combinations:
-        """Those of a target; made once and kept for its layers."""
-        if self._combinations is None or self._combinations[0] != target:
-            self._combinations = target, Combinations.of(self.choices, target, self.store.device)
-        return self._combinations[1]
+        """Those of a target, made once."""
+        if target not in self._combinations:
+            self._combinations[target] = Combinations.for_target(self.choices, target, self.store.device)
+        return self._combinations[target]
 
     def alone(self, target: int) -> list[tuple[int, int]]:
         """Every (source, level) of the sources that are not combined."""
         others = self.choices.other_sources(target)
         return [(source, level) for source in others for level in self.choices.of_other(source)]
 
-    def cells_and_biases(
-        self, target: int, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]
-    ) -> tuple[list[dict[int, tuple[Tensor, Tensor]]], list[dict[int, Tensor]]]:
-        """Every source at its levels, sinks and the running scale whole, with the bias of every level, (H,)."""
-        cells, biases = [], []
+    def cells(self, target: int, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[dict[int, Cell]]:
+        """Every source at its levels, sinks and the running scale whole."""
+        cells = []
         for source, (k, v) in enumerate(zip(keys, values, strict=True)):
             free = self.choices.sink_scales <= source < target
-            cells.append(self.pooled(source, k, v) if free else {0: (k.float(), v.float())})
-            bias = self.log_bias[layer, :, source]
-            biases.append(
-                {level: torch.tensor(bias[:, level], dtype=torch.float32, device=k.device) for level in cells[-1]}
-            )
-        return cells, biases
+            pooled = self.pooled(source, k, v) if free else {0: (k.float(), v.float())}
+            bias_HV = torch.tensor(self.log_bias[layer, :, source], dtype=torch.float32, device=k.device)
+            cells.append({level: (*pair, bias_HV[:, level]) for level, pair in pooled.items()})
+        return cells
 
 
-CostCache = TypeVar("CostCache", bound=LevelCostCache)
+CostCache = TypeVar("CostCache", bound=LevelCache)
 
 
 class ErrorCostCache(LevelCostCache):
@@ -276,43 +268,26 @@ class ErrorCostCache(LevelCostCache):
         # |F (V p)| = |(F V) p|: the factor is cheapest on the values
         with torch.autocast(q_RHND.device.type, enabled=False):
             whitened = [v.float() @ factor.transpose(1, 2) for v in values]
-        cells, biases = self.cells_and_biases(target, layer, keys, whitened)
+        cells = self.cells(target, layer, keys, whitened)
         combinations, alone = self.combinations(target), self.alone(target)
-        for q in query_blocks(q_RHND, numbers_per_query(combinations, cells)):
-            items = source_items(q, cells, biases, combinations.chosen, combinations.fixed)
-            self.joint[target][layer] += _weighted(combinations.squared_changes(items), relative_R) / halves
-            if alone:
-                for (source, level), change in single_changes(q, cells, biases, alone):
-                    squared = change.square().sum(-1).sum(2, dtype=torch.float64)[..., None]
-                    self.single[layer, :, target, source, level] += _weighted(squared, relative_R)[:, 0] / halves
-
-
-def empty_costs(layers: int, heads: int, choices: LevelChoices) -> tuple[list[FloatArray], FloatArray]:
-    """Zeros for the joint costs of every target, and for single costs."""
-    scales = len(choices.schedule)
-    joint = [np.zeros((layers, heads, int(np.prod(choices.shape(target))))) for target in range(scales)]
-    return joint, np.zeros((layers, heads, scales, scales, NONE + 1))
-
-
-def numbers_per_query(combinations: Combinations, cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> int:
-    """The largest result of one query: its logits, its combinations, or the moments or products of its items."""
-    items, count = combinations.holds.shape
-    items = max(items, len(cells) + len(LEVELS) * (len(combinations.fixed) - 1))  # of the single changes
-    widest = max(levels[0][0].shape[2] for levels in cells)
-    return max(widest, count, items * max(items, cells[0][0][1].shape[-1]))
+        for q in combinations.blocks(q_RHND, cells):
+            changes = combinations.squared_changes(combinations.items(q, cells))
+            self.joint[target][layer] += _weighted(changes, relative_R) / halves
+            for (source, level), change in single_changes(q, cells, alone):
+                squared = change.square().sum(-1).sum(2, dtype=torch.float64)[..., None]
+                self.single[layer, :, target, source, level] += _weighted(squared, relative_R)[:, 0] / halves
 
 
 def single_changes(
-    q_BHND: Tensor,
-    cells: Sequence[Mapping[int, tuple[Tensor, Tensor]]],
-    biases: Sequence[Mapping[int, Tensor]],
-    alone: Sequence[tuple[int, int]],
+    q_BHND: Tensor, cells: Sequence[Mapping[int, Cell]], alone: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Change of the output, (B, H, N, D), when one source is held at one level and all else whole, for the cells of
-    `alone`."""
+    """Change of the output, (B, H, N, D), when one source is held at one level and all else whole, for the (source,
+    level) in `alone`."""
+    if not alone:
+        return
     target = len(cells) - 1
     coarse = [cell for cell in alone if cell[1] not in (0, NONE)]
-    items = source_items(q_BHND, cells, biases, [*((source, 0) for source in range(target)), *coarse], (target,))
+    items = source_items(q_BHND, cells, [*((source, 0) for source in range(target)), *coarse], (target,))
     sources = sorted({source for source, _ in alone})
     # what is left is added up and not taken as a difference, which would lose all digits where the source leads
     others = torch.ones(len(sources), target + 1, device=q_BHND.device)
@@ -334,9 +309,59 @@ def _weighted(costs_BHK: Tensor, relative_B: Tensor) -> FloatArray:
     return np.asarray((costs_BHK.double() * relative_B[:, None, None]).sum(dim=0).cpu().numpy())
 
 
-def _batches(first: int, samples: int, batch: int) -> Iterator[range]:
-    for start in range(first, first + samples, batch):
-        yield range(start, min(start + batch, first + samples))
+@dataclass(frozen=True)
+class LevelBatch:
+    """Images that are drawn at once with the full cache, and what their levels are measured with."""
+
+    model: ImageModel[Any]
+    choices: LevelChoices
+    seed: int
+    settings: Settings
+    indices: range
+    log_bias: FloatArray | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return sample_names(self.model, self.seed, self.labels, self.indices.start)
+
+    @property
+    def labels(self) -> Any:
+        return self.model.labels(len(self.indices), self.indices.start)
+
+    @property
+    def sampler(self) -> CommonRandomSampler:
+        return CommonRandomSampler(self.seed, self.indices, self.settings)
+
+    def cache(self, kind: type[CostCache], **named: Any) -> CostCache:
+        """A full cache of this kind for these images."""
+        model, count = self.model, len(self.indices)
+        under = (self.choices,) if self.log_bias is None else (self.choices, self.log_bias)
+        return kind(
+            *under, model.full_plan(), count * self.settings.rows_per_image, count,
+            model.compute_dtype, model.device, model.key_angles, **named,
+        )  # fmt: skip
+
+    def measured(
+        self, batch: int, draw: Callable[[LevelBatch], LevelCache], progress: Callable[[int], None] | None
+    ) -> dict[str, FloatArray]:
+        """Sums over all images, drawn `batch` at a time by `draw`, which gives the cache that has seen them."""
+        sums: dict[str, FloatArray] = {}
+        for start in range(self.indices.start, self.indices.stop, batch):
+            part = replace(self, indices=range(start, min(start + batch, self.indices.stop)))
+            names = part.names
+            with naming_samples(names):
+                cache = draw(part)
+                cache.check(len(part.indices))
+            sums = add_sums(sums, cache.checked_sums(names))
+            if progress is not None:
+                progress(len(part.indices))
+        return sums
+
+
+def _draw(batch: LevelBatch, cache: CostCache) -> CostCache:
+    with batch.model.adapter.watching(cache.see):
+        run_scales(batch.model, batch.labels, cache, batch.sampler, batch.settings, decode=False)
+    return cache
 
 
 def calibrate_biases(
@@ -354,70 +379,24 @@ def calibrate_biases(
     Raises StatisticsError for fewer than one sample.
     """
     seed, _, batch, settings = checked_run(model, seed, 0, batch, settings, progress)
-    samples = whole(samples, "samples", StatisticsError, 1)
-    sums: dict[str, FloatArray] = {}
-    for indices in _batches(0, samples, batch):
-        rows = len(indices) * settings.rows_per_image
-        cache = BiasCache(
-            choices, model.full_plan(), rows, len(indices), model.compute_dtype, model.device, model.key_angles
-        )
-        labels, sampler = model.labels(len(indices), indices.start), CommonRandomSampler(seed, indices, settings)
-        names = sample_names(model, seed, labels, indices.start)
-        with naming_samples(names):
-            run_scales(model, labels, cache, sampler, settings, decode=False)
-        sums = add_sums(sums, cache.checked_sums(names))
-        if progress is not None:
-            progress(len(indices))
+    images = LevelBatch(model, choices, seed, settings, range(whole(samples, "samples", StatisticsError, 1)))
+    sums = images.measured(batch, lambda part: _draw(part, part.cache(BiasCache)), progress)
     return calibrated_bias(choices.schedule, sums["whole"], sums["pooled_mass"])
 
 
 def level_choices(schedule: ScaleSchedule, sink_scales: int) -> LevelChoices:
     """What plans may choose from when so many first scales stay whole. Raises StatisticsError for a bad number."""
-    sinks, most = as_whole(sink_scales), len(schedule) - 1
-    if sinks is None or not 0 <= sinks <= most:
-        raise StatisticsError(
-            f"sink_scales={shown(sink_scales)} does not fit level costs of a schedule of {len(schedule)} scales: 0 to "
-            f"{most}"
-        )
-    return LevelChoices(schedule, sinks)
-
-
-@dataclass(frozen=True)
-class CostBatch:
-    """Images that are drawn at once, and what their costs are measured with."""
-
-    model: ImageModel[Any]
-    choices: LevelChoices
-    log_bias: FloatArray
-    indices: range
-    seed: int
-    settings: Settings
-
-    @property
-    def labels(self) -> Any:
-        return self.model.labels(len(self.indices), self.indices.start)
-
-    @property
-    def sampler(self) -> CommonRandomSampler:
-        return CommonRandomSampler(self.seed, self.indices, self.settings)
-
-    def cache(self, kind: type[CostCache], **named: Any) -> CostCache:
-        """A full cache of this kind for these images."""
-        model, count = self.model, len(self.indices)
-        return kind(
-            self.choices, self.log_bias, model.full_plan(), count * self.settings.rows_per_image, count,
-            model.compute_dtype, model.device, model.key_angles, **named,
-        )  # fmt: skip
+    return LevelChoices(schedule, whole(sink_scales, "sink_scales", StatisticsError, 0, len(schedule) - 1))
 
 
 @dataclass(frozen=True)
 class LevelCalibration:
-    """Measures one kind of level costs; `draw` gives the cache that has seen a batch drawn, of `batch` images unless
-    another number is asked for."""
+    """Measures one kind of level costs; `draw` gives the cache that has seen images drawn, of which `batch` are drawn
+    at once unless another number is asked for."""
 
     cost: str
     batch: int
-    draw: Callable[[CostBatch], LevelCostCache]
+    draw: Callable[[LevelBatch], LevelCostCache]
 
     def __call__(
         self,
@@ -443,38 +422,25 @@ class LevelCalibration:
         seed, first_sample, at_once, settings = checked_run(model, seed, first_sample, at_once, settings, progress)
         samples = whole(samples, "samples", StatisticsError, 1)
         choices = level_choices(model.geometry.schedule, sink_scales)
-        of_bias: tuple[str, ...] = ()
+        bias_names: tuple[str, ...] = ()
         if log_bias is None:
             log_bias = calibrate_biases(
                 model, choices, bias_samples, seed=seed, batch=at_once_for_biases, settings=settings, progress=progress
             )
-            of_bias = tuple(sample_names(model, seed, model.labels(bias_samples, 0), 0))
-        wanted = (model.geometry.layers, model.geometry.heads, len(choices.schedule), len(LEVELS))
-        if np.shape(log_bias) != wanted or not np.isfinite(log_bias).all():
-            raise StatisticsError(f"log_bias has shape {np.shape(log_bias)}; it must be finite numbers, {wanted}")
-        sums: dict[str, FloatArray] = {}
-        names: list[str] = []
-        for indices in _batches(first_sample, samples, at_once):
-            drawn = CostBatch(model, choices, log_bias, indices, seed, settings)
-            now = sample_names(model, seed, drawn.labels, indices.start)
-            with naming_samples(now):
-                cache = self.draw(drawn)
-                cache.check(len(indices))
-            sums = add_sums(sums, cache.checked_sums(now))
-            names += now
-            if progress is not None:
-                progress(len(indices))
+            bias_names = tuple(LevelBatch(model, choices, seed, settings, range(bias_samples)).names)
+        else:
+            shape = (*model.geometry.shape, len(LEVELS))
+            log_bias = float_array(log_bias, shape, "log_bias", StatisticsError)
+        indices = range(first_sample, first_sample + samples)
+        images = LevelBatch(model, choices, seed, settings, indices, log_bias)
+        sums = images.measured(at_once, self.draw, progress)
         joint = tuple(sums[f"joint_sum.{target}"] for target in range(len(choices.schedule)))
-        return LevelStatistics(choices, self.cost, log_bias, joint, sums["single_sum"], tuple(names), of_bias)
+        return LevelStatistics(choices, self.cost, log_bias, joint, sums["single_sum"], tuple(images.names), bias_names)
 
 
-def _draw_for_errors(batch: CostBatch) -> ErrorCostCache:
-    adapter = batch.model.adapter
-    weights = [adapter.output_weight(layer) for layer in range(batch.model.geometry.layers)]
-    cache = batch.cache(ErrorCostCache, output_weights=weights)
-    with adapter.watching(cache.see):
-        run_scales(batch.model, batch.labels, cache, batch.sampler, batch.settings, decode=False)
-    return cache
+def _draw_for_errors(batch: LevelBatch) -> ErrorCostCache:
+    weights = [batch.model.adapter.output_weight(layer) for layer in range(batch.model.geometry.layers)]
+    return _draw(batch, batch.cache(ErrorCostCache, output_weights=weights))
 
 
 calibrate_levels = LevelCalibration("error", 16, _draw_for_errors)

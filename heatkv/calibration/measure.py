@@ -351,7 +351,7 @@ def calibrate(
         names += drawn
         if progress is not None:
             progress(len(names))
-    return Statistics(model.geometry.schedule, provenance=provenance(model, settings, names), **sums)
+    return Statistics(model.geometry.schedule, provenance=provenance(model, settings, names), levels=None, **sums)
 
 
 def provenance(model: ImageModel[Any], settings: Settings, samples: Iterable[str]) -> Provenance:

@@ -152,7 +152,7 @@ def _check_given(arguments: Sequence[str]) -> None:
 
 def _run(arguments: Sequence[str], came: list[int]) -> int:
     try:
-        join(say_of_any_rank)
+        join()
         _check_given(arguments)
         outcome = app(args=list(arguments), prog_name="heatkv", standalone_mode=False)
         if sys.stdout is not None:  # it may have been closed before we began
@@ -190,15 +190,14 @@ def _stopped(came: Sequence[int]) -> int:
     if not came or came[0] == signal.SIGINT:
         _fail("stopped")
         return 130
-    ranks = current()
-    lost = f"stopped by SIGTERM, as torchrun does when another rank has ended; {ranks.kept}"
-    _fail(lost if ranks.size > 1 else "stopped")
+    lost = "stopped by SIGTERM, as torchrun does when another rank has ended; what was finished is kept"
+    _fail(lost if current().size > 1 else "stopped")
     return 128 + came[0]
 
 
 def _fail(text: str) -> None:
     """Say why the command failed, at one rank."""
-    if current().may_tell(text):
+    if current().may_report():
         say_of_any_rank(f"heatkv: {text}")
 
 

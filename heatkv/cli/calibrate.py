@@ -204,7 +204,6 @@ class _Compared:
         for policy in REPORTED_POLICIES:
             for problem in self.problems:
                 policy.check(problem)  # before hours are spent
-                policy.check_sinks(problem)
 
     def agreements(self, parts: Sequence[Statistics]) -> list[Agreement]:
         from heatkv.profiling.analysis.stability import compare_halves, growing_halves

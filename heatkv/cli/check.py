@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,6 +13,9 @@ from heatkv.cli.options import AsJson
 from heatkv.cli.output import say, show
 from heatkv.core.schema import shown
 from heatkv.errors import HeatKVError
+
+if TYPE_CHECKING:
+    from heatkv.profiling.analysis.guard import Change, Verdict
 
 
 def _share(text: str, name: str) -> float:
@@ -53,7 +56,7 @@ def check(
 
     Example: heatkv check results/compare/results.json --against benchmarks/baseline/results.json
     """
-    from heatkv.profiling.analysis.guard import Tolerances, change_lines, check_results
+    from heatkv.profiling.analysis.guard import Tolerances, check_results
 
     tolerances = Tolerances(
         bytes=_share(bytes_, "bytes"), tensors=_share(tensors, "tensors"), kl=_share(kl, "kl"),
@@ -68,7 +71,7 @@ def check(
         if failed
         else f"nothing is worse than {against}"
     )
-    lines = change_lines(verdict, everything)
+    lines = _lines(verdict, everything)
     table = Table(title=told, caption=f"{'' if lines else 'no figure changed; '}{tolerances}")
     for place, name in enumerate(("row", "figure", "baseline", "now", "change", "worst allowed", "")):
         # texts go on in the next line where there is no room, numbers and verdicts are never cut
@@ -82,3 +85,27 @@ def check(
     show(table, as_json, verdict.to_json())
     if verdict.failed:
         raise typer.Exit(1)
+
+
+def _lines(verdict: Verdict, everything: bool) -> list[tuple[str, ...]]:
+    """Lines of a table: row, figure, baseline, now, change, worst allowed, verdict; only what changed, or all."""
+    lines: list[tuple[str, ...]] = []
+    for row in verdict.rows:
+        if row.missing:
+            differs = f"the likeliest has another {', '.join(row.nearest)}" if row.nearest else ""
+            lines.append((row.name, differs, "", "", "", "", "MISSING"))
+        lines += [(row.name, fault, "", "", "", "", "FAILED") for fault in row.faults]
+        lines += [
+            (row.name, *_cells(change)) for change in row.changes
+            if everything or change.failed or change.now != change.baseline
+        ]  # fmt: skip
+    return lines + [(name, "", "", "", "", "", "new") for name in verdict.extra]
+
+
+def _cells(change: Change) -> tuple[str, ...]:
+    """Figure, baseline, now, change, worst allowed and verdict."""
+    form, before, now, moved = ",.0f" if "_bytes" in change.figure else ".5f", change.baseline, "-", ""
+    if change.now is not None:
+        share = f" ({(change.now - before) / before:+.1%})" if before else ""
+        now, moved = f"{change.now:{form}}", f"{change.now - before:+{form}}{share}"
+    return change.figure, f"{before:{form}}", now, moved, f"{change.limit:{form}}", "FAILED" if change.failed else "ok"

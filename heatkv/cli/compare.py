@@ -189,7 +189,6 @@ def _compare_all(
     """Compare the subjects, by the digests of their comparisons, with the full cache; `finish` is given figures and
     pictures of each. Several ranks share them batch by batch of images; every batch is kept when it is done."""
     from heatkv.profiling.measure.fidelity import (
-        BatchComparison,
         Compared,
         FidelityBench,
         drawings,
@@ -233,13 +232,10 @@ def _compare_all(
                     measurement.model, images=images, pictures=pictures, seed=seed_after(seed),
                     settings=measurement.settings, hold=ranks.size == 1, progress=advance,
                 )  # fmt: skip
-            comparison = BatchComparison(bench)
 
-            def make(
-                name: str, path: Path, of: Mapping[str, tuple[str, int]] = of, by: BatchComparison = comparison
-            ) -> None:
+            def make(name: str, path: Path, of: Mapping[str, tuple[str, int]] = of, by: FidelityBench = bench) -> None:
                 digest, index = of[name]
-                save_compared(path, by.compare(subjects[digest][1], index), pictures)
+                save_compared(path, by.compare_plans(subjects[digest][1], index), pictures)
 
             results.parts.fill(list(of), ranks.share_of(lacking, ranks.rank), make, ranks)
             for digest in group if ranks.first else ():

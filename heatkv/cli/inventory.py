@@ -13,6 +13,7 @@ from rich.table import Table
 from heatkv.cli.options import AsJson
 from heatkv.cli.output import pairs, progress, show
 from heatkv.models.catalogue import MODELS
+from heatkv.policies.base import EvictionPolicy
 from heatkv.policies.options import options_of
 from heatkv.registry import broken_plugins, registered_policies
 
@@ -146,7 +147,7 @@ def policies(as_json: AsJson = False) -> None:
     for name, known in registered_policies().items():
         policy, options = known.policy, options_of(known.policy).values()
         row = {
-            "policy": name, "kind": policy.kind, "needs": policy.needs, "summary": policy.summary(),
+            "policy": name, "kind": policy.kind, "needs": _needs(policy), "summary": policy.summary(),
             "options": [
                 {"name": o.name, "default": None if o.default is MISSING else o.default, "type": o.wanted}
                 for o in options
@@ -159,3 +160,11 @@ def policies(as_json: AsJson = False) -> None:
     if broken:
         table.caption = f"could not be loaded: {'; '.join(broken)}"
     show(table, as_json, data)
+
+
+def _needs(policy: type[EvictionPolicy]) -> str:
+    """What it plans from with its default options."""
+    try:
+        return ", ".join(sorted(policy().needs)) or "nothing"
+    except TypeError:  # it has options without defaults
+        return "depends on its options"

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 from rich.table import Table
 
 from heatkv.cli.opening import (
@@ -91,7 +90,7 @@ class Measurement:
         self.budgets = [Budget.parse(text) for text in parse_names(budgets, "budget")]
         unranked = ranking.statistics is None and ranking.orders is None
         made = [make_policy(name, **self.policy_options[name]) for name in self.policies]
-        self.lacks_statistics = unranked and any("statistics" in policy.plans_from() for policy in made)
+        self.lacks_statistics = unranked and any(policy.needs for policy in made)
         kinds = sorted({policy.level_cost for policy in made if policy.level_cost is not None})
         if len(kinds) > 1:
             raise HeatKVError(f"these policies need level costs of the kinds {' and '.join(kinds)}; compare them apart")
@@ -155,7 +154,6 @@ class Measurement:
             policy = make_policy(name, **self.policy_options[name])
             for problem in problems if name != "full" else ():
                 policy.check(problem)
-                policy.check_sinks(problem)
 
     def subjects(self, statistics: Statistics | None, draws: int = 1) -> list[tuple[Point, Subject]]:
         """Every policy at every budget, and every finished plan, at every point."""
@@ -449,7 +447,7 @@ def finish_results(
     for table in before() if not as_json else ():
         show(table, False, None)
     show(
-        results_table([msgspec.to_builtins(row) for row in rows], title),
+        results_table(rows, title),
         as_json,
         read_json(results.path) if as_json else None,
     )

@@ -120,7 +120,6 @@ def open_model(source: Source, running: Running, measuring: bool = True) -> tupl
     if running.deterministic:
         run_deterministically()
     model = load_model(**load_arguments(source, running))
-    current().use(model.device)
     say_template(source.model, source.ratio)
     return model, model.sampling if running.cfg is None else replace(model.sampling, cfg=running.cfg)
 

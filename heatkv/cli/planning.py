@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,7 +30,7 @@ from heatkv.core.budget import Budget
 from heatkv.core.io import check_place
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.plan_file import load_plan
-from heatkv.errors import BudgetError, FormatError, HeatKVError
+from heatkv.errors import FormatError, HeatKVError
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.heatkv import HeatKV
@@ -165,7 +166,7 @@ def fit(
 
     Example: heatkv fit --model infinity-8b --memory 40GiB --batch 4
     """
-    from heatkv.profiling.analysis.fit import Fit, footprint, largest_batch, largest_share, parse_memory
+    from heatkv.profiling.analysis.fit import footprint, largest_batch, largest_share, parse_memory
 
     available, info, dtype = parse_memory(memory), model_info(model), known_dtype(dtype)
     guided, shape = is_guided(info, cfg), parse_ratio(ratio)
@@ -177,12 +178,6 @@ def fit(
         storage=storage_name(dtype, storage),
     )  # fmt: skip
     policy.check(problem)
-    policy.check_sinks(problem)
-    if problem.budget_token_heads < 1:
-        raise BudgetError(
-            f"budget {float(problem.share):.3g} ({problem.budget}) holds no token of any head; one is "
-            f"{1 / problem.geometry.full_token_heads:.3g} of the full cache, so raise it"
-        )
     schedule = problem.geometry.schedule
     least = Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
     taken = footprint(
@@ -195,43 +190,49 @@ def fit(
     else:
         found = largest_batch(taken, available, problem.share)
         answer = f"the largest batch is {found.taken.images}"
-    taken, sinks = found.taken, Fit(found.taken, available, least).cache
-    facts = {
-        "model": model, "memory_bytes": available, "images": taken.images, "rows": taken.rows, "dtype": dtype,
-        "storage": problem.storage, "schedule": str(schedule), **_fit_bytes(found, sinks),
-        "sink_scales": policy.sink_scales, "budget": float(found.share), "fits": found.fits,
-        "left_bytes": max(0, available - found.total), "missing_bytes": found.missing,
-        "least_memory_bytes": taken.without_cache + sinks,
-    }  # fmt: skip
-    names = (
-        "transformer", "decoder of codes", "text encoder", "classes or prompts (longest)", "working memory (peak)",
-        "attention: tables, gathered heads", "cache, full", f"cache of the {policy.sink_scales} sink scales",
-        f"cache at {_percent(found.share)}", "total with that", "left" if found.fits else "missing",
-    )  # fmt: skip
-    sizes = (*_fit_bytes(found, sinks).values(), abs(available - found.total))
-    title = f"{model} in {memory}: {taken.images} at once, {problem.storage}"
-    gib = {name: f"{size / 2**30:.3f}" for name, size in zip(names, sizes, strict=True)}
-    table = pairs(title, ("what", "GiB"), gib)
-    answer = answer if found.fits else "it does not fit"
-    table.caption = f"{answer}; from shapes (docs/fit.md), without the driver's own memory and fragmentation"
+    head = {"model": model, "dtype": dtype, "storage": problem.storage, "schedule": str(schedule)}
     say_template(model, ratio)
-    show(table, as_json, facts)
+    _show_fit(
+        found, replace(found, share=least).cache, policy.sink_scales, head, f"{model} in {memory}", answer, as_json
+    )
     if not found.fits:
         held = f"of the {policy.sink_scales} sink scales alone" if budget is None else f"at {_percent(found.share)}"
         raise HeatKVError(
-            f"{available / 2**30:.2f} GiB do not hold a batch of {taken.images} of {model}: with the cache {held} it "
-            f"takes {found.total / 2**30:.2f} GiB"
+            f"{available / 2**30:.2f} GiB do not hold a batch of {found.taken.images} of {model}: with the cache "
+            f"{held} it takes {found.total / 2**30:.2f} GiB"
         )
 
 
-def _fit_bytes(found: Fit, sinks: int) -> dict[str, int]:
-    taken = found.taken
-    return {
-        "transformer_bytes": taken.transformer, "decoder_bytes": taken.decoder,
-        "text_encoder_bytes": taken.text_encoder, "prompt_bytes": taken.prompt, "working_bytes": taken.working,
-        "attention_bytes": taken.attention, "full_cache_bytes": taken.full_cache, "sinks_bytes": sinks,
-        "cache_bytes": found.cache, "total_bytes": found.total,
+def _show_fit(
+    found: Fit, sinks: int, sink_scales: int, head: dict[str, Any], title: str, answer: str, as_json: bool
+) -> None:
+    """The table of what is taken, or all facts; `sinks` are the bytes of the sink scales."""
+    taken, left = found.taken, found.memory - found.total
+    sizes = {
+        "transformer_bytes": ("transformer", taken.transformer),
+        "decoder_bytes": ("decoder of codes", taken.decoder),
+        "text_encoder_bytes": ("text encoder", taken.text_encoder),
+        "prompt_bytes": ("classes or prompts (longest)", taken.prompt),
+        "working_bytes": ("working memory (peak)", taken.working),
+        "attention_bytes": ("attention: tables, gathered heads", taken.attention),
+        "full_cache_bytes": ("cache, full", taken.full_cache),
+        "sinks_bytes": (f"cache of the {sink_scales} sink scales", sinks),
+        "cache_bytes": (f"cache at {_percent(found.share)}", found.cache),
+        "total_bytes": ("total with that", found.total),
+    }
+    facts = head | {name: size for name, (_, size) in sizes.items()} | {
+        "images": taken.images, "rows": taken.rows, "sink_scales": sink_scales, "budget": float(found.share),
+        "memory_bytes": found.memory, "fits": found.fits, "left_bytes": max(0, left), "missing_bytes": found.missing,
+        "least_memory_bytes": taken.without_cache + sinks,
     }  # fmt: skip
+    told = [*sizes.values(), ("left" if found.fits else "missing", abs(left))]
+    table = pairs(
+        f"{title}: {taken.images} at once, {head['storage']}", ("what", "GiB"),
+        {name: f"{size / 2**30:.3f}" for name, size in told},
+    )  # fmt: skip
+    answer = answer if found.fits else "it does not fit"
+    table.caption = f"{answer}; from shapes (docs/fit.md), without the driver's own memory and fragmentation"
+    show(table, as_json, facts)
 
 
 def _percent(share: Fraction) -> str:

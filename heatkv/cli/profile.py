@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.table import Table
 
@@ -82,10 +81,9 @@ def profile(
     rows = [line.row for line in lines]
 
     def tables() -> list[Table]:
-        records = [msgspec.to_builtins(row) for row in rows]
         return [
-            memory_table(records, f"{model.name}: memory on {model.device}"),
-            latency_table(records, f"{measurement.title}, {model.device}: time"),
+            memory_table(rows, f"{model.name}: memory on {model.device}"),
+            latency_table(rows, f"{measurement.title}, {model.device}: time"),
         ]
 
     finish_results(results, rows, f"{measurement.title}, {model.device}", as_json, before=tables)

@@ -12,7 +12,7 @@ from functools import cached_property
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import whole
 from heatkv.core.storage_type import UNCODED_SCALES, StorageType
-from heatkv.errors import BudgetError, PlanError
+from heatkv.errors import BudgetError, HeatKVError, PlanError
 
 _MOST = 1 << 16
 """Layers, heads and channels, each."""
@@ -48,6 +48,18 @@ class CacheGeometry:
     def shape(self) -> tuple[int, int, int]:
         """(L, H, T): layers, heads and scales."""
         return self.layers, self.heads, len(self.schedule)
+
+    def check_holds(
+        self, layers: int, heads: int, schedule: ScaleSchedule, what: str, error: type[HeatKVError]
+    ) -> None:
+        """Raise `error` unless a model of this geometry has what was made for these layers, heads and schedule.
+
+        The head size does not matter; `what` begins the sentence, as "the plan is for".
+        """
+        if (layers, heads) != (self.layers, self.heads):
+            raise error(f"{what} {layers} layers x {heads} heads, the model has {self.layers} x {self.heads}")
+        if schedule != self.schedule:
+            raise error(f"{what} the schedule {schedule}, the model runs {self.schedule}")
 
     @cached_property
     def full_token_heads(self) -> int:

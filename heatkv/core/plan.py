@@ -155,15 +155,9 @@ class CachePlan(EqualByContents, ABC):
     def check_geometry(self, geometry: CacheGeometry) -> None:
         """Raise PlanError unless the plan was made for a model of this geometry and schedule."""
         mine = self.geometry
-        if (mine.layers, mine.heads) != (geometry.layers, geometry.heads):
-            raise PlanError(
-                f"the plan is for {mine.layers} layers x {mine.heads} heads, the model has {geometry.layers} x "
-                f"{geometry.heads}; solve a plan for this model"
-            )
-        if mine.schedule != geometry.schedule:
-            raise PlanError(
-                f"the plan is for the schedule {mine.schedule}, the model runs {geometry.schedule}; solve a plan for it"
-            )
+        geometry.check_holds(
+            mine.layers, mine.heads, mine.schedule, "solve a plan for this model: the plan is for", PlanError
+        )
 
     @property
     def predicted_kl(self) -> float | None:

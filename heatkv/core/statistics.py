@@ -226,12 +226,12 @@ class LevelStatistics(SampleSums):
         cls, schedule: ScaleSchedule, header: Any, arrays: Mapping[str, FloatArray], source: str | Path = "level costs"
     ) -> LevelStatistics:
         """From what `header` and `arrays` gave. Raises FormatError or StatisticsError."""
-        told = convert(header, _LevelHeader, source)
+        fields = convert(header, _LevelHeader, source)
         joint = [f"levels.joint_sum.{target}" for target in range(len(schedule))]
         _check_names(arrays, ("levels.log_bias", "levels.single_sum", *joint), (), source)
         costs = cls(
-            LevelChoices(schedule, told.sink_scales, told.joint), told.cost, arrays["levels.log_bias"],
-            tuple(arrays[name] for name in joint), arrays["levels.single_sum"], told.samples, told.bias_samples,
+            LevelChoices(schedule, fields.sink_scales, fields.joint), fields.cost, arrays["levels.log_bias"],
+            tuple(arrays[name] for name in joint), arrays["levels.single_sum"], fields.samples, fields.bias_samples,
         )  # fmt: skip
         costs.check()
         return costs
@@ -425,15 +425,8 @@ class Statistics(SampleSums):
 
     def check_geometry(self, geometry: CacheGeometry) -> None:
         """Raise StatisticsError unless they were measured on a model of this geometry and schedule."""
-        if (self.layers, self.heads) != (geometry.layers, geometry.heads):
-            raise StatisticsError(
-                f"the statistics are of {self.layers} layers x {self.heads} heads ({self.provenance.model}), the model "
-                f"has {geometry.layers} x {geometry.heads}; calibrate this model"
-            )
-        if self.schedule != geometry.schedule:
-            raise StatisticsError(
-                f"the statistics are of the schedule {self.schedule}, the model runs {geometry.schedule}; calibrate it"
-            )
+        what = f"calibrate this model, not {self.provenance.model}: the statistics are of"
+        geometry.check_holds(self.layers, self.heads, self.schedule, what, StatisticsError)
 
     def check_fingerprint(self, fingerprint: str) -> None:
         """Raise StatisticsError unless they were measured on the very weights with this fingerprint."""

@@ -80,5 +80,5 @@ def policy_of(plan: CapacityPlan) -> DynamicPolicy:
             f"the policy {policy.shared} and {policy.carried}; solve one with it"
         )
     share = Fraction(max(plan.budget_token_heads, 1), plan.geometry.full_token_heads)
-    policy.check_options(PlanningProblem(plan.geometry, Budget("share", share)))
+    policy.check(PlanningProblem(plan.geometry, Budget("share", share)))
     return policy

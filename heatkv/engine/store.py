@@ -138,10 +138,11 @@ class Store:
         """As `read`, where every row has its own slots, and all slots of the store are coded, or none is."""
         slots_BM = slots_RM.repeat(2, 1)
         if self.code is None:
-            return rows_at(self.arena_2RPD.flatten(0, 1), slots_BM).unflatten(0, (2, -1))
+            k_or_v_BMD = rows_at(self.arena_2RPD.flatten(0, 1), slots_BM)
+            return k_or_v_BMD.view(2, *slots_RM.shape, self.head_dim)
         codes = rows_at(_bits(self.codes_2RQD).flatten(0, 1), slots_BM).view(self.code)
         scales = rows_at(self.scales_2RQ.flatten(0, 1)[..., None], slots_BM)[..., 0]
-        return decode(codes, scales, self.dtype).unflatten(0, (2, -1))
+        return decode(codes, scales, self.dtype).view(2, *slots_RM.shape, self.head_dim)
 
     def write(self, places: Places, k_RMD: Tensor, v_RMD: Tensor) -> None:
         """Put keys and values, coded where that part of the arena is."""
@@ -158,10 +159,9 @@ class Store:
 
 def rows_at(x_BCX: Tensor, at_BM: Tensor) -> Tensor:
     """x[b, at[b, m]], (B, M, X); whole rows are copied, which `gather` would do number by number."""
-    batch, count, _ = x_BCX.shape
+    batch, count, width = x_BCX.shape
     flat = at_BM + count * torch.arange(batch, device=at_BM.device)[:, None]
-    rows: Tensor = x_BCX.reshape(batch * count, x_BCX.shape[2]).index_select(0, flat.flatten())
-    return rows.unflatten(0, at_BM.shape)
+    return x_BCX.reshape(batch * count, width).index_select(0, flat.flatten()).view(*at_BM.shape, width)
 
 
 def _bits(codes: Tensor) -> Tensor:

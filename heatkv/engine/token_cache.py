@@ -175,11 +175,12 @@ class SelectingCache(ArenaCache):
             carried = self._carried_RPX
             carried = carried[:, :0] if group.places is None else carried.index_select(1, group.places.slots)
         carried_RHMX = carried.unflatten(1, (group.size, group.held))
-        weight = None
+        inputs: dict[str, Tensor] = {}
         if self.wants_input and step.kept and (self.plan.carried or not step.everything):
             if self._input_RNW is None or self._query_weight is None:
                 raise PlanError("the attention's input is unknown; call see_input() before every attend()")
-            weight = self._query_weight(layer)[group.heads]
+            weight_HDW = self._query_weight(layer)[group.heads]
+            inputs = {"attention_input_RNW": self._input_RNW, "query_weight_HDW": weight_HDW}
         return Candidates(
             layer=layer,
             target=self.turn.target,
@@ -193,8 +194,7 @@ class SelectingCache(ArenaCache):
             v_RHCD=v,
             valid_RHC=valid_RHC,
             carried_RHCX=F.pad(carried_RHMX, (0, 0, 0, q.shape[2])),
-            attention_input_RNW=self._input_RNW,
-            query_weight_HDW=weight,
+            **inputs,
         )
 
     def _held_by_row(self, layer: int, step: TokenStep, new: int) -> tuple[Tensor, Tensor]:

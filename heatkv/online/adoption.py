@@ -114,7 +114,7 @@ def check_can_follow(policy: EvictionPolicy) -> StaticPolicy:
     """
     if not isinstance(policy, StaticPolicy):
         reason = "chooses tokens while it draws and has no value to follow"
-    elif "statistics" not in policy.plans_from():
+    elif not policy.needs:
         reason = "plans from nothing measured, so it cannot follow it"
     elif policy.level_cost not in (None, "error"):
         raise PolicyError(

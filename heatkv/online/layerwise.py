@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heatkv.calibration.level_costs import ErrorCostCache
-from heatkv.calibration.measure import MeasuringCache, ObservingCache, told_settings
-from heatkv.core.io import versions
+from heatkv.calibration.measure import MeasuringCache, ObservingCache, provenance
 from heatkv.core.plan import Plan, keep_first
-from heatkv.core.statistics import LevelStatistics, Provenance, Statistics
+from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.engine.arena_cache import storage_bytes
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
@@ -112,6 +111,5 @@ def measure_drawn(
         pricing = LayerCostCache(levels.choices, levels.log_bias, *shape, output_weights=weights)
         run_layers(model, labels, tokens, settings, pricing)
         costs = levels.with_sums(pricing.sums(), tuple(names))
-    cfg, other_settings = told_settings(settings, model)
-    provenance = Provenance(model.name, model.fingerprint, cfg, other_settings, tuple(names), versions())
-    return Statistics(geometry.schedule, provenance=provenance, levels=costs, **cache.sums()), cache.peak_bytes
+    where = provenance(model, settings, names)
+    return Statistics(geometry.schedule, provenance=where, levels=costs, **cache.sums()), cache.peak_bytes

@@ -18,9 +18,11 @@ from torch import Tensor
 from heatkv.core.plan import Plan
 from heatkv.engine.attention import triton_launch
 from heatkv.generation.loop import Generator, run_scales
+from heatkv.models.base import ImageModel
 from heatkv.models.catalogue import load_model
 from heatkv.models.sampling import CommonRandomSampler
-from heatkv.testing.contract import check_policy, small_geometries
+from heatkv.testing.contract import check_policy
+from heatkv.testing.material import small_geometries
 
 PICTURES = 2
 POLICIES = ("heatkv", "snapkv")
@@ -57,15 +59,19 @@ class MaskedAttention:
         return (weights_RHNM @ v_RHMD).to(v_RHND.dtype)
 
 
+def _logits(draw: Callable[..., object]) -> list[Tensor]:
+    """Guided logits of every scale while it draws."""
+    seen: list[Tensor] = []
+    draw(observe=lambda _, logits_BNV: seen.append(logits_BNV))
+    return seen
+
+
 def _draw(device: torch.device) -> str:
-    model = load_model("emoji", device=device)
-    plan, labels = model.plan("random", "20%"), model.labels(PICTURES)
+    model: ImageModel[Any] = load_model("emoji", device=device)
+    plan, labels, settings = model.plan("random", "20%"), model.labels(PICTURES), model.sampling
     assert isinstance(plan, Plan)
-    wanted: list[Tensor] = []
-    run_scales(
-        model, labels, MaskedAttention(plan), CommonRandomSampler(0, range(PICTURES), model.sampling), model.sampling,
-        observe=lambda _, logits_BNV: wanted.append(logits_BNV), decode=False,
-    )  # fmt: skip
+    sampler = CommonRandomSampler(0, range(PICTURES), settings)
+    wanted = _logits(partial(run_scales, model, labels, MaskedAttention(plan), sampler, settings, decode=False))
     ways: dict[str, dict[str, Any]] = {"grouped attention": {}}
     if device.type == "cuda":
         ways["CUDA graphs"] = {"graphs": True}
@@ -73,10 +79,9 @@ def _draw(device: torch.device) -> str:
             ways["fused kernel"] = {"attention": "triton"}
     differences = []
     for way, options in ways.items():
-        generator = Generator(model, plan, PICTURES, **options)
-        for _ in range(3 if "graphs" in options else 1):  # the second is recorded, the third replayed
-            seen: list[Tensor] = []
-            generator.draw(labels, observe=lambda _, logits_BNV, seen=seen: seen.append(logits_BNV))
+        generator, times = Generator(model, plan, PICTURES, **options), 3 if "graphs" in options else 1
+        # with graphs the second is recorded, the third replayed
+        seen = [_logits(partial(generator.draw, labels)) for _ in range(times)][-1]
         worst = max(float((one - other).abs().max()) for one, other in zip(seen, wanted, strict=True))
         if not worst <= MOST_DIFFERENCE * (10 if "attention" in options else 1):
             raise AssertionError(f"with {way} logits differ by {worst:.2g} from those of attention with a mask")

@@ -24,7 +24,7 @@ from heatkv.levels.columns import level_bound, level_price_bound
 from heatkv.levels.costs import level_cost, levels_of_plan
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
-from heatkv.policies.levels import HeatKVLevels
+from heatkv.policies.heatkv_mr import HeatKVMR
 from heatkv.policies.lp import HeatKVLP, SolvedPolicy
 from heatkv.solve.cells import allocate, price_bound, read_value
 from heatkv.solve.checkpoints import Capacity
@@ -166,10 +166,10 @@ def worth_of(plan: Plan, statistics: Statistics) -> Worth:
 
 def _policy(plan: Plan) -> SolvedPolicy:
     """The solver over the plan's budget, cap and levels; for a policy that is none, over all plans with its sinks."""
-    solvers: tuple[type[SolvedPolicy], ...] = (HeatKVLevels,) if plan.coarse else (HeatKVLP, HeatKVLevels)
+    solvers: tuple[type[SolvedPolicy], ...] = (HeatKVMR,) if plan.coarse else (HeatKVLP, HeatKVMR)
     solver = next((cls for cls in solvers if cls.name == plan.policy), None)
     if solver is None:
-        return HeatKVLevels(sink_scales=plan.sink_scales)
+        return HeatKVMR(sink_scales=plan.sink_scales)
     known = {field.name for field in fields(solver)}
     # what chose the budget or how to solve for it does not matter any more
     settings = {**plan.settings, "sink_scales": plan.sink_scales, "solver": "lp", "max_kl": None}
@@ -184,8 +184,8 @@ def _policy(plan: Plan) -> SolvedPolicy:
 
 def _own_measure(plan: Plan) -> str | None:
     """The measure that a plan was made by; None for policies that measure nothing, or nothing known here."""
-    if plan.policy == HeatKVLevels.name:
-        cost = plan.settings.get("cost", HeatKVLevels.cost)
+    if plan.policy == HeatKVMR.name:
+        cost = plan.settings.get("cost", HeatKVMR.cost)
         return next(measure for measure, kind in LEVEL_COSTS.items() if kind == cost)
     if plan.coarse:  # the others know whole cells only
         return None

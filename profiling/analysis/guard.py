@@ -6,7 +6,7 @@ Bytes and fidelity only: times of two runs do not compare. What was measured bef
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,26 +190,3 @@ def _faults(row: ResultRow, now: ResultRow, same_device: bool) -> Iterator[str]:
     for path in parts:
         if figure_at(row, path) is not None and figure_at(now, path) is None and figure_at(now, path[:-1]) is not None:
             yield f"lost: {'.'.join(path)}"
-
-
-def change_lines(verdict: Verdict, everything: bool = False) -> Sequence[tuple[str, ...]]:
-    """Lines of a table: row, figure, baseline, now, change, worst allowed, verdict; only what changed, or all."""
-    lines: list[tuple[str, ...]] = []
-    for row in verdict.rows:
-        if row.missing:
-            differs = f"the likeliest has another {', '.join(row.nearest)}" if row.nearest else ""
-            lines.append((row.name, differs, "", "", "", "", "MISSING"))
-        lines += [(row.name, fault, "", "", "", "", "FAILED") for fault in row.faults]
-        lines += [
-            (row.name, *_cells(change)) for change in row.changes
-            if everything or change.failed or change.now != change.baseline
-        ]  # fmt: skip
-    return lines + [(name, "", "", "", "", "", "new") for name in verdict.extra]
-
-
-def _cells(change: Change) -> tuple[str, ...]:
-    form, before, now, moved = ",.0f" if "_bytes" in change.figure else ".5f", change.baseline, "-", ""
-    if change.now is not None:
-        share = f" ({(change.now - before) / before:+.1%})" if before else ""
-        now, moved = f"{change.now:{form}}", f"{change.now - before:+{form}}{share}"
-    return change.figure, f"{before:{form}}", now, moved, f"{change.limit:{form}}", "FAILED" if change.failed else "ok"

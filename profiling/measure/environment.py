@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import time
+from typing import Any
 
 import torch
 from msgspec import structs
@@ -63,26 +64,37 @@ def load_of(device: torch.device) -> Load:
         average = None
     used = others = None
     if device.type == "cuda":
-        used, others = _nvml(device)
+        used, others = _others_on(device)
     load = Load(average, os.cpu_count() or 1, used, others)
     return Load(average, load.cores, used, others, busy=bool(load.reasons))
 
 
-def _nvml(device: torch.device) -> tuple[int | None, int | None]:
-    """Utilisation, and how many processes beside this one have a context on the device."""
+def nvml_device(device: torch.device) -> tuple[Any, Any] | None:
+    """NVML's module and its handle of a CUDA device; None without pynvml or without access."""
     try:
         import pynvml
     except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except pynvml.NVMLError:
+        return None
+
+
+def _others_on(device: torch.device) -> tuple[int | None, int | None]:
+    """Utilisation, and how many processes beside this one have a context on the device."""
+    found = nvml_device(device)
+    if found is None:
         return None, None
+    nvml, handle = found
     torch.cuda.synchronize(device)
     time.sleep(_NVML_WINDOW_S)
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        used = int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        used = int(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
         # in a container our own number is another one, but we are one of them
-        return used, max(0, len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) - 1)
-    except pynvml.NVMLError:
+        return used, max(0, len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)) - 1)
+    except nvml.NVMLError:
         return None, None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def spread(values: FloatArray) -> Spread:
 @dataclass(frozen=True)
 class Compared:
     """What one plan gives over some images: KL and agreement summed over the tokens of every scale, and similarities of
-    the pictures that were drawn freely; None is what was not measured. `choices` are made of every token."""
+    the pictures that were drawn freely; None is what was not measured. A token has `choices` values to agree on."""
 
     tokens: tuple[int, ...]
     choices: int
@@ -160,10 +161,11 @@ ARRAYS = ("kl_sums_BT", "agreements_BT", "psnr_db", "ssim", "lpips", PICTURES)
 
 
 class FidelityBench:
-    """Draws the reference once, with the full cache, and compares any number of plans with it.
+    """Draws references with the full cache, and compares any number of plans with them.
 
-    `images` samples are teacher-forced, the first `pictures` of them also drawn freely. Without `hold` a batch's
-    reference is drawn when that batch is compared, and kept until another is. `progress` is told of images drawn.
+    `images` samples are teacher-forced, the first `pictures` of them also drawn freely. A batch's reference is drawn
+    when the batch is first compared, and kept with all others or, unless `hold`, until another is. `progress` is called
+    with the number of images drawn.
     """
 
     def __init__(
@@ -176,49 +178,52 @@ class FidelityBench:
         settings: Settings,
         batch: int = 16,
         hold: bool = True,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.model, self.settings, self._seed = model, settings, seed
-        self._progress = progress if progress is not None else lambda _: None
+        self.model, self.settings, self._seed, self._hold, self._progress = model, settings, seed, hold, progress
         self.pictures = min(pictures, images)
-        self._lpips = open_lpips() if self.pictures else "no pictures were drawn"
         self.batches = image_batches(images, batch)
+        self._lpips = open_lpips() if self.pictures else "no pictures were drawn"
         self._reference: dict[int, tuple[Drawn, list[Tensor]]] = {}
-        if hold:
-            make = self._by_size(lambda size: Generator(model, model.full_plan(), size, settings))
-            for index, samples in enumerate(self.batches):
-                self._reference[index] = self._draw(make[len(samples)], samples)
+        self._last: tuple[object, Generator[Any]] | None = None
 
     def _labels(self, samples: range) -> list[Any]:
         return self.model.labels(len(samples), samples.start)
 
-    def _by_size(self, make: Callable[[int], Generator[Any]]) -> dict[int, Generator[Any]]:
-        """Generators of all batches; equal batches share one, and so one cache."""
-        return {size: make(size) for size in {len(samples) for samples in self.batches}}
-
-    def _draw(self, full: Generator[Any], samples: range) -> tuple[Drawn, list[Tensor]]:
-        logits: list[Tensor] = []
-        drawn = full.draw(self._labels(samples), self._seed, samples, observe=lambda _, x: logits.append(x))
-        self._progress(len(samples))
-        return drawn, logits
-
-    def has(self, index: int) -> bool:
-        """Whether the reference of this batch is there."""
-        return index in self._reference
-
     def reference(self, index: int) -> tuple[Drawn, list[Tensor]]:
         """What the full cache draws in a batch, and its logits of every scale; drawn now where it is not there."""
-        if not self.has(index):
-            self._reference.clear()
-            samples = self.batches[index]
+        if index not in self._reference:
+            if not self._hold:
+                self._reference.clear()
+            self._last = None  # two caches at once may be too many
+            samples, logits = self.batches[index], list[Tensor]()
             full = Generator(self.model, self.model.full_plan(), len(samples), self.settings)
-            self._reference[index] = self._draw(full, samples)
+            drawn = full.draw(self._labels(samples), self._seed, samples, observe=lambda _, x: logits.append(x))
+            self._reference[index] = drawn, logits
+            self._progress(len(samples))
         return self._reference[index]
 
     def compare(self, make: Callable[[int], Generator[Any]]) -> Compared:
         """What the generators draw that `make` makes for so many images, compared with the full cache."""
-        by_size = self._by_size(make)
+        if self._hold:  # before there is another cache
+            for index in range(len(self.batches)):
+                self.reference(index)
+        sizes = {len(samples) for samples in self.batches}
+        by_size = {size: make(size) for size in sizes}  # equal batches share a generator, and so a cache
         return Compared.join([self.compare_batch(by_size[len(b)], index) for index, b in enumerate(self.batches)])
+
+    def compare_plans(self, subject: Subject, index: int) -> list[Compared]:
+        """What every plan of a subject gives over the images of a batch. The generator stays for the next batch."""
+        self.reference(index)
+        return [self.compare_batch(self._generator(subject, plan, index), index) for plan in range(len(subject.plans))]
+
+    def _generator(self, subject: Subject, plan: int, index: int) -> Generator[Any]:
+        size = len(self.batches[index])
+        key = id(subject), plan, size
+        if self._last is None or self._last[0] != key:
+            self._last = None  # frees its cache first
+            self._last = key, subject.generator(self.model, self.settings, plan, size)
+        return self._last[1]
 
     def compare_batch(self, generator: Generator[Any], index: int) -> Compared:
         """The same over the images of one batch alone."""
@@ -231,9 +236,7 @@ class FidelityBench:
             kl.append(kl_divergence(reference[scale], logits).sum(1))
             agree.append((reference[scale].argmax(-1) == logits.argmax(-1)).sum(1).double())
 
-        generator.draw(
-            self._labels(samples), sampler=RecordedTokens(drawn.tokens), observe=observe, decode=False
-        )  # fmt: skip
+        generator.draw(self._labels(samples), sampler=RecordedTokens(drawn.tokens), observe=observe, decode=False)
         sums, agreements = (torch.stack(found, dim=1).cpu().numpy() for found in (kl, agree))
         self._progress(len(samples))
         if not np.isfinite(sums).all():
@@ -256,6 +259,11 @@ class FidelityBench:
             PICTURES: images,
         }
 
+    def measure(self, subject: Subject) -> Fidelity:
+        """Figures of a subject, compared now."""
+        makes = [partial(subject.generator, self.model, self.settings, plan) for plan in range(len(subject.plans))]
+        return self.figures([self.compare(make) for make in makes])
+
     def fid(self, compared: Compared) -> float | str:
         """FID of all pictures against the full cache's, or why there is none."""
         reason = why_no_fid(self.pictures) if self.pictures else "no pictures"
@@ -263,7 +271,7 @@ class FidelityBench:
             return reason
         assert compared.pictures_P3HW is not None
         wanted = [index for index, samples in enumerate(self.batches) if samples.start < self.pictures]
-        originals = [drawn.images for drawn, _ in map(self.reference, wanted) if drawn.images is not None]
+        originals = [images for index in wanted if (images := self.reference(index)[0].images) is not None]
         return fid(compared.pictures_P3HW, torch.cat(originals)[: self.pictures])
 
     def figures(self, plans: Sequence[Compared]) -> Fidelity:
@@ -272,56 +280,44 @@ class FidelityBench:
         Those of single images and pictures are kept, so that any two rows of equal samples can be compared in pairs
         later.
         """
-        kl, top1, psnr_db, ssim_, lpips = (
-            _mean_over_plans([figure(plan) for plan in plans])
-            for figure in (
-                Compared.kl_of_images, Compared.top1_of_images, lambda plan: plan.psnr_db, lambda plan: plan.ssim,
-                lambda plan: plan.lpips,
-            )
-        )  # fmt: skip
-        assert kl is not None
-        assert top1 is not None
-        spreads = {"kl": kl, "top1_agreement": top1, "psnr_db": psnr_db, "ssim": ssim_, "lpips": lpips}
+        kl = _over_plans([plan.kl_of_images() for plan in plans])
+        top1 = _over_plans([plan.top1_of_images() for plan in plans])
+        pictures = {name: _over_plans([getattr(plan, name) for plan in plans]) for name in ("psnr_db", "ssim", "lpips")}
+        measured = {name: values for name, values in pictures.items() if values is not None}
+        similarities: dict[str, Any] = {name: float(values.mean()) for name, values in measured.items()}
+        for name, values in measured.items():
+            similarities[f"{name.removesuffix('_db')}_of_pictures"] = tuple(values.tolist())
         distances = [self.fid(plan) for plan in plans]
-        reasons = {"ssim": "torchmetrics not installed" if self.pictures else "no pictures were drawn"}
-        reasons = {} if ssim_ is not None else reasons
-        reasons |= {"lpips": self._lpips} if isinstance(self._lpips, str) else {}
+        reasons = {}
+        if "ssim" not in measured:
+            reasons["ssim"] = "torchmetrics not installed" if self.pictures else "no pictures were drawn"
+        if isinstance(self._lpips, str):
+            reasons["lpips"] = self._lpips
         if isinstance(distances[0], str):
             reasons["fid"] = distances[0]
+        assert kl is not None
+        assert top1 is not None
         return Fidelity(
             images=len(kl),
             kl=float(np.mean([plan.kl() for plan in plans])),
-            kl_per_scale=_floats(np.mean([plan.kl_per_scale() for plan in plans], axis=0)),
+            kl_per_scale=tuple(np.mean([plan.kl_per_scale() for plan in plans], axis=0).tolist()),
             kl_of_draws=tuple(plan.kl() for plan in plans),
-            kl_of_images=_floats(kl),
+            kl_of_images=tuple(kl.tolist()),
             top1_agreement=float(np.mean([plan.top1_agreement() for plan in plans])),
-            top1_per_scale=_floats(np.mean([plan.top1_per_scale() for plan in plans], axis=0)),
-            top1_of_images=_floats(top1),
+            top1_per_scale=tuple(np.mean([plan.top1_per_scale() for plan in plans], axis=0).tolist()),
+            top1_of_images=tuple(top1.tolist()),
             pictures=self.pictures,
-            psnr_db=_mean(psnr_db),
-            psnr_of_pictures=_floats(psnr_db),
-            ssim=_mean(ssim_),
-            ssim_of_pictures=_floats(ssim_),
-            lpips=_mean(lpips),
-            lpips_of_pictures=_floats(lpips),
-            fid=None if "fid" in reasons else float(np.mean(distances)),  # type: ignore[arg-type]
-            spread={name: spread(values) for name, values in spreads.items() if values is not None},
+            fid=None if "fid" in reasons else float(np.mean([float(distance) for distance in distances])),
+            spread={name: spread(values) for name, values in {"kl": kl, "top1_agreement": top1, **measured}.items()},
             not_measured=reasons,
+            **similarities,
         )
 
 
-def _mean_over_plans(figures: Sequence[FloatArray | None]) -> FloatArray | None:
-    """Of every sample."""
+def _over_plans(figures: Sequence[FloatArray | None]) -> FloatArray | None:
+    """The mean of every sample."""
     present = [figure for figure in figures if figure is not None]
     return np.mean(present, axis=0) if present else None
-
-
-def _floats(values: FloatArray | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(values.tolist())
-
-
-def _mean(values: FloatArray | None) -> float | None:
-    return None if values is None else float(values.mean())
 
 
 # -------------------------------------------------------------------------------------------- batch by batch
@@ -337,35 +333,10 @@ def drawings(samples: range, pictures: int) -> int:
     return len(samples) * (2 if samples.start < pictures else 1)
 
 
-class BatchComparison:
-    """Compares subjects batch by batch; the generator stays for the next batch of the same plan."""
-
-    def __init__(self, bench: FidelityBench) -> None:
-        self.bench = bench
-        self._last: tuple[tuple[int, int, int], Generator[Any]] | None = None
-
-    def compare(self, subject: Subject, index: int) -> list[Compared]:
-        """What every plan of the subject gives over the images of a batch."""
-        if not self.bench.has(index):
-            self._last = None  # two caches at once may be too many
-            self.bench.reference(index)
-        size = len(self.bench.batches[index])
-        return [
-            self.bench.compare_batch(self._generator(subject, plan, size), index) for plan in range(len(subject.plans))
-        ]
-
-    def _generator(self, subject: Subject, plan: int, batch: int) -> Generator[Any]:
-        key = (id(subject), plan, batch)
-        if self._last is None or self._last[0] != key:
-            self._last = None  # frees its cache first
-            self._last = key, subject.generator(self.bench.model, self.bench.settings, plan, batch)
-        return self._last[1]
-
-
 def save_compared(path: Path, plans: Sequence[Compared], pictures: int) -> None:
     """Write what one batch of images gave under every plan of a subject. Raises FormatError.
 
-    Pictures are kept in 8 bits, as they are shown, but in full where the FID of so many `pictures` is to be told.
+    Pictures are kept in 8 bits, as they are shown, but in full where there are enough `pictures` for an FID.
     """
     arrays = {
         name: np.stack([getattr(plan, name) for plan in plans])
@@ -388,9 +359,7 @@ def load_compared(path: Path) -> list[Compared]:
             values: dict[str, Any] = {name: array[plan] for name, array in arrays.items()}
             if PICTURES in values:
                 drawn = torch.from_numpy(values[PICTURES])
-                values[PICTURES] = (
-                    drawn.permute(0, 3, 1, 2).float() / 255 if drawn.dtype == torch.uint8 else drawn
-                )  # fmt: skip
+                values[PICTURES] = drawn.permute(0, 3, 1, 2).float() / 255 if drawn.dtype == torch.uint8 else drawn
             plans.append(Compared(tuple(header["tokens"]), header["choices"], **values))
     except (KeyError, TypeError, IndexError) as error:
         raise FormatError(f"{path} is no part of a comparison: {error}; delete it, and start again") from error

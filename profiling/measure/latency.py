@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,23 +44,25 @@ def outliers_of(values: Sequence[float]) -> list[float]:
     return [value for value in values if not low - far <= value <= high + far]
 
 
-@dataclass(frozen=True)
-class Breakdown:
-    """Medians over watched runs in milliseconds: of every scale, and of every phase of one drawing.
+class Breakdown(NamedTuple):
+    """Medians over watched runs in milliseconds: of every scale, without the decoder, and of every phase of a drawing.
 
-    `phases_ms` has those of heatkv.engine.spans and `other`, the rest: projections, norms, embeddings, logits. None
-    where no Python runs inside a scale, as with CUDA graphs. Scales do not hold the decoder.
+    `phases` has those of heatkv.engine.spans and `other`, the rest: projections, norms, embeddings, logits. None where
+    no Python runs inside a scale, as with CUDA graphs.
     """
 
-    scales_ms: tuple[float, ...]
-    phases_ms: Mapping[str, float] | None
+    scales: Sequence[float] | None = None
+    phases: Mapping[str, float] | None = None
 
 
-def latency_of(runs_ms: Sequence[float], breakdown: Breakdown | None = None) -> Latency:
+NOT_WATCHED = Breakdown()
+
+
+def latency_of(runs_ms: Sequence[float], breakdown: Breakdown = NOT_WATCHED) -> Latency:
     """Times in the order they were taken, as a row of results has them."""
     low, high, confidence = median_interval(runs_ms)
     quartiles = np.percentile(runs_ms, [25, 75])
-    phases = None if breakdown is None else breakdown.phases_ms
+    scales, phases = breakdown
     return Latency(
         median=round(float(np.median(runs_ms)), 3),
         iqr=round(float(quartiles[1] - quartiles[0]), 3),
@@ -70,7 +71,7 @@ def latency_of(runs_ms: Sequence[float], breakdown: Breakdown | None = None) -> 
         confidence=round(confidence, 4),
         outliers=len(outliers_of(runs_ms)),
         all=tuple(round(run, 3) for run in runs_ms),
-        scales=None if breakdown is None else tuple(round(scale, 3) for scale in breakdown.scales_ms),
+        scales=None if scales is None else tuple(round(scale, 3) for scale in scales),
         phases=None if phases is None else {name: round(phase, 3) for name, phase in phases.items()},
     )
 
@@ -166,12 +167,12 @@ def measure_breakdown(
                 call()
         runs.append(clock.sums_ms())
 
-    def median(figure: Callable[[dict[str, float]], float]) -> float:
-        return float(np.median([figure(run) for run in runs]))
+    def median(values: Iterable[float]) -> float:
+        return float(np.median(list(values)))
 
-    by_phase = None
-    if phases:
-        by_phase = {name: median(lambda run, name=name: run.get(name, 0.0)) for name in PHASES}  # type: ignore[misc]
-        by_phase["other"] = median(lambda run: run["all"] - sum(run.get(name, 0.0) for name in PHASES))
-    by_scale = tuple(float(np.median([run[scale_name(scale)] for run in runs])) for scale in range(scales))
+    by_scale = tuple(median(run[scale_name(scale)] for run in runs) for scale in range(scales))
+    if not phases:
+        return Breakdown(by_scale)
+    by_phase = {name: median(run.get(name, 0.0) for run in runs) for name in PHASES}
+    by_phase["other"] = median(run["all"] - sum(run.get(name, 0.0) for name in PHASES) for run in runs)
     return Breakdown(by_scale, by_phase)

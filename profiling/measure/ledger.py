@@ -18,7 +18,7 @@ class TensorLedger(TorchDispatchMode):
     """While it is active, follows every storage that an operation creates; `peak` is the most bytes alive at once.
 
     Storages that existed before (weights, inputs) are not counted, whatever views of them are made; nor are those of
-    another device than `device`, if one is given.
+    another device than `device`, where there is one.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -62,10 +62,10 @@ class TensorLedger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given and self._counts(tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in inputs and self._counts(tensor):
                 storage = tensor.untyped_storage()
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, self.live)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from heatkv.engine.arena_cache import storage_bytes
 from heatkv.errors import GraphError, HeatKVError
 from heatkv.generation.loop import Generator
 from heatkv.models.base import ImageModel
+from heatkv.profiling.measure.environment import nvml_device
 from heatkv.profiling.measure.ledger import TensorLedger
 from heatkv.profiling.results.ledgers import (
     UNEXPLAINED,
@@ -42,7 +44,7 @@ from heatkv.profiling.results.ledgers import (
 from heatkv.profiling.results.row import Memory
 
 Open = Callable[[bool], Generator[Any]]
-"""Opens a cache and what draws with it; told whether with CUDA graphs."""
+"""Opens a cache and what draws with it, with CUDA graphs or without."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=ImageModel[Any])
@@ -160,8 +162,7 @@ class AllocatorMeter:
 
     def peaks(self) -> AllocatorPeaks:
         torch.cuda.synchronize(self._device)
-        told = torch.cuda.memory_stats(self._device)
-        requested = told.get("requested_bytes.all.peak")
+        requested = torch.cuda.memory_stats(self._device).get("requested_bytes.all.peak")
         return AllocatorPeaks(
             requested_bytes=None if requested is None else int(requested),
             allocated_bytes=torch.cuda.max_memory_allocated(self._device),
@@ -171,30 +172,18 @@ class AllocatorMeter:
 
 def driver_memory(device: torch.device) -> DriverMemory | None:
     """What NVML tells of this process and the device; None without a GPU, without pynvml or without access."""
-    if device.type != "cuda":
+    device_ = nvml_device(device) if device.type == "cuda" else None
+    if device_ is None:
         return None
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    found = DriverMemory()
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except pynvml.NVMLError:
-        return None
-    try:
-        mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+    (nvml, handle), found = device_, DriverMemory()
+    with suppress(nvml.NVMLError):
+        mine = [p for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
         used = mine[0].usedGpuMemory if mine else None  # None in containers that hide processes
         found = structs.replace(found, process_bytes=None if used is None else int(used))
-    except pynvml.NVMLError:
-        pass
-    try:
-        info = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+    with suppress(nvml.NVMLError, AttributeError, TypeError):  # an older driver, or an older pynvml
+        info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
         sizes = {f"{name}_bytes": int(getattr(info, name)) for name in ("total", "reserved", "used", "free")}
         found = structs.replace(found, **sizes)
-    except (pynvml.NVMLError, AttributeError, TypeError):  # an older driver, or an older pynvml
-        pass
     return found
 
 

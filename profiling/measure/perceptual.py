@@ -1,6 +1,6 @@
 """LPIPS and FID through torchmetrics, where their networks' weights are on this machine; nothing is ever downloaded.
 
-Whatever is lacking is told in words, since "not measured" without a reason looks like an oversight.
+What is lacking is said in words: "not measured" without a reason looks like an oversight.
 """
 
 from __future__ import annotations

@@ -121,8 +121,8 @@ def measure_latency(
     graphs. Subjects are timed in turns, each with its first plan; then, in at most BREAKDOWN_RUNS further runs each, it
     is watched where the time goes.
 
-    On CUDA devices then with graphs, one subject after another, since every one's graphs hold memory. `machine` tells
-    what the times are to be read with; `progress` is told of every run.
+    On CUDA devices then with graphs, one subject after another, since every one's graphs hold memory. `machine` is
+    what the times are to be read with; `progress` is called after every run.
     """
     timed = datetime.now(UTC).isoformat(timespec="milliseconds")
     labels = model.labels(batch)

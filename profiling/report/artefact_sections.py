@@ -5,6 +5,7 @@ Arrays: L layers, H heads, T scales, S source scales, B pictures.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -70,17 +71,16 @@ def plans(report: Report) -> Blocks:
     for row in report.merged.rows:
         points.setdefault(", ".join(f"{axis} {getattr(row.result, axis)}" for axis in row.source.axes), []).append(row)
     folds: list[Markup] = []
-    number = 0
+    numbers = itertools.count()
     for point, rows in points.items():
         for budget, of_budget in reversed(budgets_of(rows).items()):
             cards = []
             for row in of_budget:
-                number += 1
                 found = plans_of(row.source.folder, row.result)
                 if isinstance(found, Missing):
                     missing.setdefault(found.why, []).append(f"{report.merged.label(row)} {row.result.budget}")
                 else:
-                    cards.append(_card(report, row, found, f"plan-{number}"))
+                    cards.append(_card(report, row, found, f"plan-{next(numbers)}"))
             if cards:
                 title = ", ".join(filter(None, [f"Plans at {budget}", point]))
                 folds.append(report.ui.fold(title, [report.ui.cards(cards)], not folds))

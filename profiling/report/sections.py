@@ -5,7 +5,7 @@ A section is a function of the report that gives its blocks, or None where it ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -21,9 +21,8 @@ from heatkv.profiling.report.charts import Line, Panel, Part, Track, stacked
 from heatkv.profiling.report.pools import Cell, Entry, Pool, Report, mib, shade
 from heatkv.profiling.report.tables import ARENA, KL, MEDIAN, TOP1, Column, look_up
 from heatkv.profiling.results.comparable import REFERENCE
-from heatkv.profiling.results.ledgers import PHASES, AllocatorPeaks
+from heatkv.profiling.results.ledgers import PHASES, AllocatorPeaks, Ledgers
 from heatkv.profiling.results.merging import leaders, pareto_front, ranked
-from heatkv.profiling.results.row import Latency, ResultRow
 
 Blocks = list[Markup] | None
 
@@ -225,19 +224,16 @@ def _time_track(entry: Entry) -> Track:
     lanes, texts = [], []
     for time, note in ((entry.result.latency_ms, ""), (entry.result.graph_latency_ms, " with CUDA graphs")):
         if time is not None:
-            phases = {name: time.phases[name] for name in PHASE_COLOURS if name in time.phases} if time.phases else {}
-            bars = stacked({name: (length, PHASE_COLOURS[name]) for name, length in phases.items()}, "ms")
-            whole = Part(0, time.median, f"median{note}", charts.pale(7, 40))
-            lanes.append((*(bars or (whole,)), *_time_marks(time)))
+            phases = time.phases or {}
+            lengths = {name: (phases[name], colour) for name, colour in PHASE_COLOURS.items() if name in phases}
+            bars = stacked(lengths, "ms") or (Part(0, time.median, f"median{note}", charts.pale(7, 40)),)
+            low, high = time.interval or (time.median, time.median)
+            text = f"median {time.median:.1f} ms, interval {low:.1f} to {high:.1f} ms"
+            marks = [Part(low, high, text, kind="span"), Part(time.median, time.median, text, kind="point")]
+            marks += [Part(far, far, f"outlier: {far:.1f} ms", kind="outlier") for far in outliers_of(list(time.all))]
+            lanes.append((*bars, *marks))
             texts.append(f"{time.median:.1f} ms{note}")
     return Track(entry.name, entry.style, ", ".join(texts), tuple(lanes))
-
-
-def _time_marks(time: Latency) -> list[Part]:
-    low, high = time.interval or (time.median, time.median)
-    text = f"median {time.median:.1f} ms, interval {low:.1f} to {high:.1f} ms"
-    far = [Part(value, value, f"outlier: {value:.1f} ms", kind="outlier") for value in outliers_of(list(time.all))]
-    return [Part(low, high, text, kind="span"), Part(time.median, time.median, text, kind="point"), *far]
 
 
 def _time_by_scale(report: Report, pool: Pool, name: str) -> list[Markup]:
@@ -291,50 +287,39 @@ def memory(report: Report) -> Blocks:
     return [*report.each(pools, make), report.ui.ledger_words()]
 
 
-def _allocator(path: str, size: Callable[[AllocatorPeaks, int], int]) -> Callable[[ResultRow], int | None]:
-    """A part of what the allocator had at most, from its peaks and the weights."""
+def _lanes(ledgers: Ledgers) -> list[dict[str, tuple[int, str]]]:
+    """The bars of a row, one under the other: the bytes of every part, and its colour."""
+    allocator, arena, graphs = ledgers.allocator, ledgers.arena, ledgers.graphs
 
-    def value(row: ResultRow) -> int | None:
-        peaks, weights = look_up(row, f"memory.{path}"), look_up(row, "memory.allocator.weights_bytes")
-        return peaks and max(0, size(peaks, weights))
+    def allocated(name: str, peaks: AllocatorPeaks, colour: str) -> dict[str, tuple[int, str]]:
+        """What was given out beside the model's weights, and kept from the driver beside that."""
+        given = max(0, peaks.allocated_bytes - (allocator.weights_bytes if allocator else 0))
+        kept = max(0, peaks.reserved_bytes - peaks.allocated_bytes)
+        return {f"allocator: {name}": (given, colour), "allocator: reserved beyond": (kept, charts.pale(0, 20))}
 
-    return value
-
-
-def _device(name: str, path: str, colour: str) -> dict[Column, str]:
-    """What the allocator gave out beside the model's weights, and kept from the driver beside that."""
-    given = Column(name, "MiB", _allocator(path, lambda p, weights: p.allocated_bytes - weights), ledger="allocator")
-    kept = _allocator(path, lambda peaks, _: peaks.reserved_bytes - peaks.allocated_bytes)
-    return {given: colour, Column("reserved beyond", "MiB", kept, ledger="allocator"): charts.pale(0, 20)}
-
-
-def _tensors(name: str, phase: str, colour: str) -> dict[Column, str]:
-    def value(row: ResultRow) -> int | None:
-        return None if look_up(row, "memory.allocator") else look_up(row, f"memory.tensors.peak_bytes.{phase}")
-
-    return {Column(name, "MiB", value, ledger="tensors"): colour}
-
-
-LANES = [
-    {tables.PLANNED_CACHE: "var(--series-6)"},
-    {column: f"var(--series-{colour})" for column, colour in zip(tables.ARENA_PARTS, (1, 4, 5), strict=True)},
-    *(_device(name, f"allocator.peaks.{phase}", colour) | _tensors(name, phase, colour)
-      for (phase, name), colour in zip(PHASES.items(), (charts.pale(0, p) for p in (40, 100, 65)), strict=True)),
-    _device("with CUDA graphs", "graphs.peaks", "var(--series-3)"),
-]  # fmt: skip
-"""The bars of a row, one under the other: the parts of each with their colours."""
+    cache = {"cache": (arena.cache_bytes, 1), "index tables": (arena.index_bytes, 4)}
+    cache["workspace"] = (arena.workspace_bytes, 5)
+    lanes = [{"plan: cache": (ledgers.planned.cache_bytes, "var(--series-6)")}]
+    lanes.append({f"arena: {name}": (size, f"var(--series-{colour})") for name, (size, colour) in cache.items()})
+    for (phase, name), colour in zip(PHASES.items(), map(charts.pale, (0, 0, 0), (40, 100, 65)), strict=True):
+        if allocator is not None:
+            lanes.append(allocated(name, getattr(allocator.peaks, phase), colour))
+        else:
+            lanes.append({f"tensors: {name}": (getattr(ledgers.tensors.peak_bytes, phase), colour)})
+    return lanes + ([allocated("with CUDA graphs", graphs.peaks, "var(--series-3)")] if graphs and graphs.peaks else [])
 
 
 def _memory_track(entry: Entry) -> Track:
-    row, lanes = entry.result, []
-    for parts in LANES:
-        sizes = {column: size for column in parts if (size := column.value(row)) is not None}
-        lengths = {f"{column.ledger}: {column.name}": (size / 2**20, parts[column]) for column, size in sizes.items()}
-        lanes.append(stacked(lengths, "MiB"))
-    limit = row.budget_bytes / 2**20
+    ledgers = entry.result.memory
+    assert ledgers is not None
+    cache, arena, *device = [
+        stacked({name: (size / 2**20, colour) for name, (size, colour) in parts.items()}, "MiB")
+        for parts in _lanes(ledgers)
+    ]
+    limit = ledgers.planned.budget_bytes / 2**20
     budget = Part(limit, limit, f"budget: {limit:.3f} MiB", kind="limit")
-    text = f"{mib(row.allocated_bytes or 0)} in the arena, {lanes[3][0].end:.3f} on the device"
-    return Track(entry.name, entry.style, text, (*((*lane, budget) for lane in lanes[:2]), *filter(None, lanes[2:])))
+    text = f"{arena[0].end:,.3f} MiB in the arena, {device[1][0].end:,.3f} on the device"
+    return Track(entry.name, entry.style, text, ((*cache, budget), (*arena, budget), *device))
 
 
 def _over_time(report: Report, pool: Pool, name: str) -> list[Markup]:
@@ -372,7 +357,7 @@ def all_figures(report: Report) -> Blocks:
 
 
 def environment(report: Report) -> Blocks:
-    """Where and how all was measured, and the settings of every policy."""
+    """Where and how all was measured, and the settings of every policy, folder by folder."""
     facts: dict[str, dict[str, str]] = {}
     for source in report.merged.sources:
         told, first = msgspec.to_builtins(source.results), source.results.rows[0]
@@ -384,26 +369,26 @@ def environment(report: Report) -> Blocks:
         found |= told["environment"] | (told["sampling"] or {}) | told["request"]
         if found.get("statistics"):
             found["statistics"] = f"{len(found['statistics']['samples'])} samples of {found['statistics']['model']}"
+        for row in source.results.rows:
+            settings = in_words({name: value for name, value in row.settings.items() if name != "budget"})
+            of_policy = found.setdefault(f"settings of {row.policy}", [])
+            of_policy += [] if settings in of_policy else [settings]
         facts[source.label] = {name: in_words(value) for name, value in found.items() if value is not None}
     names = dict.fromkeys(name for found in facts.values() for name in found)
     lines = [[Cell(name.replace("_", " ")), *(Cell(of.get(name, "-")) for of in facts.values())] for name in names]
-    machines = report.cells("Machine, sampling and request", ["", *facts], lines, sort=False)
-    settings: dict[tuple[str, str], dict[str, None]] = {}
-    for row in report.merged.rows:
-        chosen = {name: value for name, value in row.result.settings.items() if name != "budget"}
-        settings.setdefault((report.merged.label(row, ()), in_words(chosen)), {})[row.result.budget] = None
-    lines = [
-        [Cell(label, label, report.styles[label]), Cell(", ".join(budgets)), Cell(text, kind="wide")]
-        for (label, text), budgets in settings.items()
-    ]
-    return [machines, report.cells("Settings of every policy", ["policy", "budgets", "settings"], lines, sort=False)]
+    return [report.cells("Machine, sampling, request and settings", ["", *facts], lines, sort=False)]
 
 
 def in_words(value: Any) -> str:
     """A value of JSON in one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {in_words(inner)}" for name, inner in value.items() if inner is not None) or "none"
-    if isinstance(value, list):
+        return (
+            ", ".join(
+                f"{name.replace('_', ' ')} {in_words(inner)}" for name, inner in value.items() if inner is not None
+            )
+            or "none"
+        )
+    if isinstance(value, list | tuple):
         return ", ".join(map(in_words, value[:8])) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -185,10 +185,9 @@ def _allocator(kind: str, brief: str = "") -> list[Column]:
     ]
 
 
-ALLOWED, PLANNED_CACHE = _ledger("plan", "planned.", {"budget": "budget", "cache": "cache"}, "cache")
-ARENA_PARTS = _ledger("arena", "arena.", {"cache": "cache", "index": "index tables", "workspace": "workspace"}, "cache")
 PLANNED = (
-    ALLOWED, PLANNED_CACHE, *ARENA_PARTS,
+    *_ledger("plan", "planned.", {"budget": "budget", "cache": "cache"}, "cache"),
+    *_ledger("arena", "arena.", {"cache": "cache", "index": "index tables", "workspace": "workspace"}, "cache"),
     Column("cache by scale", "", _sparkline),
 )  # fmt: skip
 DEVICE = (

@@ -51,14 +51,20 @@ class Source:
     @property
     def machine(self) -> tuple[Any, ...]:
         """Equal only where times of two folders may stand in one ranking."""
-        told = self.results.environment
-        return told.device, told.device_name, told.threads, told.system, tuple(sorted(told.versions.items()))
+        machine = self.results.environment
+        return (
+            machine.device,
+            machine.device_name,
+            machine.threads,
+            machine.system,
+            tuple(sorted(machine.versions.items())),
+        )
 
     @property
     def machine_title(self) -> str:
         """The machine in words."""
-        told = self.results.environment
-        return f"{told.device_name}, {told.threads} threads, torch {told.versions.get('torch')}"
+        machine = self.results.environment
+        return f"{machine.device_name}, {machine.threads} threads, torch {machine.versions.get('torch')}"
 
 
 @dataclass(frozen=True, eq=False)

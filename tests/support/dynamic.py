@@ -19,10 +19,10 @@ from heatkv.policies.composition import AdaKV, PerLayer, Protected
 from heatkv.policies.dynamic import DynamicPolicy
 from heatkv.policies.h2o import H2O
 from heatkv.policies.hack_like import HackLike
-from heatkv.policies.recent_tokens import SlidingWindowTokens, StreamingTokens
 from heatkv.policies.scalekv import ScaleKV, ScaleKVFixed
 from heatkv.policies.snapkv import PyramidKV, SnapKV
-from heatkv.testing.contract import AttentionInput, made_up_inputs
+from heatkv.policies.windows import SlidingWindowTokens, StreamingTokens
+from heatkv.testing.material import AttentionInput, made_up_inputs
 
 SIDES = (1, 2, 3, 5, 4, 6)
 GEOMETRY = CacheGeometry(3, 4, 8, ScaleSchedule.square(SIDES))
