@@ -71,9 +71,12 @@ def check_var(path: Path) -> None:
     check_scales(model, labels, full_plan(model), expected)
 
     # teacher forcing: one masked pass over all scales
-    sizes = list(model.transformer.schedule.tokens)
-    f_hat, maps = model.vqvae.quantize.decode_maps(expected["tf.tokens"].split(sizes, dim=1))
-    var_input = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+    quantize, sizes = model.vqvae.quantize, list(model.transformer.schedule.tokens)
+    f_hat, maps = torch.zeros(()), []
+    for scale, tokens_BN in enumerate(expected["tf.tokens"].split(sizes, dim=1)):
+        f_hat = f_hat + quantize.code_features(tokens_BN, scale)
+        maps += [quantize.next_map(f_hat, scale + 1).flatten(2).transpose(1, 2)] if scale + 1 < len(sizes) else []
+    var_input = torch.cat(maps, dim=1)
     close(var_input, expected["tf.var_input"], EMBEDDED)
     close(f_hat, expected["tf.f_hat"], EMBEDDED)
     close(model.vqvae.decode(f_hat), expected["tf.image_m1_1"], DECODED)

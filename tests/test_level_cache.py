@@ -24,7 +24,7 @@ from heatkv.core.plan_file import plan_from_json
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.store import Places
-from heatkv.errors import PlanError
+from heatkv.errors import FormatError, PlanError
 
 # ---------------------------------------------------------------------- what attention sees
 
@@ -187,20 +187,6 @@ def test_live_by_hand() -> None:
     assert plan(*both()).live.tolist() == [[2, 4], [9, 25], [18, 0]]
 
 
-@pytest.mark.parametrize(
-    ("coarse", "phrase"),
-    [
-        (both(pool2=LAST_READ - 1), "of level pool2 is 1"),
-        (both(pool2=np.minimum(POOL2, [2, 1, 2])), "of level pool2 is 1"),
-        (both(mean=LAST_READ), "of level mean is 1"),
-        ((CoarseCells("pool2", np.maximum(POOL2, [2, 2, 2]), BIAS),), "32 token-heads after layer 1 of scale 1"),
-    ],
-)
-def test_impossible_coarse_cells(coarse: tuple[CoarseCells, ...], phrase: str) -> None:
-    with pytest.raises(PlanError, match=phrase):
-        plan(*coarse, budget_token_heads=25).check()
-
-
 def test_sinks_are_whole() -> None:
     dropped = np.array(LAST_READ)
     dropped[0, 0, 0] = 1
@@ -220,4 +206,33 @@ def test_files_round_trip_bit_for_bit(one: Plan) -> None:
     again = plan_from_json(json.loads(json.dumps(one.to_json())))
     assert again == one
     assert again.to_json() == one.to_json()
-    assert [cells.log_bias.tobytes() for cells in again.coarse] == [cells.log_bias.tobytes() for cells in one.coarse]
+    for cells, others in zip(again.coarse, one.coarse, strict=True):
+        assert cells.level == others.level
+        assert cells.last_read.tobytes() == others.last_read.tobytes()
+        assert cells.log_bias.tobytes() == others.log_bias.tobytes()
+
+
+def test_equality_sees_the_levels() -> None:
+    one = plan(*both())
+    assert one == plan(*both())
+    for other in (plan(), plan(both()[0]), plan(*both(bias=BIAS + 1e-15)), plan(*both(mean=np.maximum(MEAN, 2)))):
+        assert one != other
+    assert "coarse" not in plan().to_json()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"level": "pool9"}, FormatError),
+        ({"level": 2}, FormatError),
+        ({"last_read": MEAN[:, :, :2].tolist()}, PlanError),
+        ({"last_read": MEAN.astype(float).tolist()}, FormatError),
+        ({"log_bias": BIAS[:, :, :2].tolist()}, PlanError),
+        ({"last_read": np.maximum(MEAN, 2).tolist()}, PlanError),  # a pooled cell more is seen in the peak alone
+    ],
+)
+def test_files_changed_by_hand(changes: dict[str, Any], error: type[Exception]) -> None:
+    record = plan(*both()).to_json()
+    record["coarse"][1].update(changes)
+    with pytest.raises(error, match=r"p\.json"):
+        plan_from_json(json.loads(json.dumps(record)), "p.json")
