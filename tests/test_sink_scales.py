@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, level_live_table, statistics_of
 
-from heatkv.calibration.measure import told_settings
+from heatkv.calibration.measure import measured_settings
 from heatkv.cli import run
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
@@ -142,7 +142,7 @@ def test_calibrate_refuses_other_sinks_before_it_measures(
 ) -> None:
     path = tmp_path / "s.safetensors"
     model = load_model("emoji")
-    cfg, told = told_settings(model.sampling, model)
+    cfg, told = measured_settings(model.sampling, model)
     found = {"model": model.name, "fingerprint": model.fingerprint, "cfg": cfg, "settings": told}
     statistics_of(model.geometry, made_up_mass(model.geometry, 1, 0), **found).save(path)
     monkeypatch.setattr("heatkv.calibration.measure.calibrate", never)
