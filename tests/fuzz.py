@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from strategies import statistics_of
+from support.rows import row_data, write_file
 
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
@@ -37,13 +38,11 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import HeatKVError
 from heatkv.generation.images import read_pixels
-from heatkv.models.catalogue import load_model
-from heatkv.models.checkpoint import build_var, read_checkpoint, var_state
+from heatkv.models.checkpoint import build_var, read_checkpoint
 from heatkv.models.var import VAR, VARConfig
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.profiling.measure.runner import bytes_row, plan_subjects
-from heatkv.profiling.results.folder import ResultsFolder
-from heatkv.profiling.results.reading import read_results
+from heatkv.profiling.results.artefacts import read_scas, save_scas
+from heatkv.profiling.results.row import read_results
 from heatkv.testing.material import made_up_mass
 
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4), (5, 4)]))
@@ -95,19 +94,17 @@ def make_loaders(root: Path) -> dict[str, Loader]:
     torch.save({"epoch": 1, "trainer": {"var_wo_ddp": state}}, root / "var.pth")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, root / "var.safetensors")
     Image.new("RGB", (7, 5), "red").save(root / "picture.png")
-    emoji = load_model("emoji")
-    subjects = plan_subjects(emoji, ["streaming"], [problem.budget], statistics=None, rows=2, storage="float32")
-    rows = [bytes_row(emoji, subject, 2) | {"kl": 0.5, "comparison": ""} for subject in subjects]
-    ResultsFolder(root, emoji, emoji.sampling, {"seed": 0}).finish(rows)
+    write_file(root, [row_data()])
+    save_scas(root / "scas.json", Statistics.load(root / "statistics.safetensors"))
 
     def network(path: Path) -> Any:
-        return build_var(var_state(read_checkpoint(path)))
+        return build_var(read_checkpoint(path))
 
     loads: dict[str, Callable[[Path], Any]] = {
         "plan.json": _use_plan, "dynamic.json": _use_plan,
         "orders.json": lambda path: HeadRankings.load_orders(path, GEOMETRY).ranks,
         "statistics.safetensors": _use_statistics, "var.pth": network, "var.safetensors": network,
-        "picture.png": read_pixels, "results.json": read_results,
+        "picture.png": read_pixels, "results.json": read_results, "scas.json": read_scas,
     }  # fmt: skip
     return {name: Loader(root / name, load) for name, load in loads.items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import features, make_infinity
+from support.tiny_models import tiny_infinity
 from torch import Tensor, nn
 
 from heatkv.calibration import measure as calibration
@@ -17,13 +17,6 @@ from heatkv.calibration.measure import calibrate
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.models.text_conditional import Prompt, TextConditionalModel
-
-
-@pytest.fixture(scope="module")
-def infinity() -> TextConditionalModel:
-    examples = (Prompt(features(7)), Prompt(features(4)))
-    return dataclasses.replace(make_infinity(), examples=examples)
 
 
 class OneHead:
@@ -91,14 +84,11 @@ def check_contributions(model: ImageModel[Any], transformer: nn.Module) -> None:
         torch.testing.assert_close(after[1], x + gate * bias, rtol=1e-4, atol=1e-5)
 
 
-def test_a_head_of_the_embedded_model_adds_what_the_view_says(emoji: ClassConditionalModel) -> None:
-    transformer = copy.deepcopy(emoji.transformer)
-    check_contributions(dataclasses.replace(emoji, transformer=transformer), transformer)
-
-
-def test_a_head_of_infinity_adds_what_the_view_says(infinity: TextConditionalModel) -> None:
-    transformer = copy.deepcopy(infinity.transformer)
-    check_contributions(dataclasses.replace(infinity, transformer=transformer), transformer)
+@pytest.mark.parametrize("family", ["emoji", "infinity"])
+def test_what_a_head_adds(family: str, emoji: ClassConditionalModel) -> None:
+    model: ImageModel[Any] = emoji if family == "emoji" else tiny_infinity()
+    transformer = copy.deepcopy(model.transformer)
+    check_contributions(dataclasses.replace(model, transformer=transformer), transformer)  # type: ignore[type-var]
 
 
 def hooks(model: ImageModel[Any]) -> int:

@@ -71,9 +71,12 @@ def check_var(path: Path) -> None:
     check_scales(model, labels, full_plan(model), expected)
 
     # teacher forcing: one masked pass over all scales
-    sizes = list(model.transformer.schedule.tokens)
-    f_hat, maps = model.vqvae.quantize.decode_maps(expected["tf.tokens"].split(sizes, dim=1))
-    var_input = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+    quantize, sizes = model.vqvae.quantize, list(model.transformer.schedule.tokens)
+    f_hat, maps = torch.zeros(()), []
+    for scale, tokens_BN in enumerate(expected["tf.tokens"].split(sizes, dim=1)):
+        f_hat = f_hat + quantize.code_features(tokens_BN, scale)
+        maps += [quantize.next_map(f_hat, scale + 1).flatten(2).transpose(1, 2)] if scale + 1 < len(sizes) else []
+    var_input = torch.cat(maps, dim=1)
     close(var_input, expected["tf.var_input"], EMBEDDED)
     close(f_hat, expected["tf.f_hat"], EMBEDDED)
     close(model.vqvae.decode(f_hat), expected["tf.image_m1_1"], DECODED)
@@ -232,7 +235,6 @@ class Positioned(ScaleKV):
         return 1
 
     def carry(self, seen: Candidates) -> Tensor:
-        assert seen.carried_RHCX is not None
         positions = seen.carried_RHCX.clone()
         offsets = seen.schedule.offsets
         positions[:, :, seen.held :, 0] = torch.arange(offsets[seen.target], offsets[seen.target + 1]).float()
@@ -243,8 +245,7 @@ class PositionedCache(SelectingCache):
     """Also tells the positions that every layer holds after every scale."""
 
     def held_positions(self, layer: int) -> Tensor:
-        assert self._carried_RPX is not None
-        places = self.layout.places[self._target][layer]
+        places = self.layout.places[self.turn.target][layer]
         return torch.stack([self._carried_RPX[:, torch.from_numpy(slots), 0] for slots in places], dim=1).long()
 
 

@@ -112,6 +112,7 @@ WHOLE, ZEROS = np.full((2, 2, 3), 2), np.zeros((2, 2, 3))
         # the drop is of layer 0, which has dropped before layer 1 writes: 10 after (1, 1), 8 after (1, 0)
         ({"budget_token_heads": 9}, "holds 10 token-heads after layer 1 of scale 1; the budget is 9"),
         ({"coarse": (CoarseCells("mean", WHOLE, ZEROS), CoarseCells("pool2", WHOLE, ZEROS))}, "in this order"),
+        ({"coarse": (CoarseCells("pool3", WHOLE, ZEROS),)}, r"\['pool3'\]"),
         ({"coarse": (CoarseCells("mean", np.array(LAST_READ) - 1, ZEROS),)}, "of level mean is 1"),
         ({"coarse": (CoarseCells("mean", WHOLE, ZEROS + 1001),)}, "-1000 to 1000"),
         ({"coarse": (CoarseCells("mean", WHOLE, ZEROS * np.nan),)}, "-1000 to 1000"),

@@ -1,16 +1,28 @@
-"""Random numbers that policies share, and guidance."""
+"""Random numbers that policies share, guidance, and bits drawn by themselves."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support.public_sampler import PublicSampler
 
 from heatkv.errors import ModelError
-from heatkv.models.sampling import CommonRandomSampler, RecordedTokens, SamplingSettings, noise_seed
+from heatkv.models.sampling import (
+    BitSamplingSettings,
+    CommonRandomSampler,
+    RecordedTokens,
+    SamplingSettings,
+    noise_seed,
+)
 
 PLAIN = SamplingSettings(cfg=0)
+BOTH = torch.tensor([[[2.0, 0.0]], [[1.0, 4.0]]])
+"""Logits of a conditional row and its unconditional one."""
 
 
 def test_noise_is_a_function_of_seed_sample_and_scale() -> None:
@@ -21,6 +33,8 @@ def test_noise_is_a_function_of_seed_sample_and_scale() -> None:
     assert not torch.equal(together[0], together[1])
     for seed, sample, scale in ((8, 5, 2), (7, 6, 2), (7, 5, 3)):
         assert not torch.equal(CommonRandomSampler(seed, [sample], PLAIN).choose(scale, logits[:1]), alone)
+    with pytest.raises(ModelError, match="2 images were drawn for 1 samples"):
+        CommonRandomSampler(0, [0], PLAIN).choose(0, logits[:2])
 
 
 def test_noise_seeds_do_not_collide() -> None:
@@ -47,33 +61,58 @@ def test_what_is_cut_is_never_drawn() -> None:
     assert (tokens[..., None] == best).float().mean((0, 1)).min() > 0.05  # and not only the best one
 
 
+def test_bits_follow_their_probabilities_and_sure_ones_are_fixed() -> None:
+    probabilities = torch.tensor([0.5, 0.8, 0.96, 0.98, 0.01])
+    logits = torch.stack([(1 - probabilities).log(), probabilities.log()], dim=-1)
+    logits = logits.expand(1, 4000, 5, 2).reshape(1, 20000, 2)
+    settings = BitSamplingSettings(top_k=900, top_p=0.97)
+    for sampler in (CommonRandomSampler(1, [0], settings), PublicSampler(torch.Generator().manual_seed(1), settings)):
+        ones = sampler.choose(0, logits).view(4000, 5).sum(0).tolist()
+        assert ones[3:] == [4000, 0]
+        for count, p in zip(ones[:3], (0.5, 0.8, 0.96), strict=True):
+            assert stats.binomtest(count, 4000, p).pvalue > 1e-3
+    greedy = CommonRandomSampler(1, [0], BitSamplingSettings(top_k=1)).choose(0, logits).view(4000, 5)
+    assert greedy[:, 1:].float().mean(0).tolist() == [1, 1, 1, 0]
+    assert 0.45 < greedy[:, 0].float().mean() < 0.55  # an exact tie stays random
+
+
 @pytest.mark.parametrize(("ramp", "strengths"), [(True, [0.0, 1.5, 3.0]), (False, [3.0, 3.0, 3.0])])
 def test_guidance(ramp: bool, strengths: list[float]) -> None:
     settings = SamplingSettings(cfg=3.0, ramp=ramp)
-    conditional, unconditional = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1.0, 4.0]]])
     for scale, g in enumerate(strengths):
-        guided = settings.guide(torch.cat([conditional, unconditional]), scale, 3)
-        assert guided.tolist() == [[[2 + g * (2 - 1), 0 + g * (0 - 4)]]]
+        assert settings.guide(BOTH, scale, 3).tolist() == [[[2 + g * (2 - 1), 0 + g * (0 - 4)]]]
+    assert (settings.rows_per_image, PLAIN.rows_per_image) == (2, 1)
+    assert torch.equal(PLAIN.guide(BOTH, 0, 3), BOTH)
 
 
-def test_without_guidance_there_is_one_row_per_image() -> None:
-    assert PLAIN.rows_per_image == 1
-    logits = torch.randn(2, 3, 4)
-    assert torch.equal(PLAIN.guide(logits, 0, 3), logits)
+def test_guidance_and_temperature_of_bits_per_scale() -> None:
+    settings = BitSamplingSettings(cfg=(1.0, 3.0, 0.5), tau=(1.0, 0.5, 2.0))
+    assert settings.rows_per_image == 2
+    assert settings.guide(BOTH, 0, 3).tolist() == [[[2.0, 0.0]]]
+    assert settings.guide(BOTH, 1, 3).tolist() == [[[3 * 4 - 2 * 2, 3 * 0 - 2 * 8]]]
+    assert settings.guide(BOTH, 2, 3).tolist() == [[[0.5 * 1 + 0.5 * 0.5, 0.5 * 0 + 0.5 * 2]]]
+    overflowed = BOTH * torch.tensor([1.0, math.inf])[:, None, None]
+    assert settings.guide(overflowed.nan_to_num(nan=math.inf), 0, 3)[0, 0, 0] == 2.0
+    with pytest.raises(ModelError, match="cfg has 3 values for 4 scales"):
+        settings.guide(BOTH, 0, 4)
+    alone = BitSamplingSettings(cfg=1, tau=0.5)
+    assert alone.rows_per_image == 1
+    assert alone.guide(BOTH[:1], 0, 3).tolist() == [[[4.0, 0.0]]]
 
 
-@pytest.mark.parametrize("options", [{"cfg": -1.0}, {"cfg": float("nan")}, {"top_k": -1}, {"top_p": 1.5}])
-def test_bad_settings_are_refused(options: dict[str, float]) -> None:
+BAD: list[dict[str, Any]] = [
+    {"cfg": -1.0}, {"cfg": math.nan}, {"top_k": -1}, {"top_p": 1.5},
+    {"cfg": (1.0, math.nan)}, {"tau": 0.0}, {"tau": (1.0, -1.0)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_bad_settings_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ModelError, match=name):
-        SamplingSettings(**options)  # type: ignore[arg-type]
+        BitSamplingSettings(**options)
 
 
 def test_recorded_tokens_are_played_back() -> None:
     tokens = [torch.tensor([[1]]), torch.tensor([[2, 3]])]
     assert torch.equal(RecordedTokens(tokens).choose(1, torch.zeros(1, 2, 5)), tokens[1])
-
-
-def test_a_wrong_number_of_samples_is_refused() -> None:
-    with pytest.raises(ModelError, match="2 images were drawn for 1 samples"):
-        CommonRandomSampler(0, [0], PLAIN).choose(0, torch.zeros(2, 1, 4))

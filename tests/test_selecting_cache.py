@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from heatkv.engine.open_cache import open_cache, policy_of
 from heatkv.engine.token_cache import SelectingCache
 from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
 from heatkv.policies.ams_kv_like import AmsKvLike
+from heatkv.policies.base import make_policy
 from heatkv.policies.composition import AdaKV, PerLayer, Protected
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
-from heatkv.policies.h2o import H2O
 from heatkv.policies.hack_like import HackLike
 from heatkv.policies.scalekv import ScaleKV
 from heatkv.policies.snapkv import PyramidKV, SnapKV
@@ -220,41 +221,29 @@ def test_bytes_beyond_the_budget() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "phrase"),
+    ("name", "options", "budget", "error", "phrase"),
     [
-        (np.full((3, 4, 6), 5), "must be from 0 to 0"),
-        (np.full((3, 4, 6), -1), "is -1"),
-        (np.zeros((3, 4, 5), dtype=int), "shape"),
-        (np.zeros((3, 4, 6)), "float64"),
+        ("snapkv", {"window": 0}, "30%", PolicyError, "window of"),
+        ("snapkv", {"kernel": 4}, "30%", PolicyError, "kernel=4"),
+        ("pyramidkv", {"beta": 0.5}, "30%", PolicyError, "0.5"),
+        ("h2o", {"recent": 1.5}, "30%", PolicyError, "1.5"),
+        ("streaming-tokens", {"sink_tokens": -1}, "30%", PolicyError, "-1"),
+        ("scalekv", {"drafters": "7"}, "30%", PolicyError, "drafters='7'"),
+        ("adakv", {"alpha": 2.0}, "30%", PolicyError, "alpha of"),
+        ("adakv", {"base": "adakv"}, "30%", PolicyError, "share already"),
+        ("adakv", {"base": "heatkv"}, "30%", PolicyError, "no dynamic policy"),
+        ("adakv", {"base": "snapkv:window"}, "30%", PolicyError, "snapkv:window"),
+        ("per-layer", {"weights": "0,1"}, "30%", PolicyError, "weights='0,1'"),
+        ("protected", {"scales": "9"}, "30%", PolicyError, "scales='9'"),
+        ("protected", {"base": "snapkv", "scales": "2"}, "12%", BudgetError, "108 token-heads .* room for 74"),
+        ("snapkv", {}, "0.5%", BudgetError, "fewer than one"),
     ],
 )
-def test_impossible_capacities(changed: np.ndarray, phrase: str) -> None:
-    with pytest.raises(PlanError, match=phrase):
-        CapacityPlan("mine", GEOMETRY, changed, 1.0, GEOMETRY.full_token_heads)
-
-
-@pytest.mark.parametrize(
-    ("policy", "budget", "error", "phrase"),
-    [
-        (SnapKV(window=0), "30%", PolicyError, "window=0"),
-        (SnapKV(kernel=4), "30%", PolicyError, "kernel=4"),
-        (PyramidKV(beta=0.5), "30%", PolicyError, "beta=0.5"),
-        (H2O(recent=1.5), "30%", PolicyError, "recent=1.5"),
-        (StreamingTokens(sink_tokens=-1), "30%", PolicyError, "sink_tokens=-1"),
-        (ScaleKV(drafters="7"), "30%", PolicyError, "drafters='7'"),
-        (AdaKV(alpha=2), "30%", PolicyError, "alpha=2"),
-        (AdaKV(base="adakv"), "30%", PolicyError, "share already"),
-        (AdaKV(base="heatkv"), "30%", PolicyError, "no dynamic policy"),
-        (AdaKV(base="snapkv:window"), "30%", PolicyError, "snapkv:window"),
-        (PerLayer(weights="0,1"), "30%", PolicyError, "weights='0,1'"),
-        (Protected(scales="9"), "30%", PolicyError, "scales='9'"),
-        (Protected(base="snapkv", scales="2"), "12%", BudgetError, "108 token-heads .* room for 74"),
-        (SnapKV(), "0.5%", BudgetError, "fewer than one"),
-    ],
-)
-def test_options_that_cannot_be(policy: DynamicPolicy, budget: str, error: type[Exception], phrase: str) -> None:
+def test_options_that_cannot_be(
+    name: str, options: dict[str, Any], budget: str, error: type[Exception], phrase: str
+) -> None:
     with pytest.raises(error, match=phrase):
-        policy.plan(problem(budget))
+        make_policy(name, **options).plan(problem(budget))
 
 
 @pytest.mark.parametrize("policy", [ScaleKV(), HackLike(), AmsKvLike(), AdaKV(base="hack-like")])

@@ -44,9 +44,9 @@ def measured(sinks: int | None, cost: str = "error", seed: int = 0) -> Statistic
 
 @pytest.mark.parametrize("policy", ["heatkv-lp", "heatkv-mr"])
 @pytest.mark.parametrize("sinks", [0, 1, 2, 3, 4])
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(share=st.fractions(Fraction(1, 100), 1, max_denominator=100), seed=SEEDS)
-def test_costs_of_fewer_sinks_plan_like_those_of_as_many(policy: str, sinks: int, share: Fraction, seed: int) -> None:
+def test_plans_from_costs_of_fewer_sinks(policy: str, sinks: int, share: Fraction, seed: int) -> None:
     least = Fraction(SCHEDULE.offsets[sinks], SCHEDULE.cached_tokens)
     budget = Budget("share", max(share, least))
     plans = [
@@ -65,7 +65,7 @@ def test_costs_of_fewer_sinks_plan_like_those_of_as_many(policy: str, sinks: int
         assert plan.value == pytest.approx(own.value, rel=0.01, abs=1e-9)
 
 
-def test_a_kl_may_choose_the_budget_with_more_sinks() -> None:
+def test_budget_by_kl_with_more_sinks() -> None:
     problem = PlanningProblem(GEOMETRY, Budget.parse("auto"), measured(1, "fisher"))
     plan = make_policy("heatkv-mr", cost="fisher", max_kl=1e9, sink_scales=3).plan(problem)
     assert plan.budget == 0.467  # three sinks are 14 of 30 tokens
@@ -75,12 +75,12 @@ def test_a_kl_may_choose_the_budget_with_more_sinks() -> None:
 
 
 @pytest.mark.parametrize(("policy", "cost"), [("heatkv-lp", "error"), ("heatkv-mr", "error"), ("heatkv-mr", "fisher")])
-def test_fewer_sinks_than_measured_name_the_way_out(policy: str, cost: str) -> None:
+def test_fewer_sinks_than_measured(policy: str, cost: str) -> None:
     options = {"cost": cost} if policy == "heatkv-mr" else {}
     problem = PlanningProblem(GEOMETRY, Budget.parse("50%"), measured(2, cost))
     with pytest.raises(PolicyError, match="sink_scales=1 is below the 2 that the level costs were measured with"):
         make_policy(policy, sink_scales=1, **options).plan(problem)
-    with pytest.raises(PolicyError, match=rf"needs .* \(heatkv calibrate --levels {cost} --sink-scales 1, then"):
+    with pytest.raises(PolicyError, match=f"level costs of the kind '{cost}'.* for 1 sink scales or fewer"):
         make_policy(policy, sink_scales=1, **options).plan(dataclasses.replace(problem, statistics=measured(None)))
     if policy == "heatkv-lp":
         make_policy(policy, sink_scales=1, value="error").plan(problem)
@@ -91,7 +91,6 @@ def test_fewer_sinks_than_measured_name_the_way_out(policy: str, cost: str) -> N
     [
         ("heatkv-mr", {}, "5%", "budget 0.05 (5%) is below 5/30 = 16.67%, the 2 sink scales"),
         ("heatkv-lp", {"value": "error"}, "1%", "budget 0.01 (1%) is below 5/30 = 16.67%, the 2 sink scales"),
-        ("heatkv", {}, "5%", "budget 0.05 (5%) is below 14/30 = 46.67%, the 3 sink scales"),
         ("heatkv-mr", {"layer_cap": "10%"}, "20%", "layer_cap=10% is below 5/30 = 16.67%, the 2 sink scales"),
     ],
 )

@@ -348,10 +348,11 @@ class LevelBatch:
         sums: dict[str, FloatArray] = {}
         for start in range(self.indices.start, self.indices.stop, batch):
             part = replace(self, indices=range(start, min(start + batch, self.indices.stop)))
-            with naming_samples(part.names):
+            names = part.names
+            with naming_samples(names):
                 cache = draw(part)
                 cache.check(len(part.indices))
-            sums = add_sums(sums, cache.checked_sums(part.names))
+            sums = add_sums(sums, cache.checked_sums(names))
             if progress is not None:
                 progress(len(part.indices))
         return sums

@@ -179,7 +179,8 @@ class SelectingCache(ArenaCache):
         if self.wants_input and step.kept and (self.plan.carried or not step.everything):
             if self._input_RNW is None or self._query_weight is None:
                 raise PlanError("the attention's input is unknown; call see_input() before every attend()")
-            inputs = {"attention_input_RNW": self._input_RNW, "query_weight_HDW": self._query_weight(layer)[group.heads]}
+            weight_HDW = self._query_weight(layer)[group.heads]
+            inputs = {"attention_input_RNW": self._input_RNW, "query_weight_HDW": weight_HDW}
         return Candidates(
             layer=layer,
             target=self.turn.target,

@@ -24,7 +24,7 @@ class BlockView:
     finds the AdaLN factor on the attention branch, (R, 1, C), among the arguments of the block's forward.
     """
 
-    block: nn.Module
+    block: Any
     attention: Any
     projection: nn.Linear
     gate: Callable[[Sequence[Any]], Tensor]
@@ -54,13 +54,12 @@ class ModelAdapter:
         runs."""
         with ExitStack() as undo:
             for layer, view in enumerate(self.blocks):
-                make = view.attention.qkv
 
-                def told(u_RNC: Tensor, *more: Any, layer: int = layer, make: Any = make) -> Any:
+                def qkv(u_RNC: Tensor, *more: Any, layer: int = layer, original: Any = view.attention.qkv) -> Any:
                     see_input(layer, u_RNC)
-                    return make(u_RNC, *more)
+                    return original(u_RNC, *more)
 
-                view.attention.qkv = told
+                view.attention.qkv = qkv
                 undo.callback(delattr, view.attention, "qkv")  # the method of the class shows again
             yield
 
@@ -70,15 +69,9 @@ class ModelAdapter:
         with ExitStack() as undo:
             for layer, view in enumerate(self.blocks):
 
-                def see(
-                    _: nn.Module,
-                    positional: Sequence[Any],
-                    named: dict[str, Any],
-                    layer: int = layer,
-                    view: BlockView = view,
-                ) -> None:
-                    given = (*positional, *named.values())
-                    watch(layer, given[0], view.gate(given))
+                def see(_: nn.Module, args: Any, kwargs: dict[str, Any], layer: int = layer, view: Any = view) -> None:
+                    arguments = (*args, *kwargs.values())
+                    watch(layer, arguments[0], view.gate(arguments))
 
                 undo.callback(view.block.register_forward_pre_hook(see, with_kwargs=True).remove)
             yield

@@ -17,21 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heatkv.errors import ModelError
-from heatkv.models.vqvae import Decoder, Encoder
+from heatkv.models.vqvae import AutoencoderConfig, Decoder, Encoder
 
 
 @dataclass(frozen=True)
-class BSQConfig:
+class BSQConfig(AutoencoderConfig):
     """Everything the shapes of a bitwise VAE depend on; `z_channels` is the bits of a code."""
 
     z_channels: int
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 4, 4)
-
-    @property
-    def stride(self) -> int:
-        """Pixels per latent position and side."""
-        return int(2 ** (len(self.channel_multipliers) - 1))
 
 
 BSQ_D32 = BSQConfig(32)

@@ -66,7 +66,7 @@ class AttentionProjections(nn.Module):
         """Queries, keys and values with their biases, (3, R, H, N, D)."""
         weight = self.mat_qkv.weight
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(weight.dtype)
-        qkv = F.linear(u_RNC.to(weight.dtype), weight, bias).unflatten(-1, (3, self.heads, -1))
+        qkv: Tensor = F.linear(u_RNC.to(weight.dtype), weight, bias).unflatten(-1, (3, self.heads, -1))
         return qkv.permute(2, 0, 3, 1, 4)
 
     def temperature(self) -> Tensor:

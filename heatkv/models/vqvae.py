@@ -9,52 +9,47 @@ Shapes: B images, Z code channels, P latent side, p side of a scale, H and W pix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heatkv.errors import ModelError
 
-# Index of the phi convolution for K scales and four shared convolutions. The rule is "nearest tick", but
-# ticks tie exactly for several K and the published weights were trained with one outcome of the rounding.
-_PHI_OF_SCALE: dict[int, tuple[int, ...]] = {
-    1: (0,),
-    2: (0, 3),
-    3: (0, 2, 3),
-    4: (0, 1, 2, 3),
-    5: (0, 1, 2, 2, 3),
-    6: (0, 0, 1, 2, 3, 3),
-    7: (0, 0, 1, 2, 2, 3, 3),
-    8: (0, 0, 1, 1, 2, 2, 3, 3),
-    9: (0, 0, 1, 1, 2, 2, 2, 3, 3),
-    10: (0, 0, 1, 1, 1, 2, 2, 3, 3, 3),
-    11: (0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3),
-    12: (0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3),
-    13: (0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3),
-    14: (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3),
-    15: (0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
-    16: (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
-}
-
 
 def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
-    """Which of `num_phi` shared convolutions serves `scale` of `num_scales` (VAR, section 3.3)."""
-    if num_phi == 1:
-        return 0
-    if num_phi == 4 and num_scales in _PHI_OF_SCALE:
-        return _PHI_OF_SCALE[num_scales][scale]
-    position = scale / max(num_scales - 1, 1)
+    """Which of `num_phi` shared convolutions serves `scale` of `num_scales` (VAR, section 3.3): the nearest tick.
+
+    Ticks tie exactly for some numbers of scales. The published weights were trained with the outcome that rounding in
+    float64 has, so the expression must stay as it is.
+    """
     edge = 1 / (3 * num_phi) if num_phi == 4 else 1 / (2 * num_phi)
-    ticks = [edge + (1 - 2 * edge) * j / (num_phi - 1) for j in range(num_phi)]
-    return min(range(num_phi), key=lambda j: (abs(ticks[j] - position), j))
+    ticks = np.linspace(edge, 1 - edge, num_phi)
+    return int(np.abs(ticks - scale / max(num_scales - 1, 1)).argmin())
+
+
+class AutoencoderConfig:
+    """What the encoder and the decoder are built from."""
+
+    z_channels: int
+    channels: int
+    channel_multipliers: tuple[int, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Channels of every resolution, the highest first."""
+        return [self.channels * multiplier for multiplier in self.channel_multipliers]
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent position and side."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
 
 
 @dataclass(frozen=True)
-class VQVAEConfig:
+class VQVAEConfig(AutoencoderConfig):
     """Everything the shapes of a VQVAE depend on. `patch_sides` are the sides of the scales in tokens."""
 
     patch_sides: tuple[int, ...]
@@ -64,22 +59,6 @@ class VQVAEConfig:
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_phi: int = 4
     residual_ratio: float = 0.5
-
-    @property
-    def stride(self) -> int:
-        """Pixels per latent position and side."""
-        return int(2 ** (len(self.channel_multipliers) - 1))
-
-
-class AutoencoderConfig(Protocol):
-    """What the encoder and the decoder are built from."""
-
-    @property
-    def z_channels(self) -> int: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def channel_multipliers(self) -> tuple[int, ...]: ...
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -209,7 +188,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, attention: bool = True) -> None:
         super().__init__()
-        sizes = [config.channels * m for m in config.channel_multipliers]
+        sizes = config.sizes
         self.conv_in = _conv3(3, config.channels)
         self.down = nn.ModuleList()
         for level, size in enumerate(sizes):
@@ -236,7 +215,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, attention: bool = True) -> None:
         super().__init__()
-        sizes = [config.channels * m for m in config.channel_multipliers]
+        sizes = config.sizes
         self.conv_in = _conv3(config.z_channels, sizes[-1])
         self.mid = _Mid(sizes[-1], attention)
         stages = []
@@ -314,28 +293,11 @@ class MultiScaleQuantizer(nn.Module):
         rest = f_BZPP
         tokens = []
         for scale, side in enumerate(self.config.patch_sides):
-            z = (
-                rest
-                if scale == len(self.config.patch_sides) - 1
-                else F.interpolate(rest, size=(side, side), mode="area")
-            )
+            z = rest if side == rest.shape[-1] else F.interpolate(rest, size=(side, side), mode="area")
             index_BN = self.nearest(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])).view(z.shape[0], -1)
             tokens.append(index_BN)
             rest = rest - self.code_features(index_BN, scale)
         return tokens
-
-    def decode_maps(self, tokens: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """f_hat of all scales, and the input maps of scales 1.. for teacher forcing."""
-        f_hat: Tensor | None = None
-        maps = []
-        for scale, tokens_BN in enumerate(tokens):
-            added = self.code_features(tokens_BN, scale)
-            f_hat = added if f_hat is None else f_hat + added
-            if scale + 1 < len(self.config.patch_sides):
-                maps.append(self.next_map(f_hat, scale + 1))
-        if f_hat is None:
-            raise ModelError("decode_maps needs the codes of at least one scale")
-        return f_hat, maps
 
 
 class VQVAE(nn.Module):

@@ -77,3 +77,16 @@ def draw_logits(model: TextConditionalModel, prompts: list[Prompt], bits: tuple[
 
     Generator(model, model.plan(), len(prompts)).draw(prompts, sampler=Playback(), decode=False)
     return logits
+
+
+def chunked(state: dict[str, Tensor], per_chunk: int) -> dict[str, Tensor]:
+    """The tensors of an Infinity under the names of a model built in chunks, as published."""
+    renamed = {}
+    for name, tensor in state.items():
+        first, _, rest = name.partition(".")
+        if first == "blocks":
+            block, _, rest = rest.partition(".")
+            chunk, place = divmod(int(block), per_chunk)
+            name = f"block_chunks.{chunk}.module.{place}.{rest}"
+        renamed[name] = tensor
+    return renamed

@@ -88,6 +88,50 @@ def _listed(slots_X, bias_X, begin, start, count, BLOCK_C: tl.constexpr, BIASED:
     return listed_C, slot_C, tl.where(listed_C, bias_C, float("-inf"))[None, :]
 
 
+@triton.jit
+def _add_plain(
+    q_MD, max_M, sum_M, acc_MD, keys_PD, values_PD, stride_p, begin, count, slots_X, bias_X, channel_D, in_D,
+    BIASED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the uncoded tokens of a head."""
+    for start in range(0, count, BLOCK_C):
+        listed_C, slot_C, shift_1C = _listed(slots_X, bias_X, begin, start, count, BLOCK_C, BIASED)
+        at_CD = slot_C[:, None] * stride_p + channel_D[None, :]
+        in_CD = listed_C[:, None] & in_D
+        k_CD = tl.load(keys_PD + at_CD, mask=in_CD, other=0.0).to(COMPUTE)
+        v_CD = tl.load(values_PD + at_CD, mask=in_CD, other=0.0).to(COMPUTE)
+        max_M, sum_M, acc_MD = _add_tile(q_MD, k_CD, v_CD, LOG2E, shift_1C, 1.0, max_M, sum_M, acc_MD)
+    return max_M, sum_M, acc_MD
+
+
+@triton.jit
+def _add_coded(
+    q_MD, max_M, sum_M, acc_MD, keys_PD, values_PD, stride_p, key_scales_P, value_scales_P, begin, count, slots_X,
+    bias_X, channel_D, in_D, BIASED: tl.constexpr, FLOAT8: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the coded tokens of a head."""
+    unit = 1.0
+    for start in range(0, count, BLOCK_C):
+        listed_C, slot_C, shift_1C = _listed(slots_X, bias_X, begin, start, count, BLOCK_C, BIASED)
+        at_CD = slot_C[:, None] * stride_p + channel_D[None, :]
+        in_CD = listed_C[:, None] & in_D
+        k_CD = _decoded(tl.load(keys_PD + at_CD, mask=in_CD, other=0), FLOAT8, COMPUTE)
+        v_CD = _decoded(tl.load(values_PD + at_CD, mask=in_CD, other=0), FLOAT8, COMPUTE)
+        k_scale_C = _as_fp32(tl.load(key_scales_P + slot_C, mask=listed_C, other=0.0))
+        v_scale_C = _as_fp32(tl.load(value_scales_P + slot_C, mask=listed_C, other=0.0))
+        if COMPUTE == tl.float16:
+            # Weights times scales would be too small for half precision, so the sum is carried in a unit of its
+            # own: the largest scale of the tile, or 2^-24 where values are so small that they vanish anyway.
+            new_unit = tl.maximum(tl.max(v_scale_C, 0), 5.9604645e-08)
+            acc_MD = acc_MD * (unit / new_unit)
+            v_scale_C = v_scale_C / new_unit
+            unit = new_unit
+        max_M, sum_M, acc_MD = _add_tile(
+            q_MD, k_CD, v_CD, k_scale_C[None, :] * LOG2E, shift_1C, v_scale_C[None, :], max_M, sum_M, acc_MD
+        )
+    return max_M, sum_M, acc_MD * unit
+
+
 @triton.jit(do_not_specialize=["heads", "tokens"])
 def attention_kernel(
     out_RHND, out_stride_r, out_stride_h, out_stride_n,
@@ -125,16 +169,10 @@ def attention_kernel(
         count = tl.load(plain_counts_RH + row * plain_counts_stride_r + head)
         keys_PD = arena_2RPD + row * arena_stride_r
         values_PD = keys_PD + tl.cast(arena_stride_2, tl.int64)
-        for start in range(0, count, BLOCK_C):
-            listed_C, slot_C, shift_1C = _listed(
-                plain_slots_X, plain_bias_X, begin, start, count, BLOCK_C, PLAIN_BIASED
-            )
-            at_CD = slot_C[:, None] * arena_stride_p + channel_D[None, :]
-            in_CD = listed_C[:, None] & in_D
-            k_CD = tl.load(keys_PD + at_CD, mask=in_CD, other=0.0).to(COMPUTE)
-            v_CD = tl.load(values_PD + at_CD, mask=in_CD, other=0.0).to(COMPUTE)
-            max_M, sum_M, acc_MD = _add_tile(q_MD, k_CD, v_CD, LOG2E, shift_1C, 1.0, max_M, sum_M, acc_MD)
-
+        max_M, sum_M, acc_MD = _add_plain(
+            q_MD, max_M, sum_M, acc_MD, keys_PD, values_PD, arena_stride_p, begin, count, plain_slots_X, plain_bias_X,
+            channel_D, in_D, PLAIN_BIASED, COMPUTE, BLOCK_C,
+        )  # fmt: skip
     if CODED:
         begin = tl.load(coded_begins_RH + row * coded_begins_stride_r + head)
         count = tl.load(coded_counts_RH + row * coded_counts_stride_r + head)
@@ -142,29 +180,10 @@ def attention_kernel(
         values_PD = keys_PD + tl.cast(codes_stride_2, tl.int64)
         key_scales_P = scales_2RP + row * scales_stride_r
         value_scales_P = key_scales_P + tl.cast(scales_stride_2, tl.int64)
-        unit = 1.0
-        for start in range(0, count, BLOCK_C):
-            listed_C, slot_C, shift_1C = _listed(
-                coded_slots_X, coded_bias_X, begin, start, count, BLOCK_C, CODED_BIASED
-            )
-            at_CD = slot_C[:, None] * codes_stride_p + channel_D[None, :]
-            in_CD = listed_C[:, None] & in_D
-            k_CD = _decoded(tl.load(keys_PD + at_CD, mask=in_CD, other=0), FLOAT8, COMPUTE)
-            v_CD = _decoded(tl.load(values_PD + at_CD, mask=in_CD, other=0), FLOAT8, COMPUTE)
-            k_scale_C = tl.load(key_scales_P + slot_C, mask=listed_C, other=0.0)
-            v_scale_C = tl.load(value_scales_P + slot_C, mask=listed_C, other=0.0)
-            k_scale_C, v_scale_C = _as_fp32(k_scale_C), _as_fp32(v_scale_C)
-            if COMPUTE == tl.float16:
-                # Weights times scales would be too small for half precision, so the sum is carried in a unit of its
-                # own: the largest scale of the tile, or 2^-24 where values are so small that they vanish anyway.
-                new_unit = tl.maximum(tl.max(v_scale_C, 0), 5.9604645e-08)
-                acc_MD = acc_MD * (unit / new_unit)
-                v_scale_C = v_scale_C / new_unit
-                unit = new_unit
-            max_M, sum_M, acc_MD = _add_tile(
-                q_MD, k_CD, v_CD, k_scale_C[None, :] * LOG2E, shift_1C, v_scale_C[None, :], max_M, sum_M, acc_MD
-            )
-        acc_MD = acc_MD * unit
+        max_M, sum_M, acc_MD = _add_coded(
+            q_MD, max_M, sum_M, acc_MD, keys_PD, values_PD, codes_stride_p, key_scales_P, value_scales_P, begin, count,
+            coded_slots_X, coded_bias_X, channel_D, in_D, CODED_BIASED, FLOAT8, COMPUTE, BLOCK_C,
+        )  # fmt: skip
 
     keys_ND = k_RHND + row * k_stride_r + head * k_stride_h
     values_ND = v_RHND + row * v_stride_r + head * v_stride_h
