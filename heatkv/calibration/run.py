@@ -196,6 +196,15 @@ def continued(path: Path, model: ImageModel[Any], settings: Settings) -> Statist
     return found
 
 
+def check_statistics(statistics: Statistics, model: ImageModel[Any], settings: Settings) -> None:
+    """Raise StatisticsError for statistics of another geometry, of other weights, or of another guidance."""
+    statistics.check_geometry(model.geometry)
+    statistics.check_fingerprint(model.fingerprint)
+    measured, wanted = statistics.provenance.cfg, settings.to_json()["cfg"]
+    if measured is not None and wanted is not None and measured != wanted:
+        raise StatisticsError(f"measured at cfg {measured:g}, this run has {wanted}; calibrate at that")
+
+
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, str]:
     names = [name for name in {**other, **one} if one.get(name) != other.get(name)]
     return tuple(", ".join(f"{name}={values.get(name)}" for name in names) for values in (one, other))  # type: ignore[return-value]
@@ -308,8 +317,9 @@ class CalibrationRun:
                 total = self._with_levels(total, self.costs)
         except BaseException:
             kept = self.parts.count()
-            self.reporter.say(f"{self.parts.folder}: {kept} finished parts are kept, and a resumed run goes on")
-            if not kept and current().size == 1:  # others may be writing their first ones
+            if kept:
+                self.reporter.say(f"{self.parts.folder}: {kept} finished parts are kept, and the same run goes on")
+            elif current().size == 1:  # others may be writing their first ones
                 self.parts.remove()
             raise
         return Calibrated(total, batches)
