@@ -342,7 +342,7 @@ class LevelBatch:
         )  # fmt: skip
 
     def measured(
-        self, batch: int, draw: Callable[[LevelBatch], LevelCache], progress: Callable[[int], None] | None
+        self, batch: int, draw: Callable[[LevelBatch], LevelCache], progress: Callable[[int], object] | None
     ) -> dict[str, FloatArray]:
         """Sums over all images, drawn `batch` at a time by `draw`, which gives the cache that has seen them."""
         sums: dict[str, FloatArray] = {}
@@ -372,7 +372,7 @@ def calibrate_biases(
     seed: int = 0,
     batch: int = BIAS_BATCH,
     settings: Settings | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> FloatArray:
     """The logit bias of every pooled cell, (L, H, T, levels), from samples 0, 1, ... of the seed.
 
@@ -410,7 +410,7 @@ class LevelCalibration:
         first_sample: int = 0,
         batch: int | None = None,
         settings: Settings | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> LevelStatistics:
         """Level costs over `samples` images drawn with the full cache, under `log_bias` or biases measured first.
 

@@ -322,7 +322,7 @@ def calibrate(
     first_sample: int = 0,
     batch: int = 16,
     settings: Settings | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Statistics:
     """Statistics over `samples` images of all classes (or example prompts) in turn, drawn with the full cache.
 
@@ -356,11 +356,11 @@ def calibrate(
 
 def provenance(model: ImageModel[Any], settings: Settings, samples: Iterable[str]) -> Provenance:
     """Where these samples are measured: the model, how it draws, and the versions on this machine."""
-    cfg, others = told_settings(settings, model)
+    cfg, others = measured_settings(settings, model)
     return Provenance(model.name, model.fingerprint, cfg, others, tuple(samples), versions())
 
 
-def told_settings(settings: Settings, model: ImageModel[Any]) -> tuple[float | None, dict[str, Any]]:
+def measured_settings(settings: Settings, model: ImageModel[Any]) -> tuple[float | None, dict[str, Any]]:
     """Guidance and what else was measured with, as statistics state it; guidance per scale stays among the others."""
     told = settings.to_json() | {"dtype": str(model.compute_dtype).removeprefix("torch.")}
     return (None if isinstance(told["cfg"], list) else told.pop("cfg")), told
