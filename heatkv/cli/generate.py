@@ -113,7 +113,7 @@ def generate(
         drawn: Iterable[Tensor] = follower.draw(labels)
     else:
         batches = draw_batches(
-            loaded, labels, chosen, seed=running.seed, batch=batch, settings=settings, storage=running.storage,
+            loaded, labels, chosen, seed=running.seed, batch=batch, settings=settings, code=running.storage,
             attention=running.attention, graphs=graphs,
         )  # fmt: skip
         drawn = (image for images in batches for image in images)
