@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from heatkv.calibration.run import check_statistics
 from heatkv.core.budget import Budget
 from heatkv.core.io import file_name
 from heatkv.core.levels import SINK_SCALES
@@ -133,6 +134,8 @@ class Sweep:
         self.level_cost = costs[0] if costs else None
         sinks = [p.sink_scales for p in self.policies if isinstance(p, StaticPolicy) and p.level_cost is not None]
         self.level_sinks = min(sinks, default=SINK_SCALES)
+        if self.statistics is not None:
+            check_statistics(self.statistics, self.model, self.settings)
         for policy in self.policies:
             for problem in self._problems() if policy.name != "full" else ():
                 policy.check(problem)

@@ -201,6 +201,15 @@ def continued(path: Path, model: ImageModel[Any], settings: Settings) -> Statist
     return found
 
 
+def check_statistics(statistics: Statistics, model: ImageModel[Any], settings: Settings) -> None:
+    """Raise StatisticsError for statistics of another geometry, of other weights, or of another guidance."""
+    statistics.check_geometry(model.geometry)
+    statistics.check_fingerprint(model.fingerprint)
+    measured, wanted = statistics.provenance.cfg, settings.to_json()["cfg"]
+    if measured is not None and wanted is not None and measured != wanted:
+        raise StatisticsError(f"measured at cfg {measured:g}, this run has {wanted}; calibrate at that")
+
+
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, str]:
     """The entries in which two mappings differ, as either has them."""
     names = [name for name in {**other, **one} if one.get(name) != other.get(name)]
@@ -312,9 +321,9 @@ class CalibrationRun:
                 total = replace(total, levels=self._levels(total.levels, self.costs, options))
         except BaseException:
             if self.parts is not None:
-                kept = self.parts.count()
-                self.reporter.say(f"{self.parts.folder}: {kept} finished parts are kept, and a resumed run goes on")
-                if not kept and current().size == 1:  # others may be writing their first ones
+                if kept := self.parts.count():
+                    self.reporter.say(f"{self.parts.folder}: {kept} finished parts are kept, and the same run goes on")
+                elif current().size == 1:  # others may be writing their first ones
                     self.parts.remove()
             raise
         return Calibrated(total, tuple(batches))
