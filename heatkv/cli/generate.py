@@ -112,7 +112,7 @@ def generate(
         assert following is not None
         replaced = _write_followed(follower, labels, titles, folder, following.get("save"))
     else:
-        options = {"seed": seed, "batch": batch, "settings": settings, "storage": code, "attention": attention}
+        options = {"seed": seed, "batch": batch, "settings": settings, "code": code, "attention": attention}
         replaced = _write_shared(model, labels, titles, folder, plan, options | {"graphs": graphs})
     held = plan.bytes(batch * settings.rows_per_image, str(opened.storage))
     where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"

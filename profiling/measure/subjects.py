@@ -42,7 +42,7 @@ class Subject:
         """What draws `batch` images under one of the plans."""
         code = StorageType.parse(self.storage).code
         return Generator(
-            model, self.plans[plan], batch, settings, storage=code, attention=self.attention, graphs=graphs
+            model, self.plans[plan], batch, settings, code=code, attention=self.attention, graphs=graphs
         )
 
 
