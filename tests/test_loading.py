@@ -24,7 +24,6 @@ from heatkv.models.checkpoint import (
     build_vqvae,
     infinity_state,
     read_checkpoint,
-    read_safetensors,
     var_config,
 )
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -43,12 +42,12 @@ INFINITY_TINY = ModelInfo(
 @pytest.fixture
 def var(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     monkeypatch.setitem(catalogue.MODELS, "var-tiny", VAR_TINY)
-    return read_safetensors(GOLDEN / "var_tiny_10s_model.safetensors")
+    return read_checkpoint(GOLDEN / "var_tiny_10s_model.safetensors")
 
 
 @pytest.fixture
 def vae() -> dict[str, Tensor]:
-    return read_safetensors(GOLDEN / "var_tiny_10s_vae.safetensors")
+    return read_checkpoint(GOLDEN / "var_tiny_10s_vae.safetensors")
 
 
 @pytest.fixture(scope="module")

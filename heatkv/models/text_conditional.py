@@ -66,8 +66,8 @@ class TextConditionalModel(base.ImageModel[Prompt]):
         bits, z_channels = self.transformer.config.bits, self.vae.config.z_channels
         if bits not in (z_channels, 4 * z_channels):
             raise ModelError(
-                f"the transformer draws {bits} bits a token and the VAE has {z_channels} bits a position; they fit "
-                "when these are equal, or four times as many with spatial patchify"
+                f"the transformer draws {bits} bits a token, the VAE has {z_channels} a position; take one with "
+                f"{bits} or {bits // 4}"
             )
         if len(self.schedule) > self.transformer.config.max_scales:
             raise ModelError(

@@ -373,9 +373,7 @@ def check_rows(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> No
     def first_row_of(x: AttentionInput, y: AttentionInput) -> AttentionInput:
         return AttentionInput(*(torch.cat([vars(x)[part][:1], vars(y)[part][1:]]) for part in vars(x)))
 
-    mixed = [
-        [first_row_of(x, y) for x, y in zip(*layers, strict=True)] for layers in zip(inputs, others, strict=True)
-    ]
+    mixed = [[first_row_of(x, y) for x, y in zip(*layers, strict=True)] for layers in zip(inputs, others, strict=True)]
     for problem, plan in _some_plans(policy, geometry, seed):
         outs, mixed_outs = (run_attention(open_watched(policy, plan, 3), batch) for batch in (inputs, mixed))
         same = _same([out[0] for out in outs], [out[0] for out in mixed_outs])
