@@ -220,8 +220,9 @@ class Drawing(base.Drawing[Prompt]):
     def raw_logits(self, cache: Attend) -> Tensor:
         """(R, N*K, 2) in fp32, the bits of a token in a row."""
         rotation_2NP = self._rotations[self.scale]
-        logits: Tensor = self._model.transformer(self.input(), self._condition, rotation_2NP, cache)
-        return logits.unflatten(-1, (-1, 2)).flatten(1, 2)
+        logits = self._model.transformer(self.input(), self._condition, rotation_2NP, cache)
+        bits: Tensor = logits.unflatten(-1, (-1, 2)).flatten(1, 2)
+        return bits
 
     def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
         rotations_2NP = torch.cat(self._rotations, dim=1)

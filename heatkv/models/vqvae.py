@@ -266,7 +266,8 @@ class MultiScaleQuantizer(nn.Module):
         if sides[scale] != sides[-1]:
             h_BZPP = F.interpolate(h_BZPP, size=(sides[-1], sides[-1]), mode="bicubic")
         phi = self.quant_resi.conv(phi_index(scale, len(sides), self.config.num_phi))
-        return h_BZPP * (1 - ratio) + phi(h_BZPP) * ratio
+        refined: Tensor = h_BZPP * (1 - ratio) + phi(h_BZPP) * ratio
+        return refined
 
     def next_map(self, f_hat_BZPP: Tensor, scale: int) -> Tensor:
         """The input map of `scale`, (B, Z, p, p): the sum so far, averaged over areas."""
