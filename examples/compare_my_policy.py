@@ -10,43 +10,27 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 import heatkv
-from heatkv.errors import HeatKVError, PolicyError
+from heatkv.errors import HeatKVError
 from heatkv.generation.loop import Generator
-from heatkv.policies.base import StaticPolicy
 from heatkv.profiling.measure.fidelity import FidelityBench, paired_bootstrap
-from heatkv.testing.contract import check_policy
 
 
 @heatkv.register
 @dataclass(frozen=True)
-class MassPerToken(StaticPolicy):
-    """Keeps to the end the cells with the most attention per token, while they fit."""
+class MassPerToken(heatkv.ScoredCells):
+    """Keeps the cells that later scales attend to most, for their size."""
 
-    name: ClassVar[str] = "mass-per-token"
-    needs: ClassVar[str] = "statistics"
-    source: ClassVar[str] = "examples/compare_my_policy.py"
+    name = "mass-per-token"
+    needs = frozenset({"statistics"})
+    source = "examples/compare_my_policy.py"
 
-    def last_read(self, problem: heatkv.PlanningProblem) -> NDArray[np.int64]:
-        if problem.statistics is None:
-            raise PolicyError("mass-per-token needs statistics; measure them with heatkv.calibrate")
-        tokens, last = np.array(problem.geometry.schedule.tokens), len(problem.geometry.schedule) - 1
-        last_read = self.sinks_only(problem)  # but for the sinks, which are whole
-        heads = problem.geometry.layers * problem.geometry.heads
-        room = problem.budget_token_heads - heads * tokens[: self.sink_scales].sum()
-        worth = problem.statistics.scas[:, :, self.sink_scales : last] / tokens[self.sink_scales : last]
-        for place in np.argsort(-worth, axis=None, kind="stable"):
-            layer, head, index = np.unravel_index(place, worth.shape)
-            scale = self.sink_scales + index
-            if tokens[scale] <= room:
-                room -= tokens[scale]
-                last_read[layer, head, scale] = last
-        return last_read
+    def value(self, problem: heatkv.PlanningProblem) -> NDArray[np.float64]:
+        return problem.measured.scas
 
 
 def main() -> None:
@@ -56,7 +40,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="images to compare on")
     given = parser.parse_args()
 
-    check_policy(MassPerToken.name)
+    heatkv.check_policy(MassPerToken.name)
     print("the policy keeps the contract")
 
     model = heatkv.load_model("emoji")

@@ -43,6 +43,7 @@ _EXPORTS = {
     "PlanningProblem": "heatkv.policies.base",
     "PolicyError": "heatkv.errors",
     "ScaleSchedule": "heatkv.core.schedule",
+    "ScoredCells": "heatkv.policies.base",
     "StaticPolicy": "heatkv.policies.base",
     "Statistics": "heatkv.core.statistics",
     "attach": "heatkv.attachment.api",
@@ -58,8 +59,9 @@ _EXPORTS = {
 
 __all__ = [
     "Budget", "CacheGeometry", "Candidates", "CapacityPlan", "DynamicPolicy", "EvictionPolicy", "Generator",
-    "HeatKVError", "KVCache", "Plan", "PlanningProblem", "PolicyError", "ScaleSchedule", "StaticPolicy", "Statistics",
-    "attach", "calibrate", "check_policy", "generate", "load_model", "load_plan", "make_policy", "measure", "register",
+    "HeatKVError", "KVCache", "Plan", "PlanningProblem", "PolicyError", "ScaleSchedule", "ScoredCells", "StaticPolicy",
+    "Statistics", "attach", "calibrate", "check_policy", "generate", "load_model", "load_plan", "make_policy",
+    "measure", "register",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ if TYPE_CHECKING:
     from heatkv.errors import HeatKVError, PolicyError
     from heatkv.generation.loop import Generator, generate
     from heatkv.models.catalogue import load_model
-    from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy, make_policy
+    from heatkv.policies.base import EvictionPolicy, PlanningProblem, ScoredCells, StaticPolicy, make_policy
     from heatkv.policies.dynamic import Candidates, DynamicPolicy
     from heatkv.registry import register
     from heatkv.testing.contract import check_policy

@@ -12,7 +12,7 @@ from torch import Tensor
 from heatkv.core.schema import IntArray
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem
-from heatkv.policies.dynamic import Candidates, DynamicPolicy, peak
+from heatkv.policies.dynamic import Candidates, DynamicPolicy, alike_in_heads, peak
 from heatkv.policies.grid import carried_recency
 from heatkv.registry import register
 
@@ -54,7 +54,7 @@ class AmsKvLike(DynamicPolicy):
         for target in range(scales):
             for scale, tokens in enumerate(geometry.schedule.tokens[:target]):
                 held[:, target] += np.where((scale < self.condensed) | (scale >= target - recent), tokens, 0)
-        return np.broadcast_to(held[:, None], geometry.shape).copy()
+        return alike_in_heads(problem, held)
 
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
         """One recent scale in all layers, as much of it as the mean allows."""

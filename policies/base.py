@@ -144,8 +144,10 @@ class EvictionPolicy(ABC):
 
     def check_measured(self, problem: PlanningProblem) -> None:
         """Raise PolicyError when what it plans from is missing."""
-        if self.needs and problem.statistics is None and not (
-            "statistics or rankings" in self.needs and problem.rankings is not None
+        if (
+            self.needs
+            and problem.statistics is None
+            and not ("statistics or rankings" in self.needs and problem.rankings is not None)
         ):
             raise PolicyError(f"policy {self.name!r} needs {' and '.join(sorted(self.needs))}; calibrate the model")
 

@@ -19,7 +19,7 @@ from heatkv.core.schema import FloatArray, IntArray
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
-from heatkv.policies.options import options_of
+from heatkv.policies.options import numbers_from, options_of
 from heatkv.registry import find_policy, register
 
 
@@ -170,10 +170,7 @@ class PerLayer(Wrapper):
 
     def _weights(self, layers: int) -> FloatArray:
         """The weight of every layer; their mean is 1."""
-        try:
-            numbers = [float(weight) for weight in self.weights.split(",")]
-        except ValueError as error:
-            raise PolicyError(f"weights={self.weights!r}; write numbers as 2,1") from error
+        numbers = numbers_from(self.weights, float, "weights")
         if len(numbers) not in (2, layers) or not all(math.isfinite(w) and w > 0 for w in numbers):
             raise PolicyError(
                 f"weights={self.weights!r} must be {layers} numbers above zero, one per layer, or 2 for first and last"
@@ -205,13 +202,7 @@ class Protected(Wrapper):
 
     @cached_property
     def _scales(self) -> tuple[int, ...]:
-        try:
-            scales = tuple(sorted({int(scale) for scale in self.scales.split(",")}))
-        except ValueError as error:
-            raise PolicyError(f"scales={self.scales!r}; write scales as 0,1,2") from error
-        if scales[0] < 0:
-            raise PolicyError(f"scales={self.scales!r}; they count from 0")
-        return scales
+        return tuple(sorted(set(numbers_from(self.scales, int, "scales"))))
 
     @property
     def _first(self) -> bool:
@@ -225,8 +216,8 @@ class Protected(Wrapper):
     def check(self, problem: PlanningProblem) -> None:
         super().check(problem)
         last = len(problem.geometry.schedule) - 2
-        if self._scales[-1] > last:
-            raise PolicyError(f"scales={self.scales!r}; the last scale that is cached is {last}")
+        if not 0 <= self._scales[0] <= self._scales[-1] <= last:
+            raise PolicyError(f"scales={self.scales!r}; the scales that are cached are 0 to {last}")
 
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
         capacities = self.inner.capacities(problem, mean)

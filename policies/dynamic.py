@@ -220,6 +220,14 @@ class DynamicPolicy(EvictionPolicy):
         return max(0, problem.budget_token_heads * bytes_each - counts) // (bytes_each + 4 * self.carried)
 
 
+def alike_in_heads(problem: PlanningProblem, capacity_LT: IntArray) -> IntArray:
+    """(L, H, T), the same in all heads of a layer; what a layer has dropped for one target it lacks for the next."""
+    capacity_LT = capacity_LT.copy()
+    for target, tokens in enumerate(problem.geometry.schedule.tokens[:-1], start=1):
+        capacity_LT[:, target] = np.minimum(capacity_LT[:, target], capacity_LT[:, target - 1] + tokens)
+    return np.broadcast_to(capacity_LT[:, None], problem.geometry.shape).copy()
+
+
 def peak(capacity_LHT: IntArray) -> int:
     """Token-heads that capacities hold at the fullest checkpoint."""
     return int(live_of_held(np.asarray(capacity_LHT).sum(axis=1)).max())

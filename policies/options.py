@@ -6,12 +6,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from heatkv.core.schema import shown
 from heatkv.errors import PolicyError
+
+T = TypeVar("T", int, float)
 
 _TRUTH = {"yes": "true", "no": "false"}
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "none"}
@@ -62,6 +64,14 @@ class PolicyOption:
         if isinstance(value, float) and not math.isfinite(value):
             raise PolicyError(f"{self.name} of policy {policy!r} is a finite number, not {shown(original)}")
         return value
+
+
+def numbers_from(text: str, kind: type[T], option: str) -> list[T]:
+    """The numbers of an option that is written as 0,1,2. Raises PolicyError."""
+    try:
+        return msgspec.convert(text.split(","), list[kind], strict=False)  # type: ignore[valid-type]
+    except msgspec.ValidationError as error:
+        raise PolicyError(f"{option}={text!r}; write numbers with commas between, as 0,1") from error
 
 
 def options_of(policy: Any) -> dict[str, PolicyOption]:

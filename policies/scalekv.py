@@ -19,7 +19,8 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import IntArray
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem
-from heatkv.policies.dynamic import Candidates, DynamicPolicy
+from heatkv.policies.dynamic import Candidates, DynamicPolicy, alike_in_heads
+from heatkv.policies.options import numbers_from
 from heatkv.registry import register
 
 PUBLISHED_MEAN = 650
@@ -86,10 +87,7 @@ class ScaleKV(DynamicPolicy):
         """The drafters that the option names."""
         if self.drafters is None:
             return None
-        try:
-            named = tuple(sorted({int(layer) for layer in self.drafters.split(",")}))
-        except ValueError as error:
-            raise PolicyError(f"drafters={self.drafters!r}; write layers as 0,23") from error
+        named = tuple(sorted(set(numbers_from(self.drafters, int, "drafters"))))
         if not 0 <= named[0] <= named[-1] < layers or len(named) == layers > 1:
             raise PolicyError(f"drafters={self.drafters!r} are not some of the layers 0 to {layers - 1}")
         return named
@@ -109,7 +107,6 @@ class ScaleKV(DynamicPolicy):
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
         geometry = problem.geometry
         layers, available = geometry.layers, available_tokens(geometry)
-        tokens = (0, *geometry.schedule.tokens)
         named = self._drafters(problem)
         tabled = _is_published(problem) and named == PUBLISHED[layers][0] and problem.share <= _TABLED
         of_layers = np.zeros((layers, len(available)), dtype=np.int64)
@@ -124,10 +121,7 @@ class ScaleKV(DynamicPolicy):
                 large, small = self._solved(layers, len(named), there_are, mean)
             of_layers[:, target] = min(small, there_are)
             of_layers[list(drafters), target] = min(large, there_are)
-            if target:
-                # what a layer has dropped for one target it lacks for the next
-                of_layers[:, target] = np.minimum(of_layers[:, target], of_layers[:, target - 1] + tokens[target])
-        return np.broadcast_to(of_layers[:, None], geometry.shape).copy()
+        return alike_in_heads(problem, of_layers)
 
     @staticmethod
     def _solved(layers: int, drafters: int, available: int, mean: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from heatkv.core.capacity_plan import available_tokens
 from heatkv.core.schema import IntArray
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem
-from heatkv.policies.dynamic import Candidates, DynamicPolicy
+from heatkv.policies.dynamic import Candidates, DynamicPolicy, alike_in_heads
 from heatkv.registry import register
 
 
@@ -80,10 +80,7 @@ class PyramidKV(SnapKV):
         of_layers = np.stack(
             [self._of_layers(geometry.layers, mean, int(t), n) for t, n in zip(available, tokens, strict=False)], axis=1
         )
-        # what a layer has dropped for one target it lacks for the next
-        for target in range(1, len(available)):
-            of_layers[:, target] = np.minimum(of_layers[:, target], of_layers[:, target - 1] + tokens[target])
-        return np.broadcast_to(of_layers[:, None], (geometry.layers, geometry.heads, len(available))).copy()
+        return alike_in_heads(problem, of_layers)
 
     def _of_layers(self, layers: int, mean: int, available: int, new: int) -> IntArray:
         window = _window(self.window, new, mean)

@@ -685,7 +685,7 @@ def test_times_with_graphs(tiny: ClassConditionalModel, monkeypatch: pytest.Monk
     )
     assert latency.runs == 2
     assert runs == [4, 4]  # everything was recorded before the first one
-    monkeypatch.setattr(class_conditional, "summed", lambda total, added, first: added * added.sum().item())
+    monkeypatch.setattr("heatkv.models.base.summed", lambda total, added, first: added * added.sum().item())
     broken = Generator(tiny, tiny.plan(), 1, runner=TapeRunner())
     with pytest.raises(GraphError, match="scale 0 cannot be recorded"):
         graph_latency(broken, lambda: broken.draw([3]), 2)

@@ -24,7 +24,7 @@ from heatkv.core.plan_file import plan_from_json
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.store import Places
-from heatkv.errors import PlanError
+from heatkv.errors import FormatError, PlanError
 
 # ---------------------------------------------------------------------- what attention sees
 

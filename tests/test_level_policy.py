@@ -1,4 +1,4 @@
-"""heatkv-mr: budgets chosen by the KL they foretell, its options, and what its plans hold."""
+"""heatkv-mr: budgets chosen by the KL they predict, its options, and what its plans hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
-from heatkv.errors import BudgetError, PolicyError
+from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.testing.material import made_up_mass
 
@@ -41,18 +41,18 @@ def plan(budget: Any, statistics: Statistics, **options: Any) -> Plan:
 # ---------------------------------------------------------------------- budgets chosen by their KL
 
 
-def foretold(made: Plan) -> float:
+def predicted_kl(made: Plan) -> float:
     """Half the costs per token, as a share of 0.7 of the KL."""
     assert made.value is not None
     return -made.value / 2 / 55 / 0.7
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(max_kl=st.floats(1e-4, 0.3), seed=SEEDS)
 def test_auto_is_the_smallest_budget_within_the_kl(max_kl: float, seed: int) -> None:
     statistics = measured(seed)
     made = plan("auto", statistics, max_kl=max_kl)
-    assert made.settings["predicted_kl"] == pytest.approx(foretold(made), rel=1e-12)
+    assert made.settings["predicted_kl"] == pytest.approx(predicted_kl(made), rel=1e-12)
     assert made.settings["predicted_kl"] <= max_kl
     assert (made.settings["budget"], made.settings["max_kl"]) == ("auto", max_kl)
     steps = Fraction(made.budget).limit_denominator(1000) * 1000
@@ -62,7 +62,7 @@ def test_auto_is_the_smallest_budget_within_the_kl(max_kl: float, seed: int) -> 
     if Fraction(int(steps) - 1, 1000) >= Fraction(5, 30):
         below = plan(Fraction(int(steps) - 1, 1000), statistics)
         assert below.settings["predicted_kl"] > max_kl
-        assert below.settings["predicted_kl"] == pytest.approx(foretold(below), rel=1e-12)
+        assert below.settings["predicted_kl"] == pytest.approx(predicted_kl(below), rel=1e-12)
     else:  # the sinks need that much
         assert steps == 167
     again = plan(Fraction(int(steps), 1000), statistics)
@@ -88,21 +88,12 @@ def test_a_cap_on_layers_can_make_a_kl_unreachable() -> None:
     [
         ("auto", {"cost": "error", "max_kl": 0.1}, "budget auto needs cost=fisher, .* and max_kl"),
         ("auto", {}, "budget auto needs cost=fisher, .* and max_kl"),
-        ("auto", {"max_kl": 0.0}, r"max_kl=0\.0 is no KL divergence above 0"),
-        ("auto", {"max_kl": -1.0}, r"max_kl=-1\.0 is no KL"),
-        ("auto", {"max_kl": float("nan")}, "max_kl=nan is no KL"),
-        ("auto", {"max_kl": float("inf")}, "max_kl=inf is no KL"),
-        ("30%", {"max_kl": 0.1}, "max_kl chooses the budget; it goes with budget auto, not with 30%"),
-        ("30%", {"levels": "pool2"}, "levels='pool2'; it must be full, then any of"),
-        ("30%", {"levels": ""}, "levels=''; it must be full"),
-        ("30%", {"levels": 3}, "levels=3; it must be full"),
+        ("30%", {"max_kl": 0.1}, "max_kl chooses the budget; .* not with 30%"),
+        ("30%", {"levels": "pool2"}, "levels='pool2'"),
+        ("30%", {"levels": ""}, "levels=''"),
+        ("30%", {"levels": "full+mean+mean"}, r"levels='full\+mean\+mean'"),
         ("30%", {"levels": "full+pool3"}, r"levels='full\+pool3'"),
-        ("30%", {"cost": "mass"}, "cost='mass' is unknown to policy 'heatkv-mr'; known: error, fisher"),
-        (
-            "30%",
-            {"cost": "error"},
-            "kind 'fisher'; .* to use 'error': measure them .*--levels error, or set cost=fisher$",
-        ),
+        ("30%", {"cost": "error"}, "level costs of the kind 'error', not 'fisher'"),
         ("30%", {"sink_scales": 1}, "sink_scales=1 is below the 2 that the level costs were measured with"),
     ],
 )
@@ -111,24 +102,18 @@ def test_options_that_do_not_fit(budget: str, options: dict[str, Any], phrase: s
         plan(budget, measured(), **options)
 
 
-def test_what_it_needs() -> None:
+def test_missing_level_costs() -> None:
     statistics = measured()
-    for given_statistics in (None, dataclasses.replace(statistics, levels=None)):
-        problem = PlanningProblem(GEOMETRY, Budget.parse("30%"), given_statistics)
-        with pytest.raises(PolicyError, match=r"needs statistics with level costs \(heatkv calibrate --levels fisher"):
+    for lacking in (None, dataclasses.replace(statistics, levels=None)):
+        problem = PlanningProblem(GEOMETRY, Budget.parse("30%"), lacking)
+        with pytest.raises(PolicyError, match="needs statistics with level costs of the kind 'fisher'"):
             make_policy("heatkv-mr", cost="fisher").plan(problem)
-
-
-@pytest.mark.parametrize(("budget", "options"), [("16%", {}), ("auto", {"max_kl": 0.1, "layer_cap": "16%"})])
-def test_sinks_that_do_not_fit(budget: str, options: dict[str, Any]) -> None:
-    with pytest.raises(BudgetError, match="sink scales"):
-        plan(budget, measured(), **options)
 
 
 # ---------------------------------------------------------------------- plans
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(budget=st.fractions(Fraction(1, 5), 1, max_denominator=50), seed=SEEDS)
 def test_more_levels_are_worth_more(budget: Fraction, seed: int) -> None:
     statistics = measured(seed, "error")

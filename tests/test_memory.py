@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from msgspec import structs
+from support import processes
 from torch import Tensor
 
 from heatkv.calibration.measure import calibrate
@@ -446,27 +446,11 @@ def test_what_fails_is_told(error: Exception, said: str) -> None:
     assert runner.why_failed(error) == said
 
 
-def killed(job: Any, sender: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def failing(job: Any, sender: Any) -> None:
-    sys.exit(3)
-
-
-def waiting(job: Any, sender: Any) -> None:
-    """Says its number, interrupts the process that started it, and waits for its end."""
-    threading.Thread(target=worker._end_with_parent, daemon=True).start()
-    Path(job).write_text(str(os.getpid()))
-    os.kill(os.getppid(), signal.SIGINT)
-    threading.Event().wait()
-
-
 @pytest.mark.parametrize(
     ("does", "said"),
     [
-        (killed, "the process that measured was ended by SIGKILL, as the system does when memory runs out"),
-        (failing, "the process that measured ended with code 3"),
+        (processes.killed, "the process that measured was ended by SIGKILL, as the system does when memory runs out"),
+        (processes.failing, "the process that measured ended with code 3"),
     ],
 )
 def test_a_process_that_breaks_is_told(does: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,7 +459,7 @@ def test_a_process_that_breaks_is_told(does: Any, said: str, monkeypatch: pytest
 
 
 def test_an_interrupt_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_run", waiting)
+    monkeypatch.setattr(worker, "_run", processes.waiting)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -489,10 +473,10 @@ def test_an_interrupt_ends_the_process(tmp_path: Path, monkeypatch: pytest.Monke
 PARENT = """
 import os, signal, sys
 from heatkv.profiling.measure import worker
-import test_memory
+from support import processes
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    worker._run = test_memory.waiting
+    worker._run = processes.waiting
     worker.measure_in_new_process(sys.argv[1])
 """
 

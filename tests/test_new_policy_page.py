@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -15,21 +16,36 @@ from heatkv import registry
 from heatkv.cli import run
 
 PAGE = Path(__file__).parents[1] / "docs" / "new-policy.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.slow
-def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    text = PAGE.read_text()
-    assert len(text.splitlines()) < 150
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert [kind for kind, _ in blocks] == ["sh", "python", "python", "python", "sh", "sh"]
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The module that the page's Python blocks run in."""
     monkeypatch.setattr(registry, "_registered", registry.registered_policies())
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
-    for kind, block in blocks:
+    return module
+
+
+def test_python_of_the_page(page: types.ModuleType) -> None:
+    for kind, block in BLOCKS:
         if kind == "python":
-            exec(block, vars(module))
+            exec(block, vars(page))  # the last one checks the contract of both policies
+    static = next(ast.parse(block).body[-1] for kind, block in BLOCKS if "ScoredCells" in block)
+    assert isinstance(static, ast.ClassDef)
+    assert static.end_lineno is not None
+    assert static.end_lineno - static.lineno < 15
+
+
+@pytest.mark.slow
+def test_the_page_runs(
+    page: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for kind, block in BLOCKS:
+        if kind == "python":
+            exec(block, vars(page))
             continue
         for line in block.splitlines():
             program, *arguments = shlex.split(line)

@@ -51,51 +51,50 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_installed_policies_are_listed_with_their_packages(folder: Path) -> None:
+def test_list_with_packages(folder: Path) -> None:
     listed = {row["policy"]: row for row in json.loads(python(folder / "site", "heatkv", "policies", "--json").stdout)}
-    told = {name: tuple(listed[name][what] for what in ("kind", "needs", "from")) for name in listed}
-    assert told["keep-coarse"] == ("static", "nothing", "heatkv-keep-coarse")
-    assert told["keep-read"] == ("dynamic", "nothing", "heatkv-keep-read")
-    assert told["heatkv"] == ("static", "statistics or rankings", "heatkv.policies.heatkv")
+    facts = {name: tuple(listed[name][what] for what in ("kind", "needs", "from")) for name in listed}
+    assert facts["keep-coarse"] == ("static", "nothing", "heatkv-keep-coarse")
+    assert facts["keep-read"] == ("dynamic", "nothing", "heatkv-keep-read")
+    assert facts["heatkv"] == ("static", "statistics or rankings", "heatkv.policies.heatkv")
     assert listed["keep-coarse"]["summary"].startswith("Keeps the coarsest scales")
     without = {row["policy"] for row in json.loads(python(folder, "heatkv", "policies", "--json").stdout)}
     assert without == set(listed) - {"keep-coarse", "keep-read"}
 
 
 @pytest.mark.parametrize("name", ["keep-coarse", "keep-read"])
-def test_its_own_test_passes(folder: Path, name: str) -> None:
+def test_tests_of_written_packages(folder: Path, name: str) -> None:
     ran = python(folder / "site", "pytest", "-q", "-p", "no:cacheprovider", folder / name)
     assert ran.returncode == 0, ran.stdout
     assert "9 passed" in ran.stdout
 
 
-def test_an_installed_policy_plans(folder: Path, tmp_path: Path) -> None:
+def test_plans_of_installed_policies(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--model", "var-d16", "--policy"]
     ran = python(folder / "site", "heatkv", *base, "keep-coarse", "--budget", "20%", "--out", out)
     assert ran.returncode == 0, ran.stderr
-    # 1 + 4 + 9 + 16 + 25 = 55 tokens are at most 20 % of 424, the next scale's 36 are not
-    assert json.loads(out.read_text())["peak_token_heads"] == 55 * 16 * 16
+    plan = json.loads(out.read_text())
+    last = {scale: {cells[scale] for heads in plan["last_read"] for cells in heads} for scale in range(10)}
+    # 1 + 4 + 9 + 16 + 25 = 55 tokens are at most 20 % of 424; the next scale's 36 have room in some heads
+    assert all(last[scale] == {9} for scale in range(5))
+    assert {5, 9} <= last[5]
+    assert plan["budget_token_heads"] - 36 < plan["peak_token_heads"] <= plan["budget_token_heads"]
     ran = python(folder / "site", "heatkv", *base, "keep-read", "--set", "first=-1", "--budget", "20%")
     assert ran.returncode == 2
-    assert "first=-1 cannot be below 0" in ran.stderr
+    assert "first of policy 'keep-read' is a whole number at least 0, not -1" in ran.stderr
 
 
 @pytest.mark.parametrize(
     ("module", "said"),
     [
         ("import absent_package\n", "ModuleNotFoundError: No module named 'absent_package'"),
-        ("raise RuntimeError('out of order')\n", "RuntimeError: out of order"),
         ("raise SystemExit(3)\n", "SystemExit: 3"),
-        ("KeepCoarse = 3\n", "PolicyError: 3 is no class"),
-        ("class KeepCoarse:\n    name = 'Keep Coarse'\n", "PolicyError: KeepCoarse is named 'Keep Coarse'; a name is"),
         ("class KeepCoarse:\n    name = 'keep-coarse'\n", "PolicyError: KeepCoarse has no kind, needs, plan"),
         ("class Other:\n    pass\n", "AttributeError: module 'heatkv_keep_coarse' has no attribute 'KeepCoarse'"),
     ],
 )
-def test_a_broken_plugin_is_named_and_the_others_still_work(
-    folder: Path, tmp_path: Path, module: str, said: str
-) -> None:
+def test_broken_plugins(folder: Path, tmp_path: Path, module: str, said: str) -> None:
     site = tmp_path / "site"
     shutil.copytree(folder / "site", site)
     (site / "heatkv_keep_coarse.py").write_text(module)
@@ -114,41 +113,31 @@ def test_a_broken_plugin_is_named_and_the_others_still_work(
 # ---------------------------------------------------------------------- what is written, and what is refused
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(
-    ("name", "policy"),
-    [
-        ("keep-coarse", "KeepCoarse"),
-        ("2-none", "Policy2None"),
-        ("none", "PolicyNone"),
-        ("static-policy", None),
-        ("dynamic-policy", None),
-        ("tensor", None),
-    ],
-)
-def test_what_is_written_is_python_in_style(name: str, policy: str | None, dynamic: bool, tmp_path: Path) -> None:
-    files = skeleton(name, dynamic)
-    (code,) = (text for path, (text, _) in files.items() if path.startswith("src/"))
-    if policy is not None:
-        assert f"class {policy}(" in code
-    assert not any("$" in text for text, _ in files.values())
-    for path, (text, _) in files.items():
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_text(text)
-    for arguments in (["check", "--ignore", "D103"], ["format", "--check"]):
+def test_written_packages_are_python_in_style(tmp_path: Path) -> None:
+    classes = {"keep-coarse": "KeepCoarse", "2-none": "Policy2None", "none": "PolicyNone", "scored-cells": None}
+    for name, policy in classes.items():
+        for dynamic in (False, True):
+            for path, (text, _) in skeleton(name, dynamic).items():
+                assert "$" not in text
+                if policy is not None and path.startswith("src/"):
+                    assert f"class {policy}(" in text
+                file = tmp_path / f"{name}-{dynamic}" / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text)
+    for arguments in (["check", "--ignore", "D103,E741"], ["format", "--check"]):
         ruff = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "--config", str(ROOT / "pyproject.toml")]
         ran = subprocess.run([*ruff, str(tmp_path)], capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stdout
 
 
-@pytest.mark.parametrize("name", ["Mine", "a_b", "a--b", "-a", "a-", "a b", "", "ä", "a/b", ".."])
-def test_bad_names_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["Mine", "a_b", "-a", "", "a/b"])
+def test_bad_names(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["new-policy", "--out", str(tmp_path / "out"), "--", name]) == 2
     assert "a name is lower-case letters, digits and hyphens between them" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_names_and_folders_that_are_taken_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_taken_names_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["new-policy", "heatkv", "--out", str(tmp_path / "out")]) == 2
     assert "named 'heatkv' already, from heatkv.policies.heatkv; choose another name" in capsys.readouterr().err
     assert run(["new-policy", "mine", "--out", str(tmp_path)]) == 2
@@ -156,11 +145,9 @@ def test_names_and_folders_that_are_taken_are_refused(tmp_path: Path, capsys: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_is_named_after_the_policy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["new-policy", "mine", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["folder"] == "heatkv-mine"
-    assert {str(path.relative_to("heatkv-mine")) for path in Path("heatkv-mine").rglob("*.*")} == set(told["files"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["folder"] == "heatkv-mine"
+    assert {str(path.relative_to("heatkv-mine")) for path in Path("heatkv-mine").rglob("*.*")} == set(facts["files"])

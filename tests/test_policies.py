@@ -1,34 +1,40 @@
-"""HeatKV's rule and windows against a reading of their texts, what policies refuse, and finding policies."""
+"""HeatKV's rule and windows against a reading of their texts, options, and finding policies of plug-ins."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import math
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from strategies import SEEDS, geometries, live_by_formula, live_table, shares, statistics_of
 
+import heatkv.policies
 from heatkv import registry
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.errors import BudgetError, PlanError, PolicyError, StatisticsError
-from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
+from heatkv.core.schema import IntArray
+from heatkv.errors import BudgetError, HeatKVError, PlanError, PolicyError, StatisticsError
+from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy, make_policy
+from heatkv.policies.composition import AdaKV, PerLayer, Protected, policy_text, read_policy
+from heatkv.policies.h2o import H2O
+from heatkv.policies.hack_like import HackLike
 from heatkv.policies.heatkv import HeatKV, Random
+from heatkv.policies.snapkv import SnapKV
 from heatkv.policies.windows import Full, SlidingWindow, Streaming
-from heatkv.testing.material import made_up_mass
+from heatkv.testing.material import made_up_mass, made_up_problem
 
 POLICIES = registry.registered_policies()
 
@@ -40,35 +46,68 @@ def problem_of(
 ) -> PlanningProblem:
     """A problem with everything that any policy may need, level costs for so many sink scales."""
     statistics = statistics_of(geometry, made_up_mass(geometry, 2, seed), sink_scales=sink_scales)
-    told: dict[str, Any] = {"statistics": statistics, "seed": seed, "model": "tiny"}
-    return PlanningProblem(geometry, Budget("share", share), **{**told, **changes})
+    fields: dict[str, Any] = {"statistics": statistics, "seed": seed, "model": "tiny", **changes}
+    return PlanningProblem(geometry, Budget("share", share), **fields)
 
 
-# ---------------------------------------------------------------------- sinks, statistics and units of the budget
+# ---------------------------------------------------------------------- what is refused, and units of the budget
 
 
-@pytest.mark.parametrize("name", [name for name, known in POLICIES.items() if known.policy.kind == "static"])
-@pytest.mark.parametrize("sink_scales", [-1, 6, 7])
-def test_sinks_must_fit_the_schedule(name: str, sink_scales: int) -> None:
-    policy = POLICIES[name].policy(sink_scales=sink_scales)
-    with pytest.raises(PolicyError, match=f"sink_scales={sink_scales} does not fit a schedule of 6 scales: 0 to 5"):
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("snapkv", {"window": 0}, "window of policy 'snapkv' is a whole number at least 1, not 0"),
+        ("snapkv", {"width": 3}, "no option 'width'; did you mean 'window'?"),
+        ("heatvk", {}, "did you mean 'heatkv'?"),
+        ("pyramidkv", {"beta": math.nan}, "not nan"), ("pyramidkv", {"beta": math.inf}, "not inf"),
+        ("streaming-tokens", {"sink_tokens": -1}, "not -1"), ("snapkv", {"window": True}, "not True"),
+        ("h2o", {"mean_per_scale": 3}, "true or false, not 3"), ("h2o", {"recent": 1.5}, "not 1.5"),
+        ("hack-like", {"contextual_share": 1.0}, "not 1.0"), ("hack-like", {"contextual": ["a"]}, "not ['a']"),
+        ("heatkv-lp", {"value": "all"}, "joint or error or mass, not 'all'"),
+        ("heatkv-mr", {"max_kl": 0.0}, "not 0.0"), ("heatkv", {"sink_scales": "2"}, "not '2'"),
+        ("adakv", {"base": 3}, "not 3"),
+    ],
+)  # fmt: skip
+def test_options_of_a_wrong_type_or_range(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(said)):
+        make_policy(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("policy", "value"),
+    [
+        (make_policy("streaming", sink_scales=-1), "sink_scales=-1"), (HeatKV(sink_scales=6), "sink_scales=6"),
+        (SnapKV(kernel=4), "kernel=4"), (make_policy("ams-kv-like", condensed=6), "condensed=6"),
+        (HackLike(sinks=6), "sinks=6"), (HackLike(contextual=[1]), "contextual=(1,)"),
+        (make_policy("scalekv", drafters="0,x"), "'0,x'"), (make_policy("scalekv", drafters="1"), "'1'"),
+        (AdaKV(base="adakv"), "base='adakv'"), (AdaKV(base="snapkv:window"), "base='snapkv:window'"),
+        (AdaKV(base="heatkv"), "base='heatkv'"), (AdaKV(base="hack-like:contextual=[0"), "'[0'"),
+        (PerLayer(weights="1,x"), "weights='1,x'"), (PerLayer(weights="1,0"), "weights='1,0'"),
+        (Protected(scales="-1"), "scales='-1'"), (Protected(scales="5"), "scales='5'"),
+        (make_policy("heatkv-lp", solver="greedy"), "solver=greedy"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit_the_problem(policy: EvictionPolicy, value: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(value)):
         policy.plan(problem_of(CacheGeometry(1, 1, 4, SQUARE), Fraction(1), sink_scales=0))
 
 
-@pytest.mark.parametrize("policy", [HeatKV(), Random(), Streaming()], ids=lambda policy: policy.name)
-def test_a_budget_below_the_sinks_says_the_way_out(policy: EvictionPolicy) -> None:
+@pytest.mark.parametrize("name", [name for name, known in POLICIES.items() if known.policy().needs])
+def test_missing_statistics(name: str) -> None:
+    with pytest.raises(PolicyError, match=rf"policy '{name}' needs .*statistics|level costs"):
+        make_policy(name).plan(problem_of(CacheGeometry(1, 1, 4, SQUARE), Fraction(1, 2), statistics=None))
+
+
+def test_budget_below_the_sinks() -> None:
     geometry = CacheGeometry(32, 16, 128, ScaleSchedule.infinity("1M", 1.0))
-    with pytest.raises(BudgetError) as caught:
-        policy.plan(PlanningProblem(geometry, Budget.parse("0.2%"), rankings=HeadRankings.random(geometry, 0)))
-    for phrase in ("0.002 (0.2%)", "21/6425 = 0.33%", "the 3 sink scales", "raise it or lower sink_scales"):
-        assert phrase in str(caught.value)
-    # at 0.2 % there is room for 12.85 tokens: two sink scales are 5
-    dataclasses.replace(policy, sink_scales=2).plan(
-        PlanningProblem(geometry, Budget.parse("0.2%"), rankings=HeadRankings.random(geometry, 0))
-    )
+    problem = PlanningProblem(geometry, Budget.parse("0.2%"), rankings=HeadRankings.random(geometry, 0))
+    for name in ("heatkv", "random", "streaming"):
+        with pytest.raises(BudgetError, match=re.escape("0.002 (0.2%) is below 21/6425 = 0.33%, the 3 sink scales")):
+            make_policy(name).plan(problem)
+        make_policy(name, sink_scales=2).plan(problem)  # room for 12.85 tokens: two sink scales are 5
 
 
-def test_statistics_of_another_model_are_refused() -> None:
+def test_statistics_of_another_model() -> None:
     geometry, other = CacheGeometry(2, 2, 4, SQUARE), CacheGeometry(2, 3, 4, SQUARE)
     with pytest.raises(StatisticsError, match="2 layers x 3 heads"):
         problem_of(geometry, Fraction(1, 2), statistics=statistics_of(other, made_up_mass(other, 1, 0)))
@@ -76,7 +115,7 @@ def test_statistics_of_another_model_are_refused() -> None:
         problem_of(geometry, Fraction(1, 2), rankings=HeadRankings.random(other, 0))
 
 
-def test_rows_and_storage_scale_a_budget_in_bytes() -> None:
+def test_budget_in_bytes_with_rows_and_storage() -> None:
     geometry = CacheGeometry(2, 2, 4, SQUARE)  # full: 220 token-heads of 4 * 4 bytes a row in bfloat16
     budget = Budget.parse("3520B")
     for rows, storage, held in ((1, "bfloat16", 220), (2, "bfloat16", 110), (2, "float32", 55)):
@@ -85,6 +124,47 @@ def test_rows_and_storage_scale_a_budget_in_bytes() -> None:
         assert plan.budget_token_heads == held
         assert plan.budget == held / 220
         assert plan.bytes(rows, storage) <= 3520
+
+
+@pytest.mark.parametrize("name", heatkv.policies.__all__)
+def test_names_for_authors(name: str) -> None:
+    assert getattr(heatkv.policies, name).__name__ == name
+
+
+# ---------------------------------------------------------------------- composition
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("h2o:mean_per_scale=false:recent=0.25", H2O(recent=0.25, mean_per_scale=False)),
+        ("per-layer:weights=3,1", PerLayer(weights="3,1")),
+        ("hack-like:contextual=(0, 3)", HackLike(contextual=[0, 3])),
+        ("hack-like:contextual=None", HackLike()),
+        ("streaming-tokens:sink_tokens=none", make_policy("streaming-tokens")),
+        ("adakv:base=h2o", AdaKV(base="h2o")),
+        ("adakv:base=[h2o:recent=0.25]:alpha=0.5", AdaKV(base="h2o:recent=0.25", alpha=0.5)),
+        ("protected:base=[adakv:base=[h2o:recent=0.25]]:scales=1",
+         Protected(base="adakv:base=[h2o:recent=0.25]", scales="1")),
+    ],
+)  # fmt: skip
+def test_texts_of_policies(text: str, policy: Any) -> None:
+    assert read_policy(text) == policy
+    assert read_policy(policy_text(policy)) == policy
+
+
+def test_composition_of_objects() -> None:
+    problem = made_up_problem(AdaKV(), CacheGeometry(2, 2, 4, SQUARE), Fraction(1, 3))
+    plan = AdaKV(base=SnapKV(window=4)).plan(problem)
+    assert plan.settings["base"] == "snapkv:window=4:kernel=5"
+    assert plan == AdaKV(base="snapkv:window=4:kernel=5").plan(problem)
+    plan = PerLayer(base=AdaKV(base=HackLike(sinks=1))).plan(problem)
+    assert re.fullmatch(
+        r"adakv:base=\[hack-like:contextual_share=0.5:contextual_capacity=0.5:sinks=1:contextual=\(.*\)\]:alpha=0.2",
+        plan.settings["base"],
+    )
+    assert AdaKV(base=HackLike()).needs == {"statistics"}
+    assert AdaKV(base=HackLike(contextual=[0])).needs == set()
 
 
 # ---------------------------------------------------------------------- HeatKV's rule
@@ -154,7 +234,7 @@ def rule_problems(draw: st.DrawFn) -> tuple[list[list[Pair]], CacheGeometry, Fra
     return orders, geometry, share, sink_scales
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(problem=rule_problems())
 def test_heatkv_follows_the_text(problem: tuple[list[list[Pair]], CacheGeometry, Fraction, int]) -> None:
     orders, geometry, share, sink_scales = problem
@@ -260,7 +340,7 @@ def test_windows_hold_the_most_recent_scales(policy: EvictionPolicy, data: st.Da
 
 
 @WINDOWS
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_windows_fill_the_budget(policy: EvictionPolicy, data: st.DataObject) -> None:
     """While anything is dropped, less than one cell's room is unused: before the target runs, or at the checkpoint
@@ -314,9 +394,9 @@ def test_streaming_without_sinks_is_the_sliding_window(geometry: CacheGeometry, 
 class KeepNothing(StaticPolicy):
     """Only the sink scales are cached."""
 
-    name: ClassVar[str] = "keep-nothing"
+    name = "keep-nothing"
 
-    def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
+    def last_read(self, problem: PlanningProblem) -> IntArray:
         return self.sinks_only(problem)
 
 
@@ -350,58 +430,28 @@ def raising(error: BaseException) -> Callable[[], Any]:
     return load
 
 
-def test_the_policies_of_this_package_are_found() -> None:
-    assert {"full", "heatkv", "random", "sliding-window", "streaming"} <= set(POLICIES)
-    assert list(POLICIES) == sorted(POLICIES)
-    assert registry.find_policy("heatkv") is HeatKV
-    assert POLICIES["heatkv"].source == "heatkv.policies.heatkv"
-
-
-@pytest.mark.parametrize(
-    ("typed", "meant"), [("heatvk", "heatkv"), ("sliding_window", "sliding-window"), ("ful", "full")]
-)
-def test_an_unknown_name_gets_a_suggestion(typed: str, meant: str) -> None:
-    with pytest.raises(PolicyError, match=rf"unknown policy '{typed}'.*did you mean '{meant}'\?.*Known: .*streaming"):
-        registry.find_policy(typed)
-
-
-def test_a_name_like_no_other_gets_the_list() -> None:
-    with pytest.raises(PolicyError) as caught:
-        registry.find_policy("0123456789")
-    assert "did you mean" not in str(caught.value)
-    assert all(name in str(caught.value) for name in POLICIES)
-
-
-def test_a_plug_in_is_found(plug_ins: Callable[..., None]) -> None:
+def test_plug_in(plug_ins: Callable[..., None]) -> None:
     plug_ins(mine=lambda: KeepNothing)
     assert registry.find_policy("keep-nothing") is KeepNothing
     assert registry.registered_policies()["keep-nothing"].source == "plug_in_mine:found"
     assert registry.broken_plugins() == {}
-    plan = registry.find_policy("keep-nothing")().plan(problem_of(CacheGeometry(2, 2, 4, SQUARE), Fraction(1, 2)))
+    plan = make_policy("keep-nothing").plan(problem_of(CacheGeometry(2, 2, 4, SQUARE), Fraction(1, 2)))
     assert plan.peak_token_heads == 14 * 4
 
 
-@pytest.mark.parametrize("error", [ImportError("no module named dream"), RuntimeError("boom"), KeyError("x")], ids=repr)
-def test_a_broken_plug_in_hides_nothing(plug_ins: Callable[..., None], error: Exception) -> None:
-    plug_ins(aaa=raising(error), mine=lambda: KeepNothing, zzz=raising(error))
+def test_broken_plug_ins_hide_nothing(plug_ins: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+    impostor = type("Impostor", (KeepNothing,), {"name": "heatkv"})
+    plug_ins(aaa=raising(RuntimeError("boom")), mine=lambda: KeepNothing, number=lambda: 3, taken=lambda: impostor)
     assert set(registry.registered_policies()) == {*POLICIES, "keep-nothing"}
-    assert set(registry.broken_plugins()) == {"aaa", "zzz"}
-    assert registry.broken_plugins()["aaa"] == f"plug_in_aaa:found: {type(error).__name__}: {error}"
-    with pytest.raises(PolicyError, match=rf"unknown policy 'aaa'.*plug-in 'aaa' is broken: .*{type(error).__name__}"):
+    assert set(registry.broken_plugins()) == {"aaa", "number", "taken"}
+    assert registry.broken_plugins()["aaa"] == "plug_in_aaa:found: RuntimeError: boom"
+    assert "two policies are named 'heatkv'" in registry.broken_plugins()["taken"]
+    assert caplog.messages[0] == "heatkv: the plug-in 'aaa' could not be loaded: plug_in_aaa:found: RuntimeError: boom"
+    with pytest.raises(PolicyError, match=r"unknown policy 'aaa'.*plug-in 'aaa' is broken: .*RuntimeError"):
         registry.find_policy("aaa")
 
 
-def test_a_broken_plug_in_is_told(plug_ins: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
-    plug_ins(aaa=raising(RuntimeError("boom")), number=lambda: 3)
-    registry.registered_policies()
-    assert caplog.messages == [
-        "heatkv: the plug-in 'aaa' could not be loaded: plug_in_aaa:found: RuntimeError: boom",
-        "heatkv: the plug-in 'number' could not be loaded: plug_in_number:found: PolicyError: 3 is no class; register "
-        "a subclass of heatkv.EvictionPolicy",
-    ]
-
-
-def test_all_policies_of_a_plug_in_come_from_it_or_none_do(plug_ins: Callable[..., None]) -> None:
+def test_all_policies_of_a_plug_in_or_none(plug_ins: Callable[..., None]) -> None:
     second = type("Second", (KeepNothing,), {"name": "second"})
 
     def load(error: Exception | None) -> Any:
@@ -415,54 +465,23 @@ def test_all_policies_of_a_plug_in_come_from_it_or_none_do(plug_ins: Callable[..
     assert sources == {"keep-nothing": "plug_in_whole:found", "second": "plug_in_whole:found"}
     plug_ins(half=lambda: load(RuntimeError("boom")))
     assert set(registry.registered_policies()) == set(POLICIES)
-    assert set(registry.broken_plugins()) == {"half"}
 
 
-@pytest.mark.parametrize("name", ["Mine", "my_policy", "a--b", "-a", "a-", "a b", "a,b", "ä"])
-def test_names_have_one_form(name: str) -> None:
-    with pytest.raises(PolicyError, match="a name is lower-case letters, digits and hyphens between them"):
-        registry.register(type("Named", (KeepNothing,), {"name": name}))
-
-
-def test_a_plug_in_cannot_take_a_name(plug_ins: Callable[..., None]) -> None:
-    impostor = type("Impostor", (KeepNothing,), {"name": "heatkv"})
-    plug_ins(mine=lambda: impostor)
-    assert registry.find_policy("heatkv") is HeatKV
-    assert "two policies are named 'heatkv'" in registry.broken_plugins()["mine"]
-
-
-def test_registering(plug_ins: Callable[..., None]) -> None:
-    plug_ins()
-    assert registry.register(KeepNothing) is KeepNothing
-    registry.register(KeepNothing)  # a module imported twice
-    assert registry.find_policy("keep-nothing") is KeepNothing
-    with pytest.raises(PolicyError, match=r"two policies are named 'keep-nothing': .*Other.*; rename one"):
-        registry.register(type("Other", (KeepNothing,), {}))
-    assert registry.find_policy("keep-nothing") is KeepNothing
-    for nameless in (type("Nameless", (), {}), type("Nameless", (), {"name": ""}), type("Nameless", (), {"name": 3})):
-        with pytest.raises(PolicyError, match="Nameless is named"):
-            registry.register(nameless)
-
-
-def test_a_class_that_is_no_policy_is_not_registered() -> None:
-    class Stranger:
-        name = "stranger"
-
-    with pytest.raises(PolicyError, match=r"has no kind, needs, plan, random, source, summary; subclass"):
-        registry.register(Stranger)
-    assert "stranger" not in registry.registered_policies()
-
-
-def test_a_policy_that_fails_is_named() -> None:
+@pytest.mark.parametrize(
+    ("last_read", "error", "said"),
+    [
+        (lambda: np.zeros(1, dtype=np.int64) // 0, PolicyError, "policy 'boom' failed: RuntimeWarning"),
+        (lambda: [[1], [2, 3]], PlanError, "no regular array"),
+    ],
+)
+def test_policy_that_fails(last_read: Callable[[], Any], error: type[HeatKVError], said: str) -> None:
     @dataclass(frozen=True)
     class Boom(StaticPolicy):
-        name: ClassVar[str] = "boom"
+        name = "boom"
 
-        def last_read(self, problem: PlanningProblem) -> NDArray[np.int64]:
-            return np.zeros(1, dtype=np.int64) // 0 if problem.seed else [[1], [2, 3]]  # type: ignore[return-value]
+        def last_read(self, problem: PlanningProblem) -> IntArray:
+            return last_read()  # type: ignore[no-any-return]
 
     geometry = CacheGeometry(2, 2, 4, ScaleSchedule.square([1, 2, 3]))
-    with pytest.raises(PolicyError, match="policy 'boom' failed: RuntimeWarning"):
-        Boom(sink_scales=0).plan(PlanningProblem(geometry, Budget.parse("50%"), seed=1))
-    with pytest.raises(PlanError, match="no regular array"):
+    with pytest.raises(error, match=said):
         Boom(sink_scales=0).plan(PlanningProblem(geometry, Budget.parse("50%")))

@@ -314,12 +314,15 @@ def test_the_terminal_has_the_columns_of_the_page(table: Callable[..., Any], tmp
     console = Console(width=400, markup=False)
     with console.capture() as captured:
         console.print(table(made.rows, "a title"))
-    heads, *lines = [line for line in captured.get().splitlines() if line.startswith(("┃", "│"))]
-    titles = [title.strip() for title in heads.strip("┃").split("┃")]
+    heads, lines = (
+        [line.strip("┃│").replace("│", "┃").split("┃") for line in captured.get().splitlines() if line.startswith(sign)]
+        for sign in "┃│"
+    )
+    titles = [" ".join(part.strip() for part in parts if part.strip()) for parts in zip(*heads, strict=True)]
     page = page_of(tmp_path, one=made)
     shown = [page.columns("rows"), page.columns("memory", 0), page.columns("memory", 1), page.columns("latency", 1)]
     for row, line in zip(made.rows, lines, strict=True):
-        texts = dict(zip(titles, (text.strip() for text in line.strip("│").split("│")), strict=True))
+        texts = dict(zip(titles, (text.strip() for text in line), strict=True))
         assert (texts["policy"], texts["budget"]) == (row.policy, row.budget)
         for title, text in texts.items():
             on_page = [of[row.policy, row.budget][title][0] for of in shown
@@ -379,6 +382,7 @@ def test_what_lacks_a_seed_is_in_no_mean(tmp_path: Path) -> None:
 def test_times_are_ranked_within_their_turns(tmp_path: Path) -> None:
     later = changed(results(), lambda row: {"timed": "2026-02-02T00:00:00"} if row.policy == "h2o" else {})
     page = page_of(tmp_path, one=later)
+    assert "timed 2026-01-01 10:00:01" in page.said("latency")
     first, added = page.columns("latency", 0), page.columns("latency", 3)
     assert list(first) == [("full", "100%"), ("heatkv", "30%"), ("streaming", "30%"), ("heatkv", "10%"),
                            ("streaming", "10%")]  # fmt: skip

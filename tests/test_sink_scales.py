@@ -15,14 +15,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, level_live_table, statistics_of
 
-from heatkv.calibration.measure import told_settings
 from heatkv.cli import run
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import BudgetError, PolicyError
-from heatkv.models.catalogue import load_model
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.testing.material import made_up_mass
 
@@ -44,9 +42,9 @@ def measured(sinks: int | None, cost: str = "error", seed: int = 0) -> Statistic
 
 @pytest.mark.parametrize("policy", ["heatkv-lp", "heatkv-mr"])
 @pytest.mark.parametrize("sinks", [0, 1, 2, 3, 4])
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(share=st.fractions(Fraction(1, 100), 1, max_denominator=100), seed=SEEDS)
-def test_costs_of_fewer_sinks_plan_like_those_of_as_many(policy: str, sinks: int, share: Fraction, seed: int) -> None:
+def test_plans_from_costs_of_fewer_sinks(policy: str, sinks: int, share: Fraction, seed: int) -> None:
     least = Fraction(SCHEDULE.offsets[sinks], SCHEDULE.cached_tokens)
     budget = Budget("share", max(share, least))
     plans = [
@@ -65,7 +63,7 @@ def test_costs_of_fewer_sinks_plan_like_those_of_as_many(policy: str, sinks: int
         assert plan.value == pytest.approx(own.value, rel=0.01, abs=1e-9)
 
 
-def test_a_kl_may_choose_the_budget_with_more_sinks() -> None:
+def test_budget_by_kl_with_more_sinks() -> None:
     problem = PlanningProblem(GEOMETRY, Budget.parse("auto"), measured(1, "fisher"))
     plan = make_policy("heatkv-mr", cost="fisher", max_kl=1e9, sink_scales=3).plan(problem)
     assert plan.budget == 0.467  # three sinks are 14 of 30 tokens
@@ -75,12 +73,12 @@ def test_a_kl_may_choose_the_budget_with_more_sinks() -> None:
 
 
 @pytest.mark.parametrize(("policy", "cost"), [("heatkv-lp", "error"), ("heatkv-mr", "error"), ("heatkv-mr", "fisher")])
-def test_fewer_sinks_than_measured_name_the_way_out(policy: str, cost: str) -> None:
+def test_fewer_sinks_than_measured(policy: str, cost: str) -> None:
     options = {"cost": cost} if policy == "heatkv-mr" else {}
     problem = PlanningProblem(GEOMETRY, Budget.parse("50%"), measured(2, cost))
     with pytest.raises(PolicyError, match="sink_scales=1 is below the 2 that the level costs were measured with"):
         make_policy(policy, sink_scales=1, **options).plan(problem)
-    with pytest.raises(PolicyError, match=rf"needs .* \(heatkv calibrate --levels {cost} --sink-scales 1, then"):
+    with pytest.raises(PolicyError, match=f"level costs of the kind '{cost}'.* for 1 sink scales or fewer"):
         make_policy(policy, sink_scales=1, **options).plan(dataclasses.replace(problem, statistics=measured(None)))
     if policy == "heatkv-lp":
         make_policy(policy, sink_scales=1, value="error").plan(problem)
@@ -91,7 +89,6 @@ def test_fewer_sinks_than_measured_name_the_way_out(policy: str, cost: str) -> N
     [
         ("heatkv-mr", {}, "5%", "budget 0.05 (5%) is below 5/30 = 16.67%, the 2 sink scales"),
         ("heatkv-lp", {"value": "error"}, "1%", "budget 0.01 (1%) is below 5/30 = 16.67%, the 2 sink scales"),
-        ("heatkv", {}, "5%", "budget 0.05 (5%) is below 14/30 = 46.67%, the 3 sink scales"),
         ("heatkv-mr", {"layer_cap": "10%"}, "20%", "layer_cap=10% is below 5/30 = 16.67%, the 2 sink scales"),
     ],
 )
@@ -114,50 +111,27 @@ def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("nothing may be measured")
 
 
-@pytest.mark.parametrize("cost", ["error", "fisher"])
-def test_calibrate_measures_with_so_many_sinks(
-    cost: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_calibrate_with_a_number_of_sinks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("heatkv.cli.calibration_run.BIAS_SAMPLES", 1)
     path = tmp_path / "s.safetensors"
-    measure = ["calibrate", "--samples", "1", "--levels", cost, "--level-samples", "1", "--out", str(path)]
+    measure = ["calibrate", "--samples", "1", "--levels", "error", "--level-samples", "1", "--out", str(path)]
     assert run([*measure, "--sink-scales", "1"]) == 0
-    levels = Statistics.load(path).levels
-    assert levels is not None
-    assert levels.choices.sink_scales == 1
     assert run([*measure, "--append"]) == 0  # with the file's own number
     levels = Statistics.load(path).levels
     assert levels is not None
     assert (levels.choices.sink_scales, levels.samples) == (1, ("0:0:0", "0:1:1"))
-    assert levels.bias_samples == ("0:0:0",)
-    solve = ["solve", "--policy", "heatkv-mr", "--set", f"cost={cost}", "--statistics", str(path), "--budget"]
+    solve = ["solve", "--policy", "heatkv-mr", "--statistics", str(path), "--budget"]
     for sinks, budget in (("1", "1%"), ("3", "20%")):
         assert run([*solve, budget, "--sink-scales", sinks]) == 0
     assert "sink_scales=0 is below the 1 that" in refused(capsys, *solve, "1%", "--sink-scales", "0")
-    assert "raise it or lower sink_scales" in refused(capsys, *solve, "1%")
-
-
-def test_calibrate_refuses_other_sinks_before_it_measures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "s.safetensors"
-    model = load_model("emoji")
-    cfg, told = told_settings(model.sampling, model)
-    found = {"model": model.name, "fingerprint": model.fingerprint, "cfg": cfg, "settings": told}
-    statistics_of(model.geometry, made_up_mass(model.geometry, 1, 0), **found).save(path)
     monkeypatch.setattr("heatkv.calibration.measure.calibrate", never)
-    append = ["calibrate", "--append", "--out", str(path), "--levels"]
-    assert "has level costs with sink_scales=2, not 3; leave --sink-scales out, or measure into another file" in (
-        refused(capsys, *append, "error", "--sink-scales", "3")
-    )
-    assert "has level costs of the kind 'error'; measure 'fisher' into another file" in (
-        refused(capsys, *append, "fisher")
-    )
-    fresh = ["calibrate", "--out", str(tmp_path / "n"), "--sink-scales"]
-    assert "does not fit level costs of a schedule of 8 scales: 0 to 7" in (
-        refused(capsys, *fresh, "8", "--levels", "error")
-    )
-    assert "--sink-scales are those of level costs; say which to measure with --levels" in refused(capsys, *fresh, "1")
+    for option, value, said in (
+        ("--sink-scales", "3", "sink_scales=1, not 3"),
+        ("--levels", "fisher", "level costs of the kind 'error'"),
+    ):
+        assert said in refused(capsys, *measure, "--append", option, value)
 
 
 def test_compare_measures_with_the_sinks_of_its_policies(
@@ -182,14 +156,10 @@ def test_compare_measures_with_the_sinks_of_its_policies(
     before = path.read_bytes()
     monkeypatch.setattr("heatkv.calibration.measure.calibrate", never)
     for arguments, said in (
-        (["--sink-scales", "1"], "costs for plans with sink_scales=2 or more, this run has 1; write to another folder"),
-        (
-            ["--policies", "heatkv-mr", "--set", "cost=fisher"],
-            "costs of the kind 'error', not 'fisher'; write to",
-        ),
+        (["--sink-scales", "1"], "costs for plans with sink_scales=2 or more, this run has 1"),
+        (["--policies", "heatkv-mr", "--set", "cost=fisher"], "costs of the kind 'error', not 'fisher'"),
     ):
         # more samples are asked for, which would be measured first
-        told = refused(capsys, *command, "--samples", "2", *arguments, "--out", str(path.parent))
-        assert f"{path} has level {said}" in told
-        assert told.endswith("(--out)")
+        line = refused(capsys, *command, "--samples", "2", *arguments, "--out", str(path.parent))
+        assert f"{path} has level {said}" in line
         assert path.read_bytes() == before

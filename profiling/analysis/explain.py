@@ -22,7 +22,7 @@ from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError, StatisticsError
 from heatkv.levels.columns import level_bound, level_price_bound
 from heatkv.levels.costs import level_cost, levels_of_plan
-from heatkv.policies.base import PlanningProblem
+from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.heatkv_mr import HeatKVMR
 from heatkv.policies.lp import HeatKVLP, SolvedPolicy
@@ -140,7 +140,8 @@ def worth_of(plan: Plan, statistics: Statistics) -> Worth:
     """
     # half a token-head stands for none, which is no budget
     share = Fraction(max(2 * plan.budget_token_heads, 1), 2 * plan.geometry.full_token_heads)
-    problem = PlanningProblem(plan.geometry, Budget("share", share), statistics)
+    problem = PlanningProblem(plan.geometry, Budget("share", share))
+    statistics.check_geometry(plan.geometry)
     policy = _policy(plan)
     policy.check(problem)
     capacity, own, lacking = policy.capacity(problem), _own_measure(plan), list[str]()
@@ -173,7 +174,8 @@ def _policy(plan: Plan) -> SolvedPolicy:
     known = {field.name for field in fields(solver)}
     # what chose the budget or how to solve for it does not matter any more
     settings = {**plan.settings, "sink_scales": plan.sink_scales, "solver": "lp", "max_kl": None}
-    policy = solver(**{name: value for name, value in settings.items() if name in known})
+    policy = make_policy(solver.name, **{name: value for name, value in settings.items() if name in known})
+    assert isinstance(policy, SolvedPolicy)
     if (cap := policy.cap()) is not None and cap.kind == "bytes":
         raise PolicyError(
             f"the plan's layer_cap={policy.layer_cap} depends on rows and storage type, which a plan does not hold; "

@@ -125,13 +125,9 @@ def _figure(name: str, width: float, height: float) -> Iterator[Any]:
 def _svg(figure: Any, label: str) -> Markup:
     """The figure as an element of the page; `label` is read to who cannot see it."""
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    )
-    text = buffer.getvalue()
-    text = re.sub(
-        r' id="[a-zA-Z][\w.]*?_\d+"|<defs>\s*<style.*?</defs>|<metadata>.*?</metadata>', "", text, flags=re.DOTALL
-    )
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    needless = r' id="[a-zA-Z][\w.]*?_\d+"|<defs>\s*<style.*?</defs>|<metadata>.*?</metadata>'
+    text = re.sub(needless, "", buffer.getvalue(), flags=re.DOTALL)
     for name, (light, _) in PALETTE.items():
         text = text.replace(light, f"var(--{name})")
     view_box = re.findall(r'viewBox="(0 0 (\S+) \S+)"', text)[0]

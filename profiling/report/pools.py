@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,8 @@ class Report:
             parts = [group.title.split(", ") for group in members]
             shared = [part for part in parts[0] if all(part in other for other in parts)]
             folders = dict.fromkeys(row.source.label for group in members for row in group.rows)
-            title = ", ".join(shared) + (f" ({', '.join(folders)})" if self.several else "")
+            moment = re.sub(r"(?<=\d)T([\d:]{8})\S*", r" \1", ", ".join(shared))
+            title = f"{moment} ({', '.join(folders)})" if self.several else moment
             pools.append(self.pool((r for g in members for r in g.rows), title if len(found) > 1 else ""))
         return pools
 

@@ -151,7 +151,7 @@ RESULTS = (
     Column("above the base's", "nats", lambda row: row.versus and difference_text(row.versus)),
     *_figures(".4f", predicted_kl=("foretold KL", "nats")), TOP1,
     *_figures(".2f", psnr_db=("PSNR", "dB")), *_figures(".3f", ssim=("SSIM", ""), lpips=("LPIPS", "")),
-    *_figures(".1f", fid=("FID", "")), *_figures("", False, images=("images", ""), pictures=("pictures", "")),
+    *_figures(".1f", fid=("FID", "")), *_figures("d", False, images=("images", ""), pictures=("pictures", "")),
 )  # fmt: skip
 LATENCY = [
     column
@@ -160,8 +160,8 @@ LATENCY = [
         Column("median", "ms", f"{field}.median", ".1f", ledger),
         Column("interval", "ms", _interval(field), "", ledger),
         Column("confidence", "", f"{field}.confidence", ".1%", ledger, brief=False),
-        Column("runs", "", f"{field}.runs", "", ledger, brief=False),
-        Column("outliers", "", f"{field}.outliers", "", ledger),
+        Column("runs", "", f"{field}.runs", "d", ledger, brief=False),
+        Column("outliers", "", f"{field}.outliers", "d", ledger),
         *(Column(name, "ms", f"{field}.phases.{name}", ".1f", ledger) for name in (*TIME_PHASES, "other")),
         Column("last scale", "ms", f"{field}.scales.-1", ".1f", ledger),
     )
@@ -220,9 +220,9 @@ def _terminal_table(rows: Sequence[ResultRow], columns: Iterable[Column], title:
     brief = measured([column for column in (*columns, REMARK) if column.brief], rows)
     table = Table(title=title)
     for column in (shown := [POLICY, BUDGET, *axes, *brief]):
-        table.add_column(
-            column.title, justify="right" if column.form or column in (BUDGET, *axes) else "left", overflow="fold"
-        )
+        title = column.title.replace(", ", ",\n").replace(": ", ":\n")  # narrow columns leave room for others
+        right = bool(column.form) or column in (BUDGET, *axes)
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         texts = ["-" if (value := column.value(row)) is None else column.text(value) for column in shown]
         table.add_row(*texts, end_section=following is not None and following.budget != row.budget)
