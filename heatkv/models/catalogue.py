@@ -231,7 +231,7 @@ def _load_infinity(
     vae = vae or _vae_beside(weights, info)
     if Path(vae).name == "infinity_vae_d32.pth":  # same shapes, so nothing else could tell
         raise ModelError(f"{vae} was trained apart from the public transformers; take {info.vae_files[0]}")
-    transformer = build_infinity(read_checkpoint(weights), dtype=None)
+    transformer = build_infinity(read_checkpoint(weights))
     _check_sizes(info, weights, transformer)
     decoder, name = build_bsq(read_checkpoint(vae)), fingerprint(transformer)
     return TextConditionalModel(info.name, transformer, decoder, schedule, INFINITY_SAMPLING, name, text_encoder)

@@ -115,12 +115,9 @@ def _state(content: Mapping[str, Any], *names: str) -> dict[str, Tensor]:
     return state
 
 
-def infinity_state(content: Mapping[str, Any], *, average: bool = False) -> State:
-    """The transformer's tensors in a flat, sharded or trainer file, blocks counted through.
-
-    `average` takes the trainer's moving average in place of its last weights.
-    """
-    flat = _state(content, *(("gpt_ema_fsdp", "gpt_ema_for_vis") if average else ("gpt_fsdp", "gpt_wo_ddp")))
+def infinity_state(content: Mapping[str, Any]) -> State:
+    """The transformer's tensors in a flat, sharded or trainer file, blocks counted through."""
+    flat = _state(content, "gpt_fsdp", "gpt_wo_ddp")
     chunked = {name: match for name in flat if (match := _CHUNKED.fullmatch(name))}
     per_chunk = max((int(match[2]) + 1 for match in chunked.values()), default=0)
     state = {}
@@ -262,16 +259,10 @@ def build_vqvae(content: Mapping[str, Any], patch_sides: Sequence[int]) -> VQVAE
     return model
 
 
-def build_infinity(
-    content: Mapping[str, Any], dtype: torch.dtype | None = torch.float32, *, average: bool = False
-) -> Infinity:
-    """An Infinity transformer in evaluation mode, the blocks' matrices in `dtype`; `average` as in `infinity_state`.
-
-    `dtype=None` leaves every tensor in the type of the file, for `set_compute_dtype` to settle before it runs.
-    """
-    state = infinity_state(content, average=average)
-    model = _build("Infinity transformer", state, lambda: Infinity(infinity_config(state)))
-    return model if dtype is None else model.set_compute_dtype(dtype)
+def build_infinity(content: Mapping[str, Any]) -> Infinity:
+    """An Infinity transformer in evaluation mode, every tensor in the type of the file until `set_compute_dtype`."""
+    state = infinity_state(content)
+    return _build("Infinity transformer", state, lambda: Infinity(infinity_config(state)))
 
 
 def build_bsq(content: Mapping[str, Any]) -> BitwiseVAE:
