@@ -295,8 +295,8 @@ class Plan(CachePlan):
         for cells in self.coarse:
             if cells.log_bias.shape != self.last_read.shape or not (np.abs(cells.log_bias) <= _MOST_BIAS).all():
                 raise PlanError(
-                    f"log_bias of level {cells.level} is of shape {cells.log_bias.shape}, or beyond +-{_MOST_BIAS:g}; "
-                    f"it must be finite numbers of shape {self.last_read.shape}"
+                    f"log_bias of level {cells.level} has shape {cells.log_bias.shape}; it must be numbers from "
+                    f"-{_MOST_BIAS:g} to {_MOST_BIAS:g}, {self.last_read.shape}"
                 )
         self.check_budget()
 
