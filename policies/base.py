@@ -169,8 +169,8 @@ class EvictionPolicy(ABC):
 
     def settings(self, problem: PlanningProblem) -> dict[str, Any]:
         """Everything that decided the plan beside geometry and budget, as JSON gives it back."""
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+        options = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in options}
         return settings | {"budget": str(problem.budget)} | ({"seed": problem.seed} if self.random else {})
 
     def common(self, problem: PlanningProblem) -> dict[str, Any]:
