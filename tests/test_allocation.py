@@ -560,7 +560,7 @@ def test_sinks_against_budgets_and_caps(solver: Any) -> None:
         ({"layer_cap": "10parsec"}, BudgetError, "'10parsec'"),
         ({"layer_cap": "56tokens"}, BudgetError, "layer_cap 56tokens"),
         ({"layer_cap": "1GB"}, BudgetError, "layer_cap 1000000000B"),
-        ({"layer_cap": "auto"}, PolicyError, "layer_cap=auto"),
+        ({"layer_cap": "auto"}, BudgetError, "layer_cap 'auto'"),
     ],
 )
 def test_refused_options(options: dict[str, Any], error: type[Exception], named: str) -> None:

@@ -50,7 +50,8 @@ class HeadRankings(EqualByContents):
         last = self.first_scale + len(self.order)
         if first < self.first_scale or stop > last:
             raise StatisticsError(
-                f"the rankings cover the source scales {self.first_scale} to {last - 1}; {first} to {stop - 1} are needed"
+                f"the rankings cover the source scales {self.first_scale} to {last - 1}; {first} to {stop - 1} are "
+                "needed"
             )
         return self.ranks[first - self.first_scale : stop - self.first_scale]
 
@@ -82,8 +83,8 @@ class HeadRankings(EqualByContents):
             count, scales = len(rankings.order), len(geometry.schedule)
             if rankings.first_scale != PUBLISHED_SINKS:
                 raise StatisticsError(
-                    f"{count} rankings are those of a schedule of {count + PUBLISHED_SINKS + 1} scales, this one has "
-                    f"{scales}; plan from statistics of it"
+                    f"{count} rankings are those of a schedule of {count + PUBLISHED_SINKS + 1} scales (all cached "
+                    f"but {PUBLISHED_SINKS}); this one has {scales}: plan from statistics of it"
                 )
         return rankings
 

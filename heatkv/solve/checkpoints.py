@@ -76,8 +76,8 @@ class Capacity:
         ):
             if part.min(initial=0) < 0:
                 raise BudgetError(
-                    f"the {sink_scales} sink scales alone hold {-part.min():.0f} token-heads more than {room}; raise it "
-                    "or keep fewer sink scales"
+                    f"the {sink_scales} sink scales alone hold {-part.min():.0f} token-heads more than {room}; raise "
+                    "it or keep fewer sink scales"
                 )
 
     def token_prices(self, row_prices: FloatArray) -> FloatArray:
