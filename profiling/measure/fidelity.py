@@ -178,9 +178,9 @@ class FidelityBench:
         settings: Settings,
         batch: int = 16,
         hold: bool = True,
-        progress: Callable[[int], None] = lambda _: None,
+        progress: Callable[[int], object] = lambda _: None,
     ) -> None:
-        self.model, self.settings, self._seed, self._hold, self._progress = model, settings, seed, hold, progress
+        self.model, self.settings, self.seed, self._hold, self._progress = model, settings, seed, hold, progress
         self.pictures = min(pictures, images)
         self.batches = image_batches(images, batch)
         self._lpips = open_lpips() if self.pictures else "no pictures were drawn"
@@ -198,7 +198,7 @@ class FidelityBench:
             self._last = None  # two caches at once may be too many
             samples, logits = self.batches[index], list[Tensor]()
             full = Generator(self.model, self.model.full_plan(), len(samples), self.settings)
-            drawn = full.draw(self._labels(samples), self._seed, samples, observe=lambda _, x: logits.append(x))
+            drawn = full.draw(self._labels(samples), self.seed, samples, observe=lambda _, x: logits.append(x))
             self._reference[index] = drawn, logits
             self._progress(len(samples))
         return self._reference[index]
@@ -247,7 +247,7 @@ class FidelityBench:
     def _compare_pictures(self, generator: Generator[Any], samples: range, drawn: Drawn) -> dict[str, Any]:
         """Pictures of a batch, drawn freely, and how similar they are to the full cache's."""
         wanted = min(len(samples), self.pictures - samples.start)
-        free = generator.draw(self._labels(samples), sampler=CommonRandomSampler(self._seed, samples, self.settings))
+        free = generator.draw(self._labels(samples), sampler=CommonRandomSampler(self.seed, samples, self.settings))
         self._progress(len(samples))
         assert free.images is not None
         assert drawn.images is not None

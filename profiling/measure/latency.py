@@ -108,7 +108,7 @@ def measure_interleaved(
     calls: Mapping[str, Callable[[], object]],
     device: torch.device,
     repeats: int,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, `repeats` times after one warm-up, in `turns`."""
     for call in calls.values():

@@ -115,7 +115,7 @@ def measure_latency(
     repeats: int,
     machine: TimingMachine,
     seed: int = 0,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> tuple[dict[str, Times], dict[str, str]]:
     """Times of drawing `batch` images, decode included, by the names of the subjects, and why some have none with
     graphs. Subjects are timed in turns, each with its first plan; then, in at most BREAKDOWN_RUNS further runs each, it
@@ -158,7 +158,7 @@ def measure_latency(
 
 
 def graph_latency(
-    generator: Generator[Any], draw: Callable[[], object], repeats: int, progress: Callable[[], None] | None = None
+    generator: Generator[Any], draw: Callable[[], object], repeats: int, progress: Callable[[], object] | None = None
 ) -> tuple[Latency, int | None]:
     """Time of `draw`, which draws by a generator with graphs that has drawn nothing yet, and what its graphs hold.
 

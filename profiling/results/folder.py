@@ -213,6 +213,10 @@ class ResultsFolder:
             clear_temporaries(folder)
         return moved
 
+    def with_rows(self, rows: Sequence[ResultRow]) -> Results:
+        """What results.json holds with these records."""
+        return structs.replace(self._results, rows=tuple(rows))
+
     def _write(self, path: Path, rows: Sequence[ResultRow]) -> Path | None:
         """Write the rows; the new path of a file that held rows that are not among these, if one did."""
         moved = None
@@ -220,7 +224,7 @@ class ResultsFolder:
             numbered = (path.with_name(f"results.{number}.json") for number in itertools.count(1))
             moved = next(free for free in numbered if not free.exists())
             move(path, moved)
-        write_results(path, structs.replace(self._results, rows=tuple(rows)))
+        write_results(path, self.with_rows(rows))
         return moved
 
 
