@@ -231,10 +231,10 @@ def test_8_bits(policy: str) -> None:
     budget = "100%" if policy == "full" else "60%"
     with heatkv.attach(model, policy, budget) as attached:
         plain, plain_bytes = draw_var(model), attached.cache.allocated_bytes
-    with heatkv.attach(model, policy, budget, storage="int8", attention="ragged") as attached:
+    with heatkv.attach(model, policy, budget, code="int8", attention="ragged") as attached:
         coded, plan = draw_var(model), attached.plan
         assert attached.cache.allocated_bytes == plan.bytes(4, "int8/float32") < plain_bytes
-    with heatkv.attach(model, plan, storage="int8"):
+    with heatkv.attach(model, plan, code="int8"):
         same(draw_var(model), coded, 0)
     assert all((a - b).abs().max() <= 0.05 * a.abs().max() for a, b in zip(plain, coded, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(plain, coded, strict=True))
@@ -465,7 +465,7 @@ REFUSED_CALLS: list[tuple[type[HeatKVError], str, Callable[[Any], Any]]] = [
     (PolicyError, "None", lambda model: heatkv.attach(model, None)),  # type: ignore[arg-type]
     (PolicyError, "nonsense", lambda model: heatkv.attach(model, "streaming", "50%", nonsense=1)),
     (PolicyError, "budget", lambda model: heatkv.attach(model, whole_plan(), "50%")),
-    (HeatKVError, "int4", lambda model: heatkv.attach(model, "full", "100%", storage="int4")),
+    (HeatKVError, "int4", lambda model: heatkv.attach(model, "full", "100%", code="int4")),
     (PlanError, "flash", lambda model: heatkv.attach(model, "full", "100%", attention="flash")),
     (PlanError, "4 heads", lambda model: heatkv.attach(model, whole_plan(heads=4))),
     (PlanError, "2 layers", lambda model: heatkv.attach(model, whole_plan(layers=2))),
