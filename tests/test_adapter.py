@@ -13,7 +13,7 @@ from support.tiny_models import tiny_infinity
 from torch import Tensor, nn
 
 from heatkv.calibration import measure as calibration
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.measure import measure_samples
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -116,7 +116,7 @@ def test_hooks_do_not_outlive_an_error(
     assert hooks(emoji) == 0
     monkeypatch.setattr(calibration, "run_scales", lambda *_, **__: fail())
     with pytest.raises(type(error)):
-        calibrate(emoji, 1)
+        measure_samples(emoji, range(1))
     assert hooks(emoji) == 0
 
 

@@ -44,8 +44,8 @@ from torch.nn import functional as F
 
 import heatkv
 from heatkv.attachment.attached import Attached
-from heatkv.calibration.level_costs import calibrate_biases, calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.level_costs import measure_biases, measure_errors
+from heatkv.calibration.run import calibrate
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import LevelChoices
 from heatkv.core.plan import Plan
@@ -703,12 +703,13 @@ def test_measured_level_costs_equal_those_of_our_own_model(find: Find, name: str
     with heatkv.measure(model, "biases") as attached:
         draw()
     log_bias = attached.log_bias()
-    expected_bias = calibrate_biases(own, LevelChoices(own.geometry.schedule), 3, batch=2)
+    choices = LevelChoices(own.geometry.schedule)
+    expected_bias = measure_biases(own, choices, range(3))
     np.testing.assert_allclose(log_bias, expected_bias, atol=1e-4)
     assert np.abs(log_bias[..., 1:]).max() > 0.5
     with heatkv.measure(model, "levels", log_bias=expected_bias) as attached:
         draw()
-    levels, expected = attached.level_statistics(), calibrate_levels(own, 3, log_bias=expected_bias, batch=2)
+    levels, expected = attached.level_statistics(), measure_errors(own, choices, expected_bias, range(3))
     assert levels.samples == ("0:0:-", "0:1:-", "0:2:-")
     for mine, theirs in zip(levels.joint_sum, expected.joint_sum, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=5e-3, atol=1e-6 * max(theirs.max(), 1e-9))

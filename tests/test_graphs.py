@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from support.public_sampler import PublicSampler
+from support.tape import AddressRunner, TapeRunner, WatchedRunner
 from support.tiny_models import SHORT_SCHEDULE, TINY, features
-from tape import AddressRunner, TapeRunner, WatchedRunner
 from torch import Tensor
 
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.run import calibrate
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.statistics import Statistics
@@ -74,12 +73,12 @@ def short(emoji: ClassConditionalModel) -> ClassConditionalModel:
 
 @pytest.fixture(scope="module")
 def measured(short: ClassConditionalModel) -> Statistics:
-    return calibrate(short, 2).with_levels(calibrate_levels(short, 2))
+    return calibrate(short, 2, levels="error", level_samples=2)
 
 
 @pytest.fixture(scope="module")
 def all_measured(emoji: ClassConditionalModel) -> Statistics:
-    return calibrate(emoji, 2).with_levels(calibrate_levels(emoji, 2))
+    return calibrate(emoji, 2, levels="error", level_samples=2)
 
 
 def small_classes() -> ClassConditionalModel:

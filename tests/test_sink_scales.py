@@ -117,7 +117,7 @@ def never(*_: Any, **__: Any) -> Any:
 def test_calibrate_measures_with_so_many_sinks(
     cost: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("heatkv.cli.calibration_run.BIAS_SAMPLES", 1)
+    monkeypatch.setattr("heatkv.calibration.run.BIAS_SAMPLES", 1)
     path = tmp_path / "s.safetensors"
     measure = ["calibrate", "--samples", "1", "--levels", cost, "--level-samples", "1", "--out", str(path)]
     assert run([*measure, "--sink-scales", "1"]) == 0
@@ -144,7 +144,7 @@ def test_calibrate_refuses_other_sinks_before_it_measures(
     cfg, told = measured_settings(model.sampling, model)
     found = {"model": model.name, "fingerprint": model.fingerprint, "cfg": cfg, "settings": told}
     statistics_of(model.geometry, made_up_mass(model.geometry, 1, 0), **found).save(path)
-    monkeypatch.setattr("heatkv.calibration.measure.calibrate", never)
+    monkeypatch.setattr("heatkv.calibration.run.measure_samples", never)
     append = ["calibrate", "--append", "--out", str(path), "--levels"]
     assert "has level costs with sink_scales=2, not 3; leave --sink-scales out, or measure into another file" in (
         refused(capsys, *append, "error", "--sink-scales", "3")
@@ -162,8 +162,8 @@ def test_calibrate_refuses_other_sinks_before_it_measures(
 def test_compare_measures_with_the_sinks_of_its_policies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("calibration_run.BIAS_SAMPLES", "folder_statistics.LEVEL_SAMPLES"):
-        monkeypatch.setattr(f"heatkv.cli.{name}", 1)
+    for name in ("BIAS_SAMPLES", "LEVEL_SAMPLES"):
+        monkeypatch.setattr(f"heatkv.calibration.run.{name}", 1)
     few = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1"]
     command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", *few]
 
@@ -179,7 +179,7 @@ def test_compare_measures_with_the_sinks_of_its_policies(
     # costs that do not fit are not replaced, and nothing is measured beside them
     path = tmp_path / "many" / "statistics.safetensors"
     before = path.read_bytes()
-    monkeypatch.setattr("heatkv.calibration.measure.calibrate", never)
+    monkeypatch.setattr("heatkv.calibration.run.measure_samples", never)
     for arguments, said in (
         (["--sink-scales", "1"], "costs for plans with sink_scales=2 or more, this run has 1; write to another folder"),
         (
