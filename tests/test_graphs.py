@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.public_sampler import PublicSampler
 from support.tape import AddressRunner, TapeRunner, WatchedRunner
-from support.tiny_models import SHORT_SCHEDULE, TINY, features
+from support.tiny_models import SHORT_SCHEDULE, features, small_classes, small_prompts
 from torch import Tensor
 
 from heatkv.calibration.run import calibrate
@@ -26,20 +26,16 @@ from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, GraphRunner, 
 from heatkv.generation.loop import Drawn, Generator, generate
 from heatkv.models import base, class_conditional
 from heatkv.models.base import ImageModel, fingerprint
-from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.catalogue import load_model
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.models.infinity import Infinity
 from heatkv.models.sampling import (
-    BitSamplingSettings,
     CommonRandomSampler,
     RecordedTokens,
     SamplingSettings,
     Settings,
 )
-from heatkv.models.text_conditional import Prompt, TextConditionalModel
-from heatkv.models.var import VAR, VARConfig
-from heatkv.models.vqvae import VQVAE, VQVAEConfig
+from heatkv.models.text_conditional import Prompt
+from heatkv.models.var import VAR
 from heatkv.policies.base import make_policy
 from heatkv.policies.dynamic import Candidates
 from heatkv.policies.windows import SlidingWindowTokens
@@ -79,30 +75,6 @@ def measured(short: ClassConditionalModel) -> Statistics:
 @pytest.fixture(scope="module")
 def all_measured(emoji: ClassConditionalModel) -> Statistics:
     return calibrate(emoji, 2, levels="error", level_samples=2)
-
-
-def small_classes() -> ClassConditionalModel:
-    """Of random weights."""
-    torch.manual_seed(0)
-    sides = (1, 2, 3, 4)
-    transformer = VAR(VARConfig(sides, 2, 32, 4, num_classes=60, vocab_size=40, z_channels=8))
-    vqvae = VQVAE(VQVAEConfig(sides, 40, 8, 32, (1, 1)), encoder=False)
-    for module in (transformer, vqvae):
-        module.eval().requires_grad_(False)
-    for x in (transformer.head.weight, *(block.ada_lin[1].weight for block in transformer.layers())):
-        x.mul_(4)  # so that classes and what is kept make a difference
-    settings = SamplingSettings(cfg=2.0, top_k=20)
-    return ClassConditionalModel("tiny", transformer, vqvae, settings, fingerprint(transformer))
-
-
-def small_prompts() -> TextConditionalModel:
-    """Of random weights."""
-    torch.manual_seed(5)
-    transformer = Infinity(dataclasses.replace(TINY, depth=2)).eval().requires_grad_(False)
-    transformer.head.weight.mul_(4)
-    vae = BitwiseVAE(BSQConfig(TINY.bits, 32, (1, 1)), encoder=False).eval().requires_grad_(False)
-    settings = BitSamplingSettings(cfg=3.0)
-    return TextConditionalModel("tiny", transformer, vae, SHORT_SCHEDULE, settings, fingerprint(transformer))
 
 
 @pytest.fixture(scope="module")

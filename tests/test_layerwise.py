@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.dense_reads import DenseErrors, check_drop_errors
 from support.tiny_models import tiny_infinity, tiny_var
-from test_calibration import DenseErrors, check_drop_errors
 from torch import Tensor
 
 from heatkv.calibration.level_costs import level_choices, measure_biases, measure_errors

@@ -24,8 +24,7 @@ from strategies import SEEDS
 from support.foreign import draw_var, make_var
 from support.public_sampler import PublicSampler
 from support.tape import TapeRunner
-from support.tiny_models import features
-from test_graphs import small_classes, small_prompts
+from support.tiny_models import features, small_classes, small_prompts
 from torch import Tensor
 
 import heatkv
@@ -173,7 +172,7 @@ def test_broken_logits() -> None:
         generator.draw([3, 7])
 
 
-def biases(model: ClassConditionalModel, samples: range) -> None:
+def biases(model: ImageModel[Any], samples: range) -> None:
     measure_biases(model, level_choices(model.geometry.schedule, 2), samples)
 
 
