@@ -24,7 +24,7 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import BoolArray, FloatArray, IntArray
 from heatkv.core.statistics import Provenance, Statistics
 from heatkv.errors import BudgetError, PolicyError, StatisticsError
-from heatkv.policies.base import PlanningProblem
+from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP
 from heatkv.solve import cells
@@ -565,7 +565,7 @@ def test_sinks_against_budgets_and_caps(solver: Any) -> None:
 )
 def test_refused_options(options: dict[str, Any], error: type[Exception], named: str) -> None:
     with pytest.raises(error, match=named):
-        lp(**options).plan(problem("50%"))
+        make_policy("heatkv-lp", **{"value": "error", "sink_scales": 1, **options}).plan(problem("50%"))
 
 
 def test_statistics_without_errors() -> None:

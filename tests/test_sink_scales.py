@@ -15,14 +15,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, level_live_table, statistics_of
 
-from heatkv.calibration.measure import measured_settings
 from heatkv.cli import run
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import BudgetError, PolicyError
-from heatkv.models.catalogue import load_model
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.testing.material import made_up_mass
 
@@ -113,57 +111,34 @@ def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("nothing may be measured")
 
 
-@pytest.mark.parametrize("cost", ["error", "fisher"])
-def test_calibrate_measures_with_so_many_sinks(
-    cost: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_calibrate_with_a_number_of_sinks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("heatkv.calibration.run.BIAS_SAMPLES", 1)
+    monkeypatch.setattr("heatkv.cli.calibration_run.BIAS_SAMPLES", 1)
     path = tmp_path / "s.safetensors"
-    measure = ["calibrate", "--samples", "1", "--levels", cost, "--level-samples", "1", "--out", str(path)]
+    measure = ["calibrate", "--samples", "1", "--levels", "error", "--level-samples", "1", "--out", str(path)]
     assert run([*measure, "--sink-scales", "1"]) == 0
-    levels = Statistics.load(path).levels
-    assert levels is not None
-    assert levels.choices.sink_scales == 1
     assert run([*measure, "--append"]) == 0  # with the file's own number
     levels = Statistics.load(path).levels
     assert levels is not None
     assert (levels.choices.sink_scales, levels.samples) == (1, ("0:0:0", "0:1:1"))
-    assert levels.bias_samples == ("0:0:0",)
-    solve = ["solve", "--policy", "heatkv-mr", "--set", f"cost={cost}", "--statistics", str(path), "--budget"]
+    solve = ["solve", "--policy", "heatkv-mr", "--statistics", str(path), "--budget"]
     for sinks, budget in (("1", "1%"), ("3", "20%")):
         assert run([*solve, budget, "--sink-scales", sinks]) == 0
     assert "sink_scales=0 is below the 1 that" in refused(capsys, *solve, "1%", "--sink-scales", "0")
-    assert "raise it or lower sink_scales" in refused(capsys, *solve, "1%")
-
-
-def test_calibrate_refuses_other_sinks_before_it_measures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "s.safetensors"
-    model = load_model("emoji")
-    cfg, told = measured_settings(model.sampling, model)
-    found = {"model": model.name, "fingerprint": model.fingerprint, "cfg": cfg, "settings": told}
-    statistics_of(model.geometry, made_up_mass(model.geometry, 1, 0), **found).save(path)
-    monkeypatch.setattr("heatkv.calibration.run.measure_samples", never)
-    append = ["calibrate", "--append", "--out", str(path), "--levels"]
-    assert "has level costs with sink_scales=2, not 3; leave --sink-scales out, or measure into another file" in (
-        refused(capsys, *append, "error", "--sink-scales", "3")
-    )
-    assert "has level costs of the kind 'error'; measure 'fisher' into another file" in (
-        refused(capsys, *append, "fisher")
-    )
-    fresh = ["calibrate", "--out", str(tmp_path / "n"), "--sink-scales"]
-    assert "does not fit level costs of a schedule of 8 scales: 0 to 7" in (
-        refused(capsys, *fresh, "8", "--levels", "error")
-    )
-    assert "--sink-scales are those of level costs; say which to measure with --levels" in refused(capsys, *fresh, "1")
+    monkeypatch.setattr("heatkv.calibration.measure.calibrate", never)
+    for option, value, said in (
+        ("--sink-scales", "3", "sink_scales=1, not 3"),
+        ("--levels", "fisher", "level costs of the kind 'error'"),
+    ):
+        assert said in refused(capsys, *measure, "--append", option, value)
 
 
 def test_compare_measures_with_the_sinks_of_its_policies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("BIAS_SAMPLES", "LEVEL_SAMPLES"):
-        monkeypatch.setattr(f"heatkv.calibration.run.{name}", 1)
+    for name in ("calibration_run.BIAS_SAMPLES", "folder_statistics.LEVEL_SAMPLES"):
+        monkeypatch.setattr(f"heatkv.cli.{name}", 1)
     few = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1"]
     command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", *few]
 
@@ -179,16 +154,12 @@ def test_compare_measures_with_the_sinks_of_its_policies(
     # costs that do not fit are not replaced, and nothing is measured beside them
     path = tmp_path / "many" / "statistics.safetensors"
     before = path.read_bytes()
-    monkeypatch.setattr("heatkv.calibration.run.measure_samples", never)
+    monkeypatch.setattr("heatkv.calibration.measure.calibrate", never)
     for arguments, said in (
-        (["--sink-scales", "1"], "costs for plans with sink_scales=2 or more, this run has 1; write to another folder"),
-        (
-            ["--policies", "heatkv-mr", "--set", "cost=fisher"],
-            "costs of the kind 'error', not 'fisher'; write to",
-        ),
+        (["--sink-scales", "1"], "costs for plans with sink_scales=2 or more, this run has 1"),
+        (["--policies", "heatkv-mr", "--set", "cost=fisher"], "costs of the kind 'error', not 'fisher'"),
     ):
         # more samples are asked for, which would be measured first
-        told = refused(capsys, *command, "--samples", "2", *arguments, "--out", str(path.parent))
-        assert f"{path} has level {said}" in told
-        assert told.endswith("(--out)")
+        line = refused(capsys, *command, "--samples", "2", *arguments, "--out", str(path.parent))
+        assert f"{path} has level {said}" in line
         assert path.read_bytes() == before

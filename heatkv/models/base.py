@@ -129,7 +129,7 @@ class ImageModel(ABC, Generic[Label]):
     """
 
     name: str
-    transformer: Transformer[Any]
+    transformer: Transformer
     fingerprint: str
     sampling: Settings
 
