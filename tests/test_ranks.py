@@ -25,7 +25,7 @@ CALIBRATE = ["calibrate", "--samples", "3"]  # batches of 2 and 1
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 LAST = 12 * 8  # attention of the embedded model's last layer and scale
 COMPARE = ["compare", "--samples", "2", "--images", "18", "--pictures", "17", "--repeats", "1", "--policies"]
-COMPARE += ["streaming,random", "--draws", "2", "--budgets", "30%"]
+COMPARE += ["streaming,random", "--budgets", "30%"]
 
 
 @pytest.fixture(scope="module")
