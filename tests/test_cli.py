@@ -1072,15 +1072,15 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Sig
 
 INTERRUPTED = """
 import os, signal
-import heatkv.calibration.measure
+import heatkv.calibration.run
 from heatkv.__main__ import main
-measure, batches = heatkv.calibration.measure.calibrate, []
+measure, batches = heatkv.calibration.run.measure_samples, []
 def interrupted(*arguments, **options):
     batches.append(1)
     if len(batches) == 2:
         os.kill(os.getpid(), signal.SIGINT)
     return measure(*arguments, **options)
-heatkv.calibration.measure.calibrate = interrupted
+heatkv.calibration.run.measure_samples = interrupted
 main()
 """
 

@@ -19,7 +19,7 @@ from msgspec import structs
 from support import processes
 from torch import Tensor
 
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.run import calibrate
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan

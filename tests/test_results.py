@@ -382,7 +382,7 @@ def test_digests_follow_all_that_figures_follow_from(emoji: ClassConditionalMode
 
 
 def test_s_cas_is_that_of_the_run(emoji: ClassConditionalModel, tmp_path: Path) -> None:
-    from heatkv.calibration.measure import calibrate
+    from heatkv.calibration.run import calibrate
 
     statistics: Statistics = calibrate(emoji, 1)
     provenance = json.loads(json.dumps(statistics.provenance.to_json()))
