@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopping import Ended, Moment, run_apart
+from support.stopping import Ended, Moment, run_apart
 
 from heatkv.cli import run
 from heatkv.errors import RanksError
@@ -24,7 +24,7 @@ CALIBRATE = ["calibrate", "--samples", "3"]  # batches of 2 and 1
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 LAST = 12 * 8  # attention of the embedded model's last layer and scale
 COMPARE = ["compare", "--samples", "2", "--images", "18", "--pictures", "17", "--repeats", "1", "--policies"]
-COMPARE += ["streaming,random", "--draws", "2", "--budgets", "30%"]
+COMPARE += ["streaming,random", "--budgets", "30%"]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,23 @@ def test_ranks_measure_what_one_process_does(alone: Path, tmp_path: Path) -> Non
     assert [line for line in ended[0].error.splitlines() if "calibrating" in line][-1] == "calibrating emoji: 3 of 3"
 
 
+def test_ranks_draw_the_pictures_of_one_process(tmp_path: Path) -> None:
+    """Three batches of 2, 2 and 1 images; the first rank speaks."""
+    arguments = ["generate", "--policy", "streaming", "--budget", "30%", "--label", "cat", "--count", "5"]
+    one, shared = tmp_path / "one", tmp_path / "shared"
+    assert run([*arguments, "--rows", "4", "--out", str(one)]) == 0
+    ended = run_apart([*arguments, "--rows", "4", "--out", str(shared)], tmp_path / "log", ranks=2)
+    assert codes(ended) == [0, 0], ended
+    assert ended[1].error == ""
+    assert "written: 5 images in" in ended[0].error
+    assert names_in(shared) == names_in(one) == {f"000{index}_cat.png" for index in range(5)}
+    for path in one.iterdir():
+        assert path.read_bytes() == (shared / path.name).read_bytes()
+
+
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_killed_is_told_and_its_work_is_kept(killed: int, alone: Path, tmp_path: Path) -> None:
-    """Killed at the end of its first batch: the other rank does what there is, notices, and --resume does the rest."""
+    """Killed at the end of its first batch: the other rank does what there is, notices, and one process the rest."""
     out = tmp_path / "s.safetensors"
     arguments = [*CALIBRATE, "--out", str(out)]
     ended = run_apart(arguments, tmp_path, Moment("attention", LAST, signal.SIGKILL), ranks=2, stopped_rank=killed)
@@ -70,8 +84,7 @@ def test_a_rank_that_is_killed_is_told_and_its_work_is_kept(killed: int, alone: 
     assert not out.exists()
     kept = list((tmp_path / "s.safetensors.parts").glob("samples.*.safetensors"))
     assert kept
-    assert run(arguments) == 2
-    assert run([*arguments, "--resume"]) == 0
+    assert run(arguments) == 0
     assert out.read_bytes() == alone.read_bytes()
     assert names_in(tmp_path) == {"s.safetensors"}
 
@@ -83,7 +96,7 @@ def test_torchrun_calibrates_and_compares(ranks: int, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "heatkv"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     paths = {"one": tmp_path / "one.safetensors", "ranks": tmp_path / "ranks.safetensors"}
-    costs = ["--levels", "fisher", "--level-samples", "6", "--report"]
+    costs = ["--levels", "fisher,samples=6", "--report", "20%"]
     for more in (costs, ["--append"]):
         for name, path in paths.items():
             arguments = ["calibrate", "--samples", "5", *more, "--out", str(path), "--json"]
@@ -133,7 +146,7 @@ def test_a_rank_that_is_killed_while_comparing(tmp_path: Path) -> None:
     assert told in ([1, 0], [0, 1], [1, 1])  # once, unless the first rank, whom they ask, is gone before the second
     kept = list((tmp_path / "ranks" / "results.parts").iterdir())
     assert len(kept) >= 2
-    assert run([*arguments, "--resume"]) == 0
+    assert run(arguments) == 0
     check_alike(tmp_path / "one", tmp_path / "ranks")
 
 

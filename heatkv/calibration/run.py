@@ -14,7 +14,7 @@ from heatkv.calibration.fisher import calibrate_fisher
 from heatkv.calibration.level_costs import calibrate_biases, calibrate_levels, level_choices
 from heatkv.calibration.measure import calibrate as measure
 from heatkv.calibration.measure import measured_settings, ranking_agreement, sample_names
-from heatkv.core.io import check_place, clear_temporaries, versions
+from heatkv.core.io import check_place, clear_temporaries, in_file, versions
 from heatkv.core.levels import SINK_SCALES
 from heatkv.core.schema import seed_of, suggest, whole
 from heatkv.core.statistics import COSTS, LevelStatistics, Statistics
@@ -115,7 +115,8 @@ def calibrate_into(
     before = found if append else None
     costs = None
     if levels is not None:
-        costs = LevelCosts(levels, _level_sinks(before, model, levels, sink_scales), level_samples)
+        with in_file(out):
+            costs = LevelCosts(levels, _level_sinks(before, model, levels, sink_scales), level_samples)
     sizes = batches_of(samples) if batch_sizes is None else batch_sizes
     run = CalibrationRun(out, model, settings, seed, sizes, before, costs, reporter)
     stopped = run.check_stopped(resume)
@@ -159,7 +160,8 @@ def statistics_of_folder(
                 "write to another folder"
             )
         if levels is not None and before.levels is not None:
-            sink_scales = _level_sinks(before, model, levels, None, most=sink_scales)
+            with in_file(path):
+                sink_scales = _level_sinks(before, model, levels, None, most=sink_scales)
             missing -= len(before.levels.samples)
     if levels is not None and missing > 0:
         costs = LevelCosts(levels, min(sink_scales, SINK_SCALES), missing)
@@ -221,7 +223,7 @@ def _level_sinks(
     sinks = costs.choices.sink_scales
     if costs.cost != cost or wanted not in (None, sinks) or (most is not None and sinks > most):
         raise StatisticsError(
-            f"the file has level costs of the kind {costs.cost!r} with sink_scales={sinks}, not {cost!r} with "
+            f"has level costs of the kind {costs.cost!r} with sink_scales={sinks}, not {cost!r} with "
             f"{most if wanted is None else wanted}; measure these into another file"
         )
     return sinks

@@ -94,7 +94,7 @@ class GraphRunner(ABC):
                 raise reason from None
             raise GraphError(
                 f"{key} cannot be recorded as a graph: {type(reason).__name__}: {reason}; draw without graphs "
-                "(graphs=False, --no-graphs), or do nothing in it that waits for the device"
+                "(graphs=False), or do nothing in it that waits for the device"
             ) from reason
 
     def forget(self) -> None:
@@ -114,7 +114,7 @@ def check_has_graphs(device: torch.device) -> None:
     """Raise GraphError for a device without CUDA graphs."""
     if device.type != "cuda":
         raise GraphError(
-            f"CUDA graphs need a CUDA device; the model is on {device}: draw without them (graphs=False, --no-graphs)"
+            f"CUDA graphs need a CUDA device; the model is on {device}: draw without them (graphs=False)"
         )
 
 
