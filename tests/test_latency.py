@@ -34,7 +34,7 @@ from heatkv.profiling.measure.latency import (
 )
 from heatkv.profiling.measure.runner import measure_latency
 from heatkv.profiling.measure.subjects import plan_subjects
-from heatkv.profiling.measure.trace import has_trace, save_trace
+from heatkv.profiling.measure.trace import save_trace
 from heatkv.profiling.results.row import Latency, Load
 
 CPU = torch.device("cpu")
@@ -153,7 +153,6 @@ def trace(
     # the pattern by which torch-tb-profiler finds a worker and its span
     assert re.match(rf"^{request.param}_30percent_batch_1\.\d+\.pt\.trace\.json$", path.name)
     assert list(folder.iterdir()) == [path]
-    assert (has_trace(folder, subject, 1), has_trace(folder, subject, 2)) == (True, False)
     return path
 
 

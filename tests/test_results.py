@@ -314,15 +314,6 @@ def test_a_run_keeps_what_earlier_ones_left(emoji: ClassConditionalModel, tmp_pa
     assert folder_of(shared, emoji).memory("m", own=False) is not None
 
 
-def test_a_stopped_run_over_other_rows_is_refused(emoji: ClassConditionalModel, tmp_path: Path) -> None:
-    run = folder_of(tmp_path, emoji)
-    run.check_stopped([row()])
-    run.save([row()])
-    run.check_stopped([row(), row(comparison="d")])
-    with pytest.raises(FormatError, match="is of a run over other rows"):
-        run.check_stopped([row(comparison="d")])
-
-
 @pytest.mark.parametrize("name", ["results.json", "results.partial.json", "scas.json"])
 @pytest.mark.parametrize("content", ['{"format": "mine"}', '{"format": "heatkv-results", "version": 1}', "{"])
 def test_foreign_files_are_not_replaced(tmp_path: Path, name: str, content: str) -> None:

@@ -26,11 +26,6 @@ def _worker(subject: Subject, batch: int, of_point: str) -> str:
     return file_name(f"{subject.name.replace('%', 'percent')} batch {batch}{of_point}")
 
 
-def has_trace(folder: Path, subject: Subject, batch: int, of_point: str = "") -> bool:
-    """Whether a trace of this drawing is in the folder."""
-    return any(folder.glob(f"{_worker(subject, batch, of_point)}.*.pt.trace.json"))
-
-
 def save_trace(
     folder: Path, model: ImageModel[Any], subject: Subject, batch: int, settings: Settings, of_point: str = ""
 ) -> Path:
