@@ -41,9 +41,7 @@ def save_trace(
     be written.
     """
     generator, labels = subject.generator(model, settings, 0, batch), model.labels(batch)
-    activities = [ProfilerActivity.CPU]
-    if model.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if model.device.type == "cuda" else [])]
     path = folder / f"{_worker(subject, batch, of_point)}.{time.time_ns()}.pt.trace.json"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -52,7 +50,7 @@ def save_trace(
             profiler.export_chrome_trace(str(temporary))
             # the profiler's library writes beside it, and tells nobody when it cannot
             temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)
-            if not _is_whole(temporary):
+            if not temporary.read_bytes().rstrip().endswith(b"}"):
                 raise FormatError(f"cannot write {path}: the profiler could not finish it; is there room on the disk?")
 
     with _output_on_errors(), profile(
@@ -64,23 +62,11 @@ def save_trace(
     return path
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a JSON object ends where the file does."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 64))
-        return file.read().rstrip().endswith(b"}")
-
-
 @contextmanager
 def _output_on_errors() -> Iterator[None]:
     """What the profiler's library prints goes to the error stream: the output belongs to results."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # there is no output
-        yield
-        return
+    sys.stdout.flush()
+    kept = os.dup(1)
     try:
         os.dup2(2, 1)
         yield
