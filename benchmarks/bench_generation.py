@@ -74,7 +74,7 @@ def measure(case: str, dtype: str) -> dict[str, Any]:
     labels = labels_of(model, 1, PROMPT)
     generators = {policy: Generator(model, plan, 1) for policy, plan in plans_of(model).items()}
     if "heatkv" in generators:
-        generators["heatkv int8"] = Generator(model, generators["heatkv"].plan, 1, storage="int8")
+        generators["heatkv int8"] = Generator(model, generators["heatkv"].plan, 1, code="int8")
     runs: dict[str, list[float]] = {policy: [] for policy in generators}
     product = matrix_product_ms()
     warm_up = repeats > 1  # where an image takes minutes, one run of each is all there is

@@ -193,7 +193,7 @@ def test_in_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_in_8_bits(tiny: ClassConditionalModel, name: str, coding: str) -> None:
     plan = plan_of(name, tiny, storage=f"{coding}/float32")
-    made, plain = (Generator(tiny, plan, 2, runner=run, storage=coding) for run in (TapeRunner(), EagerRunner()))
+    made, plain = (Generator(tiny, plan, 2, runner=run, code=coding) for run in (TapeRunner(), EagerRunner()))
     check_replays(made, plain, [[3, 4], [9, 1], [5, 0]])
 
 

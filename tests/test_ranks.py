@@ -158,7 +158,7 @@ def test_ranks_without_a_common_folder_send_parts(tmp_path: Path) -> None:
     assert second.asked == [(False, 0), (True, 1)]
     assert parts.path("a").read_bytes() == b"of the first"
     assert parts.path("b").read_bytes() == b"of the second"
-    assert parts.told() == {"asked": 1}
+    assert parts.description() == {"asked": 1}
     parts.remove()
     assert not parts.folder.exists()
 

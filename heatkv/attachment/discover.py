@@ -128,8 +128,8 @@ def _self_attention(where: str, block: Any) -> tuple[str, Any]:
     parameters = list(inspect.signature(module.forward).parameters.values())
     if len(parameters) < 2 or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise ModelError(
-            f"the forward of {name} is not forward(x, attn_bias, ...) with named arguments; where the model is attached "
-            "already, leave the other `with` block first"
+            f"the forward of {name} is not forward(x, attn_bias, ...) with named arguments; where the model is "
+            "attached already, leave the other `with` block first"
         )
     return where, module
 

@@ -129,7 +129,7 @@ class ImageModel(ABC, Generic[Label]):
     """
 
     name: str
-    transformer: Transformer[Any]
+    transformer: Transformer
     fingerprint: str
     sampling: Settings
 
@@ -221,7 +221,7 @@ def checked_run(
     first_sample: int,
     batch: int,
     settings: Settings | None,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], object] | None,
 ) -> tuple[int, int, int, Settings]:
     """`seed`, `first_sample`, `batch` and `settings` (default: the model's) of whatever draws images.
 

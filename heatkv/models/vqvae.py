@@ -259,23 +259,15 @@ class MultiScaleQuantizer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.z_channels)
         self.quant_resi = _SharedPhi(config.z_channels, config.num_phi)
 
-    def refine(self, h_BZPP: Tensor, scale: int) -> Tensor:
-        """phi of this scale, applied to code features already at the latent's resolution."""
-        ratio = self.config.residual_ratio
-        index = phi_index(scale, len(self.config.patch_sides), self.config.num_phi)
-        convolved: Tensor = self.quant_resi.conv(index)(h_BZPP)
-        return h_BZPP * (1 - ratio) + convolved * ratio
-
-    def code_features(self, tokens_BN: Tensor, scale: int, enlarge: bool = True) -> Tensor:
-        """What the codes of one scale add to f_hat: (B, Z, P, P).
-
-        `enlarge=False` skips the resize, which upstream leaves out at the last scale while generating.
-        """
-        side, full = self.config.patch_sides[scale], self.config.patch_sides[-1]
-        h = self.embedding(tokens_BN).transpose(1, 2).reshape(tokens_BN.shape[0], -1, side, side)
-        if enlarge and side != full:
-            h = F.interpolate(h, size=(full, full), mode="bicubic")
-        return self.refine(h, scale)
+    def code_features(self, tokens_BN: Tensor, scale: int) -> Tensor:
+        """What the codes of one scale add to f_hat, (B, Z, P, P): enlarged, and refined by the scale's phi."""
+        sides, ratio = self.config.patch_sides, self.config.residual_ratio
+        h_BZPP = self.embedding(tokens_BN).transpose(1, 2).unflatten(2, (sides[scale], sides[scale]))
+        if sides[scale] != sides[-1]:
+            h_BZPP = F.interpolate(h_BZPP, size=(sides[-1], sides[-1]), mode="bicubic")
+        phi = self.quant_resi.conv(phi_index(scale, len(sides), self.config.num_phi))
+        refined: Tensor = h_BZPP * (1 - ratio) + phi(h_BZPP) * ratio
+        return refined
 
     def next_map(self, f_hat_BZPP: Tensor, scale: int) -> Tensor:
         """The input map of `scale`, (B, Z, p, p): the sum so far, averaged over areas."""
@@ -290,13 +282,11 @@ class MultiScaleQuantizer(nn.Module):
 
     def encode(self, f_BZPP: Tensor) -> list[Tensor]:
         """Codes of every scale, each (B, p*p), of a latent."""
-        rest = f_BZPP
-        tokens = []
-        for scale, side in enumerate(self.config.patch_sides):
-            z = rest if side == rest.shape[-1] else F.interpolate(rest, size=(side, side), mode="area")
-            index_BN = self.nearest(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])).view(z.shape[0], -1)
-            tokens.append(index_BN)
-            rest = rest - self.code_features(index_BN, scale)
+        rest, tokens = f_BZPP, []
+        for scale in range(len(self.config.patch_sides)):
+            z_BZpp = self.next_map(rest, scale)
+            tokens.append(self.nearest(z_BZpp.flatten(2).transpose(1, 2).flatten(0, 1)).view(len(z_BZpp), -1))
+            rest = rest - self.code_features(tokens[-1], scale)
         return tokens
 
 
