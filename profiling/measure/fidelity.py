@@ -196,7 +196,7 @@ class FidelityBench:
 
     def _generator(self, subject: Subject, plan: int, index: int) -> Generator[Any]:
         size = len(self.batches[index])
-        key = id(subject), plan, size
+        key = subject, plan, size
         if self._last is None or self._last[0] != key:
             self._last = None  # frees its cache first
             self._last = key, subject.generator(self.model, self.settings, plan, size)

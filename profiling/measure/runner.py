@@ -32,17 +32,8 @@ from heatkv.profiling.measure.memory import (
     steps,
 )
 from heatkv.profiling.measure.subjects import Subject
+from heatkv.profiling.results import ledgers
 from heatkv.profiling.results.comparable import PLACE, REFERENCE, subject_key
-from heatkv.profiling.results.ledgers import (
-    AllocatorMemory,
-    ArenaMemory,
-    GraphMemory,
-    HostMemory,
-    Ledgers,
-    Phases,
-    PlannedMemory,
-    TensorMemory,
-)
 from heatkv.profiling.results.row import Latency, Memory, ResultRow, Times, TimingMachine, Versus
 
 T = TypeVar("T")
@@ -122,7 +113,7 @@ def in_phases(
     seed: int,
     reset: Callable[[], object],
     read: Callable[[], T],
-) -> tuple[Generator[Any], Phases[T]]:
+) -> tuple[Generator[Any], ledgers.Phases[T]]:
     """What `open_` opens, with a figure of opening it, of drawing and of decoding once."""
 
     def figure() -> T:
@@ -136,7 +127,7 @@ def in_phases(
     images = generator.draw(labels, seed, before_decode=lambda: figures.append(figure()))
     figures.append(figure())
     del images  # alive until here
-    return generator, Phases(*figures)
+    return generator, ledgers.Phases(*figures)
 
 
 def subject_memory(
@@ -162,7 +153,7 @@ def subject_memory(
         reset, read = partial(torch.cuda.reset_peak_memory_stats, device), partial(allocator_peaks, device)
         weights_bytes = torch.cuda.memory_allocated(device)
         generator, peaks = in_phases(open_, labels, seed, reset, read)
-        allocator = AllocatorMemory(weights_bytes=weights_bytes, loading=took.allocator, peaks=peaks)
+        allocator = ledgers.AllocatorMemory(weights_bytes=weights_bytes, loading=took.allocator, peaks=peaks)
         device_peak = max(peak.allocated_bytes for peak in peaks.each) - weights_bytes
         driver = driver_memory(device)
         del generator
@@ -171,7 +162,7 @@ def subject_memory(
     else:
         resident = ResidentMemory()
         _, most = in_phases(open_, labels, seed, resident.reset, resident.peak_bytes)
-        host = HostMemory(
+        host = ledgers.HostMemory(
             source=resident.source, before_bytes=took.before_bytes, loading_peak_bytes=took.peak_bytes,
             loaded_bytes=took.loaded_bytes, peak_bytes=most if resident.resets else None, most_bytes=max(most.each),
         )  # fmt: skip
@@ -185,36 +176,36 @@ def subject_memory(
         generator, tensors = in_phases(opened, labels, seed, ledger.reset_peak, lambda: ledger.peak)
         cache = generator.cache
         arena_bytes = ledger.bytes_seen(cache.held)
-    ledgers = Ledgers(
+    found = ledgers.Ledgers(
         process="shared" if loading is None else "own",
         weights_bytes=storage_bytes(model_tensors(model)),
-        planned=PlannedMemory(
+        planned=ledgers.PlannedMemory(
             cache_bytes=plan.bytes(cache.rows, storage), budget_bytes=plan.budget_bytes(cache.rows, storage)
         ),
-        arena=ArenaMemory(
+        arena=ledgers.ArenaMemory(
             cache_bytes=cache.allocated_bytes, index_bytes=cache.index_bytes, workspace_bytes=cache.workspace_bytes
         ),
-        tensors=TensorMemory(peak_bytes=tensors, arena_bytes=arena_bytes),
+        tensors=ledgers.TensorMemory(peak_bytes=tensors, arena_bytes=arena_bytes),
         host=host,
         allocator=allocator,
         graphs=graphs,
         driver=driver,
     )
     return Memory(
-        memory=structs.replace(ledgers, steps=steps(ledgers)),
+        memory=structs.replace(found, steps=steps(found)),
         device_peak_bytes=device_peak,
         nvml_bytes=None if driver is None else driver.process_bytes,
     )
 
 
-def _graph_memory(generator: Generator[Any], labels: list[Any], seed: int) -> GraphMemory:
+def _graph_memory(generator: Generator[Any], labels: list[Any], seed: int) -> ledgers.GraphMemory:
     try:
         for _ in range(3):  # warms up, records, replays
             generator.draw(labels, seed)
     except GraphError as error:
-        return GraphMemory(reason=str(error))
+        return ledgers.GraphMemory(reason=str(error))
     assert isinstance(generator.runner, GraphRunner)
-    return GraphMemory(pool_bytes=generator.runner.pool_bytes, peaks=allocator_peaks(generator.model.device))
+    return ledgers.GraphMemory(pool_bytes=generator.runner.pool_bytes, peaks=allocator_peaks(generator.model.device))
 
 
 def measure_latency(

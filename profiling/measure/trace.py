@@ -22,27 +22,19 @@ from heatkv.models.sampling import Settings
 from heatkv.profiling.measure.subjects import Subject
 
 
-def _worker(subject: Subject, batch: int, of_point: str) -> str:
-    return file_name(f"{subject.name.replace('%', 'percent')} batch {batch}{of_point}")
-
-
-def has_trace(folder: Path, subject: Subject, batch: int, of_point: str = "") -> bool:
-    """Whether a trace of this drawing is in the folder."""
-    return any(folder.glob(f"{_worker(subject, batch, of_point)}.*.pt.trace.json"))
-
-
 def save_trace(
-    folder: Path, model: ImageModel[Any], subject: Subject, batch: int, settings: Settings, of_point: str = ""
+    folder: Path, model: ImageModel[Any], subject: Subject, batch: int, settings: Settings, point: str = ""
 ) -> Path:
     """Draw `batch` images eagerly under the profiler and write its trace; the file, `<worker>.<time>.pt.trace.json`.
 
     The worker is the subject, so that torch-tb-profiler lists subjects beside each other as workers of one run;
-    `of_point` is added to its name. One drawing warms up and one is recorded. Raises FormatError when the file cannot
+    `point` is added to its name. One drawing warms up and one is recorded. Raises FormatError when the file cannot
     be written.
     """
     generator, labels = subject.generator(model, settings, 0, batch), model.labels(batch)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if model.device.type == "cuda" else [])]
-    path = folder / f"{_worker(subject, batch, of_point)}.{time.time_ns()}.pt.trace.json"
+    worker = file_name(f"{subject.name.replace('%', 'percent')} batch {batch}{point}")
+    path = folder / f"{worker}.{time.time_ns()}.pt.trace.json"
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(profiler: Any) -> None:

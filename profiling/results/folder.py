@@ -147,14 +147,6 @@ class ResultsFolder:
     def _earlier_pictures(self) -> dict[str, Path]:
         return artefacts.pictures_by_comparison(self.folder)
 
-    def check_stopped(self, rows: Sequence[ResultRow]) -> None:
-        """Raise FormatError when the run that was stopped here, if there is one, had other rows than these."""
-        if self.partial.exists() and not _keys(read_results(self.partial).rows) <= _keys(rows):
-            raise FormatError(
-                f"{self.partial} is of a run over other rows than this one's; ask for the same rows, or start anew, "
-                "which keeps it aside"
-            )
-
     # --------------------------------------------------------------------------------------------- writing
 
     def save_plans(self, subjects: Sequence[Subject], names: Sequence[str]) -> list[dict[str, str]]:
