@@ -166,8 +166,9 @@ def test_snapshots_need_a_gpu() -> None:
 
 
 def test_bytes_are_read_from_the_storage(emoji: ClassConditionalModel) -> None:
+    policies = [make_policy("streaming"), make_policy("random")]
     subjects = plan_subjects(
-        emoji, [make_policy("streaming"), make_policy("random")], [Budget.parse("30%"), Budget.parse("2MiB")], statistics=None, rows=4,
+        emoji, policies, [Budget.parse("30%"), Budget.parse("2MiB")], statistics=None, rows=4,
         storage="float32", draws=2,
     )  # fmt: skip
     assert [(s.policy, s.budget, len(s.plans)) for s in subjects] == [
