@@ -167,10 +167,8 @@ def test_snapshots_need_a_gpu() -> None:
 
 def test_bytes_are_read_from_the_storage(emoji: ClassConditionalModel) -> None:
     policies = [make_policy("streaming"), make_policy("random")]
-    subjects = plan_subjects(
-        emoji, policies, [Budget.parse("30%"), Budget.parse("2MiB")], statistics=None, rows=4,
-        storage="float32", draws=2,
-    )  # fmt: skip
+    policies, budgets = [make_policy("streaming"), make_policy("random")], [Budget.parse("30%"), Budget.parse("2MiB")]
+    subjects = plan_subjects(emoji, policies, budgets, statistics=None, rows=4, storage="float32", draws=2)
     assert [(s.policy, s.budget, len(s.plans)) for s in subjects] == [
         ("full", "100%", 1), ("streaming", "30%", 1), ("random", "30%", 2),
         ("streaming", "2097152B", 1), ("random", "2097152B", 2),

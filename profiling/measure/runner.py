@@ -37,6 +37,8 @@ from heatkv.profiling.results.comparable import PLACE, REFERENCE, subject_key
 from heatkv.profiling.results.row import Latency, Memory, ResultRow, Times, TimingMachine, Versus
 
 T = TypeVar("T")
+Open = Callable[..., Generator[Any]]
+"""Opens a cache and what draws with it; with CUDA graphs when `graphs`."""
 
 BREAKDOWN_RUNS = 3
 """Drawings that are watched, scale by scale and phase by phase."""
@@ -108,7 +110,7 @@ def first_row(
 
 
 def in_phases(
-    open_: Callable[[], Generator[Any]],
+    open_: Open,
     labels: list[Any],
     seed: int,
     reset: Callable[[], object],
@@ -146,26 +148,9 @@ def subject_memory(
     the figures those of a process of its own.
     """
     device, plan, storage = model.device, subject.plans[0], subject.storage
-    labels, took = model.labels(batch), loading or Loading()
-    open_ = partial(subject.generator, model, settings, 0, batch)
-    host = allocator = graphs = driver = device_peak = None
-    if device.type == "cuda":
-        reset, read = partial(torch.cuda.reset_peak_memory_stats, device), partial(allocator_peaks, device)
-        weights_bytes = torch.cuda.memory_allocated(device)
-        generator, peaks = in_phases(open_, labels, seed, reset, read)
-        allocator = ledgers.AllocatorMemory(weights_bytes=weights_bytes, loading=took.allocator, peaks=peaks)
-        device_peak = max(peak.allocated_bytes for peak in peaks.each) - weights_bytes
-        driver = driver_memory(device)
-        del generator
-        reset()
-        graphs = _graph_memory(open_(graphs=True), labels, seed)
-    else:
-        resident = ResidentMemory()
-        _, most = in_phases(open_, labels, seed, resident.reset, resident.peak_bytes)
-        host = ledgers.HostMemory(
-            source=resident.source, before_bytes=took.before_bytes, loading_peak_bytes=took.peak_bytes,
-            loaded_bytes=took.loaded_bytes, peak_bytes=most if resident.resets else None, most_bytes=max(most.each),
-        )  # fmt: skip
+    labels, open_ = model.labels(batch), partial(subject.generator, model, settings, 0, batch)
+    measure = _gpu_ledgers if device.type == "cuda" else _host_ledger
+    of_device = measure(open_, labels, seed, device, loading or Loading())
     with TensorLedger(device) as ledger:
 
         def opened() -> Generator[Any]:
@@ -186,26 +171,45 @@ def subject_memory(
             cache_bytes=cache.allocated_bytes, index_bytes=cache.index_bytes, workspace_bytes=cache.workspace_bytes
         ),
         tensors=ledgers.TensorMemory(peak_bytes=tensors, arena_bytes=arena_bytes),
-        host=host,
-        allocator=allocator,
-        graphs=graphs,
-        driver=driver,
+        **of_device,
     )
+    allocator, driver = found.allocator, found.driver
+    most = None if allocator is None else max(peaks.allocated_bytes for peaks in allocator.peaks.each)
     return Memory(
         memory=structs.replace(found, steps=steps(found)),
-        device_peak_bytes=device_peak,
+        device_peak_bytes=None if allocator is None or most is None else most - allocator.weights_bytes,
         nvml_bytes=None if driver is None else driver.process_bytes,
     )
 
 
-def _graph_memory(generator: Generator[Any], labels: list[Any], seed: int) -> ledgers.GraphMemory:
+def _host_ledger(open_: Open, labels: list[Any], seed: int, _: torch.device, took: Loading) -> dict[str, Any]:
+    resident = ResidentMemory()
+    _, most = in_phases(open_, labels, seed, resident.reset, resident.peak_bytes)
+    host = ledgers.HostMemory(
+        source=resident.source, before_bytes=took.before_bytes, loading_peak_bytes=took.peak_bytes,
+        loaded_bytes=took.loaded_bytes, peak_bytes=most if resident.resets else None, most_bytes=max(most.each),
+    )  # fmt: skip
+    return {"host": host}
+
+
+def _gpu_ledgers(open_: Open, labels: list[Any], seed: int, device: torch.device, took: Loading) -> dict[str, Any]:
+    reset, read = partial(torch.cuda.reset_peak_memory_stats, device), partial(allocator_peaks, device)
+    weights_bytes = torch.cuda.memory_allocated(device)
+    generator, peaks = in_phases(open_, labels, seed, reset, read)
+    allocator = ledgers.AllocatorMemory(weights_bytes=weights_bytes, loading=took.allocator, peaks=peaks)
+    driver = driver_memory(device)
+    del generator  # and its cache
+    reset()
+    generator = open_(graphs=True)
     try:
         for _ in range(3):  # warms up, records, replays
             generator.draw(labels, seed)
     except GraphError as error:
-        return ledgers.GraphMemory(reason=str(error))
-    assert isinstance(generator.runner, GraphRunner)
-    return ledgers.GraphMemory(pool_bytes=generator.runner.pool_bytes, peaks=allocator_peaks(generator.model.device))
+        graphs = ledgers.GraphMemory(reason=str(error))
+    else:
+        assert isinstance(generator.runner, GraphRunner)
+        graphs = ledgers.GraphMemory(pool_bytes=generator.runner.pool_bytes, peaks=read())
+    return {"allocator": allocator, "driver": driver, "graphs": graphs}
 
 
 def measure_latency(
