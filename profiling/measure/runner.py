@@ -182,7 +182,7 @@ def subject_memory(
     )
 
 
-def _host_ledger(open_: Open, labels: list[Any], seed: int, _: torch.device, took: Loading) -> dict[str, Any]:
+def _host_ledger(open_: Open, labels: list[Any], seed: int, device: torch.device, took: Loading) -> dict[str, Any]:
     resident = ResidentMemory()
     _, most = in_phases(open_, labels, seed, resident.reset, resident.peak_bytes)
     host = ledgers.HostMemory(
@@ -255,8 +255,8 @@ def measure_latency(
         except GraphError as error:
             no_graphs[subject.name] = str(error)
         else:
-            graphs = {"graph_latency_ms": latency, "graph_pool_bytes": pool_bytes}
-            times[subject.name] = replace(times[subject.name], **graphs)
+            with_graphs = replace(times[subject.name], graph_latency_ms=latency, graph_pool_bytes=pool_bytes)
+            times[subject.name] = with_graphs
     return times, no_graphs
 
 
