@@ -437,7 +437,7 @@ def finish_results(
     before: Callable[[], Iterable[Table]] = tuple,
 ) -> None:
     """Write the results, and the report if wanted, then show them, with the tables `before` them."""
-    from heatkv.profiling.report.tables import results_table
+    from heatkv.profiling.report.tables import RESULTS, terminal_table
 
     moved = results.finish(rows)
     if moved is not None:
@@ -447,7 +447,7 @@ def finish_results(
     for table in before() if not as_json else ():
         show(table, False, None)
     show(
-        results_table(rows, title),
+        terminal_table(rows, RESULTS, title),
         as_json,
         read_json(results.path) if as_json else None,
     )

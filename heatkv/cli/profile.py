@@ -55,7 +55,7 @@ def profile(
     """
     from heatkv.profiling.measure.memory import check_snapshots
     from heatkv.profiling.measure.trace import has_trace, save_trace
-    from heatkv.profiling.report.tables import latency_table, memory_table
+    from heatkv.profiling.report.tables import DEVICE, LATENCY, PLANNED, terminal_table
     from heatkv.profiling.results.folder import ResultsFolder, check_replaceable
 
     positive(repeats=repeats)
@@ -82,8 +82,8 @@ def profile(
 
     def tables() -> list[Table]:
         return [
-            memory_table(rows, f"{model.name}: memory on {model.device}"),
-            latency_table(rows, f"{measurement.title}, {model.device}: time"),
+            terminal_table(rows, (*PLANNED, *DEVICE), f"{model.name}: memory on {model.device}"),
+            terminal_table(rows, LATENCY, f"{measurement.title}, {model.device}: time"),
         ]
 
     finish_results(results, rows, f"{measurement.title}, {model.device}", as_json, before=tables)

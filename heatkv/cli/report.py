@@ -30,12 +30,12 @@ def report(
     """
     if out is None and len(folders) > 1:
         raise FormatError(f"{len(folders)} folders make a report of their own; say where to write it with --out DIR")
-    from heatkv.profiling.report.tables import results_table
+    from heatkv.profiling.report.tables import RESULTS, terminal_table
     from heatkv.profiling.results.merging import merge
 
     merged = merge(folders)  # before --out is made, so that a refusal leaves no folder behind
     path = draw_report(folders, folders[0] if out is None else make_folder(out))
-    tables = [results_table(source.results.rows, source.label) for source in merged.sources]
+    tables = [terminal_table(source.results.rows, RESULTS, source.label) for source in merged.sources]
     show(Group(*tables), as_json, {source.label: msgspec.to_builtins(source.results) for source in merged.sources})
     say(f"written: {path}")
 
