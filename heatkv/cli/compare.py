@@ -73,8 +73,9 @@ def compare(
 
     Example: heatkv compare --model emoji --policies heatkv,streaming --budgets 20%,10% --out results/compare
     """
+    from heatkv.profiling.analysis.plan_view import save_scas_maps
     from heatkv.profiling.measure.runner import with_versus
-    from heatkv.profiling.report.charts import save_image_sheet, save_scas_heat_map
+    from heatkv.profiling.report.charts import save_image_sheet
     from heatkv.profiling.report.page import check_report_replaceable
     from heatkv.profiling.results.artefacts import save_scas
     from heatkv.profiling.results.folder import ResultsFolder, check_replaceable
@@ -151,7 +152,7 @@ def compare(
             f"{model.name}, cache of {budget}",
         )  # fmt: skip
     if statistics is not None:
-        save_scas_heat_map(folder / "scas.png", statistics)
+        save_scas_maps(folder / "scas.png", statistics)
         save_scas(folder / "scas.json", statistics)
     title = f"{measurement.title}, KL and top-1 over {images} images, PSNR and SSIM over {pictures}"
     finish_results(results, rows, title, as_json, report=True)

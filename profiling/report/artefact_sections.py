@@ -18,7 +18,7 @@ from heatkv.core.plan import CachePlan, Plan
 from heatkv.profiling.analysis.explain import kept_of_heads, kept_of_scales
 from heatkv.profiling.report import charts
 from heatkv.profiling.report.charts import Pixels
-from heatkv.profiling.report.pools import Blocks, Cell, Report, scale_names
+from heatkv.profiling.report.pools import Blocks, Report, scale_names
 from heatkv.profiling.report.sections import held_chart
 from heatkv.profiling.results.artefacts import Missing, pictures_of, plans_of, scas_of
 from heatkv.profiling.results.comparable import REFERENCE
@@ -51,13 +51,8 @@ def scas(report: Report) -> Blocks:
         names = scale_names(source.rows[0].result)[:-1]
         title = f"S-CAS of {report.merged.model}, {len(found.provenance['samples'])} samples"
         keys = [charts.css(colours[step]) for step in (0, _STEPS // 3, 2 * _STEPS // 3, _STEPS - 1)]
-        lines = []
-        for s, name in enumerate(names):
-            figures = [Cell(f"{value:.4f}", float(value)) for value in (scas_LHS[:, :, s].mean(), largest_S[s])]
-            layer, head = np.unravel_index(scas_LHS[:, :, s].argmax(), scas_LHS.shape[:2])
-            lines.append([Cell(name, s), *figures, Cell(f"layer {layer}, head {head}")])
-        blocks.append(report.ui.scas(source.label, _heat(report, title, colours[steps], names), keys))
-        blocks.append(report.cells(title, ["source scale", "mean S-CAS", "largest", "of which head"], lines))
+        heat = _heat(report, title, colours[steps], names, largest_S)
+        blocks.append(report.ui.scas(source.label if report.several else "", heat, keys))
     return blocks
 
 
@@ -157,8 +152,8 @@ def pictures(report: Report) -> Blocks:
 
 def _thumbnails(images_BHW3: Pixels, rows: int) -> Pixels:
     """The first pictures of one of this many rows, as many and as large as all of them together may have pixels."""
-    height, width = images_BHW3.shape[1:3]
-    scale = min(1.0, _LARGEST_SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    chosen = images_BHW3[: max(3, min(12, _SHEET_PIXELS // (2 * rows * size[0] * size[1])))]
-    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)) for image in chosen])
+    small = [Image.fromarray(image) for image in images_BHW3[:12]]
+    for image in small:
+        image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE), Image.Resampling.LANCZOS)
+    count = max(3, _SHEET_PIXELS // (2 * rows * small[0].width * small[0].height))
+    return np.stack([np.asarray(image) for image in small[:count]])

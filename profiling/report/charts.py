@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from heatkv.core.io import replacing
-from heatkv.generation.images import to_pixels
+from heatkv.generation.images import image_grid
+from heatkv.profiling.analysis.plan_view import save_figure
 
 Pixels = NDArray[np.uint8]
 Point = tuple[float, float]
@@ -87,7 +87,7 @@ def axis(values: Iterable[float], log: bool = False, ticks: Mapping[float, str] 
     if ticks is None:
         marks = LogLocator(subs=(1, 2, 5)).tick_values(low, high) if log else np.zeros(0)
         if np.count_nonzero((low <= marks) & (marks <= high)) < 2:
-            marks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+            marks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
         ticks = {float(mark): f"{mark:g}" for mark in marks if low <= mark <= high}
     return Axis(low, high, ticks, log)
 
@@ -117,11 +117,6 @@ class Line:
     dashed: bool = False
 
 
-def along_scales(values_T: Iterable[float]) -> list[Point]:
-    """A point for every scale."""
-    return [(float(scale), float(value)) for scale, value in enumerate(values_T)]
-
-
 def steps(values_TL: NDArray[np.float64], most: int = 160) -> list[Point]:
     """Steps over the scales: a figure for every layer of each, or the largest of every group of layers, as few as a
     line has room for."""
@@ -142,7 +137,7 @@ class Chart:
     lines: Sequence[Line]
     front: Sequence[Point] = ()
     limit: float | None = None
-    size: tuple[int, int] = (190, 165)
+    size: tuple[int, int] = (380, 165)
 
     def place(self, x: float, y: float) -> Point:
         """Where a point is in the box, from its upper left."""
@@ -199,15 +194,10 @@ def save_image_sheet(path: Path, lines: Sequence[tuple[str, Any]], columns: int,
     """A PNG with one labelled line of pictures per (label, images) pair; images are (B, 3, H, W) in [0, 1]."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.1 * columns + 1.6, 1.15 * len(lines) + 0.4), dpi=110)
-    axes = figure.subplots(len(lines), columns, squeeze=False)
-    for ax in axes.flat:
+    figure = Figure(figsize=(1.1 * columns + 1.6, 1.15 * len(lines) + 0.4), dpi=110, layout="constrained")
+    for ax, (label, images) in zip(figure.subplots(len(lines), squeeze=False).flat, lines, strict=True):
+        ax.imshow(image_grid(images[:columns], columns), interpolation="nearest")
+        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         ax.set(xticks=[], yticks=[], frame_on=False)
-    for of_line, (label, images) in zip(axes, lines, strict=True):
-        of_line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        for ax, pixels in zip(of_line, to_pixels(images[:columns]).numpy(), strict=False):
-            ax.imshow(pixels, interpolation="nearest")
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)

@@ -5,7 +5,7 @@ A section is a function of the report that gives its blocks, or None where it ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import msgspec
@@ -82,7 +82,7 @@ def _against_memory(entries: Sequence[Entry], column: Column, log: bool) -> tupl
     ticks = {size: f"{budgets[size]}\n{size:.3g}" for size in charts.spaced(budgets)}
     x = charts.axis([*budgets, *(point(entry)[0] for entry in drawn)], True, ticks)
     y = charts.axis([y for line in lines for ends in line.ranges for _, y in ends], log)
-    return Chart("", x, y, lines, [point(entry) for entry in front], size=(380, 285)), front
+    return Chart("", x, y, lines, [point(entry) for entry in front], size=(380, 275)), front
 
 
 def fidelity(report: Report) -> Blocks:
@@ -120,7 +120,9 @@ def paired(report: Report) -> Blocks:
     def make(pool: Pool) -> list[Markup]:
         differences = [entry.result.versus for entry in pool.compared if entry.result.versus]
         axis = charts.bar_axis(end for versus in differences for end in versus.interval)
-        return [report.ui.paired(pool.budgets, axis, differences[0])]
+        groups = {budget: sorted(entries, key=lambda entry: look_up(entry.result, "versus.difference"))
+                  for budget, entries in pool.budgets.items()}  # fmt: skip
+        return [report.ui.paired(groups, axis, differences[0])]
 
     return report.each(pools, make)
 
@@ -129,7 +131,12 @@ def _by_scale(pool: Pool, lines: Mapping[str, Sequence[Line]]) -> list[Chart]:
     """Charts along the target scales, on the same axes."""
     x = charts.scale_axis(pool.scales)
     y = charts.axis([0.0, *(y for of_chart in lines.values() for line in of_chart for _, y in line.points)])
-    return [Chart(title, x, y, of_chart) for title, of_chart in lines.items()]
+    return [Chart(title, x, y, of_chart, size=_panel(lines)) for title, of_chart in lines.items()]
+
+
+def _panel(panels: Sized) -> tuple[int, int]:
+    """Width and height of one of these."""
+    return 190 if len(panels) > 1 else 380, 165
 
 
 def per_scale(report: Report) -> Blocks:
@@ -138,7 +145,7 @@ def per_scale(report: Report) -> Blocks:
     def make(pool: Pool) -> list[Markup]:
         arrays = {entry: found for entry in pool.entries if (found := entry.array("kl_per_scale")) is not None}
         shown = {budget: [e for e in entries if e in arrays] for budget, entries in pool.budgets.items()}
-        lines = {budget: [Line(e.style, charts.along_scales(arrays[e])) for e in of] for budget, of in shown.items()}
+        lines = {budget: [Line(e.style, list(enumerate(arrays[e].tolist()))) for e in of] for budget, of in shown.items()}
         lossy = {budget: np.any([arrays[e] > 1e-6 for e in entries], axis=0) for budget, entries in shown.items()}
         first = {budget: int(found.argmax()) if found.any() else None for budget, found in lossy.items()}
         columns = tables.scale_columns("kl_per_scale", pool.scales, "", ".4f")
@@ -194,7 +201,7 @@ def _time_by_scale(report: Report, pool: Pool) -> list[Markup]:
         for entry in [*pool.reference, *entries]:
             for field in tables.TIMES:
                 if (times := entry.array(f"{field}.scales")) is not None:
-                    line = Line(entry.style, charts.along_scales(times), dashed=field == "graph_latency_ms")
+                    line = Line(entry.style, list(enumerate(times.tolist())), dashed=field == "graph_latency_ms")
                     lines.setdefault(title, []).append(line)
     dashed = any(line.dashed for of_chart in lines.values() for line in of_chart)
     return [report.ui.time_by_scale(_by_scale(pool, lines), pool.entries, dashed)] if lines else []
@@ -224,7 +231,7 @@ def memory(report: Report) -> Blocks:
             for title, of_budget in pool.titled.items():
                 if of_budget is not pool.reference:
                     held = [(entry.style, np.array(entry.result.timeline_bytes)) for entry in of_budget]
-                    panels.append(held_chart(title, held, of_budget[0].result))
+                    panels.append(held_chart(title, held, of_budget[0].result, _panel(pool.budgets)))
             blocks.append(report.ui.over_time(panels, pool.compared))
         if entries:
             blocks.append(report.table("Memory by ledger", entries, (*tables.PLANNED, *tables.DEVICE)))
@@ -246,7 +253,7 @@ def _ends(ledgers: Ledgers | None) -> list[int]:
 
 
 def held_chart(
-    title: str, held: Sequence[tuple[Style, NDArray[np.int64]]], row: ResultRow, size: tuple[int, int] = (190, 165)
+    title: str, held: Sequence[tuple[Style, NDArray[np.int64]]], row: ResultRow, size: tuple[int, int]
 ) -> Chart:
     """The bytes that caches hold after every layer of every scale, (T, L), in MiB, against the budget of the row."""
     lines, limit = [Line(style, charts.steps(held_TL / 2**20)) for style, held_TL in held], row.budget_bytes / 2**20
@@ -274,8 +281,6 @@ def environment(report: Report) -> Blocks:
         run, first = msgspec.to_builtins(source.results), source.results.rows[0]
         found = {"model": first.model, "weights": first.model_fingerprint, "schedule": ScaleSchedule(first.schedule)}
         found |= run["environment"] | (run["sampling"] or {}) | run["request"]
-        if statistics := found.get("statistics"):
-            found["statistics"] = f"{len(statistics['samples'])} samples of {statistics['model']}"
         for row in source.results.rows:
             settings = in_words({name: value for name, value in row.settings.items() if name != "budget"}) or "none"
             of_policy = found.setdefault(f"settings of {row.policy}", [])

@@ -98,11 +98,6 @@ def _unexplained(row: ResultRow) -> int | None:
     return sum(rests) if rests else None
 
 
-def _kl_of_plans(row: ResultRow) -> str | None:
-    kls = row.kl_of_draws or ()
-    return " ".join(f"{kl:.4f}" for kl in kls) if len(kls) > 1 else None
-
-
 # ------------------------------------------------------------------------------------------------------ columns
 
 
@@ -130,7 +125,6 @@ RESULTS = (
         "device_peak": "device peak", "nvml": "driver",
     }),
     MEDIAN, Column("time, CUDA graphs", "ms", "graph_latency_ms.median", ".1f"), KL,
-    Column("KL of its plans", "nats", _kl_of_plans, brief=False),
     Column("above the base's", "nats", lambda row: row.versus and difference_text(row.versus)),
     Column("foretold KL", "nats", "predicted_kl", ".4f"), TOP1, Column("PSNR", "dB", "psnr_db", ".2f"),
     Column("SSIM", "", "ssim", ".3f"), Column("LPIPS", "", "lpips", ".3f"), Column("FID", "", "fid", ".1f"),
