@@ -28,7 +28,9 @@ _NEVER = np.array([128, 128, 128, 56], np.uint8)
 _STEPS = 64
 
 
-def _heat(report: Report, title: str, colours_LHSC: Pixels, names: Sequence[str], below: Sequence[float] = ()) -> Markup:
+def _heat(
+    report: Report, title: str, colours_LHSC: Pixels, names: Sequence[str], below: Sequence[float] = ()
+) -> Markup:
     """A heat map with a block for every scale, layers by heads; `below` are shares to be written under these."""
     layers, heads = colours_LHSC.shape[:2]
     uri = charts.strip(list(colours_LHSC.transpose(2, 0, 1, 3)), 1)

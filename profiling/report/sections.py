@@ -145,7 +145,9 @@ def per_scale(report: Report) -> Blocks:
     def make(pool: Pool) -> list[Markup]:
         arrays = {entry: found for entry in pool.entries if (found := entry.array("kl_per_scale")) is not None}
         shown = {budget: [e for e in entries if e in arrays] for budget, entries in pool.budgets.items()}
-        lines = {budget: [Line(e.style, list(enumerate(arrays[e].tolist()))) for e in of] for budget, of in shown.items()}
+        lines = {
+            budget: [Line(e.style, list(enumerate(arrays[e].tolist()))) for e in of] for budget, of in shown.items()
+        }
         lossy = {budget: np.any([arrays[e] > 1e-6 for e in entries], axis=0) for budget, entries in shown.items()}
         first = {budget: int(found.argmax()) if found.any() else None for budget, found in lossy.items()}
         columns = tables.scale_columns("kl_per_scale", pool.scales, "", ".4f")
