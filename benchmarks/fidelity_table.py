@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from heatkv.calibration.run import calibrate
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import Plan
 from heatkv.core.statistics import Statistics
-from heatkv.generation.loop import Generator
 from heatkv.models.catalogue import load_model
 from heatkv.profiling.measure.environment import environment
 from heatkv.profiling.measure.fidelity import FidelityBench
+from heatkv.profiling.measure.subjects import Subject
 
 OUT = Path(__file__).parent / "results" / "fidelity_table.json"
 CALIBRATION_SEED, SEEDS, IMAGES = 1000, (1, 2, 3), 48
@@ -107,7 +106,7 @@ def main() -> None:
                     )
                     measured = statistics(model, POLICIES[name][1].get("cost", "error"), out)
                     made = plans(model, measured, name, budget)
-                    found = [bench.compare(partial(Generator, model, p, settings=model.sampling)) for p in made]
+                    found = bench.compare(Subject(name, budget, tuple(made), "float32"))
                     rows[key] = {
                         "name": name, "budget": budget, "seed": seed,
                         "peak_over_budget": max(plan.peak_token_heads / plan.budget_token_heads for plan in made),

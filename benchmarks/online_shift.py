@@ -40,6 +40,7 @@ from heatkv.online.layerwise import measure_drawn
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.measure.environment import environment
 from heatkv.profiling.measure.fidelity import FidelityBench, paired_bootstrap
+from heatkv.profiling.measure.subjects import Subject
 
 POLICIES = ("heatkv-lp", "heatkv-mr")
 FOOD = tuple(range(21))
@@ -101,7 +102,7 @@ def run(model: ClassConditionalModel, groups: Sequence[Sequence[int]], policy: s
     ):
         bench = FidelityBench(of, images=IMAGES, pictures=0, seed=10 * seed + 4, settings=model.sampling, batch=BATCH)
         for plan_name, plan in plans.items():
-            found = bench.compare(lambda size, plan=plan: Generator(model, plan, size))  # type: ignore[misc]
+            (found,) = bench.compare(Subject(plan.policy, BUDGET, (plan,), "float32"))
             kl[f"{plan_name} {name}"] = [round(float(x), 6) for x in found.kl_of_images()]
     events = [{name: event.to_json()[name] for name in TOLD} for event in following.events]
     return {"seed": seed, "kl_of_images": kl, "events": events}

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import pytest
 from PIL import Image
-from stopping import Kind, Moment, count_events, run_apart
+from support.stopping import Kind, Moment, count_events, run_apart
 
 from heatkv.cli import run
 from heatkv.core.io import clear_temporaries, move, replacing, write_json

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stopping import Ended, Moment, run_apart
+from support.stopping import Ended, Moment, run_apart
 
 from heatkv.cli import run
 from heatkv.errors import FormatError, RanksError
@@ -53,6 +53,20 @@ def test_statistics_of_two_ranks(alone: Path, tmp_path: Path) -> None:
     # progress and all else is said once
     assert ended[1].error == ""
     assert [line for line in ended[0].error.splitlines() if "calibrating" in line][-1] == "calibrating emoji: 3 of 3"
+
+
+def test_ranks_draw_the_pictures_of_one_process(tmp_path: Path) -> None:
+    """Three batches of 2, 2 and 1 images; the first rank speaks."""
+    arguments = ["generate", "--policy", "streaming", "--budget", "30%", "--label", "cat", "--count", "5"]
+    one, shared = tmp_path / "one", tmp_path / "shared"
+    assert run([*arguments, "--rows", "4", "--out", str(one)]) == 0
+    ended = run_apart([*arguments, "--rows", "4", "--out", str(shared)], tmp_path / "log", ranks=2)
+    assert codes(ended) == [0, 0], ended
+    assert ended[1].error == ""
+    assert "written: 5 images in" in ended[0].error
+    assert names_in(shared) == names_in(one) == {f"000{index}_cat.png" for index in range(5)}
+    for path in one.iterdir():
+        assert path.read_bytes() == (shared / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])

@@ -86,12 +86,12 @@ def compare(
     sweep: Sweep,
     ranking: Ranking,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, help="images to calibrate on, when no statistics are given")
+        int, typer.Option("--samples", help="images to calibrate on, when no statistics are given")
     ] = 64,
-    images: Annotated[int, typer.Option("--images", min=1, help="images whose logits are compared (KL, top-1)")] = 32,
+    images: Annotated[int, typer.Option("--images", help="images whose logits are compared (KL, top-1)")] = 32,
     pictures: Annotated[
         int | None,
-        typer.Option("--pictures", min=1, help="of them, images drawn freely (PSNR, SSIM); default 16 at most"),
+        typer.Option("--pictures", help="of them, images drawn freely (PSNR, SSIM); default 16 at most"),
     ] = None,
     repeats: Repeats = 5,
     running: Running,

@@ -20,7 +20,7 @@ from heatkv.profiling.report import charts
 from heatkv.profiling.report.charts import Colour, Line, Panel, Pixels
 from heatkv.profiling.report.pools import Cell, Report, mib, scale_names
 from heatkv.profiling.report.sections import Blocks, coarser
-from heatkv.profiling.results.artefacts import Missing, pictures_of, plans_of, scas_of
+from heatkv.profiling.results.artefacts import pictures_of, plans_of, scas_of
 from heatkv.profiling.results.comparable import REFERENCE
 from heatkv.profiling.results.merging import Row, budgets_of
 
@@ -35,8 +35,8 @@ def scas(report: Report) -> Blocks:
         if report.several:
             blocks.append(report.ui.heading(source.label))
         found = scas_of(source.folder, source.results.request.statistics)
-        if isinstance(found, Missing):
-            blocks.append(report.ui.note(f"No S-CAS: {found.why}.", True))
+        if isinstance(found, str):
+            blocks.append(report.ui.note(f"No S-CAS: {found}.", True))
             continue
         scas_LHS = np.array(found.scas)
         largest_S = np.maximum(scas_LHS.max(axis=(0, 1)), np.finfo(float).tiny)
@@ -77,8 +77,8 @@ def plans(report: Report) -> Blocks:
             cards = []
             for row in of_budget:
                 found = plans_of(row.source.folder, row.result)
-                if isinstance(found, Missing):
-                    missing.setdefault(found.why, []).append(f"{report.merged.label(row)} {row.result.budget}")
+                if isinstance(found, str):
+                    missing.setdefault(found, []).append(f"{report.merged.label(row)} {row.result.budget}")
                 else:
                     cards.append(_card(report, row, found, f"plan-{next(numbers)}"))
             if cards:
@@ -152,8 +152,8 @@ def pictures(report: Report) -> Blocks:
     seeds: dict[tuple[str, int], dict[str, tuple[Row, Pixels]]] = {}
     for row in report.merged.rows:
         images = pictures_of(row.source.folder, row.result)
-        if isinstance(images, Missing):
-            missing.setdefault(images.why, []).append(f"{report.merged.label(row)} {row.result.budget}")
+        if isinstance(images, str):
+            missing.setdefault(images, []).append(f"{report.merged.label(row)} {row.result.budget}")
         else:  # batches share comparisons, and so pictures: the first stands for all
             found = seeds.setdefault((row.source.label, row.result.seed), {})
             found.setdefault(row.result.name, (row, _thumbnails(images, len(report.merged.rows))))
