@@ -18,6 +18,7 @@ from support.rows import row
 from heatkv.core.budget import Budget
 from heatkv.errors import HeatKVError
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.policies.base import make_policy
 from heatkv.profiling.measure import perceptual
 from heatkv.profiling.measure.fidelity import (
     Compared,
@@ -125,7 +126,13 @@ def bench(emoji: ClassConditionalModel) -> FidelityBench:
 @pytest.fixture(scope="module")
 def subjects(emoji: ClassConditionalModel) -> list[Subject]:
     return plan_subjects(
-        emoji, ["sliding-window", "random"], [Budget.parse("10%")], statistics=None, rows=2, storage="float32", draws=2
+        emoji,
+        [make_policy("sliding-window"), make_policy("random")],
+        [Budget.parse("10%")],
+        statistics=None,
+        rows=2,
+        storage="float32",
+        draws=2,
     )
 
 

@@ -47,7 +47,7 @@ def tiny(weights: Path, t5_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(models.MODELS, INFO.name, INFO)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat\n\n  a red dog \n")
-    return ["--model", INFO.name, "--weights", str(weights), "--text-encoder", str(t5_folder)]
+    return ["--model", INFO.name, "--weights", str(weights), "--weights", f"text={t5_folder}"]
 
 
 def pixels(path: Path | str) -> NDArray[np.int64]:
@@ -138,30 +138,33 @@ def test_compare(tiny: list[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "changed", "said"),
     [
-        ("generate", {}, "is to draw"),
+        ("generate", {}, "--prompt"),
         ("generate", {"--label": "cat"}, "draws prompts, not classes"),
-        ("generate", {"--prompt": "a", "--negative": "dog", "--cfg": "1"}, "cfg 1"),
+        ("generate", {"--prompt": "a", "--negative": "dog", "--cfg": "1"}, "--negative"),
         ("generate", {"--prompt": "a", "--size": "2M"}, "'2M'"),
         ("generate", {"--prompt": "a", "--ratio": "11"}, "11"),
-        ("generate", {"--prompt": "a", "--text-encoder": None}, "without a text encoder"),
-        ("generate", {"--prompt": "a", "--text-encoder": "./absent"}, "neither a folder nor a hub name"),
-        ("generate", {"--prompt": "a", "--text-encoder": __file__}, "it is a file"),
+        ("generate", {"--prompt": "a", "text": None}, "without a text encoder"),
+        ("generate", {"--prompt": "a", "text": "./absent"}, "neither a folder nor a hub name"),
+        ("generate", {"--prompt": "a", "text": __file__}, "it is a file"),
         ("generate", {"--prompt": "a", "--weights": None}, "infinity-tiny needs its weights"),
         ("generate", {"--prompt": "a", "--weights": "."}, "holds none of tiny.pth"),
-        ("generate", {"--prompt": "a", "--vae": "{weights}/tiny.pth"}, "no bitwise VAE weights"),
-        ("generate", {"--prompt": "a", "--weights": "{weights}/vae.pth", "--vae": "x"}, "they have the entries vae"),
+        ("generate", {"--prompt": "a", "vae": "{weights}/tiny.pth"}, "no bitwise VAE weights"),
+        ("generate", {"--prompt": "a", "--weights": "{weights}/vae.pth", "vae": "x"}, "they have the entries vae"),
         ("calibrate", {}, "needs prompts to draw"),
-        ("compare", {"--prompts": "prompts.txt", "--text-encoder": None}, "needs its text encoder"),
+        ("compare", {"--prompts": "prompts.txt", "text": None}, "needs its text encoder"),
         ("calibrate", {"--prompts": "absent.txt"}, "absent.txt"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_in_one_line(
     command: str, changed: dict[str, str | None], said: str, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options: dict[str, str | None] = dict(zip(tiny[::2], tiny[1::2], strict=True))
-    weights = options["--weights"]
-    options |= {name: value and value.format(weights=weights) for name, value in changed.items()}
-    given = [word for name, value in options.items() if value is not None for word in (name, value)]
+    weights = tiny[3]
+    options = {"--model": tiny[1], "--weights": weights, "text": tiny[5].removeprefix("text=")} | changed
+    given = []
+    for name, value in options.items():
+        if value is not None:
+            text = value.format(weights=weights)
+            given += [name, text] if name.startswith("--") else ["--weights", f"{name}={text}"]
     assert run([command, *given, "--out", "out"]) == 2
     out, error = capsys.readouterr()
     (line,) = error.strip().splitlines()

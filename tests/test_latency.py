@@ -22,6 +22,7 @@ from heatkv.core.budget import Budget
 from heatkv.engine.spans import PHASES, layer_name, listening, scale_name, span
 from heatkv.generation.loop import Generator
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.policies.base import make_policy
 from heatkv.profiling.measure import environment, latency
 from heatkv.profiling.measure.environment import load_of, timing_machine
 from heatkv.profiling.measure.latency import (
@@ -147,7 +148,7 @@ def trace(
 ) -> Path:
     folder = tmp_path_factory.mktemp("traces") / "new"
     _, subject = plan_subjects(
-        emoji, [request.param], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
+        emoji, [make_policy(request.param)], [Budget.parse("30%")], statistics=None, rows=2, storage="float32"
     )  # fmt: skip
     path = save_trace(folder, emoji, subject, 1, emoji.sampling)
     # the pattern by which torch-tb-profiler finds a worker and its span
