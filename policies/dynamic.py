@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import numpy as np
@@ -36,6 +36,8 @@ from heatkv.policies.base import EvictionPolicy, PlanningProblem, third_party
 
 MAX_BLOCK_NUMBERS = 1 << 22
 """Most attention probabilities that exist at a time (16 MiB)."""
+
+_NOTHING = torch.empty(0)  # made once: a step of a CUDA graph makes no tensors on the host
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class Candidates:
     v_RHCD: Tensor
     valid_RHC: Tensor | None = None
     """False for places that hold nothing, which come first; None where all hold a token."""
-    carried_RHCX: Tensor = field(default_factory=lambda: torch.empty(0))
+    carried_RHCX: Tensor = _NOTHING
     """What `carry` gave when a token was last a candidate, 0 for new ones; fp32."""
-    attention_input_RNW: Tensor = field(default_factory=lambda: torch.empty(0))
+    attention_input_RNW: Tensor = _NOTHING
     """The attention's input, for policies with `wants_input`; so is the query weight."""
-    query_weight_HDW: Tensor = field(default_factory=lambda: torch.empty(0))
+    query_weight_HDW: Tensor = _NOTHING
 
     @property
     def count(self) -> int:
