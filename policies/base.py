@@ -222,8 +222,8 @@ class StaticPolicy(EvictionPolicy):
     ) -> Plan:
         """The checked plan with all that it was made for; `certificate` is value, value_bound and gap where they are
         known. Raises PlanError."""
-        common = self.common(problem)
-        plan = Plan(**common, last_read=last_read, sink_scales=self.sink_scales, coarse=coarse, **certificate)
+        stated = self.common(problem) | certificate
+        plan = Plan(**stated, last_read=last_read, sink_scales=self.sink_scales, coarse=coarse)
         plan.check()
         return plan
 
