@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.command_line import refused
 from strategies import SEEDS, level_live_table, statistics_of
+from support.command_line import refused
 
 from heatkv.cli import run
 from heatkv.core.budget import Budget
