@@ -1,4 +1,6 @@
-"""Write a policy, and compare it with others at equal bytes: `python examples/compare_my_policy.py --out my-policy`.
+"""Write a policy, and compare it with others at equal bytes.
+
+    python examples/compare_my_policy.py --out my-policy
 
 The policy keeps the cells with the most attention for their size. The folder then holds a report to look at.
 """
@@ -22,7 +24,7 @@ class MassPerToken(heatkv.ScoredCells):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="my-policy", help="folder to write to")
     parser.add_argument("--images", type=int, default=16, help="images to calibrate and to compare on")
     asked = parser.parse_args()

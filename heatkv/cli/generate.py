@@ -21,7 +21,7 @@ from heatkv.cli.options import (
     settings_of,
     share_of,
 )
-from heatkv.cli.output import SCREEN, Fact, facts_json, say, show
+from heatkv.cli.output import SCREEN, say, show
 from heatkv.core.io import check_place, file_name, make_folder, replacing
 from heatkv.core.plan import CachePlan
 from heatkv.core.schema import seed_of, whole
@@ -111,19 +111,20 @@ def generate(
     else:
         options = {"seed": seed, "batch": batch, "attention": attention, "graphs": graphs}
         replaced = _write_shared(opened, labels, titles, folder, plan, options)
-    where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
-    held = plan.bytes(held_rows, str(opened.storage))
-    say(
-        f"written: {len(labels)} images in {where}; {plan.policy}, the cache took {held / 2**20:.2f} MiB for {batch} at "
-        "a time"
-    )
+    facts = {
+        "out": str(folder), "images": len(labels), "images_at_once": batch, "policy": plan.policy,
+        "cache_bytes": plan.bytes(held_rows, str(opened.storage)),
+        "following": None if follower is None else _followed(follower),
+    }  # fmt: skip
+    _say_written(facts, replaced, as_json)
+
+
+def _say_written(facts: dict[str, Any], replaced: int, as_json: bool) -> None:
+    where = f"{facts['out']} ({replaced} in place of older ones)" if replaced else facts["out"]
+    took = f"the cache took {facts['cache_bytes'] / 2**20:.2f} MiB for {facts['images_at_once']} at a time"
+    say(f"written: {facts['images']} images in {where}; {facts['policy']}, {took}")
     if as_json:
-        events = None if follower is None else follower.summary() | {"events": [e.to_json() for e in follower.events]}
-        facts = [
-            Fact("out", str(folder)), Fact("images", len(labels)), Fact("images_at_once", batch),
-            Fact("policy", plan.policy), Fact("cache_bytes", held), Fact("following", events),
-        ]  # fmt: skip
-        show(None, True, facts_json(facts))
+        show(None, True, facts)
 
 
 def _images_at_once(count: int, rows: int | None, settings: Settings) -> int:
@@ -247,3 +248,8 @@ def _write_followed(
         "{share_of_drawing:.0%} of the time of drawing".format(**follower.summary())
     )
     return replaced
+
+
+def _followed(follower: FollowingGenerator[Any]) -> dict[str, Any]:
+    """What following did, in JSON's types."""
+    return follower.summary() | {"events": [event.to_json() for event in follower.events]}
