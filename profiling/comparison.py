@@ -22,6 +22,7 @@ from heatkv.models.base import ImageModel
 from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import Reporter, shared_progress
 from heatkv.policies.base import EvictionPolicy
+from heatkv.profiling.analysis.plan_view import save_scas_maps
 from heatkv.profiling.measure.fidelity import (
     Compared,
     FidelityBench,
@@ -34,7 +35,7 @@ from heatkv.profiling.measure.memory import check_snapshots
 from heatkv.profiling.measure.runner import with_versus
 from heatkv.profiling.measure.subjects import Subject
 from heatkv.profiling.measure.trace import save_trace
-from heatkv.profiling.report.charts import save_image_sheet, save_scas_heat_map
+from heatkv.profiling.report.charts import save_image_sheet
 from heatkv.profiling.report.page import check_report_replaceable, write_report
 from heatkv.profiling.results.artefacts import save_scas
 from heatkv.profiling.results.folder import ResultsFolder, check_replaceable, part_name
@@ -294,7 +295,7 @@ class _Comparison:
         """A sheet of pictures for every budget and seed, the full cache's first; batches share a sheet. And the
         statistics that plans were made from."""
         if self.sweep.statistics is not None:
-            save_scas_heat_map(self.results.folder / "scas.png", self.sweep.statistics)
+            save_scas_maps(self.results.folder / "scas.png", self.sweep.statistics)
             save_scas(self.results.folder / "scas.json", self.sweep.statistics)
         entries = [entry for entry in self.entries if entry.point.batch == self.sweep.points[0].batch]
         drawn = {id(entry): self.pictures_of[entry.row.comparison] for entry in entries}

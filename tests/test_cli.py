@@ -591,15 +591,15 @@ def test_an_output_that_takes_no_more(arguments: list[str]) -> None:
 
 INTERRUPTED = """
 import os, signal
-import heatkv.calibration.run as run
+import heatkv.calibration.run
 from heatkv.__main__ import main
-measure, batches = run.measure, []
+measure, batches = heatkv.calibration.run.measure_samples, []
 def interrupted(*arguments, **options):
     batches.append(1)
     if len(batches) == 2:
         os.kill(os.getpid(), signal.SIGINT)
     return measure(*arguments, **options)
-run.measure = interrupted
+heatkv.calibration.run.measure_samples = interrupted
 main()
 """
 

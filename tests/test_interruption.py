@@ -155,7 +155,7 @@ def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
 
         patch.setattr(module, name, called)
 
-    counting(heatkv.calibration.run, "measure", "samples")
+    counting(heatkv.calibration.run, "measure_samples", "samples")
     counting(heatkv.calibration.run, "save_arrays", "levels")
     counting(heatkv.profiling.comparison, "save_compared", "comparisons")
     counting(heatkv.profiling.sweep, "subject_memory", "memory")

@@ -166,7 +166,7 @@ def _write_shared(
     if mine:
         part = labels[first : mine[-1] + batch]
         batches = draw_batches(
-            opened.model, part, plan, first_sample=first, settings=opened.settings, storage=opened.storage.code,
+            opened.model, part, plan, first_sample=first, settings=opened.settings, code=opened.storage.code,
             **options,
         )  # fmt: skip
         drawn = (image for images in batches for image in images)
