@@ -166,7 +166,6 @@ def test_snapshots_need_a_gpu() -> None:
 
 
 def test_bytes_are_read_from_the_storage(emoji: ClassConditionalModel) -> None:
-    policies = [make_policy("streaming"), make_policy("random")]
     policies, budgets = [make_policy("streaming"), make_policy("random")], [Budget.parse("30%"), Budget.parse("2MiB")]
     subjects = plan_subjects(emoji, policies, budgets, statistics=None, rows=4, storage="float32", draws=2)
     assert [(s.policy, s.budget, len(s.plans)) for s in subjects] == [
@@ -380,7 +379,7 @@ def job_of(model: ClassConditionalModel, **more: Any) -> worker.Job:
     arguments: dict[str, Any] = {
         "model": {"name": "emoji", "device": "cpu"}, "fingerprint": model.fingerprint, "settings": model.sampling,
         "plan": model.plan("streaming", "20%").to_json(), "storage": "float32", "attention": "auto", "batch": 1,
-        "seed": 0, "threads": 1,
+        "seed": 0,
     }  # fmt: skip
     return worker.Job(**arguments | more)
 

@@ -90,11 +90,7 @@ def timing_machine(device: torch.device) -> TimingMachine:
 def environment(device: torch.device) -> Environment:
     """What every result states about the machine it was measured on."""
     return Environment(
-        **structs.asdict(timing_machine(device)),
-        device=device.type,
-        device_name=device_name(device),
-        threads=torch.get_num_threads(),
-        deterministic=is_deterministic(),
-        system=platform.platform(),
+        **structs.asdict(timing_machine(device)), device=device.type, device_name=device_name(device),
+        threads=torch.get_num_threads(), deterministic=is_deterministic(), system=platform.platform(),
         versions=versions(),
-    )
+    )  # fmt: skip

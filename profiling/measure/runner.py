@@ -293,7 +293,7 @@ def with_versus(rows: Sequence[ResultRow]) -> list[ResultRow]:
         other = others.get(subject_key(row, PLACE))
         if other is None or not other.kl_of_images or not row.kl_of_images or row.policy in (REFERENCE, wanted):
             return None
-        found = paired_bootstrap(row.kl_of_images, other.kl_of_images, confidence=CONFIDENCE)
+        found = paired_bootstrap(row.kl_of_images, other.kl_of_images)
         return Versus(
             policy=other.policy, difference=found.mean, interval=(found.low, found.high), confidence=CONFIDENCE,
             images=len(row.kl_of_images),
