@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from msgspec import to_builtins
 
-from heatkv.calibration.fisher import calibrate_fisher
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.run import calibrate
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import Plan
 from heatkv.core.statistics import Statistics
@@ -48,16 +45,7 @@ def statistics(model: Any, cost: str, kept: Path) -> Statistics:
     """Attention and drop errors of 64 samples, level costs of 32, biases of 16; measured once and kept beside OUT."""
     path = kept.with_suffix(f".{cost}.safetensors")
     if not path.exists():
-        if cost == "error":
-            measured, levels = (
-                calibrate(model, 64, seed=CALIBRATION_SEED),
-                calibrate_levels(model, 32, seed=CALIBRATION_SEED),
-            )
-        else:
-            measured = statistics(model, "error", kept)
-            assert measured.levels is not None
-            levels = calibrate_fisher(model, 32, log_bias=measured.levels.log_bias, seed=CALIBRATION_SEED)
-        replace(measured, levels=levels).save(path)
+        calibrate(model, 64, seed=CALIBRATION_SEED, levels=cost).save(path)
     return Statistics.load(path)
 
 

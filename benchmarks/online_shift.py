@@ -26,8 +26,7 @@ import torch
 from msgspec import to_builtins
 from yardstick import matrix_product_ms
 
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.run import calibrate
 from heatkv.core.budget import Budget
 from heatkv.core.io import write_json
 from heatkv.core.plan import Plan
@@ -76,7 +75,7 @@ def ends_apart(model: ClassConditionalModel) -> tuple[tuple[int, ...], tuple[int
 
 
 def measured(model: ClassConditionalModel, seed: int) -> Statistics:
-    return calibrate(model, CALIBRATION, seed=seed).with_levels(calibrate_levels(model, CALIBRATION, seed=seed))
+    return calibrate(model, CALIBRATION, seed=seed, levels="error", level_samples=CALIBRATION)
 
 
 def run(model: ClassConditionalModel, groups: Sequence[Sequence[int]], policy: str, seed: int) -> dict[str, Any]:
