@@ -9,13 +9,14 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support.nvml import fake_nvml, no_access
 
 import heatkv
 from heatkv.engine.spans import PHASES, layer_name, listening, scale_name, span
@@ -245,19 +246,9 @@ def test_a_breakdown_on_a_cuda_device() -> None:
     ],
 )
 def test_a_busy_gpu_is_told(monkeypatch: pytest.MonkeyPatch, used: int, processes: int, told: list[str]) -> None:
-    class NVMLError(Exception):
-        pass
-
-    def no_access(handle: str) -> Any:
-        raise NVMLError
-
     waits: list[float] = []
-    nvml = ModuleType("pynvml")
-    vars(nvml).update(
-        NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
-        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=used),
-        nvmlDeviceGetComputeRunningProcesses=lambda handle: [object()] * processes,
-    )  # fmt: skip
+    rates = {"nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=used)}
+    nvml = fake_nvml(pids=tuple(range(processes)), **rates)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(environment.time, "sleep", waits.append)
     monkeypatch.setattr(environment.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
