@@ -24,13 +24,7 @@ from heatkv.generation.loop import Generator
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling.measure import environment, latency
 from heatkv.profiling.measure.environment import load_of, timing_machine
-from heatkv.profiling.measure.latency import (
-    latency_of,
-    measure_breakdown,
-    measure_interleaved,
-    median_interval,
-    turns,
-)
+from heatkv.profiling.measure.latency import latency_of, measure_breakdown, measure_interleaved, median_interval, turns
 from heatkv.profiling.measure.runner import measure_latency
 from heatkv.profiling.measure.subjects import Subject, plan_subjects
 from heatkv.profiling.measure.trace import save_trace
@@ -239,11 +233,7 @@ def test_a_breakdown_on_a_cuda_device() -> None:
 
 @pytest.mark.parametrize(
     ("used", "processes", "told"),
-    [
-        (5, 1, []),
-        (60, 1, ["the GPU is used 60% of the time by others"]),
-        (0, 3, ["2 other processes on the GPU"]),
-    ],
+    [(5, 1, []), (60, 1, ["the GPU is used 60% of the time by others"]), (0, 3, ["2 other processes on the GPU"])],
 )
 def test_a_busy_gpu_is_told(monkeypatch: pytest.MonkeyPatch, used: int, processes: int, told: list[str]) -> None:
     waits: list[float] = []

@@ -110,11 +110,7 @@ def first_row(
 
 
 def in_phases(
-    open_: Open,
-    labels: list[Any],
-    seed: int,
-    reset: Callable[[], object],
-    read: Callable[[], T],
+    open_: Open, labels: list[Any], seed: int, reset: Callable[[], object], read: Callable[[], T]
 ) -> tuple[Generator[Any], ledgers.Phases[T]]:
     """What `open_` opens, with a figure of opening it, of drawing and of decoding once."""
 
@@ -261,10 +257,7 @@ def measure_latency(
 
 
 def graph_latency(
-    generator: Generator[Any],
-    draw: Callable[[], object],
-    repeats: int,
-    progress: Callable[[], object] = lambda: None,
+    generator: Generator[Any], draw: Callable[[], object], repeats: int, progress: Callable[[], object] = lambda: None
 ) -> tuple[Latency, int | None]:
     """Time of `draw`, which draws by a generator with graphs that has drawn nothing yet, and what its graphs hold.
 
