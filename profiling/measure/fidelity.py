@@ -248,7 +248,6 @@ class FidelityBench:
         Those of single images and pictures are kept, so that any two rows of equal samples can be compared in pairs
         later.
         """
-
         tokens, choices = np.array(plans[0].tokens), plans[0].choices
 
         def mean(figures: Iterable[FloatArray]) -> FloatArray:
