@@ -379,7 +379,7 @@ def test_facts_and_charts(tmp_path: Path, emoji_statistics: Path, capsys: pytest
     change = 0.01 * plan.budget_token_heads * prices / worth["value_bound"]
     assert worth["change_of_bound_by_one_percent_of_budget"] == pytest.approx(change)
     assert sorted(facts["files"]) == sorted(str(file) for file in out.iterdir())
-    assert {file.name for file in out.iterdir()} == {"last_read.png", "kept.png", "cache_use.png"}
+    assert {file.name for file in out.iterdir()} == {"last_read.png", "cache_use.png"}
     for text in ("settings", "kept per source scale", "kept per layer", "cache use", "what binds", "33.12 token"):
         assert text in screen
 
@@ -417,7 +417,7 @@ def test_bad_files_and_options(tmp_path: Path, emoji_statistics: Path, capsys: p
         ({"model": "var-d16"}, statistics, "var-d16"),  # the same shapes under the name of another model
         ({}, ["--statistics", str(foreign)], "other weights"),
         ({}, ["--out", str(tmp_path / "taken")], "taken"),
-        ({}, ["--out", str(tmp_path / "new" / "kept.png")], "kept.png"),
+        ({}, ["--out", str(tmp_path / "new" / "map.png")], "map.png"),
     ):
         other.write_text(json.dumps(data | changes))
         assert run(["explain", str(other), *arguments]) == 2

@@ -48,7 +48,7 @@ def explain(
     tokens = [level_tokens(told.schedule, level) for level, _ in told.levels]
     scales, heads = explaining.kept_of_scales(last_reads, tokens), explaining.kept_of_heads(told.held, tokens[0])
     names = _names(told)
-    files = [] if out is None else _draw(told, scales, heads, names, make_folder(out))
+    files = [] if out is None else _draw(told, names, make_folder(out))
     shown: list[Any] = [
         _summary(told),
         report.scales_table(told.levels, scales, names),
@@ -115,7 +115,7 @@ def _explain_capacities(plan: CachePlan, statistics: Path | None, out: Path | No
         say(f"written: {files[0]}")
 
 
-def _draw(plan: Plan, scales: Any, heads: Any, names: list[str], folder: Path) -> list[Path]:
+def _draw(plan: Plan, names: list[str], folder: Path) -> list[Path]:
     """All charts of a plan, with a heat map for every level."""
     from heatkv.profiling.analysis import plan_view as report
     from heatkv.profiling.analysis.explain import full_use
@@ -126,8 +126,7 @@ def _draw(plan: Plan, scales: Any, heads: Any, names: list[str], folder: Path) -
         coarse = level != FULL
         files.append(folder / (f"last_read_{level}.png" if coarse else "last_read.png"))
         report.save_last_read(files[-1], last_read, names, f"{title}, {level} or finer" if coarse else title)
-    files += [folder / "kept.png", folder / "cache_use.png"]
-    report.save_kept(files[-2], scales, heads, names, title)
+    files.append(folder / "cache_use.png")
     report.save_use(files[-1], plan.live, full_use(plan), plan.budget_token_heads, names, title)
     return files
 
