@@ -1,4 +1,4 @@
-"""Eviction policies: pure decisions, one small dataclass each. What the author of one needs can be imported from here."""
+"""Eviction policies: pure decisions, one small dataclass each; with the names that the author of one needs."""
 
 from heatkv.errors import PolicyError
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, ScoredCells, StaticPolicy, make_policy

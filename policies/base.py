@@ -258,6 +258,7 @@ class ScoredCells(StaticPolicy):
         (L, H, T, T): finite numbers of at least 0."""
 
     def last_read(self, problem: PlanningProblem) -> IntArray:
+        """The sinks, and the cells that are worth most. Raises PolicyError for values that are no such numbers."""
         layers, heads, scales = problem.geometry.shape
         value = np.asarray(self.value(problem), dtype=np.float64)
         if value.shape not in ((layers, heads, scales), (layers, heads, scales, scales)) or not (

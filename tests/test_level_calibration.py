@@ -19,8 +19,15 @@ from support.tiny_models import tiny_infinity, tiny_var
 from torch import Tensor
 
 from heatkv.calibration import level_costs as level_calibration
-from heatkv.calibration.fisher import DRAWS, FisherCostCache, _drawn_log_likelihoods, calibrate_fisher
-from heatkv.calibration.level_costs import BiasCache, ErrorCostCache, LevelCostCache, calibrate_biases, calibrate_levels
+from heatkv.calibration.fisher import DRAWS, FisherCostCache, _drawn_log_likelihoods, measure_fisher
+from heatkv.calibration.level_costs import (
+    BiasCache,
+    ErrorCostCache,
+    LevelCostCache,
+    level_choices,
+    measure_biases,
+    measure_errors,
+)
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts, useful_levels
 from heatkv.core.plan import Plan
@@ -424,7 +431,7 @@ def recorded(model: ImageModel[Any], images: int, seed: int, first: int = 0) -> 
 
 def test_biases_of_a_model(model: ImageModel[Any]) -> None:
     schedule = model.geometry.schedule
-    bias, recorder = calibrate_biases(model, LevelChoices(schedule), 3, seed=5, batch=2), recorded(model, 3, 5)
+    bias, recorder = measure_biases(model, LevelChoices(schedule), range(3), seed=5), recorded(model, 3, 5)
     for layer in range(model.geometry.layers):
         whole, means = np.zeros(bias.shape[1:3]), np.zeros(bias.shape[1:])
         for target in range(1, len(schedule)):
@@ -441,7 +448,7 @@ def test_error_costs_of_a_model(model: ImageModel[Any]) -> None:
     """What two images cost."""
     geometry = model.geometry
     bias = biases_of(geometry.schedule, geometry.layers, geometry.heads)
-    measured = calibrate_levels(model, 2, log_bias=bias, seed=5, first_sample=1, batch=2)
+    measured = measure_errors(model, LevelChoices(geometry.schedule), bias, range(1, 3), seed=5)
     assert np.array_equal(measured.log_bias, bias)
     assert [name.split(":")[:2] for name in measured.samples] == [["5", "1"], ["5", "2"]]
     recorder, choices = recorded(model, 2, 5, first=1), measured.choices
@@ -494,7 +501,7 @@ def test_fisher_costs_of_a_model(model: ImageModel[Any]) -> None:
     """The change of the drawn tokens' log-likelihood along a change of one head's output, squared."""
     geometry = model.geometry
     bias = biases_of(geometry.schedule, geometry.layers, geometry.heads)
-    measured = calibrate_fisher(model, 2, log_bias=bias, seed=5, first_sample=1, batch=2)
+    measured = measure_fisher(model, LevelChoices(geometry.schedule), bias, range(1, 3), seed=5)
     recorder, choices = recorded(model, 2, 5, first=1), measured.choices
     for target in (3, len(geometry.schedule) - 1):
         cells = [held for _, held in combinations(choices, target, 12)]
@@ -551,51 +558,27 @@ def test_fisher_draws() -> None:
     assert float(_drawn_log_likelihoods(some, 3, (4, 5, 6), 2)[0]) != pytest.approx(float(together[0]), rel=1e-4)
 
 
-MEASURES = pytest.mark.parametrize("measure", [calibrate_levels, calibrate_fisher])
-
-
-def check_alike(one: LevelStatistics, other: LevelStatistics, rtol: float) -> None:
-    assert one.samples == other.samples
-    np.testing.assert_allclose(one.log_bias, other.log_bias, rtol=0, atol=rtol)
-    largest = max(joint.max() for joint in other.joint_sum)
-    for a, b in zip([*one.joint_sum, one.single_sum], [*other.joint_sum, other.single_sum], strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-3 * rtol * largest)
+MEASURES = pytest.mark.parametrize("measure", [measure_errors, measure_fisher])
 
 
 @MEASURES
-def test_costs_in_batches(measure: Any, var: ClassConditionalModel) -> None:
-    whole, one_by_one = (measure(var, 3, bias_samples=2, seed=4, batch=batch) for batch in (3, 1))
-    check_alike(one_by_one, whole, 1e-3)
-    assert whole.bias_samples == ("4:0:0", "4:1:1")
-
-
-@MEASURES
-def test_merged_shards(measure: Any, var: ClassConditionalModel) -> None:
-    bias = biases_of(var.geometry.schedule, 2, 2)
-    whole = measure(var, 2, log_bias=bias, seed=4, batch=1)
-    parts = [measure(var, 1, log_bias=bias, seed=4, first_sample=i) for i in range(2)]
+def test_merged_batches(measure: Any, var: ClassConditionalModel) -> None:
+    choices, bias = LevelChoices(var.geometry.schedule), biases_of(var.geometry.schedule, 2, 2)
+    together, *parts = (measure(var, choices, bias, samples, seed=4) for samples in (range(3), range(2), range(2, 3)))
     merged = parts[0].merge(parts[1])
-    assert merged.samples == whole.samples == ("4:0:0", "4:1:1")
-    assert merged.single_sum.tobytes() == whole.single_sum.tobytes()
-    assert [x.tobytes() for x in merged.joint_sum] == [x.tobytes() for x in whole.joint_sum]
-    assert merged.cost == parts[0].cost
-    assert np.array_equal(merged.joint[5], (parts[0].joint[5] + parts[1].joint[5]) / 2)
+    assert merged.samples == together.samples == ("4:0:0", "4:1:1", "4:2:2")
+    largest = max(joint.max() for joint in together.joint_sum)
+    for name, array in together.sums().items():
+        np.testing.assert_allclose(merged.sums()[name], array, rtol=1e-3, atol=1e-6 * largest, err_msg=name)
 
 
-@MEASURES
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"samples": 0}, "samples is 0"),
-        ({"bias_samples": 0}, "samples is 0"),
-        ({"sink_scales": -1}, "sink_scales is -1"),
-        ({"sink_scales": 9}, "sink_scales is 9"),
-        ({"log_bias": np.zeros((2, 2, 9))}, "log_bias is float64"),
-    ],
-)
-def test_refused_options(measure: Any, options: dict[str, Any], named: str, var: ClassConditionalModel) -> None:
-    with pytest.raises(StatisticsError, match=named):
-        measure(var, **({"samples": 1} | options))
+def test_refused_measurements(var: ClassConditionalModel) -> None:
+    schedule = var.geometry.schedule
+    for sinks in (-1, 9):
+        with pytest.raises(StatisticsError, match=f"sink_scales is {sinks}"):
+            level_choices(schedule, sinks)
+    with pytest.raises(StatisticsError, match="log_bias is float64"):
+        measure_errors(var, LevelChoices(schedule), np.zeros((2, 2, 9)), range(1))
 
 
 @MEASURES
@@ -603,13 +586,16 @@ def test_plans_of_other_sinks(measure: Any, var: ClassConditionalModel) -> None:
     """Plans with three sinks are equal, from costs of three and of fewer."""
     schedule = var.geometry.schedule
     bias = biases_of(schedule, 2, 2)
-    budget = 2 * 2 * schedule.cached_tokens // 2
-    capacity = Capacity(2, 2, schedule.tokens, budget)
-    of_three = allocate_levels(measure(var, 2, log_bias=bias, sink_scales=3), capacity)
+
+    def costs(sinks: int, samples: int = 2) -> LevelStatistics:
+        found: LevelStatistics = measure(var, level_choices(schedule, sinks), bias, range(samples))
+        return found
+
+    capacity = Capacity(2, 2, schedule.tokens, 2 * 2 * schedule.cached_tokens // 2)
+    of_three = allocate_levels(costs(3), capacity)
     assert of_three.cost > 0
     for sinks in (0, 2):
-        found = allocate_levels(measure(var, 2, log_bias=bias, sink_scales=sinks), capacity, sink_scales=3)
+        found = allocate_levels(costs(sinks), capacity, sink_scales=3)
         assert found.cost == pytest.approx(of_three.cost, rel=0.01)
         assert found.bound == pytest.approx(of_three.bound, rel=0.01)
-    everything = measure(var, 1, log_bias=bias, sink_scales=len(schedule) - 1)
-    assert not any(joint.any() for joint in everything.joint_sum)
+    assert not any(joint.any() for joint in costs(len(schedule) - 1, 1).joint_sum)

@@ -114,7 +114,7 @@ def never(*_: Any, **__: Any) -> Any:
 def test_calibrate_with_a_number_of_sinks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("heatkv.cli.calibration_run.BIAS_SAMPLES", 1)
+    monkeypatch.setattr("heatkv.calibration.run.BIAS_SAMPLES", 1)
     path = tmp_path / "s.safetensors"
     measure = ["calibrate", "--samples", "1", "--levels", "error", "--level-samples", "1", "--out", str(path)]
     assert run([*measure, "--sink-scales", "1"]) == 0
@@ -126,7 +126,7 @@ def test_calibrate_with_a_number_of_sinks(
     for sinks, budget in (("1", "1%"), ("3", "20%")):
         assert run([*solve, budget, "--sink-scales", sinks]) == 0
     assert "sink_scales=0 is below the 1 that" in refused(capsys, *solve, "1%", "--sink-scales", "0")
-    monkeypatch.setattr("heatkv.calibration.measure.calibrate", never)
+    monkeypatch.setattr("heatkv.calibration.run.measure_samples", never)
     for option, value, said in (
         ("--sink-scales", "3", "sink_scales=1, not 3"),
         ("--levels", "fisher", "level costs of the kind 'error'"),
@@ -137,8 +137,8 @@ def test_calibrate_with_a_number_of_sinks(
 def test_compare_measures_with_the_sinks_of_its_policies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("calibration_run.BIAS_SAMPLES", "folder_statistics.LEVEL_SAMPLES"):
-        monkeypatch.setattr(f"heatkv.cli.{name}", 1)
+    for name in ("BIAS_SAMPLES", "LEVEL_SAMPLES"):
+        monkeypatch.setattr(f"heatkv.calibration.run.{name}", 1)
     few = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1"]
     command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", *few]
 
@@ -154,7 +154,7 @@ def test_compare_measures_with_the_sinks_of_its_policies(
     # costs that do not fit are not replaced, and nothing is measured beside them
     path = tmp_path / "many" / "statistics.safetensors"
     before = path.read_bytes()
-    monkeypatch.setattr("heatkv.calibration.measure.calibrate", never)
+    monkeypatch.setattr("heatkv.calibration.run.measure_samples", never)
     for arguments, said in (
         (["--sink-scales", "1"], "costs for plans with sink_scales=2 or more, this run has 1"),
         (["--policies", "heatkv-mr", "--set", "cost=fisher"], "costs of the kind 'error', not 'fisher'"),

@@ -178,7 +178,7 @@ class FollowingGenerator(Generic[Label]):
             self._generator = None  # the old cache goes before the new one comes
             with self._timed() as seconds:
                 self._generator = Generator(
-                    self.model, self.plan, len(labels), self.settings, storage=self._coding, attention=self._attention
+                    self.model, self.plan, len(labels), self.settings, code=self._coding, attention=self._attention
                 )
             if self.drawn:  # the first cache is there without following, too
                 self.switching_seconds += seconds[0]

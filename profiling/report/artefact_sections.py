@@ -20,7 +20,7 @@ from heatkv.profiling.report import charts
 from heatkv.profiling.report.charts import Pixels
 from heatkv.profiling.report.pools import Blocks, Report, scale_names
 from heatkv.profiling.report.sections import held_chart
-from heatkv.profiling.results.artefacts import Missing, pictures_of, plans_of, scas_of
+from heatkv.profiling.results.artefacts import pictures_of, plans_of, scas_of
 from heatkv.profiling.results.comparable import REFERENCE
 from heatkv.profiling.results.merging import Row, budgets_of
 
@@ -43,8 +43,8 @@ def scas(report: Report) -> Blocks:
     blocks: list[Markup] = []
     for source in report.merged.sources:
         found = scas_of(source.folder, source.results.request.statistics)
-        if isinstance(found, Missing):
-            blocks.append(report.ui.missing("S-CAS", {found.why: [source.label]}))
+        if isinstance(found, str):
+            blocks.append(report.ui.missing("S-CAS", {found: [source.label]}))
             continue
         scas_LHS = np.array(found.scas)
         largest_S = scas_LHS.max(axis=(0, 1))
@@ -68,8 +68,8 @@ def plans(report: Report) -> Blocks:
     for budget, rows in reversed(budgets_of(report.merged.rows).items()):
         for row in rows:
             found = plans_of(row.source.folder, row.result)
-            if isinstance(found, Missing):
-                missing.setdefault(found.why, []).append(f"{report.merged.label(row)} {row.result.budget}")
+            if isinstance(found, str):
+                missing.setdefault(found, []).append(f"{report.merged.label(row)} {row.result.budget}")
             else:
                 point = [f"{axis} {getattr(row.result, axis)}" for axis in row.source.axes]
                 title = ", ".join([f"Plans at {budget}", *point])
@@ -127,8 +127,8 @@ def pictures(report: Report) -> Blocks:
     seeds: dict[tuple[str, int], dict[str, tuple[Row, Pixels]]] = {}
     for row in report.merged.rows:
         images = pictures_of(row.source.folder, row.result)
-        if isinstance(images, Missing):
-            missing.setdefault(images.why, []).append(f"{report.merged.label(row)} {row.result.budget}")
+        if isinstance(images, str):
+            missing.setdefault(images, []).append(f"{report.merged.label(row)} {row.result.budget}")
         else:  # batches share comparisons, and so pictures: the first stands for all
             found = seeds.setdefault((row.source.label, row.result.seed), {})
             found.setdefault(row.result.name, (row, _thumbnails(images, len(report.merged.rows))))
