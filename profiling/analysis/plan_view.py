@@ -146,7 +146,7 @@ def save_heat_maps(
     for ax in axes.flat[scales:]:
         ax.set_axis_off()
     for source, ax in zip(range(scales), axes.flat, strict=False):
-        image = ax.imshow(values_LHS[:, :, source], cmap=shown, aspect="auto", interpolation="nearest", **limits)
+        ax.imshow(values_LHS[:, :, source], cmap=shown, aspect="auto", interpolation="nearest", **limits)
         ax.set_title(f"source {source} ({names[source]})", fontsize=8)
         ax.tick_params(labelsize=6)
         for axis in (ax.xaxis, ax.yaxis):
@@ -154,7 +154,7 @@ def save_heat_maps(
     figure.supxlabel("head", fontsize=8)
     figure.supylabel("layer", fontsize=8)
     figure.suptitle(title, fontsize=9)
-    scale = figure.colorbar(image, ax=axes, ticks=range(steps) if steps else None, fraction=0.04)
+    scale = figure.colorbar(axes.flat[0].images[0], ax=axes, ticks=range(steps) if steps else None, fraction=0.04)
     scale.set_label(legend, fontsize=7)
     scale.ax.tick_params(labelsize=7)
     save_figure(figure, path)

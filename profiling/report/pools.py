@@ -206,7 +206,7 @@ class Report:
         figures = [cell.value for line in lines for cell in line if isinstance(cell.value, float) and cell.value > 0]
         if shaded and len(set(figures)) > 1:
             tints = charts.Axis(min(figures), max(figures), {}, log=True)
-            shades = {figure: tints.at(figure) for figure in figures}
+            shades: dict[Any, float] = {figure: tints.at(figure) for figure in figures}
             lines = [[cell._replace(shade=shades.get(cell.value)) for cell in line] for line in lines]
         markup: Markup = self.ui.table(caption, list(zip(titles, right, strict=True)), lines, sortable)
         return markup

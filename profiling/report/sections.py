@@ -283,10 +283,11 @@ def environment(report: Report) -> Blocks:
         run, first = msgspec.to_builtins(source.results), source.results.rows[0]
         found = {"model": first.model, "weights": first.model_fingerprint, "schedule": ScaleSchedule(first.schedule)}
         found |= run["environment"] | (run["sampling"] or {}) | run["request"]
+        settings: dict[str, dict[str, None]] = {}
         for row in source.results.rows:
-            settings = in_words({name: value for name, value in row.settings.items() if name != "budget"}) or "none"
-            of_policy = found.setdefault(f"settings of {row.policy}", [])
-            of_policy += [] if settings in of_policy else [settings]
+            text = in_words({name: value for name, value in row.settings.items() if name != "budget"}) or "none"
+            settings.setdefault(f"settings of {row.policy}", {})[text] = None
+        found |= {name: ", ".join(texts) for name, texts in settings.items()}
         facts[source.label] = {name: in_words(value) for name, value in found.items() if value is not None}
     names = dict.fromkeys(name for found in facts.values() for name in found)
     lines = [[Cell(name.replace("_", " ")), *(Cell(of.get(name, "-")) for of in facts.values())] for name in names]
