@@ -231,7 +231,7 @@ def test_ways_out_of_too_small_a_budget(model: TextConditionalModel, measured: S
     with pytest.raises(BudgetError) as refused:
         follow(model, measured, batch=1)
     message = str(refused.value)
-    batch, memory = int(message.split("draw ")[1].split()[0]), message.split("memory=")[1].rstrip(")")
+    batch, memory = int(message.split("draw ")[1].split()[0]), message.split("memory=")[1]
     assert follow(model, measured, batch=batch).measured_at_once == 1
     with pytest.raises(BudgetError):
         follow(model, measured, batch=batch - 1)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import SEEDS, level_live_table, statistics_of
+from support.command_line import refused
 
 from heatkv.cli import run
 from heatkv.core.budget import Budget
@@ -100,13 +101,6 @@ def test_limits_below_the_sinks(policy: str, options: dict[str, str], budget: st
 # ---------------------------------------------------------------------- the command line
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert run(arguments) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
-
-
 def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("nothing may be measured")
 
@@ -116,9 +110,9 @@ def test_calibrate_with_a_number_of_sinks(
 ) -> None:
     monkeypatch.setattr("heatkv.calibration.run.BIAS_SAMPLES", 1)
     path = tmp_path / "s.safetensors"
-    measure = ["calibrate", "--samples", "1", "--levels", "error", "--level-samples", "1", "--out", str(path)]
-    assert run([*measure, "--sink-scales", "1"]) == 0
-    assert run([*measure, "--append"]) == 0  # with the file's own number
+    measure = ["calibrate", "--samples", "1", "--out", str(path), "--levels"]
+    assert run([*measure, "error,samples=1,sink-scales=1"]) == 0
+    assert run([*measure, "error,samples=1", "--append"]) == 0  # with the file's own number
     levels = Statistics.load(path).levels
     assert levels is not None
     assert (levels.choices.sink_scales, levels.samples) == (1, ("0:0:0", "0:1:1"))
@@ -126,12 +120,9 @@ def test_calibrate_with_a_number_of_sinks(
     for sinks, budget in (("1", "1%"), ("3", "20%")):
         assert run([*solve, budget, "--sink-scales", sinks]) == 0
     assert "sink_scales=0 is below the 1 that" in refused(capsys, *solve, "1%", "--sink-scales", "0")
-    monkeypatch.setattr("heatkv.calibration.run.measure_samples", never)
-    for option, value, said in (
-        ("--sink-scales", "3", "sink_scales=1, not 3"),
-        ("--levels", "fisher", "level costs of the kind 'error'"),
-    ):
-        assert said in refused(capsys, *measure, "--append", option, value)
+    monkeypatch.setattr("heatkv.calibration.run.measure", never)
+    for levels, said in (("error,sink-scales=3", "'error' with 3"), ("fisher", "level costs of the kind 'error'")):
+        assert said in refused(capsys, *measure, levels, "--append")
 
 
 def test_compare_measures_with_the_sinks_of_its_policies(
@@ -143,7 +134,7 @@ def test_compare_measures_with_the_sinks_of_its_policies(
     command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", *few]
 
     def sinks_of_costs(folder: Path, sinks: str) -> int:
-        assert run([*command, "--sink-scales", sinks, "--out", str(folder)]) == 0
+        assert run([*command, "--set", f"sink-scales={sinks}", "--out", str(folder)]) == 0
         levels = Statistics.load(folder / "statistics.safetensors").levels
         assert levels is not None
         return levels.choices.sink_scales
@@ -154,12 +145,12 @@ def test_compare_measures_with_the_sinks_of_its_policies(
     # costs that do not fit are not replaced, and nothing is measured beside them
     path = tmp_path / "many" / "statistics.safetensors"
     before = path.read_bytes()
-    monkeypatch.setattr("heatkv.calibration.run.measure_samples", never)
+    monkeypatch.setattr("heatkv.calibration.run.measure", never)
     for arguments, said in (
-        (["--sink-scales", "1"], "costs for plans with sink_scales=2 or more, this run has 1"),
-        (["--policies", "heatkv-mr", "--set", "cost=fisher"], "costs of the kind 'error', not 'fisher'"),
+        (["--set", "sink-scales=1"], "'error' with sink_scales=2, not 'error' with 1"),
+        (["--policies", "heatkv-mr", "--set", "cost=fisher"], "'error' with sink_scales=2, not 'fisher'"),
     ):
         # more samples are asked for, which would be measured first
         line = refused(capsys, *command, "--samples", "2", *arguments, "--out", str(path.parent))
-        assert f"{path} has level {said}" in line
+        assert f"{path}: has level costs of the kind {said}" in line
         assert path.read_bytes() == before
