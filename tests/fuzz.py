@@ -91,6 +91,7 @@ def make_loaders(root: Path) -> dict[str, Loader]:
     statistics_of(GEOMETRY, made_up_mass(GEOMETRY, 2, 0)).save(root / "statistics.safetensors")
     torch.manual_seed(0)
     state = VAR(VARConfig((1, 2, 3), 2, 16, 2, num_classes=3, vocab_size=6, z_channels=4)).state_dict()
+    state["lvl_1L"] = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 9]))[None]
     torch.save({"epoch": 1, "trainer": {"var_wo_ddp": state}}, root / "var.pth")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, root / "var.safetensors")
     Image.new("RGB", (7, 5), "red").save(root / "picture.png")

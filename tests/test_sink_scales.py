@@ -96,7 +96,15 @@ class MadeUpCosts:
     batch = 4
 
     def __call__(
-        self, model: Any, samples: int, *, seed: int, first_sample: int, log_bias: FloatArray, sink_scales: int, **_: Any
+        self,
+        model: Any,
+        samples: int,
+        *,
+        seed: int,
+        first_sample: int,
+        log_bias: FloatArray,
+        sink_scales: int,
+        **_: Any,
     ) -> LevelStatistics:
         names = sample_names(model, seed, model.labels(samples, first_sample), first_sample)
         mass = made_up_mass(model.geometry, samples, first_sample)

@@ -91,8 +91,8 @@ class Budget:
         """b, the exact share of the full cache. Raises BudgetError when it is above the full cache."""
         if self.kind == "auto":
             raise BudgetError(
-                "budget auto is for policies that choose it by a predicted KL, such as heatkv-mr with cost=fisher and "
-                f"max_kl; otherwise {_HOW}"
+                f"{self.name} auto is for policies that choose it by a predicted KL, such as heatkv-mr with "
+                f"cost=fisher and max_kl; otherwise {_HOW}"
             )
         if self.kind == "share":
             return self.amount
