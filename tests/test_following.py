@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
 from typing import Any
 
@@ -222,11 +223,10 @@ def test_refused_options(
 def test_ways_out_of_too_small_a_budget(model: TextConditionalModel, measured: Statistics) -> None:
     with pytest.raises(BudgetError) as refused:
         follow(model, measured, batch=1)
-    message = str(refused.value)
-    batch, memory = int(message.split("draw ")[1].split()[0]), message.split("memory=")[1].rstrip(")")
-    assert follow(model, measured, batch=batch).measured_at_once == 1
+    batch, memory = re.search(r"draw (\d+) .*memory=(.*)\)", str(refused.value)).groups()
+    assert follow(model, measured, batch=int(batch)).measured_at_once == 1
     with pytest.raises(BudgetError):
-        follow(model, measured, batch=batch - 1)
+        follow(model, measured, batch=int(batch) - 1)
     assert follow(model, measured, batch=1, memory=memory).measured_at_once >= 1
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from strategies import SEEDS
+from support.attention import check_close, dense
 from support.foreign import draw_var, make_var
 from support.public_sampler import PublicSampler
 from support.tiny_models import features
@@ -68,11 +70,11 @@ def opened(policy: str, dtype: torch.dtype = torch.float32, rows: int = ROWS, **
 
 def run(cache: Any, inputs: Sequence[Sequence[AttentionInput]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     cache.reset()
-    outs = []
-    for of_scale in inputs:
-        for layer, x in enumerate(of_scale):
-            outs.append(cache.attend(layer, *(part.to(dtype) for part in (x.q_RHND, x.k_RHND, x.v_RHND))))
-    return outs
+    return [
+        cache.attend(layer, *(part.to(dtype) for part in (x.q_RHND, x.k_RHND, x.v_RHND)))
+        for of_scale in inputs
+        for layer, x in enumerate(of_scale)
+    ]
 
 
 # ------------------------------------------------------------------------------ numbers that are not finite
@@ -184,23 +186,18 @@ def test_calibration_names_the_sample(measure: Any) -> None:
 
 
 def test_broken_drop_errors() -> None:
-    """A residual stream of zeros leads to one, with queries, keys and values as they should be."""
+    """From a residual stream of zeros, with queries, keys and values as they should be."""
     plan = make_policy("full").plan(PlanningProblem(GEOMETRY, Budget.parse("100%")))
     cache = MeasuringCache(plan, ROWS, 1, output_weights=[torch.ones(3, 8, 16)] * 2)
-    inputs = made_up_inputs(GEOMETRY, ROWS, 0)
-
-    def measure() -> None:
-        cache.reset()
-        for scale, of_scale in enumerate(inputs):
+    cache.reset()
+    wanted = "^sample a: the drop error of layer 1, head 0, target scale 2, source 0, image 0 is not finite"
+    with pytest.raises(NumericsError, match=wanted), naming_samples(["a"]):  # noqa: PT012
+        for scale, of_scale in enumerate(made_up_inputs(GEOMETRY, ROWS, 0)):
             for layer, x in enumerate(of_scale):
                 residual = torch.ones(ROWS, x.q_RHND.shape[2], 8)
                 residual[1] *= (scale, layer) != (2, 1)
                 cache.see(layer, residual, torch.ones(ROWS, 1, 8))
                 cache.attend(layer, x.q_RHND, x.k_RHND, x.v_RHND)
-
-    wanted = "^sample a: the drop error of layer 1, head 0, target scale 2, source 0, image 0 is not finite"
-    with pytest.raises(NumericsError, match=wanted), naming_samples(["a"]):
-        measure()
 
 
 def test_broken_weights_of_an_attached_model() -> None:
@@ -238,19 +235,10 @@ def test_a_tensor_is_finite_when_all_of_it_is(dtype: torch.dtype) -> None:
 
 
 def test_overflowing_text_features() -> None:
-    encoder = T5TextEncoder.__new__(T5TextEncoder)
+    encoder, out = T5TextEncoder.__new__(T5TextEncoder), torch.zeros(2, 3, 4)
     tokens = SimpleNamespace(input_ids=torch.zeros(2, 3), attention_mask=torch.ones(2, 3), to=lambda device: tokens)
-    out = torch.zeros(2, 3, 4)
     out[1, 2, 0] = math.inf
-    encoder._tokenizer = lambda *texts, **named: tokens
-
-    class Encoder:
-        device, dtype = torch.device("cpu"), torch.float16
-
-        def __call__(self, **named: Any) -> tuple[Tensor]:
-            return (out,)
-
-    encoder._encoder = Encoder()
+    encoder._tokenizer, encoder._encoder = Mock(return_value=tokens), Mock(return_value=(out,), dtype=torch.float16)
     with pytest.raises(NumericsError, match="not finite for 'a red dog'; float16 holds nothing above 65504"):
         encoder.encode(["a cat", "a red dog"])
     out[1, 2, 0] = 0
@@ -264,37 +252,19 @@ ALIKE, OPPOSITE, MIXED = "alike", "opposite", "mixed"
 
 def adversarial(kind: str, seed: int, dtype: torch.dtype, largest: float) -> list[list[AttentionInput]]:
     """Queries of length 100 and keys of length 1 in the same direction or in opposite ones, values up to `largest`."""
-    rng = np.random.default_rng(seed)
+    rng, u_D = np.random.default_rng(seed), torch.nn.functional.normalize(torch.ones(GEOMETRY.head_dim), dim=0)
     inputs = []
     for tokens in GEOMETRY.schedule.tokens:
-        of_scale = []
+        inputs.append([])
         for _ in range(GEOMETRY.layers):
             shape = (ROWS, GEOMETRY.heads, tokens, 1)
-            u_D = torch.nn.functional.normalize(torch.ones(GEOMETRY.head_dim), dim=0)
-            signs = [torch.from_numpy(rng.choice([-1.0, 1.0], shape)).float() for _ in range(2)]
-            q_sign, k_sign = {
-                ALIKE: (torch.ones(shape), torch.ones(shape)),
-                OPPOSITE: (torch.ones(shape), -torch.ones(shape)),
-                MIXED: (signs[0], signs[1]),
-            }[kind]
+            q_sign, k_sign = (torch.from_numpy(rng.choice([-1.0, 1.0], shape)).float() for _ in range(2))
+            if kind != MIXED:
+                q_sign, k_sign = torch.ones(shape), torch.full(shape, 1.0 if kind == ALIKE else -1.0)
             v = torch.from_numpy(rng.uniform(-largest, largest, (*shape[:3], GEOMETRY.head_dim))).float()
-            q, k = 100 * q_sign * u_D, k_sign * u_D
-            of_scale.append(AttentionInput(v[..., 0], *(x.to(dtype).float() for x in (q, k, v))))
-        inputs.append(of_scale)
+            qkv = (x.to(dtype).float() for x in (100 * q_sign * u_D, k_sign * u_D, v))
+            inputs[-1].append(AttentionInput(v[..., 0], *qkv))
     return inputs
-
-
-def in_float64(inputs: Sequence[Sequence[AttentionInput]]) -> list[Tensor]:
-    """Attention over all scales so far."""
-    outs = []
-    for scale, of_scale in enumerate(inputs):
-        for layer, x in enumerate(of_scale):
-            k, v = (
-                torch.cat([getattr(inputs[s][layer], name) for s in range(scale + 1)], dim=2).double()
-                for name in ("k_RHND", "v_RHND")
-            )
-            outs.append((x.q_RHND.double() @ k.transpose(2, 3)).softmax(dim=-1) @ v)
-    return outs
 
 
 @needs_triton
@@ -322,9 +292,8 @@ def test_logits_of_100_and_minus_100(how: str, dtype: torch.dtype, kind: str) ->
                     dataclasses.replace(g, bias_GM=torch.zeros(g.size, g.held)) if g.held else g for g in step.reads
                 )
                 of_target[at] = dataclasses.replace(step, reads=reads)
-    tolerance = 6e4 * torch.finfo(dtype).eps
-    for out, wanted in zip(run(cache, inputs, dtype), in_float64(inputs), strict=True):
-        assert float((out.double() - wanted).abs().max()) < tolerance  # false for NaN as well
+    images = [[(x.q_RHND, x.k_RHND, x.v_RHND) for x in of_scale] for of_scale in inputs]
+    check_close(run(cache, inputs, dtype), dense(opened("full").plan, images), 6e4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("classes", torch.float16), ("prompts", torch.float16)])
@@ -461,17 +430,8 @@ def test_sums_in_fixed_point_cut_what_sums_in_floating_point_cut(seed: int, top_
     assert torch.equal(cut | near, outside | near)
 
 
-@pytest.fixture
-def own_settings(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    kept = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    yield monkeypatch
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
-
-
-def test_a_setting_of_cublas_that_is_not_deterministic_is_refused(own_settings: pytest.MonkeyPatch) -> None:
-    own_settings.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+def test_a_setting_of_cublas_that_is_not_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     with pytest.raises(HeatKVError, match=r"CUBLAS_WORKSPACE_CONFIG is ':0:0'.*unset it"):
         run_deterministically()
     assert not torch.are_deterministic_algorithms_enabled()
