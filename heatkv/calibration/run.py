@@ -110,17 +110,9 @@ def calibrate_into(
     level_samples = whole(level_samples, "level_samples", StatisticsError, 1)
     if levels is not None and levels not in COSTS:
         raise StatisticsError(f"unknown level costs {levels!r}{suggest(levels, COSTS)}")
-    found = None
-    if out is None:
-        if append or resume:
-            raise FormatError("append and resume need a file; name it as out")
-    else:
-        if out.exists() and not (append or resume):
-            raise FormatError(f"{out} exists; append samples to it, or name another file")
-        if append and not out.exists():
-            raise FormatError(f"{out} does not exist, so nothing can be appended to it")
-        check_place(out)
-        found = continued(out, model, settings) if out.exists() else None
+    found = None if out is None else _found(out, model, settings, append, resume)
+    if out is None and (append or resume):
+        raise FormatError("append and resume need a file; name it as out")
     before, costs = found if append else None, None
     if levels is not None:
         with in_file(out or "statistics"):
@@ -137,6 +129,17 @@ def calibrate_into(
         run.write(calibrated.statistics)
     run.close()
     return calibrated
+
+
+def _found(out: Path, model: ImageModel[Any], settings: Settings, append: bool, resume: bool) -> Statistics | None:
+    """The statistics that are in the file already."""
+    there = out.exists()
+    if there and not (append or resume):
+        raise FormatError(f"{out} exists; append samples to it, or name another file")
+    if append and not there:
+        raise FormatError(f"{out} does not exist, so nothing can be appended to it")
+    check_place(out)
+    return continued(out, model, settings) if there else None
 
 
 def statistics_of_folder(
