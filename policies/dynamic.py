@@ -159,7 +159,9 @@ class DynamicPolicy(EvictionPolicy):
                 high = mean
         if largest is None:
             least = peak(self.capacities(problem, 1))
-            raise BudgetError(f"policy {self.name!r} needs {least} token-heads, {problem.budget} are {room}; raise it")
+            raise BudgetError(
+                f"{self.name} needs {least} token-heads, budget {problem.budget} has room for {room}: raise it"
+            )
         # what is left is less than one token per head: whole layers get one more, as many as there is room for
         spare = (room - peak(largest)) // geometry.heads
         largest = largest.copy()
