@@ -40,7 +40,7 @@ _searched = False
 def check_name(name: Any, what: str) -> None:
     """Raise PolicyError unless `what` may have this name: lower-case letters, digits and hyphens between them."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise PolicyError(f"{what} is named {shown(name)}; write lower-case letters, digits and hyphens")
+        raise PolicyError(f"{what} is named {shown(name)}; write lower-case letters, digits and hyphens between them")
 
 
 def register(policy: type[Any]) -> type[Any]:

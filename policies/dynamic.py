@@ -147,7 +147,7 @@ class DynamicPolicy(EvictionPolicy):
         geometry = problem.geometry
         most = room // (geometry.layers * geometry.heads)
         if most < 1:
-            raise BudgetError(f"budget {problem.budget} is {room} token-heads, less than one a head; raise it")
+            raise BudgetError(f"budget {problem.budget} is {room} token-heads, fewer than one a head; raise it")
         # layers that change one after another may not reach `most`, which is tried first
         low, high, largest = 0, most + 1, None
         while high - low > 1:
@@ -159,9 +159,7 @@ class DynamicPolicy(EvictionPolicy):
                 high = mean
         if largest is None:
             least = peak(self.capacities(problem, 1))
-            raise BudgetError(
-                f"{self.name} needs {least} token-heads, budget {problem.budget} has room for {room}: raise it"
-            )
+            raise BudgetError(f"{self.name} holds {least} token-heads or more, {problem.budget} has room for {room}")
         # what is left is less than one token per head: whole layers get one more, as many as there is room for
         spare = (room - peak(largest)) // geometry.heads
         largest = largest.copy()
