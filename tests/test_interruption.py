@@ -21,10 +21,9 @@ from PIL import Image
 from support.stopping import Kind, Moment, count_events, run_apart
 
 from heatkv.cli import run
-from heatkv.core.io import clear_temporaries, move, replacing, write_json
+from heatkv.core.io import clear_temporaries, move, read_tensors, replacing, write_json
 from heatkv.core.plan_file import load_plan
 from heatkv.errors import FormatError
-from heatkv.parallel.parts import load_arrays
 from heatkv.profiling.results.row import Memory, Times
 
 Command = Literal["calibrate", "compare", "profile"]
@@ -156,7 +155,7 @@ def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
         patch.setattr(module, name, called)
 
     counting(heatkv.calibration.run, "measure_samples", "samples")
-    counting(heatkv.calibration.run, "save_arrays", "levels")
+    counting(heatkv.calibration.run, "write_tensors", "levels")
     counting(heatkv.profiling.comparison, "save_compared", "comparisons")
     counting(heatkv.profiling.sweep, "subject_memory", "memory")
 
@@ -167,7 +166,7 @@ def check_whole(folder: Path) -> None:
         if path.is_dir() or path.name.startswith("."):
             continue
         if path.suffix == ".safetensors":
-            load_arrays(path)
+            read_tensors(path, "part")
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".png":

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 from heatkv.calibration.fisher import measure_fisher
 from heatkv.calibration.level_costs import level_choices, measure_biases, measure_errors
 from heatkv.calibration.measure import measure_samples, measured_settings, ranking_agreement, sample_names
-from heatkv.core.io import check_place, clear_temporaries, in_file, versions
+from heatkv.core.io import check_place, clear_temporaries, in_file, read_tensors, versions, write_tensors
 from heatkv.core.levels import SINK_SCALES
 from heatkv.core.schema import FloatArray, seed_of, suggest, whole
 from heatkv.core.statistics import COSTS, LevelStatistics, Statistics
 from heatkv.errors import FormatError, HeatKVError, RanksError, StatisticsError
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
-from heatkv.parallel.parts import Parts, load_arrays, save_arrays
+from heatkv.parallel.parts import Parts
 from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import SILENT, Reporter, shared_progress
 
@@ -349,8 +349,8 @@ class CalibrationRun:
         parts += self._measured(
             f"level costs of {name}", costs.cost, self.level_batches,
             partial(_LEVEL_COSTS[costs.cost], self.model, choices, log_bias, **options),
-            lambda part, path: save_arrays(path, part.arrays(), part.header()),
-            lambda path: LevelStatistics.from_file(schedule, *load_arrays(path), path),
+            lambda part, path: write_tensors(path, part.header(), part.arrays()),
+            lambda path: LevelStatistics.from_file(schedule, *read_tensors(path, "part"), path),
         )  # fmt: skip
         return replace(reduce(LevelStatistics.merge, parts), bias_samples=bias_samples)
 
@@ -423,11 +423,11 @@ class CalibrationRun:
 
 
 def _save_bias(log_bias: FloatArray, path: Path) -> None:
-    save_arrays(path, {"log_bias": log_bias})
+    write_tensors(path, {}, {"log_bias": log_bias})
 
 
 def _load_bias(path: Path) -> FloatArray:
-    return load_arrays(path)[1]["log_bias"]
+    return read_tensors(path, "part")[1]["log_bias"]
 
 
 def _is_of(statistics: Statistics | None, description: dict[str, Any]) -> bool:

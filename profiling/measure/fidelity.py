@@ -18,13 +18,13 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor
 
+from heatkv.core.io import read_tensors, write_tensors
 from heatkv.core.schema import FloatArray
 from heatkv.errors import HeatKVError
 from heatkv.generation.images import from_pixels, to_pixels
 from heatkv.generation.loop import Drawn, Generator
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import CommonRandomSampler, RecordedTokens, Settings
-from heatkv.parallel.parts import load_arrays, save_arrays
 from heatkv.profiling.measure.latency import CONFIDENCE
 from heatkv.profiling.measure.perceptual import fid, open_lpips, why_no_fid
 from heatkv.profiling.measure.subjects import Subject
@@ -315,12 +315,12 @@ def save_compared(path: Path, plans: Sequence[Compared], pictures: int) -> None:
     arrays = {
         name: np.stack([array(plan, name) for plan in plans]) for name in ARRAYS if getattr(plans[0], name) is not None
     }
-    save_arrays(path, arrays, {"tokens": plans[0].tokens, "choices": plans[0].choices})
+    write_tensors(path, {"tokens": plans[0].tokens, "choices": plans[0].choices}, arrays)
 
 
 def load_compared(path: Path) -> list[Compared]:
     """What `save_compared` wrote. Raises FormatError for a damaged file."""
-    header, arrays = load_arrays(path)
+    header, arrays = read_tensors(path, "part")
     plans = []
     for plan in range(len(arrays["kl_sums_BT"])):
         values: dict[str, Any] = {name: array[plan] for name, array in arrays.items()}
