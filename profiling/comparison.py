@@ -22,6 +22,7 @@ from heatkv.models.base import ImageModel
 from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import Reporter, shared_progress
 from heatkv.policies.base import EvictionPolicy
+from heatkv.profiling.analysis.plan_view import save_scas_maps
 from heatkv.profiling.measure.fidelity import (
     Compared,
     FidelityBench,
@@ -34,7 +35,7 @@ from heatkv.profiling.measure.memory import check_snapshots
 from heatkv.profiling.measure.runner import with_versus
 from heatkv.profiling.measure.subjects import Subject
 from heatkv.profiling.measure.trace import save_trace
-from heatkv.profiling.report.charts import save_image_sheet, save_scas_heat_map
+from heatkv.profiling.report.charts import save_image_sheet
 from heatkv.profiling.report.page import check_report_replaceable, write_report
 from heatkv.profiling.results.artefacts import save_scas
 from heatkv.profiling.results.folder import ResultsFolder, check_replaceable, part_name
@@ -142,7 +143,7 @@ def compare(
         entry.row = row
     comparison.save_sheets()
     if sweep.statistics is not None:
-        save_scas_heat_map(out / "scas.png", sweep.statistics)
+        save_scas_maps(out / "scas.png", sweep.statistics)
         save_scas(out / "scas.json", sweep.statistics)
     written = _finish(results, comparison.entries, sweep.reporter)
     with sweep.reporter.progress("drawing the report", 1):

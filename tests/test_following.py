@@ -12,8 +12,8 @@ import torch
 from support.tiny_models import tiny_infinity
 from torch import Tensor
 
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.level_costs import level_choices, measure_biases, measure_errors
+from heatkv.calibration.run import calibrate
 from heatkv.core.plan import Plan
 from heatkv.core.statistics import Statistics
 from heatkv.engine.store import Store
@@ -36,7 +36,9 @@ def model() -> TextConditionalModel:
 
 @pytest.fixture(scope="module")
 def measured(model: TextConditionalModel) -> Statistics:
-    return calibrate(model, 3, seed=7).with_levels(calibrate_levels(model, 2, seed=7, bias_samples=2, sink_scales=1))
+    choices = level_choices(model.geometry.schedule, 1)
+    bias = measure_biases(model, choices, range(2), seed=7)
+    return calibrate(model, 3, seed=7).with_levels(measure_errors(model, choices, bias, range(2), seed=7))
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +231,7 @@ def test_ways_out_of_too_small_a_budget(model: TextConditionalModel, measured: S
     with pytest.raises(BudgetError) as refused:
         follow(model, measured, batch=1)
     message = str(refused.value)
-    batch, memory = int(message.split("draw ")[1].split()[0]), message.split("memory=")[1].rstrip(")")
+    batch, memory = int(message.split("draw ")[1].split()[0]), message.split("memory=")[1]
     assert follow(model, measured, batch=batch).measured_at_once == 1
     with pytest.raises(BudgetError):
         follow(model, measured, batch=batch - 1)

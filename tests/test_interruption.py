@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import pytest
 from PIL import Image
-from stopping import Kind, Moment, count_events, run_apart
+from support.stopping import Kind, Moment, count_events, run_apart
 
 from heatkv.cli import run
 from heatkv.core.io import clear_temporaries, move, replacing, write_json
@@ -142,8 +142,7 @@ def kept_work(folder: Path, batches: int) -> Counter[str]:
 
 def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
     """Count what is measured: batches of samples, of level costs and of comparisons, biases, and memory."""
-    import heatkv.calibration.measure
-    import heatkv.cli.calibration_run
+    import heatkv.calibration.run
     import heatkv.profiling.measure.fidelity
     import heatkv.profiling.measure.runner
 
@@ -156,8 +155,8 @@ def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
 
         patch.setattr(module, name, called)
 
-    counting(heatkv.calibration.measure, "calibrate", "samples")
-    counting(heatkv.cli.calibration_run, "save_arrays", "levels")
+    counting(heatkv.calibration.run, "measure_samples", "samples")
+    counting(heatkv.calibration.run, "save_arrays", "levels")
     counting(heatkv.profiling.measure.fidelity, "save_compared", "comparisons")
     counting(heatkv.profiling.measure.runner, "subject_memory", "memory")
 

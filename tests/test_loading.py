@@ -154,7 +154,7 @@ def test_configurations_of_the_vqvae() -> None:
     config = VQVAEConfig((1, 2, 4), 16, 8, 32, (1, 2, 2))
     whole = build_vqvae(VQVAE(config).state_dict(), (1, 2, 4))
     assert whole.config == config
-    assert whole.has_encoder
+    assert whole.encoder is not None
     decoder = build_vqvae(VQVAE(config, encoder=False).state_dict(), (1, 2, 4))
     with pytest.raises(ModelError, match="without its encoder"):
         decoder.latent(torch.zeros(1, 3, 16, 16))

@@ -23,14 +23,13 @@ from safetensors.torch import load_file, save_file
 from strategies import SEEDS
 from support.foreign import draw_var, make_var
 from support.public_sampler import PublicSampler
-from support.tiny_models import features
-from tape import TapeRunner
-from test_graphs import small_classes, small_prompts
+from support.tape import TapeRunner
+from support.tiny_models import features, small_classes, small_prompts
 from torch import Tensor
 
 import heatkv
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import MeasuringCache, calibrate
+from heatkv.calibration.level_costs import level_choices, measure_biases
+from heatkv.calibration.measure import MeasuringCache, measure_samples
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import read_json
@@ -173,15 +172,19 @@ def test_broken_logits() -> None:
         generator.draw([3, 7])
 
 
-@pytest.mark.parametrize("measure", [calibrate, calibrate_levels])
+def biases(model: ImageModel[Any], samples: range) -> None:
+    measure_biases(model, level_choices(model.geometry.schedule, 2), samples)
+
+
+@pytest.mark.parametrize("measure", [measure_samples, biases])
 def test_calibration_names_the_sample(measure: Any) -> None:
     model = small_classes()
     model.transformer.class_emb.weight[5] = math.nan
     with pytest.raises(
         NumericsError, match=r"^sample 0:5:5: q and k and v of layer 0, heads 0, 1, 2, 3, scale 0, image 1"
     ):
-        measure(model, 4, first_sample=4, seed=0, batch=4)
-    measure(model, 1, first_sample=4, **({} if measure is calibrate else {"bias_samples": 1}))
+        measure(model, range(4, 8))
+    measure(model, range(4, 5))
 
 
 def test_broken_drop_errors() -> None:

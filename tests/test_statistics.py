@@ -26,8 +26,6 @@ from heatkv.core.statistics import LevelStatistics, Statistics
 from heatkv.errors import FormatError, HeatKVError, ScheduleError, StatisticsError
 from heatkv.testing.material import level_costs_of, made_up_mass
 
-SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (2, 3)]))
 LEVEL_GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4), (2, 3)]))
 
@@ -40,8 +38,9 @@ def small(count: int = 3, seed: int = 0, first_sample: int = 0, **provenance: ob
 # ---------------------------------------------------------------------- what follows from the sums
 
 
+@settings(max_examples=30)
 @given(geometry=geometries(), count=st.integers(1, 5), seed=SEEDS)
-def test_mean_spread_and_scas(geometry: CacheGeometry, count: int, seed: int) -> None:
+def test_mean_spread_scas_and_gini(geometry: CacheGeometry, count: int, seed: int) -> None:
     samples = made_up_mass(geometry, count, seed)
     measured = statistics_of(geometry, samples)
     assert (measured.layers, measured.heads, measured.count) == (geometry.layers, geometry.heads, count)
@@ -50,34 +49,29 @@ def test_mean_spread_and_scas(geometry: CacheGeometry, count: int, seed: int) ->
     expected = samples.std(axis=0, ddof=1) if count > 1 else np.zeros_like(samples[0])
     np.testing.assert_allclose(measured.spread, expected, rtol=1e-6, atol=1e-7)
 
-    scales = len(geometry.schedule)
-    for l in range(geometry.layers):
-        for h in range(geometry.heads):
-            for s in range(scales):
-                seen = [samples[i][l, h, t, s] for i in range(count) for t in range(s + 1, scales)]
-                mean = sum(seen) / len(seen) if seen else 0.0
-                assert measured.scas[l, h, s] == pytest.approx(mean, rel=1e-12)
+    for l, h, s in np.ndindex(measured.scas.shape):
+        seen = samples[:, l, h, s + 1 :, s].ravel().tolist()
+        assert measured.scas[l, h, s] == pytest.approx(sum(seen) / max(len(seen), 1), rel=1e-12)
+    for scale, gini in enumerate(measured.gini()):  # the mean difference of pairs
+        scores = measured.scas[:, :, scale].ravel().tolist()
+        differences = sum(abs(first - second) for first in scores for second in scores)
+        assert gini == pytest.approx(differences / (2 * len(scores) * sum(scores)), abs=1e-12)
 
 
 def with_scas(scores: NDArray[np.float64]) -> Statistics:
     """Statistics of one sample in which scale 0 gets `scores` (L, H) of every later target's mass."""
-    layers, heads = scores.shape
-    geometry = CacheGeometry(layers, heads, 4, ScaleSchedule.square((1, 2, 3)))
-    mass = np.zeros((1, layers, heads, 3, 3))
+    geometry = CacheGeometry(*scores.shape, 4, ScaleSchedule.square((1, 2, 3)))
+    mass = np.zeros((1, *scores.shape, 3, 3))
     mass[..., 0, 0] = 1
     for target in (1, 2):
-        mass[0, :, :, target, 0] = scores
-        mass[0, :, :, target, target] = 1 - scores
+        mass[0, :, :, target, 0], mass[0, :, :, target, target] = scores, 1 - scores
     return statistics_of(geometry, mass)
 
 
 @pytest.mark.parametrize(
     ("scores", "gini"),
     [
-        ([[0.25, 0.25], [0.25, 0.25]], 0.0),
         ([[0.0, 0.0], [0.9, 0.0]], 3 / 4),  # one of n does it all: (n - 1) / n
-        ([[0.0, 0.6], [0.6, 0.0]], 1 / 2),
-        ([[0.3, 0.1]], 1 / 4),
         ([[0.1, 0.2, 0.3, 0.4]], 1 / 4),
         ([[0.0, 0.0]], 0.0),  # nobody looks: no inequality, and no division by zero
     ],
@@ -87,85 +81,60 @@ def test_gini(scores: list[list[float]], gini: float) -> None:
     assert measured.gini().tolist() == pytest.approx([gini, 0.0], abs=1e-12)  # nobody looks at scale 1
 
 
-@given(geometry=geometries(), seed=SEEDS)
-def test_gini_is_the_mean_difference_of_pairs(geometry: CacheGeometry, seed: int) -> None:
-    measured = statistics_of(geometry, made_up_mass(geometry, 2, seed))
-    for scale, gini in enumerate(measured.gini()):
-        scores = measured.scas[:, :, scale].ravel().tolist()
-        differences = sum(abs(first - second) for first in scores for second in scores)
-        assert gini == pytest.approx(differences / (2 * len(scores) * sum(scores)), abs=1e-12)
-
-
 # ---------------------------------------------------------------------- merging
 
 
-@given(geometry=geometries(), counts=st.lists(st.integers(1, 3), min_size=2, max_size=4), seed=SEEDS)
-def test_merging_shards_is_measuring_at_once(geometry: CacheGeometry, counts: list[int], seed: int) -> None:
-    samples = made_up_mass(geometry, sum(counts), seed)
+@settings(max_examples=30)
+@given(counts=st.lists(st.integers(1, 3), min_size=2, max_size=4), seed=SEEDS)
+def test_merging_parts_is_measuring_at_once(counts: list[int], seed: int) -> None:
+    samples = made_up_mass(LEVEL_GEOMETRY, sum(counts), seed)
     starts = np.cumsum([0, *counts])
-    shards = [
-        statistics_of(geometry, samples[start : start + count], int(start))
+    parts = [
+        statistics_of(LEVEL_GEOMETRY, samples[start : start + count], int(start))
         for start, count in zip(starts, counts, strict=False)
     ]
-    merged = shards[0]
-    for shard in shards[1:]:
-        merged = merged.merge(shard)
-    whole = statistics_of(geometry, samples)
+    merged, whole = reduce(Statistics.merge, parts), statistics_of(LEVEL_GEOMETRY, samples)
     assert merged.provenance == whole.provenance
-    np.testing.assert_allclose(merged.mass, whole.mass, rtol=1e-12)
-    np.testing.assert_allclose(merged.mass_square_sum, whole.mass_square_sum, rtol=1e-12)
+    assert merged.levels.samples == whole.levels.samples == merged.samples
+    for one, other in ((merged, whole), (merged.levels, whole.levels)):
+        for name, array in other.sums().items():
+            np.testing.assert_allclose(one.sums()[name], array, rtol=1e-12)
     np.testing.assert_allclose(merged.spread, samples.std(axis=0, ddof=1), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(whole.levels.single, whole.levels.single_sum / len(samples))
 
 
 def level_costs(mass: NDArray[np.float64], first: int = 0) -> LevelStatistics:
     return level_costs_of(LEVEL_GEOMETRY, mass, tuple(f"7:{first + i}:3" for i in range(len(mass))))
 
 
-@given(counts=st.lists(st.integers(1, 3), min_size=2, max_size=4), seed=SEEDS)
-@settings(max_examples=40)
-def test_merging_level_costs_is_measuring_at_once(counts: list[int], seed: int) -> None:
-    mass = made_up_mass(LEVEL_GEOMETRY, sum(counts), seed)
-    starts = np.cumsum([0, *counts])
-    parts = [level_costs(mass[a : a + n], int(a)) for a, n in zip(starts, counts, strict=False)]
-    merged, whole = reduce(LevelStatistics.merge, parts), level_costs(mass)
-    assert merged.samples == whole.samples
-    for one, other in zip(merged.joint, whole.joint, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-12)
-    np.testing.assert_allclose(merged.single, whole.single, rtol=1e-12)
-    np.testing.assert_allclose(whole.single, whole.single_sum / len(mass))
-
-
-def test_merging_statistics_merges_their_level_costs() -> None:
+def test_merging_with_statistics_without_level_costs() -> None:
     mass = made_up_mass(LEVEL_GEOMETRY, 4, 1)
-    one, other = statistics_of(LEVEL_GEOMETRY, mass[:2]), statistics_of(LEVEL_GEOMETRY, mass[2:], 2)
-    levels = one.merge(other).levels
-    assert levels is not None
-    assert levels.samples == ("7:0:3", "7:1:3", "7:2:3", "7:3:3")
-    assert one.merge(statistics_of(LEVEL_GEOMETRY, mass[2:], 2, None)).levels is one.levels
-    assert statistics_of(LEVEL_GEOMETRY, mass[2:], 2, None).merge(one).levels is one.levels
+    one, other = statistics_of(LEVEL_GEOMETRY, mass[:2]), statistics_of(LEVEL_GEOMETRY, mass[2:], 2, None)
+    assert one.merge(other).levels is other.merge(one).levels is one.levels
 
 
 def test_what_cannot_be_merged() -> None:
     mine = small(first_sample=10)
-    for name, value in (("model", "other"), ("fingerprint", "ff"), ("cfg", 2.0), ("settings", {"top_k": 11})):
-        with pytest.raises(StatisticsError, match=f"with {name} "):
-            mine.merge(small(**{name: value}))
     small(versions={"torch": "3"}).merge(mine)  # a later release may add samples
-    with pytest.raises(StatisticsError, match=r"2 samples are in both \(for instance 7:11:3\)"):
-        mine.merge(small(first_sample=11))
-    with pytest.raises(StatisticsError, match="mass_square_sum, error_sum"):
-        mine.merge(replace(small(), all_mass_sum=None))
-    for other in (
-        CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (2, 1), (2, 2), (2, 3)])),
-        CacheGeometry(3, 2, 4, GEOMETRY.schedule),
-    ):
-        with pytest.raises(StatisticsError, match="different schedules or head counts"):
-            mine.merge(statistics_of(other, made_up_mass(other, 1, 0)))
+    others: dict[str, list[Statistics]] = {
+        "different schedules or head counts": [
+            statistics_of(other, made_up_mass(other, 1, 0))
+            for other in (replace(GEOMETRY, schedule=ScaleSchedule.square((1, 2, 3, 4))), replace(GEOMETRY, heads=2))
+        ],
+        r"2 samples are in both \(for instance 7:11:3\)": [small(first_sample=11)],
+        "mass_square_sum, error_sum": [replace(small(), all_mass_sum=None)],
+    }
+    for name, value in (("model", "other"), ("fingerprint", "ff"), ("cfg", 2.0), ("settings", {"top_k": 11})):
+        others[f"with {name} "] = [small(**{name: value})]
+    for said, refused in others.items():
+        for other in refused:
+            with pytest.raises(StatisticsError, match=said):
+                mine.merge(other)
     costs = level_costs(made_up_mass(LEVEL_GEOMETRY, 1, 0))
     choices = LevelChoices(LEVEL_GEOMETRY.schedule, 3)
     for changes in ({"cost": "fisher"}, {"choices": choices}, {"log_bias": costs.log_bias + 1}):
         with pytest.raises(StatisticsError, match="cannot merge level costs"):
-            costs.merge(replace(costs, samples=("b",), **changes))  # type: ignore[arg-type]
+            costs.merge(replace(costs, samples=("b",), **changes))
 
 
 # ---------------------------------------------------------------------- what no measurement gives
@@ -197,11 +166,7 @@ COSTS = level_costs(made_up_mass(LEVEL_GEOMETRY, 2, 0))
         (small(samples=("a", "b", "a")), {}, "twice"),
         (small(samples=("a", "b")), {}, "sums to 1"),  # three were summed
         (small(1), {"levels": COSTS}, "level costs are of 2 layers x 3 heads and the schedule 1x1,1x2,2x2,4x4,2x3"),
-        (
-            COSTS,
-            {"joint_sum": (*COSTS.joint_sum[:-1], np.zeros((2, 3, 7)))},
-            r"target 4 has .*, not \(2, 3, 12\)",
-        ),
+        (COSTS, {"joint_sum": (*COSTS.joint_sum[:-1], np.zeros((2, 3, 7)))}, r"target 4 has .*, not \(2, 3, 12\)"),
         (COSTS, {"joint_sum": (*COSTS.joint_sum[:-1], np.full((2, 3, 12), -1e-9))}, r"target 4\[0, 0, 0\] is -1e-09"),
         (COSTS, {"single_sum": np.zeros((2, 3, 5, 5, 3))}, r"not \(2, 3, 5, 5, 4\)"),
         (COSTS, {"single_sum": np.full((2, 3, 5, 5, 4), np.inf)}, "single_sum.* is inf"),
@@ -214,10 +179,7 @@ COSTS = level_costs(made_up_mass(LEVEL_GEOMETRY, 2, 0))
 def test_impossible_statistics(whole: Any, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(StatisticsError, match=said):
         replace(whole, **changes).check()
-
-
-def test_rounding_of_half_precision_is_accepted() -> None:
-    replace(small(1), mass_sum=small(1).mass_sum * 1.0005).check()
+    replace(small(1), mass_sum=small(1).mass_sum * 1.0005).check()  # as half precision rounds
 
 
 def test_statistics_cannot_be_changed() -> None:
@@ -267,22 +229,23 @@ def test_statistics_of_another_model() -> None:
 # ---------------------------------------------------------------------- files
 
 
-@SHARED_FOLDER
-@given(geometry=geometries(), count=st.integers(1, 3), sinks=st.integers(0, 3), joint=st.integers(0, 5), seed=SEEDS)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(geometry=geometries(), sinks=st.sampled_from([None, 0, 1, 3]), joint=st.integers(0, 5), seed=SEEDS)
 def test_files_round_trip_bit_for_bit(
-    geometry: CacheGeometry, count: int, sinks: int, joint: int, seed: int, tmp_path: Path
+    geometry: CacheGeometry, sinks: int | None, joint: int, seed: int, tmp_path: Path
 ) -> None:
-    mass = made_up_mass(geometry, count, seed)
+    mass = made_up_mass(geometry, 1 + seed % 3, seed)
     measured = statistics_of(geometry, mass, sink_scales=None)
-    costs = level_costs_of(geometry, mass, measured.samples, sinks, joint)
-    bias = np.random.default_rng(seed).normal(size=costs.log_bias.shape)
-    costs = replace(costs, log_bias=bias, cost=("error", "fisher")[seed % 2], bias_samples=("7:9:ä",))
-    for levels in (None, costs):
-        replace(measured, levels=levels).save(tmp_path / "s.safetensors")
-        again = Statistics.load(tmp_path / "s.safetensors")
-        assert again == replace(measured, levels=levels)
-        again.save(tmp_path / "again.safetensors")
-        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "s.safetensors").read_bytes()
+    if sinks is not None:
+        costs = level_costs_of(geometry, mass, measured.samples, sinks, joint)
+        bias = np.random.default_rng(seed).normal(size=costs.log_bias.shape)
+        costs = replace(costs, log_bias=bias, cost=("error", "fisher")[seed % 2], bias_samples=("7:9:ä",))
+        measured = measured.with_levels(costs)
+    measured.save(tmp_path / "s.safetensors")
+    again = Statistics.load(tmp_path / "s.safetensors")
+    assert again == measured
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "s.safetensors").read_bytes()
 
 
 Change = Callable[[dict[str, Any], dict[str, NDArray[Any]]], object]
@@ -306,7 +269,6 @@ def set_array(name: str, made: Callable[[NDArray[Any]], NDArray[Any]]) -> Change
     ("change", "error", "said"),
     [
         (lambda header, _: header.update(format="heatkv-plan"), FormatError, "'heatkv-plan'"),
-        (lambda header, _: header.update(version=2), FormatError, "version 2"),
         (lambda header, _: header.pop("provenance"), FormatError, "provenance"),
         (lambda header, _: header.update(schedule=[[1, 1]]), ScheduleError, "scales"),
         (lambda header, _: header.update(schedule=None), FormatError, "schedule"),
@@ -331,30 +293,27 @@ def set_array(name: str, made: Callable[[NDArray[Any]], NDArray[Any]]) -> Change
         (set_array("levels.log_bias", lambda x: x * np.nan), StatisticsError, "is nan"),
     ],
 )
-def test_a_file_changed_by_hand_is_refused(change: Change, error: type[HeatKVError], said: str, tmp_path: Path) -> None:
+def test_files_changed_by_hand(change: Change, error: type[HeatKVError], said: str, tmp_path: Path) -> None:
     rewrite(tmp_path / "mine.safetensors", change)
     with pytest.raises(error, match=rf"mine\.safetensors.*{said}"):
         Statistics.load(tmp_path / "mine.safetensors")
 
 
-def test_single_precision_is_read_as_double(tmp_path: Path) -> None:
-    rewrite(tmp_path / "s.safetensors", set_array("levels.log_bias", lambda x: x.astype(np.float32)))
-    levels = Statistics.load(tmp_path / "s.safetensors").levels
-    assert levels is not None
-    assert levels.log_bias.dtype == np.float64
-
-
-@pytest.mark.parametrize("metadata", [None, {}, {"heatkv": "{"}, {"heatkv": "null"}])
-def test_a_foreign_safetensors_file(metadata: dict[str, str] | None, tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    save_file({"mass_sum": np.ones((1, 1, 2, 2))}, path, metadata=metadata)
-    with pytest.raises(FormatError, match=r"weights\.safetensors"):
-        Statistics.load(path)
+def test_other_precision_and_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    rewrite(path, set_array("levels.log_bias", lambda x: x.astype(np.float32)))
+    assert Statistics.load(path).levels.log_bias.dtype == np.float64
+    metadata: dict[str, str] | None
+    for metadata in (None, {}, {"heatkv": "{"}, {"heatkv": "null"}):
+        save_file({"mass_sum": np.ones((1, 1, 2, 2))}, path, metadata=metadata)
+        with pytest.raises(FormatError, match=r"s\.safetensors"):
+            Statistics.load(path)
 
 
 # ---------------------------------------------------------------------- rankings
 
 
+@settings(max_examples=30)
 @given(data=st.data(), geometry=geometries())
 def test_ranking_breaks_ties_by_head_then_layer(data: st.DataObject, geometry: CacheGeometry) -> None:
     layers, heads, scales = geometry.layers, geometry.heads, len(geometry.schedule)
@@ -371,6 +330,7 @@ def test_ranking_breaks_ties_by_head_then_layer(data: st.DataObject, geometry: C
             assert ranks[s, l, h] == rank
 
 
+@settings(max_examples=30)
 @given(data=st.data(), geometry=geometries(min_scales=3))
 def test_orders_belong_to_the_last_cached_scales(data: st.DataObject, geometry: CacheGeometry) -> None:
     layers, heads, scales = geometry.layers, geometry.heads, len(geometry.schedule)
@@ -397,10 +357,7 @@ def test_random_rankings() -> None:
     orders = {tuple(order) for order in rankings.order.tolist()}
     assert len(orders) == 4  # drawn anew for every scale
     assert all(sorted(order) == list(range(64)) for order in orders)
-
-
-def test_random_rankings_favour_no_head() -> None:
-    geometry = CacheGeometry(2, 2, 4, ScaleSchedule.square((1, 2)))
+    geometry = CacheGeometry(2, 2, 4, ScaleSchedule.square((1, 2)))  # no head is favoured
     first = [int(HeadRankings.random(geometry, seed).order[0, 0]) for seed in range(400)]
     counts = np.bincount(first, minlength=4)
     assert (abs(counts - 100) < 45).all()  # five standard deviations

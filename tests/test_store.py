@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -18,7 +19,7 @@ from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.storage_type import CODES, STORAGE_BYTES, StorageType, torch_dtype
+from heatkv.core.storage_type import CODES, DTYPES, STORAGE_BYTES, torch_dtype
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.layout import ArenaLayout, slots_in
 from heatkv.engine.store import Store, decode, encode
@@ -51,7 +52,7 @@ def rounded(x: Tensor, coding: str) -> Tensor:
 
 
 @pytest.mark.parametrize("coding", sorted(CODES))
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(seed=SEEDS, exponent=st.integers(-30, 30), dim=st.sampled_from([1, 4, 33]))
 def test_codes_are_the_nearest(coding: str, seed: int, exponent: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +68,11 @@ def test_codes_are_the_nearest(coding: str, seed: int, exponent: int, dim: int) 
 
 
 @pytest.mark.parametrize("coding", sorted(CODES))
-def test_zeros_stay_zeros_and_signs_signs(coding: str) -> None:
+def test_zeros_signs_and_the_largest_number(coding: str) -> None:
+    largest = torch.full((1, 1, 32), torch.finfo(torch.float16).max, dtype=torch.float16)
+    got = decode(*encode(largest, torch_dtype(coding)), torch.float16)  # with a scale that was rounded up
+    assert got.isfinite().all()
+    assert (got.double() / largest.double() - 1).abs().max() < 0.005
     x = torch.tensor([[[0.0, 0.0], [-3.0, 3.0], [1e-38, 0.0], [0.0, -1e30]]])
     codes, scales = encode(x, torch_dtype(coding))
     got = decode(codes, scales, torch.float32)
@@ -79,16 +84,14 @@ def test_zeros_stay_zeros_and_signs_signs(coding: str) -> None:
 
 @pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@settings(max_examples=50)
-@given(seed=SEEDS)
-def test_what_was_read_is_written_back_without_loss(code: torch.dtype, dtype: torch.dtype, seed: int) -> None:
+def test_what_was_read_is_written_back_without_loss(code: torch.dtype, dtype: torch.dtype) -> None:
     """Dynamic policies move tokens at every scale: they must not decay."""
-    x = torch.randn((1, 5, 32), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x = torch.randn((10, 50, 32), generator=torch.Generator().manual_seed(0)).to(dtype)
     once = decode(*encode(x, code), dtype)
     assert torch.equal(once, decode(*encode(once, code), dtype))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(seed=SEEDS, rows=ROWS, coding=st.sampled_from([None, "int8", "fp8"]))
 def test_slots_are_read_as_they_were_written(seed: int, rows: int, coding: str | None) -> None:
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -127,13 +130,9 @@ def with_held(plan: Plan, images: Images, held: Images) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("coding", sorted(CODES))
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(plan=plans(max_side=3), rows=ROWS, seed=SEEDS)
 def test_attention_reads_what_the_codes_say(coding: str, plan: Plan, rows: int, seed: int) -> None:
-    if plan.geometry.head_dim <= 1:  # codes and scales would take more than fp32
-        with pytest.raises(BudgetError, match="no less"):
-            plan.bytes(rows, f"{coding}/float32")
-        return
     images = images_of(plan, rows, seed)
     expected = with_held(plan, images, kept_as(plan, images, coding))
     got = run(KVCache(plan, rows, code=coding), images)
@@ -145,7 +144,7 @@ def test_attention_reads_what_the_codes_say(coding: str, plan: Plan, rows: int, 
     assert error.median() <= 1e-5
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(plan=level_plans(max_side=4, head_dim=8), rows=ROWS, seed=SEEDS)
 def test_coarse_cells_are_coded_too(plan: Plan, rows: int, seed: int) -> None:
     images = images_of(plan, rows, seed)
@@ -156,19 +155,14 @@ def test_coarse_cells_are_coded_too(plan: Plan, rows: int, seed: int) -> None:
         assert (one.double() - other).abs().max() <= 0.12 * scale  # some steps of 1/127, through the softmax
 
 
-@settings(max_examples=80)
-@given(
-    plan=plans(),
-    rows=ROWS,
-    storage=st.sampled_from(sorted(STORAGE_BYTES)[:3]),
-    coding=st.sampled_from(sorted(CODES)),
-)
+@settings(max_examples=30)
+@given(plan=plans(), rows=ROWS, storage=st.sampled_from(DTYPES), coding=st.sampled_from(sorted(CODES)))
 def test_bytes_are_those_promised(plan: Plan, rows: int, storage: str, coding: str) -> None:
     """Counted cell by cell: the first two scales, when they are sinks, in the compute type, a byte a channel and a
     2-byte scale for all other keys and values."""
     name, dim = f"{coding}/{storage}", plan.geometry.head_dim
-    if 2 * (dim + 2) >= dim * sum(STORAGE_BYTES[storage]):
-        return
+    with pytest.raises(BudgetError, match="no less"):  # a channel and its scale
+        replace(plan.geometry, head_dim=1).bytes(1, rows, f"{coding}/bfloat16")
     cache = KVCache(plan, rows, getattr(torch, storage), code=coding)
     sinks = plan.schedule.tokens[: min(2, plan.sink_scales)] if len(plan.schedule) > 1 else ()
     first = sum(sinks) * plan.geometry.layers * plan.geometry.heads
@@ -176,26 +170,17 @@ def test_bytes_are_those_promised(plan: Plan, rows: int, storage: str, coding: s
     assert cache.allocated_bytes == sum(x.untyped_storage().nbytes() for x in cache.store.buffers)
     assert cache.allocated_bytes == rows * expected == plan.bytes(rows, name)
     assert plan.bytes(rows, name) <= plan.geometry.bytes(plan.budget_token_heads, rows, name)
-
-
-@settings(max_examples=50)
-@given(plan=plans())
-def test_sinks_and_others_apart(plan: Plan) -> None:
     layout = ArenaLayout.for_plan(plan, coded=True)
     for (*_, source), runs in layout.runs.items():
         inside = (slots_in(runs) < layout.uncoded_slots).tolist()
         assert all(inside) if source < min(2, plan.sink_scales) else not any(inside)
 
 
-@settings(max_examples=80)
+@settings(max_examples=30)
 @given(geometry=geometries(), rows=ROWS, share=st.fractions(Fraction(1, 50), 1, max_denominator=50))
 def test_a_budget_in_bytes_counts_scales_and_sinks(geometry: CacheGeometry, rows: int, share: Fraction) -> None:
-    if geometry.head_dim <= 1:
-        return
     storage = "int8/float32"
-    amount = math.floor(share * geometry.full_bytes(rows, storage))
-    if amount < 1:
-        return
+    amount = max(1, math.floor(share * geometry.full_bytes(rows, storage)))
     held = Budget("bytes", Fraction(amount)).token_heads(geometry, rows, storage)
     assert geometry.bytes(held, rows, storage) <= amount
     assert held == geometry.full_token_heads or geometry.bytes(held + 1, rows, storage) > amount
@@ -207,21 +192,6 @@ def test_infinity_takes_half_of_bf16() -> None:
     full, coded = geometry.full_bytes(2, "bfloat16"), geometry.full_bytes(2, "int8/bfloat16")
     assert full == 6425 * 512 * 512 * 2
     assert coded == (6420 * 260 + 5 * 512) * 512 * 2
-    assert StorageType.parse("int8/bfloat16") == StorageType("bfloat16", "int8")
-
-
-@pytest.mark.parametrize("name", ["int4/bfloat16", "int8/", "int8", "bfloat16/int8", "int8/int8/float32"])
-def test_unknown_storage(name: str) -> None:
-    with pytest.raises(BudgetError, match=name):
-        StorageType.parse(name)
-
-
-def test_half_precision_does_not_overflow_where_a_scale_was_rounded_up() -> None:
-    x = torch.full((1, 1, 32), torch.finfo(torch.float16).max, dtype=torch.float16)
-    for code in (torch.int8, torch.float8_e4m3fn):
-        got = decode(*encode(x, code), torch.float16)
-        assert got.isfinite().all()
-        assert (got.double() / x.double() - 1).abs().max() < 0.005
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "sliding-window", "heatkv", "streaming-tokens"])

@@ -54,6 +54,10 @@ class FoundModel:
         """The geometry with the schedule that the model is to run."""
         return CacheGeometry(len(self.attentions), self.adapter.heads, self.attentions[0][1].head_dim, schedule)
 
+    def full_fingerprint(self) -> str:
+        """Names all parameters, as `heatkv.calibrate` does."""
+        return fingerprint(self.model if isinstance(self.model, nn.Module) else [])
+
     def fingerprint(self) -> str:
         """Names all self-attention parameters, the same for both layouts of the temperatures per head."""
         return fingerprint(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from heatkv.calibration.fisher import measure_fisher
 from heatkv.calibration.level_costs import level_choices, measure_biases, measure_errors
 from heatkv.calibration.measure import measure_samples, measured_settings, ranking_agreement, sample_names
-from heatkv.core.io import check_place, clear_temporaries, versions
+from heatkv.core.io import check_place, clear_temporaries, in_file, versions
 from heatkv.core.levels import SINK_SCALES
 from heatkv.core.schema import FloatArray, seed_of, suggest, whole
 from heatkv.core.statistics import COSTS, LevelStatistics, Statistics
@@ -123,7 +123,8 @@ def calibrate_into(
         found = continued(out, model, settings) if out.exists() else None
     before, costs = found if append else None, None
     if levels is not None:
-        costs = LevelCosts(levels, _level_sinks(before, model, levels, sink_scales), level_samples)
+        with in_file(out or "statistics"):
+            costs = LevelCosts(levels, _level_sinks(before, model, levels, sink_scales), level_samples)
     run = CalibrationRun(out, model, settings, seed, sizes, before, costs, reporter, first_sample)
     stopped = run.check_stopped(resume)
     if found is not None and _is_of(found, stopped or run.description):
@@ -165,7 +166,8 @@ def statistics_of_folder(
                 "write to another folder"
             )
         if levels is not None and before.levels is not None:
-            sink_scales = _level_sinks(before, model, levels, None, most=sink_scales)
+            with in_file(path):
+                sink_scales = _level_sinks(before, model, levels, None, most=sink_scales)
             missing -= before.levels.count
     if levels is not None and missing > 0:
         costs = LevelCosts(levels, min(sink_scales, SINK_SCALES), missing)
@@ -228,7 +230,7 @@ def _level_sinks(
     sinks = costs.choices.sink_scales
     if costs.cost != cost or wanted not in (None, sinks) or (most is not None and sinks > most):
         raise StatisticsError(
-            f"the file has level costs of the kind {costs.cost!r} with sink_scales={sinks}, not {cost!r} with "
+            f"has level costs of the kind {costs.cost!r} with sink_scales={sinks}, not {cost!r} with "
             f"{most if wanted is None else wanted}; measure these into another file"
         )
     return sinks

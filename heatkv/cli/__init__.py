@@ -148,10 +148,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _check_given(arguments: Sequence[str]) -> None:
     """Refuse empty values, as of shell variables that nobody set: as a path, one would be the current folder."""
-    for option, argument in pairwise(["", *arguments]):
-        name = argument.removesuffix("=") if argument.startswith("--") and argument.endswith("=") else option
-        if (not argument or name != option) and name not in TEXTS:
-            raise HeatKVError(f"{name or 'an argument'} is empty; give a value, or leave it out")
+    for before, argument in pairwise(["", *arguments]):
+        option = argument.removesuffix("=") if argument.startswith("--") else before if before.startswith("--") else ""
+        if (not argument or argument == f"{option}=") and option not in TEXTS:
+            raise HeatKVError(f"{option or 'an argument'} is empty; give a value, or leave it out")
 
 
 def _run(arguments: Sequence[str], came: list[int]) -> int:

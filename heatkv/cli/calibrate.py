@@ -32,7 +32,7 @@ def calibrate(
     *,
     out: Annotated[Path, typer.Option("--out", help="statistics file to write")],
     source: MeasuredSource,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="images to measure, all classes in turn")] = 64,
+    samples: Annotated[int, typer.Option("--samples", help="images to measure, all classes in turn")] = 64,
     levels: Annotated[
         str | None,
         typer.Option(

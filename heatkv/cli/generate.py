@@ -25,6 +25,7 @@ from heatkv.cli.options import (
 from heatkv.cli.output import SCREEN, say
 from heatkv.core.io import check_place, file_name, make_folder, replacing
 from heatkv.core.plan import CachePlan
+from heatkv.core.schema import seed_of, whole
 from heatkv.errors import FormatError, HeatKVError, ModelError, RanksError
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.parallel.ranks import current
@@ -62,7 +63,7 @@ def generate(
     negative: Annotated[str | None, typer.Option("--negative", help="negative prompt of all prompts")] = None,
     source: Source,
     planning: Planning,
-    count: Annotated[int, typer.Option("--count", min=1, help="images per label")] = 1,
+    count: Annotated[int, typer.Option("--count", help="images per label")] = 1,
     rows: Rows = None,
     graphs: Annotated[
         bool, typer.Option("--graphs", help="record every scale as a CUDA graph and replay it (CUDA)")
@@ -88,6 +89,8 @@ def generate(
     from heatkv.generation.graphs import check_has_graphs
     from heatkv.profiling.measure.subjects import images_of_rows
 
+    seed_of(seed, HeatKVError)
+    whole(count, "count", HeatKVError, 1)
     following = None if follow is None else _check_following(follow, planning, graphs)
     opened = open_model(source, running)
     model, settings, attention, code = opened.model, opened.settings, context.obj.attention, opened.storage.code

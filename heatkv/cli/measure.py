@@ -62,7 +62,7 @@ def profile(
     """
     from heatkv.profiling.comparison import PROFILED
     from heatkv.profiling.comparison import profile as run
-    from heatkv.profiling.report.tables import latency_table, memory_table, results_table
+    from heatkv.profiling.report.tables import DEVICE, LATENCY, PLANNED, RESULTS, terminal_table
 
     arguments, options = _arguments(source, sweep, ranking, running, PROFILED)
     results = run(
@@ -71,8 +71,9 @@ def profile(
     )  # fmt: skip
     title = _title(results)
     tables = (
-        memory_table(results.rows, f"{title}: memory"), latency_table(results.rows, f"{title}: time"),
-        results_table(results.rows, title),
+        terminal_table(results.rows, (*PLANNED, *DEVICE), f"{title}: memory"),
+        terminal_table(results.rows, LATENCY, f"{title}: time"),
+        terminal_table(results.rows, RESULTS, title),
     )  # fmt: skip
     show(Group(*tables), as_json, msgspec.to_builtins(results))
     say(f"written: {out}" + ("" if trace is None else f", and traces: {trace} (tensorboard --logdir {trace})"))
@@ -86,12 +87,12 @@ def compare(
     sweep: Sweep,
     ranking: Ranking,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, help="images to calibrate on, when no statistics are given")
+        int, typer.Option("--samples", help="images to calibrate on, when no statistics are given")
     ] = 64,
-    images: Annotated[int, typer.Option("--images", min=1, help="images whose logits are compared (KL, top-1)")] = 32,
+    images: Annotated[int, typer.Option("--images", help="images whose logits are compared (KL, top-1)")] = 32,
     pictures: Annotated[
         int | None,
-        typer.Option("--pictures", min=1, help="of them, images drawn freely (PSNR, SSIM); default 16 at most"),
+        typer.Option("--pictures", help="of them, images drawn freely (PSNR, SSIM); default 16 at most"),
     ] = None,
     repeats: Repeats = 5,
     running: Running,
@@ -104,7 +105,7 @@ def compare(
     """
     from heatkv.profiling.comparison import COMPARED
     from heatkv.profiling.comparison import compare as run
-    from heatkv.profiling.report.tables import results_table
+    from heatkv.profiling.report.tables import RESULTS, terminal_table
 
     arguments, options = _arguments(source, sweep, ranking, running, COMPARED)
     results = run(
@@ -115,7 +116,7 @@ def compare(
         return
     asked = results.request
     title = f"{_title(results)}, KL and top-1 over {asked.images} images, PSNR and SSIM over {asked.pictures}"
-    show(results_table(results.rows, title), as_json, msgspec.to_builtins(results))
+    show(terminal_table(results.rows, RESULTS, title), as_json, msgspec.to_builtins(results))
     say(f"written: {out}")
 
 

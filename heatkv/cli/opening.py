@@ -52,7 +52,7 @@ def open_model(source: Source, running: Running) -> Opened:
     prompts = [] if not isinstance(source, MeasuredSource) or source.prompts is None else _prompts(source.prompts)
     if measured and not prompts and model_info(source.model).family == "infinity":
         raise ModelError(f"measuring {source.model} needs prompts to draw; name a file of them (--prompts)")
-    arguments = {
+    arguments: dict[str, Any] = {
         "name": source.model, **_weights(source.weights or []), "prompts": prompts, "size": source.size,
         "ratio": parse_ratio(source.ratio), "dtype": storage.compute, "device": current().device(running.device),
     }  # fmt: skip

@@ -78,7 +78,7 @@ BudgetText = Annotated[
     str | None, typer.Option("--budget", help="10%, 0.1, 600MiB, 2GB, 650tokens, or auto, where a policy chooses it")
 ]
 Budgets = Annotated[str, typer.Option("--budgets", help="separated by commas: 10%, 0.1, 600MiB, 2GB or 650tokens")]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, help="timed runs of every policy")]
+Repeats = Annotated[int, typer.Option("--repeats", help="timed runs of every policy")]
 OutFolder = Annotated[Path, typer.Option("--out", help="folder to write to")]
 
 

@@ -30,7 +30,7 @@ def report(
     Example: heatkv report results/laptop results/server --out results/both
     """
     from heatkv.profiling.report.page import write_report
-    from heatkv.profiling.report.tables import results_table
+    from heatkv.profiling.report.tables import RESULTS, terminal_table
     from heatkv.profiling.results.merging import merge
 
     if out is None and len(folders) > 1:
@@ -38,6 +38,6 @@ def report(
     merged = merge(folders)  # before --out is made, so that a refusal leaves no folder behind
     with progress("drawing the report"):
         path = write_report(folders, folders[0] if out is None else make_folder(out))
-    tables = [results_table(source.results.rows, source.label) for source in merged.sources]
+    tables = [terminal_table(source.results.rows, RESULTS, source.label) for source in merged.sources]
     show(Group(*tables), as_json, {source.label: msgspec.to_builtins(source.results) for source in merged.sources})
     say(f"written: {path}")

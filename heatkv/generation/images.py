@@ -63,6 +63,11 @@ def to_pixels(images_B3HW: Tensor) -> Tensor:
     return (images_B3HW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
+def from_pixels(pixels_BHW3: NDArray[np.uint8]) -> Tensor:
+    """The reverse, (B, 3, H, W)."""
+    return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float() / 255
+
+
 def image_grid(images_B3HW: Tensor, columns: int, enlarge: int = 1) -> Image.Image:
     """Images in rows of `columns`, on white, each pixel repeated `enlarge` times."""
     pixels = to_pixels(images_B3HW)

@@ -79,15 +79,14 @@ class ResidualBlock(nn.Module):
         self.conv1 = _conv3(in_channels, out_channels)
         self.norm2 = _norm(out_channels)
         self.conv2 = _conv3(out_channels, out_channels)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        self.has_shortcut = in_channels != out_channels
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         # in place, as fresh memory for a large map costs more than the operation itself
         h = self.conv1(F.silu(self.norm1(x_BCHW), inplace=True))
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
-        out: Tensor = h.add_(self.nin_shortcut(x_BCHW) if self.has_shortcut else x_BCHW)
+        out: Tensor = h.add_(self.nin_shortcut(x_BCHW))
         return out
 
 
@@ -296,9 +295,7 @@ class VQVAE(nn.Module):
     def __init__(self, config: VQVAEConfig, encoder: bool = True) -> None:
         super().__init__()
         self.config = config
-        if encoder:
-            self.encoder = Encoder(config)
-        self.has_encoder = encoder
+        self.encoder = Encoder(config) if encoder else None
         self.quant_conv = _conv3(config.z_channels, config.z_channels)
         self.quantize = MultiScaleQuantizer(config)
         self.post_quant_conv = _conv3(config.z_channels, config.z_channels)
@@ -306,7 +303,7 @@ class VQVAE(nn.Module):
 
     def latent(self, image_B3HW: Tensor) -> Tensor:
         """Image in [-1, 1] to the latent before quantisation, (B, Z, P, P)."""
-        if not self.has_encoder:
+        if self.encoder is None:
             raise ModelError("this VQVAE was built without its encoder; load one that has encoder.* weights")
         out: Tensor = self.quant_conv(self.encoder(image_B3HW))
         return out

@@ -41,9 +41,7 @@ class Subject:
     ) -> Generator[Any]:
         """What draws `batch` images under one of the plans."""
         code = StorageType.parse(self.storage).code
-        return Generator(
-            model, self.plans[plan], batch, settings, code=code, attention=self.attention, graphs=graphs
-        )
+        return Generator(model, self.plans[plan], batch, settings, code=code, attention=self.attention, graphs=graphs)
 
 
 def plan_subjects(
