@@ -479,13 +479,13 @@ torch.set_num_threads(1)
 from heatkv.cli import run
 out = sys.argv[1]
 for arguments in {commands}:
-    code = run([part.format(out=out) for part in arguments] + ["--deterministic"])
+    code = run(["--deterministic", *(part.format(out=out) for part in arguments)])
     assert code == 0, arguments
 assert torch.are_deterministic_algorithms_enabled()
 """
 COMMANDS = [
     ["generate", "--label", "pizza", "--policy", "snapkv", "--budget", "20%", "--out", "{out}"],
-    ["calibrate", "--samples", "2", "--levels", "fisher", "--level-samples", "1", "--out", "{out}/s.safetensors"],
+    ["calibrate", "--samples", "2", "--levels", "fisher,samples=1", "--out", "{out}/s.safetensors"],
     "compare --policies heatkv,h2o --budgets 20% --statistics {out}/s.safetensors --images 2 --pictures 2 --repeats 1 "
     "--out {out}/compared".split(),
     "profile --policies streaming --budgets 20% --repeats 1 --in-process --out {out}/profiled".split(),
