@@ -120,7 +120,7 @@ def test_calibrate_with_a_number_of_sinks(
     for sinks, budget in (("1", "1%"), ("3", "20%")):
         assert run([*solve, budget, "--sink-scales", sinks]) == 0
     assert "sink_scales=0 is below the 1 that" in refused(capsys, *solve, "1%", "--sink-scales", "0")
-    monkeypatch.setattr("heatkv.calibration.run.measure", never)
+    monkeypatch.setattr("heatkv.calibration.run.measure_samples", never)
     for levels, said in (("error,sink-scales=3", "'error' with 3"), ("fisher", "level costs of the kind 'error'")):
         assert said in refused(capsys, *measure, levels, "--append")
 
@@ -145,7 +145,7 @@ def test_compare_measures_with_the_sinks_of_its_policies(
     # costs that do not fit are not replaced, and nothing is measured beside them
     path = tmp_path / "many" / "statistics.safetensors"
     before = path.read_bytes()
-    monkeypatch.setattr("heatkv.calibration.run.measure", never)
+    monkeypatch.setattr("heatkv.calibration.run.measure_samples", never)
     for arguments, said in (
         (["--set", "sink-scales=1"], "'error' with sink_scales=2, not 'error' with 1"),
         (["--policies", "heatkv-mr", "--set", "cost=fisher"], "'error' with sink_scales=2, not 'fisher'"),
