@@ -28,8 +28,8 @@ from heatkv.core.budget import Budget
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import Plan
 from heatkv.core.rankings import HeadRankings
-from heatkv.engine.attention.grouped import AttentionCost, CallShape
-from heatkv.engine.attention.kernels import RaggedAttention
+from heatkv.engine.attention.base import CallShape
+from heatkv.engine.attention.grouped import AttentionCost, RaggedAttention
 from heatkv.engine.store import Store
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem

@@ -22,8 +22,7 @@ from msgspec import to_builtins
 from random_models import labels_of, random_model
 from yardstick import matrix_product_ms
 
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.run import calibrate
 from heatkv.core.budget import Budget
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import CachePlan
@@ -48,7 +47,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def plans_of(model: ImageModel[Any]) -> dict[str, CachePlan]:
     geometry = model.geometry
     if model.name == "emoji":
-        measured = calibrate(model, 8).with_levels(calibrate_levels(model, 8))
+        measured = calibrate(model, 8, levels="error", level_samples=8)
         names = ("heatkv", "heatkv-mr")
         return {"full": model.full_plan()} | {name: model.plan(name, BUDGET, statistics=measured) for name in names}
     rng, pairs = np.random.default_rng(0), geometry.layers * geometry.heads
@@ -74,7 +73,7 @@ def measure(case: str, dtype: str) -> dict[str, Any]:
     labels = labels_of(model, 1, PROMPT)
     generators = {policy: Generator(model, plan, 1) for policy, plan in plans_of(model).items()}
     if "heatkv" in generators:
-        generators["heatkv int8"] = Generator(model, generators["heatkv"].plan, 1, storage="int8")
+        generators["heatkv int8"] = Generator(model, generators["heatkv"].plan, 1, code="int8")
     runs: dict[str, list[float]] = {policy: [] for policy in generators}
     product = matrix_product_ms()
     warm_up = repeats > 1  # where an image takes minutes, one run of each is all there is

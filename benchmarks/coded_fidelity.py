@@ -17,8 +17,7 @@ import torch
 from msgspec import to_builtins
 from yardstick import matrix_product_ms
 
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.run import calibrate
 from heatkv.core.budget import Budget
 from heatkv.core.io import write_json
 from heatkv.core.statistics import Statistics
@@ -80,7 +79,7 @@ def main() -> None:
     torch.set_num_threads(1)
     before = matrix_product_ms()
     model = load_model("emoji")
-    measured = calibrate(model, SAMPLES).with_levels(calibrate_levels(model, 32))
+    measured = calibrate(model, SAMPLES, levels="error")
     rows = [row for dtype in ("float32", "bfloat16") for row in measure(dtype, measured)]
     if out is not None:
         told = {

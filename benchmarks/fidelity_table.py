@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from msgspec import to_builtins
 
-from heatkv.calibration.fisher import calibrate_fisher
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.run import calibrate
 from heatkv.core.io import read_json, write_json
 from heatkv.core.plan import Plan
 from heatkv.core.statistics import Statistics
-from heatkv.generation.loop import Generator
 from heatkv.models.catalogue import load_model
 from heatkv.profiling.measure.environment import environment
 from heatkv.profiling.measure.fidelity import FidelityBench
+from heatkv.profiling.measure.subjects import Subject
 
 OUT = Path(__file__).parent / "results" / "fidelity_table.json"
 CALIBRATION_SEED, SEEDS, IMAGES = 1000, (1, 2, 3), 48
@@ -49,16 +45,7 @@ def statistics(model: Any, cost: str, kept: Path) -> Statistics:
     """Attention and drop errors of 64 samples, level costs of 32, biases of 16; measured once and kept beside OUT."""
     path = kept.with_suffix(f".{cost}.safetensors")
     if not path.exists():
-        if cost == "error":
-            measured, levels = (
-                calibrate(model, 64, seed=CALIBRATION_SEED),
-                calibrate_levels(model, 32, seed=CALIBRATION_SEED),
-            )
-        else:
-            measured = statistics(model, "error", kept)
-            assert measured.levels is not None
-            levels = calibrate_fisher(model, 32, log_bias=measured.levels.log_bias, seed=CALIBRATION_SEED)
-        replace(measured, levels=levels).save(path)
+        calibrate(model, 64, seed=CALIBRATION_SEED, levels=cost).save(path)
     return Statistics.load(path)
 
 
@@ -119,7 +106,7 @@ def main() -> None:
                     )
                     measured = statistics(model, POLICIES[name][1].get("cost", "error"), out)
                     made = plans(model, measured, name, budget)
-                    found = [bench.compare(partial(Generator, model, p, settings=model.sampling)) for p in made]
+                    found = bench.compare(Subject(name, budget, tuple(made), "float32"))
                     rows[key] = {
                         "name": name, "budget": budget, "seed": seed,
                         "peak_over_budget": max(plan.peak_token_heads / plan.budget_token_heads for plan in made),

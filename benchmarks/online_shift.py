@@ -26,8 +26,7 @@ import torch
 from msgspec import to_builtins
 from yardstick import matrix_product_ms
 
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.run import calibrate
 from heatkv.core.budget import Budget
 from heatkv.core.io import write_json
 from heatkv.core.plan import Plan
@@ -41,6 +40,7 @@ from heatkv.online.layerwise import measure_drawn
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.measure.environment import environment
 from heatkv.profiling.measure.fidelity import FidelityBench, paired_bootstrap
+from heatkv.profiling.measure.subjects import Subject
 
 POLICIES = ("heatkv-lp", "heatkv-mr")
 FOOD = tuple(range(21))
@@ -75,7 +75,7 @@ def ends_apart(model: ClassConditionalModel) -> tuple[tuple[int, ...], tuple[int
 
 
 def measured(model: ClassConditionalModel, seed: int) -> Statistics:
-    return calibrate(model, CALIBRATION, seed=seed).with_levels(calibrate_levels(model, CALIBRATION, seed=seed))
+    return calibrate(model, CALIBRATION, seed=seed, levels="error", level_samples=CALIBRATION)
 
 
 def run(model: ClassConditionalModel, groups: Sequence[Sequence[int]], policy: str, seed: int) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def run(model: ClassConditionalModel, groups: Sequence[Sequence[int]], policy: s
     ):
         bench = FidelityBench(of, images=IMAGES, pictures=0, seed=10 * seed + 4, settings=model.sampling, batch=BATCH)
         for plan_name, plan in plans.items():
-            found = bench.compare(lambda size, plan=plan: Generator(model, plan, size))  # type: ignore[misc]
+            (found,) = bench.compare(Subject(plan.policy, BUDGET, (plan,), "float32"))
             kl[f"{plan_name} {name}"] = [round(float(x), 6) for x in found.kl_of_images()]
     events = [{name: event.to_json()[name] for name in TOLD} for event in following.events]
     return {"seed": seed, "kl_of_images": kl, "events": events}

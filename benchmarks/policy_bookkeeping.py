@@ -20,8 +20,7 @@ import torch
 from msgspec import to_builtins
 from yardstick import matrix_product_ms
 
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.run import calibrate
 from heatkv.core.io import write_json
 from heatkv.generation.loop import Generator
 from heatkv.models.catalogue import load_model
@@ -49,7 +48,7 @@ class Stopwatch:
 
 def measure(budget: str) -> list[dict[str, Any]]:
     model = load_model("emoji")
-    measured = calibrate(model, 8).with_levels(calibrate_levels(model, 8))
+    measured = calibrate(model, 8, levels="error", level_samples=8)
     generators = {
         name: Generator(model, model.plan(name, "100%" if name == "full" else budget, statistics=measured), 1)
         for name in registered_policies()

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 import heatkv
 from heatkv.errors import HeatKVError
-from heatkv.generation.loop import Generator
 from heatkv.profiling.measure.fidelity import FidelityBench, paired_bootstrap
+from heatkv.profiling.measure.subjects import Subject
 
 
 @heatkv.register
@@ -49,8 +49,8 @@ def main() -> None:
     kl = {}
     for name in (MassPerToken.name, "heatkv", "streaming"):
         plan = model.plan(name, given.budget, statistics=statistics)
-        # under another name, as the loop goes on
-        kl[name] = bench.compare(lambda size, plan=plan: Generator(model, plan, size)).kl_of_images()
+        (compared,) = bench.compare(Subject(name, given.budget, (plan,), "float32"))
+        kl[name] = compared.kl_of_images()
         print(f"{name:>15}: {plan.peak_token_heads} token-heads, KL {kl[name].mean():.4f} nats per token")
     found = paired_bootstrap(kl[MassPerToken.name], kl["heatkv"])
     print(f"against heatkv, image by image: {found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})")

@@ -47,26 +47,28 @@ _EXPORTS = {
     "StaticPolicy": "heatkv.policies.base",
     "Statistics": "heatkv.core.statistics",
     "attach": "heatkv.attachment.api",
-    "calibrate": "heatkv.calibration.measure",
+    "calibrate": "heatkv.calibration.run",
     "check_policy": "heatkv.testing.contract",
+    "compare": "heatkv.profiling.comparison",
     "generate": "heatkv.generation.loop",
     "load_model": "heatkv.models.catalogue",
     "load_plan": "heatkv.core.plan_file",
     "make_policy": "heatkv.policies.base",
     "measure": "heatkv.attachment.api",
+    "profile": "heatkv.profiling.comparison",
     "register": "heatkv.registry",
 }
 
 __all__ = [
     "Budget", "CacheGeometry", "Candidates", "CapacityPlan", "DynamicPolicy", "EvictionPolicy", "Generator",
-    "HeatKVError", "KVCache", "Plan", "PlanningProblem", "PolicyError", "ScaleSchedule", "ScoredCells", "StaticPolicy",
-    "Statistics", "attach", "calibrate", "check_policy", "generate", "load_model", "load_plan", "make_policy",
-    "measure", "register",
+    "HeatKVError", "KVCache", "Plan", "PlanningProblem", "PolicyError", "ScaleSchedule", "ScoredCells",
+    "StaticPolicy", "Statistics", "attach", "calibrate", "check_policy", "compare", "generate", "load_model",
+    "load_plan", "make_policy", "measure", "profile", "register",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from heatkv.attachment.api import attach, measure
-    from heatkv.calibration.measure import calibrate
+    from heatkv.calibration.run import calibrate
     from heatkv.core.budget import Budget
     from heatkv.core.capacity_plan import CapacityPlan
     from heatkv.core.geometry import CacheGeometry
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from heatkv.models.catalogue import load_model
     from heatkv.policies.base import EvictionPolicy, PlanningProblem, ScoredCells, StaticPolicy, make_policy
     from heatkv.policies.dynamic import Candidates, DynamicPolicy
+    from heatkv.profiling.comparison import compare, profile
     from heatkv.registry import register
     from heatkv.testing.contract import check_policy
 

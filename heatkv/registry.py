@@ -16,7 +16,6 @@ from heatkv.errors import PolicyError
 ENTRY_POINT_GROUP = "heatkv.policies"
 
 _log = logging.getLogger("heatkv")
-"""Where Python's logging is left alone, its warnings go to the error stream."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ _PARTS = ("kind", "needs", "plan", "random", "source", "summary")
 """What every EvictionPolicy has; the class itself lives above this module."""
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-"""What a list of policies can be taken apart into, and told from an option."""
 
 _registered: dict[str, Registered] = {}
 _broken: dict[str, str] = {}
@@ -42,10 +40,7 @@ _searched = False
 def check_name(name: Any, what: str) -> None:
     """Raise PolicyError unless `what` may have this name: lower-case letters, digits and hyphens between them."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise PolicyError(
-            f"{what} is named {shown(name)}; a name is lower-case letters, digits and hyphens between them, such "
-            "as keep-coarse"
-        )
+        raise PolicyError(f"{what} is named {shown(name)}; write lower-case letters, digits and hyphens")
 
 
 def register(policy: type[Any]) -> type[Any]:

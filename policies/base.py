@@ -36,7 +36,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
@@ -110,6 +111,17 @@ class PlanningProblem:
         return self.budget.token_heads(self.geometry, self.rows, self.storage, self.uncoded_scales)
 
 
+@contextmanager
+def third_party(what: str) -> Iterator[None]:
+    """Errors that are not ours inside the block as a PolicyError: a third party's policy may fail in any way."""
+    try:
+        yield
+    except HeatKVError:
+        raise
+    except Exception as error:
+        raise PolicyError(f"{what}: {type(error).__name__}: {error}") from error
+
+
 @dataclass(frozen=True)
 class EvictionPolicy(ABC):
     """What every policy is: a frozen dataclass with a name that turns a problem into a plan."""
@@ -144,11 +156,8 @@ class EvictionPolicy(ABC):
 
     def check_measured(self, problem: PlanningProblem) -> None:
         """Raise PolicyError when what it plans from is missing."""
-        if (
-            self.needs
-            and problem.statistics is None
-            and not ("statistics or rankings" in self.needs and problem.rankings is not None)
-        ):
+        ranked = "statistics or rankings" in self.needs and problem.rankings is not None
+        if self.needs and problem.statistics is None and not ranked:
             raise PolicyError(f"policy {self.name!r} needs {' and '.join(sorted(self.needs))}; calibrate the model")
 
     def checked(self, problem: PlanningProblem) -> PlanningProblem:
@@ -163,6 +172,14 @@ class EvictionPolicy(ABC):
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         settings = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
         return settings | {"budget": str(problem.budget)} | ({"seed": problem.seed} if self.random else {})
+
+    def common(self, problem: PlanningProblem) -> dict[str, Any]:
+        """What plans of both kinds are made with."""
+        return {
+            "policy": self.name, "geometry": problem.geometry, "model": problem.model,
+            "budget": float(problem.share), "budget_token_heads": problem.budget_token_heads,
+            "settings": self.settings(problem),
+        }  # fmt: skip
 
     @classmethod
     def summary(cls) -> str:
@@ -196,35 +213,17 @@ class StaticPolicy(EvictionPolicy):
         problem = self.checked(problem)
         if problem.share == 1:
             return self.finish(problem, keep_first(problem.geometry.shape, len(problem.geometry.schedule)))
-        try:
+        with third_party(f"policy {self.name!r} failed"):
             last_read = self.last_read(problem)
-        except HeatKVError:
-            raise
-        except Exception as error:  # a third party's policy may fail in any way
-            raise PolicyError(f"policy {self.name!r} failed: {type(error).__name__}: {error}") from error
         return self.finish(problem, last_read)
 
     def finish(
-        self,
-        problem: PlanningProblem,
-        last_read: IntArray,
-        coarse: tuple[CoarseCells, ...] = (),
-        **certificate: float,
+        self, problem: PlanningProblem, last_read: IntArray, coarse: tuple[CoarseCells, ...] = (), **certificate: float
     ) -> Plan:
         """The checked plan with all that it was made for; `certificate` is value, value_bound and gap where they are
         known. Raises PlanError."""
-        plan = Plan(
-            policy=self.name,
-            geometry=problem.geometry,
-            last_read=last_read,
-            budget=float(problem.share),
-            budget_token_heads=problem.budget_token_heads,
-            sink_scales=self.sink_scales,
-            model=problem.model,
-            settings=self.settings(problem),
-            coarse=coarse,
-            **certificate,
-        )
+        common = self.common(problem)
+        plan = Plan(**common, last_read=last_read, sink_scales=self.sink_scales, coarse=coarse, **certificate)
         plan.check()
         return plan
 
@@ -232,10 +231,7 @@ class StaticPolicy(EvictionPolicy):
         """Raise when the number of sinks does not fit the schedule, or the sinks alone exceed the budget."""
         schedule = problem.geometry.schedule
         if not 0 <= self.sink_scales < len(schedule):
-            raise PolicyError(
-                f"sink_scales={self.sink_scales} does not fit a schedule of {len(schedule)} scales: 0 to "
-                f"{len(schedule) - 1}"
-            )
+            raise PolicyError(f"sink_scales={self.sink_scales}; {len(schedule)} scales allow 0 to {len(schedule) - 1}")
         if problem.share * schedule.cached_tokens < schedule.offsets[self.sink_scales]:
             raise below_sinks(f"budget {float(problem.share):.3g} ({problem.budget})", schedule, self.sink_scales)
 
@@ -258,6 +254,7 @@ class ScoredCells(StaticPolicy):
         (L, H, T, T): finite numbers of at least 0."""
 
     def last_read(self, problem: PlanningProblem) -> IntArray:
+        """The sinks, and the cells that are worth most. Raises PolicyError for values that are no such numbers."""
         layers, heads, scales = problem.geometry.shape
         value = np.asarray(self.value(problem), dtype=np.float64)
         if value.shape not in ((layers, heads, scales), (layers, heads, scales, scales)) or not (
@@ -291,10 +288,6 @@ def make_policy(name: str, **options: Any) -> EvictionPolicy:
         if option not in known:
             raise PolicyError(f"policy {name!r} has no option {option!r}{suggest(option, known)}")
         known[option].check(value, name)
-    try:
+    with third_party(f"policy {name!r} cannot be made"):
         policy: EvictionPolicy = cls(**options)
-    except HeatKVError:
-        raise
-    except Exception as error:  # a third party's policy may fail in any way
-        raise PolicyError(f"policy {name!r}: {error}") from error
     return policy

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import numpy as np
@@ -31,11 +31,13 @@ from heatkv.core.capacity_plan import CapacityPlan, available_tokens
 from heatkv.core.plan import live_of_held
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import IntArray
-from heatkv.errors import BudgetError, HeatKVError, PolicyError
-from heatkv.policies.base import EvictionPolicy, PlanningProblem
+from heatkv.errors import BudgetError
+from heatkv.policies.base import EvictionPolicy, PlanningProblem, third_party
 
 MAX_BLOCK_NUMBERS = 1 << 22
 """Most attention probabilities that exist at a time (16 MiB)."""
+
+_NOTHING = torch.empty(0)  # made once: a step of a CUDA graph makes no tensors on the host
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class Candidates:
     v_RHCD: Tensor
     valid_RHC: Tensor | None = None
     """False for places that hold nothing, which come first; None where all hold a token."""
-    carried_RHCX: Tensor = field(default_factory=lambda: torch.empty(0))
+    carried_RHCX: Tensor = _NOTHING
     """What `carry` gave when a token was last a candidate, 0 for new ones; fp32."""
-    attention_input_RNW: Tensor = field(default_factory=lambda: torch.empty(0))
+    attention_input_RNW: Tensor = _NOTHING
     """The attention's input, for policies with `wants_input`; so is the query weight."""
-    query_weight_HDW: Tensor = field(default_factory=lambda: torch.empty(0))
+    query_weight_HDW: Tensor = _NOTHING
 
     @property
     def count(self) -> int:
@@ -153,10 +155,7 @@ class DynamicPolicy(EvictionPolicy):
         geometry = problem.geometry
         most = room // (geometry.layers * geometry.heads)
         if most < 1:
-            raise BudgetError(
-                f"budget {problem.budget} is {room} token-heads, fewer than one for each of {geometry.layers} layers x "
-                f"{geometry.heads} heads; raise it"
-            )
+            raise BudgetError(f"budget {problem.budget} is {room} token-heads, less than one a head; raise it")
         # layers that change one after another may not reach `most`, which is tried first
         low, high, largest = 0, most + 1, None
         while high - low > 1:
@@ -180,7 +179,6 @@ class DynamicPolicy(EvictionPolicy):
     def resolved(self, problem: PlanningProblem) -> Self:
         """The policy with what it takes from the problem, such as classes of heads, written into its options: a plan
         must record all that its scores depend on."""
-        del problem
         return self
 
     def plan(self, problem: PlanningProblem) -> CapacityPlan:
@@ -191,23 +189,10 @@ class DynamicPolicy(EvictionPolicy):
         if full:  # nothing is ever dropped, so nothing need be carried
             capacity: IntArray = np.broadcast_to(available_tokens(problem.geometry), problem.geometry.shape)
         else:
-            try:
+            with third_party(f"policy {self.name!r} failed"):
                 capacity = policy.largest(problem, policy.room(problem))
-            except HeatKVError:
-                raise
-            except Exception as error:  # a third party's policy may fail in any way
-                raise PolicyError(f"policy {self.name!r} failed: {type(error).__name__}: {error}") from error
-        plan = CapacityPlan(
-            policy=self.name,
-            geometry=problem.geometry,
-            capacity=capacity,
-            budget=float(problem.share),
-            budget_token_heads=problem.budget_token_heads,
-            model=problem.model,
-            settings=policy.settings(problem),
-            shared=policy.shared and not full,
-            carried=0 if full else policy.carried,
-        )
+        shared, carried = (False, 0) if full else (policy.shared, policy.carried)
+        plan = CapacityPlan(**policy.common(problem), capacity=capacity, shared=shared, carried=carried)
         plan.check()
         return plan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -47,6 +48,10 @@ class PolicyOption:
             raise PolicyError(f"option {self.name!r} of policy {policy!r} can only be set in Python")
         if text.lower() == "none" and NoneType in get_args(self.kind):
             return None
+        others = tuple(kind for kind in get_args(self.kind) if kind not in (str, NoneType))
+        if str in get_args(self.kind) and others:  # nearly everything can be read as text, so that comes last
+            with suppress(msgspec.ValidationError):
+                return msgspec.convert(text, Union[others], strict=False)  # noqa: UP007
         return self._convert(_TRUTH.get(text.lower(), text) if self.kind is bool else text, text, policy, strict=False)
 
     def check(self, value: Any, policy: str) -> None:
@@ -62,7 +67,7 @@ class PolicyOption:
         except TypeError:  # a third party's annotation may be of any kind
             return value
         if isinstance(value, float) and not math.isfinite(value):
-            raise PolicyError(f"{self.name} of policy {policy!r} is a finite number, not {shown(original)}")
+            raise PolicyError(f"{self.name} of policy {policy!r} is {self.wanted}, not {shown(original)}")
         return value
 
 

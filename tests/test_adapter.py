@@ -13,7 +13,6 @@ from support.tiny_models import tiny_infinity
 from torch import Tensor, nn
 
 from heatkv.calibration import measure as calibration
-from heatkv.calibration.measure import calibrate
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -95,15 +94,6 @@ def hooks(model: ImageModel[Any]) -> int:
     return sum(len(view.block._forward_pre_hooks) for view in model.adapter.blocks)
 
 
-def test_hooks_are_there_only_inside_the_block(emoji: ClassConditionalModel) -> None:
-    with emoji.adapter.watching(lambda *_: None):
-        assert hooks(emoji) == emoji.geometry.layers
-        with emoji.adapter.watching(lambda *_: None):  # a policy may watch while statistics are measured
-            assert hooks(emoji) == 2 * emoji.geometry.layers
-        assert hooks(emoji) == emoji.geometry.layers
-    assert hooks(emoji) == 0
-
-
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
 def test_hooks_do_not_outlive_an_error(
     emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch, error: BaseException
@@ -116,20 +106,7 @@ def test_hooks_do_not_outlive_an_error(
     assert hooks(emoji) == 0
     monkeypatch.setattr(calibration, "run_scales", lambda *_, **__: fail())
     with pytest.raises(type(error)):
-        calibrate(emoji, 1)
-    assert hooks(emoji) == 0
-
-
-@pytest.mark.parametrize("broken", [0, 1])
-def test_hooks_that_cannot_all_be_set_are_taken_back(emoji: ClassConditionalModel, broken: int) -> None:
-    class Sealed(nn.Module):
-        def register_forward_pre_hook(self, *_: Any, **__: Any) -> Any:
-            raise RuntimeError("sealed")
-
-    views = list(emoji.adapter.blocks)
-    views[broken] = dataclasses.replace(views[broken], block=Sealed())
-    with pytest.raises(RuntimeError, match="sealed"), ModelAdapter(tuple(views), emoji.geometry.heads).watching(print):
-        pass
+        calibration.measure_samples(emoji, range(1))
     assert hooks(emoji) == 0
 
 

@@ -1,4 +1,4 @@
-"""The command line: every command does its job; bad input gives one line and exit code 2."""
+"""The command line: options become calls of the library, results become tables and JSON; bad input gives one line."""
 
 from __future__ import annotations
 
@@ -11,30 +11,27 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
-from msgspec import convert
 from numpy.typing import NDArray
 from PIL import Image
+from support.command_line import refused
 
-from heatkv.cli import run
+from heatkv.cli import COMMANDS, run
 from heatkv.cli.output import progress
 from heatkv.core import io as files
 from heatkv.core.plan_file import load_plan
-from heatkv.core.schema import seed_after
 from heatkv.core.statistics import Statistics
-from heatkv.errors import PolicyError
-from heatkv.policies.options import options_of
-from heatkv.policies.windows import Streaming
-from heatkv.profiling.results.ledgers import Ledgers
-from heatkv.profiling.results.row import Fidelity, Memory
+from heatkv.parallel.ranks import current
+from heatkv.parallel.reporter import shared_progress
 
 ORDERS = Path(__file__).parent / "golden" / "orders" / "2b.json"
 GOLDEN = Path(__file__).parent / "golden" / "schedules"
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -44,269 +41,498 @@ def statistics_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run a command that must fail: exit code 2, nothing on the output, one line on the error stream."""
+def facts_of(capsys: Capture, *arguments: str) -> Any:
+    """What a command prints as JSON."""
     capsys.readouterr()
-    assert run(arguments) == 2
+    assert run([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def pixels(path: Path) -> NDArray[np.int64]:
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(np.int64)
+
+
+# --------------------------------------------------------------------------------------- options of library calls
+
+
+class CalledError(Exception):
+    """The library was called with these."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__()
+        self.arguments, self.options = arguments, options
+
+
+def call_of(monkeypatch: pytest.MonkeyPatch, function: str, *command: str) -> CalledError:
+    """How a command calls a function of the library."""
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        raise CalledError(*arguments, **options)
+
+    monkeypatch.setattr(function, called)
+    with pytest.raises(CalledError) as seen:
+        run(command)
+    return seen.value
+
+
+@pytest.mark.parametrize("command", ["compare", "profile"])
+def test_options_of_measurements(
+    command: str, tmp_path: Path, statistics_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = [tmp_path / folder / "plan.json" for folder in ("a", "b")]
+    for plan in plans:
+        plan.parent.mkdir()
+        assert run(["solve", "--policy", "streaming", "--budget", "20%", "--out", str(plan)]) == 0
+    given = [
+        "--policies", "heatkv-lp,streaming", "--set", "value=mass", "--set", "sink-scales=2", "--budgets", "30%,1MiB",
+        "--rows", "2,4", "--seed", "3,-1", "--dtype", "int8/float32", "--cfg", "3", "--repeats", "7",
+        "--plan", str(plans[0]), "--plan", str(plans[1]), "--statistics", str(statistics_file), "--out", str(tmp_path),
+    ]  # fmt: skip
+    call = call_of(
+        monkeypatch, f"heatkv.profiling.comparison.{command}", "--attention", "ragged", command, *given
+    )  # fmt: skip
+    model, policies, budgets = call.arguments
+    assert model.name == "emoji"
+    assert [(p.name, p.sink_scales, getattr(p, "value", None)) for p in policies] == [
+        ("heatkv-lp", 2, "mass"), ("streaming", 2, None)
+    ]  # fmt: skip
+    assert [str(budget) for budget in budgets] == ["30%", "1048576B"]
+    options = call.options
+    assert list(options["plans"]) == [str(plan) for plan in plans]
+    assert options["statistics"] == Statistics.load(statistics_file)
+    assert (options["batches"], options["seeds"], options["repeats"]) == ([1, 2], [3, -1], 7)
+    assert (options["code"], options["attention"], options["settings"].cfg) == ("int8", "ragged", 3.0)
+    assert options["loading"] == {
+        "name": "emoji", "prompts": [], "size": None, "ratio": None, "dtype": "float32", "device": "cpu"
+    }  # fmt: skip
+    assert options["out"] == tmp_path
+
+
+def test_options_of_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, out = "heatkv.cli.calibrate.calibrate_into", tmp_path / "s"
+    given = ["calibrate", "--samples", "20", "--seed", "4", "--append", "--out", str(out)]
+    call = call_of(monkeypatch, target, *given, "--levels", "fisher,samples=8,sink-scales=1", "--report", "20%,10%")
+    assert call.arguments[0] == out
+    assert call.arguments[2] == 20
+    options = {name: call.options[name] for name in ("seed", "append", "levels", "level_samples", "sink_scales")}
+    assert options == {"seed": 4, "append": True, "levels": "fisher", "level_samples": 8, "sink_scales": 1}
+    assert sum(call.options["batch_sizes"]) == 20
+    assert (
+        call_of(monkeypatch, target, "calibrate", "--out", str(out), "--levels", "error").options["levels"] == "error"
+    )
+
+
+def test_weights_of_a_model_and_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\n a red dog \n")
+    weights = ["--weights", "folder=1/w.pth", "--weights", "vae=v.pth", "--weights", "text=google/t5"]
+    given = ["--model", "infinity-2b", *weights, "--prompts", str(prompts), "--size", "0.25M", "--ratio", "3:2"]
+    call = call_of(monkeypatch, "heatkv.cli.opening.load_model", "compare", *given, "--out", str(tmp_path / "out"))
+    assert call.options == {
+        "name": "infinity-2b", "weights": "folder=1/w.pth", "vae": "v.pth", "text_encoder": "google/t5",
+        "prompts": ["a cat", "a red dog"], "size": "0.25M", "ratio": 1.5, "dtype": "float32", "device": "cpu",
+    }  # fmt: skip
+
+
+def test_results_are_written_before_they_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("heatkv.cli.measure.show", gone)
+    monkeypatch.setattr("heatkv.cli._discard_output", lambda: None)
+    asked = ["profile", "--policies", "streaming", "--budgets", "30%", "--repeats", "1", "--in-process"]
+    assert run([*asked, "--out", str(tmp_path)]) == 0
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 2
+
+
+def test_compare_prints_a_table_or_its_results(tmp_path: Path, capsys: Capture) -> None:
+    few = ["--images", "1", "--pictures", "1", "--repeats", "1", "--samples", "1"]
+    given = ["compare", *few, "--policies", "adakv", "--set", "base=hack-like", "--budgets", "20%"]
+    assert run([*given, "--out", str(tmp_path)]) == 0
     out, error = capsys.readouterr()
-    assert out == ""
-    lines = error.strip().splitlines()
-    assert len(lines) == 1, error
-    assert lines[0].startswith("heatkv: ")
-    return lines[0]
+    assert "cache of 2 rows in float32 on cpu, KL and top-1 over 1 images, PSNR and SSIM over 1" in out
+    assert "adakv" in out
+    assert "calibrating emoji: 1 of 1" in error  # what a composed policy plans from is measured
+    assert facts_of(capsys, *given, "--out", str(tmp_path)) == json.loads((tmp_path / "results.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------------ solve
+# ---------------------------------------------------------------------------------------------------- solve
 
 
 @pytest.mark.parametrize("name", ["heatkv_2b_0.05", "heatkv_2b_0.1", "heatkv_2b_0.2"])
-def test_solve_equals_the_golden_schedule(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_solve_equals_the_golden_schedule(tmp_path: Path, name: str, capsys: Capture) -> None:
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
     out = tmp_path / "plan.json"
     command = ["solve", "--model", "infinity-2b", "--policy", "heatkv", "--budget", str(golden["budget"])]
-    assert run([*command, "--orders", str(ORDERS), "--out", str(out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    facts = facts_of(capsys, *command, "--orders", str(ORDERS), "--out", str(out))
     written = json.loads(out.read_text())
     assert written["last_read"] == golden["last_read"]
-    assert told["peak_token_heads"] == written["peak_token_heads"] == golden["peak_tokens"]
-    assert told["planned_bytes"] == golden["peak_tokens"] * 128 * 2 * 2 * 2
+    assert facts["peak_token_heads"] == written["peak_token_heads"] == golden["peak_tokens"]
+    assert facts["planned_bytes"] == golden["peak_tokens"] * 128 * 2 * 2 * 2
 
 
-INFINITY = ["solve", "--policy", "heatkv", "--budget", "20%"]
-
-
-@pytest.mark.parametrize(
-    ("model", "more", "scales"),
-    [("8b-512", [], 10), ("8b", ["--size", "0.60M"], 12), ("2b", ["--size", "0.06M"], 7)],
-)
-@pytest.mark.parametrize("sinks", ["2", "3", "4"])
-def test_orders_of_another_number_of_scales_are_refused(
-    model: str, more: list[str], scales: int, sinks: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    orders = ORDERS.with_name(f"{model[:2]}.json")
-    arguments = ["--model", f"infinity-{model}", "--orders", str(orders), "--sink-scales", sinks, *more]
-    said = refused(capsys, *INFINITY, *arguments)
-    if scales < 10:  # there are more rankings than cached scales
-        assert "has 9 rankings; the schedule caches 6 scales" in said
-    else:
-        assert "has 9 rankings, which are those of a schedule of 13 scales" in said
-        assert f"this one has {scales} scales: plan from statistics of it (heatkv calibrate" in said
-
-
-@pytest.mark.parametrize(("model", "more"), [("2b", ["--ratio", "3:2"]), ("2b", ["--ratio", "1:2"])])
-def test_orders_of_another_schedule_are_taken_with_a_note(
-    model: str, more: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = ["--model", f"infinity-{model[:2]}", "--orders", str(ORDERS.with_name(f"{model[:2]}.json"))]
+def test_orders_of_another_schedule(capsys: Capture) -> None:
+    """Taken with a note where the schedule has as many scales, else refused."""
+    own = ["solve", "--policy", "heatkv", "--budget", "20%", "--model", "infinity-2b", "--orders", str(ORDERS)]
     for sinks in ("3", "4"):  # a scale more that is never dropped needs no other rankings
-        assert run([*INFINITY, *own, "--sink-scales", sinks]) == 0
+        assert run([*own, "--sink-scales", sinks]) == 0
         assert capsys.readouterr().err == ""
-    assert run([*INFINITY, "--model", f"infinity-{model}", *own[2:], *more]) == 0
+    assert run([*own, "--ratio", "3:2"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "scale by scale from the last cached one backwards; heatkv calibrate measures this one" in line
+    assert "scale by scale from the last cached one backwards" in line
+    assert "6 scales" in refused(capsys, *own, "--size", "0.06M")
 
 
-def test_solve_knows_other_ratios_and_sinks(tmp_path: Path) -> None:
+def test_solve_knows_other_ratios_and_sinks(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--model", "infinity-8b", "--policy", "streaming", "--budget", "650tokens", "--out", str(out)]
     assert run([*base, "--size", "0.60M", "--ratio", "3:2", "--sink-scales", "2"]) == 0
     plan = load_plan(out)
     assert plan.schedule.scales[-1] == (1, 63, 42)
-    assert plan.sink_scales == 2
+    assert plan.settings["sink_scales"] == 2
     assert plan.budget_token_heads == 650 * 40 * 28
+    for ratio, said in (("1.4", "1.4; taking the nearest, 1.333"), ("4:3", ""), ("0.667", ""), ("7", "the nearest, 3")):
+        capsys.readouterr()
+        assert run([*base, "--ratio", ratio]) == 0
+        error = capsys.readouterr().err
+        assert (said in error) if said else (error == "")
 
 
-def test_solve_says_what_is_certified_and_nothing_where_nothing_is(
-    statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_solve_certifies(statistics_file: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--budget", "20%", "--policy"]
-    assert (
-        run([*base, "heatkv-lp", "--set", "value=error", "--statistics", str(statistics_file), "--out", str(out)]) == 0
-    )
+    chosen = ["--set", "value=error", "--set", "layer-cap=25%", "--statistics", str(statistics_file)]
+    assert run([*base, "heatkv-lp", *chosen, "--out", str(out)]) == 0
     plan, table = load_plan(out), capsys.readouterr().out
-    assert plan.value is not None
-    assert plan.value_bound is not None
-    for row in (f"value         │ {plan.value:.6g}", f"value at most │ {plan.value_bound:.6g}", "certified gap"):
-        assert row in table
-    assert run(["solve", "--plan", str(out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["value"], told["value_bound"], told["gap"]) == (plan.value, plan.value_bound, plan.gap)
+    assert dict(plan.settings) == {
+        "value": "error", "layer_cap": "25%", "sink_scales": 2, "solver": "lp", "budget": "20%"
+    }  # fmt: skip
+    facts = facts_of(capsys, "solve", "--plan", str(out))
+    for name, label, form in (("value", "value", ".6g"), ("value_bound", "value at most", ".6g"),
+                              ("gap", "certified gap", ".3%")):  # fmt: skip
+        value = getattr(plan, name)
+        assert facts[name] == value
+        assert re.search(rf"{label} +│ {re.escape(format(value, form))}", table)
     assert run([*base, "streaming"]) == 0
     table = capsys.readouterr().out
     assert "value at most" not in table
     assert "gap" not in table
 
 
-def test_a_budget_that_is_chosen_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    statistics = tmp_path / "fisher.safetensors"
-    asked = ["--samples", "2", "--levels", "fisher", "--level-samples", "1", "--out", str(statistics)]
-    assert run(["calibrate", *asked]) == 0
-    out = tmp_path / "plan.json"
+def test_a_budget_that_is_chosen(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heatkv.calibration.run.BIAS_SAMPLES", 1)
+    statistics, out = tmp_path / "fisher.safetensors", tmp_path / "plan.json"
+    assert run(["calibrate", "--samples", "2", "--levels", "fisher,samples=1", "--out", str(statistics)]) == 0
     solve = ["solve", "--policy", "heatkv-mr", "--set", "cost=fisher", "--statistics", str(statistics)]
     chosen = [*solve, "--set", "max_kl=0.05", "--budget", "auto", "--out", str(out)]
-    capsys.readouterr()
-    assert run([*chosen, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["budget_asked"] == "auto"
-    assert 0 < told["predicted_kl"] <= 0.05
-    for command in (chosen, ["solve", "--plan", str(out)]):
-        assert run(command) == 0
-        shown = capsys.readouterr().out
-        assert f"{told['budget']:.1%}, in steps of 0.1% the smallest with a foretold KL of at most 0.05" in shown
-        assert f"{told['predicted_kl']:.4g} nats per token" in shown
-    assert run([*solve, "--budget", "20%"]) == 0
-    shown = capsys.readouterr().out
-    assert "foretold KL" in shown
-    assert "the smallest" not in shown
-    assert run(["solve", "--policy", "streaming", "--budget", "20%"]) == 0
-    assert "foretold KL" not in capsys.readouterr().out
+    facts = facts_of(capsys, *chosen)
+    assert facts["budget_asked"] == "auto"
+    assert 0 < facts["predicted_kl"] <= 0.05
+    assert run(["solve", "--plan", str(out)]) == 0
+    table = capsys.readouterr().out
+    assert f"{facts['budget']:.1%}, the smallest in steps of 0.1% with a predicted KL of at most 0.05" in table
+    assert f"{facts['predicted_kl']:.4g} nats per token" in table
 
 
-def test_options_of_policies_are_set(statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "plan.json"
-    base = ["solve", "--budget", "20%", "--policy", "heatkv-lp", "--statistics", str(statistics_file)]
-    chosen = ["--set", "value=mass", "--set", "layer-cap=25%", "--set", "sink_scales = 2"]
-    assert run([*base, *chosen, "--out", str(out)]) == 0
-    assert dict(load_plan(out).settings) == {
-        "value": "mass", "layer_cap": "25%", "sink_scales": 2, "solver": "lp", "budget": "20%",
-    }  # fmt: skip
-    greedy = ["--set", "layer_cap=none", "--set", "value=error", "--set", "solver=greedy"]
-    assert run([*base, *greedy, "--out", str(out)]) == 0
-    assert load_plan(out).settings["layer_cap"] is None
-    draw = ["generate", "--policy", "streaming", "--budget", "20%", "--label", "cat", "--out", str(tmp_path / "out")]
-    assert run([*draw, "--set", "sink_scales=2"]) == 0
-    assert "has no option 'value'" in refused(capsys, *draw, "--set", "value=mass")
-
-
-def test_what_a_composed_policy_plans_from_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--samples", "1", "--images", "1", "--pictures", "1", "--repeats", "1"]
-    base = ["--policies", "adakv", "--set", "base=hack-like", "--budgets", "20%"]
-    assert run(["compare", *base, *sizes, "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "statistics.safetensors").exists()
-    assert "calibrating emoji: 1 of 1" in capsys.readouterr().err
-
-
-def test_an_option_goes_to_the_policies_that_have_it(
-    statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = [
-        "profile",
-        "--policies",
-        "heatkv-lp,streaming",
-        "--budgets",
-        "20%",
-        "--repeats",
-        "1",
-        "--in-process",
-        "--json",
-    ]
-    base += ["--statistics", str(statistics_file), "--out", str(tmp_path)]
-    capsys.readouterr()
-    for sinks in (["--sink-scales", "2"], ["--set", "sink_scales=2"]):
-        assert run([*base, *sinks, "--set", "value=mass"]) == 0
-        told = {row["policy"]: row["settings"] for row in json.loads(capsys.readouterr().out)["rows"]}
-        assert (told["heatkv-lp"]["sink_scales"], told["heatkv-lp"]["value"]) == (2, "mass")
-        assert (told["streaming"]["sink_scales"], told["full"]["sink_scales"]) == (2, 0)
-        assert "value" not in told["streaming"]
-    said = refused(capsys, *base, "--set", "window=3")
-    assert "none of these policies has an option 'window'" in said
-    assert "heatkv-lp: sink_scales, layer_cap, value, solver; streaming: sink_scales" in said
-
-
-@dataclass(frozen=True)
-class Made(Streaming):
-    """A policy with an option of every kind; it is never registered."""
-
-    fast: bool = False
-    share: float = 0.5
-    level: Literal[1, 2, "most"] = "most"
-    most: int | None = None
-    either: str | int = "x"
-    window: tuple[int, ...] = (1, 2)
-    names: dict[str, int] | None = field(default_factory=dict)
+def test_a_negative_seed_is_a_seed(tmp_path: Path) -> None:
+    for seed in (-5, 5, 7):
+        out = ["--seed", str(seed), "--out", str(tmp_path / f"{seed}.json")]
+        assert run(["solve", "--policy", "random", "--budget", "20%", *out]) == 0
+    plans = [load_plan(tmp_path / f"{seed}.json").to_json()["last_read"] for seed in (-5, 5, 7)]
+    assert plans[0] != plans[1]
+    assert plans[0] != plans[2]
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "value"),
+    ("change", "value"),
     [
-        ("fast", "true", True), ("fast", "No", False), ("fast", "1", True), ("share", "1e-3", 0.001),
-        ("share", "3", 3.0), ("level", "2", 2), ("level", "most", "most"), ("most", "7", 7), ("most", "none", None),
-        ("either", "12", 12), ("either", "12%", "12%"), ("sink_scales", "-1", -1),
-    ],
-)  # fmt: skip
-def test_values_are_read_by_the_type_of_the_option(name: str, text: str, value: object) -> None:
-    read = options_of(Made)[name].parse(text, "made")
-    assert (type(read), read) == (type(value), value)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("fast", "2", "fast of policy 'made' is true or false, not '2'"),
-        ("share", "inf", "is a number, not 'inf'"),
-        ("share", "half", "is a number, not 'half'"),
-        ("level", "3", "is 1 or 2 or most, not '3'"),
-        ("most", "few", "is a whole number or none, not 'few'"),
-        ("window", "1,2", "option 'window' of policy 'made' can only be set in Python"),
-        ("names", "{}", "option 'names' of policy 'made'"),
+        ({"model": "var-d16"}, "var-d16"),
+        ({"head_dim": 128}, "128"),
+        ({"model": "emoji"}, None),
+        ({"model": "a third party's"}, None),
     ],
 )
-def test_values_of_another_type_are_refused(name: str, text: str, said: str) -> None:
-    with pytest.raises(PolicyError, match=re.escape(said)):
-        options_of(Made)[name].parse(text, "made")
-
-
-def test_options_are_listed_as_they_are_set() -> None:
-    assert [str(option) for option in options_of(Made).values()] == [
-        "sink_scales=3", "fast=false", "share=0.5", "level=most (1 or 2 or most)", "most=none (a whole number or none)",
-        "either=x", "window=(1, 2) (in Python only)", "names={} (in Python only)",
-    ]  # fmt: skip
-
-
-def test_a_ratio_that_no_template_has_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    base = ["solve", "--model", "infinity-2b", "--policy", "streaming", "--budget", "10%", "--json"]
-    for ratio, said in (("1.4", "1.4; taking the nearest, 1.333"), ("4:3", ""), ("0.667", ""), ("7", "the nearest, 3")):
-        assert run([*base, "--ratio", ratio]) == 0
-        out, error = capsys.readouterr()
-        assert json.loads(out)["schedule"]
-        assert (said in error) if said else (error == "")
-
-
-def test_a_plan_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plans_of_another_model(change: dict[str, Any], value: str | None, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "plan.json"
     assert run(["solve", "--policy", "streaming", "--budget", "20%", "--out", str(path)]) == 0
-    given = {
-        "solve": [],
-        "generate": ["--label", "cat", "--out", str(tmp_path / "out")],
-        "profile": ["--out", str(tmp_path / "out")],
-    }
-    told = json.loads(path.read_text())
-    for model, fits in (("var-d16", False), ("emoji", True), ("a third party's", True)):
-        path.write_text(json.dumps(told | {"model": model}))
-        for command, options in given.items():
-            if fits:
-                assert run(["solve", "--plan", str(path)]) == 0
-            else:
-                said = refused(capsys, command, "--plan", str(path), *options)
-                assert f"{path} was made for var-d16, not for emoji" in said
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    commands = (["solve"], ["generate", "--label", "cat", "--out", str(tmp_path / "out")],
+                ["profile", "--out", str(tmp_path / "out")])  # fmt: skip
+    for command in commands if value is not None else ():
+        line = refused(capsys, *command, "--plan", str(path))
+        assert str(path) in line
+        assert value in line
+    if value is None:
+        assert run(["solve", "--plan", str(path)]) == 0
     assert not (tmp_path / "out").exists()
 
 
-def test_progress_in_a_log_is_a_line_for_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+# --------------------------------------------------------------------------------------------- bad input
+
+STREAMING = ["--policy", "streaming", "--budget", "10%"]
+HEATKV = ["--policy", "heatkv", "--budget", "10%"]
+REFUSED = {
+    "solve": [
+        (["--policy", "heatvk", "--budget", "10%"], "did you mean 'heatkv'?"),
+        (["--model", "infinty-2b", "--budget", "10%"], "did you mean 'infinity-2b'?"),
+        (HEATKV, "needs statistics"),
+        (["--policy", "streaming"], "needs --budget"),
+        (["--policy", "streaming", "--budget", "1%"], "14/230 = 6.09%"),
+        (["--policy", "streaming", "--budget", "150%"], "150%"),
+        (["--policy", "streaming", "--budget", "10"], "did you mean 10%?"),
+        (["--policy", "streaming", "--budget", "5GiB"], "above the full cache"),
+        (["--policy", "streaming", "--budget", "ten"], "'ten'"),
+        (["--policy", "streaming", "--budget", "10parsec"], "'parsec'"),
+        (["--policy", "full", "--budget", "10%"], "100%"),
+        ([*STREAMING, "--sink-scales", "9"], "sink_scales=9"),
+        ([*STREAMING, "--sink-scales", "2", "--set", "sink-scales=1"], "'sink_scales' is set twice"),
+        ([*STREAMING, "--ratio", "1.5"], "square images only"),
+        ([*STREAMING, "--ratio", "3:"], "'3:'"),
+        ([*STREAMING, "--size", "1M"], "1M"),
+        ([*STREAMING, "--device", "gpu"], "'gpu'"),
+        ([*STREAMING, "--dtype", "int3"], "'int3'"),
+        ([*STREAMING, "--dtype", "int3/bfloat16"], "'int3'"),
+        ([*STREAMING, "--dtype", "int8"], "'int8'"),
+        ([*STREAMING, "--rows", "0"], "rows is 0"),
+        ([*STREAMING, "--cfg", "-1"], "cfg is -1"),
+        ([*STREAMING, "--out", "/nonexistent/plan.json"], "/nonexistent"),
+        ([*STREAMING, "--out", str(ORDERS)], f"{ORDERS} exists"),
+        ([*STREAMING, "--budget", ""], "--budget is empty"),
+        ([*STREAMING, "--seed", "three"], "--seed"),
+        (["--bugdet", "10%"], "--bugdet"),
+        (["--plan", "absent.json"], "absent.json"),
+        (["--plan", "absent.json", "--set", "value=mass"], "leave --set out"),
+        ([*HEATKV, "--orders", str(ORDERS)], "2b.json"),
+        ([*HEATKV, "--statistics", str(ORDERS)], "2b.json"),
+        ([*HEATKV, "--statistics", "absent"], "absent"),
+        ([*HEATKV, "--orders", "a", "--statistics", "b"], "give one of them"),
+        ([*STREAMING, "--set", "value"], "'value'"),
+        ([*STREAMING, "--set", "=2"], "'=2'"),
+        ([*STREAMING, "--set", "sinkscales=2"], "did you mean 'sink_scales'?"),
+        ([*STREAMING, "--set", "sink_scales=2.5"], "'2.5'"),
+        (["--policy", "heatkv-lp", "--budget", "10%", "--set", "layer_cap=10parsec"], "'parsec'"),
+    ],
+    "calibrate": [
+        (["--samples", "0"], "samples is 0"),
+        (["--append"], "does not exist"),
+        (["--out", "absent/s"], "absent"),
+        (["--out", "/proc/n"], "/proc"),
+        (["--out="], "--out is empty"),
+        (["--model", "var-d16"], "var-d16"),
+        (["--model", "infinity-2b"], "--prompts"),
+        (["--device", "cuda:77"], "cuda:77"),
+        (["--levels", "worth"], "'worth'"),
+        (["--levels", "error,samples=0"], "0"),
+        (["--levels", "error,smaples=1"], "did you mean 'samples'?"),
+        (["--levels", "error,sink-scales=8"], "8"),
+        (["--report", "1%"], "14/230"),
+        (["--report", "20%", "--samples", "1"], "--samples is 1"),
+        (["--seed", str(2**64)], str(2**64)),
+    ],
+    "generate": [
+        (["--label", "dragon"], "'dragon'"),
+        ([], "--label"),
+        (["--label", "cat", "--policy", "streaming"], "needs --budget"),
+        (["--label", "cat", "--policy", "snapvk"], "did you mean 'snapkv'?"),
+        (["--label", "cat", "--count", "0"], "count is 0"),
+        (["--label", "cat", "--cfg", "-1"], "cfg is -1"),
+        (["--label", "cat", "--prompt", "a cat"], "draws classes"),
+        (["--label", "cat", "--device", "meta"], "meta"),
+        (["--label", "cat", "--rows", "3"], "rows=3"),
+        (["--label", "cat", "--graphs"], "cpu"),
+        (["--label", "cat", "--weights", "a", "--weights", "b"], "'b'"),
+        (["--label", "cat", f"--seed={2**64}"], str(2**64)),
+        (["--label", "cat", "--follow", "every=2"], "--statistics"),
+        (["--label", "cat", "--follow", "half-life=2"], "half-life=2"),
+        (["--label", "cat", "--follow", "evry=2"], "did you mean 'every'?"),
+        (["--label", "cat", "--follow", "every=few"], "'few'"),
+        (["--label", "cat", "--follow", "every=2,adopt-above=3MiB"], "'3MiB'"),
+        (["--label", "cat", "--follow", "every=2,adopt-above=5"], "'5'"),
+    ],
+    "compare": [
+        (["--policies", "heatkv,heatkv"], "'heatkv' is named twice"),
+        (["--policies", ","], "no policy"),
+        (["--policies", "snapkv2"], "'snapkv2'"),
+        (["--budgets", "10%,nope"], "'nope'"),
+        (["--budgets", "2%"], "14/230"),
+        (["--images", "0"], "images is 0"),
+        (["--images", "2", "--pictures", "5"], "pictures is 5"),
+        (["--rows", "5"], "rows=5"),
+        (["--rows", "few"], "'few'"),
+        (["--rows", "2,02"], "batch 1 is named twice"),
+        (["--seed", "1.5"], "'1.5'"),
+        (["--seed", f"0,{2**64}"], str(2**64)),
+        (["--plan", "absent.json"], "absent.json"),
+        (["--orders", str(ORDERS)], "2b.json"),
+        (["--set", "window=2"], "'window'"),
+        (["--out", ""], "--out is empty"),
+    ],
+    "check": [
+        (["a", "--against", ""], "--against is empty"),
+        (["a", "--against", "b", "--tolerance", "kl"], "'kl'"),
+        (["a", "--against", "b", "--tolerance", "lk=5%"], "did you mean 'kl'?"),
+        (["a", "--against", "b", "--tolerance", "kl=5"], "'5'"),
+        (["a", "--against", "b", "--tolerance", "psnr=much"], "'much'"),
+        (["a", "--against", "b", "--tolerance", "ssim=2"], "ssim"),
+    ],
+    "explain": [([""], "an argument is empty"), (["absent.json"], "absent.json")],
+    "sovle": [([], "'sovle'")],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "value"),
+    [(command, *case) for command, cases in REFUSED.items() for case in cases],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_bad_input(command: str, arguments: list[str], value: str, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    needed = command in ("calibrate", "generate", "compare") and not any(text.startswith("--out") for text in arguments)
+    assert value in refused(capsys, command, *(["--out", str(out)] if needed else []), *arguments)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"format": "heatkv-plan", "version"', "[1, 2]", '{"format": "heatkv-results", "version": 1}',
+        '{"format": "heatkv-plan", "version": 99}', "", "\udcff",
+    ],
+)  # fmt: skip
+def test_files_that_are_no_plans(content: str, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert str(path) in refused(capsys, "solve", "--plan", str(path))
+
+
+def test_statistics_of_something_else(tmp_path: Path, statistics_file: Path, capsys: Capture) -> None:
+    statistics = Statistics.load(statistics_file)
+    weights, cut = tmp_path / "weights.safetensors", tmp_path / "cut.safetensors"
+    replace(statistics, provenance=replace(statistics.provenance, fingerprint="0" * 16)).save(weights)
+    cut.write_bytes(statistics_file.read_bytes()[:1000])
+    plan = ["--policy", "heatkv", "--budget", "20%", "--statistics"]
+    draw = ["generate", "--label", "cat", "--out", str(tmp_path / "out")]
+    for command, value in (
+        (["solve", *plan, str(weights)], "other weights"),
+        (["solve", *plan, str(cut)], str(cut)),
+        (["solve", "--model", "var-d16", *plan, str(statistics_file)], "16 x 16"),
+        ([*draw, *plan, str(tmp_path)], str(tmp_path)),
+        ([*draw, *plan, str(statistics_file), "--cfg", "1"], "cfg 3"),
+        (["calibrate", "--append", "--cfg", "1", "--out", str(statistics_file)], "cfg=3"),
+        (["calibrate", "--append", "--dtype", "bfloat16", "--out", str(statistics_file)], "dtype=float32"),
+        (["calibrate", "--samples", "3", "--out", str(statistics_file)], "append"),
+    ):
+        assert value in refused(capsys, *command)
+    assert Statistics.load(statistics_file) == statistics
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert str(tmp_path / "out") in refused(capsys, "generate", "--label", "cat", "--out", str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------- calibrate, generate
+
+
+def test_calibrate_appends_new_samples(tmp_path: Path, statistics_file: Path, capsys: Capture) -> None:
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(statistics_file.read_bytes())
+    given = ["calibrate", "--samples", "2", "--out", str(path)]
+    assert run(given) == 0
+    assert f"{path} was finished before: nothing is measured" in capsys.readouterr().err
+    facts = facts_of(capsys, *given, "--append", "--report", "20%")
+    assert facts["samples"] == 4
+    assert len(facts["rank_agreement_of_halves"]) == 7
+    assert [half["samples_per_half"] for half in facts["report"]["halves"]] == [1]
+    assert Statistics.load(path).provenance.samples == ("0:0:0", "0:1:1", "0:2:2", "0:3:3")
+
+
+def test_generate_writes_a_picture_per_label(tmp_path: Path, capsys: Capture) -> None:
+    given = ["generate", *STREAMING[:2], "--budget", "20%", "--label", "pizza", "--label", "3", "--count", "2"]
+    out, again = tmp_path / "new" / "folder", tmp_path / "again"
+    assert run([*given, "--out", str(out)]) == 0
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["0000_pizza.png", "0001_pizza.png", "0002_watermelon.png", "0003_watermelon.png"]
+    pictures = [pixels(out / name) for name in names]
+    assert all(picture.shape == (48, 48, 3) for picture in pictures)
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert "in place of" not in capsys.readouterr().err
+    again.mkdir()
+    (again / names[0]).write_bytes(b"")
+    assert run([*given, "--rows", "2", "--out", str(again)]) == 0
+    assert "again (1 in place of older ones)" in capsys.readouterr().err
+    assert np.abs(pixels(again / names[3]) - pictures[3]).max() <= 1
+
+
+def test_generate_under_a_plan_that_follows(tmp_path: Path, statistics_file: Path, capsys: Capture) -> None:
+    out, saved = tmp_path / "out", tmp_path / "followed.safetensors"
+    draw = [
+        "generate", "--policy", "heatkv", "--budget", "20%", "--statistics", str(statistics_file), "--rows", "8",
+        "--label", "cat", "--label", "star", "--count", "2", "--out", str(out), "--follow",
+    ]  # fmt: skip
+    following = facts_of(capsys, *draw, f"every=2,half-life=4,adopt-above=1%,save={saved}")["following"]
+    assert (following["images"], following["measured"], following["solved"]) == (4, 2, 1)
+    assert [event["image"] for event in following["events"]] == [4]
+    assert following["events"][0]["adopted"] == (following["events"][0]["gain"] > 0.01)
+    assert len(list(out.iterdir())) == 4
+    assert Statistics.load(saved).provenance.samples[-2:] == ("0:1:21:served", "0:3:31:served")
+    for text, value in (
+        (f"every=2,save={saved}", f"{saved} exists"),
+        (f"every=2,save={out / 'absent' / 's'}", str(out / "absent")),
+        ("every=0", "every is 0"),
+        ("every=2,half-life=nan", "half_life is nan"),
+        ("every=2,memory=10%", "'10%'"),
+    ):
+        assert value in refused(capsys, *draw, text)
+    assert "--graphs" in refused(capsys, *draw, "every=2", "--graphs")
+
+
+def test_what_was_followed_is_kept_when_drawing_is_stopped(
+    tmp_path: Path, statistics_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, saved, written = tmp_path / "out", tmp_path / "followed.safetensors", files.replacing
+
+    @contextmanager
+    def stopped_at_the_third(path: Path) -> Iterator[Path]:
+        if path.name.startswith("0002"):
+            raise KeyboardInterrupt
+        with written(path) as temporary:
+            yield temporary
+
+    monkeypatch.setattr("heatkv.cli.generate.replacing", stopped_at_the_third)
+    draw = ["generate", "--policy", "heatkv", "--budget", "20%", "--statistics", str(statistics_file), "--rows", "4"]
+    draw += ["--follow", f"every=2,memory=64MiB,save={saved}", "--label", "cat", "--count", "4", "--out", str(out)]
+    assert run(draw) == 130
+    said = capsys.readouterr().err
+    assert f"written before it ended: 2 of 4 images in {out}" in said
+    assert f"written: {saved}, statistics with 1 images more" in said
+    assert sorted(path.name for path in out.iterdir()) == ["0000_cat.png", "0001_cat.png"]
+    assert Statistics.load(saved).provenance.samples[-1].endswith(":served")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_memory_that_runs_out(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("heatkv.generation.loop.Generator.draw", full)
+    assert "out of memory: " in refused(capsys, "generate", "--label", "pizza", "--out", str(tmp_path))
+
+
+# ------------------------------------------------------------------------------- output, interrupts, what there is
+
+
+def test_progress_in_a_log(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for every tenth, with the time left."""
     with progress("counting", 25) as advance:
         for _ in range(5):
             advance(5)
     assert capsys.readouterr().err.splitlines() == [f"counting: {done} of 25" for done in (5, 10, 15, 20, 25)]
-    with progress("counting", 100) as advance:
-        for _ in range(100):
-            advance(1)
-    assert capsys.readouterr().err.splitlines() == [f"counting: {done} of 100" for done in range(10, 101, 10)]
-
-
-def test_progress_in_a_log_tells_the_time_left(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
     clock = iter([100.0, 130.0, 220.0, 229.0])
     monkeypatch.setattr("heatkv.cli.output.time.monotonic", lambda: next(clock))
     with progress("counting", 10) as advance:
@@ -318,678 +544,14 @@ def test_progress_in_a_log_tells_the_time_left(
     ]  # fmt: skip
 
 
-def test_solve_describes_a_plan_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "plan.json"
-    assert run(["solve", "--policy", "streaming", "--budget", "20%", "--out", str(out)]) == 0
-    capsys.readouterr()
-    assert run(["solve", "--plan", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["policy"] == "streaming"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--policy", "heatvk", "--budget", "10%"], "did you mean 'heatkv'?"),
-        (["--model", "infinty-2b", "--budget", "10%"], "did you mean 'infinity-2b'?"),
-        (["--policy", "heatkv", "--budget", "10%"], "needs statistics"),
-        (["--policy", "streaming"], "needs --budget"),
-        (["--policy", "streaming", "--budget", "1%"], "is below 14/230 = 6.09%, the 3 sink scales"),
-        (["--policy", "streaming", "--budget", "150%"], "above 100 %"),
-        (["--policy", "streaming", "--budget", "10"], "did you mean 10%?"),
-        (["--policy", "streaming", "--budget", "150"], "budget 150 is above 1, the full cache; write it as 10%"),
-        (["--policy", "streaming", "--budget", "5GiB"], "above the full cache"),
-        (["--policy", "streaming", "--budget", "0"], "not above zero"),
-        (["--policy", "streaming", "--budget", "-5%"], "cannot read the budget"),
-        (["--policy", "streaming", "--budget", "ten"], "cannot read the budget"),
-        (["--policy", "streaming", "--budget", "10parsec"], "unknown unit 'parsec'"),
-        (["--policy", "full", "--budget", "10%"], "its budget is 100%"),
-        (["--policy", "streaming", "--budget", "10%", "--sink-scales", "9"], "sink_scales=9"),
-        (["--policy", "streaming", "--budget", "10%", "--ratio", "1.5"], "square images only"),
-        (["--policy", "streaming", "--budget", "10%", "--ratio", "wide"], "cannot read the height/width ratio"),
-        (["--policy", "streaming", "--budget", "10%", "--size", "1M"], "emoji is published for 48, not 1M; leave"),
-        (
-            ["--model", "var-d30", "--policy", "streaming", "--budget", "10%", "--size", "1M"],
-            "VAR has no 1M px schedule",
-        ),
-        (
-            ["--model", "var-d30", "--policy", "streaming", "--budget", "10%", "--size", "512"],
-            "var-d30 is published for 256, not 512; use var-d36 for 512",
-        ),
-        (
-            ["--model", "var-d36", "--policy", "streaming", "--budget", "10%", "--size", "1024"],
-            "var-d36 is published for 512, not 1024; leave the size out",
-        ),
-        (
-            ["--model", "infinity-8b-512", "--policy", "streaming", "--budget", "10%", "--size", "0.60M"],
-            "published for 0.25M, not 0.60M; use infinity-8b for 0.60M",
-        ),
-        (["--policy", "streaming", "--budget", "10%", "--device", "gpu"], "unknown device 'gpu'; write cpu, cuda"),
-        (["--policy", "streaming", "--budget", "1e-9"], "is below 14/230 = 6.09%, the 3 sink scales"),
-        (["--policy", "streaming", "--budget", "1e999"], "above 1, the full cache"),
-        (["--policy", "streaming", "--budget", "10%", "--dtype", "int3"], "unknown dtype"),
-        (["--policy", "streaming", "--budget", "1MiB", "--rows", "0"], "rows is 0"),
-        (
-            ["--policy", "streaming", "--budget", "10%", "--out", "/nonexistent/plan.json"],
-            "the folder /nonexistent does not exist",
-        ),
-        (["--plan", "absent.json"], "cannot read absent.json"),
-        (["--policy", "heatkv", "--budget", "10%", "--orders", str(ORDERS)], "12 layers x 6 heads = 72"),
-        (["--policy", "heatkv", "--budget", "10%", "--statistics", str(ORDERS)], "not a whole statistics file"),
-        (["--policy", "heatkv", "--budget", "10%", "--statistics", "absent"], "cannot read absent"),
-        (["--policy", "streaming", "--budget", "10%", "--cfg", "-1"], "cfg is -1"),
-        (["--policy", "heatkv", "--budget", "10%", "--orders", "a", "--statistics", "b"], "give one of them"),
-        (["--plan", "absent.json", "--sink-scales", "2"], "leave --sink-scales out"),
-        (["--plan", "absent.json", "--set", "value=mass"], "leave --set out"),
-        (["--policy", "streaming", "--budget", "10%", "--set", "value"], "write it as name=value"),
-        (["--policy", "streaming", "--budget", "10%", "--set", "=2"], "write it as name=value"),
-        (
-            ["--policy", "streaming", "--budget", "10%", "--set", "vlaue=2"],
-            "no option 'vlaue'. Options of streaming: sink_",
-        ),
-        (["--policy", "streaming", "--budget", "10%", "--set", "sinkscales=2"], "did you mean 'sink_scales'?"),
-        (["--policy", "streaming", "--budget", "10%", "--set", "sink_scales=2.5"], "is a whole number, not '2.5'"),
-        (["--policy", "streaming", "--budget", "10%", "--set", "sink_scales=9"], "sink_scales=9 does not fit"),
-        (
-            ["--policy", "heatkv-lp", "--budget", "10%", "--set", "value=worth"],
-            "is joint or error or mass, not 'worth'",
-        ),
-        (["--policy", "heatkv-lp", "--budget", "10%", "--set", "layer_cap=10parsec"], "unknown unit 'parsec'"),
-        (
-            ["--policy", "heatkv-lp", "--budget", "10%", "--set", "value=mass", "--set", "value=error"],
-            "'value' is set twice",
-        ),
-        (["--policy", "streaming", "--budget", "10%", "--sink-scales", "2", "--set", "sink-scales=1"], "is set twice"),
-        (["--policy", "streaming", "--budget", "10%", "--ratio", "3:"], "cannot read the height/width ratio"),
-        (["--bugdet", "10%"], "No such option"),
-        (["--seed", "three"], "Invalid value for '--seed'"),
-    ],
-)
-def test_solve_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in refused(capsys, "solve", *arguments)
-
-
-def test_files_of_another_kind_are_refused(
-    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, content, said in (
-        ("cut.json", '{"format": "heatkv-plan", "version"', "is not JSON"),
-        ("list.json", "[1, 2]", "holds no JSON object"),
-        ("other.json", '{"format": "heatkv-results", "version": 1}', "'heatkv-results', not 'heatkv-plan'"),
-        ("later.json", '{"format": "heatkv-plan", "version": 99}', "version 99"),
-        ("empty.json", "", "is not JSON"),
-        ("bytes.json", "\udcff", "is not JSON"),
-    ):
-        (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
-        assert said in refused(capsys, "solve", "--plan", str(tmp_path / name))
-    data = statistics_file.read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
-    plan = ["--policy", "heatkv", "--budget", "20%", "--statistics"]
-    assert "not a whole statistics file" in refused(capsys, "solve", *plan, str(tmp_path / "cut.safetensors"))
-    assert "the model has 16 x 16" in refused(capsys, "solve", "--model", "var-d16", *plan, str(statistics_file))
-    out = ["--label", "cat", "--out", str(tmp_path / "out")]
-    assert "cannot read" in refused(capsys, "generate", *plan[:4], "--statistics", str(tmp_path), *out)
-    assert (
-        run(["solve", "--model", "var-d16", "--policy", "streaming", "--budget", "20%", "--out", str(tmp_path / "p")])
-        == 0
-    )
-    assert "the model has 12 x 6" in refused(capsys, "generate", "--plan", str(tmp_path / "p"), *out)
-    assert not (tmp_path / "out").exists()
-
-
-# -------------------------------------------------------------------------------------- calibrate, generate
-
-
-def pixels(path: Path) -> NDArray[np.int64]:
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(np.int64)
-
-
-def test_calibrate_appends_new_samples(
-    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "s.safetensors"
-    path.write_bytes(statistics_file.read_bytes())
-    assert run(["calibrate", "--samples", "2", "--append", "--out", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["samples"] == 4
-    assert Statistics.load(path).provenance.samples == ("0:0:0", "0:1:1", "0:2:2", "0:3:3")
-    before = path.read_bytes()
-    assert "exists; add samples to it with --append" in refused(capsys, "calibrate", "--out", str(path))
-    for other, said in (
-        (["--cfg", "1"], "was measured at cfg 3, this run has 1"),
-        (["--dtype", "bfloat16"], "was measured with dtype=float32, this run has dtype=bfloat16"),
-    ):
-        assert said in refused(capsys, "calibrate", "--samples", "1", *other, "--append", "--out", str(path))
-    assert path.read_bytes() == before
-    for arguments, said in (
-        (["--samples", "0", "--out", str(tmp_path / "n")], "--samples is 0"),
-        (["--append", "--out", str(tmp_path / "n")], "does not exist"),
-        (["--out", str(tmp_path / "no" / "n")], "does not exist"),
-        (["--model", "var-d16", "--out", str(tmp_path / "n")], "needs its weights"),
-        (["--device", "cuda:77", "--out", str(tmp_path / "n")], "cannot be used here"),
-        (["--out", "/proc/n"], "cannot write in the folder /proc"),
-        (["--level-samples", "4", "--out", str(tmp_path / "n")], "say which to measure with --levels"),
-        (["--levels", "error", "--level-samples", "0", "--out", str(tmp_path / "n")], "--level-samples is 0"),
-        ([], "Missing option '--out'"),
-    ):
-        assert said in refused(capsys, "calibrate", *arguments)
-
-
-def test_statistics_of_other_weights_are_refused(
-    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from dataclasses import replace
-
-    statistics = Statistics.load(statistics_file)
-    other = replace(statistics, provenance=replace(statistics.provenance, fingerprint="0" * 16))
-    other.save(tmp_path / "other.safetensors")
-    arguments = ["--policy", "heatkv", "--budget", "20%", "--statistics", str(tmp_path / "other.safetensors")]
-    assert "measured on other weights" in refused(capsys, "solve", *arguments)
-
-
-def test_statistics_of_other_guidance_are_refused(
-    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--policy", "heatkv", "--budget", "20%", "--statistics", str(statistics_file), "--cfg", "1"]
-    out = ["--label", "cat", "--out", str(tmp_path / "out")]
-    assert "was measured at cfg 3, this run has 1" in refused(capsys, "generate", *arguments, *out)
-
-
-def test_a_negative_seed_is_a_seed(tmp_path: Path) -> None:
-    for seed in (-5, 5, 7):
-        out = ["--seed", str(seed), "--out", str(tmp_path / f"{seed}.json")]
-        assert run(["solve", "--policy", "random", "--budget", "20%", *out]) == 0
-    plans = [load_plan(tmp_path / f"{seed}.json").last_read for seed in (-5, 5, 7)]
-    assert not np.array_equal(plans[0], plans[1])
-    assert not np.array_equal(plans[0], plans[2])
-
-
-def test_generate_under_a_plan_that_follows(
-    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, saved = tmp_path / "out", tmp_path / "followed.safetensors"
-    draw = [
-        "generate", "--policy", "heatkv", "--budget", "20%", "--statistics", str(statistics_file), "--rows", "8",
-        "--label", "cat", "--label", "star", "--count", "2", "--out", str(out), "--follow-every", "2",
-    ]  # fmt: skip
-    capsys.readouterr()
-    assert run([*draw, "--half-life", "4", "--adopt-above", "1%", "--save-statistics", str(saved), "--json"]) == 0
-    printed = capsys.readouterr()
-    told = json.loads(printed.out)["following"]
-    assert "followed: 2 images measured, 1 plans solved, " in printed.err
-    assert (told["images"], told["measured"], told["solved"]) == (4, 2, 1)
-    assert [event["image"] for event in told["events"]] == [4]
-    assert told["events"][0]["adopted"] == (told["events"][0]["gain"] > 0.01)
-    assert [path.name for path in sorted(out.iterdir())] == [
-        f"000{i}_{c}.png" for i, c in enumerate(["cat"] * 2 + ["star"] * 2)
-    ]
-    statistics = Statistics.load(saved)
-    assert statistics.provenance.samples[-2:] == ("0:1:21:served", "0:3:31:served")
-    # they can be planned from
-    assert run(["solve", "--policy", "heatkv", "--budget", "20%", "--statistics", str(saved)]) == 0
-    for arguments, said in (
-        (draw[:5] + draw[7:], "begins with --statistics"),
-        (draw[:3] + draw[5:], "a plan that follows needs --budget"),
-        ([*draw[:2], "streaming", *draw[3:5], *draw[7:]], "plans from nothing measured"),
-        ([*draw, "--save-statistics", str(saved)], f"{saved} exists; name another file (--save-statistics)"),
-        ([*draw, "--save-statistics", str(tmp_path)], f"--save-statistics {tmp_path} is a folder; name a file"),
-        ([*draw, "--save-statistics", str(out / "absent" / "s")], f"the folder {out / 'absent'} does not exist"),
-        ([*draw, "--graphs"], "no --plan or --graphs"),
-        ([*draw, "--adopt-above", "3MiB"], "is no share"),
-        ([*draw, "--half-life", "0"], "--half-life is 0"),
-        ([*draw, "--follow-every", "0"], "every is 0"),
-        ([*draw, "--rows", "2"], "draw 4 at a time (in commands --rows 8)"),
-        ([*draw[:-2], "--half-life", "3"], "--half-life is for a plan that follows; add --follow-every"),
-        ([*draw[:-2], "--save-statistics", "x"], "--save-statistics is for a plan that follows"),
-    ):
-        assert said in refused(capsys, *arguments)
-    plan = tmp_path / "plan.json"
-    assert run(["solve", "--policy", "streaming", "--budget", "20%", "--out", str(plan)]) == 0
-    arguments = ["generate", "--plan", str(plan), "--label", "cat", "--out", str(out), "--follow-every", "2"]
-    assert "--follow-every makes plans as it goes" in refused(capsys, *arguments)
-
-
-def test_what_was_followed_is_kept_when_drawing_is_stopped(
-    tmp_path: Path, statistics_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, saved = tmp_path / "out", tmp_path / "followed.safetensors"
-    written = files.replacing
-
-    @contextmanager
-    def stopped_at_the_third(path: Path) -> Iterator[Path]:
-        if path.name.startswith("0002"):
-            raise KeyboardInterrupt
-        with written(path) as temporary:
-            yield temporary
-
-    monkeypatch.setattr("heatkv.cli.generate.replacing", stopped_at_the_third)
-    draw = ["generate", "--policy", "heatkv", "--budget", "20%", "--statistics", str(statistics_file), "--rows", "4"]
-    draw += ["--follow-every", "2", "--measuring-memory", "64MiB", "--label", "cat", "--count", "4"]
-    assert run([*draw, "--out", str(out), "--save-statistics", str(saved)]) == 130
-    said = capsys.readouterr().err
-    assert f"written before it ended: 2 of 4 images in {out}" in said
-    assert f"written: {saved}, statistics with 1 images more" in said
-    assert sorted(path.name for path in out.iterdir()) == ["0000_cat.png", "0001_cat.png"]
-    assert Statistics.load(saved).provenance.samples[-1].endswith(":served")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["compare", "--out", ""], "--out is empty"),
-        (["compare", "--out="], "--out is empty"),
-        (["solve", "--budget", "", "--policy", "streaming"], "--budget is empty"),
-        (["explain", ""], "an argument is empty"),
-        (["check", "results.json", "--against", ""], "--against is empty"),
-    ],
-)
-def test_what_is_empty_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in refused(capsys, *arguments)
-
-
-def test_the_largest_seed_has_other_samples_to_compare(tmp_path: Path) -> None:
-    largest = 2**62
-    assert seed_after(largest) == -largest
-    assert seed_after(5, 3) == 8
-    arguments = ["compare", "--policies", "random", "--budgets", "50%", "--seed", str(largest), "--draws", "2"]
-    few = ["--images", "1", "--pictures", "1", "--repeats", "1"]
-    assert run([*arguments, *few, "--out", str(tmp_path / "compared")]) == 0
-
-
-def test_generate_writes_a_picture_per_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "generate",
-        "--policy",
-        "streaming",
-        "--budget",
-        "20%",
-        "--label",
-        "pizza",
-        "--label",
-        "3",
-        "--count",
-        "2",
-    ]
-    assert run([*arguments, "--out", str(tmp_path / "new" / "folder")]) == 0
-    files = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
-    assert files == ["0000_pizza.png", "0001_pizza.png", "0002_watermelon.png", "0003_watermelon.png"]
-    pictures = [pixels(tmp_path / "new" / "folder" / name) for name in files]
-    assert all(picture.shape == (48, 48, 3) for picture in pictures)
-    assert not np.array_equal(pictures[0], pictures[1])
-    assert "in place of" not in capsys.readouterr().err
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again" / files[0]).write_bytes(b"")
-    assert run([*arguments, "--rows", "2", "--no-graphs", "--out", str(tmp_path / "again")]) == 0
-    assert "again (1 in place of older ones)" in capsys.readouterr().err
-    assert np.abs(pixels(tmp_path / "again" / files[3]) - pictures[3]).max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--label", "dragon"], "no class 'dragon'"),
-        (["--label", "cat", "--policy", "streaming"], "needs --budget"),
-        (["--label", "cat", "--policy", "snapvk"], "did you mean 'snapkv'?"),
-        (["--label", "cat", "--count", "0"], "--count is 0"),
-        (["--label", "cat", "--orders", "a", "--statistics", "b"], "give one of them"),
-        (["--label", "cat", "--cfg", "-1"], "cfg is -1"),
-        (["--label", "cat", "--prompt", "a cat"], "draws classes, not prompts"),
-        (["--label", "cat", "--device", "meta"], "cannot be used here"),
-        (["--label", "cat", "--rows", "3"], "rows=3"),
-        (["--label", "cat", "--graphs"], "CUDA graphs need a CUDA device; the model is on cpu"),
-        ([], "is to draw with --label"),
-    ],
-)
-def test_generate_refuses(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in refused(capsys, "generate", *arguments, "--out", str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "out").write_text("mine")
-    assert "is a file; name another" in refused(capsys, "generate", "--label", "cat", "--out", str(tmp_path / "out"))
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-# ---------------------------------------------------------------------------------------- profile, compare
-
-
-def test_profile_measures_bytes_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "2", "--json"]
-    arguments += ["--trace", str(tmp_path / "traces"), "--in-process"]
-    assert run([*arguments, "--out", str(tmp_path)]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["policy"] for row in rows] == ["full", "streaming"]
-    assert rows[1]["allocated_bytes"] <= 0.2 * rows[0]["allocated_bytes"]
-    assert all(row["latency_ms"]["runs"] == 2 and row["latency_ms"]["median"] > 0 for row in rows)
-    unmeasured = ("kl", "graph_latency_ms", "graph_pool_bytes")
-    assert all(row[name] is None for row in rows for name in unmeasured)
-    assert len(list((tmp_path / "traces").glob("*.pt.trace.json"))) == 2
-
-
-SMALL = ["--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1", "--draws", "2"]
-
-
-def test_compare_does_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = tmp_path / "mine.json"
-    assert run(["solve", "--policy", "streaming", "--budget", "15%", "--dtype", "float32", "--out", str(plan)]) == 0
-    out = tmp_path / "out"
-    arguments = ["compare", *SMALL, "--policies", "heatkv,random", "--budgets", "30%", "--plan", str(plan)]
-    assert run([*arguments, "--out", str(out)]) == 0
-    table = capsys.readouterr().out
-    told = json.loads((out / "results.json").read_text())
-    rows = {row["policy"]: row for row in told["rows"]}
-    assert list(rows) == ["full", "heatkv", "random", "streaming (mine.json)"]
-    assert all(name.split()[0] in table for name in rows)
-    assert rows["full"]["kl"] == 0
-    for name, row in rows.items():
-        assert row["planned_bytes"] == row["allocated_bytes"] <= row["budget_bytes"]
-        assert name == "full" or row["kl"] > 0
-    assert len(rows["random"]["kl_of_draws"]) == 2 == rows["random"]["draws"]
-    assert {path.name for path in out.iterdir()} == {
-        "results.json", "statistics.safetensors", "images_30percent.png", "images_15percent.png", "scas.png",
-        "scas.json", "pictures", "plans", "report.html",
-    }  # fmt: skip
-    for name in ("images_30percent.png", "scas.png"):
-        with Image.open(out / name) as picture:
-            assert picture.size[0] > 100
-
-    # elsewhere, with the same statistics, it gives the same figures
-    again = [*arguments, "--out", str(tmp_path / "again")]
-    assert run([*again, "--statistics", str(out / "statistics.safetensors")]) == 0
-    for row in rows_of(tmp_path / "again"):
-        assert {name: row[name] for name in vars(Fidelity())} == {
-            name: rows[row["policy"]][name] for name in vars(Fidelity())
-        }
-
-
-def rows_of(folder: Path, name: str = "results.json") -> list[dict[str, Any]]:
-    rows = json.loads((folder / name).read_text())["rows"]
-    assert isinstance(rows, list)
-    return rows
-
-
-def test_a_used_folder_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    arguments = ["compare", *SMALL, "--budgets", "30%", "--out", str(out)]
-    assert run([*arguments, "--policies", "heatkv,random"]) == 0
-    first, measured = rows_of(out), (out / "statistics.safetensors").read_bytes()
-    sheet = (out / "images_30percent.png").read_bytes()
-    capsys.readouterr()
-
-    # the same again takes all comparisons from there; the sheet shows the pictures of the earlier run
-    assert run([*arguments, "--policies", "heatkv,random"]) == 0
-    assert "3 of 3 comparisons were made before" in capsys.readouterr().err
-    assert [{name: row[name] for name in vars(Fidelity())} for row in rows_of(out)] == [
-        {name: row[name] for name in vars(Fidelity())} for row in first
-    ]
-    assert (out / "statistics.safetensors").read_bytes() == measured
-    assert (out / "images_30percent.png").read_bytes() == sheet
-    assert not list(out.glob("results.[0-9]*.json"))
-
-    # other policies: the earlier rows are kept, and serve
-    assert run([*arguments, "--policies", "heatkv,streaming"]) == 0
-    said = capsys.readouterr().err
-    assert "2 of 3 comparisons were made before" in said
-    assert f"they are in {out / 'results.1.json'} now" in said.replace("\n", " ")
-    assert {row["policy"]: row["kl"] for row in rows_of(out, "results.1.json")} == {
-        row["policy"]: row["kl"] for row in first
-    }
-    # times alone lose none of it, and other seeds, counts or precision are other comparisons
-    assert run(["profile", "--policies", "heatkv", "--statistics", str(out / "statistics.safetensors"), *arguments[-2:],
-                "--budgets", "30%", "--repeats", "1", "--in-process"]) == 0  # fmt: skip
-    assert rows_of(out)[1]["kl"] is None
-    assert {row["policy"] for row in rows_of(out, "results.2.json")} == {"full", "heatkv", "streaming"}
-    capsys.readouterr()
-    assert run([*arguments, "--policies", "random", "--images", "3"]) == 0
-    assert "were made before" not in capsys.readouterr().err
-
-    # a picture that is missing, damaged or of another run is drawn again
-    pictures = out / "pictures"
-    for aside in pictures.glob("*.*.png"):  # of earlier runs
-        aside.unlink()
-    (pictures / "heatkv_30percent.png").write_bytes((pictures / "random_30percent.png").read_bytes())
-    (pictures / "full_100percent.png").write_bytes(b"none")
-    assert run([*arguments, "--policies", "heatkv,random"]) == 0
-    assert "were made before" not in capsys.readouterr().err
-    assert (out / "images_30percent.png").read_bytes() == sheet
-
-
-@pytest.mark.parametrize("name", ["results.json", "results.partial.json", "scas.json", "statistics.safetensors"])
-@pytest.mark.parametrize("content", ['{"format": "mine"}', '{"format": "heatkv-results", "version": 1}', "{"])
-def test_compare_replaces_no_foreign_file(
-    name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / name).write_text(content)
-    said = refused(capsys, "compare", *SMALL, "--policies", "heatkv", "--budgets", "30%", "--out", str(tmp_path))
-    assert str(tmp_path / name) in said
-    assert "write to another folder (--out)" in said
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--samples", "1"], "holds 2 other samples than the 1 of this run; plan from it with --statistics"),
-        (["--seed", "1"], "holds 2 other samples than the 2 of this run; plan from it with --statistics"),
-        (["--cfg", "1"], "was measured at cfg 3, this run has 1"),
-        (["--dtype", "bfloat16"], "was measured with dtype=float32, this run has dtype=bfloat16"),
-    ],
-)
-def test_compare_replaces_no_other_statistics(
-    arguments: list[str], said: str, statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "statistics.safetensors"
-    path.write_bytes(statistics_file.read_bytes())
-    given = ["--samples", "2", "--policies", "heatkv", "--budgets", "30%", *arguments, "--out", str(tmp_path)]
-    told = refused(capsys, "compare", *given)
-    assert said in told
-    assert "write to another folder (--out)" in told
-    assert path.read_bytes() == statistics_file.read_bytes()
-
-
-def test_a_killed_comparison_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Killed while the third subject is compared: the first two are kept, and a new run takes them."""
-    arguments = ["compare", *SMALL, "--policies", "heatkv,streaming", "--budgets", "30%", "--out", str(tmp_path)]
-    command = [sys.executable, "-c", KILLED, *arguments]
-    process = subprocess.run(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    kept = rows_of(tmp_path, "results.partial.json")
-    assert [row["kl"] is None for row in kept] == [False, False, True]
-    assert all(row["latency_ms"] is not None for row in kept)
-    assert not (tmp_path / "results.json").exists()
-    # another run in between loses nothing of it
-    assert run(["profile", "--policies", "streaming", *arguments[-4:], "--repeats", "1", "--in-process"]) == 0
-    capsys.readouterr()
-    assert run(arguments) == 0
-    assert "2 of 3 comparisons were made before" in capsys.readouterr().err
-    assert [row["kl"] for row in rows_of(tmp_path)[:2]] == [row["kl"] for row in kept[:2]]
-    assert rows_of(tmp_path)[2]["kl"] > 0
-    assert not (tmp_path / "results.partial.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("seeds", "kills"), [([0], (4,)), pytest.param([0, 1], (1, 6, 6, 5), marks=pytest.mark.slow)], ids=["one", "two"]
-)
-def test_a_sweep_over_batches_and_seeds(
-    seeds: list[int],
-    kills: tuple[int, ...],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Killed while it measures, it goes on: what is finished stays as it is and is not measured again."""
-    arguments = ["compare", *SMALL[2:], "--policies", "random", "--budgets", "30%", "--batches", "1,2"]
-    arguments += ["--seeds", ",".join(map(str, seeds)), "--out", str(tmp_path)]
-    finished: dict[tuple[Any, ...], Any] = {}
-    # one save before anything is measured, then one after every figure of memory, time and fidelity
-    for saves in kills:
-        command = [sys.executable, "-c", KILLED_AFTER, str(saves), *arguments]
-        process = subprocess.run(
-            command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
-        )
-        assert process.returncode == -signal.SIGKILL, process.stderr
-        now = figures(rows_of(tmp_path, "results.partial.json"))
-        assert finished.items() <= now.items()
-        assert len(now) >= len(finished) + saves - 1
-        finished = now
-    measured: list[str] = []
-    for name in ("runner.subject_memory", "runner.measure_latency", "fidelity.FidelityBench.figures"):
-        monkeypatch.setattr(f"heatkv.profiling.measure.{name}", counting(name, measured))
-    assert run(arguments) == 0
-    rows = rows_of(tmp_path)
-    assert [(row["seed"], row["batch"], row["rows"], row["policy"]) for row in rows] == [
-        (seed, batch, 2 * batch, policy) for seed in seeds for batch in (1, 2) for policy in ("full", "random")
-    ]
-    every, points = figures(rows), 2 * len(seeds)
-    assert finished.items() <= every.items()
-    assert len(every) == 2 * points * 3
-    # batches share comparisons, and a point is timed at once
-    assert measured.count("fidelity.FidelityBench.figures") == points - len(
-        {key[1] for key in finished if key[0] == "kl"}
-    )
-    assert measured.count("runner.measure_latency") == points - len(
-        {key[2:4] for key in finished if key[0] == "latency_ms"}
-    )
-    assert measured.count("runner.subject_memory") == 2 * points - len([key for key in finished if key[0] == "memory"])
-    assert not (tmp_path / "results.partial.json").exists()
-    assert not list(tmp_path.glob("results.[0-9]*.json"))
-    endings = [f"_seed{seed}" for seed in seeds] if len(seeds) > 1 else [""]
-    assert {path.name for path in tmp_path.glob("images*")} == {f"images_30percent{ending}.png" for ending in endings}
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
-        f"{name}{ending}.png" for name in ("full_100percent", "random_30percent") for ending in endings
-    }
-    kl = {(row["policy"], row["batch"], row["seed"]): row["kl"] for row in rows}
-    assert len({kl["random", batch, seed] for batch in (1, 2) for seed in seeds}) == len(seeds)
-    # and all of it again measures nothing
-    measured.clear()
-    capsys.readouterr()
-    assert run(arguments) == 0
-    assert measured == []
-    said = capsys.readouterr().err
-    for what in ("the memory of {0} of {0}", "the time of {0} of {0}", "{0} of {0} comparisons"):
-        assert what.format(2 * points) in said
-    assert figures(rows_of(tmp_path)) == every
-
-
-def figures(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], str]:
-    """What is measured: (what, comparison, batch, seed, policy) -> figure."""
-    return {
-        (name, row["comparison"], row["batch"], row["seed"], row["policy"]): json.dumps(row[name])
-        for row in rows
-        for name in ("memory", "latency_ms", "kl")
-        if row[name] is not None
-    }
-
-
-def counting(name: str, calls: list[str]) -> Any:
-    """The function of this name of the measuring modules, which notes its calls."""
-    original = pkgutil.resolve_name(f"heatkv.profiling.measure.{name}")
-
-    def called(*arguments: Any, **options: Any) -> Any:
-        calls.append(name)
-        return original(*arguments, **options)
-
-    return called
-
-
-KILLED_AFTER = """
-import os, signal, sys
-from heatkv.profiling.results.folder import ResultsFolder
-from heatkv.__main__ import main
-save, saved, most = ResultsFolder.save, [], int(sys.argv.pop(1))
-def killed(self, rows):
-    save(self, rows)
-    saved.append(1)
-    if len(saved) == most:
-        os.kill(os.getpid(), signal.SIGKILL)
-ResultsFolder.save = killed
-main()
-"""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--batches", "1,1"], "batch '1' is named twice"),
-        (["--batches", "1,01"], "batch 1 is named twice"),
-        (["--batches", "0"], "--batches is 0; it must be at least 1"),
-        (["--batches", "few"], "cannot read the batch list 'few'; write whole numbers as 1,4"),
-        (["--batches", "2", "--rows", "4"], "--batches and --rows both say how much"),
-        (["--seeds", "1.5"], "cannot read the seed list '1.5'"),
-        (["--seeds", "1", "--seed", "2"], "--seeds and --seed both name seeds"),
-        (["--snapshot"], "a snapshot is one of the CUDA allocator, and the model is on cpu"),
-    ],
-)
-def test_sweeps_that_are_none_are_refused(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert said in refused(capsys, "profile", *arguments, "--out", str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_sweep_goes_on_after_what_cannot_be_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second of three runs out of memory: its row says so and has no figures; once more it is tried again."""
-    asked: list[int] = []
-
-    def apart(job: Any) -> Memory:
-        asked.append(job.batch)
-        return Memory(error="out of memory: 5 GiB") if len(asked) == 2 else Memory(memory=told)
-
-    arguments = ["profile", "--policies", "streaming", "--budgets", "20%,10%", "--repeats", "1", "--out", str(tmp_path)]
-    assert run([*arguments[:4], "20%", *arguments[5:7], "--in-process", "--out", str(tmp_path / "first")]) == 0
-    told = convert(rows_of(tmp_path / "first")[0]["memory"] | {"process": "own"}, Ledgers)
-    monkeypatch.setattr("heatkv.profiling.measure.worker.measure_in_new_process", apart)
-    capsys.readouterr()
-    assert run(arguments) == 0
-    out, said = capsys.readouterr()
-    assert "streaming 20% was not measured: out of memory: 5 GiB" in said
-    assert "out of memory: 5 GiB" in out
-    rows = rows_of(tmp_path)
-    assert [row["error"] for row in rows] == [None, "out of memory: 5 GiB", None]
-    for name in ("memory", "latency_ms"):
-        assert [row[name] is None for row in rows] == [False, True, False]
-    assert run(arguments) == 0
-    assert len(asked) == 4
-    assert [row["error"] for row in rows_of(tmp_path)] == [None] * 3
-    assert [row["latency_ms"] for row in rows_of(tmp_path)][::2] == [row["latency_ms"] for row in rows][::2]
-
-
-KILLED = """
-import os, signal
-from heatkv.profiling.measure.fidelity import FidelityBench
-from heatkv.__main__ import main
-compare, compared = FidelityBench.compare_batch, []
-def killed(self, *arguments):
-    compared.append(1)
-    if len(compared) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return compare(self, *arguments)
-FidelityBench.compare_batch = killed
-main()
-"""
-
-
-def test_an_interrupted_comparison_says_how_to_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("heatkv.profiling.measure.runner.measure_latency", interrupted)
-    arguments = ["compare", *SMALL, "--policies", "streaming", "--budgets", "30%", "--out", str(tmp_path)]
-    assert run(arguments) == 130
-    assert f"{tmp_path / 'results.partial.json'}; the same command goes on from there" in capsys.readouterr().err
-    assert [row["allocated_bytes"] > 0 for row in rows_of(tmp_path, "results.partial.json")] == [True, True]
-
-
-def test_a_refused_comparison_leaves_no_folder(
-    statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = ["--policies", "heatkv-mr", "--statistics", str(statistics_file), "--out", str(tmp_path / "out")]
-    assert "level costs" in refused(capsys, "compare", *given)
-    assert not (tmp_path / "out").exists()
+def test_progress_of_several_ranks(capsys: Capture) -> None:
+    from heatkv.cli.output import SCREEN
+
+    with shared_progress(SCREEN, "counting", 4) as advance:
+        current().counter()(0)  # another number that ranks share is counted apart
+        for _ in range(2):
+            advance(2)
+    assert capsys.readouterr().err.splitlines() == ["counting: 2 of 4", "counting: 4 of 4"]
 
 
 @pytest.mark.parametrize(
@@ -1013,7 +575,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(command: list[str], file: str, t
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["policies"], ["policies", "--json"], ["--help"], ["models", "--help"]])
+@pytest.mark.parametrize("arguments", [["policies", "--json"], ["models", "--help"]])
 def test_an_output_that_takes_no_more(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "heatkv", *arguments]
     with Path("/dev/full").open("w") as full:
@@ -1027,227 +589,81 @@ def test_an_output_that_takes_no_more(arguments: list[str]) -> None:
     assert (process.returncode, process.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--policies", "heatkv,heatkv"], "'heatkv' is named twice"),
-        (["--policies", ","], "no policy was named"),
-        (["--policies", "snapkv2"], "unknown policy"),
-        (["--budgets", "10%,nope"], "cannot read the budget 'nope'"),
-        (["--budgets", "2%"], "is below 14/230"),
-        (["--budgets", "10%,0.1"], "is named twice"),
-        (["--images", "0"], "--images is 0"),
-        (["--rows", "5"], "rows=5"),
-        (["--plan", "absent.json"], "cannot read absent.json"),
-        (["--orders", str(ORDERS)], "12 layers x 6 heads = 72"),
-        (["--orders", "a", "--statistics", "b"], "give one of them"),
-        (["--set", "window=2"], "none of these policies has an option 'window'"),
-        (["--policies", "heatkv-lp", "--set", "layer_cap=0.1%"], "layer_cap=0.1% is below 5/230 = 2.18%, the 2 sink"),
-    ],
-)
-def test_compare_refuses_before_it_measures(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert said in refused(capsys, "compare", *arguments, "--out", str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT])
-def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C while samples are measured: exit code 130, and the finished batches are kept for --resume."""
-    out = tmp_path / "s.safetensors"
-    command = [sys.executable, "-c", INTERRUPTED, "calibrate", "--samples", "64", "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    _, error = process.communicate(timeout=600)
-    assert process.returncode == 130, error
-    assert "Traceback" not in error
-    assert error.splitlines()[-2:] == [
-        f"{out}.parts: 1 finished parts; the same command with --resume goes on", "heatkv: stopped"
-    ]  # fmt: skip
-    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors.parts"]
-    part = tmp_path / "s.safetensors.parts" / "samples.seed0.000000-000015.safetensors"
-    assert Statistics.load(part).count == 16
-
-
 INTERRUPTED = """
 import os, signal
-import heatkv.calibration.measure
+import heatkv.calibration.run
 from heatkv.__main__ import main
-measure, batches = heatkv.calibration.measure.calibrate, []
+measure, batches = heatkv.calibration.run.measure_samples, []
 def interrupted(*arguments, **options):
     batches.append(1)
     if len(batches) == 2:
         os.kill(os.getpid(), signal.SIGINT)
     return measure(*arguments, **options)
-heatkv.calibration.measure.calibrate = interrupted
+heatkv.calibration.run.measure_samples = interrupted
 main()
 """
 
 
-# ------------------------------------------------------------------------------------------- what there is
+def test_an_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
+    """Ctrl-C while samples are measured: exit code 130, and the finished batches are kept."""
+    out = tmp_path / "s.safetensors"
+    command = [sys.executable, "-c", INTERRUPTED, "calibrate", "--samples", "4", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, timeout=600)
+    assert process.returncode == 130, process.stderr
+    assert "Traceback" not in process.stderr
+    assert process.stderr.splitlines()[-2:] == [
+        f"{out}.parts: 1 finished parts are kept, and the same run goes on", "heatkv: stopped"
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors.parts"]
+    assert Statistics.load(tmp_path / "s.safetensors.parts" / "samples.seed0.000000-000001.safetensors").count == 2
 
 
-def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["models", "--json"]) == 0
-    models = {row["model"]: row for row in json.loads(capsys.readouterr().out)}
+def test_what_there_is(capsys: Capture) -> None:
+    models = {row["model"]: row for row in facts_of(capsys, "models")}
     # 6,425 tokens x 32 x 16 heads x 128 channels x 2 rows x 4 bytes
     assert models["infinity-2b"]["full_bytes"] == 6425 * 32 * 16 * 128 * 2 * 4
     assert models["infinity-2b"]["schedule"] == "1,2,4,6,8,12,16,20,24,32,40,48,64"
-    sizes = {name: [entry["size"] for entry in row["sizes"]] for name, row in models.items()}
-    assert sizes["infinity-8b"] == ["1M", "0.60M", "0.25M", "0.06M"]
-    assert (sizes["infinity-8b-512"], sizes["var-d16"], sizes["var-d36"]) == (["0.25M"], ["256"], ["512"])
     assert [entry["cached_tokens"] for entry in models["infinity-2b"]["sizes"]] == [6425, 4121, 1497, 265]
-    assert run(["policies", "--json"]) == 0
-    policies = {row["policy"]: row["options"] for row in json.loads(capsys.readouterr().out)}
+    policies = {row["policy"]: row["options"] for row in facts_of(capsys, "policies")}
     assert {"name": "value", "default": "joint", "type": "joint or error or mass"} in policies["heatkv-lp"]
-    assert policies["streaming"] == [{"name": "sink_scales", "default": 3, "type": "a whole number"}]
     assert set(policies) >= {"full", "heatkv", "heatkv-lp", "heatkv-mr", "random", "sliding-window", "streaming"}
-    assert run(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["models with weights"] == "emoji"
+    assert facts_of(capsys, "doctor")["models with weights"] == "emoji"
     for command in ("doctor", "models", "policies"):
         assert run([command]) == 0
         assert len(capsys.readouterr().out.splitlines()) > 5
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "doctor",
-        "models",
-        "policies",
-        "calibrate",
-        "solve",
-        "generate",
-        "profile",
-        "compare",
-        "report",
-        "explain",
-        "fit",
-    ],
-)
-def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: Capture) -> None:
     assert run([command, "--help"]) == 0
-    assert f"Example: heatkv {command}" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"Example: heatkv {command}" in out
+    # the names that the documentation links to
+    assert pkgutil.resolve_name(f"heatkv.cli.{COMMANDS[command]}:{command.replace('-', '_')}").__doc__
 
 
-def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_program_options(capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr() == ("heatkv 0.1.0\n", "")
-
-
-def test_unknown_commands_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "No such command 'sovle'" in refused(capsys, "sovle")
     run([])
     assert "compare" in "".join(capsys.readouterr())
+    asked = list[bool]()
+    monkeypatch.setattr("heatkv.engine.watch.run_deterministically", lambda: asked.append(True))
+    given = ["--attention", "rage", "generate", "--label", "cat", "--out", str(tmp_path / "out")]
+    assert "rage" in refused(capsys, "--deterministic", *given)
+    assert asked == [True]
 
 
-FEW = ["--policies", "streaming", "--budgets", "30%", "--repeats", "1", "--samples", "2"]
+def test_a_command_of_one_process_is_refused_to_ranks(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heatkv.parallel.ranks.Ranks.size", 2)
+    assert "solve runs in one process" in refused(capsys, "solve", *STREAMING)
+    assert "without torchrun" in refused(capsys, "generate", "--label", "cat", "--out", "out", "--follow", "every=2")
 
 
-def test_what_does_not_fit_is_a_row_that_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from heatkv.profiling.measure import runner
-
-    opened = runner.open_cache
-
-    def too_many(plan: Any, rows: int, dtype: Any, device: Any, *more: Any, **options: Any) -> Any:
-        if rows > 2 and str(device) != "meta":
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
-        return opened(plan, rows, dtype, device, *more, **options)
-
-    monkeypatch.setattr(runner, "open_cache", too_many)
-    asked = ["profile", "--policies", "streaming", "--budgets", "30%", "--repeats", "1", "--in-process"]
-    assert run([*asked, "--batches", "1,2", "--out", str(tmp_path)]) == 0
-    said = capsys.readouterr()
-    assert "streaming 30% batch2 was not measured: out of memory: " in " ".join(said.err.split())
-    for row in rows_of(tmp_path):
-        fits = row["batch"] == 1
-        assert (row["error"] is None) == (row["allocated_bytes"] is not None) == (row["latency_ms"] is not None) == fits
-        assert row["planned_bytes"] <= row["budget_bytes"]
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
-def test_memory_that_runs_out_is_told_in_one_line(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*given: Any, **named: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr("heatkv.generation.loop.Generator.draw", full)
-    said = refused(capsys, "generate", "--label", "pizza", "--out", str(tmp_path))
-    assert "out of memory: " in said
-    assert "draw fewer images at once" in said
-
-
-def test_no_more_pictures_than_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, "compare", *FEW, "--images", "2", "--pictures", "5", "--out", str(tmp_path / "out"))
-    assert "--pictures 5 is more than the 2 images" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_options_that_alternate_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kept, machines = [], []
-    for images in ("2", "3", "2"):
-        assert run(["compare", *FEW, "--images", images, "--out", str(tmp_path)]) == 0
-        said = capsys.readouterr().err
-        kept.append([{name: row[name] for name in ("kl", "psnr_db", "timed")} for row in rows_of(tmp_path)])
-        machines.append([row["timing_machine"] for row in rows_of(tmp_path)])
-    assert "comparing" not in said  # not even a line of progress: all is there
-    assert kept[0] == kept[2] != kept[1]
-    assert machines[0] == machines[1] == machines[2]  # the machine as it was when the times were taken
-    assert machines[0][0].keys() == {"load", "matrix_product_1024_fp32_one_thread_ms"}
-    assert len(list((tmp_path / "pictures").glob("streaming_30percent*.png"))) == 2
-
-
-def test_results_are_written_before_they_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(*given: Any) -> None:
-        raise BrokenPipeError
-
-    monkeypatch.setattr("heatkv.cli.measurement.show", gone)
-    monkeypatch.setattr("heatkv.cli._discard_output", lambda: None)
-    asked = ["profile", "--policies", "streaming", "--budgets", "30%", "--repeats", "1", "--in-process"]
-    assert run([*asked, "--out", str(tmp_path)]) == 0
-    assert len(rows_of(tmp_path)) == 2
-
-
-@pytest.mark.parametrize("seed", ["18446744073709551616", "-99999999999999999999"])
-def test_seeds_that_would_be_the_same_as_others_are_refused(
-    seed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for command in (
-        ["generate", "--label", "pizza", f"--seed={seed}"],
-        ["calibrate", "--samples", "2", f"--seed={seed}"],
-        ["compare", "--policies", "streaming", "--budgets", "30%", f"--seeds=0,{seed}"],
-    ):
-        said = refused(capsys, *command, "--out", str(tmp_path / "out"))
-        assert "seed is " in said
-        assert "from -4611686018427387904 to 4611686018427387904" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_plan_for_other_heads_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "plan.json"
-    assert run(["solve", "--policy", "streaming", "--budget", "30%", "--out", str(path)]) == 0
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps(told | {"head_dim": 2 * told["head_dim"]}))
-    said = refused(capsys, "generate", "--plan", str(path), "--label", "pizza", "--out", str(tmp_path / "out"))
-    assert f"{path}: the plan is for heads of size" in said
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--follow-every", "0"], "--follow-every is 0"),
-        (["--follow-every", "4", "--half-life", "nan"], "--half-life is nan"),
-        (["--follow-every", "4", "--adopt-above", "nan"], "--adopt-above 'nan' is no share; write 5% or 0.05"),
-        (["--follow-every", "4", "--measuring-memory", "10%"], "memory for measuring is '10%', no number of bytes"),
-    ],
-)
-def test_options_of_following_are_named_as_they_are_written(
-    options: list[str], said: str, statistics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = ["--policy", "heatkv", "--budget", "30%", "--statistics", str(statistics_file), "--label", "pizza"]
-    assert said in refused(capsys, "generate", *given, *options, "--out", str(tmp_path / "out"))
+def test_signals_are_told_apart() -> None:
+    code = "import os, signal; from heatkv.cli import run; import heatkv.cli as c\n"
+    code += "c.join = lambda: os.kill(os.getpid(), signal.SIGTERM); raise SystemExit(run(['models']))"
+    process = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=600)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert process.stderr == "heatkv: stopped\n"

@@ -35,7 +35,7 @@ from heatkv.profiling.analysis.explain import (
     reads_of_scales,
     worth_of,
 )
-from heatkv.profiling.analysis.plan_view import bar, ticks, worth_lines
+from heatkv.profiling.analysis.plan_view import bar, worth_lines
 from heatkv.solve.cells import Capacity
 from heatkv.testing.material import level_costs_of, made_up_mass
 
@@ -91,14 +91,6 @@ def test_kept_shares_against_every_read(plan: Plan, data: st.DataObject) -> None
 
 def test_bar() -> None:
     assert [bar(share, 4) for share in (0, 1e-9, 0.5, 1, 1.2)] == ["░░░░", "█░░░", "██░░", "████", "████"]
-
-
-@given(count=st.integers(1, 20000))
-def test_ticks(count: int) -> None:
-    marks = ticks(count)
-    assert marks[0] == 0
-    assert len(marks) <= 10
-    assert marks[-1] < count <= marks[-1] + marks.step
 
 
 # ------------------------------------------------------------------------------------------------ what room is worth

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from support.rows import row
 from heatkv.core.budget import Budget
 from heatkv.errors import HeatKVError
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.policies.base import make_policy
 from heatkv.profiling.measure import perceptual
 from heatkv.profiling.measure.fidelity import (
     Compared,
@@ -125,32 +125,24 @@ def bench(emoji: ClassConditionalModel) -> FidelityBench:
 @pytest.fixture(scope="module")
 def subjects(emoji: ClassConditionalModel) -> list[Subject]:
     return plan_subjects(
-        emoji, ["sliding-window", "random"], [Budget.parse("10%")], statistics=None, rows=2, storage="float32", draws=2
+        emoji,
+        [make_policy("sliding-window"), make_policy("random")],
+        [Budget.parse("10%")],
+        statistics=None,
+        rows=2,
+        storage="float32",
+        draws=2,
     )
 
 
 @pytest.fixture(scope="module")
-def compare(bench: FidelityBench, subjects: list[Subject]) -> Callable[[int], list[Compared]]:
-    """Every plan of a subject, compared once."""
-    found: dict[int, list[Compared]] = {}
-
-    def of(place: int) -> list[Compared]:
-        subject = subjects[place]
-        if place not in found:
-            found[place] = [
-                bench.compare(lambda size, plan=plan: subject.generator(bench.model, bench.settings, plan, size))  # type: ignore[misc]
-                for plan in range(len(subject.plans))
-            ]
-        return found[place]
-
-    return of
+def compared(bench: FidelityBench, subjects: list[Subject]) -> list[list[Compared]]:
+    """Every plan of every subject, compared once."""
+    return [bench.compare(subject) for subject in subjects]
 
 
-Comparing = Callable[[int], list[Compared]]
-
-
-def test_the_full_cache_is_the_full_cache(bench: FidelityBench, compare: Comparing) -> None:
-    plans = compare(0)
+def test_the_full_cache_is_the_full_cache(bench: FidelityBench, compared: list[list[Compared]]) -> None:
+    plans = compared[0]
     figures = bench.figures(plans)
     assert (figures.kl, figures.top1_agreement, figures.images, figures.pictures) == (0, 1, 3, 2)
     assert figures.ssim == pytest.approx(1)
@@ -159,13 +151,12 @@ def test_the_full_cache_is_the_full_cache(bench: FidelityBench, compare: Compari
     assert torch.equal(plans[0].pictures_P3HW, originals)
 
 
-def test_figures_sum_up_those_of_images(bench: FidelityBench, compare: Comparing) -> None:
+def test_figures_sum_up_those_of_images(bench: FidelityBench, compared: list[list[Compared]]) -> None:
     sizes = bench.model.geometry.schedule.tokens
-    full = bench.figures(compare(0))
+    full = bench.figures(compared[0])
     for place in (1, 2):
-        figures = bench.figures(compare(place))
-        assert figures.kl is not None
-        assert figures.kl > 0.001
+        figures = bench.figures(compared[place])
+        assert (figures.kl or 0) > 0.001
         assert len(figures.kl_of_images or ()) == len(figures.top1_of_images or ()) == 3
         assert len(figures.psnr_of_pictures or ()) == len(figures.ssim_of_pictures or ()) == 2
         assert np.mean(figures.kl_of_images or ()) == pytest.approx(figures.kl)
@@ -180,12 +171,12 @@ def test_figures_sum_up_those_of_images(bench: FidelityBench, compare: Comparing
         assert set(figures.spread or ()) == {"kl", "top1_agreement", "psnr_db", "ssim"}
         assert figures.lpips is figures.fid is figures.lpips_of_pictures is None
         assert set(figures.not_measured or ()) == {"lpips", "fid"}
-        draws = [float(np.concatenate([plan.kl_of_images()]).mean()) for plan in compare(place)]
+        draws = [float(plan.kl_of_images().mean()) for plan in compared[place]]
         assert (len(set(draws)), figures.kl_of_draws) == (place, tuple(draws))
 
 
 def test_batches_can_be_kept_and_joined(
-    emoji: ClassConditionalModel, subjects: list[Subject], compare: Comparing, tmp_path: Path
+    emoji: ClassConditionalModel, subjects: list[Subject], compared: list[list[Compared]], tmp_path: Path
 ) -> None:
     """Batch by batch, without all references at once, and through files: the same, but for pictures in 8 bits."""
     held = FidelityBench(emoji, images=3, pictures=2, seed=0, settings=emoji.sampling, batch=2, hold=False)
@@ -194,8 +185,8 @@ def test_batches_can_be_kept_and_joined(
         save_compared(tmp_path / f"{index}.safetensors", held.compare_plans(subjects[2], index), 2)
         parts.append(load_compared(tmp_path / f"{index}.safetensors"))
     joined = [Compared.join(of_plan) for of_plan in zip(*parts, strict=True)]
-    assert held.figures(joined) == held.figures(compare(2))
-    for one, other in zip(joined, compare(2), strict=True):
+    assert held.figures(joined) == held.figures(compared[2])
+    for one, other in zip(joined, compared[2], strict=True):
         assert one.pictures_P3HW is not None
         assert other.pictures_P3HW is not None
         torch.testing.assert_close(one.pictures_P3HW, other.pictures_P3HW, atol=0.5 / 255 + 1e-6, rtol=0)
@@ -209,8 +200,7 @@ def test_what_is_lacking_is_told_and_not_fetched(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
     assert "torchmetrics and torchvision not installed" in str(open_lpips())
     assert "torchmetrics and torch_fidelity not installed" in str(why_no_fid(FID_LEAST_PICTURES))
-    few = torch.zeros(FID_LEAST_PICTURES - 1, 3, 1, 1)
-    assert fid(few, few) == "2047 pictures are fewer than the 2048 that FID needs"
+    assert why_no_fid(FID_LEAST_PICTURES - 1) == "2047 pictures are fewer than the 2048 that FID needs"
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     inception = tmp_path / "checkpoints" / perceptual.INCEPTION_FILE
@@ -221,12 +211,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> Non
     module = ModuleType(name)
     vars(module).update(contents)
     monkeypatch.setitem(sys.modules, name, module)
-
-
-def stand_in_weights(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
-    default = SimpleNamespace(url=f"https://download.example/{file}")
-    stand_in(monkeypatch, "torchvision")
-    stand_in(monkeypatch, "torchvision.models", AlexNet_Weights=SimpleNamespace(DEFAULT=default))
 
 
 def test_with_weights_every_picture_is_compared(
@@ -254,8 +238,7 @@ def test_with_weights_every_picture_is_compared(
         return lambda one, other: (one - other).abs().mean()
 
     inception = tmp_path / "checkpoints" / perceptual.INCEPTION_FILE
-    weights = tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth"
-    stand_in_weights(monkeypatch, weights.name)
+    weights = tmp_path / "checkpoints" / perceptual.ALEXNET_FILE
     stand_in(monkeypatch, "torchmetrics.image.lpip", LearnedPerceptualImagePatchSimilarity=similarity)
     stand_in(monkeypatch, "torchmetrics.image.fid", FrechetInceptionDistance=Distance)
     assert open_lpips() == f"AlexNet's weights are not at {weights}"
@@ -268,5 +251,5 @@ def test_with_weights_every_picture_is_compared(
     assert fid(pictures, reference, batch=2) == pytest.approx(float(pictures.sum() - reference.sum()), rel=1e-4)
     bench = FidelityBench(emoji, images=2, pictures=2, seed=0, settings=emoji.sampling)
     (full,) = plan_subjects(emoji, [], [], statistics=None, rows=2, storage="float32")
-    figures = bench.figures([bench.compare(lambda size: full.generator(emoji, emoji.sampling, 0, size))])
+    figures = bench.measure(full)
     assert (figures.lpips, figures.lpips_of_pictures, figures.fid, figures.not_measured) == (0, (0, 0), 0, {})

@@ -191,8 +191,6 @@ def test_largest_budget_and_batch_of_a_memory(capsys: pytest.CaptureFixture[str]
     facts = answer(capsys, *asked, "--budget", "10%")
     assert facts["images"] >= 4
     assert facts["total_bytes"] <= 2 << 30
-    facts = answer(capsys, *asked, "--budget", "2%", "--sink-scales", "2")
-    assert facts["sinks_bytes"] == facts["full_cache_bytes"] * 5 // 424
 
 
 def test_memory_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,7 +225,7 @@ def test_budget_that_was_found_fits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--batch", "0"], "0"), (["--batch", "65537"], "65536"), (["--batch", "2", "--budget", "10%"], "one of them"),
         (["--memory", "5XB"], "'5XB'"), (["--dtype", "int8"], "int8"), (["--budget", "120%"], "100 %"),
         (["--budget", "0.1%"], "21/6425"),
-        (["--budget", "auto"], "auto"), (["--sink-scales", "13"], "sink_scales=13"), (["--size", "2M"], "'2M'"),
+        (["--budget", "auto"], "auto"), (["--size", "2M"], "'2M'"),
     ],
 )  # fmt: skip
 def test_bad_options(arguments: list[str], value: str, capsys: pytest.CaptureFixture[str]) -> None:

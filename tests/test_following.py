@@ -13,8 +13,8 @@ import torch
 from support.tiny_models import tiny_infinity
 from torch import Tensor
 
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.level_costs import level_choices, measure_biases, measure_errors
+from heatkv.calibration.run import calibrate
 from heatkv.core.plan import Plan
 from heatkv.core.statistics import Statistics
 from heatkv.engine.store import Store
@@ -37,7 +37,9 @@ def model() -> TextConditionalModel:
 
 @pytest.fixture(scope="module")
 def measured(model: TextConditionalModel) -> Statistics:
-    return calibrate(model, 3, seed=7).with_levels(calibrate_levels(model, 2, seed=7, bias_samples=2, sink_scales=1))
+    choices = level_choices(model.geometry.schedule, 1)
+    bias = measure_biases(model, choices, range(2), seed=7)
+    return calibrate(model, 3, seed=7).with_levels(measure_errors(model, choices, bias, range(2), seed=7))
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,7 @@ def test_refused_options(
 def test_ways_out_of_too_small_a_budget(model: TextConditionalModel, measured: Statistics) -> None:
     with pytest.raises(BudgetError) as refused:
         follow(model, measured, batch=1)
-    batch, memory = re.search(r"draw (\d+) .*memory=(.*)\)", str(refused.value)).groups()
+    batch, memory = re.search(r"draw (\d+) .*memory=(\S+)", str(refused.value)).groups()
     assert follow(model, measured, batch=int(batch)).measured_at_once == 1
     with pytest.raises(BudgetError):
         follow(model, measured, batch=int(batch) - 1)

@@ -15,8 +15,8 @@ from support.attention import ROWS, check_close, dense, images_of, run
 from heatkv.core.plan import Plan
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.attention import grouped
-from heatkv.engine.attention.grouped import AttentionCost, CallShape, split_heads
-from heatkv.engine.attention.kernels import RaggedAttention
+from heatkv.engine.attention.base import CallShape
+from heatkv.engine.attention.grouped import AttentionCost, RaggedAttention, split_heads
 from heatkv.engine.store import Store
 
 SHAPE = CallShape(rows=2, tokens=16, head_dim=8, itemsize=4)

@@ -235,12 +235,12 @@ def test_table_of_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         str(after),
         "--against",
         str(before),
-        "--kl",
-        "2000%",
-        "--bytes",
-        "0.05",
-        "--top1",
-        "2%",
+        "--tolerance",
+        "kl=2000%",
+        "--tolerance",
+        "bytes=0.05",
+        "--tolerance",
+        "top1=2%",
         "--json",
     ]
     assert run(asked) == 0
@@ -253,16 +253,16 @@ def test_table_of_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    ("option", "text", "value"),
+    ("tolerance", "value"),
     [
-        ("--kl", "much", "'much'"), ("--kl", "inf", "'inf'"), ("--kl", "nan%", "'nan%'"), ("--kl", "20", "2000%"),
-        ("--bytes", "1", "100%"), ("--tensors", "20", "2000%"), ("--top1", "1", "100%"), ("--psnr", "-1", "-1"),
+        ("kl=much", "'much'"), ("kl=inf", "'inf'"), ("kl=nan%", "nan"), ("kl=20", "'20'"), ("bytes=1", "'1'"),
+        ("tensors=20", "'20'"), ("top1=1", "'1'"), ("psnr=-1", "-1"),
     ],
 )  # fmt: skip
-def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, text: str, value: str) -> None:
+def test_bad_tolerances(tmp_path: Path, capsys: pytest.CaptureFixture[str], tolerance: str, value: str) -> None:
     """A share from 1 on needs its sign, so that 20 is not taken for twenty times."""
     before = str(file(tmp_path, "before.json"))
-    assert run(["check", before, "--against", before, option, text]) == 2
+    assert run(["check", before, "--against", before, "--tolerance", tolerance]) == 2
     assert value in " ".join(capsys.readouterr().err.split())
 
 

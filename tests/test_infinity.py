@@ -34,7 +34,6 @@ from heatkv.models.infinity import (
     rotate,
     rotation_table,
 )
-from heatkv.models.sampling import BitSamplingSettings
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.models.text_encoder import T5TextEncoder
 
@@ -171,11 +170,6 @@ def test_what_cannot_be_drawn(
 ) -> None:
     with pytest.raises(ModelError, match=said):
         call(tiny)
-
-
-def test_prompts_longer_than_the_learnt_half(tiny: TextConditionalModel) -> None:
-    tiny.begin([Prompt(features(21), features(3))], tiny.sampling)
-    tiny.begin([Prompt(features(21))], BitSamplingSettings(cfg=1))
 
 
 def test_the_prompt_is_projected_once_per_image_and_layer(

@@ -1,6 +1,6 @@
 """Commands that are stopped at random moments: nothing cut off, nothing lost, and in the end the same as without.
 
-Moments are drawn with a seed among all file operations and all attentions of a command, see stopping.py.
+Moments are drawn with a seed among all file operations and all attentions of a command, see support/stopping.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import pytest
 from PIL import Image
-from stopping import Kind, Moment, count_events, run_apart
+from support.stopping import Kind, Moment, count_events, run_apart
 
 from heatkv.cli import run
 from heatkv.core.io import clear_temporaries, move, replacing, write_json
@@ -36,11 +36,11 @@ QUICK: dict[Command, list[str]] = {
     "profile": ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "1", "--in-process"],
 }  # fmt: skip
 LONG: dict[Command, list[str]] = {
-    "calibrate": ["calibrate", "--samples", "3", "--levels", "fisher", "--level-samples", "6"],
+    "calibrate": ["calibrate", "--samples", "3", "--levels", "fisher,samples=6"],
     "compare": ["compare", "--samples", "3", "--images", "17", "--pictures", "2", "--repeats", "1", "--policies",
-                "heatkv,random", "--draws", "2", "--budgets", "30%"],
+                "heatkv,random", "--budgets", "30%"],
     "profile": ["profile", "--policies", "streaming,random", "--budgets", "20%", "--repeats", "2", "--in-process",
-                "--batches", "1,2"],
+                "--rows", "2,4"],
 }  # fmt: skip
 # How often each thing is measured: batches of 2 and 1 samples, or 1 and 1; biases and two batches of level costs;
 # memory of every row; every comparison in batches of at most 16 images.
@@ -86,7 +86,7 @@ class Stopped:
         measured = Counter[str]()
         with pytest.MonkeyPatch.context() as patch:
             count_measured(patch, measured)
-            assert run([*self.given(folder), "--resume"]) == 0, moment
+            assert run(self.given(folder)) == 0, moment
         # what was finished is not measured again, and no other one now
         assert measured == self.work - kept, (moment, kept)
         assert finished.items() <= figures(folder).items()
@@ -142,10 +142,9 @@ def kept_work(folder: Path, batches: int) -> Counter[str]:
 
 def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
     """Count what is measured: batches of samples, of level costs and of comparisons, biases, and memory."""
-    import heatkv.calibration.measure
-    import heatkv.cli.calibration_run
-    import heatkv.profiling.measure.fidelity
-    import heatkv.profiling.measure.runner
+    import heatkv.calibration.run
+    import heatkv.profiling.comparison
+    import heatkv.profiling.sweep
 
     def counting(module: Any, name: str, what: str) -> None:
         original: Callable[..., Any] = getattr(module, name)
@@ -156,10 +155,10 @@ def count_measured(patch: pytest.MonkeyPatch, measured: Counter[str]) -> None:
 
         patch.setattr(module, name, called)
 
-    counting(heatkv.calibration.measure, "calibrate", "samples")
-    counting(heatkv.cli.calibration_run, "save_arrays", "levels")
-    counting(heatkv.profiling.measure.fidelity, "save_compared", "comparisons")
-    counting(heatkv.profiling.measure.runner, "subject_memory", "memory")
+    counting(heatkv.calibration.run, "measure", "samples")
+    counting(heatkv.calibration.run, "save_arrays", "levels")
+    counting(heatkv.profiling.comparison, "save_compared", "comparisons")
+    counting(heatkv.profiling.sweep, "subject_memory", "memory")
 
 
 def check_whole(folder: Path) -> None:
@@ -228,7 +227,7 @@ def test_a_run_that_is_stopped_again_and_again_ends(long: Stopped, tmp_path: Pat
     folder.mkdir()
     most = long.events["attention"] // 2
     for _ in range(20):
-        (ended,) = run_apart([*long.given(folder), "--resume"], folder, Moment("attention", most, signal.SIGKILL))
+        (ended,) = run_apart(long.given(folder), folder, Moment("attention", most, signal.SIGKILL))
         check_whole(folder)
         if ended.code == 0:
             break
@@ -245,36 +244,29 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     return lines[-1]
 
 
-def test_resuming_is_for_the_same_run_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Parts of a calibration are finished by the same options with --resume, or the folder is deleted."""
+def test_only_the_same_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parts of a calibration are finished by the same options, or the folder is deleted."""
     out = tmp_path / "s.safetensors"
     arguments = ["calibrate", "--samples", "2", "--out", str(out)]
     # stopped at its second batch, which begins with the 97th attention: 12 layers, 8 scales
     (ended,) = run_apart(arguments, tmp_path, Moment("attention", 100, signal.SIGINT))
     assert ended.code == 130
-    assert ended.error.splitlines()[-2].startswith(f"{out}.parts: 1 finished parts; the same command with --resume")
+    assert ended.error.splitlines()[-2].startswith(f"{out}.parts: 1 finished parts are kept")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
-    said = refused(capsys, arguments)
-    assert f"{out}.parts holds 1 finished parts of a run that was stopped; finish it with --resume, or delete" in said
-    for other, told in (
-        (["--samples", "3"], "holds parts of a run with samples=2, this one has samples=3; give the same options, or"),
-        (["--seed", "1"], "holds parts of a run with seed=0, this one has seed=1"),
-        (["--cfg", "1"], "holds parts of a run with cfg=3.0, this one has cfg=1.0"),
-        (["--dtype", "bfloat16"], "with dtype=float32, this one has dtype=bfloat16"),
-    ):
-        assert told in refused(capsys, [*arguments, *other, "--resume"])
+    for other in (["--samples", "3"], ["--seed", "1"], ["--cfg", "1"], ["--dtype", "bfloat16"]):
+        assert f"{out}.parts holds parts of a run with" in refused(capsys, [*arguments, *other])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
     part = next(path for path in before if path.name.startswith("samples"))
     part.write_bytes(part.read_bytes()[:-9])
-    assert f"{part}" in refused(capsys, [*arguments, "--resume"])
+    assert f"{part}" in refused(capsys, arguments)
     part.unlink()
-    assert run([*arguments, "--resume"]) == 0
+    assert run(arguments) == 0
     # once more there is nothing to do, and no other file is taken for this one's
     capsys.readouterr()
-    assert run([*arguments, "--resume"]) == 0
+    assert run(arguments) == 0
     assert f"{out} was finished before: nothing is measured" in capsys.readouterr().err
     for other in (["--samples", "3"], ["--levels", "error"]):
-        assert "exists, and no run that writes it was stopped" in refused(capsys, [*arguments, *other, "--resume"])
+        assert f"{out} exists" in refused(capsys, [*arguments, *other])
 
 
 def test_a_run_stopped_while_it_ends_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,7 +277,7 @@ def test_a_run_stopped_while_it_ends_is_finished(tmp_path: Path, capsys: pytest.
     (ended,) = run_apart(more, tmp_path, Moment("attention", 100, signal.SIGKILL))
     assert ended.code == -9
     stopped = {path: path.read_bytes() for path in (tmp_path / "s.safetensors.parts").iterdir()}
-    assert run([*more, "--resume"]) == 0
+    assert run(more) == 0
     whole = out.read_bytes()
     for left in (stopped, {path: text for path, text in stopped.items() if "samples" not in path.name}):
         (tmp_path / "s.safetensors.parts").mkdir()
@@ -294,7 +286,7 @@ def test_a_run_stopped_while_it_ends_is_finished(tmp_path: Path, capsys: pytest.
         if left is not stopped:  # only the last of them is left
             (tmp_path / "s.safetensors.parts" / "samples.seed0.000002-000002.safetensors").write_bytes(b"")
         capsys.readouterr()
-        assert run([*more, "--resume", "--json"]) == 0
+        assert run([*more, "--json"]) == 0
         told = capsys.readouterr()
         assert "was finished before: nothing is measured" in told.err
         assert json.loads(told.out)["rank_agreement_of_halves"] is None
@@ -302,37 +294,14 @@ def test_a_run_stopped_while_it_ends_is_finished(tmp_path: Path, capsys: pytest.
         assert {path.name for path in tmp_path.iterdir()} == {"s.safetensors"}
 
 
-def test_resuming_results_is_for_the_same_rows_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_another_run_are_kept_aside(tmp_path: Path) -> None:
     profile = ["profile", "--budgets", "20%", "--repeats", "1", "--in-process", "--out", str(tmp_path), "--policies"]
     (ended,) = run_apart([*profile, "streaming"], tmp_path, Moment("attention", 1, signal.SIGTERM))
     assert ended.code == 143
-    partial = tmp_path / "results.partial.json"
-    assert partial.exists()
-    assert f"{partial} is of a run over other rows than this one's; ask for the same rows, or start anew" in (
-        refused(capsys, [*profile, "random", "--resume"])
-    )
-    assert run([*profile, "streaming", "--resume"]) == 0
-    assert not partial.exists()
-
-
-def test_traces_are_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from heatkv.profiling.measure import trace
-
-    original, saved = trace.save_trace, list[str]()
-
-    def save(folder: Path, model: Any, subject: Any, *more: Any) -> Path:
-        saved.append(subject.name)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-        return original(folder, model, subject, *more)
-
-    monkeypatch.setattr(trace, "save_trace", save)
-    arguments = ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "1", "--in-process", "--out",
-                 str(tmp_path), "--trace", str(tmp_path / "traces")]  # fmt: skip
-    assert run(arguments) == 130
-    assert run([*arguments, "--resume"]) == 0
-    assert saved == ["full 100%", "streaming 20%", "streaming 20%"]
-    assert len(list((tmp_path / "traces").glob("*.pt.trace.json"))) == 2
+    partial = json.loads((tmp_path / "results.partial.json").read_text())
+    assert run([*profile, "random"]) == 0
+    assert json.loads((tmp_path / "results.1.json").read_text())["rows"] == partial["rows"] or not partial["rows"]
+    assert not (tmp_path / "results.partial.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -416,7 +385,7 @@ def test_a_full_or_read_only_disk_gives_one_line(
 def test_a_trace_on_a_full_disk(tmp_path: Path) -> None:
     """The profiler's library writes it, and does not say when it cannot."""
     code = (
-        "import resource; import heatkv.cli, heatkv.profiling.measure.trace as t; save = t.save_trace\n"
+        "import resource; import heatkv.cli, heatkv.profiling.comparison as t; save = t.save_trace\n"
         "def small(*given):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "    return save(*given)\n"

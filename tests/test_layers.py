@@ -21,8 +21,9 @@ LAYERS: list[tuple[str, ...]] = [
     ("attachment",),
     ("online",),
     ("testing",),
-    ("profiling", "profiling.measure", "profiling.results"),
+    ("profiling.measure", "profiling.results"),
     ("profiling.analysis", "profiling.report"),
+    ("profiling",),
     ("cli",),
 ]
 """From the lowest; folders of one entry may import each other."""
@@ -32,7 +33,7 @@ COMMANDS = (
     "doctor", "models", "policies", "calibrate", "solve", "explain", "generate", "profile", "compare", "report",
     "check", "fit", "new-policy",
 )  # fmt: skip
-OF_COMMAND_LINE = re.compile(rf"(?<![\w-])--[a-z][a-z-]+|\bheatkv ({'|'.join(COMMANDS)})\b")
+OF_COMMAND_LINE = re.compile(rf"(?<![\w(-])--[a-z][a-z-]+|\bheatkv ({'|'.join(COMMANDS)})\b")
 
 
 def _modules() -> dict[str, Path]:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.dense_reads import DenseErrors, check_drop_errors
 from support.tiny_models import tiny_infinity, tiny_var
-from test_calibration import DenseErrors, check_drop_errors
 from torch import Tensor
 
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.level_costs import level_choices, measure_biases, measure_errors
+from heatkv.calibration.measure import measure_samples
 from heatkv.core.plan import Plan
 from heatkv.core.statistics import SampleSums
 from heatkv.generation.loop import Drawn, Generator, run_scales
@@ -38,7 +38,9 @@ def check_equal(measured: SampleSums, expected: SampleSums) -> None:
 @pytest.mark.parametrize("make", [tiny_var, tiny_infinity])
 def test_calibration_on_the_same_codes(make: Any) -> None:
     model = make()
-    expected, levels = calibrate(model, 3, seed=1), calibrate_levels(model, 3, seed=1, bias_samples=1)
+    expected, choices = measure_samples(model, range(3), seed=1), level_choices(model.geometry.schedule, 2)
+    bias = measure_biases(model, choices, range(1), seed=1)
+    levels = measure_errors(model, choices, bias, range(3), seed=1)
     drawn = drawn_by(model, 3, model.full_plan(), seed=1)
     measured, _ = measure_drawn(model, model.labels(3), drawn.tokens, expected.samples, levels=levels)
     check_equal(measured, expected)
@@ -56,7 +58,7 @@ def test_bf16_calibration(autocast: bool) -> None:
     if not autocast:
         model.transformer.set_compute_dtype(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = calibrate(model, 1, seed=2)
+        expected = measure_samples(model, range(1), seed=2)
         drawn = drawn_by(model, 1, model.full_plan(), seed=2)
         check_equal(measure_drawn(model, model.labels(1), drawn.tokens, expected.samples)[0], expected)
 

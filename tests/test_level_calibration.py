@@ -6,7 +6,7 @@ Shapes: R rows (conditional halves first), H heads, N queries, M keys, D head si
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,14 @@ from support.tiny_models import tiny_infinity, tiny_var
 from torch import Tensor
 
 from heatkv.calibration import level_costs as level_calibration
-from heatkv.calibration.fisher import DRAWS, FisherCostCache, _drawn_log_likelihoods, calibrate_fisher
-from heatkv.calibration.level_costs import BiasCache, ErrorCostCache, LevelCostCache, calibrate_biases, calibrate_levels
+from heatkv.calibration.fisher import DRAWS, FisherCostCache, _drawn_log_likelihoods, measure_fisher
+from heatkv.calibration.level_costs import (
+    BiasCache,
+    ErrorCostCache,
+    level_choices,
+    measure_biases,
+    measure_errors,
+)
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts, useful_levels
 from heatkv.core.plan import Plan
@@ -37,6 +43,9 @@ from heatkv.solve.checkpoints import Capacity
 
 Cell = tuple[int, int]
 """A source and the level it is held at."""
+
+Cost = Callable[[dict[int, int]], FloatArray]
+"""The cost, (H,), of holding sources at levels and all others whole."""
 
 # ---------------------------------------------------------------------- the oracle
 
@@ -108,43 +117,58 @@ def biases_of(schedule: ScaleSchedule, layers: int, heads: int, seed: int = 0) -
     return bias
 
 
-# ---------------------------------------------------------------------- caches on made-up queries, keys and values
+# ---------------------------------------------------------------------- reads that are made up, or of a model
 
 
 @dataclasses.dataclass
 class Case:
-    """A made-up run of two layers and two heads, with two images of two halves."""
+    """What is read at every target and layer, and |gate|^2 / |x|^2 of every row there; halves of images are rows."""
 
     schedule: ScaleSchedule
     choices: LevelChoices
     bias: FloatArray
     reads: list[list[tuple[Tensor, Tensor, Tensor]]]
     weights: list[Tensor]
-    angles: list[Tensor] | None
+    angles: Sequence[Tensor] | None
+    entering: list[list[tuple[Tensor, Tensor]]]
+    """Residual stream (R, N, C) and gate (R, 1, C)."""
+    halves: int = 2
 
     @classmethod
-    def of(
+    def made_up(
         cls, schedule: ScaleSchedule, choices: LevelChoices, seed: int, sharpness: float = 1.0, rotates: bool = False
     ) -> Case:
+        """Two layers, two heads, two images."""
         generator = torch.Generator().manual_seed(seed)
-        layers, heads, dim = 2, 2, 4
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator)
 
         reads = [
-            [
-                (draw(4, heads, n, dim) * sharpness, draw(4, heads, n, dim), draw(4, heads, n, dim))
-                for _ in range(layers)
-            ]
+            [(draw(4, 2, n, 4) * sharpness, draw(4, 2, n, 4), draw(4, 2, n, 4)) for _ in range(2)]
             for n in schedule.tokens
         ]
-        angles = (
-            [torch.rand(n, dim // 2, generator=generator).double() * 9 for n in schedule.tokens] if rotates else None
+        angles = [torch.rand(n, 2, generator=generator).double() * 9 for n in schedule.tokens] if rotates else None
+        weights = [draw(2, 7, 4) for _ in range(2)]
+        entering = [[(draw(4, n, 7) * 3, draw(4, 1, 7)) for _ in range(2)] for n in schedule.tokens]
+        return cls(schedule, choices, biases_of(schedule, 2, 2, seed), reads, weights, angles, entering)
+
+    @classmethod
+    def drawn(cls, model: ImageModel[Any], bias: FloatArray, samples: range, seed: int) -> Case:
+        """What a model reads under dense attention."""
+        recorder, geometry = Recorder(), model.geometry
+        sampler = CommonRandomSampler(seed, samples, model.sampling)
+        with model.adapter.watching(recorder.see):
+            labels = model.labels(len(samples), samples.start)
+            run_scales(model, labels, recorder, sampler, model.sampling, decode=False)
+        reads, entering = (
+            [[table[layer][target] for layer in range(geometry.layers)] for target in range(len(geometry.schedule))]
+            for table in (recorder.reads, recorder.entering)
         )
+        weights = [model.adapter.output_weight(layer) for layer in range(geometry.layers)]
         return cls(
-            schedule, choices, biases_of(schedule, layers, heads, seed), reads,
-            [draw(heads, 7, dim) for _ in range(layers)], angles,
+            geometry.schedule, LevelChoices(geometry.schedule), bias, reads, weights, model.key_angles, entering,
+            model.sampling.rows_per_image,
         )  # fmt: skip
 
     @property
@@ -159,21 +183,13 @@ class Case:
             self.schedule, past[-1][0], [k for _, k, _ in past], [v for *_, v in past], self.bias[layer], self.angles
         )
 
-    def seen(self, target: int, layer: int) -> tuple[Tensor, Tensor]:
-        """Some residual stream (R, N, C) and gate (R, 1, C)."""
-        generator = torch.Generator().manual_seed(10 * target + layer)
-        return (
-            torch.randn(4, self.schedule.tokens[target], 7, generator=generator) * 3,
-            torch.randn(4, 1, 7, generator=generator),
-        )
-
     def alone(self, target: int) -> list[Cell]:
         return [(s, level) for s in self.choices.other_sources(target) for level in self.choices.of_other(s)]
 
     def run(self, cache: ErrorCostCache | BiasCache) -> None:
         for target, scale in enumerate(self.reads):
             for layer, qkv in enumerate(scale):
-                cache.see(layer, *self.seen(target, layer))
+                cache.see(layer, *self.entering[target][layer])
                 cache.attend(layer, *qkv)
 
     def error_cache(self) -> ErrorCostCache:
@@ -183,35 +199,78 @@ class Case:
         self.run(cache)
         return cache
 
-    def check_errors(self, cache: LevelCostCache, most: int | None = None, rtol: float = 2e-3) -> None:
-        """Every cost against |W (o^c - o)|^2 mean(gate^2) / mean |x|^2: sum over queries and images, mean of halves."""
-        for target, layer in np.ndindex(len(self.schedule), 2):
+    def check(
+        self, cost: Cost, joint: FloatArray, single: FloatArray, target: int, atol: float, most: int, rtol: float
+    ) -> None:
+        """Costs of one layer for one target, (H, combinations) and (H, T, V + 1)."""
+        for index, held in combinations(self.choices, target, most):
+            np.testing.assert_allclose(joint[:, index], cost(held), rtol=rtol, atol=atol, err_msg=f"{held}")
+        assert (joint[:, 0] == 0).all()  # nothing changes where all is whole
+        expected = np.zeros_like(single)
+        for source, level in self.alone(target):
+            expected[:, source, level] = cost({source: level})
+        np.testing.assert_allclose(single, expected, rtol=rtol, atol=atol)
+
+    def check_errors(
+        self, joint: Sequence[FloatArray], single: FloatArray, most: int = 40, rtol: float = 2e-3, rest: float = 2e-6
+    ) -> None:
+        """Every cost against |W (o^c - o)|^2 mean(gate^2) / mean |x|^2: sum over queries and images, mean of halves,
+        up to a share `rest` of what the outputs themselves amount to."""
+        for target, layer in np.ndindex(len(self.schedule), len(self.weights)):
             if target <= self.choices.sink_scales:
-                assert not cache.joint[target].any()
-                assert not cache.single[:, :, target].any()
+                assert not joint[target].any()
+                assert not single[:, :, target].any()
                 continue
-            oracle, (x, gate) = self.dense(target, layer), self.seen(target, layer)
+            oracle, (x, gate) = self.dense(target, layer), self.entering[target][layer]
             relative = gate.double().square().mean((1, 2)) / x.double().square().sum(-1).mean(1)
 
-            def cost(
-                held: dict[int, int], oracle: Dense = oracle, layer: int = layer, relative: Tensor = relative
-            ) -> FloatArray:
-                moved = oracle.change(held) @ self.weights[layer].double().mT
-                return np.asarray((moved.square().sum((2, 3)) * relative[:, None]).sum(0) / 2)
+            weight = self.weights[layer].double()
 
-            size = (
-                ((oracle.out @ self.weights[layer].double().mT).square().sum((2, 3)) * relative[:, None]).sum(0).max()
-            )
-            atol = 2e-6 * float(size)  # of what the outputs themselves amount to
-            for index, held in combinations(self.choices, target, most):
-                np.testing.assert_allclose(
-                    cache.joint[target][layer, :, index], cost(held), rtol=rtol, atol=atol, err_msg=f"{held}"
-                )
-            assert (cache.joint[target][layer, :, 0] == 0).all()  # nothing changes where all is whole
-            measured = np.zeros_like(cache.single[layer, :, target])
-            for source, level in self.alone(target):
-                measured[:, source, level] = cost({source: level})
-            np.testing.assert_allclose(cache.single[layer, :, target], measured, rtol=rtol, atol=atol)
+            def size(out: Tensor, weight: Tensor = weight, relative: Tensor = relative) -> FloatArray:
+                squares = (out @ weight.mT).square().sum((2, 3))
+                return np.asarray((squares * relative[:, None]).sum(0)) / self.halves
+
+            def cost(held: dict[int, int], oracle: Dense = oracle, size: Any = size) -> FloatArray:
+                return np.asarray(size(oracle.change(held)))
+
+            atol = rest * self.halves * float(size(oracle.out).max())
+            self.check(cost, joint[target][layer], single[layer, :, target], target, atol, most, rtol)
+
+    def check_biases(self, bias: FloatArray, atol: float) -> None:
+        """Log of the mass on whole cells over that on their pooled keys; of the count where nothing is measured."""
+        scales = len(self.schedule)
+        for layer in range(len(self.weights)):
+            whole, means = np.zeros(bias.shape[1:3]), np.zeros(bias.shape[1:])
+            for target in range(1, scales):
+                whole_HS, pooled_HSV = self.dense(target, layer).masses()
+                whole[:, :target] += whole_HS.numpy()
+                means[:, :target] += pooled_HSV.numpy()
+            for s, scale in enumerate(self.schedule.scales[:-1]):
+                for index, level in enumerate(LEVELS):
+                    count = log_counts(self.schedule, level)[s]
+                    if level not in useful_levels(scale):
+                        np.testing.assert_allclose(bias[layer, :, s, index], count)
+                        continue
+                    expected = np.log(whole[:, s] / means[:, s, index])
+                    np.testing.assert_allclose(bias[layer, :, s, index], expected, rtol=0, atol=atol)
+        assert (bias[..., 0] == 0).all()
+
+
+class Recorder:
+    """Dense attention that keeps what every layer reads at every target, and what enters the layer."""
+
+    def __init__(self) -> None:
+        self.reads: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self.entering: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def see(self, layer: int, x: Tensor, gate: Tensor) -> None:
+        self.entering.setdefault(layer, []).append((x.clone(), gate.clone()))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.reads.setdefault(layer, []).append((q, k, v))
+        past = self.reads[layer]
+        scores = q @ torch.cat([k for _, k, _ in past], dim=2).mT
+        return scores.softmax(-1) @ torch.cat([v for *_, v in past], dim=2)
 
 
 # other sources than the joint ones, odd sides, frames, and a scale smaller than the one before
@@ -226,38 +285,40 @@ CASES = [
 @pytest.mark.parametrize(("schedule", "choices"), CASES, ids=["joint", "others", "alone"])
 @pytest.mark.parametrize("rotates", [False, True])
 def test_error_costs_of_dense_attention(schedule: ScaleSchedule, choices: LevelChoices, rotates: bool) -> None:
-    case = Case.of(schedule, choices, 3, 1.0, rotates)
-    case.check_errors(case.error_cache(), 40)
+    case = Case.made_up(schedule, choices, 3, 1.0, rotates)
+    cache = case.error_cache()
+    case.check_errors(cache.joint, cache.single)
 
 
 @pytest.mark.parametrize("lead", [5.0, 40.0, 200.0])
 @pytest.mark.parametrize("winner", [0, 4, 7])
 def test_error_costs_where_one_source_has_nearly_all_mass(winner: int, lead: float) -> None:
     """Its logits lead by so much that all others have e^-lead of the mass; without it they are what is read."""
-    case = Case.of(LONG, LevelChoices(LONG, 1, 2), 4)
+    case = Case.made_up(LONG, LevelChoices(LONG, 1, 2), 4)
     for source, scale in enumerate(case.reads):
         for q, k, _ in scale:
             q[..., -1], k[..., -1] = lead, float(source == winner)
-    case.check_errors(case.error_cache(), 12, rtol=5e-3)
+    cache = case.error_cache()
+    case.check_errors(cache.joint, cache.single, 12, rtol=5e-3)
 
 
 @pytest.mark.parametrize("lead", [30.0, 90.0])
 def test_error_costs_where_all_that_is_always_held_is_hardly_read(lead: float) -> None:
     """The joint sources share the mass; where they are dropped, the rest is so light that its square is 0 in fp32."""
-    case = Case.of(LONG, LevelChoices(LONG, 1, 3), 4)
+    case = Case.made_up(LONG, LevelChoices(LONG, 1, 3), 4)
     for source, scale in enumerate(case.reads):
         for q, k, _ in scale:
             q[..., -1], k[..., -1] = lead, float(source in (3, 5, 6))
     cache = case.error_cache()
     assert all(np.isfinite(joint).all() for joint in cache.joint)
     if lead == 30.0:
-        case.check_errors(cache, 12, rtol=5e-3)
+        case.check_errors(cache.joint, cache.single, 12, rtol=5e-3)
 
 
 @pytest.mark.parametrize(("schedule", "choices"), CASES, ids=["joint", "others", "alone"])
 def test_fisher_costs_of_dense_attention(schedule: ScaleSchedule, choices: LevelChoices) -> None:
     """(sum over queries and both halves of gradient * change)^2, mean over draws, summed over images."""
-    case = Case.of(schedule, choices, 5, 1.0, rotates=True)
+    case = Case.made_up(schedule, choices, 5, 1.0, rotates=True)
     cache = FisherCostCache(choices, case.bias, case.plan, 4, 2, key_angles=case.angles)
     generator, draws, gradients = torch.Generator().manual_seed(1), 3, []
     for target, scale in enumerate(case.reads):
@@ -276,39 +337,18 @@ def test_fisher_costs_of_dense_attention(schedule: ScaleSchedule, choices: Level
             of_images = torch.stack([rows[:2] + rows[2:] for rows in along])  # rows i and i + 2 are of image i
             return np.asarray(of_images.square().mean(0).sum(0))
 
-        whole = cost(dict.fromkeys(range(choices.sink_scales, target), NONE)).max()
-        for index, held in combinations(choices, target, 40):
-            np.testing.assert_allclose(cache.joint[target][layer, :, index], cost(held), rtol=2e-3, atol=1e-5 * whole)
-        assert (cache.joint[target][layer, :, 0] == 0).all()
-        measured = np.zeros_like(cache.single[layer, :, target])
-        for source, level in case.alone(target):
-            measured[:, source, level] = cost({source: level})
-        np.testing.assert_allclose(cache.single[layer, :, target], measured, rtol=2e-3, atol=1e-5 * whole)
+        atol = 1e-5 * cost(dict.fromkeys(range(choices.sink_scales, target), NONE)).max()
+        case.check(cost, cache.joint[target][layer], cache.single[layer, :, target], target, atol, 40, 2e-3)
 
 
 @pytest.mark.parametrize("rotates", [False, True])
 def test_biases_of_dense_attention(rotates: bool) -> None:
-    case = Case.of(LONG, LevelChoices(LONG), 6, 1.5, rotates)
+    case = Case.made_up(LONG, LevelChoices(LONG), 6, 1.5, rotates)
     cache = BiasCache(case.choices, case.plan, 4, 2, key_angles=case.angles)
     case.run(cache)
-    scales = len(LONG)
-    whole, means = np.zeros((2, 2, scales)), np.zeros((2, 2, scales, len(LEVELS)))
-    for target, layer in np.ndindex(scales, 2):
-        if target:
-            whole_HS, pooled_HSV = case.dense(target, layer).masses()
-            whole[layer, :, :target] += whole_HS.numpy()
-            means[layer, :, :target] += pooled_HSV.numpy()
     bias = calibrated_bias(LONG, cache.whole, cache.pooled_mass)
-    for s, scale in enumerate(LONG.scales[:-1]):
-        for index, level in enumerate(LEVELS):
-            if level in useful_levels(scale) and s < scales - 1:
-                expected = np.log(whole[:, :, s] / means[:, :, s, index])
-                np.testing.assert_allclose(bias[:, :, s, index], expected, rtol=0, atol=2e-5)
-                if index:
-                    assert np.abs(expected - log_counts(LONG, level)[s]).max() > 0.01  # not just the count
-            else:  # nothing was measured
-                np.testing.assert_allclose(bias[:, :, s, index], log_counts(LONG, level)[s])
-    assert (bias[..., 0] == 0).all()
+    case.check_biases(bias, 2e-5)
+    assert np.abs(bias[:, :, 3, 2] - log_counts(LONG, "mean")[3]).max() > 0.01  # not just the count
 
 
 def test_biases_where_nothing_was_read() -> None:
@@ -328,12 +368,13 @@ def test_biases_where_nothing_was_read() -> None:
     seed=SEEDS,
 )
 def test_error_costs_of_any_schedule(schedule: ScaleSchedule, sinks: int, joint: int, seed: int) -> None:
-    case = Case.of(schedule, LevelChoices(schedule, sinks, joint), seed)
-    case.check_errors(case.error_cache(), 8)
+    case = Case.made_up(schedule, LevelChoices(schedule, sinks, joint), seed)
+    cache = case.error_cache()
+    case.check_errors(cache.joint, cache.single, 8)
 
 
 def test_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case.of(LONG, LevelChoices(LONG, 1, 3), 8)
+    case = Case.made_up(LONG, LevelChoices(LONG, 1, 3), 8)
 
     def measured() -> list[FloatArray]:
         biases, errors = BiasCache(case.choices, case.plan, 4, 2), case.error_cache()
@@ -362,7 +403,7 @@ def test_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_costs_under_autocast() -> None:
-    case = Case.of(LONG, LevelChoices(LONG, 1, 3), 8)
+    case = Case.made_up(LONG, LevelChoices(LONG, 1, 3), 8)
     plain = case.error_cache()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cache = case.error_cache()
@@ -389,82 +430,19 @@ def model(request: pytest.FixtureRequest) -> ImageModel[Any]:
     return found
 
 
-class Recorder:
-    """Dense attention that keeps what every layer reads at every target, and what enters the layer."""
-
-    def __init__(self) -> None:
-        self.reads: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        self.relative: dict[int, list[Tensor]] = {}
-
-    def see(self, layer: int, x: Tensor, gate: Tensor) -> None:
-        told = gate.double().square().mean((1, 2)) / x.double().square().sum(-1).mean(1)
-        self.relative.setdefault(layer, []).append(told)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.reads.setdefault(layer, []).append((q, k, v))
-        past = self.reads[layer]
-        scores = q @ torch.cat([k for _, k, _ in past], dim=2).mT
-        return scores.softmax(-1) @ torch.cat([v for *_, v in past], dim=2)
-
-    def dense(self, model: ImageModel[Any], bias: FloatArray, target: int, layer: int) -> Dense:
-        past = self.reads[layer][: target + 1]
-        schedule = model.geometry.schedule
-        return Dense(
-            schedule, past[-1][0], [k for _, k, _ in past], [v for *_, v in past], bias[layer], model.key_angles
-        )
-
-
-def recorded(model: ImageModel[Any], images: int, seed: int, first: int = 0) -> Recorder:
-    recorder = Recorder()
-    sampler = CommonRandomSampler(seed, range(first, first + images), model.sampling)
-    with model.adapter.watching(recorder.see):
-        run_scales(model, model.labels(images, first), recorder, sampler, model.sampling, decode=False)
-    return recorder
-
-
 def test_biases_of_a_model(model: ImageModel[Any]) -> None:
-    schedule = model.geometry.schedule
-    bias, recorder = calibrate_biases(model, LevelChoices(schedule), 3, seed=5, batch=2), recorded(model, 3, 5)
-    for layer in range(model.geometry.layers):
-        whole, means = np.zeros(bias.shape[1:3]), np.zeros(bias.shape[1:])
-        for target in range(1, len(schedule)):
-            whole_HS, pooled_HSV = recorder.dense(model, bias, target, layer).masses()
-            whole[:, :target] += whole_HS.numpy()
-            means[:, :target] += pooled_HSV.numpy()
-        for s in range(len(schedule) - 1):
-            for level in useful_levels(schedule.scales[s])[1:]:
-                v = LEVELS.index(level)
-                np.testing.assert_allclose(bias[layer, :, s, v], np.log(whole[:, s] / means[:, s, v]), atol=2e-4)
+    bias = measure_biases(model, LevelChoices(model.geometry.schedule), range(3), seed=5)
+    Case.drawn(model, bias, range(3), 5).check_biases(bias, 2e-4)
 
 
 def test_error_costs_of_a_model(model: ImageModel[Any]) -> None:
-    """What two images cost."""
     geometry = model.geometry
     bias = biases_of(geometry.schedule, geometry.layers, geometry.heads)
-    measured = calibrate_levels(model, 2, log_bias=bias, seed=5, first_sample=1, batch=2)
+    measured = measure_errors(model, LevelChoices(geometry.schedule), bias, range(1, 3), seed=5)
     assert np.array_equal(measured.log_bias, bias)
     assert [name.split(":")[:2] for name in measured.samples] == [["5", "1"], ["5", "2"]]
-    recorder, choices = recorded(model, 2, 5, first=1), measured.choices
-    halves = model.sampling.rows_per_image
-    for layer in range(geometry.layers):
-        weights = model.adapter.output_weight(layer).double()
-        for target in range(3, len(geometry.schedule)):
-            oracle, relative = recorder.dense(model, bias, target, layer), recorder.relative[layer][target]
-
-            def cost(
-                held: dict[int, int], oracle: Dense = oracle, weights: Tensor = weights, relative: Tensor = relative
-            ) -> FloatArray:
-                moved = oracle.change(held) @ weights.mT
-                return np.asarray((moved.square().sum((2, 3)) * relative[:, None]).sum(0) / halves / 2)
-
-            atol = 1e-5 * cost(dict.fromkeys(range(2, target), NONE)).max()
-            for index, held in combinations(choices, target, 30):
-                np.testing.assert_allclose(measured.joint[target][layer, :, index], cost(held), rtol=5e-3, atol=atol)
-            for source in choices.other_sources(target):
-                for level in choices.of_other(source):
-                    np.testing.assert_allclose(
-                        measured.single[layer, :, target, source, level], cost({source: level}), rtol=5e-3, atol=atol
-                    )
+    case = Case.drawn(model, bias, range(1, 3), 5)
+    case.check_errors(measured.joint_sum, measured.single_sum, 30, rtol=5e-3, rest=1e-5)
 
 
 class Perturbed:
@@ -494,14 +472,13 @@ def test_fisher_costs_of_a_model(model: ImageModel[Any]) -> None:
     """The change of the drawn tokens' log-likelihood along a change of one head's output, squared."""
     geometry = model.geometry
     bias = biases_of(geometry.schedule, geometry.layers, geometry.heads)
-    measured = calibrate_fisher(model, 2, log_bias=bias, seed=5, first_sample=1, batch=2)
-    recorder, choices = recorded(model, 2, 5, first=1), measured.choices
+    measured = measure_fisher(model, LevelChoices(geometry.schedule), bias, range(1, 3), seed=5)
+    case, choices = Case.drawn(model, bias, range(1, 3), 5), measured.choices
     for target in (3, len(geometry.schedule) - 1):
         cells = [held for _, held in combinations(choices, target, 12)]
         which = [index for index, _ in combinations(choices, target, 12)]
-        for source in choices.other_sources(target):
-            cells += [{source: level} for level in choices.of_other(source)]
-        oracles = [recorder.dense(model, bias, target, layer) for layer in range(geometry.layers)]
+        cells += [{source: level} for source, level in case.alone(target)]
+        oracles = [case.dense(target, layer) for layer in range(geometry.layers)]
         changes = {
             (layer, head, i): oracle.change(held)[:, head]
             for layer, oracle in enumerate(oracles)
@@ -551,51 +528,27 @@ def test_fisher_draws() -> None:
     assert float(_drawn_log_likelihoods(some, 3, (4, 5, 6), 2)[0]) != pytest.approx(float(together[0]), rel=1e-4)
 
 
-MEASURES = pytest.mark.parametrize("measure", [calibrate_levels, calibrate_fisher])
-
-
-def check_alike(one: LevelStatistics, other: LevelStatistics, rtol: float) -> None:
-    assert one.samples == other.samples
-    np.testing.assert_allclose(one.log_bias, other.log_bias, rtol=0, atol=rtol)
-    largest = max(joint.max() for joint in other.joint_sum)
-    for a, b in zip([*one.joint_sum, one.single_sum], [*other.joint_sum, other.single_sum], strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-3 * rtol * largest)
+MEASURES = pytest.mark.parametrize("measure", [measure_errors, measure_fisher])
 
 
 @MEASURES
-def test_costs_in_batches(measure: Any, var: ClassConditionalModel) -> None:
-    whole, one_by_one = (measure(var, 3, bias_samples=2, seed=4, batch=batch) for batch in (3, 1))
-    check_alike(one_by_one, whole, 1e-3)
-    assert whole.bias_samples == ("4:0:0", "4:1:1")
-
-
-@MEASURES
-def test_merged_shards(measure: Any, var: ClassConditionalModel) -> None:
-    bias = biases_of(var.geometry.schedule, 2, 2)
-    whole = measure(var, 2, log_bias=bias, seed=4, batch=1)
-    parts = [measure(var, 1, log_bias=bias, seed=4, first_sample=i) for i in range(2)]
+def test_merged_batches(measure: Any, var: ClassConditionalModel) -> None:
+    choices, bias = LevelChoices(var.geometry.schedule), biases_of(var.geometry.schedule, 2, 2)
+    together, *parts = (measure(var, choices, bias, samples, seed=4) for samples in (range(3), range(2), range(2, 3)))
     merged = parts[0].merge(parts[1])
-    assert merged.samples == whole.samples == ("4:0:0", "4:1:1")
-    assert merged.single_sum.tobytes() == whole.single_sum.tobytes()
-    assert [x.tobytes() for x in merged.joint_sum] == [x.tobytes() for x in whole.joint_sum]
-    assert merged.cost == parts[0].cost
-    assert np.array_equal(merged.joint[5], (parts[0].joint[5] + parts[1].joint[5]) / 2)
+    assert merged.samples == together.samples == ("4:0:0", "4:1:1", "4:2:2")
+    largest = max(joint.max() for joint in together.joint_sum)
+    for name, array in together.sums().items():
+        np.testing.assert_allclose(merged.sums()[name], array, rtol=1e-3, atol=1e-6 * largest, err_msg=name)
 
 
-@MEASURES
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"samples": 0}, "samples is 0"),
-        ({"bias_samples": 0}, "samples is 0"),
-        ({"sink_scales": -1}, "sink_scales is -1"),
-        ({"sink_scales": 9}, "sink_scales is 9"),
-        ({"log_bias": np.zeros((2, 2, 9))}, "log_bias is float64"),
-    ],
-)
-def test_refused_options(measure: Any, options: dict[str, Any], named: str, var: ClassConditionalModel) -> None:
-    with pytest.raises(StatisticsError, match=named):
-        measure(var, **({"samples": 1} | options))
+def test_refused_measurements(var: ClassConditionalModel) -> None:
+    schedule = var.geometry.schedule
+    for sinks in (-1, 9):
+        with pytest.raises(StatisticsError, match=f"sink_scales is {sinks}"):
+            level_choices(schedule, sinks)
+    with pytest.raises(StatisticsError, match="log_bias is float64"):
+        measure_errors(var, LevelChoices(schedule), np.zeros((2, 2, 9)), range(1))
 
 
 @MEASURES
@@ -603,13 +556,16 @@ def test_plans_of_other_sinks(measure: Any, var: ClassConditionalModel) -> None:
     """Plans with three sinks are equal, from costs of three and of fewer."""
     schedule = var.geometry.schedule
     bias = biases_of(schedule, 2, 2)
-    budget = 2 * 2 * schedule.cached_tokens // 2
-    capacity = Capacity(2, 2, schedule.tokens, budget)
-    of_three = allocate_levels(measure(var, 2, log_bias=bias, sink_scales=3), capacity)
+
+    def costs(sinks: int, samples: int = 2) -> LevelStatistics:
+        found: LevelStatistics = measure(var, level_choices(schedule, sinks), bias, range(samples))
+        return found
+
+    capacity = Capacity(2, 2, schedule.tokens, 2 * 2 * schedule.cached_tokens // 2)
+    of_three = allocate_levels(costs(3), capacity)
     assert of_three.cost > 0
     for sinks in (0, 2):
-        found = allocate_levels(measure(var, 2, log_bias=bias, sink_scales=sinks), capacity, sink_scales=3)
+        found = allocate_levels(costs(sinks), capacity, sink_scales=3)
         assert found.cost == pytest.approx(of_three.cost, rel=0.01)
         assert found.bound == pytest.approx(of_three.bound, rel=0.01)
-    everything = measure(var, 1, log_bias=bias, sink_scales=len(schedule) - 1)
-    assert not any(joint.any() for joint in everything.joint_sum)
+    assert not any(joint.any() for joint in costs(len(schedule) - 1, 1).joint_sum)

@@ -24,7 +24,6 @@ from heatkv.models.checkpoint import (
     build_vqvae,
     infinity_state,
     read_checkpoint,
-    read_safetensors,
     var_config,
 )
 from heatkv.models.infinity import Infinity
@@ -42,12 +41,12 @@ INFINITY_TINY = ModelInfo(
 @pytest.fixture
 def var(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     monkeypatch.setitem(catalogue.MODELS, "var-tiny", VAR_TINY)
-    return read_safetensors(GOLDEN / "var_tiny_10s_model.safetensors")
+    return read_checkpoint(GOLDEN / "var_tiny_10s_model.safetensors")
 
 
 @pytest.fixture
 def vae() -> dict[str, Tensor]:
-    return read_safetensors(GOLDEN / "var_tiny_10s_vae.safetensors")
+    return read_checkpoint(GOLDEN / "var_tiny_10s_vae.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +143,7 @@ def test_configurations_of_the_vqvae() -> None:
     config = VQVAEConfig((1, 2, 4), 16, 8, 32, (1, 2, 2))
     whole = build_vqvae(VQVAE(config).state_dict(), (1, 2, 4))
     assert whole.config == config
-    assert whole.has_encoder
+    assert whole.encoder is not None
     decoder = build_vqvae(VQVAE(config, encoder=False).state_dict(), (1, 2, 4))
     with pytest.raises(ModelError, match="without its encoder"):
         decoder.latent(torch.zeros(1, 3, 16, 16))
@@ -162,15 +161,14 @@ def test_blocks_of_infinity_in_both_layouts(state: dict[str, Tensor], per_chunk:
     assert infinity_state(infinity_state(content)).keys() == state.keys()
 
 
-def test_trainer_files_of_infinity_hold_both(tmp_path: Path, state: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("last", ["gpt_fsdp", "gpt_wo_ddp"])
+def test_trainer_files_of_infinity_hold_both(tmp_path: Path, state: dict[str, Tensor], last: str) -> None:
     blurred, vae = {name: x + 1 for name, x in state.items()}, make_infinity().vae
-    for last, average in (("gpt_fsdp", "gpt_ema_fsdp"), ("gpt_wo_ddp", "gpt_ema_for_vis")):
-        inner = {"config": {"a": 1}, "vae_local": vae.state_dict(), last: chunked(state, 2), average: blurred}
-        torch.save({"args": {}, "epoch": 3, "trainer": inner}, tmp_path / "last.pth")
-        content = read_checkpoint(tmp_path / "last.pth")
-        assert same(build_infinity(content), state)
-        assert same(build_infinity(content, average=True), blurred)
-        assert build_bsq(content).config == vae.config
+    inner = {"config": {"a": 1}, "vae_local": vae.state_dict(), last: chunked(state, 2), "gpt_ema_fsdp": blurred}
+    torch.save({"args": {}, "epoch": 3, "trainer": inner}, tmp_path / "ar-ckpt-giter1-last.pth")
+    content = read_checkpoint(tmp_path / "ar-ckpt-giter1-last.pth")
+    assert same(build_infinity(content), state)
+    assert build_bsq(content).config == vae.config
     assert same(build_infinity({last: state}), state)
 
 
@@ -196,7 +194,10 @@ def test_bitwise_vae_files_in_both_spellings() -> None:
 
 def test_half_precision_is_for_the_large_matrices_only(state: dict[str, Tensor]) -> None:
     stored = {name: x.to(torch.bfloat16) for name, x in state.items()}
-    model = build_infinity(stored, torch.float16)
+    raw = build_infinity(stored)
+    assert {x.dtype for x in raw.parameters()} == {torch.bfloat16}
+    assert raw.head.weight.data_ptr() == stored["head.weight"].data_ptr()  # not copied
+    model = raw.set_compute_dtype(torch.float16)
     half = {name for name, x in model.named_parameters() if x.dtype == torch.float16}
     assert all(x.dtype in (torch.float16, torch.float32) for x in model.parameters())
     assert {name.split(".", 2)[2] for name in half} == {
@@ -204,9 +205,6 @@ def test_half_precision_is_for_the_large_matrices_only(state: dict[str, Tensor])
         for part in ("sa.proj", "ca.mat_q", "ca.proj", "ffn.fc1", "ffn.fc2")
         for kind in ("weight", "bias")
     } | {"sa.mat_qkv.weight", "ca.mat_kv.weight"}
-    raw = build_infinity(stored, dtype=None)
-    assert {x.dtype for x in raw.parameters()} == {torch.bfloat16}
-    assert raw.head.weight.data_ptr() == stored["head.weight"].data_ptr()  # not copied
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from msgspec import structs
 from support import processes
 from torch import Tensor
 
-from heatkv.calibration.measure import calibrate
+from heatkv.calibration.run import calibrate
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
@@ -37,7 +37,6 @@ from heatkv.profiling.measure.memory import (
     cache_timeline,
     check_snapshots,
     driver_memory,
-    measure_memory,
     steps,
 )
 from heatkv.profiling.measure.runner import first_row, subject_memory
@@ -75,10 +74,6 @@ def ledgers_of(memory: Memory) -> Ledgers:
     return memory.memory
 
 
-def peaks_of(requested: int | None, allocated: int, reserved: int) -> AllocatorPeaks:
-    return AllocatorPeaks(requested_bytes=requested, allocated_bytes=allocated, reserved_bytes=reserved)
-
-
 def driver_of(*sizes: int | None) -> DriverMemory:
     names = ("process_bytes", "total_bytes", "reserved_bytes", "used_bytes", "free_bytes")
     return DriverMemory(**dict(zip(names, sizes, strict=True)))
@@ -94,8 +89,7 @@ def test_the_ledger_counts_what_it_is_told_of() -> None:
         torch.zeros(500)
         assert (ledger.peak, ledger.live) == (6000, 4000)
         ledger.reset_peak()
-        assert ledger.peak == 4000
-        assert ledger.bytes_seen([kept, kept[10:], from_numpy]) == 4000
+        assert (ledger.peak, ledger.bytes_seen([kept, kept[10:], from_numpy])) == (4000, 4000)
         ledger.follow([from_numpy, from_numpy[1:]])
         assert (ledger.peak, ledger.live) == (4400, 4400)
         assert ledger.bytes_seen([kept, from_numpy]) == 4400
@@ -128,9 +122,8 @@ class Counted:
 def test_every_phase_of_tensors_counted_by_hand() -> None:
     plan = make_policy("streaming").plan(PlanningProblem(GEOMETRY, Budget.parse("100%")))
     model: Any = SimpleNamespace(device=CPU, geometry=GEOMETRY, labels=lambda batch: list(range(batch)))
-    report = ledgers_of(
-        measure_memory(model, plan, lambda graphs: Counted(), 1, "float32", seed=5)  # type: ignore[arg-type, return-value]
-    )
+    subject: Any = SimpleNamespace(plans=(plan,), storage="float32", generator=lambda *_: Counted())
+    report = ledgers_of(subject_memory(model, subject, 1, None, seed=5))  # type: ignore[arg-type]
     # 30 cached tokens of 6 heads, 2 rows, 32 channels of 4 bytes for key and value each
     cache = 30 * 6 * 2 * 32 * 2 * 4
     assert report.planned == PlannedMemory(cache_bytes=cache, budget_bytes=cache)
@@ -138,26 +131,14 @@ def test_every_phase_of_tensors_counted_by_hand() -> None:
     peaks = Phases(4400, 4400 + 8000 + 1000, 4400 + 1000 + 12000)
     assert report.tensors == TensorMemory(peak_bytes=peaks, arena_bytes=4000)
     assert report.weights_bytes == 0
-    parts = steps_of(report)
-    assert parts["planned cache", "arena"] == {"unexplained": 4000 - report.planned.cache_bytes}
-    assert parts["arena", "tensors"] == {
-        "unexplained": 0, "index tables": 400, "workspace": 0, "activations": 13000,
-    }  # fmt: skip
+    parts = {"unexplained": 0, "index tables": 400, "workspace": 0, "activations": 13000}
+    assert list(steps_of(report).values()) == [{"unexplained": 4000 - cache}, parts]
 
 
-@pytest.fixture(scope="module")
-def measured(emoji: ClassConditionalModel) -> Memory:
-    subject = Subject("streaming", "20%", (emoji.plan("streaming", "20%"),), "float32")
-    return subject_memory(emoji, subject, 2, emoji.sampling)
-
-
-@pytest.fixture(scope="module")
-def report(measured: Memory) -> Ledgers:
-    return ledgers_of(measured)
-
-
-def test_the_embedded_model(emoji: ClassConditionalModel, report: Ledgers) -> None:
-    peak = emoji.plan("streaming", "20%").peak_token_heads
+def test_the_embedded_model(emoji: ClassConditionalModel) -> None:
+    plan = emoji.plan("streaming", "20%")
+    measured = subject_memory(emoji, Subject("streaming", "20%", (plan,), "float32"), 2, emoji.sampling)
+    report, peak = ledgers_of(measured), plan.peak_token_heads
     assert report.planned.cache_bytes == report.arena.cache_bytes == peak * 4 * 32 * 2 * 4  # four rows
     assert report.planned.budget_bytes == int(0.2 * 230 * 72) * 4 * 32 * 2 * 4
     modules = (emoji.transformer, emoji.vqvae)
@@ -169,25 +150,25 @@ def test_the_embedded_model(emoji: ClassConditionalModel, report: Ledgers) -> No
     # two images of 48 x 48 x 3 in fp32 at least
     assert report.tensors.peak_bytes.decode >= report.arena.cache_bytes + 2 * 48 * 48 * 3 * 4
     assert report.tensors.peak_bytes.opened >= sum(structs.astuple(report.arena))
-
-
-def test_what_a_cpu_cannot_tell_is_none(measured: Memory, report: Ledgers) -> None:
+    # what a CPU cannot tell
     assert (measured.device_peak_bytes, measured.nvml_bytes, measured.error) == (None, None, None)
     assert (report.process, report.allocator, report.graphs, report.driver) == ("shared", None, None, None)
     assert report.host is not None
     assert (report.host.before_bytes, report.host.loading_peak_bytes, report.host.loaded_bytes) == (None, None, None)
-    assert ("tensors", "resident") not in steps_of(report)
+    assert ("tensors", "resident") not in parts
     assert driver_memory(CPU) is None
+
+
+def test_snapshots_need_a_gpu() -> None:
     with pytest.raises(HeatKVError, match="a snapshot is one of the CUDA allocator, and the model is on cpu"):
         check_snapshots(CPU)
     check_snapshots(GPU)
 
 
 def test_bytes_are_read_from_the_storage(emoji: ClassConditionalModel) -> None:
-    subjects = plan_subjects(
-        emoji, ["streaming", "random"], [Budget.parse("30%"), Budget.parse("2MiB")], statistics=None, rows=4,
-        storage="float32", draws=2,
-    )  # fmt: skip
+    policies = [make_policy("streaming"), make_policy("random")]
+    policies, budgets = [make_policy("streaming"), make_policy("random")], [Budget.parse("30%"), Budget.parse("2MiB")]
+    subjects = plan_subjects(emoji, policies, budgets, statistics=None, rows=4, storage="float32", draws=2)
     assert [(s.policy, s.budget, len(s.plans)) for s in subjects] == [
         ("full", "100%", 1), ("streaming", "30%", 1), ("random", "30%", 2),
         ("streaming", "2097152B", 1), ("random", "2097152B", 2),
@@ -198,7 +179,6 @@ def test_bytes_are_read_from_the_storage(emoji: ClassConditionalModel) -> None:
         peak = max(plan.peak_token_heads for plan in subject.plans)
         assert row.allocated_bytes == row.planned_bytes == peak * 4 * 2 * 4 * 32
         assert row.allocated_bytes <= row.budget_bytes <= row.full_bytes
-        assert not row.had_no_effect
         planned = first_row(emoji, subject, batch=2, rows=4, seed=0, allocate=False)
         assert (planned.allocated_bytes, planned.planned_bytes) == (None, row.planned_bytes)
 
@@ -228,8 +208,7 @@ def test_rows_are_whole_images() -> None:
 
 def test_resident_memory_of_the_system() -> None:
     resident = ResidentMemory()
-    before = resident.peak_bytes()
-    now = resident.now_bytes()
+    before, now = resident.peak_bytes(), resident.now_bytes()
     assert now is None or 0 < now <= before
     touched = np.ones(128 << 20, dtype=np.uint8)
     assert resident.peak_bytes() >= (now or 0) + 0.9 * touched.nbytes
@@ -241,9 +220,9 @@ def test_resident_memory_of_the_system() -> None:
 
 
 def test_where_the_peak_of_resident_memory_is_read(tmp_path: Path) -> None:
-    assert ResidentMemory(tmp_path / "none").source == "ru_maxrss of the whole process"
-    assert ResidentMemory(tmp_path / "none").now_bytes() is None
-    assert ResidentMemory(tmp_path / "none").peak_bytes() > 10 << 20
+    resident = ResidentMemory(tmp_path / "none")
+    assert (resident.source, resident.now_bytes()) == ("ru_maxrss of the whole process", None)
+    assert resident.peak_bytes() > 10 << 20
     (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t    2180 kB\nVmRSS:\t    2000 kB\n")
     (tmp_path / "clear_refs").mkdir()  # cannot be written
     resident = ResidentMemory(tmp_path)
@@ -300,15 +279,13 @@ def ledgers(**more: Any) -> Ledgers:
     )
 
 
-def on_a_gpu(requested: bool = True, driver: DriverMemory | None = None) -> Ledgers:
-    peaks = [(450, 460, 810), (520, 540, 820), (500, 545, 815)]
-    phases = Phases(*(peaks_of(asked if requested else None, *others) for asked, *others in peaks))
-    return ledgers(allocator=AllocatorMemory(weights_bytes=320, peaks=phases), driver=driver)
-
-
 def test_the_way_from_the_plan_to_the_device() -> None:
-    report = on_a_gpu(driver=driver_of(1200, 9000, 300, 1500, 7200))
-    assert steps_of(report) == {
+    peaks = [
+        AllocatorPeaks(requested_bytes=requested, allocated_bytes=allocated, reserved_bytes=reserved)
+        for requested, allocated, reserved in ((450, 460, 810), (520, 540, 820), (500, 545, 815))
+    ]
+    allocator = AllocatorMemory(weights_bytes=320, peaks=Phases(*peaks))
+    assert steps_of(ledgers(allocator=allocator, driver=driver_of(1200, 9000, 300, 1500, 7200))) == {
         ("planned cache", "arena"): {"unexplained": 0},
         ("arena", "tensors"): {"unexplained": 0, "index tables": 7, "workspace": 20, "activations": 63},
         ("tensors", "requested"): {"weights": 310, "unexplained": 20},
@@ -317,10 +294,8 @@ def test_the_way_from_the_plan_to_the_device() -> None:
         ("reserved", "process"): {"driver context": 380},
         ("process", "device"): {"reserved by the driver": 300, "other processes": 300},
     }
-    assert ("tensors", "allocated") in steps_of(on_a_gpu(requested=False))
-    assert list(steps_of(on_a_gpu()))[-1] == ("allocated", "reserved")
-    hidden = on_a_gpu(driver=driver_of(None, 9000, 300, 1500, 7200))
-    assert list(steps_of(hidden))[-1] == ("allocated", "reserved")
+    for hidden in (None, driver_of(None, 9000, 300, 1500, 7200)):
+        assert list(steps_of(ledgers(allocator=allocator, driver=hidden)))[-1] == ("allocated", "reserved")
 
 
 def test_resident_memory_of_an_own_process_is_explained() -> None:
@@ -359,15 +334,11 @@ def test_the_allocator_sees_the_arena(tmp_path: Path) -> None:
 
 def held_cells(plan: Plan, target: int, layer: int) -> list[tuple[int, int]]:
     """(source scale, tokens) of all that is held after a layer has run a target, cell by cell."""
-    last = len(plan.schedule) - 1
     found = []
-    for at in range(plan.geometry.layers):
+    for at, head, source in np.ndindex(plan.last_read.shape):
         reader = target + 1 if at <= layer else target  # the next target that reads what is there
-        for head in range(plan.geometry.heads):
-            for source, tokens in enumerate(plan.schedule.tokens):
-                there = source < reader <= last
-                if there and plan.last_read[at, head, source] >= reader:
-                    found.append((source, tokens))
+        if source < reader < len(plan.schedule) and plan.last_read[at, head, source] >= reader:
+            found.append((source, plan.schedule.tokens[source]))
     return found
 
 
@@ -385,9 +356,9 @@ def test_the_cache_over_time_cell_by_cell(name: str, storage: str) -> None:
     for (target, layer), count in np.ndenumerate(timeline):
         cells = held_cells(plan, target, layer)
         assert count == sum(tokens * (first if source < sinks else others) for source, tokens in cells)
-    assert timeline.max() <= plan.bytes(2, storage)
-    if storage == "float32":
-        assert timeline.max() == plan.bytes(2, storage)
+    assert (
+        timeline.max() == plan.bytes(2, storage) if storage == "float32" else timeline.max() <= plan.bytes(2, storage)
+    )
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "adakv"])
@@ -417,13 +388,13 @@ def job_of(model: ClassConditionalModel, **more: Any) -> worker.Job:
 def test_a_process_of_its_own(emoji: ClassConditionalModel, capfd: pytest.CaptureFixture[str]) -> None:
     found = worker.measure_in_new_process(job_of(emoji))
     assert (found.error, found.device_peak_bytes, found.nvml_bytes) == (None, None, None)
-    told = ledgers_of(found)
-    assert told.process == "own"
-    assert told.arena.cache_bytes == emoji.plan("streaming", "20%").peak_token_heads * 2 * 32 * 2 * 4
-    assert told.host is not None
-    if told.host.before_bytes is not None:  # the system tells
-        assert told.steps[-1].parts["Python and libraries"] > 50 << 20
-        assert told.host.most_bytes > told.host.before_bytes + told.weights_bytes
+    report = ledgers_of(found)
+    assert report.process == "own"
+    assert report.arena.cache_bytes == emoji.plan("streaming", "20%").peak_token_heads * 2 * 32 * 2 * 4
+    assert report.host is not None
+    if report.host.before_bytes is not None:  # the system tells
+        assert report.steps[-1].parts["Python and libraries"] > 50 << 20
+        assert report.host.most_bytes > report.host.before_bytes + report.weights_bytes
     assert capfd.readouterr().out == ""
 
 
@@ -493,7 +464,6 @@ def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
 
 def test_loading_is_watched(emoji: ClassConditionalModel) -> None:
     model, loading = Loading.watch(lambda: emoji, CPU)
-    assert model is emoji
-    assert loading.allocator is None
-    if loading.before_bytes is not None and loading.resident_peak_bytes is not None:
-        assert 0 < loading.before_bytes <= loading.resident_peak_bytes
+    assert (model, loading.allocator) == (emoji, None)
+    if loading.before_bytes is not None and loading.peak_bytes is not None:
+        assert 0 < loading.before_bytes <= loading.peak_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,13 +86,6 @@ def test_sizes_that_a_model_does_not_have_are_refused(name: str, arguments: tupl
 def test_models_that_cannot_be_loaded(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ModelError, match=said):
         load_model(**arguments)
-
-
-def test_configurations_that_cannot_be() -> None:
-    with pytest.raises(ModelError, match="6 channels a head"):
-        replace(INFINITY_2B, width=60, heads=10)
-    with pytest.raises(ModelError, match="3 pooling heads"):
-        replace(INFINITY_2B, pool_heads=3)
 
 
 def test_the_embedded_model_is_what_its_card_says(emoji: ClassConditionalModel) -> None:

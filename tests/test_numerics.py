@@ -26,14 +26,13 @@ from strategies import SEEDS
 from support.attention import check_close, dense
 from support.foreign import draw_var, make_var
 from support.public_sampler import PublicSampler
-from support.tiny_models import features
-from tape import TapeRunner
-from test_graphs import small_classes, small_prompts
+from support.tape import TapeRunner
+from support.tiny_models import features, small_classes, small_prompts
 from torch import Tensor
 
 import heatkv
-from heatkv.calibration.level_costs import calibrate_levels
-from heatkv.calibration.measure import MeasuringCache, calibrate
+from heatkv.calibration.level_costs import level_choices, measure_biases
+from heatkv.calibration.measure import MeasuringCache, measure_samples
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import read_json
@@ -174,15 +173,19 @@ def test_a_broken_class_and_broken_logits() -> None:
         generator.draw([3, 6, 4])
 
 
-@pytest.mark.parametrize("measure", [calibrate, calibrate_levels])
+def biases(model: ImageModel[Any], samples: range) -> None:
+    measure_biases(model, level_choices(model.geometry.schedule, 2), samples)
+
+
+@pytest.mark.parametrize("measure", [measure_samples, biases])
 def test_calibration_names_the_sample(measure: Any) -> None:
     model = small_classes()
     model.transformer.class_emb.weight[5] = math.nan
     with pytest.raises(
         NumericsError, match=r"^sample 0:5:5: q and k and v of layer 0, heads 0, 1, 2, 3, scale 0, image 1"
     ):
-        measure(model, 4, first_sample=4, seed=0, batch=4)
-    measure(model, 1, first_sample=4, **({} if measure is calibrate else {"bias_samples": 1}))
+        measure(model, range(4, 8))
+    measure(model, range(4, 5))
 
 
 def test_broken_drop_errors() -> None:
@@ -443,13 +446,13 @@ torch.set_num_threads(1)
 from heatkv.cli import run
 out = sys.argv[1]
 for arguments in {commands}:
-    code = run([part.format(out=out) for part in arguments] + ["--deterministic"])
+    code = run(["--deterministic", *(part.format(out=out) for part in arguments)])
     assert code == 0, arguments
 assert torch.are_deterministic_algorithms_enabled()
 """
 COMMANDS = [
     ["generate", "--label", "pizza", "--policy", "snapkv", "--budget", "20%", "--out", "{out}"],
-    ["calibrate", "--samples", "2", "--levels", "fisher", "--level-samples", "1", "--out", "{out}/s.safetensors"],
+    ["calibrate", "--samples", "2", "--levels", "fisher,samples=1", "--out", "{out}/s.safetensors"],
     "compare --policies heatkv,h2o --budgets 20% --statistics {out}/s.safetensors --images 2 --pictures 2 --repeats 1 "
     "--out {out}/compared".split(),
     "profile --policies streaming --budgets 20% --repeats 1 --in-process --out {out}/profiled".split(),

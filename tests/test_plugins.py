@@ -82,7 +82,7 @@ def test_plans_of_installed_policies(folder: Path, tmp_path: Path) -> None:
     assert plan["budget_token_heads"] - 36 < plan["peak_token_heads"] <= plan["budget_token_heads"]
     ran = python(folder / "site", "heatkv", *base, "keep-read", "--set", "first=-1", "--budget", "20%")
     assert ran.returncode == 2
-    assert "first of policy 'keep-read' is a whole number at least 0, not -1" in ran.stderr
+    assert "first of policy 'keep-read' is a whole number at least 0, not '-1'" in ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,6 @@ def test_taken_names_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["new-policy", "mine", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["folder"] == "heatkv-mine"
-    assert {str(path.relative_to("heatkv-mine")) for path in Path("heatkv-mine").rglob("*.*")} == set(facts["files"])
+    assert run(["new-policy", "mine"]) == 0
+    listed = {line.partition(":")[0] for line in capsys.readouterr().out.splitlines()}
+    assert {str(path) for path in Path("heatkv-mine").rglob("*.*")} == listed

@@ -10,21 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from stopping import Ended, Moment, run_apart
+from support.stopping import Ended, Moment, run_apart
 
 from heatkv.cli import run
-from heatkv.errors import RanksError
+from heatkv.errors import FormatError, RanksError
 from heatkv.parallel.parts import Parts, load_arrays, save_arrays
-from heatkv.parallel.ranks import Ranks, current, join
+from heatkv.parallel.ranks import Ranks, _Launched, current, join
 from heatkv.profiling.results.row import Fidelity, Memory, Times
 
 CALIBRATE = ["calibrate", "--samples", "3"]  # batches of 2 and 1
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 LAST = 12 * 8  # attention of the embedded model's last layer and scale
 COMPARE = ["compare", "--samples", "2", "--images", "18", "--pictures", "17", "--repeats", "1", "--policies"]
-COMPARE += ["streaming,random", "--draws", "2", "--budgets", "30%"]
+COMPARE += ["streaming,random", "--budgets", "30%"]
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +44,34 @@ def codes(ended: list[Ended]) -> list[int]:
     return [end.code for end in ended]
 
 
-def test_ranks_measure_what_one_process_does(alone: Path, tmp_path: Path) -> None:
+def test_statistics_of_two_ranks(alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "s.safetensors"
     ended = run_apart([*CALIBRATE, "--out", str(out)], tmp_path, ranks=2)
     assert codes(ended) == [0, 0], ended
     assert out.read_bytes() == alone.read_bytes()
     assert names_in(tmp_path) == {"s.safetensors"}
-    # progress and all else is told once
+    # progress and all else is said once
     assert ended[1].error == ""
     assert [line for line in ended[0].error.splitlines() if "calibrating" in line][-1] == "calibrating emoji: 3 of 3"
 
 
+def test_ranks_draw_the_pictures_of_one_process(tmp_path: Path) -> None:
+    """Three batches of 2, 2 and 1 images; the first rank speaks."""
+    arguments = ["generate", "--policy", "streaming", "--budget", "30%", "--label", "cat", "--count", "5"]
+    one, shared = tmp_path / "one", tmp_path / "shared"
+    assert run([*arguments, "--rows", "4", "--out", str(one)]) == 0
+    ended = run_apart([*arguments, "--rows", "4", "--out", str(shared)], tmp_path / "log", ranks=2)
+    assert codes(ended) == [0, 0], ended
+    assert ended[1].error == ""
+    assert "written: 5 images in" in ended[0].error
+    assert names_in(shared) == names_in(one) == {f"000{index}_cat.png" for index in range(5)}
+    for path in one.iterdir():
+        assert path.read_bytes() == (shared / path.name).read_bytes()
+
+
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_rank_that_is_killed_is_told_and_its_work_is_kept(killed: int, alone: Path, tmp_path: Path) -> None:
-    """Killed at the end of its first batch: the other rank does what there is, notices, and --resume does the rest."""
+def test_killed_rank(killed: int, alone: Path, tmp_path: Path) -> None:
+    """At the end of its first batch: the other rank does what is left and notices, and the next run does the rest."""
     out = tmp_path / "s.safetensors"
     arguments = [*CALIBRATE, "--out", str(out)]
     ended = run_apart(arguments, tmp_path, Moment("attention", LAST, signal.SIGKILL), ranks=2, stopped_rank=killed)
@@ -64,41 +79,38 @@ def test_a_rank_that_is_killed_is_told_and_its_work_is_kept(killed: int, alone: 
     assert ended[1 - killed].code == 2
     lines = ended[1 - killed].error.splitlines()
     assert "Traceback" not in ended[1 - killed].error
-    assert lines[-1].startswith("heatkv: ")
     assert "has ended; what was finished is kept" in lines[-1]
-    assert len([line for line in lines if line.startswith("heatkv: ")]) == 1
+    assert [line for line in lines if line.startswith("heatkv: ")] == [lines[-1]]
     assert not out.exists()
-    kept = list((tmp_path / "s.safetensors.parts").glob("samples.*.safetensors"))
-    assert kept
-    assert run(arguments) == 2
-    assert run([*arguments, "--resume"]) == 0
+    assert list((tmp_path / "s.safetensors.parts").glob("samples.*.safetensors"))
+    assert run(arguments) == 0
     assert out.read_bytes() == alone.read_bytes()
     assert names_in(tmp_path) == {"s.safetensors"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_torchrun_calibrates_and_compares(ranks: int, tmp_path: Path) -> None:
-    """Also level costs, --append, and an interrupted rank, through torch's own launcher."""
+def test_torchrun(ranks: int, tmp_path: Path) -> None:
+    """Level costs, appended samples and comparisons, through torch's own launcher."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "heatkv"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    paths = {"one": tmp_path / "one.safetensors", "ranks": tmp_path / "ranks.safetensors"}
-    costs = ["--levels", "fisher", "--level-samples", "6", "--report"]
-    for more in (costs, ["--append"]):
-        for name, path in paths.items():
-            arguments = ["calibrate", "--samples", "5", *more, "--out", str(path), "--json"]
-            command = [*(launcher if name == "ranks" else [sys.executable, "-m", "heatkv"]), *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-            assert done.returncode == 0, done.stderr
-            told = json.loads(done.stdout)
-            assert told["samples"] == (10 if more == ["--append"] else 5)
-        assert paths["one"].read_bytes() == paths["ranks"].read_bytes()
-    for name in paths:
-        arguments = [*COMPARE, "--out", str(tmp_path / name)]
-        command = [*(launcher if name == "ranks" else [sys.executable, "-m", "heatkv"]), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("KL and top-1 over 18 images") == 1
+    commands = {"one": [sys.executable, "-m", "heatkv"], "ranks": launcher}
+
+    def done(name: str, *arguments: str) -> str:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [*commands[name], *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    for more, samples in ((["--levels", "fisher,samples=6", "--report", "20%"], 5), (["--append"], 10)):
+        for name in commands:
+            path = str(tmp_path / f"{name}.safetensors")
+            assert json.loads(done(name, "calibrate", "--samples", "5", *more, "--out", path, "--json"))["samples"] == (
+                samples
+            )
+        assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "ranks.safetensors").read_bytes()
+    for name in commands:
+        assert done(name, *COMPARE, "--out", str(tmp_path / name)).count("KL and top-1 over 18 images") == 1
     check_alike(tmp_path / "one", tmp_path / "ranks")
 
 
@@ -122,7 +134,7 @@ def check_alike(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_while_comparing(tmp_path: Path) -> None:
+def test_killed_rank_of_a_comparison(tmp_path: Path) -> None:
     """What the others compared is kept, also for one process that goes on."""
     assert run([*COMPARE, "--out", str(tmp_path / "one")]) == 0
     arguments = [*COMPARE, "--out", str(tmp_path / "ranks")]
@@ -133,12 +145,12 @@ def test_a_rank_that_is_killed_while_comparing(tmp_path: Path) -> None:
     assert told in ([1, 0], [0, 1], [1, 1])  # once, unless the first rank, whom they ask, is gone before the second
     kept = list((tmp_path / "ranks" / "results.parts").iterdir())
     assert len(kept) >= 2
-    assert run([*arguments, "--resume"]) == 0
+    assert run(arguments) == 0
     check_alike(tmp_path / "one", tmp_path / "ranks")
 
 
-def test_ranks_without_a_common_folder_send_parts(tmp_path: Path) -> None:
-    """Two ranks of a team of two, played in turn: what one lacks is asked of the one that has it."""
+def test_parts_without_a_common_folder(tmp_path: Path) -> None:
+    """Two ranks, played in turn: what one lacks is asked of the one that has it."""
 
     class Second(Ranks):
         rank, size = 1, 2
@@ -151,34 +163,29 @@ def test_ranks_without_a_common_folder_send_parts(tmp_path: Path) -> None:
             self.asked.append((payload is not None, source))
             return payload if payload is not None else b"of the first"
 
-    parts = Parts(tmp_path / "parts", {"asked": 1})
-    second = Second()
+    parts, second = Parts(tmp_path / "parts", {"asked": 1}), Second()
     assert parts.missing(["a", "b"], second) == ["b"]
     parts.fill(["a", "b"], ["b"], lambda name, path: path.write_bytes(b"of the second"), second)
     assert second.asked == [(False, 0), (True, 1)]
     assert parts.path("a").read_bytes() == b"of the first"
     assert parts.path("b").read_bytes() == b"of the second"
-    assert parts.told() == {"asked": 1}
+    assert parts.description() == {"asked": 1}
     parts.remove()
     assert not parts.folder.exists()
 
 
-def test_a_part_is_an_array_and_what_it_says(tmp_path: Path) -> None:
-    import numpy as np
-
-    from heatkv.errors import FormatError
-
+def test_arrays_and_header_of_a_part(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
-    save_arrays(path, {"x": np.arange(3.0)}, {"of": "this"})
+    save_arrays(path, {"x": np.arange(3.0)}, {"seed": 1})
     header, arrays = load_arrays(path)
-    assert header == {"of": "this"}
+    assert header == {"seed": 1}
     assert arrays["x"].tolist() == [0, 1, 2]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(FormatError, match="delete it, and the run measures it again"):
         load_arrays(path)
 
 
-def test_items_are_dealt_once_and_in_order() -> None:
+def test_dealt_items() -> None:
     ranks = Ranks()
     assert list(ranks.deal("abc")) == list("abc")
     assert list(ranks.deal("abc")) == list("abc")  # a new deal
@@ -189,7 +196,7 @@ def test_items_are_dealt_once_and_in_order() -> None:
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {**LAUNCHED, "MASTER_PORT": "no"}])
-def test_variables_that_do_not_fit_are_refused(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_variables(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RanksError, match=f"of {variables['WORLD_SIZE']} cannot join"):
@@ -199,8 +206,6 @@ def test_variables_that_do_not_fit_are_refused(variables: dict[str, str], monkey
 
 
 def test_one_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-
-    from heatkv.parallel.ranks import _Launched
 
     ranks = object.__new__(_Launched)
     ranks.rank, ranks.size, ranks.local_rank = 5, 8, 1
@@ -214,7 +219,7 @@ def test_one_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         ranks.device("cuda")
 
 
-def test_one_process_does_not_wait_for_torch_distributed() -> None:
+def test_imports_of_one_process() -> None:
     code = "import sys, heatkv.parallel.ranks; heatkv.parallel.ranks.join(); print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["False"]

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import msgspec
 import numpy as np
@@ -37,7 +37,6 @@ from heatkv.policies.base import PlanningProblem
 from heatkv.policies.windows import Streaming
 from heatkv.profiling.report import charts, tables
 from heatkv.profiling.report.page import NAME, SECTIONS, render, write_report
-from heatkv.profiling.report.sections import coarser
 from heatkv.profiling.results.artefacts import file_digest
 from heatkv.profiling.results.merging import Merged, Source
 from heatkv.profiling.results.row import ResultRow, Results, write_results
@@ -257,10 +256,10 @@ def leaves(value: Any) -> list[int]:
 @pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "gpu"])
 def test_every_figure_of_memory_is_under_its_ledger(cuda: bool) -> None:
     made, page = plain(cuda)
-    tables_of_memory = page.columns("memory", 0), page.columns("memory", 1)
+    columns = page.columns("memory")
     paths = LEDGERS | (GPU_LEDGERS if cuda else CPU_LEDGERS)
     for row in made.rows:
-        fields = {**tables_of_memory[0][row.policy, row.budget], **tables_of_memory[1][row.policy, row.budget]}
+        fields = columns[row.policy, row.budget]
         memory = msgspec.to_builtins(row.memory)
         for title, path in paths.items():
             value = memory
@@ -276,19 +275,21 @@ def test_every_figure_of_memory_is_under_its_ledger(cuda: bool) -> None:
 @pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "gpu"])
 def test_every_time_is_under_its_phase_and_scale(cuda: bool) -> None:
     made, page = plain(cuda)
-    by_phase, by_scale = page.columns("latency", 1), page.columns("latency", 2)
+    columns = page.columns("latency")
     for row in made.rows:
-        for time, ledger in ((row.latency_ms, ""), (row.graph_latency_ms, "CUDA graphs: ")):
-            fields, scales = by_phase[row.policy, row.budget], by_scale[row.policy, row.budget]
+        for time, ledger, median in (
+            (row.latency_ms, "", "time, ms"), (row.graph_latency_ms, "CUDA graphs: ", "CUDA graphs: median, ms"),
+        ):  # fmt: skip
+            fields = columns[row.policy, row.budget]
             if time is None:
-                assert not any(title.startswith("CUDA graphs") for title in (*fields, *scales))
+                assert not any(title.startswith("CUDA graphs") for title in fields)
                 continue
-            check(fields[f"{ledger}median, ms"], time.median, 1)
+            check(fields[median], time.median, 1)
             assert fields[f"{ledger}interval, ms"][0] == f"{time.interval[0]:.1f} - {time.interval[1]:.1f}"
             for name in PHASES if time.phases else ():
                 check(fields[f"{ledger}{name}, ms"], time.phases[name], 1)
             for scale, side in enumerate((1, 2, 3)):
-                check(scales[f"{ledger}scale {side}, ms"], time.scales[scale], 1)
+                check(fields[f"{ledger}scale {side}, ms"], time.scales[scale], 1)
     assert f"Circles are outliers ({14 if cuda else 7})" in page.said("latency")
 
 
@@ -308,19 +309,22 @@ def test_kl_by_budget_and_scale() -> None:
     assert "loses something: scale 1 at 30%, scale 1 at 10%" in page.said("scales")
 
 
-@pytest.mark.parametrize("table", [tables.results_table, tables.memory_table, tables.latency_table])
-def test_the_terminal_has_the_columns_of_the_page(table: Callable[..., Any], tmp_path: Path) -> None:
+COLUMNS = {"results": tables.RESULTS, "memory": (*tables.PLANNED, *tables.DEVICE), "latency": tables.LATENCY[1:]}
+
+
+@pytest.mark.parametrize("columns", COLUMNS.values(), ids=COLUMNS)
+def test_the_terminal_has_the_columns_of_the_page(columns: Sequence[tables.Column], tmp_path: Path) -> None:
     made = changed(results(), lambda row: {"latency_ms": None} if row.budget == "30%" else {})
     console = Console(width=400, markup=False)
     with console.capture() as captured:
-        console.print(table(made.rows, "a title"))
+        console.print(tables.terminal_table(made.rows, columns, "a title"))
     heads, lines = (
         [line.strip("┃│").replace("│", "┃").split("┃") for line in captured.get().splitlines() if line.startswith(sign)]
         for sign in "┃│"
     )
     titles = [" ".join(part.strip() for part in parts if part.strip()) for parts in zip(*heads, strict=True)]
     page = page_of(tmp_path, one=made)
-    shown = [page.columns("rows"), page.columns("memory", 0), page.columns("memory", 1), page.columns("latency", 1)]
+    shown = [page.columns("rows"), page.columns("memory"), page.columns("latency")]
     for row, line in zip(made.rows, lines, strict=True):
         texts = dict(zip(titles, (text.strip() for text in line), strict=True))
         assert (texts["policy"], texts["budget"]) == (row.policy, row.budget)
@@ -328,7 +332,7 @@ def test_the_terminal_has_the_columns_of_the_page(table: Callable[..., Any], tmp
             on_page = [of[row.policy, row.budget][title][0] for of in shown
                        if title in of.get((row.policy, row.budget), {})]  # fmt: skip
             assert text in on_page or (text == "-" and "not measured" in (*on_page, "not measured"))
-    assert ("▂█▃" in captured.get()) == (table is tables.memory_table)
+    assert ("▂█▃" in captured.get()) == (columns is COLUMNS["memory"])
 
 
 # ------------------------------------------------------------------------------------------------------ what compares
@@ -383,7 +387,7 @@ def test_times_are_ranked_within_their_turns(tmp_path: Path) -> None:
     later = changed(results(), lambda row: {"timed": "2026-02-02T00:00:00"} if row.policy == "h2o" else {})
     page = page_of(tmp_path, one=later)
     assert "timed 2026-01-01 10:00:01" in page.said("latency")
-    first, added = page.columns("latency", 0), page.columns("latency", 3)
+    first, added = page.columns("latency", 0), page.columns("latency", 1)
     assert list(first) == [("full", "100%"), ("heatkv", "30%"), ("streaming", "30%"), ("heatkv", "10%"),
                            ("streaming", "10%")]  # fmt: skip
     check(first["heatkv", "10%"]["of full cache"], 107 / 103, 1)
@@ -458,43 +462,23 @@ def test_sections_are_there_with_their_figures(lost: dict[str, Any], absent: set
 # --------------------------------------------------------------------------------------------------------- charts
 
 
-def paths_of(svg: str, colour: str) -> list[list[tuple[float, float]]]:
-    """The open paths of one colour, point by point."""
-    root = ElementTree.fromstring(svg)
-    return [
-        [(float(x), float(y)) for x, y in re.findall(r"[ML] (-?[\d.]+) (-?[\d.]+)", path.get("d", ""))]
-        for path in root.iter("path")
-        if f"stroke: var(--{colour})" in path.get("style", "") and "clip" in str(path.attrib)
-    ]
-
-
 def test_points_lie_at_their_bytes_and_figures() -> None:
-    style = charts.Style(0, "o")
-    x, y = np.array([1.0, 10.0, 100.0]), np.array([0.1, 0.4, 0.2])
-    line = charts.Line(style, y, x, [(value, value) for value in y])
-    svg = charts.line_chart("a", "what it shows", [line], [(1.0, 0.1)], {1.0: "1%"}, "KL", log=False)
-    svg = svg.replace("xlink:href", "href")
-    points = max(paths_of(svg, "series-0"), key=len)
-    (x0, y0), (x1, y1), (x2, y2) = points
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=1e-3)  # bytes are on a logarithmic axis
-    assert (y0 - y1) / (y0 - y2) == pytest.approx(0.3 / 0.1, rel=1e-3)
-    assert 'aria-label="what it shows"' in svg
-    assert not re.search("#[0-9a-f]{6}", svg)  # all colours are the page's
+    points = [(1.0, 0.1), (10.0, 0.4), (100.0, 0.2)]
+    x, y = charts.axis([1.0, 100.0], log=True), charts.axis([0.1, 0.4])
+    chart = charts.Chart("", x, y, [charts.Line(charts.Style(0, ""), points)])
+    (x0, y0), (x1, y1), (x2, y2) = (chart.place(*point) for point in points)
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11)  # bytes are on a logarithmic axis
+    assert (y0 - y1) / (y0 - y2) == pytest.approx(0.3 / 0.1, rel=0.01)
+    assert chart.path(points) == f"M{x0} {y0}L{x1} {y1}L{x2} {y2}"
 
 
-def test_lines_along_scales_are_held_against_the_limit() -> None:
-    held = np.array([[1.0, 2.0], [4.0, 3.0]])
-    svg = charts.scale_chart(
-        "a", "", [charts.Panel("30%", [charts.Line(charts.Style(1, "s"), held)], 4.0)], "12", "MiB"
-    )
-    svg = svg.replace("xlink:href", "href")
-    steps = [y for _, y in max(paths_of(svg, "series-1"), key=len)]
-    limit = {y for _, y in paths_of(svg, "limit")[0]}
-    zero_to_two = (steps[0] - steps[-1]) / (1 - 3)
-    assert min(steps) == pytest.approx(limit.pop(), abs=1e-3)
-    assert sorted(set(steps), reverse=True) == pytest.approx(
-        [steps[0] + zero_to_two * (value - 1) for value in (1, 2, 3, 4)], abs=1e-3
-    )
+@given(ends=st.lists(st.floats(1e-6, 1e9), min_size=1, max_size=5), log=st.booleans())
+def test_axes_hold_their_figures_and_round_marks(ends: list[float], log: bool) -> None:
+    axis = charts.axis(ends, log)
+    assert all(0 <= axis.at(value) <= 1 for value in ends)
+    assert all(axis.low <= mark <= axis.high for mark in axis.ticks)
+    assert len(axis.ticks) >= 2
+    assert [float(text) for text in axis.ticks.values()] == pytest.approx(list(axis.ticks), rel=1e-5)
 
 
 @given(
@@ -502,10 +486,12 @@ def test_lines_along_scales_are_held_against_the_limit() -> None:
         lambda layers: st.lists(st.lists(st.integers(0, 99), min_size=layers, max_size=layers), min_size=1, max_size=20)
     )
 )
-def test_coarser_lines_keep_the_fullest_of_every_scale(values: list[list[int]]) -> None:
-    found = coarser(np.array(values))
-    assert found.max(axis=1).tolist() == [max(layers) for layers in values]
-    assert found.size <= max(160, len(values))
+def test_steps_keep_the_fullest_of_every_scale(values: list[list[int]]) -> None:
+    points = charts.steps(np.array(values))
+    middles = [((begin + end) / 2, y) for (begin, y), (end, _) in zip(points[::2], points[1::2], strict=True)]
+    assert len(middles) <= max(160, len(values))
+    for scale, layers in enumerate(values):
+        assert max(y for x, y in middles if round(x) == scale) == max(layers)
 
 
 def pixels_of(uri: str) -> np.ndarray[Any, Any]:
@@ -514,13 +500,12 @@ def pixels_of(uri: str) -> np.ndarray[Any, Any]:
 
 def test_heat_maps_and_strips_have_the_colours_of_their_figures() -> None:
     colours = [(1, 2, 3, 255), (4, 5, 6, 255)]
-    pixels = pixels_of(charts.heat_map([np.array([[0, 1]]), np.array([[1, 0]])], colours))
-    assert pixels[0].tolist() == [list(c) for c in (*colours, (0, 0, 0, 0), *reversed(colours))]
-    images = np.zeros((2, 1, 1, 3), np.uint8)
-    images[1] = 255
-    assert pixels_of(charts.strip(images))[0, [0, -1]].tolist() == [[0, 0, 0, 255], [255, 255, 255, 255]]
-    alphas = pixels_of(charts.strip(images, np.zeros_like(images)))[0, :, 3]
-    assert (alphas[0], alphas[-1]) == (0, 255)
+    colours = np.array([(1, 2, 3, 255), (4, 5, 6, 99)], np.uint8)
+    pixels = pixels_of(charts.strip([colours[[[0, 1]]], colours[[[1, 0]]]], 1))
+    assert pixels[0].tolist() == [*colours.tolist(), [0, 0, 0, 0], *colours[::-1].tolist()]
+    images = [np.zeros((1, 1, 3), np.uint8), np.full((1, 1, 3), 255, np.uint8)]
+    assert pixels_of(charts.strip(images, 4))[0, [0, -1]].tolist() == [[0, 0, 0, 255], [255, 255, 255, 255]]
+    assert charts.difference_colour(np.array([0.0, 0.1, 0.3]))[:, 3].tolist() == [0, 102, 255]
 
 
 # ------------------------------------------------------------------------------------------------- beside the rows
@@ -572,12 +557,12 @@ def test_scas_is_a_heat_map(tmp_path: Path) -> None:
     scas["scas"] = [[[0.1, 0.5], [0.2, 0.4]], [[0.8, 0.3], [0.4, 0.25]]]
     (tmp_path / "scas.json").write_text(json.dumps(scas))
     page = page_of(tmp_path, one=results())
-    rows = next(table["rows"] for table in page.tables if table["section"] == "scas")
-    assert [[text for text, _ in row] for row in rows[1:]] == [
-        ["1", "0.3750", "0.8000", "layer 1, head 0"], ["2", "0.3625", "0.5000", "layer 0, head 0"],
-    ]  # fmt: skip
     (image,) = [attrs for attrs in page.of("img") if "S-CAS" in str(attrs["alt"])]
-    assert pixels_of(str(image["src"])).shape == (2, 5, 4)
+    assert str(image["alt"]).endswith("in % by scale: 80, 50")
+    pixels = pixels_of(str(image["src"]))
+    assert pixels.shape == (2, 5, 4)
+    brightest = pixels[..., :3].sum(axis=2).argmax(axis=0)  # of every column
+    assert (brightest[0], brightest[3]) == (1, 0)
 
 
 def test_the_command_writes_one_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -641,12 +626,12 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_texts_and_lines_stand_out(scheme: int) -> None:
-    colours = {name: pair[scheme] for name, pair in charts.PALETTE.items()}
+    css = files("heatkv.profiling.report").joinpath("templates/report.css").read_text()
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6});", css.split("prefers-color-scheme: dark")[scheme]))
     for name in ("ink", "soft", "muted", "accent"):
         assert min(contrast(colours[name], colours[ground]) for ground in ("paper", "surface", "sunken")) >= 4.5, name
     for name in ("limit", *(f"series-{index}" for index in range(8))):
         assert contrast(colours[name], colours["surface"]) >= 3, name
-    assert len({pair[0] for pair in charts.PALETTE.values()}) == len(charts.PALETTE)  # else one would hide another
 
 
 @pytest.mark.slow

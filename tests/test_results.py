@@ -16,15 +16,13 @@ from support.rows import FILE, LEDGERS, row, row_data, write_file
 from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, HeatKVError
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.profiling.measure.environment import environment
 from heatkv.profiling.measure.subjects import Subject
-from heatkv.profiling.results.artefacts import Missing, pictures_of, plans_of, read_scas, save_scas, scas_of
+from heatkv.profiling.results.artefacts import pictures_of, plans_of, read_scas, save_scas, scas_of
 from heatkv.profiling.results.comparable import check_distinct, match
 from heatkv.profiling.results.folder import ResultsFolder, check_replaceable, comparison_digest, measurement_digest
 from heatkv.profiling.results.merging import EQUAL_BYTES, budgets_of, leaders, merge, pareto_front, ranked
-from heatkv.profiling.results.row import Load, Request, read_results, write_results
+from heatkv.profiling.results.row import Request, read_results, write_results
 
-CPU = torch.device("cpu")
 BASELINE = Path(__file__).parents[1] / "benchmarks" / "baseline" / "results.json"
 
 # ------------------------------------------------------------------------------------------------- the file
@@ -48,45 +46,21 @@ def test_a_file_is_written_as_it_was_read(tmp_path: Path) -> None:
     assert same_content(told, json.loads((tmp_path / "results.json").read_text()))
 
 
-def test_unknown_fields_are_ignored_and_unprintable_text_is_marked(tmp_path: Path) -> None:
-    results = read_results(write_file(tmp_path, [row_data(policy="\x1b[31mred", later=1)], later={"a": 1}))
-    assert results.rows[0].policy == "\N{REPLACEMENT CHARACTER}[31mred"
-    assert results.rows[0].kl is None
-
-
-def ledgers(**changes: Any) -> dict[str, Any]:
-    return {"memory": LEDGERS | changes}
-
-
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "negative KL": ({"kl": -1e-8}, "kl"),
     "huge KL": ({"kl": 1e90}, "kl"),
     "text": ({"kl": "low"}, "kl"),
-    "boolean": ({"kl": True}, "kl"),
-    "KL of a scale": ({"kl_per_scale": [0.0, -1.0]}, "kl_per_scale"),
     "KL of an image": ({"kl_of_images": [1e7], "images": 1}, "kl_of_images"),
     "too few images": ({"kl_of_images": [0.1], "images": 2}, "kl_of_images"),
     "too many scales": ({"kl_per_scale": [0.0, 1.0, 2.0]}, "kl_per_scale"),
-    "top-1": ({"top1_agreement": 1.5}, "top1_agreement"),
+    "too few pictures": ({"psnr_of_pictures": [1.0], "pictures": 2}, "psnr_of_pictures"),
     "SSIM": ({"ssim": -1.5}, "ssim"),
-    "PSNR of a picture": ({"psnr_of_pictures": [1e9], "pictures": 1}, "psnr_of_pictures"),
-    "LPIPS": ({"lpips": -1}, "lpips"),
-    "bytes": ({"allocated_bytes": 2**61}, "allocated_bytes"),
-    "half a byte": ({"planned_bytes": 0.5}, "planned_bytes"),
     "no bytes": ({"planned_bytes": None}, "planned_bytes"),
-    "bytes over time": ({"timeline_bytes": [[2**61], [0]]}, "timeline_bytes"),
-    "bytes of a ledger": (ledgers(weights_bytes=-1), "memory.weights_bytes"),
-    "half a ledger": (ledgers(arena={}), "memory.arena"),
-    "no rows": ({"rows": 0}, "rows"),
-    "no policy": ({"policy": ""}, "policy"),
+    "bytes of a ledger": ({"memory": LEDGERS | {"weights_bytes": -1}}, "memory.weights_bytes"),
+    "half a ledger": ({"memory": LEDGERS | {"arena": {}}}, "memory.arena"),
     "no weights": ({"model_fingerprint": None}, "model_fingerprint"),
     "schedule": ({"schedule": [[1, 1, 1]]}, "schedule"),
     "no time": ({"latency_ms": {"median": 0}}, "latency_ms.median"),
-    "a negative run": ({"latency_ms": {"median": 3.0, "all": [3, -3]}}, "latency_ms.all"),
-    "endless time": ({"graph_latency_ms": {"median": 1e12}}, "graph_latency_ms.median"),
-    "turned interval": ({"latency_ms": {"median": 3.0, "interval": [4, 2]}}, "interval"),
-    "confidence": ({"latency_ms": {"median": 3.0, "confidence": 95}}, "latency_ms.confidence"),
-    "turned difference": ({"versus": {"policy": "p", "difference": 0.0, "interval": [1, -1]}}, "interval"),
 }
 
 
@@ -103,31 +77,11 @@ def test_figures_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, An
 def test_other_files_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(FormatError):
         read_results(write_file(tmp_path, [], **change))
-    with pytest.raises(FormatError, match="rows"):
-        read_results(write_file(tmp_path, "none"))
 
 
 def test_figures_at_their_limits_are_taken() -> None:
-    edge = row(
-        kl=-1e-12, predicted_kl=-0.1, top1_agreement=1, ssim=-1.0, allocated_bytes=2**60, pictures=0,
-        latency_ms={"median": 0.001, "iqr": 0, "interval": [0.001, 0.001], "scales": [0, 0]},
-    )  # fmt: skip
+    edge = row(kl=-1e-12, ssim=-1.0, allocated_bytes=2**60, pictures=0, latency_ms={"median": 0.001, "scales": [0, 0]})
     assert (edge.kl, edge.ssim, edge.allocated_bytes) == (-1e-12, -1.0, 2**60)
-
-
-@pytest.mark.parametrize(
-    ("load", "reasons"),
-    [
-        (Load(7.5, 2), ["a load average of 7.5 on 2 cores"]),
-        (Load(0.5, 2, 80), ["the GPU is used 80% of the time by others"]),
-        (Load(0.5, 2, 5, 2), ["2 other processes on the GPU"]),
-        (Load(1.5, 2), []),
-        (Load(busy=True), ["it says so itself"]),
-        (Load(), []),
-    ],
-)
-def test_what_speaks_for_a_busy_machine(load: Load, reasons: list[str]) -> None:
-    assert load.reasons == reasons
 
 
 # ------------------------------------------------------------------------------------------------ what compares
@@ -186,9 +140,10 @@ def test_other_conditions_are_refused(
 def test_what_may_explain_a_change_is_a_note(tmp_path: Path) -> None:
     before = read_results(write_file(tmp_path, [measured(plans={"a": "p"}, settings={"predicted_kl": 1})], "before"))
     assert match(before, before).notes == ()
+    statistics = {"samples": ["a", "b"], "versions": {"torch": "1"}}
     changes = {
         "environment": FILE["environment"] | {"threads": 2},
-        "request": FILE["request"] | {"statistics": {"samples": ["a", "b"], "versions": {"torch": "1"}}},
+        "request": {"samples_digest": "s", "statistics": statistics},
     }
     rows = [measured(plans={"a": "q"}, settings={"predicted_kl": 2}), measured(seed=1)]
     now = read_results(write_file(tmp_path, rows, "now", **changes))
@@ -291,7 +246,7 @@ def folder_of(path: Path, model: ClassConditionalModel) -> ResultsFolder:
 def test_a_run_keeps_what_earlier_ones_left(emoji: ClassConditionalModel, tmp_path: Path) -> None:
     pictures = torch.rand(2, 3, 6, 6).mul(255).round() / 255
     times = {"latency_ms": {"median": 5.0, "runs": 2}, "timed": "t"}
-    first = row(**ledgers(), **times, kl=0.1, images=2)
+    first = row(memory=LEDGERS, **times, kl=0.1, images=2)
     run = folder_of(tmp_path, emoji)
     run.save([first])
     run.save_pictures("heatkv 10%", "c", pictures)
@@ -299,12 +254,9 @@ def test_a_run_keeps_what_earlier_ones_left(emoji: ClassConditionalModel, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "results.json"]
     again = folder_of(tmp_path, emoji)
     memory, time, found = again.memory("m", own=True), again.times("m", 2), again.fidelity("c")
-    assert memory is not None
-    assert time is not None
-    assert found is not None
-    fidelity, kept = found
-    assert row().updated(memory, time, fidelity) == first
-    assert torch.equal(kept, pictures)
+    assert memory and time and found  # noqa: PT018
+    assert row().updated(memory, time, found[0]) == first
+    assert torch.equal(found[1], pictures)
     assert (again.times("m", 3), again.memory("other", own=False), again.fidelity("other")) == (None, None, None)
     # other results go under a number, and what they hold is still known
     assert again.finish([row(comparison="d", measurement="n")]) == tmp_path / "results.1.json"
@@ -314,17 +266,8 @@ def test_a_run_keeps_what_earlier_ones_left(emoji: ClassConditionalModel, tmp_pa
     assert folder_of(shared, emoji).memory("m", own=False) is not None
 
 
-def test_a_stopped_run_over_other_rows_is_refused(emoji: ClassConditionalModel, tmp_path: Path) -> None:
-    run = folder_of(tmp_path, emoji)
-    run.check_stopped([row()])
-    run.save([row()])
-    run.check_stopped([row(), row(comparison="d")])
-    with pytest.raises(FormatError, match="is of a run over other rows"):
-        run.check_stopped([row(comparison="d")])
-
-
 @pytest.mark.parametrize("name", ["results.json", "results.partial.json", "scas.json"])
-@pytest.mark.parametrize("content", ['{"format": "mine"}', '{"format": "heatkv-results", "version": 1}', "{"])
+@pytest.mark.parametrize("content", ['{"format": "mine"}', "{"])
 def test_foreign_files_are_not_replaced(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(FormatError, match="move it away or write to another folder"):
@@ -339,10 +282,8 @@ def test_pictures_of_another_comparison_go_aside(emoji: ClassConditionalModel, t
         f"heatkv_10percent.{first}.png", "heatkv_10percent.png",
     ]  # fmt: skip
     for comparison in (first, "c"):
-        found = pictures_of(tmp_path, row(comparison=comparison, pictures=2))
-        assert not isinstance(found, Missing)
-        assert found.shape == (2, 6, 6, 3)
-    assert pictures_of(tmp_path, row(pictures=2, comparison="other")) == Missing("its pictures are not there")
+        assert np.shape(pictures_of(tmp_path, row(comparison=comparison, pictures=2))) == (2, 6, 6, 3)
+    assert pictures_of(tmp_path, row(pictures=2, comparison="other")) == "its pictures are not there"
     with pytest.raises(FormatError, match="does not hold 5 pictures"):
         pictures_of(tmp_path, row(pictures=5))
 
@@ -355,11 +296,9 @@ def test_plans_are_those_that_were_measured(emoji: ClassConditionalModel, tmp_pa
     assert digests is same
     assert plans_of(tmp_path, row(plans=digests)) == plans
     plans[1].save(tmp_path / "plans" / "random_20percent.json")
-    assert plans_of(tmp_path, row(plans=digests)) == Missing(
-        "plans/random_20percent.json is not the plan that was measured"
-    )
-    assert plans_of(tmp_path, row(plans={"../results.json": "0"})) == Missing("plans/../results.json is not there")
-    assert plans_of(tmp_path, row()) == Missing("its plans were not saved")
+    assert plans_of(tmp_path, row(plans=digests)) == "plans/random_20percent.json is not the plan that was measured"
+    assert plans_of(tmp_path, row(plans={"../results.json": "0"})) == "plans/results.json is not there"
+    assert plans_of(tmp_path, row()) == "its plans were not saved"
 
 
 def test_digests_follow_all_that_figures_follow_from(emoji: ClassConditionalModel) -> None:
@@ -382,17 +321,17 @@ def test_digests_follow_all_that_figures_follow_from(emoji: ClassConditionalMode
 
 
 def test_s_cas_is_that_of_the_run(emoji: ClassConditionalModel, tmp_path: Path) -> None:
-    from heatkv.calibration.measure import calibrate
+    from heatkv.calibration.run import calibrate
 
     statistics: Statistics = calibrate(emoji, 1)
     provenance = json.loads(json.dumps(statistics.provenance.to_json()))
-    assert isinstance(scas_of(tmp_path, provenance), Missing)
+    assert "this folder has no S-CAS" in str(scas_of(tmp_path, provenance))
     path = tmp_path / "scas.json"
     save_scas(path, statistics)
     found = scas_of(tmp_path, provenance)
-    assert not isinstance(found, Missing)
+    assert not isinstance(found, str)
     np.testing.assert_array_equal(np.array(found.scas), statistics.scas[:, :, :-1])
-    assert isinstance(scas_of(tmp_path, provenance | {"samples": ["other"]}), Missing)
+    assert "is not that of its results" in str(scas_of(tmp_path, provenance | {"samples": ["other"]}))
     told = json.loads(path.read_text())
     for scas in ([], [[[0.5]]], [[[2.0] * 7]], "x"):
         path.write_text(json.dumps(told | {"scas": scas}))
@@ -405,8 +344,5 @@ def test_results_say_where_they_come_from(emoji: ClassConditionalModel, tmp_path
     told = json.loads((tmp_path / "results.json").read_text())
     assert (told["format"], told["version"], told["request"]) == ("heatkv-results", 1, {"seed": 3})
     assert (told["rows"][0]["kl"], told["rows"][0]["latency_ms"], told["rows"][0]["nvml_bytes"]) == (0, None, None)
-    assert told["environment"]["device"] == "cpu"
-    assert told["environment"]["versions"]["torch"] == torch.__version__
-    product = environment(CPU).matrix_product_1024_fp32_one_thread_ms
-    assert product is not None
-    assert product > 0
+    assert (told["environment"]["device"], told["environment"]["versions"]["torch"]) == ("cpu", torch.__version__)
+    assert told["environment"]["matrix_product_1024_fp32_one_thread_ms"] > 0

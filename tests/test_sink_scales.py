@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import SEEDS, level_live_table, statistics_of
+from support.command_line import refused
 
-from heatkv.calibration import fisher, level_costs
+from heatkv.calibration import run as calibration_run
 from heatkv.calibration.measure import sample_names
 from heatkv.cli import run
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.levels import LevelChoices
+from heatkv.core.levels import LEVELS, LevelChoices
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import FloatArray
 from heatkv.core.statistics import LevelStatistics, Statistics
@@ -96,88 +97,72 @@ class MadeUpCosts:
     batch = 4
 
     def __call__(
-        self,
-        model: Any,
-        samples: int,
-        *,
-        seed: int,
-        first_sample: int,
-        log_bias: FloatArray,
-        sink_scales: int,
-        **_: Any,
+        self, model: Any, choices: LevelChoices, log_bias: FloatArray, images: range, *, seed: int, settings: Any
     ) -> LevelStatistics:
-        names = sample_names(model, seed, model.labels(samples, first_sample), first_sample)
-        mass = made_up_mass(model.geometry, samples, first_sample)
-        return replace(level_costs_of(model.geometry, mass, tuple(names), sink_scales), log_bias=log_bias)
+        names = sample_names(model, seed, model.labels(len(images), images.start), images.start)
+        mass = made_up_mass(model.geometry, len(images), images.start)
+        return replace(level_costs_of(model.geometry, mass, tuple(names), choices.sink_scales), log_bias=log_bias)
+
+
+def made_up_biases(model: Any, choices: LevelChoices, *_: Any, **__: Any) -> FloatArray:
+    return np.zeros((model.geometry.layers, model.geometry.heads, len(choices.schedule), len(LEVELS)))
 
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    def biases(model: Any, choices: LevelChoices, *_: Any, **__: Any) -> FloatArray:
-        return np.zeros((model.geometry.layers, model.geometry.heads, len(choices.schedule), 3))
-
-    monkeypatch.setattr(level_costs, "calibrate_levels", MadeUpCosts())
-    monkeypatch.setattr(fisher, "calibrate_fisher", MadeUpCosts())
-    monkeypatch.setattr(level_costs, "calibrate_biases", biases)
+    monkeypatch.setitem(calibration_run._LEVEL_COSTS, "error", MadeUpCosts())
+    monkeypatch.setattr(calibration_run, "measure_biases", made_up_biases)
+    for name in ("BIAS_SAMPLES", "LEVEL_SAMPLES"):
+        monkeypatch.setattr(calibration_run, name, 1)
     return monkeypatch
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert run(arguments) == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+def costs_in(path: Path) -> LevelStatistics:
+    levels = Statistics.load(path).levels
+    assert levels is not None
+    return levels
 
 
 def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("nothing may be measured")
 
 
-def sinks_of(path: Path) -> int:
-    levels = Statistics.load(path).levels
-    assert levels is not None
-    return levels.choices.sink_scales
-
-
 def test_calibrate_with_a_number_of_sinks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], made_up: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "s.safetensors"
-    measure = ["calibrate", "--samples", "1", "--levels", "error", "--level-samples", "1", "--out", str(path)]
-    assert run([*measure, "--sink-scales", "1"]) == 0
-    assert run([*measure, "--append"]) == 0  # with the file's own number
-    levels = Statistics.load(path).levels
-    assert levels is not None
-    assert (levels.choices.sink_scales, levels.samples) == (1, ("0:0:0", "0:1:1"))
+    measure = ["calibrate", "--samples", "1", "--out", str(path), "--levels"]
+    assert run([*measure, "error,samples=1,sink-scales=1"]) == 0
+    assert run([*measure, "error,samples=1", "--append"]) == 0  # with the file's own number
+    assert (costs_in(path).choices.sink_scales, costs_in(path).samples) == (1, ("0:0:0", "0:1:1"))
     solve = ["solve", "--policy", "heatkv-mr", "--statistics", str(path), "--budget", "1%", "--sink-scales", "0"]
     assert "sink_scales=0 is below the 1 that" in refused(capsys, *solve)
-    made_up.setattr("heatkv.calibration.measure.calibrate", never)
-    for option, value, said in (
-        ("--sink-scales", "3", "sink_scales=1, not 3"),
-        ("--levels", "fisher", "level costs of the kind 'error'"),
-    ):
-        assert said in refused(capsys, *measure, "--append", option, value)
+    made_up.setattr(calibration_run, "measure_samples", never)
+    for levels, said in (("error,sink-scales=3", "'error' with 3"), ("fisher", "level costs of the kind 'error'")):
+        assert said in refused(capsys, *measure, levels, "--append")
 
 
 def test_compare_measures_with_the_sinks_of_its_policies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], made_up: pytest.MonkeyPatch
 ) -> None:
     def enough(*_: Any, **__: Any) -> Any:
-        raise HeatKVError("enough: planning has begun")
+        raise HeatKVError("planning has begun")
 
     made_up.setattr(HeatKVLP, "plan", enough)
     command = ["compare", "--policies", "heatkv-lp", "--budgets", "20%", "--samples", "1", "--images", "1"]
-    for folder, asked, sinks in (("few", "0", 0), ("few", "3", 0), ("many", "3", 2)):  # fewer hold for more
-        assert "enough" in refused(capsys, *command, "--sink-scales", asked, "--out", str(tmp_path / folder))
-        assert sinks_of(tmp_path / folder / "statistics.safetensors") == sinks
+    for folder, asked, sinks in (("few", "0", 0), ("few", "3", 0), ("many", "3", 2)):  # costs hold for more sinks
+        assert run([*command, "--set", f"sink-scales={asked}", "--out", str(tmp_path / folder)]) == 2
+        assert "planning has begun" in capsys.readouterr().err
+        assert costs_in(tmp_path / folder / "statistics.safetensors").choices.sink_scales == sinks
     # costs that do not fit are not replaced, and nothing is measured beside them
     path = tmp_path / "many" / "statistics.safetensors"
     before = path.read_bytes()
-    made_up.setattr("heatkv.calibration.measure.calibrate", never)
+    made_up.setattr(calibration_run, "measure_samples", never)
     for arguments, said in (
-        (["--sink-scales", "1"], "costs for plans with sink_scales=2 or more, this run has 1"),
-        (["--policies", "heatkv-mr", "--set", "cost=fisher"], "costs of the kind 'error', not 'fisher'"),
+        (["--set", "sink-scales=1"], "'error' with sink_scales=2, not 'error' with 1"),
+        (["--policies", "heatkv-mr", "--set", "cost=fisher"], "'error' with sink_scales=2, not 'fisher'"),
     ):
         # more samples are asked for, which would be measured first
         line = refused(capsys, *command, "--samples", "2", *arguments, "--out", str(path.parent))
-        assert f"{path} has level {said}" in line
+        assert f"{path}: has level costs of the kind {said}" in line
         assert path.read_bytes() == before

@@ -67,8 +67,8 @@ def test_heatkv_is_closer_to_the_full_cache_than_windows_and_chance(emoji: Class
     """The figures of `make compare` on fewer images: the least KL at 30 % of the cache and below."""
     statistics = heatkv.calibrate(emoji, 32)
     budgets = [Budget.parse(text) for text in ("30%", "20%", "10%")]
-    names = ["heatkv", "sliding-window", "random"]
-    subjects = plan_subjects(emoji, names, budgets, statistics=statistics, rows=2, storage="float32", draws=2)
+    policies = [make_policy(name) for name in ("heatkv", "sliding-window", "random")]
+    subjects = plan_subjects(emoji, policies, budgets, statistics=statistics, rows=2, storage="float32", draws=2)
     bench = FidelityBench(emoji, images=16, pictures=1, seed=1, settings=emoji.sampling)
     kl = {subject.name: bench.measure(subject).kl for subject in subjects}
     for budget in ("30%", "20%", "10%"):

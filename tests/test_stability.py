@@ -175,8 +175,8 @@ def test_enough_samples(losses: dict[int, float], found: int | None) -> None:
 
 def test_report_of_calibrate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "s.safetensors"
-    base = ["calibrate", "--out", str(path), "--report"]
-    assert run([*base, "--samples", "9", "--budgets", "30%,20%", "--json"]) == 0
+    base = ["calibrate", "--out", str(path), "--report", "30%,20%"]
+    assert run([*base, "--samples", "9", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["samples"] == 9
     report = told["report"]
@@ -201,8 +201,8 @@ def test_report_of_calibrate(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "value"),
     [
-        (["--report", "--samples", "1"], "2"), (["--budgets", "20%"], "--budgets"),
-        (["--report", "--budgets", "20%,1%"], "14/230"), (["--report", "--budgets", "some"], "'some'"),
+        (["--report", "20%", "--samples", "1"], "2"), (["--report", "20%,1%"], "14/230"),
+        (["--report", "some"], "'some'"),
     ],
 )  # fmt: skip
 def test_bad_options(arguments: list[str], value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

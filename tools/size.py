@@ -25,7 +25,7 @@ heatkv/core: schedule geometry budget plan statistics rankings
 policies: base heatkv
 heatkv/solve: cells
 heatkv/engine: layout store arena_cache
-heatkv/engine/attention: grouped kernels
+heatkv/engine/attention: base grouped kernels
 heatkv/generation: loop
 heatkv/models: sampling
 """

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, get_args
 
-from torch import nn
-
 from heatkv.attachment.attached import Attached, Kind, Measurement
 from heatkv.attachment.discover import FoundModel, find
 from heatkv.core.budget import Budget
@@ -19,7 +17,6 @@ from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
 from heatkv.engine.open_cache import check_cache
 from heatkv.errors import BudgetError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
-from heatkv.models.base import fingerprint
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.windows import Full
 
@@ -34,7 +31,7 @@ def attach(
     guided: bool = True,
     rows: int | None = None,
     seed: int = 0,
-    storage: str | None = None,
+    code: str | None = None,
     attention: str = "auto",
     **options: Any,
 ) -> Attached:
@@ -43,7 +40,7 @@ def attach(
     `keep` is a finished plan, or the name of a policy with its `budget`, `statistics`, `seed` and `options` (such as
     sink_scales), as in `model.plan`. `schedule` is needed where the model does not tell it: VAR does, in `patch_nums`
     or `lvl_1L`; Infinity needs it unless the plan or the statistics bring it. `guided` says that rows are doubled,
-    conditional half first. `rows` (default: those of one image) only matters for a budget in bytes. `storage` is "int8"
+    conditional half first. `rows` (default: those of one image) only matters for a budget in bytes. `code` is "int8"
     or "fp8" for a cache of 8-bit codes, and `attention` names the kernel, as in `heatkv.generate`.
 
     Raises ModelError for a model that is not recognised, PlanError, StatisticsError, PolicyError, BudgetError or
@@ -58,16 +55,11 @@ def attach(
         most_bytes = math.floor(parsed.amount) if parsed.kind == "bytes" else None
         geometry = _geometry(found, schedule, statistics)
         # statistics of this package's own model name all weights, those of `measure` the attention's only
-        if statistics is not None and statistics.provenance.fingerprint != _all_weights(model):
+        if statistics is not None and statistics.provenance.fingerprint != found.full_fingerprint():
             statistics.check_fingerprint(found.fingerprint())
+        storage, image = str(StorageType.for_dtype(found.weight.dtype, code)), 2 if guided else 1
         problem = PlanningProblem(
-            geometry,
-            parsed,
-            statistics,
-            seed=seed,
-            rows=rows or (2 if guided else 1),
-            storage=str(StorageType.for_dtype(found.weight.dtype, storage)),
-            model=found.name,
+            geometry, parsed, statistics, seed=seed, rows=rows or image, storage=storage, model=found.name
         )
         plan = make_policy(keep, **options).plan(problem)
     elif isinstance(keep, CachePlan):
@@ -77,12 +69,12 @@ def attach(
         plan.check_geometry(geometry)
         if plan.geometry.head_dim != geometry.head_dim:
             raise PlanError(
-                f"the plan is for a head size of {plan.geometry.head_dim}, the model has {geometry.head_dim}"
+                f"the plan is for a head size of {keep.geometry.head_dim}, the model's is {geometry.head_dim}"
             )
     else:
         raise PolicyError(f"{shown(keep)} is neither the name of a policy nor a plan; load one with heatkv.load_plan")
-    check_cache(plan, found.weight.dtype, found.weight.device, storage, attention)
-    return Attached(found, plan, guided, storage, attention, most_bytes)
+    check_cache(plan, found.weight.dtype, found.weight.device, code, attention)
+    return Attached(found, plan, guided, code, attention, most_bytes)
 
 
 def measure(
@@ -128,7 +120,3 @@ def _geometry(found: FoundModel, schedule: ScaleSchedule | None, other: CachePla
             'ScaleSchedule.infinity("1M", 1.0)'
         )
     return found.geometry(known)
-
-
-def _all_weights(model: Any) -> str | None:
-    return fingerprint(model) if isinstance(model, nn.Module) else None

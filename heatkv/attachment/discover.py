@@ -54,6 +54,10 @@ class FoundModel:
         """The geometry with the schedule that the model is to run."""
         return CacheGeometry(len(self.attentions), self.adapter.heads, self.attentions[0][1].head_dim, schedule)
 
+    def full_fingerprint(self) -> str:
+        """Names all parameters, as `heatkv.calibrate` does."""
+        return fingerprint(self.model if isinstance(self.model, nn.Module) else [])
+
     def fingerprint(self) -> str:
         """Names all self-attention parameters, the same for both layouts of the temperatures per head."""
         return fingerprint(
@@ -128,8 +132,8 @@ def _self_attention(where: str, block: Any) -> tuple[str, Any]:
     parameters = list(inspect.signature(module.forward).parameters.values())
     if len(parameters) < 2 or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise ModelError(
-            f"the forward of {name} is not forward(x, attn_bias, ...) with named arguments; where the model is attached "
-            "already, leave the other `with` block first"
+            f"the forward of {name} is not forward(x, attn_bias, ...) with named arguments; where the model is "
+            "attached already, leave the other `with` block first"
         )
     return where, module
 

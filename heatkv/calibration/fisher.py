@@ -1,8 +1,8 @@
-"""Level costs from the logits' own point of view: the expected squared change of the log-likelihood (Fisher).
+"""Level costs as the expected squared change of the log-likelihood (Fisher information).
 
 Images are drawn with the full cache and gradients; tokens are drawn anew from the guided distribution, and the gradient
-of their log-likelihood with respect to every head's output says what a change of that output does to the picture. Half
-the costs' sum over the heads, per token, predicts the KL divergence.
+of their log-likelihood with respect to a head's output says what a change of that output does to the image. Half the
+costs' sum over the heads, per token, predicts the KL divergence.
 Shapes: B rows, H heads, N queries, D head size, G draws, K combinations of levels.
 """
 
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heatkv.calibration.level_costs import LevelBatch, LevelCalibration, LevelCostCache, single_changes
+from heatkv.calibration.level_costs import LevelBatch, LevelCostCache, LevelMeasurement, single_changes
+from heatkv.core.schema import FloatArray
 from heatkv.engine.steps import LayerStep
 
 DRAWS = 4
@@ -22,7 +23,8 @@ DRAWS = 4
 
 
 class FisherCostCache(LevelCostCache):
-    """Keeps every layer's attention output in the graph of a scale; prices combinations once gradients are known."""
+    """Keeps every layer's attention output in the autograd graph of a scale; prices combinations once gradients are
+    known."""
 
     def reset(self) -> None:
         super().reset()
@@ -52,17 +54,10 @@ class FisherCostCache(LevelCostCache):
             self._price_layer(target, layer, gradient_GBHND, q, *self.sources(target, layer, k, v))
 
     def _price_layer(
-        self,
-        target: int,
-        layer: int,
-        gradient_GBHND: Tensor,
-        q_RHND: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
+        self, target: int, layer: int, gradient_GBHND: Tensor, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]
     ) -> None:
-        cells, combinations, alone = (
-            self.cells(target, layer, keys, values), self.combinations(target), self.alone(target)
-        )  # fmt: skip
+        cells = self.cells(target, layer, keys, values)
+        combinations, alone = self.combinations(target), self.alone(target)
         shape = gradient_GBHND.shape[:3]
         joint_GBHK = q_RHND.new_zeros((*shape, combinations.holds.shape[1]), dtype=torch.float64)
         single_GBHA = q_RHND.new_zeros((*shape, len(alone)), dtype=torch.float64)
@@ -75,7 +70,7 @@ class FisherCostCache(LevelCostCache):
             for draw, gradient in enumerate(block_GBHND):
                 along_BHNI = (items.moment @ gradient[..., None])[..., 0]
                 changes = (along_BHNI @ combinations.holds).mul_(scale_BHNK)
-                changes[..., 0] = 0  # all is whole; rounding may say otherwise
+                changes[..., 0] = 0  # all is whole; rounding may give another number
                 joint_GBHK[draw] += changes.sum(dim=2, dtype=torch.float64)
             for cell, change in single_changes(q, cells, alone):
                 single_GBHA[..., alone.index(cell)] += (change * block_GBHND).sum(dim=(-2, -1), dtype=torch.float64)
@@ -91,7 +86,7 @@ class FisherCostCache(LevelCostCache):
 
 
 def _drawn_log_likelihoods(logits_BNV: Tensor, seed: int, samples: Sequence[int], scale: int) -> list[Tensor]:
-    """For every draw the summed log-likelihood of tokens drawn from softmax(logits), with the graph.
+    """For every draw the summed log-likelihood of tokens drawn from softmax(logits), with its autograd graph.
 
     The random numbers depend on seed, sample, scale and draw alone, not on the batch.
     """
@@ -109,23 +104,22 @@ def _drawn_log_likelihoods(logits_BNV: Tensor, seed: int, samples: Sequence[int]
     return out
 
 
-def _draw_for_fisher(batch: LevelBatch) -> FisherCostCache:
-    model, sinks = batch.model, batch.choices.sink_scales
-    cache, sampler = batch.cache(FisherCostCache), batch.sampler
+def _draw_for_fisher(batch: LevelBatch, log_bias: FloatArray) -> FisherCostCache:
+    cache, sampler = batch.cache(FisherCostCache, log_bias), batch.sampler
     with torch.no_grad():
-        drawing = model.begin(batch.labels, batch.settings)
-        for scale in range(len(model.geometry.schedule)):
+        drawing = batch.model.begin(batch.labels, batch.settings)
+        for scale in range(len(batch.choices.schedule)):
             with torch.enable_grad():
                 logits = drawing.logits(cache)
-                likelihoods = _drawn_log_likelihoods(logits, batch.seed, batch.indices, scale)
+                likelihoods = _drawn_log_likelihoods(logits, batch.seed, batch.samples, scale)
             gradients = [
                 torch.autograd.grad(likelihood, cache.outputs, retain_graph=likelihood is not likelihoods[-1])
-                for likelihood in (likelihoods if scale > sinks else ())
+                for likelihood in (likelihoods if scale > batch.choices.sink_scales else ())
             ]
             cache.price(scale, gradients)
             drawing.accept(sampler.choose(scale, logits.detach()))
     return cache
 
 
-calibrate_fisher = LevelCalibration("fisher", 4, _draw_for_fisher)
-"""Expected squared changes of the log-likelihood."""
+measure_fisher = LevelMeasurement("fisher", 4, _draw_for_fisher)
+"""Measures expected squared changes of the log-likelihood."""

@@ -7,15 +7,15 @@ Shapes: B rows, H heads, N queries, M keys, D head size, V levels, I items, K co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from heatkv.calibration.measure import MAX_BLOCK_NUMBERS, ObservingCache, add_sums, sample_names
-from heatkv.core.levels import LEVELS, NONE, SINK_SCALES, LevelChoices
+from heatkv.calibration.measure import MAX_BLOCK_NUMBERS, ObservingCache, output_weights, sample_names
+from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import FloatArray, float_array, whole
 from heatkv.core.statistics import LevelStatistics, calibrated_bias
@@ -23,7 +23,7 @@ from heatkv.engine.attention.pooling import pooled_cells
 from heatkv.engine.watch import naming_samples
 from heatkv.errors import NumericsError, StatisticsError
 from heatkv.generation.loop import run_scales
-from heatkv.models.base import ImageModel, checked_run
+from heatkv.models.base import ImageModel
 from heatkv.models.sampling import CommonRandomSampler, Settings
 
 Cell = tuple[Tensor, Tensor, Tensor]
@@ -35,16 +35,13 @@ _FAR = 30.0
 _LEAST = 1e-15
 """The least weight of what is always held: where all else is dropped, its square must not be 0 in fp32."""
 
-BIAS_BATCH = 16
-"""Images at once for biases, which take little memory."""
-
 
 class LevelCache(ObservingCache):
-    """What both passes need: the cells of every source, pooled to every level it may be held at."""
+    """What both passes share: the cells of every source, pooled to every level it may be held at."""
 
-    def __init__(self, choices: LevelChoices, *arguments: Any, **named: Any) -> None:
+    def __init__(self, choices: LevelChoices, *arguments: Any, **options: Any) -> None:
         self.choices = choices
-        super().__init__(*arguments, **named)
+        super().__init__(*arguments, **options)
 
     def pooled(self, source: int, k_BHMD: Tensor, v_BHMD: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values of a source at its levels, by level index, fp32; NONE is left out."""
@@ -56,17 +53,17 @@ class LevelCache(ObservingCache):
         }
 
     def checked_sums(self, samples: Sequence[str]) -> dict[str, FloatArray]:
-        """The sums over these samples. Raises NumericsError when one is not finite, and names the place."""
-        sums = self.sums()
-        for name, array in sums.items():
-            if not np.isfinite(array).all():
-                layer, head, *rest = (int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        """The sums over these samples. Raises NumericsError with the place of one that is not finite."""
+        self.check(self.images)
+        for name, array in self.sums().items():
+            if broken := np.argwhere(~np.isfinite(array)).tolist():
+                layer, head, *rest = broken[0]
                 raise NumericsError(
                     f"level costs: {name} of layer {layer}, head {head} at {rest} is not finite, though q, k and v "
                     f"are, in one of the samples {samples[0]} to {samples[-1]}; the residual stream or the weights of "
                     "the layer may not be, or overflowed: calibrate in float32"
                 )
-        return sums
+        return self.sums()
 
 
 class BiasCache(LevelCache):
@@ -103,7 +100,7 @@ class BiasCache(LevelCache):
 
 
 def query_blocks(q_RHND: Tensor, numbers_per_query: int) -> Iterator[Tensor]:
-    """The queries in fp32, in blocks of which no result is large."""
+    """The queries in fp32, in blocks whose results have at most MAX_BLOCK_NUMBERS numbers."""
     rows, heads, queries, _ = q_RHND.shape
     block = max(1, MAX_BLOCK_NUMBERS // (rows * heads * numbers_per_query))
     with torch.autocast(q_RHND.device.type, enabled=False):  # it would round the logits
@@ -113,11 +110,11 @@ def query_blocks(q_RHND: Tensor, numbers_per_query: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Items:
-    """All a query could read, relative to the full attention with output o: for every source at every level its softmax
-    weight w, (B, H, N, I), and moment N - w o, (B, H, N, I, D), N being the weighted sum of values.
+    """What a query may read, relative to the full attention with output o: for every source at every level its softmax
+    weight w, (B, H, N, I), and moment n - w o, (B, H, N, I, D), with n the weighted sum of values.
 
-    Item 0 is all that is always whole. Sums over the items of a combination give the change of the output: sum of
-    moments / sum of weights.
+    Item 0 is what is always whole. A combination changes the output by the sum of its items' moments over the sum of
+    their weights.
     """
 
     weight: Tensor
@@ -134,8 +131,8 @@ def _attention(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> tuple[Tensor, 
 def source_items(
     q_BHND: Tensor, cells: Sequence[Mapping[int, Cell]], chosen: Sequence[tuple[int, int]], fixed: Sequence[int]
 ) -> Items:
-    """The items of the (source, level) in `chosen`, after one for the sources `fixed` together; `cells` are those of
-    every source by level."""
+    """One item for the sources `fixed` together, then those of the (source, level) in `chosen`; `cells[s]` are the
+    cells of source s by level."""
     wholes = [_attention(q_BHND, *levels[0][:2]) for levels in cells]
     lse, outputs = [lse for lse, _ in wholes], [output for _, output in wholes]
     # one source may lead by so much that the weights of all others would be 0
@@ -158,7 +155,7 @@ def source_items(
             k, v, bias_H = cells[source][level]
             of_level, output = _attention(q_BHND, k, v)
             shift = bias_H[None, :, None] - total_BHN
-            weight = (of_level + shift).clamp_(max=_FAR).exp_()  # a mean may lead by more yet
+            weight = (of_level + shift).clamp_(max=_FAR).exp_()  # a mean may lead by even more
         item_weights.append(weight)
         moments.append(weight[..., None] * (output - out_BHND))
     return Items(torch.stack(item_weights, dim=-1), torch.stack(moments, dim=-2))
@@ -166,7 +163,7 @@ def source_items(
 
 @dataclass(frozen=True)
 class Combinations:
-    """The items of a target, and which of them every combination holds: `holds` is (items, K) of 0 and 1.
+    """The items of a target, and which of them each combination holds: `holds` is (items, K) of 0 and 1.
 
     `pairs` maps the products of items i <= j to the squared sum of every combination, (pairs, K).
     """
@@ -189,7 +186,7 @@ class Combinations:
         return cls(chosen, fixed, holds, holds[first] * holds[second] * twice)
 
     def items(self, q_BHND: Tensor, cells: Sequence[Mapping[int, Cell]]) -> Items:
-        """Those of the target, for some of its queries."""
+        """The items of the target, for some of its queries."""
         return source_items(q_BHND, cells, self.chosen, self.fixed)
 
     def squared_changes(self, items: Items) -> Tensor:
@@ -198,12 +195,12 @@ class Combinations:
         products_BHNI = (items.moment @ items.moment.transpose(-1, -2))[..., first, second]
         weight_BHNK = items.weight @ self.holds
         change = (products_BHNI @ self.pairs).div_(weight_BHNK.square_())
-        change[..., 0] = 0  # all is whole; rounding may say otherwise
+        change[..., 0] = 0  # all is whole; rounding may give another number
         return change.sum(dim=2).double().clamp_(min=0)
 
     def blocks(self, q_RHND: Tensor, cells: Sequence[Mapping[int, Cell]]) -> Iterator[Tensor]:
-        """The queries in blocks, by the largest result of one query: its logits, its combinations, or the moments or
-        products of its items, those of the single changes included."""
+        """The queries in blocks, sized by the largest result of one query: its logits, its combinations, or the moments
+        or products of its items, those of single changes included."""
         items, count = self.holds.shape
         items = max(items, len(cells) + len(LEVELS) * (len(self.fixed) - 1))
         widest = max(of_source[0][0].shape[2] for of_source in cells)
@@ -211,15 +208,15 @@ class Combinations:
 
 
 class LevelCostCache(LevelCache):
-    """What second passes share: costs of every combination of levels under the given biases, summed over images.
+    """What second passes share: costs of every combination of levels under `log_bias`, summed over images.
 
     `joint[t]` is (L, H, combinations), `single` (L, H, T, T, V + 1).
     """
 
-    def __init__(self, choices: LevelChoices, log_bias: FloatArray, *arguments: Any, **named: Any) -> None:
+    def __init__(self, choices: LevelChoices, log_bias: FloatArray, *arguments: Any, **options: Any) -> None:
         self.log_bias = log_bias
         self._combinations: dict[int, Combinations] = {}
-        super().__init__(choices, *arguments, **named)
+        super().__init__(choices, *arguments, **options)
 
     def reset(self) -> None:
         super().reset()
@@ -229,11 +226,10 @@ class LevelCostCache(LevelCache):
         self.single: FloatArray = np.zeros((layers, heads, scales, scales, NONE + 1))
 
     def sums(self) -> dict[str, FloatArray]:
-        """By the names that LevelStatistics has for them."""
         return {"single_sum": self.single} | {f"joint_sum.{target}": joint for target, joint in enumerate(self.joint)}
 
     def combinations(self, target: int) -> Combinations:
-        """Those of a target, made once."""
+        """The combinations of a target, made once."""
         if target not in self._combinations:
             self._combinations[target] = Combinations.for_target(self.choices, target, self.store.device)
         return self._combinations[target]
@@ -244,7 +240,7 @@ class LevelCostCache(LevelCache):
         return [(source, level) for source in others for level in self.choices.of_other(source)]
 
     def cells(self, target: int, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[dict[int, Cell]]:
-        """Every source at its levels, sinks and the running scale whole."""
+        """Every source at its levels; sinks and the running scale only whole."""
         cells = []
         for source, (k, v) in enumerate(zip(keys, values, strict=True)):
             free = self.choices.sink_scales <= source < target
@@ -311,137 +307,94 @@ def _weighted(costs_BHK: Tensor, relative_B: Tensor) -> FloatArray:
 
 @dataclass(frozen=True)
 class LevelBatch:
-    """Images that are drawn at once with the full cache, and what their levels are measured with."""
+    """Images that are drawn together with the full cache, to measure their levels."""
 
     model: ImageModel[Any]
     choices: LevelChoices
+    samples: range
     seed: int
     settings: Settings
-    indices: range
-    log_bias: FloatArray | None = None
-
-    @property
-    def names(self) -> list[str]:
-        return sample_names(self.model, self.seed, self.labels, self.indices.start)
 
     @property
     def labels(self) -> Any:
-        return self.model.labels(len(self.indices), self.indices.start)
+        return self.model.labels(len(self.samples), self.samples.start)
+
+    @property
+    def names(self) -> list[str]:
+        return sample_names(self.model, self.seed, self.labels, self.samples.start)
 
     @property
     def sampler(self) -> CommonRandomSampler:
-        return CommonRandomSampler(self.seed, self.indices, self.settings)
+        return CommonRandomSampler(self.seed, self.samples, self.settings)
 
-    def cache(self, kind: type[CostCache], **named: Any) -> CostCache:
+    def cache(self, kind: type[CostCache], *log_bias: FloatArray, **options: Any) -> CostCache:
         """A full cache of this kind for these images."""
-        model, count = self.model, len(self.indices)
-        under = (self.choices,) if self.log_bias is None else (self.choices, self.log_bias)
+        model, count = self.model, len(self.samples)
         return kind(
-            *under, model.full_plan(), count * self.settings.rows_per_image, count,
-            model.compute_dtype, model.device, model.key_angles, **named,
+            self.choices, *log_bias, model.full_plan(), count * self.settings.rows_per_image, count,
+            model.compute_dtype, model.device, model.key_angles, **options,
         )  # fmt: skip
 
-    def measured(
-        self, batch: int, draw: Callable[[LevelBatch], LevelCache], progress: Callable[[int], None] | None
-    ) -> dict[str, FloatArray]:
-        """Sums over all images, drawn `batch` at a time by `draw`, which gives the cache that has seen them."""
-        sums: dict[str, FloatArray] = {}
-        for start in range(self.indices.start, self.indices.stop, batch):
-            part = replace(self, indices=range(start, min(start + batch, self.indices.stop)))
-            names = part.names
-            with naming_samples(names):
-                cache = draw(part)
-                cache.check(len(part.indices))
-            sums = add_sums(sums, cache.checked_sums(names))
-            if progress is not None:
-                progress(len(part.indices))
-        return sums
+    def draw(self, cache: LevelCache) -> None:
+        """Draw the images through the cache."""
+        with self.model.adapter.watching(cache.see):
+            run_scales(self.model, self.labels, cache, self.sampler, self.settings, decode=False)
 
 
-def _draw(batch: LevelBatch, cache: CostCache) -> CostCache:
-    with batch.model.adapter.watching(cache.see):
-        run_scales(batch.model, batch.labels, cache, batch.sampler, batch.settings, decode=False)
-    return cache
-
-
-def calibrate_biases(
-    model: ImageModel[Any],
-    choices: LevelChoices,
-    samples: int = 16,
-    *,
-    seed: int = 0,
-    batch: int = BIAS_BATCH,
-    settings: Settings | None = None,
-    progress: Callable[[int], None] | None = None,
+def measure_biases(
+    model: ImageModel[Any], choices: LevelChoices, samples: range, *, seed: int = 0, settings: Settings | None = None
 ) -> FloatArray:
-    """The logit bias of every pooled cell, (L, H, T, levels), from samples 0, 1, ... of the seed.
-
-    Raises StatisticsError for fewer than one sample.
-    """
-    seed, _, batch, settings = checked_run(model, seed, 0, batch, settings, progress)
-    images = LevelBatch(model, choices, seed, settings, range(whole(samples, "samples", StatisticsError, 1)))
-    sums = images.measured(batch, lambda part: _draw(part, part.cache(BiasCache)), progress)
+    """The logit bias of every pooled cell, (L, H, T, levels), from these samples of the seed, drawn together."""
+    batch = LevelBatch(model, choices, samples, seed, model.sampling if settings is None else settings)
+    cache = batch.cache(BiasCache)
+    with naming_samples(batch.names):
+        batch.draw(cache)
+        sums = cache.checked_sums(batch.names)
     return calibrated_bias(choices.schedule, sums["whole"], sums["pooled_mass"])
 
 
 def level_choices(schedule: ScaleSchedule, sink_scales: int) -> LevelChoices:
-    """What plans may choose from when so many first scales stay whole. Raises StatisticsError for a bad number."""
+    """What plans may choose from when the first `sink_scales` scales stay whole. Raises StatisticsError."""
     return LevelChoices(schedule, whole(sink_scales, "sink_scales", StatisticsError, 0, len(schedule) - 1))
 
 
 @dataclass(frozen=True)
-class LevelCalibration:
-    """Measures one kind of level costs; `draw` gives the cache that has seen images drawn, of which `batch` are drawn
-    at once unless another number is asked for."""
+class LevelMeasurement:
+    """Measures one kind of level costs. `draw` returns the cache that has seen a batch under the biases; a batch has
+    at most `batch` images in calibrations."""
 
     cost: str
     batch: int
-    draw: Callable[[LevelBatch], LevelCostCache]
+    draw: Callable[[LevelBatch, FloatArray], LevelCostCache]
 
     def __call__(
         self,
         model: ImageModel[Any],
-        samples: int = 32,
+        choices: LevelChoices,
+        log_bias: FloatArray,
+        samples: range,
         *,
-        log_bias: FloatArray | None = None,
-        bias_samples: int = 16,
-        sink_scales: int = SINK_SCALES,
         seed: int = 0,
-        first_sample: int = 0,
-        batch: int | None = None,
         settings: Settings | None = None,
-        progress: Callable[[int], None] | None = None,
     ) -> LevelStatistics:
-        """Level costs over `samples` images drawn with the full cache, under `log_bias` or biases measured first.
+        """Level costs of these samples of the seed, drawn together with the full cache, under the biases.
 
-        The first `sink_scales` scales stay whole, in all plans that are made from the costs, too. `first_sample`
-        numbers the first image, so that disjoint sets can be measured under the same biases and merged. Raises
-        StatisticsError for fewer than one sample, or sinks that the schedule does not have.
+        Costs of disjoint samples under the same biases can be merged. Raises StatisticsError for biases of another
+        shape, NumericsError for numbers that are not finite.
         """
-        at_once, at_once_for_biases = (self.batch, BIAS_BATCH) if batch is None else (batch, batch)
-        seed, first_sample, at_once, settings = checked_run(model, seed, first_sample, at_once, settings, progress)
-        samples = whole(samples, "samples", StatisticsError, 1)
-        choices = level_choices(model.geometry.schedule, sink_scales)
-        bias_names: tuple[str, ...] = ()
-        if log_bias is None:
-            log_bias = calibrate_biases(
-                model, choices, bias_samples, seed=seed, batch=at_once_for_biases, settings=settings, progress=progress
-            )
-            bias_names = tuple(LevelBatch(model, choices, seed, settings, range(bias_samples)).names)
-        else:
-            shape = (*model.geometry.shape, len(LEVELS))
-            log_bias = float_array(log_bias, shape, "log_bias", StatisticsError)
-        indices = range(first_sample, first_sample + samples)
-        images = LevelBatch(model, choices, seed, settings, indices, log_bias)
-        sums = images.measured(at_once, self.draw, progress)
+        log_bias = float_array(log_bias, (*model.geometry.shape, len(LEVELS)), "log_bias", StatisticsError)
+        batch = LevelBatch(model, choices, samples, seed, model.sampling if settings is None else settings)
+        with naming_samples(batch.names):
+            sums = self.draw(batch, log_bias).checked_sums(batch.names)
         joint = tuple(sums[f"joint_sum.{target}"] for target in range(len(choices.schedule)))
-        return LevelStatistics(choices, self.cost, log_bias, joint, sums["single_sum"], tuple(images.names), bias_names)
+        return LevelStatistics(choices, self.cost, log_bias, joint, sums["single_sum"], tuple(batch.names), ())
 
 
-def _draw_for_errors(batch: LevelBatch) -> ErrorCostCache:
-    weights = [batch.model.adapter.output_weight(layer) for layer in range(batch.model.geometry.layers)]
-    return _draw(batch, batch.cache(ErrorCostCache, output_weights=weights))
+def _draw_for_errors(batch: LevelBatch, log_bias: FloatArray) -> ErrorCostCache:
+    cache = batch.cache(ErrorCostCache, log_bias, output_weights=output_weights(batch.model))
+    batch.draw(cache)
+    return cache
 
 
-calibrate_levels = LevelCalibration("error", 16, _draw_for_errors)
-"""Squared output errors relative to the residual stream."""
+measure_errors = LevelMeasurement("error", 16, _draw_for_errors)
+"""Measures squared output errors relative to the residual stream."""

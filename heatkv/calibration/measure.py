@@ -2,50 +2,49 @@
 
 The attention mass comes from the log-sum-exp of every source scale's logits, query block by query block and scale by
 scale; a full query-by-key matrix never exists.
-Shapes: R rows, B images (the conditional rows, which come first), H heads, N queries, M keys, D head size.
+Shapes: R rows, B images (the conditional rows, which come first), H heads, N queries, M keys, D head size, S sources.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
 from heatkv.core.io import versions
 from heatkv.core.plan import Plan
-from heatkv.core.schema import whole
+from heatkv.core.schema import FloatArray
 from heatkv.core.statistics import Provenance, Statistics
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.attention.grouped import HeadGroup
 from heatkv.engine.steps import LayerStep
 from heatkv.engine.watch import naming_samples
-from heatkv.errors import NumericsError, PlanError, StatisticsError
+from heatkv.errors import NumericsError, PlanError
 from heatkv.generation.loop import run_scales
-from heatkv.models.base import ImageModel, checked_run
+from heatkv.models.base import ImageModel
 from heatkv.models.sampling import CommonRandomSampler, Settings
 
 MAX_BLOCK_NUMBERS = 1 << 22
 """Most numbers of one kind, such as logits, that exist at a time (16 MiB in fp32)."""
 
 CONCENTRATION_QUERIES = 64
-"""Queries of a scale, evenly spaced, that tell how unevenly keys are attended to."""
+"""Queries of a scale, evenly spaced, that the concentration is measured on, at most."""
 
 _FAR = 40.0  # in logits: e^-40 of a number does not show in its fp32 sum with it, and is far from underflow itself
 
 
 @dataclass(frozen=True)
 class SourceReads:
-    """What a scale's queries take from every source, (B, H, S): sums over its queries, float64.
+    """What a scale's queries read from every source, (B, H, S): sums over its queries, float64.
 
-    `mass` is the share of the softmax. `drop_error`, where values are told, is |F d|^2 with d the change of the
-    head's output when that source alone is dropped (0 for the running scale, which never is) and F the given factor.
+    `mass` is the share of the softmax. `drop_error`, measured where there is a factor F, is |F d|^2 with d the change
+    of the head's output when that source alone is dropped; 0 for the running scale, which never is.
     """
 
     mass: Tensor
@@ -58,10 +57,10 @@ def read_sources(
     values: Sequence[Tensor] = (),
     factor_HDD: Tensor | None = None,
 ) -> SourceReads:
-    """Measure what each query reads from each source, block by block and source by source.
+    """What each query reads from each source, measured block by block and source by source.
 
-    `keys[s]` and `values[s]` are (B, H, M_s, D), the running scale last; q carries the softmax scale. Dropping source
-    s moves a head's output from o to o_rest, its attention over the rest, so d = p_s (o_s - o_rest), p_s its mass.
+    `keys[s]` and `values[s]` are (B, H, M_s, D), the running scale last; q includes the softmax scale. Dropping source
+    s moves a head's output from o to o_rest, the attention over the rest, so d = p_s (o_s - o_rest), p_s its mass.
     """
     batch, heads, queries, dim = q_BHND.shape
     count = len(keys)
@@ -110,23 +109,20 @@ def _drop_errors(lse_BHNS: Tensor, p_BHNS: Tensor, outputs: Sequence[Tensor]) ->
     before: tuple[Tensor, Tensor] | None = None
     for source, output in enumerate(outputs[:-1]):
         rest, weight = after.pop()
+        own = (scaled[source], shares[..., source])
         if before is not None:
             rest, weight = rest + before[0], weight + before[1]
-        rest = rest / weight[..., None]
-        change = (output - rest).square_().sum(-1) * p_BHNS[..., source].square()
+            own = (before[0] + own[0], before[1] + own[1])
+        before = own
+        change = (output - rest / weight[..., None]).square_().sum(-1) * p_BHNS[..., source].square()
         errors.append(change.sum(2, dtype=torch.float64))
-        before = (
-            (scaled[source], shares[..., source])
-            if before is None
-            else (before[0] + scaled[source], before[1] + shares[..., source])
-        )
     return torch.stack([*errors, torch.zeros_like(errors[0])], dim=-1)
 
 
 def concentration(q_BHND: Tensor, k_BHMD: Tensor) -> Tensor:
     """Variance over keys of the mean probability they receive, relative to the square of its mean, (B, H) float64.
 
-    The mean is over at most 64 queries, evenly spaced.
+    The mean is over at most CONCENTRATION_QUERIES queries, evenly spaced.
     """
     batch, heads, keys, _ = k_BHMD.shape
     q_BHND = q_BHND[:, :, :: -(-q_BHND.shape[2] // CONCENTRATION_QUERIES)]
@@ -143,7 +139,7 @@ def concentration(q_BHND: Tensor, k_BHMD: Tensor) -> Tensor:
 def similarity(
     before_BHMD: Tensor, now_BHND: Tensor, before: tuple[int, int, int], now: tuple[int, int, int]
 ) -> Tensor:
-    """Cosine between what a scale has, as one vector per head, and the scale before resized to its grid, (B, H)."""
+    """Cosine between the keys (or values) of a scale and those of the scale before, resized to its grid, (B, H)."""
     batch, heads, _, dim = now_BHND.shape
     frames, height, width = before
     grid = before_BHMD.float().transpose(2, 3).reshape(batch * heads * dim, frames, height, width)
@@ -155,11 +151,11 @@ def similarity(
 
 
 class ObservingCache(KVCache):
-    """A full cache that lets a subclass see, before every attention, the keys and values of every source.
+    """A full cache that shows a subclass, before every attention, the keys and values of every source.
 
-    The first `images` rows are the conditional ones. Where `output_weights` (W_o of every head, one (H, C, D) per
-    layer) are given, the model must tell `see` about every layer before it attends. Raises PlanError when the plan
-    drops anything, or for rows that are not whole images.
+    The first `images` rows are the conditional ones. With `output_weights` (W_o of every head, one (H, C, D) per
+    layer) `see` must be called for every layer before it attends. Raises PlanError when the plan drops anything, or for
+    rows that are not whole images.
     """
 
     def __init__(
@@ -190,7 +186,7 @@ class ObservingCache(KVCache):
         self._relative_R: Tensor | None = None
 
     def see(self, layer: int, residual_RNC: Tensor, gate_R1C: Tensor) -> None:
-        """Take what turns a change of this layer's attention output into one relative to its residual stream."""
+        """Take the residual stream that enters the running layer, and its gate."""
         del layer
         size_R = residual_RNC.double().square().sum(-1).mean(-1)
         self._relative_R = gate_R1C.double().square().flatten(1).mean(-1) / size_R
@@ -198,11 +194,11 @@ class ObservingCache(KVCache):
     def relative(self) -> Tensor:
         """mean(gate^2) / mean |x|^2 of every row in the running layer, (R,) float64."""
         if self._relative_R is None:
-            raise PlanError("the residual stream was not told before attention; call see() for every layer")
+            raise PlanError("the residual stream was not seen before attention; call see() for every layer")
         return self._relative_R
 
     def sources(self, target: int, layer: int, k_RHND: Tensor, v_RHND: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of every source of `target`, the given ones of the target itself last."""
+        """Keys and values of every source of `target`, those of the target itself last."""
         sizes = self.plan.schedule.tokens[:target]
         if not sizes:
             return [k_RHND], [v_RHND]
@@ -214,12 +210,12 @@ class ObservingCache(KVCache):
         )
         return [*past_k.split(sizes, dim=2), k_RHND], [*past_v.split(sizes, dim=2), v_RHND]
 
-    def sums(self) -> dict[str, NDArray[np.float64]]:
-        """What was added up over the images since the last reset, by name."""
+    def sums(self) -> dict[str, FloatArray]:
+        """Sums over the images since the last reset, by the names that statistics have for them."""
         raise NotImplementedError
 
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
-        """What a subclass does with the queries and the (R, H, M, D) of every source, the running scale last."""
+        """Measure on the queries, and the keys and values (R, H, M, D) of every source, the running scale last."""
         raise NotImplementedError
 
     def _attention(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, step: LayerStep) -> Tensor:
@@ -233,137 +229,103 @@ class MeasuringCache(ObservingCache):
     """Adds up what every head reads of every source scale.
 
     Sums over the images since the last reset, float64 (L, H, T, T): `mass_sum` and `mass_square_sum` of the conditional
-    rows' mean attention mass, `all_mass_sum` of the mean over all rows, and, where output weights are given,
-    `error_sum` of the squared output error of dropping the cell, relative to the residual stream that enters the layer:
-    summed over queries, mean over rows. `concentration_sum` (L, H, T) and `similarity_sum` (L, T) are of the
-    conditional rows.
+    rows' mean attention mass, `all_mass_sum` of the mean over all rows, and, with output weights, `error_sum` of the
+    squared output error of dropping the cell, relative to the residual stream that enters the layer: summed over
+    queries, mean over rows. `concentration_sum` (L, H, T) and `similarity_sum` (L, T) are of the conditional rows.
     """
 
     def reset(self) -> None:
         super().reset()
-        geometry = self.plan.geometry
-        shape = (geometry.layers, geometry.heads, len(geometry.schedule), len(geometry.schedule))
-        self.mass_sum: NDArray[np.float64] = np.zeros(shape)
-        self.mass_square_sum: NDArray[np.float64] = np.zeros(shape)
-        self.all_mass_sum: NDArray[np.float64] = np.zeros(shape)
-        self.error_sum: NDArray[np.float64] | None = np.zeros(shape) if self.factors else None
-        self.concentration_sum: NDArray[np.float64] = np.zeros((*shape[:2], shape[3]))
-        self.similarity_sum: NDArray[np.float64] = np.zeros((shape[0], shape[3]))
+        layers, heads, scales = self.plan.geometry.shape
+        cells = ["mass_sum", "mass_square_sum", "all_mass_sum", *(["error_sum"] if self.factors else [])]
+        self._sums: dict[str, FloatArray] = {name: np.zeros((layers, heads, scales, scales)) for name in cells}
+        self._sums["concentration_sum"] = np.zeros((layers, heads, scales))
+        self._sums["similarity_sum"] = np.zeros((layers, scales))
 
-    def sums(self) -> dict[str, NDArray[np.float64]]:
-        """What was added up, by the names that Statistics has for it."""
-        sums = {
-            "mass_sum": self.mass_sum,
-            "mass_square_sum": self.mass_square_sum,
-            "all_mass_sum": self.all_mass_sum,
-            "concentration_sum": self.concentration_sum,
-            "similarity_sum": self.similarity_sum,
-        }
-        return sums if self.error_sum is None else sums | {"error_sum": self.error_sum}
+    def sums(self) -> dict[str, FloatArray]:
+        return self._sums
 
     def _checked(self, what: str, layer: int, numbers_RHX: Tensor) -> Tensor:
-        """What was measured of the rows in the running layer, (rows, heads, ...), on the host.
+        """Numbers measured on rows of the running layer, (rows, heads, ...), on the host.
 
-        Raises NumericsError when it is not finite, and names the place.
+        Raises NumericsError with the place of the first that is not finite.
         """
         numbers_RHX = numbers_RHX.cpu()
-        if not bool(numbers_RHX.isfinite().all()):
+        if broken := (~numbers_RHX.isfinite()).nonzero().tolist():
             self.check(self.images)  # what it was measured from comes first
-            row, head, *source = (~numbers_RHX.isfinite()).nonzero()[0].tolist()
+            row, head, *source = broken[0]
             of_source = f", source {source[0]}" if source else ""
             raise NumericsError(
                 f"{what} of layer {layer}, head {head}, target scale {self.turn.target}{of_source}, image "
                 f"{row % self.images} is not finite, though q, k and v are; the residual stream or the weights of the "
-                "layer may not be, or overflowed: calibrate in float32 (--dtype float32)",
+                "layer may not be, or overflowed: calibrate in float32",
                 row % self.images,
             )
         return numbers_RHX
 
     def observe(self, layer: int, q_RHND: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
-        halves, images, target = self.rows // self.images, self.images, self.turn.target
+        halves, target, conditional = self.rows // self.images, self.turn.target, slice(self.images)
         reads = read_sources(q_RHND, keys, values, self.factors[layer] if self.factors else None)
         mass_RHS = self._checked("the attention mass", layer, reads.mass / q_RHND.shape[2])
-        mass_IBHS = mass_RHS.unflatten(0, (halves, images)).numpy()
-        of_images = slice(images)
-        k_BHMD = torch.cat([k[of_images] for k in keys], dim=2)
-        uneven_BH = self._checked("the concentration", layer, concentration(q_RHND[of_images], k_BHMD))
-        self.concentration_sum[layer, :, target] += uneven_BH.sum(dim=0).numpy()
+        mass_IBHS = mass_RHS.unflatten(0, (halves, self.images)).numpy()
+        k_BHMD = torch.cat([k[conditional] for k in keys], dim=2)
+        uneven_BH = self._checked("the concentration", layer, concentration(q_RHND[conditional], k_BHMD))
+        self._sums["concentration_sum"][layer, :, target] += uneven_BH.sum(dim=0).numpy()
         if target:
-            sides = [self.plan.schedule.scales[scale] for scale in (target - 1, target)]
-            alike = [
-                self._checked(
-                    "the similarity", layer, similarity(x[target - 1][of_images], x[target][of_images], *sides)
-                )
-                for x in (keys, values)
-            ]
-            self.similarity_sum[layer, target] += float(torch.stack(alike).mean(dim=(0, 2)).sum())
-        at = (layer, slice(None), target, slice(target + 1))
-        self.mass_sum[at] += mass_IBHS[0].sum(axis=0)
-        self.mass_square_sum[at] += (mass_IBHS[0] ** 2).sum(axis=0)
-        self.all_mass_sum[at] += mass_IBHS.mean(axis=0).sum(axis=0)
-        if self.error_sum is not None:
-            assert reads.drop_error is not None
+            sides = self.plan.schedule.scales[target - 1], self.plan.schedule.scales[target]
+            pairs = [(x[target - 1][conditional], x[target][conditional]) for x in (keys, values)]
+            alike = [self._checked("the similarity", layer, similarity(*pair, *sides)) for pair in pairs]
+            self._sums["similarity_sum"][layer, target] += float(torch.stack(alike).mean(dim=(0, 2)).sum())
+        cells = (layer, slice(None), target, slice(target + 1))
+        self._sums["mass_sum"][cells] += mass_IBHS[0].sum(axis=0)
+        self._sums["mass_square_sum"][cells] += (mass_IBHS[0] ** 2).sum(axis=0)
+        self._sums["all_mass_sum"][cells] += mass_IBHS.mean(axis=0).sum(axis=0)
+        if reads.drop_error is not None:
             error_RHS = self._checked("the drop error", layer, reads.drop_error * self.relative()[:, None, None])
-            self.error_sum[at] += error_RHS.sum(dim=0).numpy() / halves
+            self._sums["error_sum"][cells] += error_RHS.sum(dim=0).numpy() / halves
 
 
-def add_sums(
-    sums: Mapping[str, NDArray[np.float64]], more: Mapping[str, NDArray[np.float64]]
-) -> dict[str, NDArray[np.float64]]:
+def add_sums(sums: Mapping[str, FloatArray], more: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
     """Entry by entry; nothing measured yet is an empty mapping."""
     return {name: array + sums[name] if sums else array for name, array in more.items()}
 
 
-def calibrate(
-    model: ImageModel[Any],
-    samples: int,
-    *,
-    seed: int = 0,
-    first_sample: int = 0,
-    batch: int = 16,
-    settings: Settings | None = None,
-    progress: Callable[[int], None] | None = None,
+def measure_samples(
+    model: ImageModel[Any], samples: range, *, seed: int = 0, settings: Settings | None = None
 ) -> Statistics:
-    """Statistics over `samples` images of all classes (or example prompts) in turn, drawn with the full cache.
+    """Statistics of these samples of the seed, drawn together with the full cache.
 
-    `first_sample` numbers the first one, so that disjoint sets can be measured and merged; `progress` is told how many
-    are done. Raises StatisticsError for fewer than one sample, ModelError for what the model cannot draw, NumericsError
-    for numbers that are not finite, with their place.
+    Raises ModelError for what the model cannot draw, NumericsError for numbers that are not finite, with their place.
     """
-    seed, first_sample, batch, settings = checked_run(model, seed, first_sample, batch, settings, progress)
-    samples = whole(samples, "samples", StatisticsError, 1)
-    adapter, layers = model.adapter, range(model.geometry.layers)
-    weights = [adapter.output_weight(layer) for layer in layers]
-    sums: dict[str, NDArray[np.float64]] = {}
-    names: list[str] = []
-    for start in range(first_sample, first_sample + samples, batch):
-        count = min(batch, first_sample + samples - start)
-        labels = model.labels(count, start)
-        rows = count * settings.rows_per_image
-        cache = MeasuringCache(
-            model.full_plan(), rows, count, model.compute_dtype, model.device, output_weights=weights
-        )
-        sampler = CommonRandomSampler(seed, range(start, start + count), settings)
-        drawn = sample_names(model, seed, labels, start)
-        with naming_samples(drawn), adapter.watching(cache.see):
-            run_scales(model, labels, cache, sampler, settings, decode=False)
-        sums = add_sums(sums, cache.sums())
-        names += drawn
-        if progress is not None:
-            progress(len(names))
-    return Statistics(model.geometry.schedule, provenance=provenance(model, settings, names), levels=None, **sums)
+    settings = model.sampling if settings is None else settings
+    labels = model.labels(len(samples), samples.start)
+    names = sample_names(model, seed, labels, samples.start)
+    cache = MeasuringCache(
+        model.full_plan(), len(samples) * settings.rows_per_image, len(samples), model.compute_dtype, model.device,
+        output_weights=output_weights(model),
+    )  # fmt: skip
+    with naming_samples(names), model.adapter.watching(cache.see):
+        run_scales(model, labels, cache, CommonRandomSampler(seed, samples, settings), settings, decode=False)
+    return Statistics(
+        model.geometry.schedule, provenance=provenance(model, settings, names), levels=None, **cache.sums()
+    )
+
+
+def output_weights(model: ImageModel[Any]) -> list[Tensor]:
+    """W_o of every head, one (H, C, D) per layer."""
+    return [model.adapter.output_weight(layer) for layer in range(model.geometry.layers)]
 
 
 def provenance(model: ImageModel[Any], settings: Settings, samples: Iterable[str]) -> Provenance:
     """Where these samples are measured: the model, how it draws, and the versions on this machine."""
-    cfg, others = told_settings(settings, model)
+    cfg, others = measured_settings(settings, model)
     return Provenance(model.name, model.fingerprint, cfg, others, tuple(samples), versions())
 
 
-def told_settings(settings: Settings, model: ImageModel[Any]) -> tuple[float | None, dict[str, Any]]:
-    """Guidance and what else was measured with, as statistics state it; guidance per scale stays among the others."""
-    told = settings.to_json() | {"dtype": str(model.compute_dtype).removeprefix("torch.")}
-    return (None if isinstance(told["cfg"], list) else told.pop("cfg")), told
+def measured_settings(settings: Settings, model: ImageModel[Any]) -> tuple[float | None, dict[str, Any]]:
+    """Guidance and all other settings, as statistics state them; guidance per scale stays among the others."""
+    values = settings.to_json() | {"dtype": str(model.compute_dtype).removeprefix("torch.")}
+    return (None if isinstance(values["cfg"], list) else values.pop("cfg")), values
 
 
 def sample_names(model: ImageModel[Any], seed: int, labels: Sequence[Any], first: int) -> list[str]:
@@ -371,13 +333,13 @@ def sample_names(model: ImageModel[Any], seed: int, labels: Sequence[Any], first
     return [f"{seed}:{first + i}:{model.label_name(label)}" for i, label in enumerate(labels)]
 
 
-def ranking_agreement(one: Statistics, other: Statistics) -> NDArray[np.float64]:
+def ranking_agreement(one: Statistics, other: Statistics) -> FloatArray:
     """Spearman correlation of the two S-CAS rankings of all heads, per source scale but the last."""
     return rank_correlation(one.scas, other.scas)
 
 
-def rank_correlation(one_LHS: NDArray[np.float64], other_LHS: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Spearman correlation of two scores over all heads, per source scale but the last; NaN where one ranks nothing."""
+def rank_correlation(one_LHS: FloatArray, other_LHS: FloatArray) -> FloatArray:
+    """Spearman correlation of two scores over all heads, per source scale but the last; NaN where one is constant."""
     correlations = []
     for scale in range(one_LHS.shape[2] - 1):
         one, other = one_LHS[:, :, scale].ravel(), other_LHS[:, :, scale].ravel()

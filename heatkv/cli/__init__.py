@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from heatkv.cli.options import command
+from heatkv.cli.options import Program, command
 from heatkv.cli.output import say_of_any_rank
 from heatkv.core.io import versions
 from heatkv.errors import HeatKVError, RanksError, out_of_memory
@@ -35,16 +35,16 @@ COMMANDS = {
     "explain": "explain",
     "fit": "planning",
     "calibrate": "calibrate",
-    "profile": "profile",
+    "profile": "measure",
     "generate": "generate",
-    "compare": "compare",
+    "compare": "measure",
     "report": "report",
     "check": "check",
     "new-policy": "new_policy",
 }
 
 # Those whose samples several ranks share; all others run in one process.
-SHARED = ("calibrate", "compare")
+SHARED = ("calibrate", "compare", "generate")
 
 # Options whose texts may be empty.
 TEXTS = ("--prompt", "--negative")
@@ -71,11 +71,22 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _program(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")
     ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="the same bits every time on one machine (docs/numerics.md)")
+    ] = False,
+    attention: Annotated[
+        str, typer.Option("--attention", help="attention kernel of all caches: auto, ragged or triton")
+    ] = "auto",
 ) -> None:
-    pass
+    context.obj = Program(attention)
+    if deterministic:
+        from heatkv.engine.watch import run_deterministically
+
+        run_deterministically()
 
 
 def _alone(name: str, function: Callable[..., None]) -> Callable[..., None]:
@@ -84,9 +95,7 @@ def _alone(name: str, function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def called(**given: Any) -> None:
         if current().size > 1:
-            raise RanksError(
-                f"{name} runs in one process; start it without torchrun (shared are {' and '.join(SHARED)})"
-            )
+            raise RanksError(f"{name} runs in one process; start it without torchrun (shared are {', '.join(SHARED)})")
         function(**given)
 
     return called
@@ -138,16 +147,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _check_given(arguments: Sequence[str]) -> None:
-    """Refuse what is empty, as shell variables are that nobody set; as a path it would be the current folder."""
+    """Refuse empty values, as of shell variables that nobody set: as a path, one would be the current folder."""
     for before, argument in pairwise(["", *arguments]):
-        if argument == "--":  # what follows are no options, and each command looks at its own
-            return
-        option = before if before.startswith("--") else ""
-        if not argument and option not in TEXTS:
+        option = argument.removesuffix("=") if argument.startswith("--") else before if before.startswith("--") else ""
+        if (not argument or argument == f"{option}=") and option not in TEXTS:
             raise HeatKVError(f"{option or 'an argument'} is empty; give a value, or leave it out")
-        name, equals, value = argument.partition("=")
-        if name.startswith("--") and equals and not value and name not in TEXTS:
-            raise HeatKVError(f"{name} is empty; give a value, or leave it out")
 
 
 def _run(arguments: Sequence[str], came: list[int]) -> int:

@@ -2,84 +2,66 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from heatkv.cli.options import AsJson
+from heatkv.cli.options import AsJson, number_of, settings_of, share_of
 from heatkv.cli.output import say, show
-from heatkv.core.schema import shown
-from heatkv.errors import HeatKVError
 
 if TYPE_CHECKING:
     from heatkv.profiling.analysis.guard import Change, Verdict
 
 
-def _share(text: str, name: str) -> float:
-    """ "5%" or "0.05"; a number from 1 on without % may mean either, and is refused."""
-    number = text.strip()
-    in_percent = number.endswith("%")
-    try:
-        value = float(number.removesuffix("%"))
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise HeatKVError(f"--{name} {shown(text)} is no number; write 5% or 0.05")
-    if not in_percent and value >= 1:
-        raise HeatKVError(
-            f"--{name} {text!r} without % is a share, {value * 100:g}%; write {value:g}%, or {value * 100:g}% if that "
-            "is meant"
-        )
-    return value / 100 if in_percent else value
+def _decibels(text: str, name: str) -> float:
+    return number_of(text, name, float)
+
+
+READERS = {
+    "bytes": share_of, "tensors": share_of, "kl": share_of, "top1": share_of, "psnr": _decibels, "ssim": _decibels,
+}  # fmt: skip
 
 
 def check(
     *,
     results: Annotated[Path, typer.Argument(help="results.json of `heatkv compare` or `profile`")],
     against: Annotated[Path, typer.Option("--against", help="results.json to compare it with")],
-    bytes_: Annotated[str, typer.Option("--bytes", help="growth of bytes that is allowed, of the baseline's")] = "0%",
-    tensors: Annotated[
-        str, typer.Option("--tensors", help="growth of the peaks of tensors that is allowed, of the baseline's")
-    ] = "1%",
-    kl: Annotated[str, typer.Option("--kl", help="growth of the KL that is allowed, of the baseline's")] = "10%",
-    top1: Annotated[str, typer.Option("--top1", help="fall of the top-1 agreement that is allowed")] = "1%",
-    psnr: Annotated[float, typer.Option("--psnr", help="fall of the PSNR that is allowed, in dB")] = 0.5,
-    ssim: Annotated[float, typer.Option("--ssim", help="fall of the SSIM that is allowed")] = 0.01,
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tolerance", metavar="FIGURE=AMOUNT", help="how much worse a figure may be; may be repeated. Growth of "
+            "the baseline's: bytes (0%), tensors (1%), kl (10%); fall: top1 (1%), psnr (0.5 dB), ssim (0.01)",
+        ),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="also show what did not change")] = False,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Exit code 1 when bytes grew or fidelity fell beyond the tolerances, or a row, a ledger or a figure is missing;
     times are not compared.
 
-    Example: heatkv check results/compare/results.json --against benchmarks/baseline/results.json
+    Example: heatkv check results/compare/results.json --against benchmarks/baseline/results.json --tolerance kl=5%
     """
     from heatkv.profiling.analysis.guard import Tolerances, check_results
 
-    tolerances = Tolerances(
-        bytes=_share(bytes_, "bytes"), tensors=_share(tensors, "tensors"), kl=_share(kl, "kl"),
-        top1=_share(top1, "top1"), psnr=psnr, ssim=ssim,
-    )  # fmt: skip
+    tolerances = Tolerances(**settings_of(tolerance or [], "--tolerance", READERS))
     verdict = check_results(results, against, tolerances)
     for note in verdict.notes:
         say(f"note: {note}")
     failed = sum(row.failed for row in verdict.rows)
-    told = (
-        f"{failed} of {len(verdict.rows)} rows are worse than {against}"
-        if failed
-        else f"nothing is worse than {against}"
-    )
+    count = f"{failed} of {len(verdict.rows)} rows are worse" if failed else "nothing is worse"
     lines = _lines(verdict, everything)
-    table = Table(title=told, caption=f"{'' if lines else 'no figure changed; '}{tolerances}")
+    table = Table(
+        title=f"{count} than {against}", caption=f"{'' if lines else 'no figure changed; '}{tolerances}"
+    )  # fmt: skip
     for place, name in enumerate(("row", "figure", "baseline", "now", "change", "worst allowed", "")):
         # texts go on in the next line where there is no room, numbers and verdicts are never cut
         text = name in ("row", "figure", "change")
-        table.add_column(
-            name, justify="left" if name in ("row", "figure", "") else "right", no_wrap=not text, overflow="fold",
-            min_width=None if text else max(len(cells[place]) for cells in [*lines, (name,) * 7]),
-        )  # fmt: skip
+        options: dict[str, Any] = {"justify": "left" if name in ("row", "figure", "") else "right"}
+        if not text:
+            options |= {"no_wrap": True, "min_width": max(len(cells[place]) for cells in [*lines, (name,) * 7])}
+        table.add_column(name, overflow="fold", **options)
     for line in lines:
         table.add_row(*line)
     show(table, as_json, verdict.to_json())

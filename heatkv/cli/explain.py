@@ -11,24 +11,25 @@ from rich.console import Group
 
 from heatkv.cli import options
 from heatkv.cli.opening import statistics_of_model
-from heatkv.cli.output import certificate, chosen_by_kl, make_folder, pairs, progress, say, show
+from heatkv.cli.output import Fact, facts_json, facts_table, plan_facts, progress, say, show
+from heatkv.core.io import in_file, make_folder
 from heatkv.core.levels import FULL, level_tokens
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.plan_file import load_plan
-from heatkv.errors import HeatKVError, PlanError, PolicyError, StatisticsError
+from heatkv.errors import PlanError, PolicyError, StatisticsError
 from heatkv.models.catalogue import MODELS
 
 if TYPE_CHECKING:
     from heatkv.profiling.analysis.explain import Worth
 
-UNTOLD = ("format", "version", "head_dim", "last_read", "coarse", "capacity")
+OMITTED = ("format", "version", "head_dim", "last_read", "coarse", "capacity")
 """What of a plan's file is not repeated."""
 
 
 def explain(
     *,
     plan: Annotated[Path, typer.Argument(help="plan.json of `heatkv solve`")],
-    statistics: options.Statistic = None,
+    statistics: options.StatisticsFile = None,
     out: Annotated[Path | None, typer.Option("--out", help="folder to draw charts to, as PNG")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -36,111 +37,94 @@ def explain(
 
     Example: heatkv explain plan.json --statistics statistics.safetensors --out charts
     """
-    from heatkv.profiling.analysis import explain as explaining
-    from heatkv.profiling.analysis import plan_view as report
+    from heatkv.profiling.analysis import explain as analysis
+    from heatkv.profiling.analysis import plan_view
 
-    told = load_plan(plan, head_dim=1)  # nothing here is in bytes, so a plan need not tell its head size
-    if not isinstance(told, Plan):
-        _explain_capacities(told, statistics, out, as_json)
-        return
-    worth, unjudged = (None, "") if statistics is None else _worth(told, statistics)
-    last_reads = [last_read for _, last_read in told.levels]
-    tokens = [level_tokens(told.schedule, level) for level, _ in told.levels]
-    scales, heads = explaining.kept_of_scales(last_reads, tokens), explaining.kept_of_heads(told.held, tokens[0])
-    names = _names(told)
-    files = [] if out is None else _draw(told, scales, heads, names, make_folder(out))
-    shown: list[Any] = [
-        _summary(told),
-        report.scales_table(told.levels, scales, names),
-        report.layers_table(heads),
-        report.use_table(told.live, told.budget_token_heads, names),
+    loaded = load_plan(plan, head_dim=1)  # nothing here is in bytes, so a plan need not have its head size
+    static = loaded if isinstance(loaded, Plan) else None
+    worth, not_judged = (None, "") if statistics is None else _worth(loaded, statistics)
+    names = [f"{h}x{w}" if t == 1 else f"{t}x{h}x{w}" for t, h, w in loaded.schedule.scales]
+    tokens = level_tokens(loaded.schedule, static.levels[0][0]) if static else loaded.schedule.tokens
+    heads = analysis.kept_of_heads(loaded.held, tokens)
+    files = [] if out is None else _draw(loaded, heads, names, make_folder(out))
+    shown: list[Any] = [facts_table(f"plan of {loaded.policy}", _summary(loaded))]
+    facts = [
+        *(Fact(name, value) for name, value in loaded.to_json().items() if name not in OMITTED),
+        Fact("slack_token_heads", loaded.budget_token_heads - loaded.peak_token_heads),
+        Fact("predicted_kl", loaded.predicted_kl),
+        Fact("layers", [{"kept_token_time": float(np.mean(row)), "of_heads": row} for row in heads.tolist()]),
+        Fact("live_token_heads", loaded.live.tolist()),
+        Fact("worth", None if worth is None else _worth_facts(worth)),
+        Fact("not_judged", not_judged or None),
+        Fact("files", [str(file) for file in files]),
     ]
-    if unjudged:
-        shown.append(f"not judged: {unjudged}")
-    if worth is not None:
-        shown += [report.worth_table(worth), *report.worth_lines(worth)]
-    ends, served = explaining.ends_of_cells(last_reads[-1]), explaining.reads_of_scales(last_reads)
-    facts = {
-        **{name: value for name, value in told.to_json().items() if name not in UNTOLD},
-        "slack_token_heads": told.budget_token_heads - told.peak_token_heads,
-        "predicted_kl": told.predicted_kl,
-        "source_scales": [
-            {"kept_token_time": share, "never_cached": never, "dropped_early": early, "to_the_end": whole}
-            for share, (never, early, whole) in zip(scales.tolist(), ends.tolist(), strict=True)
-        ],
-        "reads_of_source_scales": {
-            level: shares for (level, _), shares in zip(told.levels, served.tolist(), strict=True)
-        },
-        "layers": [{"kept_token_time": float(np.mean(of_heads)), "of_heads": of_heads} for of_heads in heads.tolist()],
-        "live_token_heads": told.live.tolist(),
-        "worth": None if worth is None else _worth_facts(worth),
-        "not_judged": unjudged or None,
-        "files": [str(file) for file in files],
-    }
-    show(Group(*shown), as_json, facts)
+    if static is not None:
+        scales = _kept_of_scales(static)
+        shown.append(plan_view.scales_table(static.levels, scales, names))
+        facts += _scale_facts(static, scales)
+    shown += [plan_view.layers_table(heads), plan_view.use_table(loaded.live, loaded.budget_token_heads, names)]
+    shown += [f"not judged: {not_judged}"] if not_judged else []
+    shown += [] if worth is None else [plan_view.worth_table(worth), *plan_view.worth_lines(worth)]
+    show(Group(*shown), as_json, facts_json(facts))
     if files:
         say(f"written: {', '.join(str(file) for file in files)}")
 
 
-def _names(plan: CachePlan) -> list[str]:
-    return [f"{h}x{w}" if t == 1 else f"{t}x{h}x{w}" for t, h, w in plan.schedule.scales]
+def _kept_of_scales(plan: Plan) -> Any:
+    from heatkv.profiling.analysis.explain import kept_of_scales
+
+    return kept_of_scales(
+        [last_read for _, last_read in plan.levels], [level_tokens(plan.schedule, level) for level, _ in plan.levels]
+    )
 
 
-def _explain_capacities(plan: CachePlan, statistics: Path | None, out: Path | None, as_json: bool) -> None:
-    """What a dynamic policy may hold: which tokens these are is only known while images are drawn."""
-    from heatkv.profiling.analysis import explain as explaining
-    from heatkv.profiling.analysis import plan_view as report
+def _scale_facts(plan: Plan, scales: Any) -> list[Fact]:
+    from heatkv.profiling.analysis.explain import ends_of_cells, reads_of_scales
 
-    if statistics is not None:
-        raise HeatKVError(
-            f"policy {plan.policy!r} chooses tokens while images are drawn, so statistics do not say what its plan is "
-            "worth; leave --statistics out and compare it with others (heatkv compare)"
-        )
-    names, heads = _names(plan), explaining.kept_of_heads(plan.held, plan.schedule.tokens)
-    files = []
-    if out is not None:
-        files.append(make_folder(out) / "cache_use.png")
-        title = f"{plan.policy} at {plan.budget:.4g} of the cache of {plan.model or 'a model'}"
-        report.save_use(files[0], plan.live, explaining.full_use(plan), plan.budget_token_heads, names, title)
-    shown = [_summary(plan), report.layers_table(heads), report.use_table(plan.live, plan.budget_token_heads, names)]
-    facts = {
-        **{name: value for name, value in plan.to_json().items() if name not in UNTOLD},
-        "slack_token_heads": plan.budget_token_heads - plan.peak_token_heads,
-        "layers": [{"kept_token_time": float(np.mean(of_heads)), "of_heads": of_heads} for of_heads in heads.tolist()],
-        "live_token_heads": plan.live.tolist(),
-        "files": [str(file) for file in files],
-    }
-    show(Group(*shown), as_json, facts)
-    if files:
-        say(f"written: {files[0]}")
+    last_reads = [last_read for _, last_read in plan.levels]
+    ends, served = ends_of_cells(last_reads[-1]), reads_of_scales(last_reads)
+    return [
+        Fact("source_scales", [
+            {"kept_token_time": share, "never_cached": never, "dropped_early": early, "to_the_end": whole}
+            for share, (never, early, whole) in zip(scales.tolist(), ends.tolist(), strict=True)
+        ]),
+        Fact("reads_of_source_scales", {
+            level: shares for (level, _), shares in zip(plan.levels, served.tolist(), strict=True)
+        }),
+    ]  # fmt: skip
 
 
-def _draw(plan: Plan, scales: Any, heads: Any, names: list[str], folder: Path) -> list[Path]:
-    """All charts of a plan, with a heat map for every level."""
-    from heatkv.profiling.analysis import plan_view as report
+def _draw(plan: CachePlan, heads: Any, names: list[str], folder: Path) -> list[Path]:
+    """The charts of a plan: how full the cache gets, and of a static one what is kept, with a heat map per level."""
+    from heatkv.profiling.analysis import plan_view
     from heatkv.profiling.analysis.explain import full_use
 
     title = f"{plan.policy} at {plan.budget:.4g} of the cache of {plan.model or 'a model'}"
     files = []
-    for level, last_read in plan.levels:
-        coarse = level != FULL
-        files.append(folder / (f"last_read_{level}.png" if coarse else "last_read.png"))
-        report.save_last_read(files[-1], last_read, names, f"{title}, {level} or finer" if coarse else title)
-    files += [folder / "kept.png", folder / "cache_use.png"]
-    report.save_kept(files[-2], scales, heads, names, title)
-    report.save_use(files[-1], plan.live, full_use(plan), plan.budget_token_heads, names, title)
+    if isinstance(plan, Plan):
+        for level, last_read in plan.levels:
+            coarse = level != FULL
+            files.append(folder / (f"last_read_{level}.png" if coarse else "last_read.png"))
+            plan_view.save_last_read(files[-1], last_read, names, f"{title}, {level} or finer" if coarse else title)
+        files.append(folder / "kept.png")
+        plan_view.save_kept(files[-1], _kept_of_scales(plan), heads, names, title)
+    files.append(folder / "cache_use.png")
+    plan_view.save_use(files[-1], plan.live, full_use(plan), plan.budget_token_heads, names, title)
     return files
 
 
-def _worth(plan: Plan, path: Path) -> tuple[Worth | None, str]:
+def _worth(plan: CachePlan, path: Path) -> tuple[Worth | None, str]:
     """The plan judged by statistics of the model that it was made for, or why it cannot be."""
     from heatkv.profiling.analysis.explain import worth_of
 
+    if not isinstance(plan, Plan):
+        return None, f"policy {plan.policy!r} chooses tokens while images are drawn; compare it with others"
     statistics = statistics_of_model(path, plan.model)
     measured = statistics.provenance.model
     # other names may be of the same model: attached, it has that of its class
     if plan.model != measured and {plan.model, measured} <= set(MODELS):
-        raise StatisticsError(f"{path} was measured on {measured}, the plan is for {plan.model}; calibrate that model")
+        with in_file(path):
+            raise StatisticsError(f"measured on {measured}, the plan is for {plan.model}; calibrate that model")
     try:
         with progress("pricing the budget"):
             return worth_of(plan, statistics), ""
@@ -148,24 +132,19 @@ def _worth(plan: Plan, path: Path) -> tuple[Worth | None, str]:
         return None, str(error)
 
 
-def _summary(plan: CachePlan) -> Any:
+def _summary(plan: CachePlan) -> list[Fact]:
     target, layer = plan.peak_checkpoint
-    slack = plan.budget_token_heads - plan.peak_token_heads
-    full = plan.geometry.full_token_heads
-    facts = {
-        "model": f"{plan.model or 'not told'}, {plan.geometry.layers} layers x {plan.geometry.heads} heads",
-        "schedule": str(plan.schedule),
-        "settings": ", ".join(f"{name}={value}" for name, value in plan.settings.items()) or "none",
-        **({"sink scales": str(plan.sink_scales)} if isinstance(plan, Plan) else {}),
-        "budget": f"{plan.budget_token_heads} of {full} token-heads ({plan.budget:.4%})",
-        "peak": f"{plan.peak_token_heads} token-heads after layer {layer} of scale {target}",
-        "slack": f"{slack} token-heads ({slack / max(plan.budget_token_heads, 1):.2%} of the budget)",
-        **chosen_by_kl(plan),
-        **(certificate(plan) if isinstance(plan, Plan) else {}),
-    }
-    if plan.had_no_effect():
-        facts["note"] = "the plan has no effect: nothing is dropped"
-    return pairs(f"plan of {plan.policy}", ("what", "value"), facts)
+    slack, full = plan.budget_token_heads - plan.peak_token_heads, plan.geometry.full_token_heads
+    model = f"{plan.model or 'unknown'}, {plan.geometry.layers} layers x {plan.geometry.heads} heads"
+    return [
+        Fact("", model, "model"),
+        Fact("", str(plan.schedule), "schedule"),
+        Fact("", ", ".join(f"{name}={value}" for name, value in plan.settings.items()) or "none", "settings"),
+        Fact("", f"{plan.budget_token_heads} of {full} token-heads ({plan.budget:.4%})", "budget"),
+        Fact("", f"{plan.peak_token_heads} token-heads after layer {layer} of scale {target}", "peak"),
+        Fact("", f"{slack} token-heads ({slack / max(plan.budget_token_heads, 1):.2%} of the budget)", "slack"),
+        *plan_facts(plan),
+    ]
 
 
 def _worth_facts(worth: Worth) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`heatkv generate`: images drawn under a budget."""
+"""`heatkv generate`: images drawn under a budget; several ranks share them."""
 
 from __future__ import annotations
 
@@ -9,223 +9,234 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heatkv.cli.opening import (
-    Loaded,
-    check_plan_alone,
-    open_model,
-    open_plan,
-    open_rankings,
-    open_statistics,
-    positive,
-    say_bytes,
-    storage_of,
+from heatkv.cli.opening import Opened, make_plan, make_policies, open_model, open_statistics
+from heatkv.cli.options import (
+    AsJson,
+    OutFolder,
+    Planning,
+    Rows,
+    Running,
+    Seed,
+    Source,
+    number_of,
+    settings_of,
+    share_of,
 )
-from heatkv.cli.options import AsJson, BudgetText, Following, OutFolder, Policy, Ranking, Running, Source, Without
-from heatkv.cli.output import make_folder, progress, say
-from heatkv.cli.settings import policy_options
-from heatkv.core.budget import Budget
-from heatkv.core.io import check_place, file_name, replacing
+from heatkv.cli.output import SCREEN, say
+from heatkv.core.io import check_place, file_name, make_folder, replacing
 from heatkv.core.plan import CachePlan
-from heatkv.core.schema import shown
-from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError
+from heatkv.core.schema import seed_of, whole
+from heatkv.errors import FormatError, HeatKVError, ModelError, RanksError
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.models.sampling import Settings
-from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.parallel.ranks import current
+from heatkv.parallel.reporter import shared_progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from heatkv.online.following import FollowingGenerator
 
-DEFAULT_POLICY = "full"
+AT_ONCE = 16
+"""Images drawn at once, at most, where nothing else is asked for."""
+
+
+def _count(text: str, name: str) -> int:
+    return number_of(text, name, int)
+
+
+def _number(text: str, name: str) -> float:
+    return number_of(text, name, float)
+
+
+FOLLOW = {
+    "every": _count, "half_life": _number, "adopt_above": share_of, "memory": lambda text, name: text,
+    "save": lambda text, name: Path(text),
+}  # fmt: skip
 
 
 def generate(
+    context: typer.Context,
     *,
     out: OutFolder,
     label: Annotated[list[str] | None, typer.Option("--label", help="class name or number; may be repeated")] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="text (Infinity); may be repeated")] = None,
     negative: Annotated[str | None, typer.Option("--negative", help="negative prompt of all prompts")] = None,
-    source: Annotated[Source, Without("prompts")],
-    policy: Policy = None,
-    budget: BudgetText = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="plan.json of `heatkv solve`")] = None,
-    ranking: Ranking,
+    source: Source,
+    planning: Planning,
     count: Annotated[int, typer.Option("--count", help="images per label")] = 1,
+    rows: Rows = None,
     graphs: Annotated[
-        bool, typer.Option("--graphs/--no-graphs", help="record every scale as a CUDA graph and replay it (CUDA)")
+        bool, typer.Option("--graphs", help="record every scale as a CUDA graph and replay it (CUDA)")
     ] = False,
-    following: Following,
+    follow: Annotated[
+        str | None,
+        typer.Option(
+            "--follow", metavar="every=N[,half-life=32][,adopt-above=5%][,memory=64MiB][,save=FILE]",
+            help="measure every so many-th image and let the plan follow (docs/online.md): a measured image weighs "
+            "half after half-life more, a plan is adopted that gains more than adopt-above, measuring takes memory "
+            "beside the cache (default: in its place), and the statistics are saved",
+        ),
+    ] = None,
+    seed: Seed = 0,
     running: Running,
     as_json: AsJson = False,
-) -> None:
-    """Draw images under a budget.
+) -> None:  # fmt: skip
+    """Draw images under a budget. Shares them over the ranks that torchrun starts.
 
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
     from heatkv.engine.open_cache import check_cache
     from heatkv.generation.graphs import check_has_graphs
-    from heatkv.generation.loop import draw_batches
     from heatkv.profiling.measure.subjects import images_of_rows
 
-    positive(count=count)
-    following_on = following.follow_every is not None
-    if following_on and (plan is not None or graphs):
-        raise HeatKVError(
-            "--follow-every makes plans as it goes: give --policy, --budget and --statistics, no --plan or --graphs"
-        )
-    if following.save_statistics is not None:
-        if following.save_statistics.exists():
-            raise FormatError(f"{following.save_statistics} exists; name another file (--save-statistics)")
-        check_place(following.save_statistics)
-    loaded, settings = open_model(source, running, measuring=False)
+    seed_of(seed, HeatKVError)
+    whole(count, "count", HeatKVError, 1)
+    following = None if follow is None else _check_following(follow, planning, graphs)
+    opened = open_model(source, running)
+    model, settings, attention, code = opened.model, opened.settings, context.obj.attention, opened.storage.code
     if graphs:
-        check_has_graphs(loaded.device)
-    if negative is not None and not settings.guided:
-        raise ModelError(f"--negative takes no part without guidance, and cfg {running.cfg:g} is none")
-    wanted = _what_to_draw(loaded, label or [], prompt or [], negative)
+        check_has_graphs(model.device)
+    wanted = _what_to_draw(opened, label or [], prompt or [], negative)
     labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
-    batch = min(len(labels), 16 if running.rows is None else images_of_rows(running.rows, settings))
-    held_rows, storage = batch * settings.rows_per_image, storage_of(loaded, running.storage)
+    batch = -(-len(labels) // current().size)
+    batch = min(batch, AT_ONCE) if rows is None else min(len(labels), images_of_rows(rows, settings))
     follower: FollowingGenerator[Any] | None = None
-    if following_on:
-        follower = _follower(loaded, settings, policy, budget, batch, ranking, following, running)
-        chosen: CachePlan = follower.plan
-    elif plan is not None:
-        check_plan_alone(policy, budget, ranking)
-        chosen = open_plan(plan, loaded.geometry, source.model)
+    if following is not None:
+        follower = _follower(opened, planning, batch, seed, attention, following)
+        plan: CachePlan = follower.plan
     else:
-        named = policy or DEFAULT_POLICY
-        made = make_policy(named, **policy_options([named], ranking)[named])
-        if budget is None and named != DEFAULT_POLICY:
-            raise HeatKVError(f"policy {named!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
-        problem = PlanningProblem(
-            loaded.geometry, Budget.parse(budget or "100%"), open_statistics(ranking.statistics, loaded, settings),
-            open_rankings(ranking.orders, loaded.geometry, source.model), running.seed, held_rows, storage,
-            source.model,
+        plan = make_plan(
+            planning, "full", model.geometry, source.model, lambda path: open_statistics(path, opened),
+            seed=seed, rows=batch * settings.rows_per_image, storage=opened.storage,
         )  # fmt: skip
-        chosen = made.plan(problem)
-    if plan is not None:
-        say_bytes(chosen, str(plan), held_rows, storage)
-    check_cache(chosen, loaded.compute_dtype, loaded.device, running.storage, running.attention)
+    check_cache(plan, model.compute_dtype, model.device, code, attention)
     folder = make_folder(out)
     if follower is not None:
-        drawn: Iterable[Tensor] = follower.draw(labels)
+        assert following is not None
+        replaced = _write_followed(follower, labels, titles, folder, following.get("save"))
     else:
-        batches = draw_batches(
-            loaded, labels, chosen, seed=running.seed, batch=batch, settings=settings, storage=running.storage,
-            attention=running.attention, graphs=graphs,
-        )  # fmt: skip
-        drawn = (image for images in batches for image in images)
-    try:
-        replaced = _write(drawn, titles, folder)
-    except BaseException:
-        if follower is not None and follower.events:
-            _save_followed(follower, following)
-        raise
-    held = chosen.bytes(held_rows, storage) / 2**20
+        options = {"seed": seed, "batch": batch, "settings": settings, "code": code, "attention": attention}
+        replaced = _write_shared(model, labels, titles, folder, plan, options | {"graphs": graphs})
+    held = plan.bytes(batch * settings.rows_per_image, str(opened.storage))
     where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
-    took = f"{chosen.policy}, the cache took {held:.2f} MiB for {batch} at a time"
-    say(f"written: {len(labels)} images in {where}; {took}")
-    told = None if follower is None else _told_of(follower, following)
-    if as_json:
+    say(f"written: {len(labels)} images in {where}; {plan.policy}, the cache took {held / 2**20:.2f} MiB for {batch} "
+        "at a time")  # fmt: skip
+    events = None if follower is None else follower.summary() | {"events": [e.to_json() for e in follower.events]}
+    if as_json and current().first:
         facts = {
-            "out": str(folder), "images": len(labels), "images_at_once": batch, "policy": chosen.policy,
-            "cache_bytes": chosen.bytes(held_rows, storage), "following": told,
+            "out": str(folder), "images": len(labels), "images_at_once": batch, "policy": plan.policy,
+            "cache_bytes": held, "following": events,
         }  # fmt: skip
         print(json.dumps(facts, indent=1))
 
 
-def _write(drawn: Iterable[Tensor], titles: Sequence[str], folder: Path) -> int:
-    """Write the pictures as they are drawn; how many older ones they replaced."""
+def _what_to_draw(opened: Opened, labels: list[str], prompts: list[str], negative: str | None) -> list[tuple[Any, str]]:
+    """(what to draw it from, name for its file) of every label or prompt."""
+    model = opened.model
+    if isinstance(model, ClassConditionalModel):
+        if not labels or prompts or negative is not None:
+            raise ModelError(f"{model.name} draws classes, not prompts: name them with --label")
+        chosen = [model.label(text) for text in labels]
+        return [(index, model.class_names[index] if model.class_names else str(index)) for index in chosen]
+    if labels or not prompts or not all(text.strip() for text in prompts):
+        raise ModelError(f"{model.name} draws prompts, not classes: write them with --prompt")
+    if negative is not None and not opened.settings.guided:
+        raise ModelError("a negative prompt takes no part without guidance; leave --negative out, or raise --cfg")
+    encoded = model.prompts(prompts, None if negative is None else [negative] * len(prompts))
+    return list(zip(encoded, (file_name(text)[:40] for text in prompts), strict=True))
+
+
+def _write_shared(
+    model: Any, labels: Sequence[Any], titles: Sequence[str], folder: Path, plan: CachePlan, options: dict[str, Any]
+) -> int:
+    """Draw and write the images that fall to this rank, in the batches that one process would draw; how many older ones
+    all ranks replaced."""
+    from heatkv.generation.loop import draw_batches
+
+    batch, mine = options["batch"], current().share_of(range(0, len(labels), options["batch"]), current().rank)
+    drawn: Iterable[Tensor] = ()
+    first = mine[0] if mine else 0
+    if mine:
+        part = labels[first : mine[-1] + batch]
+        batches = draw_batches(model, part, plan, first_sample=first, **options)
+        drawn = (image for images in batches for image in images)
+    return _write(drawn, first, titles, folder)
+
+
+def _write(drawn: Iterable[Tensor], first: int, titles: Sequence[str], folder: Path) -> int:
+    """Write the pictures as they are drawn, that of this number and those after it; how many older ones all ranks
+    replaced."""
     from heatkv.generation.images import image_grid
 
     replaced, written = 0, 0
     try:
-        with progress("drawing", len(titles)) as advance:
-            for index, image in enumerate(drawn):
+        with shared_progress(SCREEN, "drawing", len(titles)) as advance:
+            for index, image in enumerate(drawn, first):
                 path = folder / f"{index:04d}_{titles[index]}.png"
                 replaced += path.exists()
                 with replacing(path) as temporary:
                     image_grid(image[None], 1).save(temporary, format="PNG")
                 written += 1
                 advance(1)
+            current().wait()
     except BaseException:
         if written:
             say(f"written before it ended: {written} of {len(titles)} images in {folder}")
         raise
-    return replaced
+    return sum(current().gather(replaced))
 
 
-def _save_followed(follower: FollowingGenerator[Any], following: Following) -> None:
-    """The statistics that the plan followed go where they are to be."""
-    if following.save_statistics is not None:
-        follower.statistics.save(following.save_statistics)
-        more = sum(event.measured for event in follower.events)
-        say(f"written: {following.save_statistics}, statistics with {more} images more")
+# ---------------------------------------------------------------------------------------------- a plan that follows
 
 
-def _told_of(follower: FollowingGenerator[Any], following: Following) -> dict[str, Any]:
-    """What following did, said and as JSON; its statistics are saved where they are to be."""
-    summary = follower.summary()
-    _save_followed(follower, following)
-    say(
-        "followed: {measured} images measured, {solved} plans solved, {adopted} adopted; that took "
-        "{share_of_drawing:.0%} of the time of drawing".format(**summary)
-    )
-    return summary | {"events": [event.to_json() for event in follower.events]}
+def _check_following(text: str, planning: Planning, graphs: bool) -> dict[str, Any]:
+    """What --follow says. Raises HeatKVError for what does not go with it."""
+    settings = settings_of(text.split(","), "--follow", FOLLOW)
+    if "every" not in settings:
+        raise HeatKVError(f"--follow {text} does not say how often images are measured; write every=16")
+    if current().size > 1:
+        raise RanksError("--follow needs all images in one process, one after another; start it without torchrun")
+    if planning.plan is not None or graphs or planning.statistics is None or planning.budget is None:
+        raise HeatKVError("--follow makes plans as it goes: give --policy, --budget and --statistics, no --plan or "
+                          "--graphs")  # fmt: skip
+    if "save" in settings:
+        if settings["save"].exists():
+            raise FormatError(f"{settings['save']} exists; save the statistics to another file")
+        check_place(settings["save"])
+    return settings
 
 
 def _follower(
-    loaded: Loaded,
-    settings: Settings,
-    policy: str | None,
-    budget: str | None,
-    batch: int,
-    ranking: Ranking,
-    following: Following,
-    running: Running,
+    opened: Opened, planning: Planning, batch: int, seed: int, attention: str, settings: dict[str, Any]
 ) -> FollowingGenerator[Any]:
     """What draws under a plan that follows."""
     from heatkv.online.adoption import check_can_follow
     from heatkv.online.following import FollowingGenerator
 
-    named = policy or DEFAULT_POLICY
-    made = check_can_follow(make_policy(named, **policy_options([named], ranking)[named]))
-    statistics = open_statistics(ranking.statistics, loaded, settings)
-    if statistics is None:
-        raise HeatKVError("a plan that follows begins with --statistics; measure some with heatkv calibrate")
-    if budget is None:
-        raise HeatKVError("a plan that follows needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
-    assert following.follow_every is not None
-    given: dict[str, Any] = {} if following.half_life is None else {"half_life": following.half_life}
-    if following.adopt_above is not None:
-        try:
-            share = Budget.parse(following.adopt_above)
-        except BudgetError:
-            share = None
-        if share is None or share.kind != "share":
-            raise HeatKVError(f"--adopt-above {shown(following.adopt_above)} is no share; write 5% or 0.05")
-        given["threshold"] = float(share.amount)
+    assert planning.statistics is not None
+    assert planning.budget is not None
+    (policy,) = make_policies([planning.policy or "heatkv"], planning)
+    names = {"every": "every", "half_life": "half_life", "adopt_above": "threshold", "memory": "memory"}
     return FollowingGenerator(
-        loaded, made, budget, statistics,
-        every=following.follow_every, batch=batch, seed=running.seed, settings=settings,
-        memory=following.measuring_memory, storage=running.storage, attention=running.attention, **given,
+        opened.model, check_can_follow(policy), planning.budget, open_statistics(planning.statistics, opened),
+        batch=batch, seed=seed, settings=opened.settings, storage=opened.storage.code, attention=attention,
+        **{names[name]: value for name, value in settings.items() if name in names},
     )  # fmt: skip
 
 
-def _what_to_draw(model: Loaded, labels: list[str], prompts: list[str], negative: str | None) -> list[tuple[Any, str]]:
-    """(what to draw it from, name for its file) of every label or prompt."""
-    if isinstance(model, ClassConditionalModel):
-        if prompts or negative is not None:
-            raise ModelError(f"{model.name} draws classes, not prompts; name them with --label")
-        if not labels:
-            raise ModelError(f"name what {model.name} is to draw with --label")
-        chosen = [model.label(text) for text in labels]
-        return [(index, model.class_names[index] if model.class_names else str(index)) for index in chosen]
-    if labels:
-        raise ModelError(f"{model.name} draws prompts, not classes; write them with --prompt")
-    if not prompts or not all(text.strip() for text in prompts):
-        raise ModelError(f"write what {model.name} is to draw with --prompt")
-    encoded = model.prompts(prompts, None if negative is None else [negative] * len(prompts))
-    return list(zip(encoded, (file_name(text)[:40] for text in prompts), strict=True))
+def _write_followed(
+    follower: FollowingGenerator[Any], labels: Sequence[Any], titles: Sequence[str], folder: Path, save: Path | None
+) -> int:
+    """Draw and write all images; what was followed is kept also when that ends early. How many older ones were
+    replaced."""
+    try:
+        replaced = _write(follower.draw(labels), 0, titles, folder)
+    finally:
+        if save is not None and follower.events:
+            follower.statistics.save(save)
+            say(f"written: {save}, statistics with {sum(event.measured for event in follower.events)} images more")
+    say(
+        "followed: {measured} images measured, {solved} plans solved, {adopted} adopted; that took "
+        "{share_of_drawing:.0%} of the time of drawing".format(**follower.summary())
+    )
+    return replaced

@@ -11,7 +11,7 @@ from rich.console import Group as RenderGroup
 from rich.table import Table
 
 from heatkv.cli.options import AsJson
-from heatkv.cli.output import pairs, progress, show
+from heatkv.cli.output import Fact, facts_json, facts_table, progress, show
 from heatkv.models.catalogue import MODELS
 from heatkv.policies.base import EvictionPolicy
 from heatkv.policies.options import options_of
@@ -50,17 +50,16 @@ def doctor(
         return metadata.version(distribution)
 
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    told = environment(where)
-    mps = torch.backends.mps.is_available()
-    facts = {
-        "heatkv": told.versions["heatkv"],
-        "python": told.versions["python"],
-        "torch": told.versions["torch"],
-        "device": f"{told.device_name} ({told.device})",
-        "threads": str(told.threads),
-        "1024^3 fp32 product, one thread": f"{told.matrix_product_1024_fp32_one_thread_ms} ms",
+    seen = environment(where)
+    texts = {
+        "heatkv": seen.versions["heatkv"],
+        "python": seen.versions["python"],
+        "torch": seen.versions["torch"],
+        "device": f"{seen.device_name} ({seen.device})",
+        "threads": str(seen.threads),
+        "1024^3 fp32 product, one thread": f"{seen.matrix_product_1024_fp32_one_thread_ms} ms",
         "CUDA graphs": "yes" if torch.cuda.is_available() else "no CUDA device",
-        "mps": "yes" if mps else "no",
+        "mps": "yes" if torch.backends.mps.is_available() else "no",
         "triton": extra("triton", "triton", "heatkv[triton]"),
         "fused attention kernel": triton_launch.missing(where, torch.bfloat16, 128) or "yes",
         "8-bit storage": ", ".join(available_codes(where)),
@@ -71,13 +70,13 @@ def doctor(
         "FID": _weights(fid_weights()),
         "models with weights": ", ".join(info.name for info in MODELS.values() if info.bundled),
     }
-    table = pairs("heatkv doctor", ("what", "found"), facts)
-    if not self_test:
-        show(table, as_json, facts)
-        return
-    outcomes = _self_test(where)
-    data = {**facts, "self_test": [{"check": o.name, "passed": o.passed, "detail": o.detail} for o in outcomes]}
-    show(RenderGroup(table, _self_test_table(outcomes)), as_json, data)
+    facts = [Fact(name, text, name) for name, text in texts.items()]
+    tables, outcomes = [facts_table("heatkv doctor", facts, ("what", "found"))], []
+    if self_test:
+        outcomes = _self_test(where)
+        tables.append(_self_test_table(outcomes))
+        facts.append(Fact("self_test", [{"check": o.name, "passed": o.passed, "detail": o.detail} for o in outcomes]))
+    show(RenderGroup(*tables), as_json, facts_json(facts))
     if not all(outcome.passed for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -101,7 +100,7 @@ def _self_test_table(outcomes: list[Outcome]) -> Table:
 
 
 def _weights(found: Path | str) -> str:
-    """What `found` tells: where the weights are, or why there are none."""
+    """Where the weights are, or why there are none."""
     return f"no: {found}" if isinstance(found, str) else f"yes, with the weights at {found}"
 
 

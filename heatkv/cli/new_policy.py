@@ -10,10 +10,8 @@ from string import Template
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from heatkv.cli.options import AsJson
-from heatkv.cli.output import say, show
+from heatkv.cli.output import say
 from heatkv.core.io import write_text
 from heatkv.errors import FormatError, PolicyError
 from heatkv.registry import check_name, registered_policies
@@ -26,7 +24,6 @@ def new_policy(
         bool, typer.Option("--dynamic", help="a policy that chooses tokens while images are drawn")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="folder to make (default: heatkv-NAME)")] = None,
-    as_json: AsJson = False,
 ) -> None:
     """Write a package with a small working policy, its entry point and its test, to be changed.
 
@@ -39,14 +36,11 @@ def new_policy(
     files = skeleton(name, dynamic)
     folder = Path(f"heatkv-{name}") if out is None else out
     if folder.exists() or folder.is_symlink():
-        raise FormatError(f"{folder} exists already; name a folder that does not (--out)")
+        raise FormatError(f"{folder} exists already; name a folder that does not")
     for path, (text, _) in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         write_text(folder / path, text)
-    table = Table("file", "what it is", title=f"policy {name} in {folder}")
-    for path, (_, what) in files.items():
-        table.add_row(path, what)
-    show(table, as_json, {"policy": name, "folder": str(folder), "files": list(files)})
+    print("\n".join(f"{folder / path}: {what}" for path, (_, what) in files.items()))
     say(f"next: pip install -e {folder}, then `heatkv policies` lists {name}, and `pytest {folder}` tests it")
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from heatkv.cli.options import Ranking, Running, Source
+from heatkv.calibration.run import check_statistics
+from heatkv.cli.options import MeasuredSource, Planning, Ranking, Running, Source, settings_of
 from heatkv.cli.output import say
 from heatkv.core.budget import Budget
 from heatkv.core.capacity_plan import CapacityPlan
@@ -20,43 +18,58 @@ from heatkv.core.plan import CachePlan
 from heatkv.core.plan_file import load_plan
 from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import seed_of, shown
+from heatkv.core.schema import shown, suggest
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import CODES, DTYPES, StorageType
 from heatkv.engine.open_cache import policy_of
-from heatkv.engine.watch import run_deterministically
-from heatkv.errors import BudgetError, FormatError, HeatKVError, ModelError, PlanError, ScheduleError, StatisticsError
-from heatkv.models.base import ImageModel
+from heatkv.errors import FormatError, HeatKVError, ModelError, PlanError, PolicyError, ScheduleError
 from heatkv.models.catalogue import MODELS, ModelInfo, load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import Settings
 from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.parallel.ranks import current
-
-MOST = 1_000_000
-"""Of whatever is counted on the command line."""
+from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy
+from heatkv.policies.options import options_of
+from heatkv.registry import find_policy
 
 _MOST_PROMPT_BYTES = 64 << 20
 
-Loaded = ClassConditionalModel | TextConditionalModel
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, the settings that it draws with, the storage type of its cache, and what `load_model` was called with,
+    in JSON's types."""
+
+    model: ClassConditionalModel | TextConditionalModel
+    settings: Settings
+    storage: StorageType
+    loading: dict[str, Any]
 
 
-def positive(**values: int) -> None:
-    """Refuse the first of these options that is below one, or above what anybody waits for."""
-    for name, value in values.items():
-        if not 1 <= value <= MOST:
-            raise HeatKVError(f"--{name.replace('_', '-')} is {value}; it must be at least 1 and at most {MOST}")
+def open_model(source: Source, running: Running) -> Opened:
+    """The named model; one that draws prompts is measured with those of a file."""
+    storage, measured = parse_dtype(running.dtype), isinstance(source, MeasuredSource)
+    prompts = [] if not isinstance(source, MeasuredSource) or source.prompts is None else _prompts(source.prompts)
+    if measured and not prompts and model_info(source.model).family == "infinity":
+        raise ModelError(f"measuring {source.model} needs prompts to draw; name a file of them (--prompts)")
+    arguments: dict[str, Any] = {
+        "name": source.model, **_weights(source.weights or []), "prompts": prompts, "size": source.size,
+        "ratio": parse_ratio(source.ratio), "dtype": storage.compute, "device": current().device(running.device),
+    }  # fmt: skip
+    model = load_model(**arguments)
+    say_template(source.model, source.ratio)
+    settings = model.sampling if running.cfg is None else replace(model.sampling, cfg=running.cfg)
+    return Opened(model, settings, storage, arguments)
 
 
-def parse_names(text: str, what: str) -> list[str]:
-    """Names separated by commas, each once."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise HeatKVError(f"no {what} was named")
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice:
-        raise HeatKVError(f"{what} {shown(twice[0])} is named twice")
-    return names
+def parse_dtype(text: str) -> StorageType:
+    """The compute type, and the code of the cache before a slash where there is one."""
+    code, slash, compute = text.rpartition("/")
+    if compute not in DTYPES:
+        raise ModelError(f"unknown dtype {shown(compute)}{suggest(compute, DTYPES)}")
+    if slash and code not in CODES:
+        raise ModelError(f"unknown code {shown(code)} in {shown(text)}{suggest(code, CODES)}")
+    return StorageType(compute, code or None)
 
 
 def parse_ratio(text: str | None) -> float | None:
@@ -80,55 +93,23 @@ def say_template(model: str, ratio: str | None) -> None:
         say(f"no published schedule has height/width {wanted:.4g}; taking the nearest, {taken:.4g}")
 
 
-def known_dtype(dtype: str) -> str:
-    """The name of a type, when it is known."""
-    if dtype not in DTYPES:
-        near = difflib.get_close_matches(dtype, DTYPES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ModelError(f"unknown dtype {dtype!r}{hint} Known: {', '.join(DTYPES)}")
-    return dtype
-
-
-def check_device(name: str) -> None:
-    """Refuse what is no name of a device, where only that matters."""
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"unknown device {name!r}; write cpu, cuda, cuda:1 or mps") from error
-
-
-def load_arguments(source: Source, running: Running) -> dict[str, Any]:
-    """What `load_model` is called with, in JSON's types: the name, weights, prompts of a file, type and device."""
-    return {
-        "name": source.model,
-        "weights": None if source.weights is None else str(source.weights),
-        "vae": None if source.vae is None else str(source.vae),
-        "text_encoder": source.text_encoder,
-        "prompts": [] if source.prompts is None else _prompts(source.prompts),
-        "size": source.size,
-        "ratio": parse_ratio(source.ratio),
-        "dtype": known_dtype(running.dtype),
-        "device": current().device(running.device),
-    }
-
-
-def open_model(source: Source, running: Running, measuring: bool = True) -> tuple[Loaded, Settings]:
-    """The named model, with the prompts of a file for measurements, and the settings that it draws with."""
-    if measuring and source.prompts is None and model_info(source.model).family == "infinity":
-        raise ModelError(f"measuring {source.model} needs prompts to draw; name a file of them (--prompts)")
-    seed_of(running.seed, HeatKVError)
-    if running.deterministic:
-        run_deterministically()
-    model = load_model(**load_arguments(source, running))
-    say_template(source.model, source.ratio)
-    return model, model.sampling if running.cfg is None else replace(model.sampling, cfg=running.cfg)
-
-
 def is_guided(info: ModelInfo, cfg: float | None) -> bool:
     """Whether guidance of that strength takes a second cache row per image. Raises HeatKVError for a bad one."""
     if cfg is not None and not 0 <= cfg <= 100:
         raise HeatKVError(f"cfg is {cfg}; guidance is from 0 to 100")
     return cfg is None or cfg != (1.0 if info.family == "infinity" else 0.0)
+
+
+def _weights(texts: Sequence[str]) -> dict[str, str]:
+    """The arguments of `load_model` for weights; what begins with neither vae= nor text= is the transformer's path."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        argument = {"vae": "vae", "text": "text_encoder"}.get(name, "weights") if equals else "weights"
+        if argument in found:
+            raise HeatKVError(f"--weights {shown(text)}: {argument.replace('_', ' ')} is named twice")
+        found[argument] = text if argument == "weights" else path
+    return found
 
 
 def _prompts(path: Path) -> list[str]:
@@ -143,6 +124,9 @@ def _prompts(path: Path) -> list[str]:
     return found
 
 
+# ------------------------------------------------------------------------------------ what policies plan from
+
+
 def open_rankings(path: Path | None, geometry: CacheGeometry, model: str) -> HeadRankings | None:
     """Published rankings from a file, when they fit this geometry; says when they may be of another schedule."""
     if path is None:
@@ -151,26 +135,17 @@ def open_rankings(path: Path | None, geometry: CacheGeometry, model: str) -> Hea
     own = model_info(model).schedule()
     if geometry.schedule != own:
         say(
-            f"{path} does not tell its schedule; published rankings are of a model's own, of {model} {own}. They are "
-            f"taken for {geometry.schedule}, scale by scale from the last cached one backwards; heatkv calibrate "
-            "measures this one"
+            f"{path}: published rankings are those of {model}'s own schedule, {own}; they are taken for "
+            f"{geometry.schedule}, scale by scale from the last cached one backwards"
         )
     return rankings
 
 
-def open_statistics(path: Path | None, model: ImageModel[Any], settings: Settings | None = None) -> Statistics | None:
-    """Statistics from a file, when they are of this very model, and of the guidance that it is to run with."""
-    if path is None:
-        return None
+def open_statistics(path: Path, opened: Opened) -> Statistics:
+    """Statistics from a file, when they are of this very model, and of the guidance that it runs with."""
     statistics = Statistics.load(path)
-    statistics.check_geometry(model.geometry)
-    statistics.check_fingerprint(model.fingerprint)
-    measured = statistics.provenance.cfg
-    wanted = None if settings is None else settings.to_json()["cfg"]
-    if measured is not None and wanted is not None and measured != wanted:
-        raise StatisticsError(
-            f"{path} was measured at cfg {measured:g}, this run has {wanted}; calibrate at that, or set --cfg"
-        )
+    with in_file(path):
+        check_statistics(statistics, opened.model, opened.settings)
     return statistics
 
 
@@ -182,54 +157,83 @@ def statistics_of_model(path: Path, model: str) -> Statistics:
     return statistics
 
 
-def storage_of(model: ImageModel[Any], coding: str | None = None) -> str:
-    """How the model's cache is stored: in the type that it computes in, or coded. Raises BudgetError."""
-    return storage_name(str(model.compute_dtype).removeprefix("torch."), coding)
+def make_policies(names: Sequence[str], ranking: Ranking) -> list[EvictionPolicy]:
+    """The policies of these names; an option that is set goes to those that have it."""
+    known = {name: options_of(find_policy(name)) for name in names}
+    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for option, text in settings_of(ranking.set or [], "--set").items():
+        having = [name for name in names if option in known[name]]
+        if not having:
+            every = list(dict.fromkeys(other for name in names for other in known[name]))
+            raise PolicyError(f"{', '.join(names)}: no option {shown(option)}{suggest(option, every)}")
+        for name in having:
+            options[name][option] = known[name][option].parse(text, name)
+    return [make_policy(name, **options[name]) for name in names]
 
 
-def storage_name(dtype: str, coding: str | None) -> str:
-    """The name of a storage type. Raises BudgetError for an unknown coding."""
-    if coding is not None and coding not in CODES:
-        raise BudgetError(f"unknown storage {coding!r}; known: {', '.join(CODES)}; leave it out for {dtype}")
-    return str(StorageType(dtype, coding))
+# ------------------------------------------------------------------------------------------------------ plans
 
 
-def open_plan(path: Path, geometry: CacheGeometry, model: str) -> CachePlan:
-    """A finished plan, when it is of this geometry and of no other model that has a name here.
+def make_plan(
+    planning: Planning,
+    default: str,
+    geometry: CacheGeometry,
+    model: str,
+    load: Callable[[Path], Statistics],
+    *,
+    seed: int,
+    rows: int,
+    storage: StorageType,
+) -> CachePlan:
+    """The finished plan that is named, or that of the policy, `default` where none is named."""
+    if planning.plan is not None:
+        return open_plan(planning.plan, geometry, model, [rows], storage)
+    name = planning.policy or default
+    (policy,) = make_policies([name], planning)
+    budget = planning.budget or ("100%" if name == "full" else None)
+    if budget is None:
+        raise HeatKVError(f"policy {name!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
+    amount = Budget.parse(budget)
+    statistics = None if planning.statistics is None else load(planning.statistics)
+    rankings = open_rankings(planning.orders, geometry, model)
+    return policy.plan(PlanningProblem(geometry, amount, statistics, rankings, seed, rows, str(storage), model))
+
+
+def open_plan(
+    path: Path, geometry: CacheGeometry, model: str, rows: Iterable[int], storage: StorageType
+) -> CachePlan:  # fmt: skip
+    """A finished plan, when it is of this geometry and of no other model that has a name here; says where its budget in
+    bytes does not hold for these rows.
 
     Attached models have names of their own, those of their classes.
     """
     plan = load_plan(path, geometry.head_dim)
     with in_file(path):
         plan.check_geometry(geometry)
-    if plan.geometry.head_dim != geometry.head_dim:
-        raise PlanError(
-            f"{path}: the plan is for heads of size {plan.geometry.head_dim}, those of {model} have "
-            f"{geometry.head_dim}; solve it again"
-        )
-    if isinstance(plan, CapacityPlan):
-        policy_of(plan)
-    if plan.model != model and plan.model in MODELS:
-        raise PlanError(f"{path} was made for {plan.model}, not for {model}; name that model (--model) or solve again")
+        if plan.geometry.head_dim != geometry.head_dim:
+            raise PlanError(
+                f"the plan is for heads of size {plan.geometry.head_dim}, those of {model} have {geometry.head_dim}; "
+                "solve it again"
+            )
+        if isinstance(plan, CapacityPlan):
+            policy_of(plan)
+        if plan.model != model and plan.model in MODELS:
+            raise PlanError(f"the plan was made for {plan.model}, not for {model}; name that model or solve again")
+    budget = _budget_in_bytes(plan)
+    for count in rows:
+        held = plan.bytes(count, str(storage))
+        if budget is not None and held > budget:
+            say(
+                f"{path} was made for {budget / 2**20:.2f} MiB with other rows or another type; with {count} rows in "
+                f"{storage} its cache takes {held / 2**20:.2f} MiB"
+            )
     return plan
 
 
-def say_bytes(plan: CachePlan, name: str, rows: int, storage: str) -> None:
-    """Say that a budget in bytes was meant for other rows or another type, where it does not hold here."""
-    asked = plan.settings.get("budget")
+def _budget_in_bytes(plan: CachePlan) -> float | None:
+    """The budget that a plan was asked for, where that was one in bytes; a file may say anything."""
     try:
-        budget = Budget.parse(asked) if isinstance(asked, str) else None
+        budget = Budget.parse(str(plan.settings.get("budget")))
     except HeatKVError:
-        return
-    if budget is not None and budget.kind == "bytes" and plan.bytes(rows, storage) > budget.amount:
-        say(
-            f"{name} was made for {float(budget.amount) / 2**20:.2f} MiB with other rows or another type; with {rows} "
-            f"rows in {storage} its cache takes {plan.bytes(rows, storage) / 2**20:.2f} MiB"
-        )
-
-
-def check_plan_alone(policy: str | None, budget: str | None, ranking: Ranking) -> None:
-    """Refuse the options that would have gone into making a plan beside a finished one."""
-    for name, value in {"policy": policy, "budget": budget, **vars(ranking)}.items():
-        if value is not None:
-            raise HeatKVError(f"--plan is a finished plan; leave --{name.replace('_', '-')} out")
+        return None
+    return float(budget.amount) if budget.kind == "bytes" else None

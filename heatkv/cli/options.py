@@ -4,78 +4,89 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
+from heatkv.core.schema import shown, suggest
 from heatkv.core.storage_type import CODES, DTYPES
 from heatkv.errors import HeatKVError
 
+Number = TypeVar("Number", int, float)
+
 Model = Annotated[str, typer.Option("--model", help="name of a model, see `heatkv models`")]
-Statistic = Annotated[Path | None, typer.Option("--statistics", help="statistics file of `heatkv calibrate`")]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights", metavar="[vae=|text=]PATH",
+        help="weights file or folder, see `heatkv models`; repeat it for the VAE, vae=FILE (default: looked for beside "
+        "the weights), and Infinity's text encoder, text=FOLDER or its hub name",
+    ),
+]  # fmt: skip
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help="text file, one prompt a line, for measurements (Infinity)")
+]
+Size = Annotated[str | None, typer.Option("--size", help="0.06M, 0.25M, 0.60M or 1M (Infinity); see `heatkv models`")]
+Ratio = Annotated[str | None, typer.Option("--ratio", help="height/width, as 1.5 or 3:2")]
+StatisticsFile = Annotated[Path | None, typer.Option("--statistics", help="statistics file of `heatkv calibrate`")]
 Orders = Annotated[Path | None, typer.Option("--orders", help="published ranking file (JSON) instead of statistics")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="an option of a policy, see `heatkv policies`; may be repeated"),
+]
 Seed = Annotated[int, typer.Option("--seed", help="seed of samples and random policies")]
+Seeds = Annotated[str, typer.Option("--seed", help="seeds of samples and random policies, separated by commas")]
 Cfg = Annotated[
     float | None, typer.Option("--cfg", help="guidance strength; default: the model's; none is 0, for Infinity 1")
 ]
 Rows = Annotated[
     int | None, typer.Option("--rows", help="cache rows; guidance takes two per image (default: one image)")
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help=f"compute and storage type: {', '.join(DTYPES)}")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
-Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="the same bits every time on one machine (docs/numerics.md)")
-]
-Storage = Annotated[
+RowsList = Annotated[
     str | None,
-    typer.Option("--storage", help=f"8-bit codes in the cache: {', '.join(CODES)}; default: the compute type"),
-]
-Attention = Annotated[str, typer.Option("--attention", help="attention kernel: auto, ragged or triton")]
+    typer.Option(
+        "--rows", help="cache rows, separated by commas; guidance takes two per image (default: one image)"
+    ),
+]  # fmt: skip
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help=f"compute type: {', '.join(DTYPES)}; with {' or '.join(CODES)} and a slash before it, as "
+        "int8/bfloat16, the cache is coded in 8 bits",
+    ),
+]  # fmt: skip
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="plan.json of `heatkv solve`, instead of a policy")]
 PlanFiles = Annotated[list[Path] | None, typer.Option("--plan", help="plan.json of `heatkv solve`; may be repeated")]
 Policy = Annotated[
     str | None,
     typer.Option(
         "--policy", help="name of a policy, see `heatkv policies`; default: full in generate, heatkv in solve"
     ),
-]
+]  # fmt: skip
 Policies = Annotated[
     str | None,
     typer.Option(
         "--policies", help="names separated by commas, or all, see `heatkv policies`; default: none with --plan"
     ),
-]
-Budgets = Annotated[str, typer.Option("--budgets", help="separated by commas: 10%, 0.1, 600MiB, 2GB or 650tokens")]
+]  # fmt: skip
 BudgetText = Annotated[
     str | None, typer.Option("--budget", help="10%, 0.1, 600MiB, 2GB, 650tokens, or auto, where a policy chooses it")
 ]
-SinkScales = Annotated[
-    int | None, typer.Option("--sink-scales", help="first scales that are never dropped; default: the policy's")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="an option of a policy, see `heatkv policies`; may be repeated"),
-]
-Weights = Annotated[Path | None, typer.Option("--weights", help="weights file or folder, see `heatkv models`")]
-Vae = Annotated[Path | None, typer.Option("--vae", help="its VAE file; default: looked for beside the weights")]
-TextEncoder = Annotated[
-    str | None, typer.Option("--text-encoder", help="T5 encoder: local folder or hub name (Infinity)")
-]
-Prompts = Annotated[
-    Path | None, typer.Option("--prompts", help="text file, one prompt a line, for measurements (Infinity)")
-]
-Size = Annotated[str | None, typer.Option("--size", help="0.06M, 0.25M, 0.60M or 1M (Infinity); see `heatkv models`")]
-Ratio = Annotated[str | None, typer.Option("--ratio", help="height/width, as 1.5 or 3:2")]
+Budgets = Annotated[str, typer.Option("--budgets", help="separated by commas: 10%, 0.1, 600MiB, 2GB or 650tokens")]
 Repeats = Annotated[int, typer.Option("--repeats", help="timed runs of every policy")]
-Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="finish the run that was stopped here, and no other; starts where there is none"),
-]
 OutFolder = Annotated[Path, typer.Option("--out", help="folder to write to")]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is said before the command and holds for all of it; `context.obj` of every command."""
+
+    attention: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -84,20 +95,23 @@ class Source:
 
     model: Model = "emoji"
     weights: Weights = None
-    vae: Vae = None
-    text_encoder: TextEncoder = None
-    prompts: Prompts = None
     size: Size = None
     ratio: Ratio = None
+
+
+@dataclass(frozen=True)
+class MeasuredSource(Source):
+    """A model that draws for measurements."""
+
+    prompts: Prompts = None
 
 
 @dataclass(frozen=True)
 class Ranking:
     """What policies plan from, and the options they are made with."""
 
-    statistics: Statistic = None
+    statistics: StatisticsFile = None
     orders: Orders = None
-    sink_scales: SinkScales = None
     set: Set = None
 
     def __post_init__(self) -> None:
@@ -106,72 +120,38 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class Planning(Ranking):
+    """One policy at a budget, or a finished plan."""
+
+    policy: Policy = None
+    budget: BudgetText = None
+    plan: PlanFile = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in vars(self).items():
+            if self.plan is not None and value is not None and name != "plan":
+                raise HeatKVError(f"--plan is a finished plan; leave --{name} out")
+
+
+@dataclass(frozen=True)
 class Running:
     """How the model runs."""
 
-    seed: Seed = 0
     cfg: Cfg = None
-    rows: Rows = None
     dtype: Dtype = "float32"
     device: Device = "cpu"
-    storage: Storage = None
-    attention: Attention = "auto"
-    deterministic: Deterministic = False
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is measured over, beside policies and budgets, and in which process memory is."""
+    """Policies, budgets and finished plans, over rows and seeds."""
 
-    batches: Annotated[
-        str | None, typer.Option("--batches", help="images at once, separated by commas, in place of --rows")
-    ] = None
-    seeds: Annotated[str | None, typer.Option("--seeds", help="separated by commas, in place of --seed")] = None
-    in_process: Annotated[
-        bool,
-        typer.Option("--in-process", help="a quick look: memory in this process, not a fresh one for every figure"),
-    ] = False
-
-
-@dataclass(frozen=True)
-class Following:
-    """Whether, and how, the plan follows the images that are drawn."""
-
-    follow_every: Annotated[
-        int | None,
-        typer.Option("--follow-every", help="measure every so many-th image and let the plan follow (docs/online.md)"),
-    ] = None
-    half_life: Annotated[
-        float | None, typer.Option("--half-life", help="measured images after which one weighs half (default 32)")
-    ] = None
-    adopt_above: Annotated[
-        str | None,
-        typer.Option(
-            "--adopt-above", help="adopt a plan that gains more than this share of what the old one loses (default 5%)"
-        ),
-    ] = None
-    measuring_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--measuring-memory", help="bytes for measuring beside the cache, as 64MiB (default: in its place)"
-        ),
-    ] = None
-    save_statistics: Annotated[
-        Path | None, typer.Option("--save-statistics", help="write the statistics that the plan followed here")
-    ] = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if self.follow_every is None and value is not None:
-                raise HeatKVError(f"--{name.replace('_', '-')} is for a plan that follows; add --follow-every")
-        if self.follow_every is not None and self.follow_every < 1:
-            raise HeatKVError(f"--follow-every is {self.follow_every}; it must be a whole number of at least 1")
-        if self.half_life is not None and not 0 < self.half_life < math.inf:
-            raise HeatKVError(f"--half-life is {self.half_life:g}; it is a number of measured images above 0")
-
-
-class Without(str):
-    """In `Annotated[Group, Without(name)]`: the command lacks this option of the group, which keeps its default."""
+    policies: Policies = None
+    budgets: Budgets = "50%,30%,20%,10%"
+    plan: PlanFiles = None
+    rows: RowsList = None
+    seed: Seeds = "0"
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -182,11 +162,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        group, *notes = get_args(parameter.annotation) or (parameter.annotation,)
+        group = (get_args(parameter.annotation) or (parameter.annotation,))[0]
         options = [parameter]
         if is_dataclass(group):
             assert isinstance(group, type)
-            options = [o for o in inspect.signature(group, eval_str=True).parameters.values() if o.name not in notes]
+            options = list(inspect.signature(group, eval_str=True).parameters.values())
             groups[parameter.name] = group, [option.name for option in options]
         parameters += [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
 
@@ -197,3 +177,61 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return called
+
+
+# ----------------------------------------------------------------------------------------- values of options
+
+
+def names_of(text: str, what: str) -> list[str]:
+    """Names separated by commas, each once. Raises HeatKVError."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise HeatKVError(f"no {what} was named")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise HeatKVError(f"{what} {shown(twice)} is named twice")
+    return names
+
+
+def numbers_of(text: str, option: str) -> list[int]:
+    """Whole numbers separated by commas, each once. Raises HeatKVError."""
+    return [number_of(name, option, int) for name in names_of(text, option)]
+
+
+def number_of(text: str, name: str, kind: type[Number]) -> Number:
+    """The number that a text says. Raises HeatKVError."""
+    try:
+        return kind(text)
+    except ValueError:
+        what = "whole number" if kind is int else "number"
+        raise HeatKVError(f"{name} {shown(text)} is no {what}") from None
+
+
+def share_of(text: str, name: str) -> float:
+    """ "5%" or "0.05" as a share; a number from 1 on without % may mean either, and is refused."""
+    in_percent = text.endswith("%")
+    value = number_of(text.removesuffix("%"), name, float)
+    if not in_percent and not value < 1:
+        raise HeatKVError(f"{name} {shown(text)} without % is a share; write 5% or 0.05")
+    return value / 100 if in_percent else value
+
+
+def settings_of(
+    texts: Iterable[str], option: str, known: Mapping[str, Callable[[str, str], Any]] | None = None
+) -> dict[str, Any]:
+    """name -> value of texts such as `name=value`, read by what is known of each name; as text where nothing is.
+
+    Raises HeatKVError for other texts, and for a name that is unknown or set twice.
+    """
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        name = name.replace("-", "_")
+        if not (name and equals and value):
+            raise HeatKVError(f"cannot read {option} {shown(text)}; write it as name=value")
+        if known is not None and name not in known:
+            raise HeatKVError(f"unknown name {shown(name)} in {option}{suggest(name, known)}")
+        if name in values:
+            raise HeatKVError(f"{option}: {shown(name)} is set twice")
+        values[name] = value if known is None else known[name](value, f"{option}: {name}")
+    return values

@@ -1,13 +1,12 @@
-"""What commands tell: results on the output, as a table or JSON; all else, and progress, on the error stream."""
+"""What commands print: results on the output, as a table or JSON; all else, and progress, on the error stream."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -22,13 +21,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from heatkv.core.io import check_place
 from heatkv.core.plan import CachePlan, Plan
-from heatkv.errors import FormatError
 from heatkv.parallel.ranks import current
+from heatkv.parallel.reporter import Reporter
 
-_TOLD_SECONDS = 10
-"""Less time left than this is not told in logs."""
+_SHORTEST_SECONDS = 10
+"""Less time left than this is not printed in logs."""
 
 
 def say(text: str) -> None:
@@ -42,51 +40,68 @@ def say_of_any_rank(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
 
 
-def show(value: Table | Any, as_json: bool, data: Any) -> None:
-    """The result of a command: `value`, or `data` as JSON."""
+def show(value: Any, as_json: bool, data: Any) -> None:
+    """The result of a command: `value`, or `data` as JSON. The first of several ranks shows it."""
+    if not current().first:
+        return
     if as_json:
         print(json.dumps(data, indent=1))
-    else:
-        console = Console(markup=False)
-        if not console.is_terminal:  # a pipe has no width of its own, and a table that is cut loses figures
-            wide = Console(markup=False, width=1000)
-            console = Console(markup=False, width=max(160, wide.measure(value).minimum))
-        console.print(value)
+        return
+    console = Console(markup=False)
+    if not console.is_terminal:  # a pipe has no width of its own, and a table that is cut loses figures
+        wide = Console(markup=False, width=1000)
+        console = Console(markup=False, width=max(160, wide.measure(value).minimum))
+    console.print(value)
 
 
-def pairs(title: str, heads: tuple[str, str], rows: dict[str, str]) -> Table:
+@dataclass(frozen=True)
+class Fact:
+    """A fact of a result: its name and value in JSON, and its name and text on the screen. Without a `key` it is not in
+    JSON, without a `label` or a value not on the screen; without a `text` the value is shown."""
+
+    key: str
+    value: Any
+    label: str = ""
+    text: str | None = None
+
+
+def facts_table(title: str, facts: Sequence[Fact], heads: tuple[str, str] = ("what", "value")) -> Table:
     """A table of two columns."""
     table = Table(*heads, title=title)
-    for row in rows.items():
-        table.add_row(*row)
+    for fact in facts:
+        if fact.label and fact.value is not None:
+            table.add_row(fact.label, str(fact.value) if fact.text is None else fact.text)
     return table
 
 
-def certificate(plan: Plan) -> dict[str, str]:
-    """What a plan is worth and how far from the best it may be, where its policy told."""
-    shown = {
-        "value": (plan.value, ".6g"),
-        "value at most": (plan.value_bound, ".6g"),
-        "certified gap": (plan.gap, ".3%"),
-    }
-    return {name: format(value, form) for name, (value, form) in shown.items() if value is not None}
+def facts_json(facts: Sequence[Fact]) -> dict[str, Any]:
+    """The facts as JSON has them."""
+    return {fact.key: fact.value for fact in facts if fact.key}
 
 
-def chosen_by_kl(plan: CachePlan) -> dict[str, str]:
-    """The budget that a bound on the KL chose, and the KL that is foretold, where they are known."""
-    told = {}
-    if plan.settings.get("budget") == "auto":
-        most = plan.settings.get("max_kl")
-        told["budget"] = f"{plan.budget:.1%}, in steps of 0.1% the smallest with a foretold KL of at most {most}"
-    if plan.predicted_kl is not None:
-        told["foretold KL"] = f"{plan.predicted_kl:.4g} nats per token"
-    return told
+def plan_facts(plan: CachePlan) -> list[Fact]:
+    """The budget that a bound on the KL chose, the predicted KL, and what is certified; where there are such."""
+    static, kl = plan if isinstance(plan, Plan) else None, plan.predicted_kl
+    chosen = plan.settings.get("budget") == "auto"
+    facts = [
+        Fact("budget_asked", plan.settings.get("budget")),
+        Fact("", chosen or None, "budget chosen", f"{plan.budget:.1%}, the smallest in steps of 0.1% with a predicted "
+             f"KL of at most {plan.settings.get('max_kl')}"),
+        Fact("predicted_kl", kl, "predicted KL", None if kl is None else f"{kl:.4g} nats per token"),
+        Fact("sink_scales", static and static.sink_scales, "sink scales"),
+    ]  # fmt: skip
+    for key, label, form in (("value", "value", ".6g"), ("value_bound", "value at most", ".6g"),
+                             ("gap", "certified gap", ".3%")):  # fmt: skip
+        value = getattr(static, key, None)
+        facts.append(Fact(key, value, label, None if value is None else format(value, form)))
+    effect = "the plan has no effect: nothing is dropped" if plan.had_no_effect() else None
+    return [*facts, Fact("had_no_effect", plan.had_no_effect()), Fact("", effect, "note")]
 
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Progress on the error stream, as a bar, or in a log as a line for every tenth, with the time left; the callback
-    is told how much more is done. Without a total the bar only moves. Of several ranks the first one shows it."""
+    takes how much more is done. Without a total the bar only moves. Of several ranks the first one shows it."""
     if not current().first:
         yield lambda count: None
         return
@@ -99,7 +114,7 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
             before, done = done, done + count
             if total is not None and 10 * done // total > 10 * before // total:
                 left = round((time.monotonic() - began) * (total - done) / done)
-                more = f", {left // 60}:{left % 60:02} left" if left >= _TOLD_SECONDS else ""
+                more = f", {left // 60}:{left % 60:02} left" if left >= _SHORTEST_SECONDS else ""
                 say(f"{what}: {done} of {total}{more}")
 
         yield advance
@@ -111,49 +126,14 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
         yield lambda count: bar.advance(task, count)
 
 
-@contextmanager
-def shared_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress of all ranks together, in one place: the first rank shows what each has told."""
-    ranks, shown = current(), 0
-    if ranks.size == 1:
-        with progress(what, total) as advance:
-            yield advance
-        return
-    counter = ranks.counter()
-    if not ranks.first:
+class Screen(Reporter):
+    """Prints what a long run reports."""
 
-        def add(count: int) -> None:
-            counter(count)
+    def say(self, text: str) -> None:
+        say(text)
 
-        yield add
-        return
-    with progress(what, total) as advance:
-
-        def tell(count: int) -> None:
-            nonlocal shown
-            done = counter(count)
-            if done > shown:
-                advance(done - shown)
-                shown = done
-
-        ranks.while_waiting = lambda: tell(0)
-        try:
-            yield tell
-        finally:
-            ranks.while_waiting = None
+    def progress(self, what: str, total: int) -> Any:
+        return progress(what, total)
 
 
-def make_folder(path: Path, option: str = "--out") -> Path:
-    """Create the folder of an option and its parents, or say in one line why that cannot be, or why it takes no
-    files."""
-    if path.suffix.lower() in (".png", ".json") and not os.path.isdir(path):
-        raise FormatError(f"{option} {path} names a file, but takes a folder for several; write {option} {path.parent}")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        file = next((part for part in (path, *path.parents) if os.path.isfile(part)), None)
-        if file is not None:
-            raise FormatError(f"{option} {path} cannot be a folder: {file} is a file; name another folder") from error
-        raise FormatError(f"cannot create the folder {path}: {error.strerror or error}; name another folder") from error
-    check_place(path / "file")
-    return path
+SCREEN = Screen()

@@ -10,7 +10,8 @@ import typer
 from rich.console import Group
 
 from heatkv.cli.options import AsJson
-from heatkv.cli.output import make_folder, progress, say, show
+from heatkv.cli.output import progress, say, show
+from heatkv.core.io import make_folder
 from heatkv.errors import FormatError
 
 
@@ -28,21 +29,15 @@ def report(
 
     Example: heatkv report results/laptop results/server --out results/both
     """
-    if out is None and len(folders) > 1:
-        raise FormatError(f"{len(folders)} folders make a report of their own; say where to write it with --out DIR")
-    from heatkv.profiling.report.tables import results_table
+    from heatkv.profiling.report.page import write_report
+    from heatkv.profiling.report.tables import RESULTS, terminal_table
     from heatkv.profiling.results.merging import merge
 
+    if out is None and len(folders) > 1:
+        raise FormatError(f"{len(folders)} folders make a report of their own; say where to write it with --out DIR")
     merged = merge(folders)  # before --out is made, so that a refusal leaves no folder behind
-    path = draw_report(folders, folders[0] if out is None else make_folder(out))
-    tables = [results_table(source.results.rows, source.label) for source in merged.sources]
+    with progress("drawing the report"):
+        path = write_report(folders, folders[0] if out is None else make_folder(out))
+    tables = [terminal_table(source.results.rows, RESULTS, source.label) for source in merged.sources]
     show(Group(*tables), as_json, {source.label: msgspec.to_builtins(source.results) for source in merged.sources})
     say(f"written: {path}")
-
-
-def draw_report(folders: list[Path], out: Path) -> Path:
-    """Write a report, with progress."""
-    from heatkv.profiling.report.page import write_report
-
-    with progress("drawing the report"):
-        return write_report(folders, out)

@@ -82,18 +82,11 @@ class Budget:
         raise BudgetError(f"{name} {text!r} has the unknown unit {unit!r}; {_HOW}")
 
     def share(
-        self,
-        geometry: CacheGeometry,
-        rows: int = 1,
-        storage: str = "bfloat16",
-        uncoded_scales: int = UNCODED_SCALES,
+        self, geometry: CacheGeometry, rows: int = 1, storage: str = "bfloat16", uncoded_scales: int = UNCODED_SCALES
     ) -> Fraction:
         """b, the exact share of the full cache. Raises BudgetError when it is above the full cache."""
         if self.kind == "auto":
-            raise BudgetError(
-                f"{self.name} auto is for policies that choose it by a predicted KL, such as heatkv-mr with "
-                f"cost=fisher and max_kl; otherwise {_HOW}"
-            )
+            raise BudgetError(f"budget auto is for policies that choose it by a predicted KL; {_HOW}")
         if self.kind == "share":
             return self.amount
         if self.kind == "tokens":
@@ -108,23 +101,14 @@ class Budget:
         return share
 
     def token_heads(
-        self,
-        geometry: CacheGeometry,
-        rows: int = 1,
-        storage: str = "bfloat16",
-        uncoded_scales: int = UNCODED_SCALES,
+        self, geometry: CacheGeometry, rows: int = 1, storage: str = "bfloat16", uncoded_scales: int = UNCODED_SCALES
     ) -> int:
         """floor(b*N*L*H), the most token-heads that may be live at any checkpoint."""
         return math.floor(self.share(geometry, rows, storage, uncoded_scales) * geometry.full_token_heads)
 
     def __str__(self) -> str:
+        amount = float(self.amount)
         return {
-            "share": f"{_digits(self.amount * 100, 6)}%",
-            "tokens": f"{_digits(self.amount, 6)}tokens",
-            "bytes": f"{_digits(self.amount, 15)}B",
+            "share": f"{float(self.amount * 100):.6g}%", "tokens": f"{amount:.6g}tokens", "bytes": f"{amount:.15g}B",
             "auto": "auto",
-        }[self.kind]
-
-
-def _digits(amount: Fraction, digits: int) -> str:
-    return f"{float(amount):.{digits}g}"
+        }[self.kind]  # fmt: skip

@@ -50,11 +50,9 @@ class CapacityPlan(CachePlan):
 
     @property
     def held(self) -> IntArray:
-        """Past tokens that every head holds for every target, (L, H, T)."""
         return self.capacity
 
     def had_no_effect(self) -> bool:
-        """True when everything that can be cached is kept to the end, as the full cache does."""
         return bool((self.capacity == available_tokens(self.geometry)).all())
 
     def bytes_of(self, token_heads: int, rows: int, storage: str) -> int:
@@ -89,7 +87,6 @@ class CapacityPlan(CachePlan):
         self.check_budget()
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as in a plan.json."""
         return super().to_json() | {
             "shared": self.shared, "carried": self.carried, "capacity": self.capacity.tolist(),
         }  # fmt: skip

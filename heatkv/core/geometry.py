@@ -39,10 +39,7 @@ class CacheGeometry:
             object.__setattr__(self, name, whole(getattr(self, name), name, PlanError, 1, _MOST))
         token_heads = self.schedule.total_tokens * self.layers * self.heads
         if token_heads > _MOST_TOKEN_HEADS:
-            raise PlanError(
-                f"{self.layers} layers x {self.heads} heads of {self.schedule.total_tokens} tokens are {token_heads} "
-                f"token-heads; at most {_MOST_TOKEN_HEADS} can be counted"
-            )
+            raise PlanError(f"all scales have {token_heads} token-heads; at most {_MOST_TOKEN_HEADS} can be counted")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -52,10 +49,7 @@ class CacheGeometry:
     def check_holds(
         self, layers: int, heads: int, schedule: ScaleSchedule, what: str, error: type[HeatKVError]
     ) -> None:
-        """Raise `error` unless a model of this geometry has what was made for these layers, heads and schedule.
-
-        The head size does not matter; `what` begins the sentence, as "the plan is for".
-        """
+        """Raise `error` unless these are the layers, heads and schedule; `what` begins it, as "the plan is for"."""
         if (layers, heads) != (self.layers, self.heads):
             raise error(f"{what} {layers} layers x {heads} heads, the model has {self.layers} x {self.heads}")
         if schedule != self.schedule:

@@ -214,6 +214,17 @@ def check_place(path: Path) -> None:
         pass
 
 
+def make_folder(path: str | Path) -> Path:
+    """Create a folder and its parents. Raises FormatError where that cannot be, and where it takes no files."""
+    path = Path(path)
+    if path.suffix.lower() in (".png", ".json") and not path.is_dir():
+        raise FormatError(f"{path} names a file, but takes a folder for several; write {path.parent}")
+    with _os_errors("create the folder", path):
+        path.mkdir(parents=True, exist_ok=True)
+    check_place(path / "file")
+    return path
+
+
 def file_name(text: str) -> str:
     """The text with nothing in it that a file name cannot hold."""
     return "".join(c if c.isalnum() else "_" for c in text)

@@ -176,20 +176,15 @@ class CachePlan(EqualByContents, ABC):
 
     def to_json(self) -> dict[str, Any]:
         """The plan as in a plan.json."""
+        geometry = self.geometry
         return {
-            "format": FORMAT,
-            "version": VERSION,
-            "policy": self.policy,
-            "settings": dict(self.settings),
-            "model": self.model,
+            "format": FORMAT, "version": VERSION,
+            "policy": self.policy, "settings": dict(self.settings), "model": self.model,
             "schedule": self.schedule.to_json(),
-            "layers": self.geometry.layers,
-            "heads": self.geometry.heads,
-            "head_dim": self.geometry.head_dim,
-            "budget": self.budget,
-            "budget_token_heads": self.budget_token_heads,
+            "layers": geometry.layers, "heads": geometry.heads, "head_dim": geometry.head_dim,
+            "budget": self.budget, "budget_token_heads": self.budget_token_heads,
             "peak_token_heads": self.peak_token_heads,
-        }
+        }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Write a plan.json, whole or not at all. Raises FormatError."""
@@ -212,6 +207,12 @@ class CoarseCells(EqualByContents):
 
     def __hash__(self) -> int:
         return hash((self.level, self.last_read.shape))
+
+    def of_shape(self, shape: tuple[int, int, int]) -> CoarseCells:
+        """The same in read-only arrays. Raises PlanError for arrays that are not of this shape."""
+        last_read = integer_array(self.last_read, shape, f"last_read of level {self.level}", PlanError)
+        log_bias = float_array(self.log_bias, shape, f"log_bias of level {self.level}", PlanError)
+        return CoarseCells(self.level, last_read, log_bias)
 
     @classmethod
     def uncalibrated(cls, level: str, last_read: IntArray, schedule: ScaleSchedule) -> CoarseCells:
@@ -244,16 +245,8 @@ class Plan(CachePlan):
 
     def __post_init__(self) -> None:
         shape = self.geometry.shape
-        coarse = [
-            CoarseCells(
-                cells.level,
-                integer_array(cells.last_read, shape, f"last_read of level {cells.level}", PlanError),
-                float_array(cells.log_bias, shape, f"log_bias of level {cells.level}", PlanError),
-            )
-            for cells in self.coarse
-        ]
         object.__setattr__(self, "last_read", integer_array(self.last_read, shape, "last_read", PlanError))
-        object.__setattr__(self, "coarse", tuple(coarse))
+        object.__setattr__(self, "coarse", tuple(cells.of_shape(shape) for cells in self.coarse))
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
 
     @property
@@ -275,21 +268,17 @@ class Plan(CachePlan):
 
     @cached_property
     def held(self) -> IntArray:
-        """Past tokens that every head holds for every target, (L, H, T)."""
         arrays = [last_read for _, last_read in self.levels]
         return fixed(held_for_targets(arrays, [level_tokens(self.schedule, level) for level, _ in self.levels]))
 
     @property
     def uncoded_scales(self) -> int:
-        """The sink scales that a coded arena holds in the compute type."""
         return min(UNCODED_SCALES, self.sink_scales, len(self.schedule) - 1)
 
     def bytes_of(self, token_heads: int, rows: int, storage: str) -> int:
-        """The most bytes that the cache takes while it holds so many token-heads, sinks that are not coded first."""
         return self.geometry.bytes(token_heads, rows, storage, self.uncoded_scales)
 
     def had_no_effect(self) -> bool:
-        """True when everything that can be cached is kept to the end, as the full cache does."""
         return bool((self.last_read == len(self.schedule) - 1).all())
 
     def check(self) -> None:
@@ -309,9 +298,8 @@ class Plan(CachePlan):
             if len(wrong):
                 cell = tuple(int(i) for i in wrong[0])
                 raise PlanError(
-                    f"last_read{list(cell)} of level {level} is {last_read[cell]}; it must be from {least[cell]} "
-                    f"({'never cached' if level == FULL else 'that of the finer level'}) to {scales - 1} (kept to the "
-                    "end)"
+                    f"last_read{list(cell)} of level {level} is {last_read[cell]}; it must be from {least[cell]} to "
+                    f"{scales - 1}"
                 )
             least = last_read
         for cells in self.coarse:
@@ -322,7 +310,6 @@ class Plan(CachePlan):
         self.check_budget()
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as in a plan.json."""
         out = super().to_json() | {"sink_scales": self.sink_scales}
         out |= {name: x for name in ("value", "value_bound", "gap") if (x := getattr(self, name)) is not None}
         out["last_read"] = self.last_read.tolist()

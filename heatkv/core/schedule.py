@@ -48,8 +48,6 @@ class ScaleSchedule:
                     f"scale {index} is {shown(scale)}; it must be (t, h, w), whole numbers from 1 to {MAX_SIDE}"
                 )
 
-    # ------------------------------------------------------------------ ways to make one
-
     @classmethod
     def of(cls, scales: Iterable[Sequence[int]]) -> ScaleSchedule:
         """From (h, w) pairs or (t, h, w) triples, as lists or tuples (for instance from JSON). Raises ScheduleError."""
@@ -104,8 +102,6 @@ class ScaleSchedule:
     def infinity_ratios(cls) -> tuple[float, ...]:
         """Height/width of the published templates, in upstream's order (which decides ties)."""
         return tuple(entry["h_div_w"] for entry in _infinity_data()["templates"].values())
-
-    # ------------------------------------------------------------------ what follows from it
 
     def __len__(self) -> int:
         return len(self.scales)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from heatkv.core.plan import Plan
-from heatkv.engine.attention.grouped import CallShape
-from heatkv.engine.attention.kernels import AttentionKernel
+from heatkv.engine.attention.base import AttentionKernel, CallShape
 from heatkv.engine.attention.pooling import Reduction
 from heatkv.engine.layout import ArenaLayout, slots_in
 from heatkv.engine.store import Places, Store

@@ -1,6 +1,6 @@
 """Running the steps of generation again and again: as Python, or recorded once and replayed, as CUDA graphs are.
 
-A step takes no arguments and gives nothing back: it reads and writes tensors that lie at the same addresses for every
+A step takes no arguments and returns nothing: it reads and writes tensors that lie at the same addresses for every
 image. Whatever else it makes is gone after it.
 """
 
@@ -23,10 +23,10 @@ class StepRunner(Protocol):
     replays: bool
 
     def run(self, key: Hashable, step: Step) -> None:
-        """Do what `step` does. Steps of one key are the same step of other images."""
+        """Do what `step` does. Steps of one key are the same step of different images."""
 
     def forget(self) -> None:
-        """Let go of what was recorded: addresses have changed, or an image was broken off between two steps."""
+        """Drop all recordings: addresses have changed, or an image was broken off between two steps."""
 
 
 class EagerRunner:
@@ -45,8 +45,8 @@ class EagerRunner:
 class GraphRunner(ABC):
     """Calls a step the first time its key is seen, records it the second time, and replays it from then on.
 
-    Recording runs the step's Python, so that what counts in Python goes on counting, but none of its operations; a
-    replay follows at once.
+    Recording runs the step's Python, so that counters in Python go on, but none of its operations; a replay follows at
+    once.
     """
 
     replays = True
@@ -62,7 +62,7 @@ class GraphRunner(ABC):
 
     @property
     def pool_bytes(self) -> int | None:
-        """What the memory pool of what is recorded has reserved on the device; None where nobody tells."""
+        """Bytes that the recordings' memory pool has reserved on the device; None where they are not known."""
         return None
 
     def run(self, key: Hashable, step: Step) -> None:
@@ -93,8 +93,8 @@ class GraphRunner(ABC):
             if not isinstance(reason, Exception):
                 raise reason from None
             raise GraphError(
-                f"{key} cannot be recorded as a graph: {type(reason).__name__}: {reason}; draw without graphs "
-                "(graphs=False, --no-graphs), or do nothing in it that waits for the device"
+                f"{key} cannot be recorded as a graph: {type(reason).__name__}: {reason}; draw without graphs, or "
+                "leave out of it what waits for the device"
             ) from reason
 
     def forget(self) -> None:
@@ -103,23 +103,21 @@ class GraphRunner(ABC):
 
     @abstractmethod
     def _warm_up(self, step: Step) -> None:
-        """Call the step, so that all that is made on first use is there."""
+        """Call the step, so that everything made on first use is there."""
 
     @abstractmethod
     def _record(self, step: Step) -> Step:
-        """Run the step's Python, and give what does its operations."""
+        """Run the step's Python, and return what does its operations."""
 
 
 def check_has_graphs(device: torch.device) -> None:
     """Raise GraphError for a device without CUDA graphs."""
     if device.type != "cuda":
-        raise GraphError(
-            f"CUDA graphs need a CUDA device; the model is on {device}: draw without them (graphs=False, --no-graphs)"
-        )
+        raise GraphError(f"CUDA graphs need a CUDA device; the model is on {device}: draw without graphs")
 
 
 class CUDAGraphRunner(GraphRunner):
-    """Records steps as CUDA graphs, all of them in one memory pool. Raises GraphError for a device that has none."""
+    """Records steps as CUDA graphs that share one memory pool. Raises GraphError for a device that has none."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -154,7 +152,7 @@ class CUDAGraphRunner(GraphRunner):
 
     def _record(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        # the outer block gives the current stream back also where ending a broken recording raises
+        # the outer block restores the current stream even where ending a broken recording raises
         with torch.cuda.stream(self._stream), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             step()
         return graph.replay

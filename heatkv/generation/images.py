@@ -1,4 +1,4 @@
-"""Tensors to pictures, grids of images for people to look at, and back."""
+"""Tensors to pixels, grids of images for people to look at, and PNG files of them read back."""
 
 from __future__ import annotations
 
@@ -17,36 +17,34 @@ from heatkv.errors import FormatError
 GAP = 2
 """Pixels between the images of a grid."""
 
-
 MOST_PIXELS = 80_000_000
-"""Of a file of pictures: 16 of 2048 x 2048 have fewer."""
+"""Pixels of a file that is read, at most: 16 images of 2048 x 2048 have fewer."""
 
 
 def picture_text(path: Path, name: str) -> str | None:
-    """What a PNG says under a name, without its pixels. Raises FormatError for what is none of ours."""
+    """The text that a PNG has under a name, read without its pixels; None where there is none. Raises FormatError."""
     with _opened(path) as file:
-        told = file.info.get(name)
-        return told if isinstance(told, str) else None
+        text = file.info.get(name)
+        return text if isinstance(text, str) else None
 
 
 def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """The pixels of a PNG of ours, (H, W, 3). Raises FormatError for any other, also one that unpacks too large."""
+    """The pixels of an RGB PNG, (H, W, 3). Raises FormatError for other files, and those that unpack too large."""
     with _opened(path) as file:
         try:
             return np.asarray(file)
         except Exception as error:  # Pillow raises nearly everything for damaged files
-            raise FormatError(f"{path} is no whole PNG: {error}; make the comparison again") from error
+            raise _not_whole(path, error) from error
 
 
 def _opened(path: Path) -> Image.Image:
     path = whole_file(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit of our own
-            # no other format: for some, Pillow starts programs
-            file = Image.open(path, formats=["PNG"])
-    except Exception as error:  # Pillow raises nearly everything for damaged files
-        raise FormatError(f"{path} is no whole PNG: {error}; make the comparison again") from error
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is the limit here
+            file = Image.open(path, formats=["PNG"])  # for some other formats Pillow starts programs
+    except Exception as error:
+        raise _not_whole(path, error) from error
     if file.mode != "RGB" or file.width * file.height > MOST_PIXELS:
         file.close()
         raise FormatError(
@@ -56,9 +54,18 @@ def _opened(path: Path) -> Image.Image:
     return file
 
 
+def _not_whole(path: Path, error: Exception) -> FormatError:
+    return FormatError(f"{path} is no whole PNG: {error}; make the comparison again")
+
+
 def to_pixels(images_B3HW: Tensor) -> Tensor:
     """[0, 1] to uint8, rounded, (B, H, W, 3)."""
     return (images_B3HW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def from_pixels(pixels_BHW3: NDArray[np.uint8]) -> Tensor:
+    """The reverse, (B, 3, H, W)."""
+    return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float() / 255
 
 
 def image_grid(images_B3HW: Tensor, columns: int, enlarge: int = 1) -> Image.Image:

@@ -1,8 +1,8 @@
-"""The next-scale loop: draw images under a plan, every scale one step that can be recorded as a CUDA graph.
+"""The next-scale loop: draws images under a plan, every scale one step that can be recorded as a CUDA graph.
 
-Between steps only tensors at fixed addresses hold anything: the class or prompt, the random numbers of the running
-scale, the chosen codes, their sum, and the cache. Random numbers are made outside the steps, so that a recorded step
-gets those that an eager one gets.
+Between steps only tensors at fixed addresses hold state: the class or prompt, the random numbers of the running scale,
+the chosen codes, their sum, and the cache. Random numbers are made outside the steps, so that a recorded step gets the
+same ones as an eager step.
 
 Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes.
 """
@@ -10,15 +10,16 @@ Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from functools import cached_property
+from typing import Generic, Literal, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
 
 from heatkv.core.plan import CachePlan
-from heatkv.core.schema import shown
+from heatkv.core.schema import shown, whole
 from heatkv.engine.arena_cache import ArenaCache
 from heatkv.engine.open_cache import open_cache
 from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
@@ -33,12 +34,12 @@ Label = TypeVar("Label")
 """What one image is drawn from: a class, or a prompt."""
 
 Observer = Callable[[int, Tensor], None]
-"""Called with every scale and its guided logits (B, N, V), before any cut; they are the observer's to keep."""
+"""Called with every scale and a copy of its guided logits (B, N, V), before any cut."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Codes of every scale, (B, N) each, and the pictures, (B, 3, H, W) in [0, 1], when they were asked for."""
+    """Codes of every scale, (B, N) each, and the images, (B, 3, H, W) in [0, 1], when they were decoded."""
 
     tokens: tuple[Tensor, ...]
     images: Tensor | None
@@ -46,9 +47,9 @@ class Drawn:
 
 @dataclass(frozen=True)
 class StepKey:
-    """Which step: all of a scale, or one side of a choice that is made between them.
+    """Names a step: all of a scale, or what comes before or after a choice that is made between two steps.
 
-    `observed`: whether the logits are kept. `sampler` and `settings` tell how a step of all chooses.
+    `observed` says whether the logits are kept, `sampler` and `settings` how a whole step chooses.
     """
 
     scale: int
@@ -62,37 +63,33 @@ class StepKey:
 
 
 class _Buffers:
-    """Tensors at fixed addresses that every batch of so many images uses; each is made when it is first needed."""
+    """Tensors at fixed addresses that all batches of one size use; each is made when it is first needed."""
 
     def __init__(self, model: ImageModel[Label], batch: int) -> None:
         each, self._codes = model.choices
         self._batch, self._device = batch, model.device
         self._counts = [each * tokens for tokens in model.geometry.schedule.tokens]
-        self._tokens: list[Tensor] = []
-        # of the logits of every scale and image, finite where they are
         self.sums_TB = torch.zeros(len(self._counts), batch, device=self._device)
-        self._of_largest: dict[str, Tensor] = {}
+        """Sums of the logits of every scale and image, finite where these are."""
+        self._largest: dict[str, Tensor] = {}
 
-    @property
+    @cached_property
     def tokens(self) -> list[Tensor]:
         """The chosen codes of every scale, (B, N) each."""
-        if not self._tokens:
-            shapes = ((self._batch, count) for count in self._counts)
-            self._tokens = [torch.empty(shape, dtype=torch.long, device=self._device) for shape in shapes]
-        return self._tokens
+        return [torch.empty((self._batch, count), dtype=torch.long, device=self._device) for count in self._counts]
 
-    def of_scale(self, name: Literal["noise", "logits"], scale: int) -> Tensor:
+    def for_scale(self, name: Literal["noise", "logits"], scale: int) -> Tensor:
         """(B, N, V) in fp32; scales use the same memory in turn."""
-        if name not in self._of_largest:
+        if name not in self._largest:
             largest = self._batch * max(self._counts) * self._codes
-            self._of_largest[name] = torch.empty(largest, device=self._device)
+            self._largest[name] = torch.empty(largest, device=self._device)
         shape = (self._batch, self._counts[scale], self._codes)
-        return self._of_largest[name][: shape[0] * shape[1] * shape[2]].view(shape)
+        return self._largest[name][: shape[0] * shape[1] * shape[2]].view(shape)
 
 
 @dataclass(frozen=True)
 class _Scales(Generic[Label]):
-    """Draws images that are at their start, scale by scale."""
+    """Draws images from their start to their end, scale by scale."""
 
     drawing: Drawing[Label]
     cache: Attend
@@ -102,12 +99,14 @@ class _Scales(Generic[Label]):
     observe: Observer | None
 
     def run(self, scales: int, decode: bool, before_decode: Callable[[], None] | None = None) -> Drawn:
-        run_scale = self._in_one_step if isinstance(self.sampler, NoiseSampler) else self._in_two_steps
         self.buffers.sums_TB.zero_()
         try:
             for scale in range(scales):
                 with span(scale_name(scale)):
-                    run_scale(scale)
+                    if isinstance(self.sampler, NoiseSampler):
+                        self._in_one_step(scale, self.sampler)
+                    else:
+                        self._in_two_steps(scale)
         except BaseException as error:
             self.runner.forget()  # some steps of these images have run and others have not
             if isinstance(error, RuntimeError | ValueError):
@@ -128,23 +127,19 @@ class _Scales(Generic[Label]):
 
     def _check(self) -> None:
         """Raise NumericsError for the first place with numbers that are not finite, and what else the cache raises."""
-        if not isinstance(self.cache, ArenaCache) or self.buffers.sums_TB.is_meta:  # tensors of shapes alone
+        if not isinstance(self.cache, ArenaCache) or self.buffers.sums_TB.is_meta:  # tensors with shapes alone
             return
-        fine_TB = self.buffers.sums_TB.isfinite()
-        images = fine_TB.shape[1]
-        if not bool(fine_TB.all()):
-            broken = (~fine_TB).nonzero().tolist()
-            scale, of_cache = broken[0][0], self.cache.watch.first(images)
-            if of_cache is None or scale < of_cache[0]:
+        images = self.buffers.sums_TB.shape[1]
+        if broken := (~self.buffers.sums_TB.isfinite()).nonzero().tolist():
+            scale, in_cache = broken[0][0], self.cache.watch.first(images)
+            if in_cache is None or scale < in_cache[0]:
                 layers, dtype = self.cache.geometry.layers, self.cache.store.dtype
                 raise logits_error(scale, layers, [image for t, image in broken if t == scale], dtype)
         self.cache.check(images)
 
-    def _in_one_step(self, scale: int) -> None:
-        sampler, observe = self.sampler, self.observe
-        assert isinstance(sampler, NoiseSampler)
-        tokens_BN, noise_BNV = self.buffers.tokens[scale], self.buffers.of_scale("noise", scale)
-        seen_BNV = None if observe is None else self.buffers.of_scale("logits", scale)
+    def _in_one_step(self, scale: int, sampler: NoiseSampler) -> None:
+        tokens_BN, noise_BNV = self.buffers.tokens[scale], self.buffers.for_scale("noise", scale)
+        seen_BNV = None if self.observe is None else self.buffers.for_scale("logits", scale)
 
         def step() -> None:
             logits_BNV = self._logits(scale)
@@ -156,13 +151,13 @@ class _Scales(Generic[Label]):
 
         with span(SAMPLING):
             sampler.noise(scale, noise_BNV)
-        self.runner.run(StepKey(scale, "all", observe is not None, type(sampler), sampler.settings), step)
-        if observe is not None and seen_BNV is not None:
-            observe(scale, seen_BNV.clone())
+        self.runner.run(StepKey(scale, "all", seen_BNV is not None, type(sampler), sampler.settings), step)
+        if self.observe is not None and seen_BNV is not None:
+            self.observe(scale, seen_BNV.clone())
 
     def _in_two_steps(self, scale: int) -> None:
-        """Between them the sampler chooses as it likes."""
-        tokens_BN, seen_BNV = self.buffers.tokens[scale], self.buffers.of_scale("logits", scale)
+        """The sampler chooses between the steps, in its own way."""
+        tokens_BN, seen_BNV = self.buffers.tokens[scale], self.buffers.for_scale("logits", scale)
 
         def step() -> None:
             seen_BNV.copy_(self._logits(scale))
@@ -194,20 +189,28 @@ def run_scales(
     """Draw one image per label through `cache`, which must be at its start and have the rows for them."""
     with torch.inference_mode():
         drawing, buffers = model.begin(labels, settings), _Buffers(model, len(labels))
-        return _Scales(drawing, cache, sampler, buffers, EagerRunner(), observe).run(
-            len(model.geometry.schedule), decode
-        )
+        scales = _Scales(drawing, cache, sampler, buffers, EagerRunner(), observe)
+        return scales.run(len(model.geometry.schedule), decode)
+
+
+class GeneratorOptions(TypedDict, total=False):
+    """The options of Generator that the functions which make one take too."""
+
+    settings: Settings | None
+    code: str | None
+    attention: str
+    graphs: bool
 
 
 class Generator(Generic[Label]):
     """Draws batches of one size under one plan, with one cache for all of them.
 
-    `storage` is "int8" or "fp8" where the cache holds 8-bit codes, None where it holds the compute type; `attention`
-    names the kernel, "auto" for the one that suits the device. With `graphs` every scale is recorded as a CUDA graph
-    while the second batch is drawn and replayed for all later ones; what the labels decide, random numbers and the
-    decoder stay outside (docs/generation.md). `runner` runs the steps in another way. Raises ModelError or PlanError
-    for a model or plan that is none, or that do not fit each other or the device, GraphError for graphs without a CUDA
-    device.
+    `settings` (default: the model's) say how codes are chosen, `code` is "int8" or "fp8" for a cache of 8-bit codes
+    and None for the compute type, `attention` names the kernel, "auto" for the one that suits the device. With
+    `graphs` every scale is recorded as a CUDA graph while the second batch is drawn, and replayed for all later ones;
+    the embedding of labels, random numbers and the decoder stay outside (docs/generation.md). `runner` runs the steps
+    in another way. Raises ModelError for a bad batch, PlanError for a plan that does not fit the model or the device,
+    GraphError for graphs without a CUDA device.
     """
 
     def __init__(
@@ -217,22 +220,21 @@ class Generator(Generic[Label]):
         batch: int,
         settings: Settings | None = None,
         *,
-        storage: str | None = None,
+        code: str | None = None,
         attention: str = "auto",
         graphs: bool = False,
         runner: StepRunner | None = None,
     ) -> None:
-        _, _, self.batch, self.settings = checked_run(model, 0, 0, batch, settings, None)
+        self.model, self.plan, self.batch = model, plan, whole(batch, "batch", ModelError, 1)
+        self.settings = model.sampling if settings is None else settings
         plan.check_geometry(model.geometry)
-        self.model, self.plan = model, plan
         if runner is None:
             runner = CUDAGraphRunner(model.device) if graphs else EagerRunner()
         self.runner: StepRunner = runner
-        rows = self.batch * self.settings.rows_per_image
+        rows, query_weight = self.batch * self.settings.rows_per_image, model.adapter.query_weight
         self.cache = open_cache(
-            plan, rows, model.compute_dtype, model.device, model.key_angles, model.adapter.query_weight, storage,
-            attention,
-        )  # fmt: skip
+            plan, rows, model.compute_dtype, model.device, model.key_angles, query_weight, code, attention
+        )
         self._buffers = _Buffers(model, self.batch)
         self._drawing: Drawing[Label] | None = None
 
@@ -249,25 +251,24 @@ class Generator(Generic[Label]):
     ) -> Drawn:
         """Draw one image per label; `samples` number them for the random numbers (default 0, 1, ...).
 
-        With graphs, a scale is one graph; a `sampler` that is no NoiseSampler chooses between two of them. `observe`
-        is called when the scale is done, `before_decode` when all are. Raises ModelError for labels that the model does
-        not have, or not as many as the batch, PolicyError when a dynamic policy fails, GraphError when a step cannot be
-        recorded, NumericsError when the images were made of numbers that are not finite.
+        With graphs a scale is one graph, or two with the choice between them where `sampler` is no NoiseSampler.
+        `observe` is called after every scale, `before_decode` after the last. Raises ModelError for labels that the
+        model does not have or that are not as many as the batch, PolicyError when a dynamic policy fails, GraphError
+        when a step cannot be recorded, NumericsError when the images were made of numbers that are not finite.
         """
         if len(labels) != self.batch:
             raise ModelError(f"{len(labels)} labels for a generator of batch {self.batch}")
         if sampler is None:
             sampler = CommonRandomSampler(seed, range(self.batch) if samples is None else samples, self.settings)
-        with torch.inference_mode(), ExitStack() as watched:
+        with torch.inference_mode():
             self.cache.reset()
-            drawing = self._begin(labels)
-            if self.cache.wants_input:
-                watched.enter_context(self.model.adapter.telling_inputs(self.cache.see_input))
-            scales = _Scales(drawing, self.cache, sampler, self._buffers, self.runner, observe)
-            return scales.run(len(self.model.geometry.schedule), decode, before_decode)
+            scales = _Scales(self._begin(labels), self.cache, sampler, self._buffers, self.runner, observe)
+            wants_input = self.cache.wants_input
+            with self.model.adapter.telling_inputs(self.cache.see_input) if wants_input else nullcontext():
+                return scales.run(len(self.model.geometry.schedule), decode, before_decode)
 
     def _begin(self, labels: Sequence[Label]) -> Drawing[Label]:
-        """Images at their start: where steps are replayed, in the tensors of those before."""
+        """Images at their start; where steps are replayed, in the tensors of the images before."""
         if not self.runner.replays:
             return self.model.begin(labels, self.settings)
         if self._drawing is None or not self._drawing.restart(labels):
@@ -285,28 +286,18 @@ def draw_batches(
     seed: int = 0,
     first_sample: int = 0,
     batch: int = 16,
-    settings: Settings | None = None,
-    storage: str | None = None,
-    attention: str = "auto",
-    graphs: bool = False,
+    **options: Unpack[GeneratorOptions],
 ) -> Iterator[Tensor]:
-    """What `generate` gives, (at most `batch`, 3, H, W) at a time; raises what that raises, once the first is asked
-    for."""
-    seed, first_sample, batch, settings = checked_run(model, seed, first_sample, batch, settings, None)
-    try:
-        chosen = None if isinstance(labels, str) else list(labels)
-    except TypeError:
-        chosen = None
-    if chosen is None:
-        raise ModelError(f"labels is {shown(labels)}; give a list, one label per image")
-    if not chosen:
-        raise ModelError("no label was given; give one per image")
-    drawn_from = [model.label(label) for label in chosen]
+    """The images of `generate`, (at most `batch`, 3, H, W) at a time; raises its errors when the first is asked for."""
+    seed, first_sample, batch, _ = checked_run(model, seed, first_sample, batch, None, None)
+    if isinstance(labels, str) or not (values := list(labels)):
+        raise ModelError(f"labels is {shown(labels)}; give a list with one label per image")
+    ids = [model.label(value) for value in values]
     generator = None
-    for first in range(0, len(drawn_from), batch):
-        part = drawn_from[first : first + batch]
+    for first in range(0, len(ids), batch):
+        part = ids[first : first + batch]
         if generator is None or generator.batch != len(part):
-            generator = Generator(model, plan, len(part), settings, storage=storage, attention=attention, graphs=graphs)
+            generator = Generator(model, plan, len(part), **options)
         drawn = generator.draw(part, seed, range(first_sample + first, first_sample + first + len(part)))
         assert drawn.images is not None
         yield drawn.images
@@ -320,26 +311,18 @@ def generate(
     seed: int = 0,
     first_sample: int = 0,
     batch: int = 16,
-    settings: Settings | None = None,
     progress: Callable[[int], None] | None = None,
-    storage: str | None = None,
-    attention: str = "auto",
-    graphs: bool = False,
+    **options: Unpack[GeneratorOptions],
 ) -> Tensor:
-    """Images (B, 3, H, W), RGB in [0, 1], one per label, in batches; `progress` is told how many are done.
+    """Images (B, 3, H, W), RGB in [0, 1], one per label, drawn `batch` at a time.
 
-    Labels are what `model.label` reads: numbers (also of a numpy array or a tensor) or names of classes, prompts or
-    texts. `first_sample` numbers the first one for the random numbers. The pictures do not depend on `batch` but for
-    rounding. `storage` and `attention` are those of Generator. With
-    `graphs`, batches from the third on replay CUDA graphs, which draw the same. Raises ModelError for labels that the
-    model does not have, PlanError for a plan of another model, GraphError for graphs without a CUDA device.
+    Labels are what `model.label` reads: numbers or names of classes, prompts or texts. `first_sample` numbers the first
+    image for the random numbers; images do not depend on `batch` except for rounding. `progress` is called with how
+    many are done. `options` are `settings`, `code`, `attention` and `graphs` of Generator; with graphs, batches from
+    the third on replay them. Raises ModelError for labels that the model does not have, and what Generator raises.
     """
-    checked_run(model, seed, first_sample, batch, settings, progress)
     images: list[Tensor] = []
-    for drawn in draw_batches(
-        model, labels, plan, seed=seed, first_sample=first_sample, batch=batch, settings=settings,
-        storage=storage, attention=attention, graphs=graphs,
-    ):  # fmt: skip
+    for drawn in draw_batches(model, labels, plan, seed=seed, first_sample=first_sample, batch=batch, **options):
         images.append(drawn)
         if progress is not None:
             progress(sum(map(len, images)))

@@ -129,7 +129,7 @@ class ImageModel(ABC, Generic[Label]):
     """
 
     name: str
-    transformer: Transformer[Any]
+    transformer: Transformer
     fingerprint: str
     sampling: Settings
 
@@ -187,12 +187,12 @@ class ImageModel(ABC, Generic[Label]):
         statistics: Statistics | None = None,
         rows: int | None = None,
         seed: int = 0,
-        storage: str | None = None,
+        code: str | None = None,
         **options: Any,
     ) -> CachePlan:
         """A plan of the named policy for this model; `options` are the policy's own, such as sink_scales.
 
-        `rows` (default: those of one image) and `storage` ("int8" or "fp8" for a cache of 8-bit codes) only matter for
+        `rows` (default: those of one image) and `code` ("int8" or "fp8" for a cache of 8-bit codes) only matter for
         a budget in bytes, and for policies that carry numbers of their own. Raises PolicyError for an unknown
         policy or option, BudgetError for a budget that cannot be read or kept, and StatisticsError for statistics of
         other weights.
@@ -205,7 +205,7 @@ class ImageModel(ABC, Generic[Label]):
             statistics,
             seed=seed,
             rows=self.sampling.rows_per_image if rows is None else rows,
-            storage=str(StorageType.for_dtype(self.compute_dtype, storage)),
+            storage=str(StorageType.for_dtype(self.compute_dtype, code)),
             model=self.name,
         )
         return make_policy(policy, **options).plan(problem)
@@ -221,7 +221,7 @@ def checked_run(
     first_sample: int,
     batch: int,
     settings: Settings | None,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], object] | None,
 ) -> tuple[int, int, int, Settings]:
     """`seed`, `first_sample`, `batch` and `settings` (default: the model's) of whatever draws images.
 

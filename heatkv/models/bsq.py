@@ -52,14 +52,12 @@ class BitwiseVAE(nn.Module):
     def __init__(self, config: BSQConfig, encoder: bool = True) -> None:
         super().__init__()
         self.config = config
-        if encoder:
-            self.encoder = Encoder(config, attention=False)
-        self.has_encoder = encoder
+        self.encoder = Encoder(config, attention=False) if encoder else None
         self.decoder = Decoder(config, attention=False)
 
     def latent(self, image_B3HW: Tensor) -> Tensor:
         """Image in [-1, 1] to the latent before quantisation, (B, Z, h, w)."""
-        if not self.has_encoder:
+        if self.encoder is None:
             raise ModelError("this VAE was built without its encoder; load one that has encoder.* weights")
         out: Tensor = self.encoder(image_B3HW)
         return out

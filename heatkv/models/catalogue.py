@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 import torch
 
@@ -71,10 +71,7 @@ class ModelInfo:
             wanted = str(wanted).removesuffix("px")
             schedule = VAR_CONFIG.schedule if self.bundled else ScaleSchedule.var(wanted)
         if wanted not in self.sizes:
-            others = [info for info in MODELS.values() if info.family == self.family and wanted in info.sizes]
-            near = min(others, key=lambda info: abs(info.layers - self.layers), default=None)
-            way_out = "leave the size out" if near is None or self.bundled else f"use {near.name} for {wanted}"
-            raise ScheduleError(f"{self.name} is published for {' and '.join(self.sizes)}, not {wanted}; {way_out}")
+            raise ScheduleError(f"{self.name} is published for {' and '.join(self.sizes)}, not {wanted}")
         return schedule
 
     def geometry(self, size: str | None = None, ratio: float | None = None) -> CacheGeometry:
@@ -85,36 +82,35 @@ def _names(*stems: str) -> tuple[str, ...]:
     return tuple(f"{stem}{suffix}" for stem in stems for suffix in (".pth", ".safetensors"))
 
 
-_VAR_VAE = _names("vae_ch160v4096z32")
-_D32_VAE, _D56_VAE = _names("infinity_vae_d32reg"), _names("infinity_vae_d56_f8_14_patchify")
-
-
 def _var(depth: int, size: str) -> ModelInfo:
     stem = f"var_d{depth}"
-    where = f"FoundationVision/VAR {stem}.pth"
-    return ModelInfo(f"var-d{depth}", "var", depth, depth, 64, size, where, _names(stem), _VAR_VAE)
+    return ModelInfo(
+        f"var-d{depth}", "var", depth, depth, 64, size, f"FoundationVision/VAR {stem}.pth", _names(stem),
+        _names("vae_ch160v4096z32"),
+    )  # fmt: skip
 
 
-def _infinity(name: str, layers: int, heads: int, size: str, stem: str, suffix: str, vae: tuple[str, ...]) -> ModelInfo:
-    where = f"FoundationVision/Infinity {stem}{suffix}"
-    return ModelInfo(name, "infinity", layers, heads, 128, size, where, (stem, *_names(stem)), vae)
+def _infinity(name: str, layers: int, heads: int, size: str, file: str, vae: str) -> ModelInfo:
+    stem = file.removesuffix(".pth").removesuffix("/")
+    return ModelInfo(
+        name, "infinity", layers, heads, 128, size, f"FoundationVision/Infinity {file}", (stem, *_names(stem)),
+        _names(vae), smaller_sizes=ScaleSchedule.infinity_sizes()[-2::-1] if size == "1M" else (),
+    )  # fmt: skip
 
 
+_D32, _D56 = "infinity_vae_d32reg", "infinity_vae_d56_f8_14_patchify"
 _EMOJI = ModelInfo(
     "emoji", "var", VAR_CONFIG.depth, VAR_CONFIG.heads, VAR_CONFIG.head_dim, "48", "in this package", bundled=True
 )
-_SMALLER = ScaleSchedule.infinity_sizes()[-2::-1]
-"""Smaller sizes than 1M."""
-
 MODELS: dict[str, ModelInfo] = {
     info.name: info
     for info in (
         _EMOJI,
         *(_var(depth, "256") for depth in (16, 20, 24, 30)),
         _var(36, "512"),
-        replace(_infinity("infinity-2b", 32, 16, "1M", "infinity_2b_reg", ".pth", _D32_VAE), smaller_sizes=_SMALLER),
-        replace(_infinity("infinity-8b", 40, 28, "1M", "infinity_8b_weights", "/", _D56_VAE), smaller_sizes=_SMALLER),
-        _infinity("infinity-8b-512", 40, 28, "0.25M", "infinity_8b_512x512_weights", "/", _D56_VAE),
+        _infinity("infinity-2b", 32, 16, "1M", "infinity_2b_reg.pth", _D32),
+        _infinity("infinity-8b", 40, 28, "1M", "infinity_8b_weights/", _D56),
+        _infinity("infinity-8b-512", 40, 28, "0.25M", "infinity_8b_512x512_weights/", _D56),
     )
 }
 
@@ -164,10 +160,9 @@ def load_model(
         raise ModelError(f"{name} needs its weights, {info.weights}: name the file or its folder as weights")
     path = find_weights(weights, info.files)
     if info.family == "var":
-        return _placed(load_var(info, path, vae), compute, where)
-    vae_path = find_beside(path, info.vae_files) if vae is None else Path(vae)
+        return _placed(_load_var(info, path, vae), compute, where)
     encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
-    model = _placed(load_infinity(info, path, vae_path, schedule, encoder), compute, where)
+    model = _placed(_load_infinity(info, path, vae, schedule, encoder), compute, where)
     return replace(model, examples=tuple(model.prompts(prompts))) if prompts else model
 
 
@@ -192,22 +187,24 @@ def find_weights(path: str | Path, names: Sequence[str]) -> Path:
     path = Path(path)
     if not path.is_dir() or any((path / name).exists() for name in SHARDED):
         return path
-    for name in names:
-        if (path / name).exists():
-            return path / name
-    raise ModelError(f"{path} holds none of {', '.join(names)}; name the file itself")
+    return _first(path, names) or _missing(f"{path} holds none of {', '.join(names)}; name the file itself")
 
 
-def find_beside(weights: Path, names: Sequence[str]) -> Path:
-    """The first of `names` in the folder of `weights`, or in the folder around it."""
-    for folder in (weights if weights.is_dir() else weights.parent, weights.parent):
-        for name in names:
-            if (folder / name).exists():
-                return folder / name
-    raise ModelError(f"no {names[0]} lies beside {weights}; name it as vae")
+def _vae_beside(weights: Path, info: ModelInfo) -> Path:
+    """The VAE in the folder of the weights, or in the folder around it."""
+    found = _first(weights, info.vae_files) or _first(weights.parent, info.vae_files)
+    return found or _missing(f"no {info.vae_files[0]} lies beside {weights}; name it as vae")
 
 
-def load_var(info: ModelInfo, weights: Path, vae: str | Path | None) -> ClassConditionalModel:
+def _first(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _missing(message: str) -> NoReturn:
+    raise ModelError(message)
+
+
+def _load_var(info: ModelInfo, weights: Path, vae: str | Path | None) -> ClassConditionalModel:
     """A named VAR from its public files, or from a trainer file, which holds both networks. In fp32 on the CPU."""
     content = read_checkpoint(weights)
     transformer = build_var(content)
@@ -216,39 +213,31 @@ def load_var(info: ModelInfo, weights: Path, vae: str | Path | None) -> ClassCon
     if config.schedule != info.schedule():
         raise ModelError(f"{weights} runs the schedule {config.schedule}, {info.name} runs {info.schedule()}")
     if vae is not None or "trainer" not in content:
-        content = read_checkpoint(find_beside(weights, info.vae_files) if vae is None else vae)
+        content = read_checkpoint(vae or _vae_beside(weights, info))
     vqvae = build_vqvae(content, config.patch_sides)
-    if (vqvae.config.vocab_size, vqvae.config.z_channels) != (config.vocab_size, config.z_channels):
+    codes, drawn = ((x.vocab_size, x.z_channels) for x in (vqvae.config, config))
+    if codes != drawn:
         raise ModelError(
-            f"the VQVAE has {vqvae.config.vocab_size} codes of {vqvae.config.z_channels} channels, the transformer "
-            f"draws {config.vocab_size} of {config.z_channels}; take {info.vae_files[0]}"
+            f"the VQVAE has {codes[0]} codes of {codes[1]} channels, the transformer draws {drawn[0]} of {drawn[1]}; "
+            f"take {info.vae_files[0]}"
         )
     return ClassConditionalModel(info.name, transformer, vqvae, VAR_SAMPLING, fingerprint(transformer))
 
 
-def load_infinity(
-    info: ModelInfo,
-    weights: str | Path,
-    vae: str | Path,
-    schedule: ScaleSchedule,
-    text_encoder: T5TextEncoder | None = None,
+def _load_infinity(
+    info: ModelInfo, weights: Path, vae: str | Path | None, schedule: ScaleSchedule, text_encoder: T5TextEncoder | None
 ) -> TextConditionalModel:
-    """A named Infinity from its public files, on the CPU, every tensor in the type of its file.
-
-    `weights` is a file or a sharded folder. Raises FormatError for unreadable files, and ModelError for weights of
-    another model, or a VAE that does not belong to it.
-    """
+    """A named Infinity from its public files, on the CPU, every tensor in the type of its file."""
+    vae = vae or _vae_beside(weights, info)
     if Path(vae).name == "infinity_vae_d32.pth":  # same shapes, so nothing else could tell
         raise ModelError(f"{vae} was trained apart from the public transformers; take {info.vae_files[0]}")
-    transformer = build_infinity(read_checkpoint(weights), dtype=None)
+    transformer = build_infinity(read_checkpoint(weights))
     _check_sizes(info, weights, transformer)
-    decoder = build_bsq(read_checkpoint(vae))
-    return TextConditionalModel(
-        info.name, transformer, decoder, schedule, INFINITY_SAMPLING, fingerprint(transformer), text_encoder
-    )
+    decoder, name = build_bsq(read_checkpoint(vae)), fingerprint(transformer)
+    return TextConditionalModel(info.name, transformer, decoder, schedule, INFINITY_SAMPLING, name, text_encoder)
 
 
-def _check_sizes(info: ModelInfo, weights: str | Path, transformer: VAR | Infinity) -> None:
+def _check_sizes(info: ModelInfo, weights: Path, transformer: VAR | Infinity) -> None:
     config = transformer.config
     if (config.depth, config.heads, config.head_dim) != (info.layers, info.heads, info.head_dim):
         raise ModelError(

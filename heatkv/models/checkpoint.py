@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from heatkv.core.io import opened, read_json, whole_file
+from heatkv.core.io import opened, read_json
 from heatkv.core.schema import shown
 from heatkv.engine.watch import finite
 from heatkv.errors import FormatError, ModelError, NumericsError
@@ -37,22 +37,11 @@ SHARDED = (*(f"{name}.index.json" for name in _WHOLE), *_WHOLE)
 """What makes a folder one checkpoint: the names of the transformers convention."""
 
 
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises FormatError when it is missing, truncated or something else."""
-    path = whole_file(path)
-    try:
-        return load_file(path)
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # whatever safetensors and torch stumble over: types and shapes that one of them lacks
-        raise FormatError(f"{path} is not a whole safetensors file: {error}") from error
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """What a weights file holds: a .safetensors file, a torch file, or a folder of either, sharded or not.
 
-    A torch file is read by torch with `weights_only=True`. Raises FormatError for what is missing, broken, or holds
-    more than torch reads so.
+    A torch file is read by torch with `weights_only=True`; its tensors are backed by the file. Raises FormatError for
+    what is missing, broken, or holds more than torch reads so.
     """
     path = Path(path)
     if not path.is_dir():
@@ -66,25 +55,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    content = read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} holds a {type(content).__name__}, not named tensors")
-    return content
-
-
-def _read_torch(path: Path) -> Any:
-    """What a torch file holds: tensors on the CPU, backed by the file, and plain values."""
     with opened(path) as file:
         zipped = file.read(4) == b"PK\3\4"  # files of torch before 1.6 are not, and cannot be mapped into memory
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise FormatError(
             f"{path} is no torch file of tensors and plain values only, and nothing else is loaded, as it could run "
             "code; where you trust it, load it elsewhere and save its state dict"
         ) from error
-    except Exception as error:  # whatever torch stumbles over in damaged files
-        raise FormatError(f"{path} is not a whole torch file: {_first_line(error)}") from error
+    except Exception as error:  # whatever torch and safetensors stumble over in damaged files
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise FormatError(f"{path} is not a whole weights file: {reason}") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds a {type(content).__name__}, not named tensors")
+    return content
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
@@ -103,10 +90,6 @@ def _read_shards(index: Path) -> dict[str, Any]:
             raise FormatError(f"{index.parent / file} lacks {absent[0][:100]}, which {index.name} says it holds")
         state |= {name: shard[name] for name in names}
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # ---------------------------------------------------------------------------- where files hold a network's tensors
@@ -132,12 +115,9 @@ def _state(content: Mapping[str, Any], *names: str) -> dict[str, Tensor]:
     return state
 
 
-def infinity_state(content: Mapping[str, Any], *, average: bool = False) -> State:
-    """The transformer's tensors in a flat, sharded or trainer file, blocks counted through.
-
-    `average` takes the trainer's moving average in place of its last weights.
-    """
-    flat = _state(content, *(("gpt_ema_fsdp", "gpt_ema_for_vis") if average else ("gpt_fsdp", "gpt_wo_ddp")))
+def infinity_state(content: Mapping[str, Any]) -> State:
+    """The transformer's tensors in a flat, sharded or trainer file, blocks counted through."""
+    flat = _state(content, "gpt_fsdp", "gpt_wo_ddp")
     chunked = {name: match for name in flat if (match := _CHUNKED.fullmatch(name))}
     per_chunk = max((int(match[2]) + 1 for match in chunked.values()), default=0)
     state = {}
@@ -279,16 +259,10 @@ def build_vqvae(content: Mapping[str, Any], patch_sides: Sequence[int]) -> VQVAE
     return model
 
 
-def build_infinity(
-    content: Mapping[str, Any], dtype: torch.dtype | None = torch.float32, *, average: bool = False
-) -> Infinity:
-    """An Infinity transformer in evaluation mode, the blocks' matrices in `dtype`; `average` as in `infinity_state`.
-
-    `dtype=None` leaves every tensor in the type of the file, for `set_compute_dtype` to settle before it runs.
-    """
-    state = infinity_state(content, average=average)
-    model = _build("Infinity transformer", state, lambda: Infinity(infinity_config(state)))
-    return model if dtype is None else model.set_compute_dtype(dtype)
+def build_infinity(content: Mapping[str, Any]) -> Infinity:
+    """An Infinity transformer in evaluation mode, every tensor in the type of the file until `set_compute_dtype`."""
+    state = infinity_state(content)
+    return _build("Infinity transformer", state, lambda: Infinity(infinity_config(state)))
 
 
 def build_bsq(content: Mapping[str, Any]) -> BitwiseVAE:

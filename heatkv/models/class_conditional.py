@@ -110,8 +110,7 @@ class Drawing(base.Drawing[int]):
         return logits
 
     def accept(self, choices_BN: Tensor) -> None:
-        last = self.scale == self._scales - 1
-        self._add(self._model.vqvae.quantize.code_features(choices_BN, self.scale, enlarge=not last))
+        self._add(self._model.vqvae.quantize.code_features(choices_BN, self.scale))
 
     def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
         self._model.transformer.hidden(self._all_inputs(choices), self._condition, cache)

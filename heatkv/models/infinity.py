@@ -54,15 +54,6 @@ class InfinityConfig:
     text_positions: int = 512
     max_scales: int = 15
 
-    def __post_init__(self) -> None:
-        if self.width % self.heads or self.head_dim % 4:
-            raise ModelError(
-                f"width {self.width} over {self.heads} heads gives {self.width / self.heads:g} channels a head; "
-                "rotation in rows and columns needs a multiple of 4"
-            )
-        if self.width % self.pool_heads:
-            raise ModelError(f"width {self.width} is not a multiple of the {self.pool_heads} pooling heads")
-
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
@@ -223,7 +214,7 @@ class Block(nn.Module):
             return torch.addcmul(x_RNC, self.ffn(modulated(x_RNC, gain2, shift2)), gate2)
 
 
-class Infinity(Transformer[Block]):
+class Infinity(Transformer):
     """The transformer of Infinity. It runs any schedule of at most `max_scales` scales."""
 
     def __init__(self, config: InfinityConfig) -> None:

@@ -66,8 +66,8 @@ class TextConditionalModel(base.ImageModel[Prompt]):
         bits, z_channels = self.transformer.config.bits, self.vae.config.z_channels
         if bits not in (z_channels, 4 * z_channels):
             raise ModelError(
-                f"the transformer draws {bits} bits a token and the VAE has {z_channels} bits a position; they fit "
-                "when these are equal, or four times as many with spatial patchify"
+                f"the transformer draws {bits} bits a token, the VAE has {z_channels} a position; take one with "
+                f"{bits} or {bits // 4}"
             )
         if len(self.schedule) > self.transformer.config.max_scales:
             raise ModelError(
@@ -220,8 +220,9 @@ class Drawing(base.Drawing[Prompt]):
     def raw_logits(self, cache: Attend) -> Tensor:
         """(R, N*K, 2) in fp32, the bits of a token in a row."""
         rotation_2NP = self._rotations[self.scale]
-        logits: Tensor = self._model.transformer(self.input(), self._condition, rotation_2NP, cache)
-        return logits.unflatten(-1, (-1, 2)).flatten(1, 2)
+        logits = self._model.transformer(self.input(), self._condition, rotation_2NP, cache)
+        bits: Tensor = logits.unflatten(-1, (-1, 2)).flatten(1, 2)
+        return bits
 
     def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
         rotations_2NP = torch.cat(self._rotations, dim=1)

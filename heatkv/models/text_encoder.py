@@ -5,7 +5,6 @@ Shapes: M positions of a prompt, its end of sequence included; E channels.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,6 @@ from heatkv.errors import ModelError, NumericsError
 PUBLIC_ENCODER = "google/flan-t5-xl"
 MAX_POSITIONS = 512
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @contextmanager
@@ -61,10 +59,6 @@ class T5TextEncoder:
             ) from error
         folder = Path(source)
         local = folder.is_dir()
-        if folder.exists() and not local:
-            raise _not_loaded(source, "it is a file; name the folder that holds it")
-        if not local and not _HUB_NAME.fullmatch(str(source)):
-            raise _not_loaded(source, "it is neither a folder nor a hub name")
         # without any of these, transformers makes a tokenizer that knows no word
         if local and not any((folder / name).exists() for name in _TOKENIZERS):
             raise _not_loaded(source, f"it holds none of {', '.join(_TOKENIZERS)}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar, cast
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.spans import FEED_FORWARD, layer_name, span
-from heatkv.errors import ModelError
 from heatkv.models.adapter import BlockView, ModelAdapter
 
 MAX_LOG_SCALE = math.log(100)
@@ -108,31 +107,18 @@ class HeadNorm(nn.Module):
         return modulated(x_RNC, gain, shift)
 
 
-class TransformerBlock(Protocol):
-    """What a transformer of either family asks of its blocks.
+class Transformer(nn.Module):
+    """Blocks in order. The residual stream and the head stay in fp32; the blocks' matrices may be bf16 or fp16.
 
-    The second argument of `forward` has the AdaLN vectors (R, 6, 1, C), of which the first is the gate of attention.
+    A block has its `attention`, AttentionProjections, and its `matrices`, the large linear layers. The second argument
+    of its forward has the AdaLN vectors (R, 6, 1, C), of which the first is the gate of attention.
     """
-
-    @property
-    def attention(self) -> AttentionProjections: ...
-
-    @property
-    def matrices(self) -> tuple[nn.Linear, ...]:
-        """The large layers, whose type is the compute type."""
-
-
-BlockT = TypeVar("BlockT", bound=TransformerBlock)
-
-
-class Transformer(nn.Module, Generic[BlockT]):
-    """Blocks in order. The residual stream and the head stay in fp32; the blocks' matrices may be bf16 or fp16."""
 
     blocks: nn.ModuleList
 
-    def layers(self) -> Iterator[BlockT]:
-        """The blocks in order, with their type."""
-        return cast(Iterator[BlockT], iter(self.blocks))
+    def layers(self) -> Iterator[Any]:
+        """The blocks in order."""
+        return iter(self.blocks)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> Self:
         """Store the blocks' large matrices in `dtype`, everything else in fp32."""
@@ -144,15 +130,17 @@ class Transformer(nn.Module, Generic[BlockT]):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return next(self.layers()).attention.mat_qkv.weight.dtype
+        dtype: torch.dtype = next(self.layers()).attention.mat_qkv.weight.dtype
+        return dtype
 
     def adapter(self) -> ModelAdapter:
         """The view of the blocks for calibration and policies."""
+        attentions = [block.attention for block in self.layers()]
         views = (
-            BlockView(block, attention := block.attention, attention.proj, lambda arguments: arguments[1][:, 0])
-            for block in self.layers()
+            BlockView(block, attention, attention.proj, lambda arguments: arguments[1][:, 0])
+            for block, attention in zip(self.blocks, attentions, strict=True)
         )
-        return ModelAdapter(tuple(views), next(self.layers()).attention.heads)
+        return ModelAdapter(tuple(views), attentions[0].heads)
 
 
 # ---------------------------------------------------------------------------------------------------- VAR itself
@@ -172,10 +160,6 @@ class VARConfig:
     mlp_ratio: float = 4.0
     shared_adaln: bool = False
     l2_norm: bool = True
-
-    def __post_init__(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
-            raise ModelError(f"width {self.width} is not a multiple of {self.heads} heads")
 
     @property
     def head_dim(self) -> int:
@@ -249,7 +233,7 @@ class Condition:
             own.copy_(new)
 
 
-class VAR(Transformer[Block]):
+class VAR(Transformer):
     """The transformer of VAR, for the one schedule that its positions were trained for."""
 
     def __init__(self, config: VARConfig) -> None:

@@ -79,15 +79,14 @@ class ResidualBlock(nn.Module):
         self.conv1 = _conv3(in_channels, out_channels)
         self.norm2 = _norm(out_channels)
         self.conv2 = _conv3(out_channels, out_channels)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        self.has_shortcut = in_channels != out_channels
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         # in place, as fresh memory for a large map costs more than the operation itself
         h = self.conv1(F.silu(self.norm1(x_BCHW), inplace=True))
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
-        out: Tensor = h.add_(self.nin_shortcut(x_BCHW) if self.has_shortcut else x_BCHW)
+        out: Tensor = h.add_(self.nin_shortcut(x_BCHW))
         return out
 
 
@@ -259,23 +258,15 @@ class MultiScaleQuantizer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.z_channels)
         self.quant_resi = _SharedPhi(config.z_channels, config.num_phi)
 
-    def refine(self, h_BZPP: Tensor, scale: int) -> Tensor:
-        """phi of this scale, applied to code features already at the latent's resolution."""
-        ratio = self.config.residual_ratio
-        index = phi_index(scale, len(self.config.patch_sides), self.config.num_phi)
-        convolved: Tensor = self.quant_resi.conv(index)(h_BZPP)
-        return h_BZPP * (1 - ratio) + convolved * ratio
-
-    def code_features(self, tokens_BN: Tensor, scale: int, enlarge: bool = True) -> Tensor:
-        """What the codes of one scale add to f_hat: (B, Z, P, P).
-
-        `enlarge=False` skips the resize, which upstream leaves out at the last scale while generating.
-        """
-        side, full = self.config.patch_sides[scale], self.config.patch_sides[-1]
-        h = self.embedding(tokens_BN).transpose(1, 2).reshape(tokens_BN.shape[0], -1, side, side)
-        if enlarge and side != full:
-            h = F.interpolate(h, size=(full, full), mode="bicubic")
-        return self.refine(h, scale)
+    def code_features(self, tokens_BN: Tensor, scale: int) -> Tensor:
+        """What the codes of one scale add to f_hat, (B, Z, P, P): enlarged, and refined by the scale's phi."""
+        sides, ratio = self.config.patch_sides, self.config.residual_ratio
+        h_BZPP = self.embedding(tokens_BN).transpose(1, 2).unflatten(2, (sides[scale], sides[scale]))
+        if sides[scale] != sides[-1]:
+            h_BZPP = F.interpolate(h_BZPP, size=(sides[-1], sides[-1]), mode="bicubic")
+        phi = self.quant_resi.conv(phi_index(scale, len(sides), self.config.num_phi))
+        refined: Tensor = h_BZPP * (1 - ratio) + phi(h_BZPP) * ratio
+        return refined
 
     def next_map(self, f_hat_BZPP: Tensor, scale: int) -> Tensor:
         """The input map of `scale`, (B, Z, p, p): the sum so far, averaged over areas."""
@@ -290,13 +281,11 @@ class MultiScaleQuantizer(nn.Module):
 
     def encode(self, f_BZPP: Tensor) -> list[Tensor]:
         """Codes of every scale, each (B, p*p), of a latent."""
-        rest = f_BZPP
-        tokens = []
-        for scale, side in enumerate(self.config.patch_sides):
-            z = rest if side == rest.shape[-1] else F.interpolate(rest, size=(side, side), mode="area")
-            index_BN = self.nearest(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])).view(z.shape[0], -1)
-            tokens.append(index_BN)
-            rest = rest - self.code_features(index_BN, scale)
+        rest, tokens = f_BZPP, []
+        for scale in range(len(self.config.patch_sides)):
+            z_BZpp = self.next_map(rest, scale)
+            tokens.append(self.nearest(z_BZpp.flatten(2).transpose(1, 2).flatten(0, 1)).view(len(z_BZpp), -1))
+            rest = rest - self.code_features(tokens[-1], scale)
         return tokens
 
 
@@ -306,9 +295,7 @@ class VQVAE(nn.Module):
     def __init__(self, config: VQVAEConfig, encoder: bool = True) -> None:
         super().__init__()
         self.config = config
-        if encoder:
-            self.encoder = Encoder(config)
-        self.has_encoder = encoder
+        self.encoder = Encoder(config) if encoder else None
         self.quant_conv = _conv3(config.z_channels, config.z_channels)
         self.quantize = MultiScaleQuantizer(config)
         self.post_quant_conv = _conv3(config.z_channels, config.z_channels)
@@ -316,7 +303,7 @@ class VQVAE(nn.Module):
 
     def latent(self, image_B3HW: Tensor) -> Tensor:
         """Image in [-1, 1] to the latent before quantisation, (B, Z, P, P)."""
-        if not self.has_encoder:
+        if self.encoder is None:
             raise ModelError("this VQVAE was built without its encoder; load one that has encoder.* weights")
         out: Tensor = self.quant_conv(self.encoder(image_B3HW))
         return out

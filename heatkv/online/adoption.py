@@ -55,6 +55,7 @@ class _Fading(Generic[Sums]):
 
     @property
     def effective_count(self) -> float:
+        """How many equally weighted samples would be as certain: (sum of weights)^2 / sum of their squares."""
         return self._weight**2 / self._squares
 
 
@@ -92,7 +93,7 @@ class FadingStatistics:
 
     @property
     def effective_count(self) -> float:
-        """How many equally weighted samples would be as certain: (sum of weights)^2 / sum of their squares."""
+        """How many equally weighted samples would be as certain."""
         return self._cells.effective_count
 
     def statistics(self) -> Statistics:
@@ -107,23 +108,16 @@ class FadingStatistics:
 
 
 def check_can_follow(policy: EvictionPolicy) -> StaticPolicy:
-    """The policy, when its plans can follow statistics that are measured while images are drawn.
-
-    Raises PolicyError for one that is dynamic, plans from nothing measured, or needs Fisher costs, which take
-    gradients through all layers at once.
-    """
+    """The policy, when its plans can follow statistics that are measured while images are drawn. Raises PolicyError."""
     if not isinstance(policy, StaticPolicy):
-        reason = "chooses tokens while it draws and has no value to follow"
+        reason = "chooses tokens while it draws"
     elif not policy.needs:
-        reason = "plans from nothing measured, so it cannot follow it"
-    elif policy.level_cost not in (None, "error"):
-        raise PolicyError(
-            f"policy {policy.name!r} plans by {policy.level_cost} costs, which cannot be measured layer by layer; set "
-            "cost=error"
-        )
+        reason = "plans from nothing measured"
+    elif policy.level_cost == "fisher":
+        reason = "plans by Fisher costs, which are not measured layer by layer (set cost=error)"
     else:
         return policy
-    raise PolicyError(f"policy {policy.name!r} {reason}; heatkv, heatkv-lp and heatkv-mr do")
+    raise PolicyError(f"policy {policy.name!r} cannot follow: it {reason}")
 
 
 def plan_value(plan: Plan, policy: StaticPolicy, statistics: Statistics) -> tuple[float, float]:
@@ -180,24 +174,19 @@ class OnlinePlanner:
         self.levels: LevelStatistics | None = initial.levels
         """Choices and biases of the level costs that must be measured, if any."""
         self._problem = replace(problem, statistics=initial, rankings=None)
-        self._fading = FadingStatistics(initial, half_life)
+        self.fading = FadingStatistics(initial, half_life)
         self._row_prices: FloatArray | None = None
         self.plan = self._solve(self._problem)
 
     @property
     def statistics(self) -> Statistics:
         """What the plan follows now."""
-        return self._fading.statistics()
-
-    @property
-    def effective_count(self) -> float:
-        """As of FadingStatistics."""
-        return self._fading.effective_count
+        return self.fading.statistics()
 
     def follow(self, measured: Statistics) -> Decision:
         """Take in what was measured; afterwards `plan` is the one to draw under. Raises StatisticsError for statistics
         measured in another way."""
-        self._fading.add(measured)
+        self.fading.add(measured)
         statistics = self.statistics
         problem = replace(self._problem, statistics=statistics)
         value, full = plan_value(self.plan, self.policy, statistics)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import reduce
 from itertools import islice
@@ -49,6 +48,7 @@ class Event(Decision):
     planning_seconds: float
 
     def to_json(self) -> dict[str, Any]:
+        """All of it by name."""
         return asdict(self) | {"solved": self.solved}
 
 
@@ -91,8 +91,9 @@ class FollowingGenerator(Generic[Label]):
                 f"the statistics were measured at cfg {measured_at:g}, this run has {drawn_at}; calibrate at that"
             )
         self.model = model
-        self._coding, self._attention = storage, attention
-        storage_type, rows = str(StorageType.for_dtype(model.compute_dtype, storage)), self._rows(self.batch)
+        self._code, self._attention = storage, attention
+        storage_type = str(StorageType.for_dtype(model.compute_dtype, storage))
+        rows = self.batch * self.settings.rows_per_image
         problem = PlanningProblem(
             model.geometry, Budget.parse(budget), statistics, seed=self.seed, rows=rows, storage=storage_type,
             model=model.name,
@@ -106,22 +107,19 @@ class FollowingGenerator(Generic[Label]):
         self.drawing_seconds = self.switching_seconds = 0.0
         self._generator: Generator[Label] | None = None
 
-    def _rows(self, images: int) -> int:
-        return images * self.settings.rows_per_image
-
     def _measured_at_once(self, memory: str | None, budget_bytes: int) -> int:
-        allowed = budget_bytes if memory is None else parse_bytes(str(memory))
+        """Images whose measuring fits in. Raises BudgetError when not even one does."""
+        allowed = budget_bytes if memory is None else parse_bytes(memory)
         if allowed is None:
             raise BudgetError(f"memory for measuring is {shown(memory)}, no number of bytes; write 64MiB or 2GB")
         needed = held_bytes(self.model, self.settings)
         if needed > allowed:
-            limit, way_out = f"memory allows {allowed}", "allow more"
+            limit, way_out = f"memory allows {allowed}", "allow"
             if memory is None:
-                images = math.ceil(needed / allowed * self.batch)
                 limit = f"the budget allows {allowed} at batch {self.batch}"
-                way_out = f"draw {images} at a time ({self._rows(images)} rows), or allow memory beside the cache"
+                way_out = f"draw {math.ceil(needed / allowed * self.batch)} at a time, or allow beside the cache"
             raise BudgetError(
-                f"measuring one image holds {needed} bytes, {limit}; {way_out} (memory={-(-needed >> 20)}MiB)"
+                f"measuring one image holds {needed} bytes, {limit}; {way_out} memory={-(-needed >> 20)}MiB"
             )
         return allowed // needed
 
@@ -149,7 +147,7 @@ class FollowingGenerator(Generic[Label]):
             assert drawn.images is not None
             yield from drawn.images
             tokens = drawn.tokens
-            del drawn
+            del drawn  # the images
             due = [at for at in range(len(part)) if (first + at + 1) % self.every == 0]
             if due:
                 self._follow(part, tokens, due, first)
@@ -157,34 +155,34 @@ class FollowingGenerator(Generic[Label]):
     def summary(self) -> dict[str, Any]:
         """How many images were drawn and measured, plans solved and adopted, seconds, and what following took as a
         share of drawing."""
-        measuring = sum(event.measuring_seconds for event in self.events)
-        planning = sum(event.planning_seconds for event in self.events)
+        events = self.events
+        measuring, planning = (sum(getattr(e, f"{part}_seconds") for e in events) for part in ("measuring", "planning"))
         extra = measuring + planning + self.switching_seconds
         return {
             "images": self.drawn,
-            "measured": sum(event.measured for event in self.events),
-            "solved": sum(event.solved for event in self.events),
-            "adopted": sum(event.adopted for event in self.events),
+            "measured": sum(event.measured for event in events),
+            "solved": sum(event.solved for event in events),
+            "adopted": sum(event.adopted for event in events),
             "drawing_seconds": self.drawing_seconds,
             "measuring_seconds": measuring,
             "planning_seconds": planning,
             "switching_seconds": self.switching_seconds,
             "share_of_drawing": extra / self.drawing_seconds if self.drawing_seconds else 0.0,
-            "measuring_bytes": max((event.measuring_bytes for event in self.events), default=0),
+            "measuring_bytes": max((event.measuring_bytes for event in events), default=0),
         }
 
     def _draw(self, labels: Sequence[Label]) -> Drawn:
+        began = self._now()
         if self._generator is None or self._generator.batch != len(labels):
             self._generator = None  # the old cache goes before the new one comes
-            with self._timed() as seconds:
-                self._generator = Generator(
-                    self.model, self.plan, len(labels), self.settings, storage=self._coding, attention=self._attention
-                )
-            if self.drawn:  # the first cache is there without following, too
-                self.switching_seconds += seconds[0]
-        with self._timed() as seconds:
-            drawn = self._generator.draw(labels, self.seed, range(self.drawn, self.drawn + len(labels)))
-        self.drawing_seconds += seconds[0]
+            self._generator = Generator(
+                self.model, self.plan, len(labels), self.settings, code=self._code, attention=self._attention
+            )
+        opened = self._now()
+        drawn = self._generator.draw(labels, self.seed, range(self.drawn, self.drawn + len(labels)))
+        self.drawing_seconds += self._now() - opened
+        if self.drawn:  # the first cache is there without following, too
+            self.switching_seconds += opened - began
         self.drawn += len(labels)
         return drawn
 
@@ -192,41 +190,28 @@ class FollowingGenerator(Generic[Label]):
         """Measure these images of a batch, as many at once as fit in, and let the plan follow."""
         if not self._beside:
             self._generator = None
-        with self._timed() as measuring:
-            parts = [due[start : start + self.measured_at_once] for start in range(0, len(due), self.measured_at_once)]
-            measured, held = zip(*(self._measure(labels, tokens, part, first) for part in parts), strict=True)
-            merged = reduce(Statistics.merge, measured)
-        before = self.plan
-        with self._timed() as planning:
-            decision = self.planner.follow(merged)
+        began, results = self._now(), []
+        for start in range(0, len(due), self.measured_at_once):
+            images = due[start : start + self.measured_at_once]
+            names = [f"{self.seed}:{first + at}:{self.model.label_name(labels[at])}:served" for at in images]
+            part, codes = [labels[at] for at in images], [tokens_BN[images] for tokens_BN in tokens]
+            results.append(measure_drawn(self.model, part, codes, names, self.settings, self.planner.levels))
+        measured, held = zip(*results, strict=True)
+        merged = reduce(Statistics.merge, measured)
+        before, done = self.plan, self._now()
+        decision = self.planner.follow(merged)
         if self.plan is not before:
             self._generator = None
         self.events.append(
             Event(
-                **asdict(decision), image=self.drawn, measured=len(due), effective_count=self.planner.effective_count,
-                measuring_bytes=max(held), measuring_seconds=measuring[0], planning_seconds=planning[0],
+                **asdict(decision), image=self.drawn, measured=len(due),
+                effective_count=self.planner.fading.effective_count, measuring_bytes=max(held),
+                measuring_seconds=done - began, planning_seconds=self._now() - done,
             )
         )  # fmt: skip
 
-    def _measure(
-        self, labels: Sequence[Label], tokens: Sequence[Tensor], images: Sequence[int], first: int
-    ) -> tuple[Statistics, int]:
-        """Statistics of these images of a batch, and the bytes held for them."""
-        return measure_drawn(
-            self.model,
-            [labels[at] for at in images],
-            [tokens_BN[images] for tokens_BN in tokens],
-            [f"{self.seed}:{first + at}:{self.model.label_name(labels[at])}:served" for at in images],
-            self.settings,
-            self.planner.levels,
-        )
-
-    @contextmanager
-    def _timed(self) -> Iterator[list[float]]:
-        """Seconds of the block, in a list once it is done, with what a device still has to do."""
-        seconds: list[float] = []
-        began = time.perf_counter()
-        yield seconds
+    def _now(self) -> float:
+        """Seconds on the clock when the device is done with all that it was asked for."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
-        seconds.append(time.perf_counter() - began)
+        return time.perf_counter()

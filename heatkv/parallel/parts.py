@@ -43,18 +43,18 @@ class Parts:
         """How many there are, of this run or another."""
         return len(list(self.folder.glob(f"[!.]*{ENDING}")))
 
-    def told(self) -> dict[str, Any] | None:
+    def description(self) -> dict[str, Any] | None:
         """What the run was asked for that left parts here; None where none did. Raises FormatError."""
         if not self.count():
             return None
         path = self.folder / RUN
         try:
-            told = check_header(read_json(path), path, FORMAT, VERSION).get("run")
+            run = check_header(read_json(path), path, FORMAT, VERSION).get("run")
         except FormatError as error:
             raise FormatError(f"{error}; delete the folder {self.folder} to discard what is in it") from error
-        if not isinstance(told, dict):
-            raise FormatError(f"{path} does not tell what the run was; delete the folder {self.folder} to discard it")
-        return told
+        if not isinstance(run, dict):
+            raise FormatError(f"{path} does not describe a run; delete the folder {self.folder} to discard it")
+        return run
 
     def remove(self, beginning: str = "") -> None:
         """Remove all parts whose names begin so, and the folder when there are no others."""

@@ -44,9 +44,6 @@ from heatkv.policies.windows import Full
 from heatkv.registry import check_name, registered_policies
 from heatkv.testing.material import AttentionInput, made_up_inputs, made_up_problem, small_geometries
 
-REFERENCE = Full.name
-"""The one policy that may refuse every budget below the full cache."""
-
 SHARES = tuple(Fraction(percent, 100) for percent in (2, 5, 10, 15, 20, 33, 50, 70, 90, 99))
 """Budgets below the full cache that policies are asked for."""
 
@@ -55,9 +52,6 @@ MEASURED = ("all_mass_sum", "error_sum", "levels", "concentration_sum", "similar
 
 Subject = str | EvictionPolicy | type[EvictionPolicy]
 Body = Callable[[EvictionPolicy, CacheGeometry, int], None]
-
-
-# ------------------------------------------------------------------------------------------- how checks run
 
 
 def _demand(holds: bool, otherwise: str) -> None:
@@ -100,7 +94,7 @@ def check_policy(
     Give `geometries` when its options fit some models only. Raises AssertionError at the first broken promise.
     """
     subject = _instance(policy, options)
-    for _, check in contract_checks():
+    for check in _checks.values():
         check(subject, geometries=geometries, seed=seed)
 
 
@@ -183,10 +177,9 @@ def open_watched(policy: EvictionPolicy, plan: CachePlan, rows: int = 2, storage
     dtype = getattr(torch, kind.compute)
     if isinstance(plan, Plan):
         return KVCache(plan, rows, dtype, code=kind.code)
-    assert isinstance(plan, CapacityPlan)
     planned = with_settings(policy, plan)
-    if not isinstance(planned, DynamicPolicy):
-        raise AssertionError("its plan has capacities, but it is no DynamicPolicy")
+    assert isinstance(plan, CapacityPlan)
+    assert isinstance(planned, DynamicPolicy), "its plan has capacities, but it is no DynamicPolicy"
     heads, dim = plan.geometry.heads, plan.geometry.head_dim
 
     def query_weight(layer: int) -> Tensor:
@@ -235,9 +228,6 @@ def _scramble(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# ------------------------------------------------------------------------------------------- the contract
-
-
 @_check
 def check_introduction(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> None:
     """It says what it is, and can be found by its name."""
@@ -245,8 +235,7 @@ def check_introduction(policy: EvictionPolicy, geometry: CacheGeometry, seed: in
     cls = type(policy)
     check_name(policy.name, cls.__qualname__)
     known = registered_policies().get(policy.name)
-    if known is None:
-        raise AssertionError("it is not registered; put @heatkv.register above the class, which opens its plans")
+    assert known is not None, "it is not registered; put @heatkv.register above the class, which opens its plans"
     _demand(known.policy is cls, f"its name belongs to {known.policy!r}")
     _demand(policy.kind in ("static", "dynamic"), f"kind is {policy.kind!r}; subclass StaticPolicy or DynamicPolicy")
     _demand(not policy.summary().startswith(f"{cls.__name__}("), "it has no docstring; its first line is the summary")
@@ -307,7 +296,7 @@ def check_budget(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> 
                 _demand(live <= most, f"{live} of {most} token-heads ({budget}) after layer {layer} of scale {target}")
     _demand(any(budget.amount == 1 for budget in planned), "it refuses the full cache")
     sinks = policy.sink_scales if isinstance(policy, StaticPolicy) else 3
-    if policy.name != REFERENCE and sinks < len(tokens) - 1:
+    if policy.name != Full.name and sinks < len(tokens) - 1:
         below = any(budget.kind == "share" and budget.amount < 1 for budget in planned)
         _demand(below, "it refuses every budget below the full cache")
 
@@ -322,17 +311,16 @@ def check_memory(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> 
             cache = open_watched(policy, plan, rows, storage)
             before = cache.allocated_bytes
             outs = run_attention(cache, made_up_inputs(geometry, rows, seed))
-            each = geometry.head_dim * sum(STORAGE_BYTES[StorageType.parse(storage).compute])
-            most = problem.share * full * each * rows
-            if "/" in storage:  # a byte a channel and two of scale, but for the first two scales where they are sinks
-                first = sum(tokens[:-1][: min(2, plan.sink_scales)]) * pairs if isinstance(plan, Plan) else 0
-                held = math.floor(problem.share * full)
-                coded = max(0, held - first) * 2 * (geometry.head_dim + 2)
-                most = Fraction(rows * (min(held, first) * each + coded))
+            uncoded = geometry.head_dim * sum(STORAGE_BYTES[StorageType.parse(storage).compute])
+            # a byte a channel and two of scale, but for the first two scales where they are sinks
+            coded = 2 * (geometry.head_dim + 2) if "/" in storage else uncoded
+            first = sum(tokens[:-1][: min(2, plan.sink_scales)]) * pairs if isinstance(plan, Plan) else 0
+            held = math.floor(problem.share * full)
+            most = rows * (min(held, first) * uncoded + max(0, held - first) * coded)
             where = f"{rows} rows in {storage} at {problem.budget}"
             taken, promised = cache.allocated_bytes, plan.bytes(rows, storage)
             _demand(before == taken, f"{before} bytes became {taken} while attention ran ({where})")
-            _demand(taken <= most, f"{taken} bytes, {float(most):.0f} are allowed ({where})")
+            _demand(taken <= most, f"{taken} bytes, {most} are allowed ({where})")
             _demand(taken == promised, f"{taken} bytes, its plan says {promised} ({where})")
             _demand(all(bool(out.isfinite().all()) for out in outs), f"attention is not finite ({where})")
             remembered = list(_tensors_of(cache.policy)) if isinstance(cache, SelectingCache) else []

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,16 +46,13 @@ class MaskedAttention:
         self._seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in plan.last_read]
 
     def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
-        seen = self._seen[layer]
-        target = len(seen)
+        seen, target = self._seen[layer], len(self._seen[layer])
         seen.append((k_RHND.double(), v_RHND.double()))
         k_RHMD, v_RHMD = (torch.cat(parts, dim=2) for parts in zip(*seen, strict=True))
         read_HS = self._plan.last_read[layer, :, : target + 1] >= target
-        read_HM = np.repeat(read_HS, self._plan.schedule.tokens[: target + 1], axis=1)
-        hidden_HM = torch.from_numpy(~read_HM).to(k_RHMD.device)
-        logits_RHNM = q_RHND.double() @ k_RHMD.transpose(2, 3)
-        weights_RHNM = logits_RHNM.masked_fill(hidden_HM[:, None], -torch.inf).softmax(dim=-1)
-        return (weights_RHNM @ v_RHMD).to(v_RHND.dtype)
+        read_HM = torch.from_numpy(read_HS.repeat(self._plan.schedule.tokens[: target + 1], axis=1)).to(k_RHMD.device)
+        logits_RHNM = (q_RHND.double() @ k_RHMD.transpose(2, 3)).masked_fill(~read_HM[:, None], -torch.inf)
+        return (logits_RHNM.softmax(dim=-1) @ v_RHMD).to(v_RHND.dtype)
 
 
 def _logits(draw: Callable[..., object]) -> list[Tensor]:

@@ -52,30 +52,25 @@ def reads_of_scales(last_reads: Sequence[IntArray]) -> FloatArray:
     """Share of the reads of every source scale, by a later target in a head each, that every level serves, (V, T-1)."""
     scales = last_reads[0].shape[2]
     ends = np.stack([np.broadcast_to(np.arange(scales), last_reads[0].shape), *last_reads])
-    served: FloatArray = np.diff(ends, axis=0).mean(axis=(1, 2))[:, :-1] / np.arange(scales - 1, 0, -1)
-    return served
+    return np.asarray(np.diff(ends, axis=0).mean(axis=(1, 2))[:, :-1] / np.arange(scales - 1, 0, -1))
 
 
 def kept_of_scales(last_reads: Sequence[IntArray], tokens: Sequence[tuple[int, ...]]) -> FloatArray:
     """Share of the full cache's token-time that is kept of every source scale, (T-1,), from last_read and the tokens of
     every scale at every level."""
     sizes = np.asarray(tokens, dtype=np.float64)[:, :-1]
-    kept: FloatArray = (reads_of_scales(last_reads) * sizes).sum(axis=0) / sizes[0]
-    return kept
+    return np.asarray((reads_of_scales(last_reads) * sizes).sum(axis=0) / sizes[0])
 
 
 def kept_of_heads(held_LHT: IntArray, tokens: tuple[int, ...]) -> FloatArray:
     """Share of the full cache's token-time that every head keeps, (L, H), from the tokens that it holds for every
     target; the mean over heads is the layer's."""
-    share: FloatArray = held_LHT.sum(axis=2) / np.cumsum(tokens)[:-1].sum()
-    return share
+    return np.asarray(held_LHT.sum(axis=2) / np.cumsum(tokens)[:-1].sum())
 
 
 def ends_of_cells(last_read_LHT: IntArray) -> FloatArray:
-    """Shares of a source scale's cells that are never cached, dropped early, and kept to the end, (T-1, 3).
-
-    `last_read_LHT` is that of the coarsest level, for what is kept at any.
-    """
+    """Shares of a source scale's cells that are never cached, dropped early, and kept to the end, (T-1, 3); by the
+    last_read of the coarsest level, for what is kept at any."""
     scales = last_read_LHT.shape[2]
     never, whole = last_read_LHT == np.arange(scales), last_read_LHT == scales - 1
     return np.stack([kind.mean(axis=(0, 1))[:-1] for kind in (never, ~never & ~whole, whole)], axis=1)
@@ -142,18 +137,13 @@ def worth_of(plan: Plan, statistics: Statistics) -> Worth:
     share = Fraction(max(2 * plan.budget_token_heads, 1), 2 * plan.geometry.full_token_heads)
     problem = PlanningProblem(plan.geometry, Budget("share", share))
     statistics.check_geometry(plan.geometry)
-    policy = _policy(plan)
+    policy, own, lacking = _policy(plan), _own_measure(plan), list[str]()
     policy.check(problem)
-    capacity, own, lacking = policy.capacity(problem), _own_measure(plan), list[str]()
-    by_levels, by_cells = list(LEVEL_COSTS), ["error", "mass", "conditional-mass"]
-    own_first = [] if own is None else [own]
-    measures = (own_first or by_levels) if plan.coarse else list(dict.fromkeys([*own_first, *by_cells]))
-    for measure in measures:
+    measures = [own] if own is not None else list(LEVEL_COSTS) if plan.coarse else []
+    for measure in measures if plan.coarse else dict.fromkeys([*measures, "error", "mass", "conditional-mass"]):
+        judge = _by_levels if measure in LEVEL_COSTS else _by_cells
         try:
-            if measure in LEVEL_COSTS:
-                worth = _by_levels(plan, statistics, measure, policy, capacity)
-            else:
-                worth = _by_cells(plan, statistics, measure, capacity)
+            worth = judge(plan, statistics, measure, policy, policy.capacity(problem))
         except (PolicyError, StatisticsError) as error:
             lacking.append(str(error))
             continue
@@ -167,14 +157,12 @@ def worth_of(plan: Plan, statistics: Statistics) -> Worth:
 
 def _policy(plan: Plan) -> SolvedPolicy:
     """The solver over the plan's budget, cap and levels; for a policy that is none, over all plans with its sinks."""
-    solvers: tuple[type[SolvedPolicy], ...] = (HeatKVMR,) if plan.coarse else (HeatKVLP, HeatKVMR)
-    solver = next((cls for cls in solvers if cls.name == plan.policy), None)
-    if solver is None:
+    if plan.policy != HeatKVMR.name and (plan.policy != HeatKVLP.name or plan.coarse):
         return HeatKVMR(sink_scales=plan.sink_scales)
-    known = {field.name for field in fields(solver)}
+    known = {field.name for field in fields(HeatKVMR if plan.policy == HeatKVMR.name else HeatKVLP)}
     # what chose the budget or how to solve for it does not matter any more
     settings = {**plan.settings, "sink_scales": plan.sink_scales, "solver": "lp", "max_kl": None}
-    policy = make_policy(solver.name, **{name: value for name, value in settings.items() if name in known})
+    policy = make_policy(plan.policy, **{name: value for name, value in settings.items() if name in known})
     assert isinstance(policy, SolvedPolicy)
     if (cap := policy.cap()) is not None and cap.kind == "bytes":
         raise PolicyError(
@@ -196,12 +184,10 @@ def _own_measure(plan: Plan) -> str | None:
     return "conditional-mass" if plan.policy == HeatKV.name else None
 
 
-def _by_cells(plan: Plan, statistics: Statistics, measure: str, capacity: Capacity) -> Worth:
+def _by_cells(plan: Plan, statistics: Statistics, measure: str, _: SolvedPolicy, capacity: Capacity) -> Worth:
     """Judged by values of single cells. Raises StatisticsError when they were not measured."""
-    if measure == "conditional-mass":
-        values = statistics.mass
-    else:
-        values = statistics.all_mass if measure == "mass" else statistics.drop_error
+    kinds = {"conditional-mass": "mass", "mass": "all_mass", "error": "drop_error"}
+    values: FloatArray = getattr(statistics, kinds[measure])
     prices = _binding(allocate(values, capacity, plan.sink_scales).row_prices)
     bound = price_bound(values, capacity, plan.sink_scales, prices)
     full = read_value(keep_first(plan.geometry.shape, len(plan.schedule)), values)

@@ -119,22 +119,19 @@ def shapes(info: ModelInfo, schedule: ScaleSchedule, dtype: torch.dtype, layers:
         return ClassConditionalModel(info.name, var, VQVAE(vqvae_config, encoder=False), sampling, fingerprint="")
 
 
-def _labels(model: _Shapes, images: int) -> list[Any]:
-    """What to draw: any classes, or the longest prompts."""
+def _request(model: _Shapes, images: int, guided: bool) -> tuple[list[Any], Any]:
+    """What to draw, any classes or the longest prompts, and the sampling."""
     if isinstance(model, ClassConditionalModel):
-        return [0] * images
-    return [Prompt(torch.empty(TEXT_POSITIONS, model.transformer.config.text_channels)) for _ in range(images)]
-
-
-def _settings(model: _Shapes, guided: bool) -> Any:
-    unguided = 1.0 if isinstance(model, TextConditionalModel) else 0.0
-    return model.sampling if guided else replace(model.sampling, cfg=unguided)
+        labels, unguided = list[Any]([0]) * images, 0.0
+    else:
+        labels, unguided = [Prompt(torch.empty(TEXT_POSITIONS, model.transformer.config.text_channels))] * images, 1.0
+    return labels, model.sampling if guided else replace(model.sampling, cfg=unguided)
 
 
 def prompt_bytes(model: _Shapes, images: int, guided: bool) -> int:
     """Bytes that live from the first scale to the last."""
     with torch.inference_mode(), FusedAttention(), torch.device("meta"), TensorLedger() as ledger:
-        kept = model.begin(_labels(model, images), _settings(model, guided))
+        kept = model.begin(*_request(model, images, guided))
         live: int = ledger.live
     del kept
     return live
@@ -142,13 +139,11 @@ def prompt_bytes(model: _Shapes, images: int, guided: bool) -> int:
 
 def drawing_bytes(model: _Shapes, images: int, guided: bool) -> int:
     """Peak of all tensors but weights and cache, from the labels to the pictures."""
-    settings = _settings(model, guided)
+    labels, settings = _request(model, images, guided)
     cache = KVCache(model.full_plan(), images * settings.rows_per_image, model.compute_dtype, "meta")
     with torch.inference_mode(), FusedAttention(), torch.device("meta"), TensorLedger() as ledger:
-        sampler = CommonRandomSampler(0, range(images), settings)
-        run_scales(model, _labels(model, images), cache, sampler, settings)
-    peak: int = ledger.peak
-    return peak
+        run_scales(model, labels, cache, CommonRandomSampler(0, range(images), settings), settings)
+    return int(ledger.peak)
 
 
 def table_bytes(geometry: CacheGeometry, coded: bool = False) -> int:
@@ -172,8 +167,7 @@ def _one_image(
     tables = whole.rotations() if isinstance(whole, TextConditionalModel) else ()
     decoder: nn.Module = whole.vqvae if isinstance(whole, ClassConditionalModel) else whole.vae
     return Footprint(
-        images=1,
-        rows=rows,
+        images=1, rows=rows,
         transformer=sum(x.nbytes for x in (*whole.transformer.parameters(), *tables)),
         decoder=sum(x.nbytes for x in decoder.parameters()),
         text_encoder=text_encoder_parameters() * compute.itemsize if info.family == "infinity" else 0,
@@ -182,22 +176,14 @@ def _one_image(
         full_cache=geometry.full_bytes(rows, storage),
         uncoded=geometry.uncoded_token_heads() * (uncoded - coded),
         tables=table_bytes(geometry, coding is not None),
-        gathered=gathered * geometry.heads,
-        gathered_head=gathered,
-    )
+        gathered=gathered * geometry.heads, gathered_head=gathered,
+    )  # fmt: skip
 
 
 def footprint(
-    info: ModelInfo,
-    images: int,
-    *,
-    size: str | None = None,
-    ratio: float | None = None,
-    dtype: str = "bfloat16",
-    guided: bool = True,
-    text_encoder: bool = True,
-    storage: str | None = None,
-) -> Footprint:
+    info: ModelInfo, images: int, *, size: str | None = None, ratio: float | None = None, dtype: str = "bfloat16",
+    guided: bool = True, text_encoder: bool = True, storage: str | None = None,
+) -> Footprint:  # fmt: skip
     """Bytes of drawing `images` at once, with matrices and cache in `dtype`, the cache coded as `storage` where that is
     given. Raises HeatKVError for a batch that is too large.
 

@@ -5,7 +5,6 @@ Bytes and fidelity only: times of two runs do not compare. What was measured bef
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,16 @@ from heatkv.profiling.results.comparable import match
 from heatkv.profiling.results.ledgers import PHASES, figure_at
 from heatkv.profiling.results.row import ResultRow, Results, read_results
 
-_Path = tuple[str, ...]
-
-DEVICE_BYTES: tuple[_Path, ...] = (("device_peak_bytes",), ("graph_pool_bytes",))
+DEVICE_BYTES = ("device_peak_bytes", "graph_pool_bytes")
 """Figures that not every device has: lost only where both files are of one type of device."""
-BYTES: tuple[_Path, ...] = (
-    ("planned_bytes",), ("allocated_bytes",), ("current_bytes",), ("index_bytes",), ("workspace_bytes",), *DEVICE_BYTES,
-    ("memory", "planned", "cache_bytes"), ("memory", "arena", "cache_bytes"), ("memory", "arena", "index_bytes"),
-    ("memory", "arena", "workspace_bytes"),
+BYTES = (
+    "planned_bytes", "allocated_bytes", "current_bytes", "index_bytes", "workspace_bytes", *DEVICE_BYTES,
+    "memory.planned.cache_bytes", "memory.arena.cache_bytes", "memory.arena.index_bytes",
+    "memory.arena.workspace_bytes",
 )  # fmt: skip
 """Figures that follow from the plan: the same on every machine."""
-TENSORS: tuple[_Path, ...] = (
-    *(("memory", "tensors", "peak_bytes", phase) for phase in PHASES), ("memory", "tensors", "arena_bytes"),
-    ("memory", "weights_bytes"),
+TENSORS = (
+    *(f"memory.tensors.peak_bytes.{phase}" for phase in PHASES), "memory.tensors.arena_bytes", "memory.weights_bytes",
 )  # fmt: skip
 """Figures of the ledger of tensors: the same wherever one release of torch runs on one type of device."""
 FALLING = {"top1_agreement": "top1", "psnr_db": "psnr", "ssim": "ssim"}
@@ -37,12 +33,15 @@ DEVICE_LEDGERS = ("host", "allocator", "graphs", "driver")
 """Parts of `memory` that depend on the type of device: that they are there is compared, not what they hold."""
 
 
+def _figure(row: ResultRow, path: str) -> Any:
+    return figure_at(row, path.split("."))
+
+
 @dataclass(frozen=True)
 class Tolerances:
     """How much worse a figure may be. `bytes`, `tensors` and `kl` are shares of the baseline's, the others differences.
 
-    `kl_floor` is in nats: a KL that grows by less is the same. Raises HeatKVError for what is negative or no number,
-    and for a fall of top-1 or SSIM by more than 1, which no run could have.
+    `kl_floor` is in nats: a KL that grows by less is the same. Raises HeatKVError for what no tolerance can be.
     """
 
     bytes: float = 0.0
@@ -55,30 +54,26 @@ class Tolerances:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (math.isfinite(value) and 0 <= value <= (1 if name in ("top1", "ssim") else math.inf)):
-                limit = "from 0 to 1" if name in ("top1", "ssim") else "from 0 on"
-                raise HeatKVError(f"the tolerance of {name} is {value:g}; it must be a number {limit}")
+            most = 1.0 if name in ("top1", "ssim") else 1e9
+            if not 0 <= value <= most:
+                raise HeatKVError(f"the tolerance of {name} is {value:g}; it must be from 0 to {most:g}")
 
-    def limits(self, row: ResultRow, tensors: bool) -> dict[_Path, float]:
-        """The worst value that is allowed of every figure of a baseline's row, by its path; those of the ledger of
-        tensors only with `tensors`."""
+    def limits(self, row: ResultRow, tensors: bool) -> dict[str, float]:
+        """The worst value that is allowed of every figure of a baseline's row; those of the ledger of tensors only with
+        `tensors`."""
         grown = dict.fromkeys(BYTES, 1 + self.bytes) | {path: 1 + self.tensors for path in TENSORS if tensors}
-        limits = {path: value * by for path, by in grown.items() if (value := figure_at(row, path)) is not None}
+        limits = {path: value * by for path, by in grown.items() if (value := _figure(row, path)) is not None}
         if row.kl is not None:
-            limits["kl",] = row.kl + max(self.kl * row.kl, self.kl_floor)
+            limits["kl"] = row.kl + max(self.kl * row.kl, self.kl_floor)
         fallen = {name: (getattr(row, name), getattr(self, tolerance)) for name, tolerance in FALLING.items()}
-        return limits | {(name,): value - by for name, (value, by) in fallen.items() if value is not None}
+        return limits | {name: value - by for name, (value, by) in fallen.items() if value is not None}
 
     def __str__(self) -> str:
+        size, tensors, kl, top1 = (f"{100 * share:.6g}%" for share in (self.bytes, self.tensors, self.kl, self.top1))
         return (
-            f"may be worse by: bytes {_percent(self.bytes)}, tensors {_percent(self.tensors)}, "
-            f"KL {_percent(self.kl)} (at least {self.kl_floor:g} nats), top-1 {_percent(self.top1)} of all choices, "
-            f"PSNR {self.psnr:g} dB, SSIM {self.ssim:g}"
+            f"may be worse by: bytes {size}, tensors {tensors}, KL {kl} (at least {self.kl_floor:g} nats), "
+            f"top-1 {top1} of all choices, PSNR {self.psnr:g} dB, SSIM {self.ssim:g}"
         )
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.6g}%"
 
 
 @dataclass(frozen=True)
@@ -133,8 +128,8 @@ class Verdict:
 def check_results(results: Path, baseline: Path, tolerances: Tolerances | None = None) -> Verdict:
     """The verdict on a results.json by an earlier one of the same measurement.
 
-    Raises FormatError for files that are none, name a row twice or hold figures that cannot be, HeatKVError for
-    measurements that do not compare (other samples, seeds or sampling) and for a baseline without rows.
+    Raises FormatError for damaged files, HeatKVError for measurements that do not compare (other samples, seeds or
+    sampling) and for a baseline without rows.
     """
     tolerances = tolerances or Tolerances()
     now, before = read_results(results), read_results(baseline)
@@ -145,11 +140,11 @@ def check_results(results: Path, baseline: Path, tolerances: Tolerances | None =
     same_torch = now.environment.versions.get("torch") == before.environment.versions.get("torch")
     rows = []
     for row, other, nearest in matched.pairs:
-        if other is None:
-            rows.append(RowCheck(_name(row), True, nearest=nearest))
-        else:
-            changes = tuple(_changes(row, other, tolerances, same_device, same_device and same_torch))
-            rows.append(RowCheck(_name(row), False, changes, tuple(_faults(row, other, same_device))))
+        changes, faults = [], []
+        if other is not None:
+            changes = list(_changes(row, other, tolerances.limits(row, same_device and same_torch), same_device))
+            faults = list(_faults(row, other, same_device))
+        rows.append(RowCheck(_name(row), other is None, tuple(changes), tuple(faults), nearest))
     notes = [*matched.notes, *_left_out(now, before, same_device, same_torch)]
     return Verdict(tuple(rows), tuple(map(_name, matched.extra)), tuple(notes), tolerances)
 
@@ -168,15 +163,14 @@ def _left_out(now: Results, before: Results, same_device: bool, same_torch: bool
         yield f"not compared: the ledger of {ledgers} ({here}; in the baseline {there})"
 
 
-def _changes(
-    row: ResultRow, now: ResultRow, tolerances: Tolerances, same_device: bool, tensors: bool
-) -> Iterator[Change]:
+def _changes(row: ResultRow, now: ResultRow, limits: dict[str, float], same_device: bool) -> Iterator[Change]:
     """Every figure of the baseline's row, but those of lost memory, which is a fault already."""
-    for path, limit in tolerances.limits(row, tensors).items():
-        before, value, name = figure_at(row, path), figure_at(now, path), ".".join(path)
-        if value is None and (path[0] == "memory" or (path in DEVICE_BYTES and not same_device)):
-            continue
-        yield Change(name, before, value, limit, value is None or (value < limit if name in FALLING else value > limit))
+    for path, limit in limits.items():
+        before, value = _figure(row, path), _figure(now, path)
+        if value is not None:
+            yield Change(path, before, value, limit, value < limit if path in FALLING else value > limit)
+        elif not path.startswith("memory.") and (same_device or path not in DEVICE_BYTES):
+            yield Change(path, before, None, limit, True)
 
 
 def _faults(row: ResultRow, now: ResultRow, same_device: bool) -> Iterator[str]:
@@ -184,9 +178,7 @@ def _faults(row: ResultRow, now: ResultRow, same_device: bool) -> Iterator[str]:
     if now.error is not None and row.error is None:  # what could not be measured before either is not worse
         yield f"error: {now.error}"
         return
-    parts: list[_Path] = [("memory",), ("latency_ms",)]
-    if same_device:
-        parts += [("graph_latency_ms",), *(("memory", ledger) for ledger in DEVICE_LEDGERS)]
-    for path in parts:
-        if figure_at(row, path) is not None and figure_at(now, path) is None and figure_at(now, path[:-1]) is not None:
-            yield f"lost: {'.'.join(path)}"
+    ledgers = [f"memory.{ledger}" for ledger in DEVICE_LEDGERS] if now.memory is not None else []
+    for path in ("memory", "latency_ms", *(("graph_latency_ms", *ledgers) if same_device else ())):
+        if _figure(row, path) is not None and _figure(now, path) is None:
+            yield f"lost: {path}"

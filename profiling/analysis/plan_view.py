@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from heatkv.core.io import replacing
+from heatkv.core.statistics import Statistics
 from heatkv.profiling.analysis.explain import LEVEL_COSTS, MEASURES, Worth, ends_of_cells, reads_of_scales
 
 IntArray = NDArray[np.int64]
@@ -115,47 +116,61 @@ def worth_lines(worth: Worth) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ charts
 
 
-def ticks(count: int) -> range:
-    """At most ten of the indices below `count`; a locator of matplotlib also marks numbers beyond the last."""
-    return range(0, count, -(-count // 10))
-
-
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as PNG."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def save_last_read(path: Path, last_read_LHT: IntArray, names: Sequence[str], title: str) -> None:
-    """A heat map per source scale, layers by heads: until which target scale every cell is read, at a level."""
+def save_heat_maps(
+    path: Path, values_LHS: FloatArray, names: Sequence[str], title: str, legend: str, colours: str,
+    steps: int | None = None,
+) -> None:  # fmt: skip
+    """A heat map per source scale, layers by heads, of figures from 0 to 1, or of whole numbers below `steps`; what is
+    no number is grey."""
     from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import BoundaryNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    layers, heads, scales = last_read_LHT.shape
-    columns = min(4, scales - 1)
-    lines = -(-(scales - 1) // columns)
+    layers, heads, scales = values_LHS.shape
+    columns = min(4, scales)
+    lines = -(-scales // columns)
     size = (1.2 + columns * max(1.6, 0.09 * heads), 0.9 + lines * max(1.5, 0.4 + 0.09 * layers))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    colours = colormaps["viridis"].with_extremes(bad="0.88")
-    norm = BoundaryNorm(np.arange(scales + 1) - 0.5, colours.N)
-    for source, ax in enumerate(axes.flat):
-        if source >= scales - 1:
-            ax.set_axis_off()
-            continue
-        shown = np.ma.masked_equal(last_read_LHT[:, :, source], source)
-        ax.imshow(shown, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    shown = colormaps[colours].with_extremes(bad="0.88").resampled(steps or 256)
+    limits = {"vmin": -0.5, "vmax": steps - 0.5} if steps else {"vmin": 0, "vmax": 1}
+    for ax in axes.flat[scales:]:
+        ax.set_axis_off()
+    for source, ax in zip(range(scales), axes.flat, strict=False):
+        image = ax.imshow(values_LHS[:, :, source], cmap=shown, aspect="auto", interpolation="nearest", **limits)
         ax.set_title(f"source {source} ({names[source]})", fontsize=8)
         ax.tick_params(labelsize=6)
-        ax.set(xticks=ticks(heads), yticks=ticks(layers))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(8, integer=True))
     figure.supxlabel("head", fontsize=8)
     figure.supylabel("layer", fontsize=8)
     figure.suptitle(title, fontsize=9)
-    scale = figure.colorbar(ScalarMappable(norm, colours), ax=axes, ticks=range(scales), fraction=0.04)
-    scale.set_label("last target scale that reads the cell (grey: never cached)", fontsize=7)
+    scale = figure.colorbar(image, ax=axes, ticks=range(steps) if steps else None, fraction=0.04)
+    scale.set_label(legend, fontsize=7)
     scale.ax.tick_params(labelsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def save_last_read(path: Path, last_read_LHT: IntArray, names: Sequence[str], title: str) -> None:
+    """Heat maps of until which target scale every cell is read, at a level."""
+    scales = last_read_LHT.shape[2]
+    until = np.where(last_read_LHT > np.arange(scales), last_read_LHT, np.nan)[:, :, :-1]
+    legend = "last target scale that reads the cell (grey: never cached)"
+    save_heat_maps(path, until, names, title, legend, "viridis", scales)
+
+
+def save_scas_maps(path: Path, statistics: Statistics) -> None:
+    """Heat maps of the S-CAS of every head."""
+    scas_LHS, names = statistics.scas[:, :, :-1], [f"{h}x{w}" for _, h, w in statistics.schedule.scales]
+    relative = scas_LHS / np.maximum(scas_LHS.max(axis=(0, 1)), np.finfo(float).tiny)
+    title = f"S-CAS of {statistics.provenance.model}, {statistics.count} samples"
+    save_heat_maps(path, relative, names, title, "share of the scale's largest", "magma")
 
 
 def save_kept(path: Path, scales_S: FloatArray, heads_LH: FloatArray, names: Sequence[str], title: str) -> None:
@@ -170,20 +185,18 @@ def save_kept(path: Path, scales_S: FloatArray, heads_LH: FloatArray, names: Seq
     mean_L = heads_LH.mean(axis=1)
     range_2L = np.maximum(0, [mean_L - heads_LH.min(axis=1), heads_LH.max(axis=1) - mean_L])
     by_layer.bar(range(len(mean_L)), 100 * mean_L, color="tab:green", yerr=100 * range_2L, ecolor="0.4")
-    by_layer.set(xticks=ticks(len(mean_L)), xlabel="layer (lines: least and most of its heads)")
+    by_layer.set(xlabel="layer (lines: least and most of its heads)")
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_use(path: Path, live_TL: IntArray, full_TL: IntArray, budget: int, names: Sequence[str], title: str) -> None:
     """Token-heads held after every layer of every target scale, against the budget and the full cache."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     scales, layers = live_TL.shape
     figure = Figure(figsize=(7.5, 3.4), dpi=110, layout="constrained")
-    ax = figure.subplots()
-    edges = np.arange(live_TL.size + 1)
+    ax, edges = figure.subplots(), np.arange(live_TL.size + 1)
     ax.stairs(live_TL.ravel(), edges, fill=True, color="tab:blue", alpha=0.35, label="held")
     ax.stairs(full_TL.ravel(), edges, baseline=None, color="0.5", linewidth=0.8, linestyle=":", label="full cache")
     ax.axhline(budget, color="tab:red", linewidth=1, label="budget")
@@ -192,6 +205,5 @@ def save_use(path: Path, live_TL: IntArray, full_TL: IntArray, budget: int, name
     ax.set_xticks(np.arange(scales) * layers, [f"{t}\n{names[t]}" for t in range(scales)], fontsize=6, ha="left")
     ax.grid(axis="x", color="0.9")
     ax.set(xlabel=f"target scale, {layers} layers each", ylabel="token-heads")
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize=7, loc="upper left")
-    _save(figure, path)
+    save_figure(figure, path)

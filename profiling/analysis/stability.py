@@ -22,9 +22,6 @@ from heatkv.solve.cells import read_value
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
-SMALLEST_HALF = 4
-"""Samples in the smallest halves; the others are twice as large each."""
-
 ENOUGH_LOSS = 0.01
 """Samples are enough when planning on them loses less than this share of the value."""
 
@@ -59,21 +56,20 @@ class Agreement:
     plans: tuple[PlanAgreement, ...]
 
     def to_json(self) -> dict[str, Any]:
-        def numbers(values: FloatArray) -> list[float | None]:
-            return [None if math.isnan(value) else value for value in values.tolist()]
-
+        scas, error = (
+            None if values is None else [None if math.isnan(value) else value for value in values.tolist()]
+            for values in (self.scas, self.error)
+        )
+        plans = [vars(plan) for plan in self.plans]
         return {
-            "samples_per_half": self.samples,
-            "scas_rank_correlation": numbers(self.scas),
-            "error_rank_correlation": None if self.error is None else numbers(self.error),
-            "plans": [vars(plan) for plan in self.plans],
-        }
+            "samples_per_half": self.samples, "scas_rank_correlation": scas, "error_rank_correlation": error,
+            "plans": plans,
+        }  # fmt: skip
 
 
 def _growing(half: int) -> list[int]:
     """4, 8, 16, ... as long as they are below `half`, and `half` itself."""
-    doubled = (SMALLEST_HALF << times for times in range(half.bit_length()))
-    return [*(count for count in doubled if count < half), half]
+    return [*(4 << times for times in range(half.bit_length()) if 4 << times < half), half]
 
 
 def batch_sizes(samples: int, largest: int) -> list[int]:
@@ -101,10 +97,8 @@ def compare_halves(
     one: Statistics, other: Statistics, policies: Sequence[StaticPolicy], problems: Sequence[PlanningProblem]
 ) -> Agreement:
     """What two sets of as many samples agree on: rankings, and the plans of every policy for every problem."""
-    error = None
-    if one.error_sum is not None and other.error_sum is not None:
-        error = rank_correlation(mean_over_targets(one.drop_error), mean_over_targets(other.drop_error))
-    plans = []
+    measured, plans = one.error_sum is not None and other.error_sum is not None, []
+    errors = [mean_over_targets(half.drop_error) for half in (one, other)] if measured else []
     for policy in policies:
         measure, values = "mass", (one.mass, other.mass)
         if isinstance(policy, HeatKVLP):
@@ -115,7 +109,8 @@ def compare_halves(
             loss = (_loss(theirs, mine, values[0]) + _loss(mine, theirs, values[1])) / 2
             shared = overlap(mine, theirs, problem.geometry.schedule.tokens, policy.sink_scales)
             plans.append(PlanAgreement(policy.name, str(problem.budget), measure, shared, loss))
-    return Agreement(one.count, rank_correlation(one.scas, other.scas), error, tuple(plans))
+    scas, error = rank_correlation(one.scas, other.scas), rank_correlation(*errors) if errors else None
+    return Agreement(one.count, scas, error, tuple(plans))
 
 
 def _loss(plan_LHT: IntArray, own_LHT: IntArray, value_LHTT: FloatArray) -> float:
@@ -128,19 +123,14 @@ def overlap(one_LHT: IntArray, other_LHT: IntArray, tokens: tuple[int, ...], sin
     """Of the token-time that either plan keeps beyond the sinks, the share that both keep; 1 where there is none."""
     scales = np.arange(len(tokens))
     sizes = np.where(scales < sink_scales, 0, tokens)
-    both = ((np.minimum(one_LHT, other_LHT) - scales) * sizes).sum()
-    either = ((np.maximum(one_LHT, other_LHT) - scales) * sizes).sum()
+    both, either = (((of(one_LHT, other_LHT) - scales) * sizes).sum() for of in (np.minimum, np.maximum))
     return float(both / either) if either else 1.0
 
 
 def enough(agreements: Sequence[Agreement]) -> int | None:
     """The fewest samples from which on no plan loses ENOUGH_LOSS of its value or more; None when there are none."""
-    fewest = None
-    for agreement in sorted(agreements, key=lambda agreement: -agreement.samples):
-        if any(plan.loss >= ENOUGH_LOSS for plan in agreement.plans):
-            break
-        fewest = agreement.samples
-    return fewest
+    lossy = [a.samples for a in agreements if any(plan.loss >= ENOUGH_LOSS for plan in a.plans)]
+    return min((a.samples for a in agreements if a.samples > max(lossy, default=0)), default=None)
 
 
 def verdict(agreements: Sequence[Agreement]) -> str:

@@ -4,50 +4,38 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from msgspec import structs
+from torch.utils.benchmark import Timer
 
 from heatkv.core.io import versions
 from heatkv.engine.watch import is_deterministic
 from heatkv.profiling.results.row import Environment, Load, TimingMachine
 
-_YARDSTICK_SIDE = 1024
 _NVML_WINDOW_S = 1.0
 """NVML's utilisation is of at most the last second, so that after so long our own work is out of it."""
 
 
-def matrix_product_ms(repeats: int = 7) -> float:
+def matrix_product_ms() -> float:
     """Median time of an fp32 matrix product of 1024 cubed on one thread, in milliseconds.
 
     Times of two machines compare best as multiples of it.
     """
-    threads = torch.get_num_threads()
-    a, b = torch.randn(_YARDSTICK_SIDE, _YARDSTICK_SIDE), torch.randn(_YARDSTICK_SIDE, _YARDSTICK_SIDE)
-    torch.set_num_threads(1)
-    try:
-        times = []
-        for _ in range(repeats + 2):
-            began = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - began)
-    finally:
-        torch.set_num_threads(threads)
-    return statistics.median(times[2:]) * 1e3
+    operands = {"a": torch.randn(1024, 1024), "b": torch.randn(1024, 1024)}
+    return Timer("a @ b", globals=operands, num_threads=1).blocked_autorange(min_run_time=0.15).median * 1e3
 
 
 def processor() -> str:
     """The CPU's name, as the system gives it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -58,15 +46,10 @@ def device_name(device: torch.device) -> str:
 
 def load_of(device: torch.device) -> Load:
     """The load as it is now; on a CUDA device this waits for a second with the device idle."""
-    try:
-        average = round(os.getloadavg()[0], 2)
-    except OSError:
-        average = None
-    used = others = None
-    if device.type == "cuda":
-        used, others = _others_on(device)
-    load = Load(average, os.cpu_count() or 1, used, others)
-    return Load(average, load.cores, used, others, busy=bool(load.reasons))
+    average = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None  # Windows has none
+    used, others = _others_on(device) if device.type == "cuda" else (None, None)
+    load = Load(average, os.cpu_count(), used, others)
+    return structs.replace(load, busy=bool(load.reasons))
 
 
 def nvml_device(device: torch.device) -> tuple[Any, Any] | None:

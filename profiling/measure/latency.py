@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +19,21 @@ from heatkv.engine.spans import PHASES, listening, scale_name
 from heatkv.profiling.results.row import Latency
 
 CONFIDENCE = 0.95
-"""Of the interval of a median, where there are runs enough for it."""
+"""Of an interval, where there are runs enough for it."""
 OUTLIER_IQRS = 1.5
 """Runs further than so many quartile distances outside the quartiles are counted as outliers."""
 
 
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """An interval of the median, whatever the distribution: low, high, and its confidence.
 
-    The narrowest symmetric pair of order statistics that reaches `confidence`; with fewer than six values the least and
-    the greatest, which reach less than 95 %.
+    The narrowest symmetric pair of order statistics that reaches CONFIDENCE; with fewer than six values the least and
+    the greatest, which reach less.
     """
     ordered, n = sorted(values), len(values)
     # leaving out `left` values on either side loses the chance that at most so many lie on one side of the median
     missed = [2 * float(binom.cdf(left, n, 0.5)) for left in range((n + 1) // 2)]
-    left = max((left for left, chance in enumerate(missed) if chance <= 1 - confidence), default=0)
+    left = max((left for left, chance in enumerate(missed) if chance <= 1 - CONFIDENCE), default=0)
     return ordered[left], ordered[n - 1 - left], 1 - missed[left]
 
 
@@ -44,25 +44,12 @@ def outliers_of(values: Sequence[float]) -> list[float]:
     return [value for value in values if not low - far <= value <= high + far]
 
 
-class Breakdown(NamedTuple):
-    """Medians over watched runs in milliseconds: of every scale, without the decoder, and of every phase of a drawing.
-
-    `phases` has those of heatkv.engine.spans and `other`, the rest: projections, norms, embeddings, logits. None where
-    no Python runs inside a scale, as with CUDA graphs.
-    """
-
-    scales: Sequence[float] | None = None
-    phases: Mapping[str, float] | None = None
-
-
-NOT_WATCHED = Breakdown()
-
-
-def latency_of(runs_ms: Sequence[float], breakdown: Breakdown = NOT_WATCHED) -> Latency:
-    """Times in the order they were taken, as a row of results has them."""
+def latency_of(
+    runs_ms: Sequence[float], scales: Sequence[float] | None = None, phases: Mapping[str, float] | None = None
+) -> Latency:
+    """Times in the order they were taken, and medians of watched runs, as a row of results has them."""
     low, high, confidence = median_interval(runs_ms)
     quartiles = np.percentile(runs_ms, [25, 75])
-    scales, phases = breakdown
     return Latency(
         median=round(float(np.median(runs_ms)), 3),
         iqr=round(float(quartiles[1] - quartiles[0]), 3),
@@ -96,19 +83,15 @@ def turns(count: int, repeats: int) -> list[list[int]]:
 
     So that a drift of the machine, and what a call leaves behind for the next, hit all alike.
     """
-    orders = []
-    for repeat in range(repeats):
-        first = repeat // 2 % count
-        order = [(first + i) % count for i in range(count)]
-        orders.append(order if repeat % 2 == 0 else order[::-1])
-    return orders
+    orders = [[(repeat // 2 + i) % count for i in range(count)] for repeat in range(repeats)]
+    return [order[:: -1 if repeat % 2 else 1] for repeat, order in enumerate(orders)]
 
 
 def measure_interleaved(
     calls: Mapping[str, Callable[[], object]],
     device: torch.device,
     repeats: int,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, `repeats` times after one warm-up, in `turns`."""
     for call in calls.values():
@@ -118,8 +101,7 @@ def measure_interleaved(
     for order in turns(len(names), repeats):
         for index in order:
             runs[names[index]].append(_timed(calls[names[index]], device))
-            if progress is not None:
-                progress()
+            progress()
     return runs
 
 
@@ -151,13 +133,17 @@ class SpanClock:
         sums: dict[str, float] = defaultdict(float)
         for name, began, ended in self._spans:
             sums[name] += began.elapsed_time(ended) if self._device.type == "cuda" else (ended - began) * 1e3
-        return dict(sums)
+        return sums
 
 
 def measure_breakdown(
-    call: Callable[[], object], device: torch.device, scales: int, repeats: int, phases: bool = True
-) -> Breakdown:
-    """Medians over `repeats` drawings that are watched; `call` is warm. Without `phases`, of the scales alone."""
+    call: Callable[[], object], device: torch.device, scales: int, repeats: int
+) -> tuple[list[float], dict[str, float]]:
+    """Medians over `repeats` drawings that are watched, in milliseconds; `call` is warm.
+
+    Of every scale, without the decoder, and of every phase of heatkv.engine.spans, with `other` for the rest:
+    projections, norms, embeddings, logits. No Python runs inside a scale with CUDA graphs: there are no phases then.
+    """
     runs: list[dict[str, float]] = []
     for _ in range(repeats):
         clock = SpanClock(device)
@@ -165,14 +151,11 @@ def measure_breakdown(
             _synchronise(device)
             with clock.span("all"):
                 call()
-        runs.append(clock.sums_ms())
+        times = clock.sums_ms()
+        times["other"] = times["all"] - sum(times[name] for name in PHASES)
+        runs.append(times)
 
-    def median(values: Iterable[float]) -> float:
-        return float(np.median(list(values)))
+    def median(name: str) -> float:
+        return float(np.median([run[name] for run in runs]))
 
-    by_scale = tuple(median(run[scale_name(scale)] for run in runs) for scale in range(scales))
-    if not phases:
-        return Breakdown(by_scale)
-    by_phase = {name: median(run.get(name, 0.0) for run in runs) for name in PHASES}
-    by_phase["other"] = median(run["all"] - sum(run.get(name, 0.0) for name in PHASES) for run in runs)
-    return Breakdown(by_scale, by_phase)
+    return [median(scale_name(scale)) for scale in range(scales)], {name: median(name) for name in (*PHASES, "other")}

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from msgspec import structs
 
 from heatkv.core.storage_type import StorageType
+from heatkv.engine.arena_cache import storage_bytes
 from heatkv.engine.open_cache import open_cache
 from heatkv.errors import GraphError, HeatKVError, out_of_memory
 from heatkv.generation.graphs import GraphRunner
@@ -15,11 +20,25 @@ from heatkv.generation.loop import Generator
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
 from heatkv.profiling.measure.fidelity import paired_bootstrap
-from heatkv.profiling.measure.latency import latency_of, measure_breakdown, measure_interleaved
-from heatkv.profiling.measure.memory import Loading, cache_timeline, measure_memory
+from heatkv.profiling.measure.latency import CONFIDENCE, latency_of, measure_breakdown, measure_interleaved
+from heatkv.profiling.measure.ledger import TensorLedger
+from heatkv.profiling.measure.memory import (
+    Loading,
+    ResidentMemory,
+    allocator_peaks,
+    cache_timeline,
+    driver_memory,
+    model_tensors,
+    steps,
+)
 from heatkv.profiling.measure.subjects import Subject
-from heatkv.profiling.results.comparable import PLACE, REFERENCE, subject
+from heatkv.profiling.results import ledgers
+from heatkv.profiling.results.comparable import PLACE, REFERENCE, subject_key
 from heatkv.profiling.results.row import Latency, Memory, ResultRow, Times, TimingMachine, Versus
+
+T = TypeVar("T")
+Open = Callable[..., Generator[Any]]
+"""Opens a cache and what draws with it; with CUDA graphs when `graphs`."""
 
 BREAKDOWN_RUNS = 3
 """Drawings that are watched, scale by scale and phase by phase."""
@@ -90,6 +109,29 @@ def first_row(
     )
 
 
+def in_phases(
+    open_: Open,
+    labels: list[Any],
+    seed: int,
+    reset: Callable[[], object],
+    read: Callable[[], T],
+) -> tuple[Generator[Any], ledgers.Phases[T]]:
+    """What `open_` opens, with a figure of opening it, of drawing and of decoding once."""
+
+    def figure() -> T:
+        value = read()
+        reset()
+        return value
+
+    reset()
+    generator = open_()
+    figures = [figure()]
+    images = generator.draw(labels, seed, before_decode=lambda: figures.append(figure()))
+    figures.append(figure())
+    del images  # alive until here
+    return generator, ledgers.Phases(*figures)
+
+
 def subject_memory(
     model: ImageModel[Any],
     subject: Subject,
@@ -99,11 +141,75 @@ def subject_memory(
     seed: int = 0,
     loading: Loading | None = None,
 ) -> Memory:
-    """All ledgers of drawing `batch` images under the first plan of a subject; `loading` is of a process of its own."""
-    return measure_memory(
-        model, subject.plans[0], lambda graphs: subject.generator(model, settings, 0, batch, graphs), batch,
-        subject.storage, seed=seed, loading=loading,
+    """All ledgers of drawing `batch` images under the first plan of a subject.
+
+    It is drawn twice: as it is, for the system's, the allocator's and the driver's figures, then under the ledger of
+    tensors; on a CUDA device also with graphs. `loading`, of a process that has done nothing but load the model, makes
+    the figures those of a process of its own.
+    """
+    device, plan, storage = model.device, subject.plans[0], subject.storage
+    labels, open_ = model.labels(batch), partial(subject.generator, model, settings, 0, batch)
+    measure = _gpu_ledgers if device.type == "cuda" else _host_ledger
+    of_device = measure(open_, labels, seed, device, loading or Loading())
+    with TensorLedger(device) as ledger:
+
+        def opened() -> Generator[Any]:
+            generator = open_()
+            ledger.follow(generator.cache.tables)  # many come from numpy
+            return generator
+
+        generator, tensors = in_phases(opened, labels, seed, ledger.reset_peak, lambda: ledger.peak)
+        cache = generator.cache
+        arena_bytes = ledger.bytes_seen(cache.held)
+    found = ledgers.Ledgers(
+        process="shared" if loading is None else "own",
+        weights_bytes=storage_bytes(model_tensors(model)),
+        planned=ledgers.PlannedMemory(
+            cache_bytes=plan.bytes(cache.rows, storage), budget_bytes=plan.budget_bytes(cache.rows, storage)
+        ),
+        arena=ledgers.ArenaMemory(
+            cache_bytes=cache.allocated_bytes, index_bytes=cache.index_bytes, workspace_bytes=cache.workspace_bytes
+        ),
+        tensors=ledgers.TensorMemory(peak_bytes=tensors, arena_bytes=arena_bytes),
+        **of_device,
+    )
+    allocator, driver = found.allocator, found.driver
+    most = None if allocator is None else max(peaks.allocated_bytes for peaks in allocator.peaks.each)
+    return Memory(
+        memory=structs.replace(found, steps=steps(found)),
+        device_peak_bytes=None if allocator is None or most is None else most - allocator.weights_bytes,
+        nvml_bytes=None if driver is None else driver.process_bytes,
+    )
+
+
+def _host_ledger(open_: Open, labels: list[Any], seed: int, device: torch.device, took: Loading) -> dict[str, Any]:
+    resident = ResidentMemory()
+    _, most = in_phases(open_, labels, seed, resident.reset, resident.peak_bytes)
+    host = ledgers.HostMemory(
+        source=resident.source, before_bytes=took.before_bytes, loading_peak_bytes=took.peak_bytes,
+        loaded_bytes=took.loaded_bytes, peak_bytes=most if resident.resets else None, most_bytes=max(most.each),
     )  # fmt: skip
+    return {"host": host}
+
+
+def _gpu_ledgers(open_: Open, labels: list[Any], seed: int, device: torch.device, took: Loading) -> dict[str, Any]:
+    reset, read = partial(torch.cuda.reset_peak_memory_stats, device), partial(allocator_peaks, device)
+    weights_bytes = torch.cuda.memory_allocated(device)
+    generator, peaks = in_phases(open_, labels, seed, reset, read)
+    allocator = ledgers.AllocatorMemory(weights_bytes=weights_bytes, loading=took.allocator, peaks=peaks)
+    driver = driver_memory(device)
+    del generator  # and its cache
+    reset()
+    generator = open_(graphs=True)
+    try:
+        for _ in range(3):  # warms up, records, replays
+            generator.draw(labels, seed)
+    except GraphError as error:
+        graphs = ledgers.GraphMemory(reason=str(error))
+    else:
+        assert isinstance(generator.runner, GraphRunner)
+        graphs = ledgers.GraphMemory(pool_bytes=generator.runner.pool_bytes, peaks=read())
+    return {"allocator": allocator, "driver": driver, "graphs": graphs}
 
 
 def measure_latency(
@@ -115,7 +221,7 @@ def measure_latency(
     repeats: int,
     machine: TimingMachine,
     seed: int = 0,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, Times], dict[str, str]]:
     """Times of drawing `batch` images, decode included, by the names of the subjects, and why some have none with
     graphs. Subjects are timed in turns, each with its first plan; then, in at most BREAKDOWN_RUNS further runs each, it
@@ -125,40 +231,40 @@ def measure_latency(
     what the times are to be read with; `progress` is called after every run.
     """
     timed = datetime.now(UTC).isoformat(timespec="milliseconds")
-    labels = model.labels(batch)
+    labels, scales, watched = model.labels(batch), len(model.geometry.schedule), min(repeats, BREAKDOWN_RUNS)
 
     def drawing(generator: Generator[Any]) -> Callable[[], object]:
         return lambda: generator.draw(labels, seed)
 
     calls = {subject.name: drawing(subject.generator(model, settings, 0, batch)) for subject in subjects}
     runs = measure_interleaved(calls, model.device, repeats, progress)
-    scales, watched = len(model.geometry.schedule), min(repeats, BREAKDOWN_RUNS)
     times = {
         name: Times(
-            latency_ms=latency_of(runs[name], measure_breakdown(call, model.device, scales, watched)),
+            latency_ms=latency_of(runs[name], *measure_breakdown(call, model.device, scales, watched)),
             timed=timed,
             timing_machine=machine,
         )
         for name, call in calls.items()
     }
     no_graphs = {}
-    if model.device.type == "cuda":
-        calls.clear()
-        for subject in subjects:
-            generator = subject.generator(model, settings, 0, batch, graphs=True)
-            try:
-                latency, pool_bytes = graph_latency(generator, drawing(generator), repeats, progress)
-            except GraphError as error:
-                no_graphs[subject.name] = str(error)
-            else:
-                times[subject.name] = replace(
-                    times[subject.name], graph_latency_ms=latency, graph_pool_bytes=pool_bytes
-                )
+    calls.clear()  # frees their caches
+    for subject in subjects if model.device.type == "cuda" else ():
+        generator = subject.generator(model, settings, 0, batch, graphs=True)
+        try:
+            latency, pool_bytes = graph_latency(generator, drawing(generator), repeats, progress)
+        except GraphError as error:
+            no_graphs[subject.name] = str(error)
+        else:
+            with_graphs = replace(times[subject.name], graph_latency_ms=latency, graph_pool_bytes=pool_bytes)
+            times[subject.name] = with_graphs
     return times, no_graphs
 
 
 def graph_latency(
-    generator: Generator[Any], draw: Callable[[], object], repeats: int, progress: Callable[[], None] | None = None
+    generator: Generator[Any],
+    draw: Callable[[], object],
+    repeats: int,
+    progress: Callable[[], object] = lambda: None,
 ) -> tuple[Latency, int | None]:
     """Time of `draw`, which draws by a generator with graphs that has drawn nothing yet, and what its graphs hold.
 
@@ -168,8 +274,8 @@ def graph_latency(
     draw()  # warms up; the next one, which is not timed either, records
     device, scales = generator.model.device, len(generator.model.geometry.schedule)
     runs = measure_interleaved({"": draw}, device, repeats, progress)[""]
-    breakdown = measure_breakdown(draw, device, scales, min(repeats, BREAKDOWN_RUNS), phases=False)
-    return latency_of(runs, breakdown), generator.runner.pool_bytes
+    by_scale, _ = measure_breakdown(draw, device, scales, min(repeats, BREAKDOWN_RUNS))
+    return latency_of(runs, by_scale), generator.runner.pool_bytes
 
 
 def with_versus(rows: Sequence[ResultRow]) -> list[ResultRow]:
@@ -181,19 +287,19 @@ def with_versus(rows: Sequence[ResultRow]) -> list[ResultRow]:
     with_kl = [row for row in rows if row.kl_of_images and row.policy != REFERENCE]
     policies = [row.policy for row in with_kl]
     wanted = PAIRED_WITH if PAIRED_WITH in policies else next(iter(policies), None)
-    others = {subject(row, PLACE): row for row in with_kl if row.policy == wanted}
-    confidence = 0.95
-    paired = []
-    for row in rows:
-        other, versus = others.get(subject(row, PLACE)), None
-        if other is not None and other.kl_of_images and row.kl_of_images and row.policy not in (REFERENCE, wanted):
-            found = paired_bootstrap(row.kl_of_images, other.kl_of_images, confidence=confidence)
-            versus = Versus(
-                policy=other.policy, difference=found.mean, interval=(found.low, found.high), confidence=confidence,
-                images=len(row.kl_of_images),
-            )  # fmt: skip
-        paired.append(replace(row, versus=versus))
-    return paired
+    others = {subject_key(row, PLACE): row for row in with_kl if row.policy == wanted}
+
+    def versus(row: ResultRow) -> Versus | None:
+        other = others.get(subject_key(row, PLACE))
+        if other is None or not other.kl_of_images or not row.kl_of_images or row.policy in (REFERENCE, wanted):
+            return None
+        found = paired_bootstrap(row.kl_of_images, other.kl_of_images, confidence=CONFIDENCE)
+        return Versus(
+            policy=other.policy, difference=found.mean, interval=(found.low, found.high), confidence=CONFIDENCE,
+            images=len(row.kl_of_images),
+        )  # fmt: skip
+
+    return [replace(row, versus=versus(row)) for row in rows]
 
 
 def why_failed(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from heatkv.errors import HeatKVError
 from heatkv.generation.loop import Generator
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
-from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,12 @@ class Subject:
     ) -> Generator[Any]:
         """What draws `batch` images under one of the plans."""
         code = StorageType.parse(self.storage).code
-        return Generator(
-            model, self.plans[plan], batch, settings, storage=code, attention=self.attention, graphs=graphs
-        )
+        return Generator(model, self.plans[plan], batch, settings, code=code, attention=self.attention, graphs=graphs)
 
 
 def plan_subjects(
     model: ImageModel[Any],
-    policies: Sequence[str],
+    policies: Sequence[EvictionPolicy],
     budgets: Sequence[Budget],
     *,
     statistics: Statistics | None,
@@ -57,31 +55,25 @@ def plan_subjects(
     storage: str,
     seed: int = 0,
     draws: int = 1,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
     attention: str = "auto",
 ) -> list[Subject]:
     """A subject for every budget and policy; `full`, whatever the budgets, comes once and first.
 
-    A policy that draws at random has `draws` plans. `options` are what each policy is made with, by its name.
+    A policy that draws at random has `draws` plans.
     """
 
-    def problem(budget: Budget, draw: int = 0) -> PlanningProblem:
-        return PlanningProblem(
-            model.geometry, budget, statistics, rankings, seed_after(seed, draw), rows, storage, model.name
+    def subject(policy: EvictionPolicy, budget: Budget) -> Subject:
+        problems = (
+            PlanningProblem(
+                model.geometry, budget, statistics, rankings, seed_after(seed, draw), rows, storage, model.name
+            )
+            for draw in range(draws if policy.random else 1)
         )
+        return Subject(policy.name, str(budget), tuple(map(policy.plan, problems)), storage, attention)
 
-    everything = Budget.parse("100%")
-    full = make_policy("full").plan(problem(everything))
-    subjects = [Subject("full", str(everything), (full,), storage, attention)]
-    for budget in budgets:
-        for name in policies:
-            if name == "full":
-                continue
-            policy = make_policy(name, **(options or {}).get(name, {}))
-            count = draws if policy.random else 1
-            plans = tuple(policy.plan(problem(budget, draw)) for draw in range(count))
-            subjects.append(Subject(name, str(budget), plans, storage, attention))
-    return subjects
+    chosen = [policy for policy in policies if policy.name != "full"]
+    full = subject(make_policy("full"), Budget.parse("100%"))
+    return [full, *(subject(policy, budget) for budget in budgets for policy in chosen)]
 
 
 def images_of_rows(rows: int, settings: Settings) -> int:

@@ -26,25 +26,19 @@ def _worker(subject: Subject, batch: int, of_point: str) -> str:
     return file_name(f"{subject.name.replace('%', 'percent')} batch {batch}{of_point}")
 
 
-def has_trace(folder: Path, subject: Subject, batch: int, of_point: str = "") -> bool:
-    """Whether a trace of this drawing is in the folder."""
-    return any(folder.glob(f"{_worker(subject, batch, of_point)}.*.pt.trace.json"))
-
-
 def save_trace(
-    folder: Path, model: ImageModel[Any], subject: Subject, batch: int, settings: Settings, of_point: str = ""
+    folder: Path, model: ImageModel[Any], subject: Subject, batch: int, settings: Settings, point: str = ""
 ) -> Path:
     """Draw `batch` images eagerly under the profiler and write its trace; the file, `<worker>.<time>.pt.trace.json`.
 
     The worker is the subject, so that torch-tb-profiler lists subjects beside each other as workers of one run;
-    `of_point` is added to its name. One drawing warms up and one is recorded. Raises FormatError when the file cannot
+    `point` is added to its name. One drawing warms up and one is recorded. Raises FormatError when the file cannot
     be written.
     """
     generator, labels = subject.generator(model, settings, 0, batch), model.labels(batch)
-    activities = [ProfilerActivity.CPU]
-    if model.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    path = folder / f"{_worker(subject, batch, of_point)}.{time.time_ns()}.pt.trace.json"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if model.device.type == "cuda" else [])]
+    worker = file_name(f"{subject.name.replace('%', 'percent')} batch {batch}{point}")
+    path = folder / f"{worker}.{time.time_ns()}.pt.trace.json"
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(profiler: Any) -> None:
@@ -52,7 +46,7 @@ def save_trace(
             profiler.export_chrome_trace(str(temporary))
             # the profiler's library writes beside it, and tells nobody when it cannot
             temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)
-            if not _is_whole(temporary):
+            if not temporary.read_bytes().rstrip().endswith(b"}"):
                 raise FormatError(f"cannot write {path}: the profiler could not finish it; is there room on the disk?")
 
     with _output_on_errors(), profile(
@@ -64,23 +58,11 @@ def save_trace(
     return path
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a JSON object ends where the file does."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 64))
-        return file.read().rstrip().endswith(b"}")
-
-
 @contextmanager
 def _output_on_errors() -> Iterator[None]:
     """What the profiler's library prints goes to the error stream: the output belongs to results."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # there is no output
-        yield
-        return
+    sys.stdout.flush()
+    kept = os.dup(1)
     try:
         os.dup2(2, 1)
         yield

@@ -43,7 +43,7 @@ class Job:
 
 
 def measure_job(job: Job) -> Memory:
-    """Load the model and measure. Raises HeatKVError when the model is not the one that the job was made for."""
+    """Load the model and measure. Raises HeatKVError for other weights than the job's."""
     torch.set_num_threads(job.threads)
     if job.deterministic:
         run_deterministically()

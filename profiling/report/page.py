@@ -14,10 +14,9 @@ from markupsafe import Markup
 
 from heatkv.core.io import opened, write_text
 from heatkv.errors import FormatError
-from heatkv.profiling.report import charts, sections
+from heatkv.profiling.report import pools, sections, tables
 from heatkv.profiling.report.artefact_sections import pictures, plans, scas
-from heatkv.profiling.report.pools import Report
-from heatkv.profiling.report.sections import Blocks
+from heatkv.profiling.report.pools import Blocks, Report
 from heatkv.profiling.results.merging import Merged, merge
 
 NAME = "report.html"
@@ -56,16 +55,15 @@ def render(merged: Merged) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals |= {"tables": tables, "mib": pools.mib, "zip": zip}
     ui: Any = environment.get_template("blocks.html.jinja").module
     report = Report(merged, ui)
     style, script = (loader.get_source(environment, name)[0].strip() for name in ("report.css", "report.js"))
     return environment.get_template("report.html.jinja").render(
-        model=merged.model,
         headline=ui.headline(sections.answer(report), merged.model),
         sections={id: blocks for id, make in SECTIONS.items() if (blocks := make(report)) is not None},
+        merged=merged,
         words=ui.words,
-        sources=[source.label for source in merged.sources],
-        palette=charts.PALETTE,
         style=Markup(style),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

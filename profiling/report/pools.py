@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +17,10 @@ from heatkv.profiling.report import charts, tables
 from heatkv.profiling.report.charts import Style
 from heatkv.profiling.report.tables import Column, look_up
 from heatkv.profiling.results.comparable import REFERENCE
-from heatkv.profiling.results.merging import SEPARATOR, Group, Merged, Row, budgets_of
+from heatkv.profiling.results.merging import AXES, SEPARATOR, Group, Merged, Row, budgets_of
 from heatkv.profiling.results.row import ResultRow
+
+Blocks = list[Markup] | None
 
 
 class Cell(NamedTuple):
@@ -59,25 +60,26 @@ class Entry:
         return np.mean(found, axis=0) if all(found) else None
 
     def range(self, column: Column) -> tuple[float, float] | None:
-        """The least and the most over seeds, or over the plans of a policy that draws at random."""
+        """The least and the most over seeds, or over the plans of a policy that draws at random; of a time at one seed,
+        as long as the distance of its quartiles."""
+        time = self.result.latency_ms
+        if len(self.rows) == 1 and column is tables.MEDIAN and time and time.iqr is not None:
+            return time.median - time.iqr / 2, time.median + time.iqr / 2
         values = self.values(column) if len(self.rows) > 1 else (column is tables.KL and self.result.kl_of_draws) or ()
         return (min(values), max(values)) if len(values) > 1 else None
 
-    def cell(self, column: Column) -> Cell:
+    def cell(self, column: Column, best: bool = False) -> Cell:
         """The mean of a figure, with its deviation over seeds."""
         values = self.values(column)
         if not values:
             return Cell(tables.NOT_MEASURED, kind="missing")
-        if isinstance(values[0], str):
-            return Cell("; ".join(dict.fromkeys(values)), values[0])
+        if not isinstance(values[0], int | float):
+            texts = list(dict.fromkeys(map(column.text, values)))
+            return Cell("; ".join(texts), texts[0])
         several = len(values) > 1 and column.form.endswith("f")
         mean = statistics.fmean(values) if several else values[0]
-        return Cell(column.text(mean) + (f" ± {column.text(statistics.stdev(values))}" if several else ""), mean)
-
-    @property
-    def heads(self) -> list[Cell]:
-        """The first fields of its line in a table: policy and budget."""
-        return [Cell(self.name, self.name, self.style), Cell(self.result.budget, self.result.budget_bytes)]
+        text = column.text(mean) + (f" ± {column.text(statistics.stdev(values))}" if several else "")
+        return Cell(text, mean, kind="best" if best else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +124,7 @@ class Report:
         families: dict[str, dict[str, None]] = {}
         for row in sorted(self.merged.rows, key=lambda row: row.result.policy == REFERENCE):
             families.setdefault(row.result.policy, {})[self.merged.label(row, ())] = None
-        return charts.styles({policy: list(labels) for policy, labels in families.items()})
+        return charts.styles(families)
 
     @property
     def several(self) -> bool:
@@ -144,11 +146,11 @@ class Report:
         pools = []
         for members in found.values():
             parts = [group.title.split(", ") for group in members]
-            shared = [part for part in parts[0] if all(part in other for other in parts)]
-            folders = dict.fromkeys(row.source.label for group in members for row in group.rows)
-            moment = re.sub(r"(?<=\d)T([\d:]{8})\S*", r" \1", ", ".join(shared))
-            title = f"{moment} ({', '.join(folders)})" if self.several else moment
-            pools.append(self.pool((r for g in members for r in g.rows), title if len(found) > 1 else ""))
+            title = ", ".join(part for part in parts[0] if all(part in other for other in parts))
+            title = re.sub(r"(?<=\d)T([\d:]{8})\S*", r" \1", title)  # moments in short
+            rows = [row for group in members for row in group.rows]
+            title += f" ({', '.join(dict.fromkeys(row.source.label for row in rows))})" if self.several else ""
+            pools.append(self.pool(rows, title if len(found) > 1 else ""))
         return pools
 
     def _subject(self, row: Row) -> tuple[str, int]:
@@ -159,63 +161,55 @@ class Report:
         members: dict[Any, list[Row]] = {}
         for row in rows:
             members.setdefault(self._subject(row) if over_seeds else row, []).append(row)
-        seeds = {key: {row.result.seed for row in of_key} for key, of_key in members.items()}
-        most = max(seeds.values(), key=lambda of_key: (len(of_key), sorted(of_key))) if over_seeds else None
-        axes = ("batch",) if most is not None and len(most) > 1 else ("batch", "seed")
-        parts = {of_key[0]: self.merged.label(of_key[0], axes).split(SEPARATOR) for of_key in members.values()}
-        shared = set.intersection(*(set(of_row[1:]) for of_row in parts.values()))
+        seeds = [{row.result.seed for row in same} for same in members.values()]
+        most = max(seeds, key=lambda of_entry: (len(of_entry), sorted(of_entry)))
+        axes = ("batch",) if over_seeds and len(most) > 1 else AXES
+        labels = [self.merged.label(same[0], axes).split(SEPARATOR) for same in members.values()]
+        shared = set.intersection(*(set(parts[1:]) for parts in labels))
         entries, left_out = {}, []
-        for key, of_key in members.items():
-            policy, *rest = parts[of_key[0]]
+        for same, of_entry, (policy, *rest) in zip(members.values(), seeds, labels, strict=True):
             name = SEPARATOR.join([policy, *(part for part in rest if part not in shared)])
-            if most is None or seeds[key] == most:
-                entries[of_key[0]] = Entry(tuple(of_key), name, self.styles[self.merged.label(of_key[0], ())])
+            if over_seeds and of_entry != most:
+                left_out.append(f"{name} at {same[0].result.budget}")
             else:
-                left_out.append(f"{name} at {of_key[0].result.budget}")
+                entries[same[0]] = Entry(tuple(same), name, self.styles[self.merged.label(same[0], ())])
         reference = [entry for row, entry in entries.items() if row.result.policy == REFERENCE]
         budgets = {budget: [entries[row] for row in of_budget] for budget, of_budget in budgets_of(entries).items()}
         return Pool(title, reference, budgets, left_out)
 
-    def each(self, pools: Sequence[Pool], make: Callable[[int, Pool], list[Markup]]) -> list[Markup]:
-        """The blocks of every pool, under its title where there are several."""
-        return [self.ui.pools([(pool, make(index, pool)) for index, pool in enumerate(pools)])]
+    def each(self, pools: Sequence[Pool], make: Callable[[Pool], list[Markup]]) -> Blocks:
+        """The blocks of every pool, under its title where there are several; None without pools."""
+        return [self.ui.pools([(pool, make(pool)) for pool in pools])] if pools else None
 
     def table(
-        self, caption: str, entries: Sequence[Entry], columns: Iterable[Column],
-        best: Sequence[Entry] = (), shaded: bool = False,
+        self, caption: str, entries: Sequence[Entry], columns: Iterable[Column], best: Sequence[Entry] = (),
+        shaded: bool = False,
     ) -> Markup:  # fmt: skip
-        """A line for every entry: policy, budget, and the columns that any entry has a figure for."""
-        shown = tables.measured(columns, (row.result for entry in entries for row in entry.rows))
-        lines = [[entry.cell(column) for column in shown] for entry in entries]
-        if shaded:
-            lines = shade(lines)
-        for entry, line in zip(entries, lines, strict=True):
-            if entry in best:
-                line[0] = line[0]._replace(kind="best")
-        titles = ["policy", "budget", *(column.title for column in shown)]
-        return self.cells(caption, titles, [[*e.heads, *line] for e, line in zip(entries, lines, strict=True)])
+        """A line for every entry: policy, budget, and the columns that any entry has a figure for; the first of these
+        is bold in the best."""
+        shown = tables.measured(columns, [row.result for entry in entries for row in entry.rows])
+        lines = [
+            [
+                Cell(entry.name, entry.name, entry.style), Cell(entry.result.budget, entry.result.budget_bytes),
+                *(entry.cell(column, place == 0 and entry in best) for place, column in enumerate(shown)),
+            ]
+            for entry in entries
+        ]  # fmt: skip
+        return self.cells(caption, ["policy", "budget", *(column.title for column in shown)], lines, shaded=shaded)
 
-    def cells(self, caption: str, titles: Sequence[str], lines: Sequence[Sequence[Cell]], sort: bool = True) -> Markup:
-        """A table; columns of numbers stand to the right."""
+    def cells(
+        self, caption: str, titles: Sequence[str], lines: Sequence[Sequence[Cell]], *, sortable: bool = True,
+        shaded: bool = False,
+    ) -> Markup:  # fmt: skip
+        """A table; columns of numbers stand to the right. Shades are of the figures above 0, on a logarithmic scale."""
         right = [i > 0 and any(isinstance(line[i].value, int | float) for line in lines) for i in range(len(titles))]
-        markup: Markup = self.ui.table(caption, list(zip(titles, right, strict=True)), lines, sort)
+        figures = [cell.value for line in lines for cell in line if isinstance(cell.value, float) and cell.value > 0]
+        if shaded and len(set(figures)) > 1:
+            tints = charts.Axis(min(figures), max(figures), {}, log=True)
+            shades = {figure: tints.at(figure) for figure in figures}
+            lines = [[cell._replace(shade=shades.get(cell.value)) for cell in line] for line in lines]
+        markup: Markup = self.ui.table(caption, list(zip(titles, right, strict=True)), lines, sortable)
         return markup
-
-    def legend(self, entries: Iterable[Entry]) -> Markup:
-        markup: Markup = self.ui.legend({entry.style: entry.name for entry in entries}.items())
-        return markup
-
-
-def shade(lines: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
-    """The cells, tinted by where their figures are between the least and the most, on a logarithmic scale."""
-    logs = [math.log(c.value) for line in lines for c in line if isinstance(c.value, float) and c.value > 0]
-    if not logs or max(logs) == min(logs):
-        return [list(line) for line in lines]
-
-    def share(value: Any) -> float | None:
-        return (math.log(value) - min(logs)) / (max(logs) - min(logs)) if value and value > 0 else None
-
-    return [[cell._replace(shade=share(cell.value)) for cell in line] for line in lines]
 
 
 def mib(count: float) -> str:

@@ -1,6 +1,6 @@
 """What a result folder holds beside its results.json: plans, pictures and S-CAS, each read only if it is of that run.
 
-What is missing, or of another run, is told as Missing; what is there but cannot be read raises a typed error.
+For what is missing, or of another run, they give the reason, a text; what is damaged raises a typed error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from heatkv.core.io import check_header, file_name, opened, read_json, write_json
 from heatkv.core.plan import CachePlan
 from heatkv.core.plan_file import load_plan
-from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import convert
 from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError
@@ -30,15 +29,8 @@ PICTURES = "pictures"
 SCAS_FORMAT, SCAS_VERSION = "heatkv-scas", 1
 
 
-@dataclass(frozen=True)
-class Missing:
-    """Why something is not in the report."""
-
-    why: str
-
-
 def artefact_name(name: str) -> str:
-    """What the files of a policy at a budget, or at one seed and batch of them, are called, without their ending."""
+    """What the files of a policy at a budget are called, without their ending."""
     return file_name(name.replace("%", "percent"))
 
 
@@ -48,24 +40,24 @@ def file_digest(path: Path) -> str:
         return hashlib.sha256(file.read()).hexdigest()[:16]
 
 
-def plans_of(folder: Path, row: ResultRow) -> tuple[CachePlan, ...] | Missing:
-    """All plans that a row was measured with. Raises FormatError, PlanError or ScheduleError for damaged files."""
+def plans_of(folder: Path, row: ResultRow) -> tuple[CachePlan, ...] | str:
+    """All plans that a row was measured with. Raises FormatError or PlanError for damaged files."""
     plans = []
     for name, digest in (row.plans or {}).items():
-        path = folder / "plans" / name
-        if Path(name).name != name or not path.exists():
-            return Missing(f"plans/{name[:80]} is not there")
+        path = folder / "plans" / Path(name).name
+        if not path.exists():
+            return f"plans/{path.name} is not there"
         if file_digest(path) != digest:
-            return Missing(f"plans/{name[:80]} is not the plan that was measured")
+            return f"plans/{path.name} is not the plan that was measured"
         plans.append(load_plan(path))
-    return tuple(plans) or Missing("its plans were not saved")
+    return tuple(plans) or "its plans were not saved"
 
 
 def pictures_by_comparison(folder: Path) -> dict[str, Path]:
-    """The files of pictures in a folder of results by the comparison that they are of, whatever they are called."""
+    """The files of pictures in a folder of results by the comparison that they are of."""
     found: dict[str, Path] = {}
     for path in sorted((folder / PICTURES).glob("*.png")):
-        with suppress(FormatError):  # what is no picture of ours is of no comparison
+        with suppress(FormatError):  # another picture
             found.setdefault(str(picture_text(path, "heatkv")), path)
     return found
 
@@ -79,12 +71,12 @@ def read_pictures(path: Path, count: int) -> NDArray[np.uint8]:
     return np.stack([pixels[:, i * width : (i + 1) * width - GAP] for i in range(count)])
 
 
-def pictures_of(folder: Path, row: ResultRow) -> NDArray[np.uint8] | Missing:
+def pictures_of(folder: Path, row: ResultRow) -> NDArray[np.uint8] | str:
     """The pictures of a row, (B, H, W, 3). Raises FormatError for a damaged file."""
     if not row.pictures:
-        return Missing("no pictures were drawn")
+        return "no pictures were drawn"
     path = pictures_by_comparison(folder).get(row.comparison)
-    return Missing("its pictures are not there") if path is None else read_pictures(path, row.pictures)
+    return "its pictures are not there" if path is None else read_pictures(path, row.pictures)
 
 
 AttentionShare = Annotated[float, Meta(ge=0, le=1.01)]
@@ -92,25 +84,25 @@ AttentionShare = Annotated[float, Meta(ge=0, le=1.01)]
 
 @dataclass(frozen=True)
 class Scas:
-    """S-CAS of every head by source scale, [L][H][T-1], and what it was measured on."""
+    """S-CAS of every head by source scale, [L][H][T-1], and what it was measured on. Raises ValueError."""
 
     schedule: tuple[tuple[int, int, int], ...]
     provenance: dict[str, Any]
     scas: tuple[tuple[tuple[AttentionShare, ...], ...], ...]
 
     def __post_init__(self) -> None:
-        scales, shape = len(ScaleSchedule(self.schedule)), np.array(self.scas).shape
-        if len(shape) != 3 or shape[2] != scales - 1:
+        shape = np.shape(self.scas)
+        if len(shape) != 3 or shape[2] != len(self.schedule) - 1:
             raise ValueError(f"its scas has the shape {shape}, no share for every layer, head and cached scale")
 
 
 def save_scas(path: Path, statistics: Statistics) -> None:
     """Write the S-CAS that policies planned from."""
     scas = {
-        "schedule": statistics.schedule.to_json(), "provenance": statistics.provenance.to_json(),
-        "scas": statistics.scas[:, :, :-1].tolist(),
+        "format": SCAS_FORMAT, "version": SCAS_VERSION, "schedule": statistics.schedule.to_json(),
+        "provenance": statistics.provenance.to_json(), "scas": statistics.scas[:, :, :-1].tolist(),
     }  # fmt: skip
-    write_json(path, {"format": SCAS_FORMAT, "version": SCAS_VERSION, **scas})
+    write_json(path, scas)
 
 
 def read_scas(path: Path) -> Scas:
@@ -118,14 +110,14 @@ def read_scas(path: Path) -> Scas:
     return convert(check_header(read_json(path), path, SCAS_FORMAT, SCAS_VERSION), Scas, path)
 
 
-def scas_of(folder: Path, statistics: dict[str, Any] | None) -> Scas | Missing:
+def scas_of(folder: Path, statistics: dict[str, Any] | None) -> Scas | str:
     """The S-CAS in a folder whose policies planned from `statistics`, of which this is the provenance. Raises
     FormatError for damaged files."""
     path = folder / "scas.json"
     if not path.exists():
-        return Missing("this folder has no S-CAS: no policy in it planned from any")
+        return "this folder has no S-CAS: no policy in it planned from any"
     scas = read_scas(path)
     of_run = ("fingerprint", "cfg", "settings", "samples")
     if statistics is not None and any(statistics.get(name) != scas.provenance.get(name) for name in of_run):
-        return Missing("the S-CAS in this folder is not that of its results")
+        return "the S-CAS in this folder is not that of its results"
     return scas

@@ -20,24 +20,15 @@ SUBJECT = ("model_fingerprint", "schedule", "policy", "budget", "storage", "dtyp
 """Fields that say what was measured: rows that are equal in them are the same subject."""
 PLACE = tuple(name for name in SUBJECT if name != "policy")
 """What policies share that stand side by side."""
+ASKED = (*SUBJECT, "settings", "attention", "draws")
+"""All that was asked for."""
 OUTCOMES = ("predicted_kl", "predicted_cfg")
 """Settings of a policy that say what came out, not what was asked for; they may differ by rounding."""
 
 
-def subject(row: ResultRow, fields: Iterable[str] = SUBJECT) -> tuple[Hashable, ...]:
+def subject_key(row: ResultRow, fields: Iterable[str] = SUBJECT) -> tuple[Hashable, ...]:
     """What was measured, as a key."""
     return tuple(getattr(row, name) for name in fields)
-
-
-def conditions(results: Results, row: ResultRow) -> dict[str, Any]:
-    """What a figure of fidelity was measured on beside the policy: such figures compare where these are equal."""
-    types = dict.fromkeys(other.dtype for other in results.rows if other.policy == REFERENCE)
-    return timing_conditions(results, row) | {
-        "type": next(iter(types), row.dtype),
-        "samples": results.request.samples_of(row.seed),
-        "images": row.images,
-        "pictures": row.pictures,
-    }
 
 
 def timing_conditions(results: Results, row: ResultRow) -> dict[str, Any]:
@@ -48,15 +39,23 @@ def timing_conditions(results: Results, row: ResultRow) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def conditions(results: Results, row: ResultRow) -> dict[str, Any]:
+    """What a figure of fidelity was measured on beside the policy: such figures compare where these are equal."""
+    types = [other.dtype for other in results.rows if other.policy == REFERENCE]
+    return timing_conditions(results, row) | {
+        "type": next(iter(types), row.dtype), "samples": results.request.samples_of(row.seed), "images": row.images,
+        "pictures": row.pictures,
+    }  # fmt: skip
+
+
 def check_distinct(rows: Sequence[ResultRow], where: object) -> None:
     """Raise FormatError where two rows are the same subject, of which no table could tell which is meant."""
     found: dict[tuple[Hashable, ...], int] = {}
     for index, row in enumerate(rows):
-        first = found.setdefault(subject(row), index)
+        first = found.setdefault(subject_key(row), index)
         if first != index:
-            place = [f"{name} {getattr(row, name)}" for name in ("storage", "rows", "batch", "seed")]
-            named = ", ".join([row.name, *place])
-            raise FormatError(f"{where} has {named} twice, as rows {first} and {index}; keep one of them")
+            place = ", ".join(f"{name} {getattr(row, name)}" for name in ("storage", "rows", "batch", "seed"))
+            raise FormatError(f"{where} has {row.name}, {place} twice, as rows {first} and {index}; keep one of them")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,31 +76,29 @@ def match(now: Results, before: Results) -> Matched:
     rows_now = {_asked(row): row for row in now.rows}
     rows_before = {_asked(row): row for row in before.rows}
     extra = [row for key, row in rows_now.items() if key not in rows_before]
-    pairs = []
-    for key, row in rows_before.items():
-        other = rows_now.get(key)
+    pairs = [(row, rows_now.get(key)) for key, row in rows_before.items()]
+    other_plans = []
+    for row, other in pairs:
         if other is not None:
             _check_conditions(row, conditions(now, other), conditions(before, row))
-        pairs.append((row, other, () if other is not None else _nearest(row, extra)))
+            if _plan_digests(row) != _plan_digests(other):
+                other_plans.append(row.name)
     notes = [*_environment_notes(now.environment, before.environment), *_statistics_notes(now, before)]
-    other_plans = [row.name for row, other, _ in pairs if other is not None and _plans(row) != _plans(other)]
     if other_plans:
         notes.append(f"other plans than the baseline's: {'; '.join(other_plans)}")
-    return Matched(tuple(pairs), tuple(extra), tuple(notes))
-
-
-_ASKED = (*SUBJECT, "settings", "attention", "draws")
+    with_nearest = [(row, other, () if other is not None else _nearest(row, extra)) for row, other in pairs]
+    return Matched(tuple(with_nearest), tuple(extra), tuple(notes))
 
 
 def _asked(row: ResultRow) -> tuple[Hashable, ...]:
     settings = {name: value for name, value in (row.settings or {}).items() if name not in OUTCOMES}
-    return *subject(row), repr(sorted(settings.items())), row.attention, row.draws
+    return *subject_key(row), repr(sorted(settings.items())), row.attention, row.draws
 
 
 def _nearest(row: ResultRow, others: Iterable[ResultRow]) -> tuple[str, ...]:
     """In which fields the row of the same policy and budget that is most like this one differs; none without one."""
     differing = [
-        tuple(name for name, one, two in zip(_ASKED, _asked(row), _asked(other), strict=True) if one != two)
+        tuple(name for name, *values in zip(ASKED, _asked(row), _asked(other), strict=True) if values[0] != values[1])
         for other in others
         if other.name == row.name
     ]
@@ -117,28 +114,24 @@ def _check_conditions(row: ResultRow, now: dict[str, Any], before: dict[str, Any
             )
 
 
-def _plans(row: ResultRow) -> list[str]:
-    """Digests of its plans, without the names of their files."""
+def _plan_digests(row: ResultRow) -> list[str]:
     return sorted((row.plans or {}).values())
 
 
 def _environment_notes(now: Environment, before: Environment) -> list[str]:
     """What may explain a change: figures compare all the same."""
-    both = [
-        {"device": f"{one.device}, {one.device_name}", "threads": one.threads}
-        | {name: one.versions.get(name) for name in ("heatkv", "torch", "numpy")}
-        for one in (now, before)
-    ]
-    return [f"{name}: {both[0][name]}, in the baseline {both[1][name]}" for name in both[0]
-            if both[0][name] != both[1][name]]  # fmt: skip
+    here, there = (
+        {"device": f"{machine.device}, {machine.device_name}", "threads": machine.threads}
+        | {name: machine.versions.get(name) for name in ("heatkv", "torch", "numpy")}
+        for machine in (now, before)
+    )
+    return [f"{name}: {here[name]}, in the baseline {there[name]}" for name in here if here[name] != there[name]]
 
 
 def _statistics_notes(now: Results, before: Results) -> list[str]:
     """Other statistics make other plans, which is for the figures to judge."""
-    both = [dict(results.request.statistics or {}) for results in (now, before)]
-    for provenance in both:
-        provenance.pop("versions", None)
-    if both[0] == both[1]:
+    here, there = (dict(results.request.statistics or {}) | {"versions": None} for results in (now, before))
+    if here == there:
         return []
-    counts = [len(provenance.get("samples", ())) for provenance in both]
+    counts = [len(provenance.get("samples") or ()) for provenance in (here, there)]
     return [f"statistics: others than the baseline's: {counts[0]} samples, in the baseline {counts[1]}"]

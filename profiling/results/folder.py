@@ -1,8 +1,8 @@
 """The folder of a run: results.json and the pictures and plans behind it, saved as they are made.
 
-While a run lasts its rows are in `results.partial.json`, and what was compared of a row that is not finished, batch by
-batch of images, in the folder `results.parts`. Files with other rows than a new run's are kept under a number. What any
-of them holds of the very same plans, samples and settings is taken from there: a comparison, memory or times.
+While a run lasts its rows are in `results.partial.json`, and comparisons that are not finished in `results.parts`.
+Files with other rows than a new run's are kept under a number. What any of them holds of the very same plans, samples
+and settings is not measured again: a comparison, memory or times.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -26,21 +26,14 @@ from heatkv.calibration.measure import sample_names
 from heatkv.core.io import check_header, clear_temporaries, move, read_json, replacing, versions
 from heatkv.engine.watch import is_deterministic
 from heatkv.errors import FormatError
-from heatkv.generation.images import image_grid, picture_text
+from heatkv.generation.images import from_pixels, image_grid, picture_text
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
 from heatkv.parallel.parts import Parts
 from heatkv.profiling.measure.environment import device_name, environment
 from heatkv.profiling.measure.subjects import Subject
-from heatkv.profiling.results.artefacts import (
-    PICTURES,
-    SCAS_FORMAT,
-    SCAS_VERSION,
-    artefact_name,
-    file_digest,
-    pictures_by_comparison,
-    read_pictures,
-)
+from heatkv.profiling.results import artefacts
+from heatkv.profiling.results.artefacts import PICTURES, artefact_name, file_digest
 from heatkv.profiling.results.row import (
     Fidelity,
     Memory,
@@ -87,14 +80,10 @@ def samples_digest(model: ImageModel[Any], seed: int, images: int) -> str:
 
 def _shared(model: ImageModel[Any], settings: Settings, subject: Subject) -> dict[str, Any]:
     shared = {
-        "fingerprint": model.fingerprint,
-        "dtype": str(model.compute_dtype),
-        "device": [model.device.type, device_name(model.device)],
-        "torch": torch.__version__,
-        "sampling": settings.to_json(),
-        "storage": subject.storage,
-        "attention": subject.attention,
-    }
+        "fingerprint": model.fingerprint, "dtype": str(model.compute_dtype),
+        "device": [model.device.type, device_name(model.device)], "torch": torch.__version__,
+        "sampling": settings.to_json(), "storage": subject.storage, "attention": subject.attention,
+    }  # fmt: skip
     return shared | ({"deterministic": True} if is_deterministic() else {})
 
 
@@ -128,62 +117,49 @@ class ResultsFolder:
 
     # -------------------------------------------------------------------------------- what earlier runs left
 
+    def _part(self, kind: type[Part], fits: Callable[[ResultRow], object]) -> Part | None:
+        """The fields of `kind` of the first row that fits."""
+        row = next(filter(fits, self._earlier), None)
+        return None if row is None else kind(**{name: getattr(row, name) for name in kind.__dataclass_fields__})
+
     def memory(self, measurement: str, own: bool) -> Memory | None:
         """Memory of this very measurement, when an earlier run left it; with `own`, of a process of its own."""
-        for row in self._earlier:
-            if row.measurement == measurement and row.memory and not (own and row.memory.process != "own"):
-                return _part(Memory, row)
-        return None
+        processes = ("own",) if own else ("own", "shared")
+        return self._part(
+            Memory, lambda row: row.measurement == measurement and row.memory and row.memory.process in processes
+        )
 
     def times(self, measurement: str, repeats: int) -> Times | None:
         """Times of this very measurement, of so many runs, when an earlier run left them."""
-        for row in self._earlier:
-            if row.measurement == measurement and row.latency_ms and row.latency_ms.runs == repeats:
-                return _part(Times, row)
-        return None
+        return self._part(
+            Times, lambda row: row.measurement == measurement and row.latency_ms and row.latency_ms.runs == repeats
+        )
 
     def fidelity(self, comparison: str) -> tuple[Fidelity, Tensor] | None:
         """Figures of this very comparison and its pictures, (B, 3, H, W), when an earlier run left them whole."""
-        row = next((row for row in self._earlier if row.comparison == comparison and row.kl is not None), None)
-        path = self._earlier_pictures.get(comparison)
-        if row is None or path is None:
-            return None
-        try:
-            pixels = torch.from_numpy(read_pictures(path, self._pictures))
-        except FormatError:
-            return None
-        return _part(Fidelity, row), pixels.permute(0, 3, 1, 2).float() / 255
+        figures = self._part(Fidelity, lambda row: row.comparison == comparison and row.kl is not None)
+        with suppress(FormatError, KeyError):
+            pixels = artefacts.read_pictures(self._earlier_pictures[comparison], self._pictures)
+            return None if figures is None else (figures, from_pixels(pixels))
+        return None
 
     @cached_property
     def _earlier_pictures(self) -> dict[str, Path]:
-        return pictures_by_comparison(self.folder)
-
-    def check_stopped(self, rows: Sequence[ResultRow]) -> None:
-        """Raise FormatError when the run that was stopped here, if there is one, had other rows than these."""
-        if self.partial.exists() and not _keys(read_results(self.partial).rows) <= _keys(rows):
-            raise FormatError(
-                f"{self.partial} is of a run over other rows than this one's; ask for the same rows, or start anew, "
-                "which keeps it aside"
-            )
+        return artefacts.pictures_by_comparison(self.folder)
 
     # --------------------------------------------------------------------------------------------- writing
 
     def save_plans(self, subjects: Sequence[Subject], names: Sequence[str]) -> list[dict[str, str]]:
         """Write the plans of all subjects, in files of these names; for each the digests of its files by their names.
-
-        Subjects of one name must have equal plans; they share the files.
-        """
+        Subjects of one name have equal plans and share the files."""
         folder = self.folder / "plans"
         folder.mkdir(exist_ok=True)
         digests: dict[str, dict[str, str]] = {}
         for subject, name in zip(subjects, names, strict=True):
-            if name in digests:
-                continue
-            digests[name] = {}
-            for draw, plan in enumerate(subject.plans):
+            for draw, plan in enumerate(subject.plans if name not in digests else ()):
                 path = folder / f"{artefact_name(name)}{f'.{draw}' if draw else ''}.json"
                 plan.save(path)
-                digests[name][path.name] = file_digest(path)
+                digests.setdefault(name, {})[path.name] = file_digest(path)
         return [digests[name] for name in names]
 
     def save_pictures(self, name: str, comparison: str, pictures_B3HW: Tensor) -> None:
@@ -213,6 +189,10 @@ class ResultsFolder:
             clear_temporaries(folder)
         return moved
 
+    def with_rows(self, rows: Sequence[ResultRow]) -> Results:
+        """What results.json holds with these records."""
+        return structs.replace(self._results, rows=tuple(rows))
+
     def _write(self, path: Path, rows: Sequence[ResultRow]) -> Path | None:
         """Write the rows; the new path of a file that held rows that are not among these, if one did."""
         moved = None
@@ -220,13 +200,8 @@ class ResultsFolder:
             numbered = (path.with_name(f"results.{number}.json") for number in itertools.count(1))
             moved = next(free for free in numbered if not free.exists())
             move(path, moved)
-        write_results(path, structs.replace(self._results, rows=tuple(rows)))
+        write_results(path, self.with_rows(rows))
         return moved
-
-
-def _part(kind: type[Part], row: ResultRow) -> Part:
-    """The fields of a row that a part has."""
-    return kind(**{name: getattr(row, name) for name in kind.__dataclass_fields__})
 
 
 def _keys(rows: Sequence[ResultRow]) -> set[tuple[str, str]]:
@@ -242,7 +217,7 @@ def check_replaceable(folder: Path) -> list[ResultRow]:
         for path in sorted(folder.glob("results*.json")):
             rows += read_results(path).rows
         if scas.exists():
-            check_header(read_json(scas), scas, SCAS_FORMAT, SCAS_VERSION)
+            check_header(read_json(scas), scas, artefacts.SCAS_FORMAT, artefacts.SCAS_VERSION)
     except FormatError as error:
         raise FormatError(f"{error}; move it away or write to another folder") from error
     return rows

@@ -1,8 +1,7 @@
 """The ledgers of measured memory, as the field `memory` of a row of results holds them (docs/memory.md).
 
 `requested`, `allocated` and `reserved` are those of torch's CUDA allocator: asked for; given out, rounded up; and kept
-from the driver, given out or not. The driver's figures come from NVML. On the CPU they are the bytes of tensors,
-counted at every operation, and what the system holds resident for the process. None is what could not be measured.
+from the driver, given out or not. None is what could not be measured.
 """
 
 from __future__ import annotations
@@ -58,10 +57,10 @@ class TensorMemory(Struct, frozen=True, kw_only=True):
 
 
 class HostMemory(Struct, frozen=True, kw_only=True):
-    """Resident memory of the process: Python, libraries, weights, and pages that were touched.
+    """Resident memory of the process: Python, libraries, weights, and pages that were touched; `source` was read.
 
-    What loading the model took is None in a process that has done other things; `peak_bytes` where the system cannot
-    start a peak anew; `most_bytes` is then that of the whole process. `source`: what was read.
+    What loading took is None in a process that has done other things, `peak_bytes` where the system cannot start a peak
+    anew: `most_bytes` is then that of the whole process.
     """
 
     source: str
@@ -75,7 +74,7 @@ class HostMemory(Struct, frozen=True, kw_only=True):
 class AllocatorPeaks(Struct, frozen=True, kw_only=True):
     """Most bytes at once by torch's CUDA allocator."""
 
-    requested_bytes: ByteCount | None = None
+    requested_bytes: ByteCount
     allocated_bytes: ByteCount
     reserved_bytes: ByteCount
 
@@ -100,7 +99,7 @@ class GraphMemory(Struct, frozen=True, kw_only=True):
 
 class DriverMemory(Struct, frozen=True, kw_only=True):
     """NVML after drawing: what this process has, its CUDA context included; and of the whole device how much there is,
-    the driver keeps to itself, all processes use, and is free. `used_bytes` is without `reserved_bytes`."""
+    the driver keeps to itself, all processes use (without what the driver keeps), and is free."""
 
     process_bytes: ByteCount | None = None
     total_bytes: ByteCount | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError
 from heatkv.profiling.results.comparable import REFERENCE, check_distinct, conditions, timing_conditions
-from heatkv.profiling.results.row import ResultRow, Results, printable, read_results
+from heatkv.profiling.results.row import ResultRow, Results, read_results
 
 SEPARATOR = " · "
 """Between the parts of a label."""
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A result folder. `label` names it in the report."""
+    """A result folder, under the label that it has in the report."""
 
     label: str
     folder: Path
@@ -51,20 +51,8 @@ class Source:
     @property
     def machine(self) -> tuple[Any, ...]:
         """Equal only where times of two folders may stand in one ranking."""
-        machine = self.results.environment
-        return (
-            machine.device,
-            machine.device_name,
-            machine.threads,
-            machine.system,
-            tuple(sorted(machine.versions.items())),
-        )
-
-    @property
-    def machine_title(self) -> str:
-        """The machine in words."""
-        machine = self.results.environment
-        return f"{machine.device_name}, {machine.threads} threads, torch {machine.versions.get('torch')}"
+        place = self.results.environment
+        return place.device, place.device_name, place.threads, place.system, tuple(sorted(place.versions.items()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +61,7 @@ class Group:
 
     title: str
     rows: tuple[Row, ...]
-    key: dict[str, Any] = field(default_factory=dict)
+    key: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +81,12 @@ class Merged:
     @cached_property
     def machines(self) -> dict[tuple[Any, ...], str]:
         """What the report calls every machine; told apart by a number where there are several."""
-        titles = {source.machine: source.machine_title for source in self.sources}
-        if len(titles) == 1:
-            return titles
-        return {machine: f"machine {number}: {title}" for number, (machine, title) in enumerate(titles.items(), 1)}
+        places = {source.machine: source.results.environment for source in self.sources}
+        return {
+            machine: (f"machine {number}: " if len(places) > 1 else "")
+            + f"{place.device_name}, {place.threads} threads, torch {place.versions.get('torch')}"
+            for number, (machine, place) in enumerate(places.items(), 1)
+        }
 
     def label(self, row: Row, axes: Sequence[str] = AXES) -> str:
         """The policy, with its storage type, batch, seed and folder where several are in the report; of batch and seed
@@ -137,21 +127,19 @@ class Merged:
 def _groups(rows: Iterable[Row], key: Callable[[Row], dict[str, Any]]) -> tuple[Group, ...]:
     """By equal keys, with what differs between these as titles; samples go without saying where each seed has its
     own."""
-    found: list[tuple[dict[str, Any], list[Row]]] = []
+    found: dict[str, tuple[dict[str, Any], list[Row]]] = {}
     for row in rows:
         shared = key(row)
-        members = next((members for other, members in found if other == shared), None)
-        if members is None:
-            found.append((shared, members := []))
-        members.append(row)
-    groups = [Group("", tuple(members), shared) for shared, members in found]
-    names = groups[0].key if groups else {}
-    differ = [name for name in names if any(group.key[name] != names[name] for group in groups)]
-    seeds = {group.key["seed"] for group in groups}
-    if "samples" in differ and len({(group.key["seed"], group.key["samples"]) for group in groups}) == len(seeds):
+        found.setdefault(repr(shared), (shared, []))[1].append(row)
+    keys = [shared for shared, _ in found.values()]
+    differ = [name for name in keys[0] if any(shared[name] != keys[0][name] for shared in keys)] if keys else []
+    seeds = {shared["seed"] for shared in keys}
+    if "samples" in differ and len({(shared["seed"], shared["samples"]) for shared in keys}) == len(seeds):
         differ.remove("samples")
-    titles = [", ".join(f"{name} {_in_words(group.key[name])}" for name in differ) for group in groups]
-    return tuple(replace(group, title=title) for group, title in zip(groups, titles, strict=True))
+    return tuple(
+        Group(", ".join(f"{name} {_in_words(shared[name])}" for name in differ), tuple(members), shared)
+        for shared, members in found.values()
+    )
 
 
 def _in_words(value: Any) -> str:
@@ -185,14 +173,18 @@ up to a cell or two, which is no merit of theirs."""
 
 def ranked(entries: Iterable[T], figure: Figure[T]) -> list[T]:
     """From the least figure to the largest, without those that lack it; ties in their order."""
-    having = [(value, entry) for entry in entries if (value := figure(entry)) is not None]
-    return [entry for _, entry in sorted(having, key=lambda pair: pair[0])]
+    return [entry for _, entry in _with_figures(entries, figure)]
 
 
 def leaders(entries: Iterable[T], figure: Figure[T]) -> list[T]:
     """The first of a ranking, and all that tie with it but for rounding."""
-    having = [(value, entry) for entry in ranked(entries, figure) if (value := figure(entry)) is not None]
+    having = _with_figures(entries, figure)
     return [entry for value, entry in having if math.isclose(value, having[0][0], rel_tol=1e-9, abs_tol=1e-12)]
+
+
+def _with_figures(entries: Iterable[T], figure: Figure[T]) -> list[tuple[float, T]]:
+    having = [(value, entry) for entry in entries if (value := figure(entry)) is not None]
+    return sorted(having, key=lambda pair: pair[0])
 
 
 def pareto_front(entries: Iterable[T], x: Figure[T], y: Figure[T]) -> list[T]:
@@ -226,7 +218,7 @@ def merge(folders: Sequence[Path]) -> Merged:
     depth = 1
     while len({place.parts[-depth:] for place in places}) < len(places):
         depth += 1
-    labels = [printable("/".join(place.parts[-depth:])) for place in places]
+    labels = ["/".join(place.parts[-depth:]) for place in places]
     sources = [Source(label, folder, _read(folder)) for folder, label in zip(folders, labels, strict=True)]
     models = {row.model: source.folder for source in sources for row in source.results.rows}
     if len(models) > 1:

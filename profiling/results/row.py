@@ -1,8 +1,7 @@
 """results.json: the types of all it holds, which write it and read it.
 
-Attributes have the names of the file's fields. None is "not measured", and never 0; fields that are not known here are
-ignored. Limits are those of what a figure means, such as a share from 0 to 1, or lie far beyond all that can be
-measured: a figure outside of them is damaged, and must not win a comparison.
+None is "not measured", never 0; unknown fields are ignored. Limits are those of what a figure means, or lie far beyond
+all that can be measured: a figure outside of them is damaged, and must not win a comparison.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ SignedNats = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Decibel = Annotated[float, Meta(ge=-1e-9, le=100)]
 Similarity = Annotated[float, Meta(ge=-1 - 1e-5, le=1 + 1e-5)]
 Distance = Annotated[float, Meta(ge=-1e-5, le=1e6)]
-Milliseconds = Annotated[float, Meta(ge=0, le=1e9)]
-"""Of a part of a drawing, which may be too short to be measured."""
+Milliseconds = Annotated[float, Meta(ge=0, le=1e9)]  # of a part of a drawing, perhaps too short to be measured
 WholeMilliseconds = Annotated[float, Meta(gt=0, le=1e9)]
 
 IDLE_UTILISATION = 5
@@ -52,7 +50,7 @@ class Load(Struct, frozen=True):
 
     @property
     def reasons(self) -> list[str]:
-        """What speaks for the machine being busy; empty when nothing does."""
+        """What speaks for the machine being busy."""
         found = []
         if self.load_average is not None and self.cores is not None and self.load_average > self.cores:
             found.append(f"a load average of {self.load_average:.1f} on {self.cores} cores")
@@ -60,7 +58,7 @@ class Load(Struct, frozen=True):
             found.append(f"the GPU is used {self.gpu_utilisation}% of the time by others")
         if self.gpu_processes:
             found.append(f"{self.gpu_processes} other processes on the GPU")
-        return found or (["it says so itself"] if self.busy else [])
+        return found
 
 
 class TimingMachine(Struct, frozen=True, kw_only=True):
@@ -82,8 +80,8 @@ class Environment(TimingMachine, frozen=True, kw_only=True):
 
 
 class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was asked for. `seed` is there where there is one only; `samples_digest` is one for every seed where there
-    are several; `statistics` is the provenance of those that policies planned from."""
+    """What was asked for. `seed` is that of a run with one only; `samples_digest` has one for every seed of several;
+    `statistics` is the provenance of those that policies planned from."""
 
     seed: int | None = None
     seeds: tuple[int, ...] | None = None
@@ -115,9 +113,6 @@ class Latency(Struct, frozen=True, kw_only=True):
     scales: tuple[Milliseconds, ...] | None = None
     phases: dict[str, Milliseconds] | None = None
 
-    def __post_init__(self) -> None:
-        _check_interval(self.interval)
-
 
 class Spread(Struct, frozen=True, kw_only=True):
     """Over samples: the standard deviation, None of one alone, and the quartiles."""
@@ -134,9 +129,6 @@ class Versus(Struct, frozen=True, kw_only=True):
     interval: tuple[SignedNats, SignedNats]
     confidence: Share | None = None
     images: Positive | None = None
-
-    def __post_init__(self) -> None:
-        _check_interval(self.interval)
 
 
 # ------------------------------------------------------------------------------------------- the parts of a row
@@ -249,23 +241,11 @@ class ResultRow(Fidelity, Times, Memory, Bytes, Identity):
             ScaleSchedule(self.schedule)
         except ScheduleError as error:
             raise ValueError(f"its schedule: {error}") from error
-        for name in ("kl_of_images", "top1_of_images"):
-            _check_length(self, name, self.images)
-        for name in ("psnr_of_pictures", "ssim_of_pictures", "lpips_of_pictures"):
-            _check_length(self, name, self.pictures)
-        for name in ("kl_per_scale", "top1_per_scale", "timeline_bytes"):
-            _check_length(self, name, len(self.schedule))
-
-
-def _check_length(row: ResultRow, name: str, length: int | None) -> None:
-    values = getattr(row, name)
-    if values is not None and len(values) != length:
-        raise ValueError(f"its {name} has {len(values)} entries, where there should be {length}")
-
-
-def _check_interval(ends: tuple[float, float] | None) -> None:
-    if ends is not None and ends[0] > ends[1]:
-        raise ValueError(f"its interval is {list(ends)}, which does not go from low to high")
+        lengths = {"_of_images": self.images, "_of_pictures": self.pictures, "_per_scale": len(self.schedule)}
+        for ending, length in lengths.items():
+            for name, values in vars(self).items():
+                if name.endswith(ending) and values is not None and len(values) != length:
+                    raise ValueError(f"its {name} has {len(values)} entries, where there should be {length}")
 
 
 # --------------------------------------------------------------------------------------------------- the file
@@ -285,7 +265,7 @@ class Results(Struct, frozen=True, kw_only=True):
 def read_results(path: Path) -> Results:
     """A results.json. Raises FormatError for what is none, naming the field that cannot be."""
     data = check_header(read_json(path), path, FORMAT, VERSION)
-    results = convert(printable(data), Results, path)
+    results = convert(data, Results, path)
     # msgspec leaves what a file lacks to the class, and out of the row
     return msgspec.structs.replace(results, rows=tuple(map(replace, results.rows)))
 
@@ -293,12 +273,3 @@ def read_results(path: Path) -> Results:
 def write_results(path: Path, results: Results) -> None:
     """Write a results.json. Raises FormatError when that cannot be."""
     write_json(path, msgspec.to_builtins(results), indent=1)
-
-
-def printable(value: Any) -> Any:
-    """The same with a mark in the place of every character that cannot be printed, in all texts it holds."""
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
-    if isinstance(value, dict):
-        return {printable(name): printable(inner) for name, inner in value.items()}
-    return [printable(inner) for inner in value] if isinstance(value, list) else value

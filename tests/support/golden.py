@@ -18,7 +18,7 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import KVCache
 from heatkv.models import infinity
 from heatkv.models.base import fingerprint
-from heatkv.models.checkpoint import build_bsq, build_infinity, build_var, build_vqvae, read_safetensors
+from heatkv.models.checkpoint import build_bsq, build_infinity, build_var, build_vqvae, read_checkpoint
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import BitSamplingSettings, SamplingSettings
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
@@ -35,7 +35,7 @@ EMBEDDED, HIDDEN, HALF_LOGITS, GUIDED_LOGITS, DECODED = 1e-5, 1e-4, 5e-5, 3e-4, 
 
 
 def tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    return {key: value for name in names for key, value in read_safetensors(folder / name).items()}
+    return {key: value for name in names for key, value in read_checkpoint(folder / name).items()}
 
 
 def close(got: Tensor, expected: Tensor, limit: float) -> None:

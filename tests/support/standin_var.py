@@ -165,7 +165,7 @@ class VAR(nn.Module):
             told = {"logits_cfg": guided, "tokens": tokens, "logits_cond": logits[:B]}
             self.record.append(told | ({"logits_uncond": logits[B:]} if settings.guided else {}))
             last = scale + 1 == len(self.patch_nums)
-            f_hat = f_hat + quantize.code_features(tokens, scale, enlarge=not last)
+            f_hat = f_hat + quantize.code_features(tokens, scale)
             first += side * side
             if not last:
                 maps = quantize.next_map(f_hat, scale + 1).flatten(2).transpose(1, 2)

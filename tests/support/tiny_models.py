@@ -90,3 +90,27 @@ def chunked(state: dict[str, Tensor], per_chunk: int) -> dict[str, Tensor]:
             name = f"block_chunks.{chunk}.module.{place}.{rest}"
         renamed[name] = tensor
     return renamed
+
+
+def small_classes() -> ClassConditionalModel:
+    """Four scales whose steps take little memory, for graphs."""
+    torch.manual_seed(0)
+    sides = (1, 2, 3, 4)
+    transformer = VAR(VARConfig(sides, 2, 32, 4, num_classes=60, vocab_size=40, z_channels=8))
+    vqvae = VQVAE(VQVAEConfig(sides, 40, 8, 32, (1, 1)), encoder=False)
+    for module in (transformer, vqvae):
+        module.eval().requires_grad_(False)
+    for x in (transformer.head.weight, *(block.ada_lin[1].weight for block in transformer.layers())):
+        x.mul_(4)  # so that classes and what is kept make a difference
+    settings = SamplingSettings(cfg=2.0, top_k=20)
+    return ClassConditionalModel("tiny", transformer, vqvae, settings, fingerprint(transformer))
+
+
+def small_prompts() -> TextConditionalModel:
+    """Four scales whose steps take little memory, for graphs."""
+    torch.manual_seed(5)
+    transformer = Infinity(dataclasses.replace(TINY, depth=2)).eval().requires_grad_(False)
+    transformer.head.weight.mul_(4)
+    vae = BitwiseVAE(BSQConfig(TINY.bits, 32, (1, 1)), encoder=False).eval().requires_grad_(False)
+    settings = BitSamplingSettings(cfg=3.0)
+    return TextConditionalModel("tiny", transformer, vae, SHORT_SCHEDULE, settings, fingerprint(transformer))

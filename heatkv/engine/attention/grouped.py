@@ -20,25 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heatkv.core.schema import FloatArray, IntArray
+from heatkv.engine.attention.base import AttentionKernel, CallShape, FloatArrays, IntArrays
 from heatkv.engine.store import Places, Store
 
 GROUP_BYTES = 1 << 25
 """Most bytes of keys and values that a group of several heads gathers; more would leave the caches anyway."""
-
-
-@dataclass(frozen=True)
-class CallShape:
-    """What all heads of a layer have in common for one target: rows, queries, head size, and bytes of a channel."""
-
-    rows: int
-    tokens: int
-    head_dim: int
-    itemsize: int
-
-    def gathered(self, held: int) -> int:
-        """Numbers of the keys and values of one head that holds so many tokens."""
-        return 2 * self.rows * (held + self.tokens) * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -130,38 +116,6 @@ class HeadGroup:
             out_RHND.index_copy_(1, self.heads, x_RGND)
 
 
-def group_heads(
-    store: Store,
-    slots_of_head: Sequence[IntArray],
-    bias_of_head: Sequence[FloatArray] | None,
-    shape: CallShape,
-    cost: AttentionCost,
-) -> tuple[HeadGroup, ...]:
-    """Split the heads of a layer by `cost`; `slots_of_head[h]` has the slots of head h in token order."""
-    counts = [len(slots) for slots in slots_of_head]
-    biased = [bias_of_head is not None and bool(bias_of_head[head].any()) for head in range(len(counts))]
-    groups = []
-    for heads in split_heads(counts, biased, shape, cost):
-        held = max(counts[head] for head in heads)
-        filler = next(slots_of_head[head][:1] for head in heads if counts[head] == held)
-        slots_GM = np.zeros((len(heads), held), dtype=np.int64)
-        bias_GM = np.full((len(heads), held), -np.inf)
-        for at, head in enumerate(heads):
-            # a pad repeats a token that is held: what was never written may be no number
-            slots_GM[at] = np.concatenate([slots_of_head[head], np.repeat(filler, held - counts[head])])
-            bias_GM[at, : counts[head]] = 0.0 if bias_of_head is None else bias_of_head[head]
-        groups.append(
-            HeadGroup(
-                head_indices(heads, store.device),
-                len(heads),
-                held,
-                store.places(slots_GM.ravel()) if held else None,
-                torch.from_numpy(bias_GM).float().to(store.device) if bias_GM.any() else None,
-            )
-        )
-    return tuple(groups)
-
-
 def head_indices(heads: tuple[int, ...], device: torch.device) -> slice | Tensor:
     """Heads in ascending order: a slice where they follow each other, else their indices."""
     if heads == tuple(range(heads[0], heads[-1] + 1)):
@@ -192,29 +146,6 @@ class Workspace:
         return self._flat[: prod(shape)].view(shape)
 
 
-def ragged_attention(
-    q_RHND: Tensor,
-    k_RHND: Tensor,
-    v_RHND: Tensor,
-    store: Store,
-    groups: Sequence[HeadGroup],
-    workspace: Workspace,
-) -> Tensor:
-    """softmax(q [held, k]^T + bias) [held, v] per head, over the held tokens and the whole current scale; scale 1."""
-    out_RHND = torch.empty_like(q_RHND)
-    tokens = q_RHND.shape[2]
-    for group in groups:
-        q, k, v = with_held(group, q_RHND, k_RHND, v_RHND, store, workspace)
-        mask = None
-        if group.bias_GM is not None:
-            mask = F.pad(group.bias_GM, (0, tokens))[None, :, None].to(q.dtype).expand(len(q), -1, tokens, -1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-        if len(groups) == 1:
-            return out
-        group.put(out_RHND, out)
-    return out_RHND
-
-
 def with_held(
     group: HeadGroup, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, store: Store, workspace: Workspace | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,3 +164,54 @@ def with_held(
     for into, pair in zip(joint, parts, strict=True):
         torch.cat(pair, dim=2, out=into)
     return q, joint[0], joint[1]
+
+
+class RaggedAttention(AttentionKernel):
+    """Heads in groups through `scaled_dot_product_attention`: plain PyTorch, on every device."""
+
+    name = "ragged"
+
+    def __init__(self, store: Store, cost: AttentionCost | None = None) -> None:
+        super().__init__(store)
+        self.cost = cost if cost is not None else AttentionCost.measured(store.dtype)
+        self.workspace = Workspace(store.dtype, store.device)
+
+    def prepare(
+        self, slots_of_head: IntArrays, bias_of_head: FloatArrays | None, shape: CallShape
+    ) -> tuple[HeadGroup, ...]:
+        """The groups of heads that are cheapest together."""
+        counts = [len(slots) for slots in slots_of_head]
+        biased = [bias_of_head is not None and bool(bias_of_head[head].any()) for head in range(len(counts))]
+        groups = []
+        for heads in split_heads(counts, biased, shape, self.cost):
+            held = max(counts[head] for head in heads)
+            filler = next(slots_of_head[head][:1] for head in heads if counts[head] == held)
+            slots_GM = np.zeros((len(heads), held), dtype=np.int64)
+            bias_GM = np.full((len(heads), held), -np.inf)
+            for at, head in enumerate(heads):
+                # a pad repeats a token that is held: what was never written may be no number
+                slots_GM[at] = np.concatenate([slots_of_head[head], np.repeat(filler, held - counts[head])])
+                bias_GM[at, : counts[head]] = 0.0 if bias_of_head is None else bias_of_head[head]
+            places = self.store.places(slots_GM.ravel()) if held else None
+            bias = torch.from_numpy(bias_GM).float().to(self.store.device) if bias_GM.any() else None
+            groups.append(HeadGroup(head_indices(heads, self.store.device), len(heads), held, places, bias))
+        self.workspace.reserve(groups, shape)
+        return tuple(groups)
+
+    def attend(self, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, prepared: tuple[HeadGroup, ...]) -> Tensor:
+        out_RHND = torch.empty_like(q_RHND)
+        tokens = q_RHND.shape[2]
+        for group in prepared:
+            q, k, v = with_held(group, q_RHND, k_RHND, v_RHND, self.store, self.workspace)
+            mask = None
+            if group.bias_GM is not None:
+                mask = F.pad(group.bias_GM, (0, tokens))[None, :, None].to(q.dtype).expand(len(q), -1, tokens, -1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+            if len(prepared) == 1:
+                return out
+            group.put(out_RHND, out)
+        return out_RHND
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.workspace.nbytes

@@ -1,7 +1,8 @@
 """Attention over held tokens and the writing of new ones as one Triton kernel each, for CUDA devices.
 
-Triton is imported when a kernel is first needed. Nothing here reads a tensor's numbers on the host or lets a shape
-depend on them, and nothing but the output is allocated, so that calls can be recorded in a CUDA graph.
+Triton is imported when a kernel is first needed. While images are drawn, nothing here reads a tensor's numbers on the
+host or lets a shape depend on them, and nothing but the output is allocated, so that calls can be recorded in a CUDA
+graph.
 Shapes: R rows, H heads, N tokens of the running scale, D head size, P slots of a store, X slots of all lists of a
 layer, K heads that keep their new tokens.
 """
@@ -11,14 +12,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from heatkv.core.schema import IntArray
+from heatkv.engine.attention.base import AttentionKernel, CallShape, FloatArrays, IntArrays
+from heatkv.errors import PlanError
 
 LARGEST_HEAD = 128
 COMPUTE_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -243,3 +251,59 @@ def _lists(held: HeldTokens | None) -> tuple[Any, ...]:
 def _padded(head_dim: int) -> int:
     """A power of two, and at least what products of Triton need."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+class TritonAttention(AttentionKernel):
+    """One fused kernel for all heads, which reads the arena where it is: for GPUs, and in the interpreter for tests."""
+
+    name = "triton"
+
+    def prepare(
+        self, slots_of_head: IntArrays, bias_of_head: FloatArrays | None, shape: CallShape
+    ) -> tuple[HeldTokens | None, HeldTokens | None]:
+        """Lists of the uncoded slots and of the coded ones, None where no head reads any."""
+        biases = bias_of_head or [np.zeros(len(slots)) for slots in slots_of_head]
+        first, lists = self.store.uncoded_slots, []
+        for coded in (False, True):
+            chosen = [(slots >= first) == coded for slots in slots_of_head]
+            counts = np.array([mine.sum() for mine in chosen])
+            slots = np.concatenate([slots[mine] for slots, mine in zip(slots_of_head, chosen, strict=True)])
+            bias = np.concatenate([x[mine] for x, mine in zip(biases, chosen, strict=True)])
+            held = HeldTokens(
+                self._on_device(slots - first * coded),
+                self._on_device((counts.cumsum() - counts)[None]),
+                self._on_device(counts[None]),
+                self._on_device(bias, np.float32) if bias.any() else None,
+            )
+            lists.append(held if len(slots) else None)
+        return lists[0], lists[1]
+
+    def _on_device(self, array: NDArray[Any], kind: type[np.generic] = np.int32) -> Tensor:
+        return torch.from_numpy(array.astype(kind)).to(self.store.device)
+
+    def attend(
+        self, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, prepared: tuple[HeldTokens | None, HeldTokens | None]
+    ) -> Tensor:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q_RHND, k_RHND, v_RHND)):
+            raise PlanError(
+                "attention kernel triton gives no gradients; draw under torch.inference_mode() or torch.no_grad(), or "
+                'use attention="ragged"'
+            )
+        uncoded, coded = prepared
+        return fused_attention(
+            q_RHND,
+            k_RHND,
+            v_RHND,
+            None if uncoded is None else (self.store.arena_2RPD, uncoded),
+            None if coded is None else (self.store.codes_2RQD, self.store.scales_2RQ, coded),
+        )
+
+    def prepare_kept(self, heads: Sequence[int], slots_KN: IntArray) -> tuple[Tensor, Tensor, bool]:
+        coded = bool((slots_KN >= self.store.uncoded_slots).all())  # all are of one scale
+        within = slots_KN - self.store.uncoded_slots * coded
+        return self._on_device(np.array(heads)), self._on_device(within), coded
+
+    def keep(self, k_RHND: Tensor, v_RHND: Tensor, prepared: tuple[Tensor, Tensor, bool]) -> None:
+        heads_K, slots_KN, coded = prepared
+        into = (self.store.codes_2RQD, self.store.scales_2RQ) if coded else (self.store.arena_2RPD,)
+        append_kept(k_RHND, v_RHND, heads_K, slots_KN, *into)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from heatkv.models.base import fingerprint
-from heatkv.models.checkpoint import build_var, build_vqvae, read_safetensors
+from heatkv.models.checkpoint import build_var, build_vqvae, read_checkpoint
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import SamplingSettings
 from heatkv.models.var import VARConfig
@@ -48,7 +48,7 @@ WEIGHTS = Path(__file__).parent / "emoji.safetensors"
 
 def load(path: Path = WEIGHTS) -> ClassConditionalModel:
     """The embedded model, in fp32 on the CPU."""
-    tensors = read_safetensors(path)
+    tensors = read_checkpoint(path)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

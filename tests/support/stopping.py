@@ -40,7 +40,7 @@ class Ended:
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["heatkv.cli", "heatkv.profiling.report.tables", "heatkv.profiling.report.page", "stopping"]
+    ["heatkv.cli", "heatkv.profiling.report.tables", "heatkv.profiling.report.page", "support.stopping"]
 )
 
 
