@@ -17,21 +17,13 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import write_json
 from heatkv.core.levels import FULL, LEVELS, level_tokens, log_counts
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import (
-    BoolArray,
-    EqualByContents,
-    FloatArray,
-    IntArray,
-    fixed,
-    float_array,
-    integer_array,
-    number,
-)
+from heatkv.core.schema import EqualByContents, FloatArray, IntArray, fixed, float_array, integer_array, number
 from heatkv.core.storage_type import UNCODED_SCALES
 from heatkv.errors import PlanError
 
@@ -262,7 +254,7 @@ class Plan(CachePlan):
             reads += last_read[:, :, :target] < target
         return reads
 
-    def reads(self, target: int) -> BoolArray:
+    def reads(self, target: int) -> NDArray[np.bool_]:
         """Which cells of earlier scales target scale `target` reads, at any level, shape (L, H, target)."""
         return self.levels[-1][1][:, :, :target] >= target
 
