@@ -42,9 +42,7 @@ class SolvedPolicy(StaticPolicy):
         return (LEVELS.index(FULL),)
 
     def cap(self) -> Budget | None:
-        """`layer_cap`, read. Raises BudgetError for what cannot be read, PolicyError for auto."""
-        if self.layer_cap == "auto":
-            raise PolicyError("layer_cap=auto: only the budget can be auto; write the cap as 10%, 0.1 or 650tokens")
+        """`layer_cap`, read. Raises BudgetError."""
         return None if self.layer_cap is None else Budget.parse(self.layer_cap, "layer_cap")
 
     def check(self, problem: PlanningProblem) -> None:

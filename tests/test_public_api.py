@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def test_every_public_name_says_what_it_is() -> None:
         if isinstance(found, type):
             members = {key: value for key, value in vars(found).items() if not key.startswith("_")}
             calls = {key: value for key, value in members.items() if callable(value) or isinstance(value, classmethod)}
-            assert [key for key, value in calls.items() if not value.__doc__] == [], name
+            assert [key for key, value in calls.items() if not inspect.getdoc(value)] == [], name
 
 
 def test_the_version_is_that_of_the_distribution() -> None:

@@ -19,9 +19,9 @@ from heatkv.profiling.measure.latency import outliers_of
 from heatkv.profiling.report import charts, tables
 from heatkv.profiling.report.charts import Chart, Line, Style
 from heatkv.profiling.report.pools import Blocks, Cell, Entry, Pool, Report, scale_names
-from heatkv.profiling.report.tables import ARENA, KL, MEDIAN, Column, look_up
+from heatkv.profiling.report.tables import ARENA, KL, MEDIAN, Column
 from heatkv.profiling.results.comparable import REFERENCE
-from heatkv.profiling.results.ledgers import PHASES, Ledgers
+from heatkv.profiling.results.ledgers import PHASES, Ledgers, figure_at
 from heatkv.profiling.results.merging import leaders, pareto_front, ranked
 from heatkv.profiling.results.row import ResultRow
 
@@ -120,7 +120,7 @@ def paired(report: Report) -> Blocks:
     def make(pool: Pool) -> list[Markup]:
         differences = [entry.result.versus for entry in pool.compared if entry.result.versus]
         axis = charts.bar_axis(end for versus in differences for end in versus.interval)
-        groups = {budget: sorted(entries, key=lambda entry: look_up(entry.result, "versus.difference"))
+        groups = {budget: sorted(entries, key=lambda entry: figure_at(entry.result, "versus.difference"))
                   for budget, entries in pool.budgets.items()}  # fmt: skip
         return [report.ui.paired(groups, axis, differences[0])]
 
@@ -144,15 +144,11 @@ def per_scale(report: Report) -> Blocks:
 
     def make(pool: Pool) -> list[Markup]:
         arrays = {entry: found for entry in pool.entries if (found := entry.array("kl_per_scale")) is not None}
-        shown = {budget: [e for e in entries if e in arrays] for budget, entries in pool.budgets.items()}
-        lines = {
-            budget: [Line(e.style, list(enumerate(arrays[e].tolist()))) for e in of] for budget, of in shown.items()
-        }
-        lossy = {budget: np.any([arrays[e] > 1e-6 for e in entries], axis=0) for budget, entries in shown.items()}
-        first = {budget: int(found.argmax()) if found.any() else None for budget, found in lossy.items()}
+        lines = {budget: [Line(e.style, list(enumerate(arrays[e].tolist()))) for e in entries if e in arrays]
+                 for budget, entries in pool.budgets.items()}  # fmt: skip
         columns = tables.scale_columns("kl_per_scale", pool.scales, "", ".4f")
         table = report.table("KL in nats per token by target scale", list(arrays), columns, shaded=True)
-        return [report.ui.per_scale(_by_scale(pool, lines), pool.compared, first), table]
+        return [report.ui.per_scale(_by_scale(pool, lines), pool.compared), table]
 
     return report.each([p for p in report.fidelity if any(e.result.kl_per_scale for e in p.compared)], make)
 
@@ -187,7 +183,7 @@ def latency(report: Report) -> Blocks:
 
 def _phases(report: Report, pool: Pool) -> list[Markup]:
     """Bars by phase, with the median and its interval."""
-    entries = [entry for entry in pool.entries if look_up(entry.result, "latency_ms.phases")]
+    entries = [entry for entry in pool.entries if figure_at(entry.result, "latency_ms.phases")]
     groups = {title: [e for e in of if e in entries] for title, of in pool.titled.items()}
     times = [time for e in entries for time in (e.result.latency_ms, e.result.graph_latency_ms) if time]
     far = [outliers_of(list(time.all)) for time in times]
@@ -283,10 +279,11 @@ def environment(report: Report) -> Blocks:
         run, first = msgspec.to_builtins(source.results), source.results.rows[0]
         found = {"model": first.model, "weights": first.model_fingerprint, "schedule": ScaleSchedule(first.schedule)}
         found |= run["environment"] | (run["sampling"] or {}) | run["request"]
+        settings: dict[str, dict[str, None]] = {}
         for row in source.results.rows:
-            settings = in_words({name: value for name, value in row.settings.items() if name != "budget"}) or "none"
-            of_policy = found.setdefault(f"settings of {row.policy}", [])
-            of_policy += [] if settings in of_policy else [settings]
+            text = in_words({name: value for name, value in row.settings.items() if name != "budget"}) or "none"
+            settings.setdefault(f"settings of {row.policy}", {})[text] = None
+        found |= {name: ", ".join(texts) for name, texts in settings.items()}
         facts[source.label] = {name: in_words(value) for name, value in found.items() if value is not None}
     names = dict.fromkeys(name for found in facts.values() for name in found)
     lines = [[Cell(name.replace("_", " ")), *(Cell(of.get(name, "-")) for of in facts.values())] for name in names]
