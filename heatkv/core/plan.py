@@ -17,20 +17,13 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import write_json
 from heatkv.core.levels import FULL, LEVELS, level_tokens, log_counts
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import (
-    BoolArray,
-    EqualByContents,
-    FloatArray,
-    IntArray,
-    fixed,
-    integer_array,
-    number,
-)
+from heatkv.core.schema import EqualByContents, FloatArray, IntArray, fixed, float_array, integer_array, number
 from heatkv.core.storage_type import UNCODED_SCALES
 from heatkv.errors import PlanError
 
@@ -208,9 +201,10 @@ class CoarseCells(EqualByContents):
         return hash((self.level, self.last_read.shape))
 
     def of_shape(self, shape: tuple[int, int, int]) -> CoarseCells:
-        """The same in read-only arrays. Raises PlanError for a `last_read` that is not of this shape."""
+        """The same in read-only arrays. Raises PlanError for arrays that are not of this shape."""
         last_read = integer_array(self.last_read, shape, f"last_read of level {self.level}", PlanError)
-        return CoarseCells(self.level, last_read, fixed(np.array(self.log_bias, dtype=np.float64)))
+        log_bias = float_array(self.log_bias, shape, f"log_bias of level {self.level}", PlanError)
+        return CoarseCells(self.level, last_read, log_bias)
 
     @classmethod
     def uncalibrated(cls, level: str, last_read: IntArray, schedule: ScaleSchedule) -> CoarseCells:
@@ -260,7 +254,7 @@ class Plan(CachePlan):
             reads += last_read[:, :, :target] < target
         return reads
 
-    def reads(self, target: int) -> BoolArray:
+    def reads(self, target: int) -> NDArray[np.bool_]:
         """Which cells of earlier scales target scale `target` reads, at any level, shape (L, H, target)."""
         return self.levels[-1][1][:, :, :target] >= target
 
