@@ -374,7 +374,7 @@ def test_sinks_and_rooms(solve: Any) -> None:
 
 @SOLVERS
 def test_room_for_everything(solve: Any) -> None:
-    """Or nothing to decide, with sinks only: the gap is 0."""
+    """Or nothing to decide, with sinks only, or worth: the gap is 0."""
     for kind, sinks in (("mild", 1), ("heavy", 1), ("ties", 4)):
         values = drawn_values((2, 3, 5, 5), kind, np.random.default_rng(1))
         found = solve(values, Capacity(2, 3, (1, 4, 9, 16, 25), 30 * 6), sinks)

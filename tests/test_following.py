@@ -225,7 +225,7 @@ def test_refused_options(
 def test_ways_out_of_too_small_a_budget(model: TextConditionalModel, measured: Statistics) -> None:
     with pytest.raises(BudgetError) as refused:
         follow(model, measured, batch=1)
-    batch, memory = re.search(r"draw (\d+) .*memory=(.*)\)", str(refused.value)).groups()
+    batch, memory = re.search(r"draw (\d+) .*memory=(\S+)", str(refused.value)).groups()
     assert follow(model, measured, batch=int(batch)).measured_at_once == 1
     with pytest.raises(BudgetError):
         follow(model, measured, batch=int(batch) - 1)

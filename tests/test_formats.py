@@ -130,7 +130,7 @@ def test_results(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pyte
     assert ResultsFolder(Path(), emoji, emoji.sampling, Request(seed=0)).finish([row]) is None
     told = json.loads(Path("results.json").read_text())
     assert fields("results.json", "field") == set(told)
-    assert fields("results.json", "field of a row") == set(told["rows"][0])
+    assert fields("results.json", "field of a record") == set(told["rows"][0])
     assert fields("results.json", "field of memory") == set(told["rows"][0]["memory"])
     text = section("results.json")
     for value in told["rows"][0]["memory"].values():

@@ -272,9 +272,8 @@ def test_paths_of_the_oracle() -> None:
 
 
 def test_undominated_paths() -> None:
-    tokens = np.array([[0, 4], [0, 4], [0, 3], [9, 5], [0, 4], [0, 9]])
+    tokens, head = np.array([[0, 4], [0, 4], [0, 3], [9, 5], [0, 4], [0, 9]]), np.array([0, 0, 0, 0, 1, 1])
     cost = np.array([1.0, 1.0, 2.0, 1.5, 0.5, 0.9])
-    head = np.array([0, 0, 0, 0, 1, 1])
     paths = Paths(np.zeros((6, 2, 2), dtype=np.int8), cost, tokens)
     both, second = np.ones((2, 2), dtype=bool), np.array([[False, True]] * 2)
     assert sorted(undominated(head, paths, both)) == [0, 2, 4]
@@ -323,13 +322,20 @@ def test_nothing_to_lose(joint: int) -> None:
         assert (found.cost, found.bound, found.gap) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_size_of_costs(size: float) -> None:
+def test_size_of_costs_and_same_answer_twice() -> None:
     stats = random_levels(MORE, 2, 2, 4, 1)
-    scaled = stats.with_sums({name: array * size for name, array in stats.sums().items()}, stats.samples)
-    one, other = (allocate_levels(costs, with_room(stats, 30)) for costs in (stats, scaled))
-    assert other.cost == pytest.approx(one.cost * size, rel=0.01)
-    assert other.bound == pytest.approx(one.bound * size, rel=0.01)
+    answers = [
+        allocate_levels(
+            stats.with_sums({name: x * size for name, x in stats.sums().items()}, ("a",)), with_room(stats, 30)
+        )
+        for size in (1, 1, 1e-30, 1e30)
+    ]
+    one, again = answers[:2]
+    assert np.array_equal(one.level, again.level)
+    assert (one.cost, one.bound, one.row_prices.tobytes()) == (again.cost, again.bound, again.row_prices.tobytes())
+    for size, other in zip((1e-30, 1e30), answers[2:], strict=True):
+        assert other.cost == pytest.approx(one.cost * size, rel=0.01)
+        assert other.bound == pytest.approx(one.bound * size, rel=0.01)
 
 
 def test_sinks() -> None:
@@ -345,14 +351,6 @@ def test_sinks() -> None:
     assert (found.last_reads()[2][:, :, 2:] == np.arange(2, 5)).all()  # nothing but the sinks fits
     found = allocate_levels(stats, with_room(stats, full(MORE, 2, 2)), sink_scales=4)
     assert (found.last_reads()[0] == 4).all()
-
-
-def test_same_answer_twice() -> None:
-    stats = random_levels(ScaleSchedule.square((1, 2, 3, 4, 6)), 4, 3, 9, 2)
-    one, other = (allocate_levels(stats, with_room(stats, 100)) for _ in range(2))
-    assert np.array_equal(one.level, other.level)
-    assert (one.cost, one.bound) == (other.cost, other.bound)
-    assert np.array_equal(one.row_prices, other.row_prices)
 
 
 def test_pooled_source_that_leaves_the_joint_ones() -> None:

@@ -374,7 +374,7 @@ def logits_of(
     [
         ("full", {}, "float32"),
         ("full", {}, "float16"),
-        ("streaming", {"storage": "int8"}, "bfloat16"),
+        ("streaming", {"code": "int8"}, "bfloat16"),
         ("adakv", {}, "bfloat16"),
         ("h2o", {}, "float32"),
     ],
