@@ -40,7 +40,8 @@ _searched = False
 def check_name(name: Any, what: str) -> None:
     """Raise PolicyError unless `what` may have this name: lower-case letters, digits and hyphens between them."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise PolicyError(f"{what} is named {shown(name)}; write lower-case letters, digits and hyphens between them")
+        wanted = "a name is lower-case letters, digits and hyphens between them, such as keep-coarse"
+        raise PolicyError(f"{what} is named {shown(name)}; {wanted}")
 
 
 def register(policy: type[Any]) -> type[Any]:
