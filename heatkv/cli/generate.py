@@ -17,7 +17,8 @@ from heatkv.cli.options import (
     Running,
     Seed,
     Source,
-    number_of,
+    count_of,
+    decimal_of,
     settings_of,
     share_of,
 )
@@ -44,16 +45,8 @@ AT_ONCE = 16
 """Images drawn at once, at most, where nothing else is asked for."""
 
 
-def _count(text: str, name: str) -> int:
-    return number_of(text, name, int)
-
-
-def _number(text: str, name: str) -> float:
-    return number_of(text, name, float)
-
-
 FOLLOW = {
-    "every": _count, "half_life": _number, "adopt_above": share_of, "memory": lambda text, name: text,
+    "every": count_of, "half_life": decimal_of, "adopt_above": share_of, "memory": lambda text, name: text,
     "save": lambda text, name: Path(text),
 }  # fmt: skip
 

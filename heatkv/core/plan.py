@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import write_json
@@ -201,7 +200,7 @@ class CoarseCells(EqualByContents):
         return hash((self.level, self.last_read.shape))
 
     def of_shape(self, shape: tuple[int, int, int]) -> CoarseCells:
-        """The same in read-only arrays. Raises PlanError for arrays that are not of this shape."""
+        """The same in read-only arrays. Raises PlanError for arrays of another shape or type."""
         last_read = integer_array(self.last_read, shape, f"last_read of level {self.level}", PlanError)
         log_bias = float_array(self.log_bias, shape, f"log_bias of level {self.level}", PlanError)
         return CoarseCells(self.level, last_read, log_bias)
@@ -253,10 +252,6 @@ class Plan(CachePlan):
         for _, last_read in self.levels:
             reads += last_read[:, :, :target] < target
         return reads
-
-    def reads(self, target: int) -> NDArray[np.bool_]:
-        """Which cells of earlier scales target scale `target` reads, at any level, shape (L, H, target)."""
-        return self.levels[-1][1][:, :, :target] >= target
 
     @cached_property
     def held(self) -> IntArray:

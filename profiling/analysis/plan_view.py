@@ -122,7 +122,7 @@ def worth_lines(worth: Worth) -> list[str]:
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure of matplotlib as PNG."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
 def save_heat_maps(

@@ -85,7 +85,7 @@ def _card(report: Report, row: Row, found: Sequence[CachePlan]) -> Markup:
     def held(plan: CachePlan) -> NDArray[np.int64]:
         return np.array([[plan.bytes_of(int(n), result.rows, result.storage) for n in live_L] for live_L in plan.live])
 
-    chart = held_chart("", [(style, held(plan)) for plan in found], result, (330, 130))
+    chart = held_chart("", [(style, held(plan)) for plan in found], result, (430, 150))
     kept = float(np.mean([kept_of_heads(plan.held, plan.schedule.tokens).mean() for plan in found]))
     most = max(held(plan).max() for plan in found)
     heats = _kept_until(report, found[0], scale_names(result))

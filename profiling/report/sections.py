@@ -5,7 +5,7 @@ A section is a function of the report that gives its blocks, or None where it ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -131,12 +131,9 @@ def _by_scale(pool: Pool, lines: Mapping[str, Sequence[Line]]) -> list[Chart]:
     """Charts along the target scales, on the same axes."""
     x = charts.scale_axis(pool.scales)
     y = charts.axis([0.0, *(y for of_chart in lines.values() for line in of_chart for _, y in line.points)])
-    return [Chart(title, x, y, of_chart, size=_panel(lines)) for title, of_chart in lines.items()]
-
-
-def _panel(panels: Sized) -> tuple[int, int]:
-    """Width and height of one of these."""
-    return 190 if len(panels) > 1 else 380, 165
+    return [
+        Chart(title, x, y, of_chart, size=(190 if len(lines) > 1 else 380, 165)) for title, of_chart in lines.items()
+    ]
 
 
 def per_scale(report: Report) -> Blocks:
@@ -229,7 +226,9 @@ def memory(report: Report) -> Blocks:
             for title, of_budget in pool.titled.items():
                 if of_budget is not pool.reference:
                     held = [(entry.style, np.array(entry.result.timeline_bytes)) for entry in of_budget]
-                    panels.append(held_chart(title, held, of_budget[0].result, _panel(pool.budgets)))
+                    panels.append(
+                        held_chart(title, held, of_budget[0].result, (190 if len(pool.budgets) > 1 else 380, 165))
+                    )
             blocks.append(report.ui.over_time(panels, pool.compared))
         if entries:
             blocks.append(report.table("Memory by ledger", entries, (*tables.PLANNED, *tables.DEVICE)))
