@@ -45,9 +45,7 @@ def test_blocks(scale: tuple[int, int, int], level: str) -> None:
 
 def test_blocks_by_hand() -> None:
     assert blocks((1, 3, 3), "pool2").of == (0, 0, 1, 0, 0, 1, 2, 2, 3)  # 4, 2, 2 and 1 tokens
-    assert blocks((1, 1, 5), "pool2").of == (0, 0, 1, 1, 2)
     assert blocks((2, 2, 2), "pool2").of == (0, 0, 0, 0, 1, 1, 1, 1)  # frames are never mixed
-    assert blocks((2, 1, 2), "mean").of == (0, 0, 0, 0)
 
 
 @settings(max_examples=30)

@@ -444,18 +444,16 @@ RUN = """
 import sys, torch
 torch.set_num_threads(1)
 from heatkv.cli import run
-out = sys.argv[1]
-for arguments in {commands}:
-    code = run(["--deterministic", *(part.format(out=out) for part in arguments)])
-    assert code == 0, arguments
+for command in {commands}:
+    assert run(["--deterministic", *command.format(out=sys.argv[1]).split()]) == 0, command
 assert torch.are_deterministic_algorithms_enabled()
 """
 COMMANDS = [
-    ["generate", "--label", "pizza", "--policy", "snapkv", "--budget", "20%", "--out", "{out}"],
-    ["calibrate", "--samples", "2", "--levels", "fisher,samples=1", "--out", "{out}/s.safetensors"],
+    "generate --label pizza --policy snapkv --budget 20% --out {out}",
+    "calibrate --samples 2 --levels fisher,samples=1 --out {out}/s.safetensors",
     "compare --policies heatkv,h2o --budgets 20% --statistics {out}/s.safetensors --images 2 --pictures 2 --repeats 1 "
-    "--out {out}/compared".split(),
-    "profile --policies streaming --budgets 20% --repeats 1 --in-process --out {out}/profiled".split(),
+    "--out {out}/compared",
+    "profile --policies streaming --budgets 20% --repeats 1 --in-process --out {out}/profiled",
 ]
 MEASURED = {
     "latency_ms", "timed", "memory", "load", "matrix_product_1024_fp32_one_thread_ms", "graph_latency_ms",
@@ -470,29 +468,19 @@ def without_measured(value: Any) -> Any:
     return [without_measured(x) for x in value] if isinstance(value, list) else value
 
 
-def check_bit_equal(commands: Sequence[Sequence[str]], folder: Path) -> list[str]:
-    """Files of two processes that ran the same commands."""
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "other"):
-        (folder / name).mkdir()
-        code = RUN.format(commands=repr(commands))
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(folder / name)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    names = sorted(str(path.relative_to(folder / "one")) for path in (folder / "one").rglob("*") if path.is_file())
+        (tmp_path / name).mkdir()
+        subprocess.run([sys.executable, "-c", RUN.format(commands=COMMANDS), str(tmp_path / name)], check=True)
+    names = {str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    assert {"0000_pizza.png", "s.safetensors", "compared/results.json", "profiled/results.json"} <= names
+    assert sum(name.endswith(".png") for name in names) >= 6
     for name in names:
-        one, other = folder / "one" / name, folder / "other" / name
+        one, other = tmp_path / "one" / name, tmp_path / "other" / name
         if Path(name).name == "results.json":
             first, second = (read_json(path) for path in (one, other))
             assert first["environment"]["deterministic"] is True
             assert without_measured(first) == without_measured(second)
         elif Path(name).stem != "report":  # which shows times
             assert one.read_bytes() == other.read_bytes(), name
-    return names
-
-
-@pytest.mark.slow
-def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
-    names = check_bit_equal(COMMANDS, tmp_path)
-    assert {"0000_pizza.png", "s.safetensors", "compared/results.json", "profiled/results.json"} <= set(names)
-    assert sum(name.endswith(".png") for name in names) >= 6

@@ -28,13 +28,7 @@ from heatkv.testing.material import made_up_mass
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.square((1, 2, 3, 4, 5, 6)))
 FOLLOWERS = pytest.mark.parametrize(
     ("name", "options"),
-    [
-        ("heatkv", {}),
-        ("heatkv-lp", {"value": "mass"}),
-        ("heatkv-lp", {"value": "error"}),
-        ("heatkv-lp", {"value": "joint"}),
-        ("heatkv-mr", {}),
-    ],
+    [("heatkv", {}), *(("heatkv-lp", {"value": x}) for x in ("mass", "error", "joint")), ("heatkv-mr", {})],
 )
 
 
@@ -100,19 +94,13 @@ def test_names_and_files(tmp_path: Path) -> None:
         found.merge(made(masses[:1]))
 
 
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"fingerprint": "1e"}, "'1e'"),
-        ({"cfg": 3.0}, "3.0"),
-        ({"sink_scales": None}, "level"),
-        ({"sink_scales": 1}, "1"),
-    ],
-)
-def test_other_statistics(changed: dict[str, Any], named: str) -> None:
+def test_other_statistics() -> None:
     masses = made_up_mass(GEOMETRY, 2, 5)
-    with pytest.raises(StatisticsError, match=named):
-        FadingStatistics(made(masses[:1]), 2.0).add(made(masses[1:], 1, **changed))
+    for name, value, said in (("fingerprint", "1e", "'1e'"), ("cfg", 3.0, "3.0"), ("sink_scales", None, "level")):
+        with pytest.raises(StatisticsError, match=said):
+            FadingStatistics(made(masses[:1]), 2.0).add(made(masses[1:], 1, **{name: value}))
+    with pytest.raises(StatisticsError, match="sink_scales=1"):
+        FadingStatistics(made(masses[:1]), 2.0).add(made(masses[1:], 1, sink_scales=1))
 
 
 # ------------------------------------------------------------------------------------------------ deciding
