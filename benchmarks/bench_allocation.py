@@ -101,7 +101,8 @@ def measure(model: str, budget: str) -> dict[str, Any]:
     for name, plan in plans.items():
         seconds = statistics.median(times[name])
         value = sum(
-            float((statistics_.drop_error[:, :, t, :t] * plan.reads(t)).sum()) for t in range(len(plan.schedule))
+            float((statistics_.drop_error[:, :, t, :t] * (plan.last_read[:, :, :t] >= t)).sum())
+            for t in range(len(plan.schedule))
         )
         row[name] = {
             "processor_seconds": round(seconds, 4),

@@ -169,8 +169,8 @@ class EvictionPolicy(ABC):
 
     def settings(self, problem: PlanningProblem) -> dict[str, Any]:
         """Everything that decided the plan beside geometry and budget, as JSON gives it back."""
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+        options = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in options}
         return settings | {"budget": str(problem.budget)} | ({"seed": problem.seed} if self.random else {})
 
     def common(self, problem: PlanningProblem) -> dict[str, Any]:
@@ -222,8 +222,8 @@ class StaticPolicy(EvictionPolicy):
     ) -> Plan:
         """The checked plan with all that it was made for; `certificate` is value, value_bound and gap where they are
         known. Raises PlanError."""
-        common = self.common(problem)
-        plan = Plan(**common, last_read=last_read, sink_scales=self.sink_scales, coarse=coarse, **certificate)
+        stated = self.common(problem) | certificate
+        plan = Plan(**stated, last_read=last_read, sink_scales=self.sink_scales, coarse=coarse)
         plan.check()
         return plan
 

@@ -206,7 +206,6 @@ class Protected(Wrapper):
 
     @property
     def _first(self) -> bool:
-        """Whether they are the first ones."""
         return self._scales == tuple(range(len(self._scales)))
 
     @property

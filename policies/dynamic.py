@@ -1,15 +1,7 @@
 """Dynamic policies: capacities before the first image, scores of the held tokens while drawing.
 
-What a class gives beside what `base` lists:
-
-    score        what every candidate is worth (must); the best are kept
-    carried      how many numbers go with every held token, paid for from the budget (default: 0)
-    carry        these numbers, after every target
-    capacities   how many tokens every head holds for every target (default: the same number)
-    largest      the largest capacities that fit, for policies whose capacities do not follow a mean
-    shared       True when the heads of a layer share their capacity: the best scores of all are kept (default: False)
-    wants_input  True when `score` needs the attention's input and the query weights (default: False)
-    resolved     the policy with what it takes from the problem written into its options (default: itself)
+A class must give `score`, beside what `base` lists. It may give `carried` and `carry`, numbers that go with every held
+token; `capacities`, or `largest` where they follow no mean; `shared`, `wants_input` and `resolved`.
 
 Shapes: R rows, H heads of a group, N tokens of the running scale, C candidates, D head size, X carried numbers, W width
 of the model; L layers, T scales.
@@ -122,7 +114,7 @@ class DynamicPolicy(EvictionPolicy):
 
     @property
     def shared(self) -> bool:
-        """Whether the heads of a layer share their capacity."""
+        """Whether the heads of a layer share their capacity: the best scores of all are kept."""
         return False
 
     @property
@@ -166,9 +158,9 @@ class DynamicPolicy(EvictionPolicy):
             else:
                 high = mean
         if largest is None:
+            least = peak(self.capacities(problem, 1))
             raise BudgetError(
-                f"policy {self.name!r} keeps {peak(self.capacities(problem, 1))} token-heads at least; budget "
-                f"{problem.budget} has room for {room}: raise it"
+                f"{self.name} needs {least} token-heads, budget {problem.budget} has room for {room}: raise it"
             )
         # what is left is less than one token per head: whole layers get one more, as many as there is room for
         spare = (room - peak(largest)) // geometry.heads

@@ -22,10 +22,8 @@ def dropped_pairs(problem: PlanningProblem, sink_scales: int) -> list[int]:
     x_t = ceil(L H (in_t - b N) / (in_t - p)), at most L H, and 0 while in_t <= max(p, b N), with in_t the tokens before
     scale t and p the sink tokens. Exact: b is a fraction.
     """
-    schedule = problem.geometry.schedule
-    pairs = problem.geometry.layers * problem.geometry.heads
-    room = problem.share * schedule.cached_tokens
-    sinks = schedule.offsets[sink_scales]
+    schedule, pairs = problem.geometry.schedule, problem.geometry.layers * problem.geometry.heads
+    room, sinks = problem.share * schedule.cached_tokens, schedule.offsets[sink_scales]
     return [
         0 if before <= sinks or before <= room else min(pairs, math.ceil(pairs * (before - room) / (before - sinks)))
         for before in schedule.offsets[:-1]
@@ -34,8 +32,7 @@ def dropped_pairs(problem: PlanningProblem, sink_scales: int) -> list[int]:
 
 def drop_by_rank(problem: PlanningProblem, sink_scales: int, rankings: HeadRankings) -> IntArray:
     """`last_read` of the rule: the first x_t pairs of every source scale's ranking are not read by target t."""
-    geometry = problem.geometry
-    scales = len(geometry.schedule)
+    geometry, scales = problem.geometry, len(problem.geometry.schedule)
     last_read = keep_first(geometry.shape, scales)
     if sink_scales >= scales - 1:
         return last_read
@@ -69,7 +66,7 @@ class HeatKV(StaticPolicy):
         if problem.rankings is not None and self.sink_scales < problem.rankings.first_scale:
             raise PolicyError(
                 f"sink_scales={self.sink_scales} is below the {problem.rankings.first_scale} first scales, which the "
-                "rankings leave out; raise it, or plan from statistics, which rank every scale"
+                "rankings leave out; raise it, or plan from statistics"
             )
 
     def last_read(self, problem: PlanningProblem) -> IntArray:

@@ -42,9 +42,7 @@ class SolvedPolicy(StaticPolicy):
         return (LEVELS.index(FULL),)
 
     def cap(self) -> Budget | None:
-        """`layer_cap`, read. Raises BudgetError for what cannot be read, PolicyError for auto."""
-        if self.layer_cap == "auto":
-            raise PolicyError("layer_cap=auto: only the budget can be auto; write the cap as 10%, 0.1 or 650tokens")
+        """`layer_cap`, read. Raises BudgetError."""
         return None if self.layer_cap is None else Budget.parse(self.layer_cap, "layer_cap")
 
     def check(self, problem: PlanningProblem) -> None:
@@ -172,10 +170,10 @@ class HeatKVLP(SolvedPolicy):
         capacity, values = self.capacity(problem), self.values(problem.measured)
         if self.solver == "greedy":
             return allocate_greedily(values, capacity, self.sink_scales)
-        candidates: tuple[IntArray, ...] = ()
-        if self.layer_cap is None:  # which the paper's rule does not know
-            candidates = (drop_by_rank(problem, self.sink_scales, HeadRankings.from_scores(problem.measured.scas)),)
-        return allocate(values, capacity, self.sink_scales, candidates)
+        if self.layer_cap is not None:  # which the paper's rule does not know
+            return allocate(values, capacity, self.sink_scales)
+        by_rule = drop_by_rank(problem, self.sink_scales, HeadRankings.from_scores(problem.measured.scas))
+        return allocate(values, capacity, self.sink_scales, (by_rule,))
 
     def values(self, statistics: Statistics) -> FloatArray:
         """value[l, h, t, s] of every cell by itself for every target; of joint errors that of the cell alone."""

@@ -142,9 +142,6 @@ def compare(
     for entry, row in zip(comparison.entries, with_versus([e.row for e in comparison.entries]), strict=True):
         entry.row = row
     comparison.save_sheets()
-    if sweep.statistics is not None:
-        save_scas_maps(out / "scas.png", sweep.statistics)
-        save_scas(out / "scas.json", sweep.statistics)
     written = _finish(results, comparison.entries, sweep.reporter)
     with sweep.reporter.progress("drawing the report", 1):
         write_report([out], out)
@@ -295,7 +292,11 @@ class _Comparison:
             self.results.parts.remove(f"{digest}.")
 
     def save_sheets(self) -> None:
-        """A sheet of pictures for every budget and seed, the full cache's first; batches share a sheet."""
+        """A sheet of pictures for every budget and seed, the full cache's first; batches share a sheet. And the
+        statistics that plans were made from."""
+        if self.sweep.statistics is not None:
+            save_scas_maps(self.results.folder / "scas.png", self.sweep.statistics)
+            save_scas(self.results.folder / "scas.json", self.sweep.statistics)
         entries = [entry for entry in self.entries if entry.point.batch == self.sweep.points[0].batch]
         drawn = {id(entry): self.pictures_of[entry.row.comparison] for entry in entries}
         full = {entry.point.seed: drawn[id(entry)] for entry in entries if entry.subject.policy == "full"}

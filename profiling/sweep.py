@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
-
 from heatkv.calibration.run import check_statistics
 from heatkv.core.budget import Budget
 from heatkv.core.io import file_name
@@ -22,7 +20,6 @@ from heatkv.core.rankings import HeadRankings
 from heatkv.core.schema import seed_after, seed_of, whole
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
-from heatkv.engine.watch import is_deterministic
 from heatkv.errors import HeatKVError, ModelError, out_of_memory
 from heatkv.models.base import ImageModel
 from heatkv.models.catalogue import load_model
@@ -312,8 +309,7 @@ class Sweep:
         return measure_in_new_process(
             Job(
                 self.loading, self.model.fingerprint, self.settings, subject.plans[0].to_json(),
-                subject.storage, subject.attention, entry.point.batch, entry.point.seed, torch.get_num_threads(),
-                snapshot, is_deterministic(),
+                subject.storage, subject.attention, entry.point.batch, entry.point.seed, snapshot,
             )
         )  # fmt: skip
 

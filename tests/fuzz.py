@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,19 +45,12 @@ from heatkv.profiling.results.artefacts import read_scas, save_scas
 from heatkv.profiling.results.row import read_results
 from heatkv.testing.material import made_up_mass
 
+Load = Callable[[Path], Any]
 GEOMETRY = CacheGeometry(2, 3, 4, ScaleSchedule.of([(1, 1), (1, 2), (2, 2), (4, 4), (5, 4)]))
 MOST_SECONDS = 20
 """Of processor time, after which a load is given up."""
 ROOM = 6 << 30
 """Bytes of address space beyond what the process has: past that, allocations fail, and the machine is safe."""
-
-
-@dataclass(frozen=True)
-class Loader:
-    """A whole file, and what reads it."""
-
-    path: Path
-    load: Callable[[Path], Any]
 
 
 # ------------------------------------------------------------------------------------------------- whole files
@@ -75,8 +68,8 @@ def _use_statistics(path: Path) -> None:
     HeadRankings.from_scores(found.scas)
 
 
-def make_loaders(root: Path) -> dict[str, Loader]:
-    """Every loader, with its whole file below `root`."""
+def make_loaders(root: Path) -> dict[str, Load]:
+    """What reads the whole files that it writes below `root`, by their names."""
     problem = PlanningProblem(GEOMETRY, Budget.parse("50%"), model="tiny")
     static = make_policy("streaming").plan(problem)
     coarse = CoarseCells.uncalibrated("mean", static.last_read, GEOMETRY.schedule)
@@ -91,6 +84,7 @@ def make_loaders(root: Path) -> dict[str, Loader]:
     statistics_of(GEOMETRY, made_up_mass(GEOMETRY, 2, 0)).save(root / "statistics.safetensors")
     torch.manual_seed(0)
     state = VAR(VARConfig((1, 2, 3), 2, 16, 2, num_classes=3, vocab_size=6, z_channels=4)).state_dict()
+    state["lvl_1L"] = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 9]))[None]
     torch.save({"epoch": 1, "trainer": {"var_wo_ddp": state}}, root / "var.pth")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, root / "var.safetensors")
     Image.new("RGB", (7, 5), "red").save(root / "picture.png")
@@ -100,13 +94,12 @@ def make_loaders(root: Path) -> dict[str, Loader]:
     def network(path: Path) -> Any:
         return build_var(read_checkpoint(path))
 
-    loads: dict[str, Callable[[Path], Any]] = {
+    return {
         "plan.json": _use_plan, "dynamic.json": _use_plan,
         "orders.json": lambda path: HeadRankings.load_orders(path, GEOMETRY).ranks,
         "statistics.safetensors": _use_statistics, "var.pth": network, "var.safetensors": network,
         "picture.png": read_pixels, "results.json": read_results, "scas.json": read_scas,
     }  # fmt: skip
-    return {name: Loader(root / name, load) for name, load in loads.items()}
 
 
 # --------------------------------------------------------------------------------------------------- mutations
@@ -184,14 +177,14 @@ def damaged(path: Path, rng: random.Random) -> bytes:
 # --------------------------------------------------------------------------------------------------------- runs
 
 
-def outcome(loader: Loader, name: str, seed: int, folder: Path) -> str:
-    """How the mutant of this seed ends: "valid", "refused", or what it must not do."""
-    path = folder / name
-    path.write_bytes(damaged(loader.path, random.Random(f"{name} {seed}")))
+def outcome(load: Load, whole: Path, seed: int, folder: Path) -> str:
+    """How the mutant of this seed ends in a folder of its own: "valid", "refused", or what it must not do."""
+    path = folder / whole.name
+    path.write_bytes(damaged(whole, random.Random(f"{whole.name} {seed}")))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            loader.load(path)
+            load(path)
     except HeatKVError as error:
         return "refused" if str(error).strip() and str(error).isprintable() else f"it said {str(error)!r:.200}"
     except Exception as error:
@@ -223,7 +216,7 @@ def main() -> int:
         for index in range(options.count):
             name, seed = names[index % len(names)], options.seed * 10**7 + index // len(names)
             signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
-            ended = outcome(loaders[name], name, seed, place)
+            ended = outcome(loaders[name], Path(temporary) / name, seed, place)
             signal.setitimer(signal.ITIMER_PROF, 0)
             counts[name, ended if ended in ("valid", "refused") else "broken"] += 1
             if ended not in ("valid", "refused"):

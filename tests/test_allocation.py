@@ -205,7 +205,7 @@ def check(found: Allocation, instance: Instance) -> None:
 # ---------------------------------------------------------------------- the best plan
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(instance=instances(TINY), sizes=st.sampled_from([(1.0,), (0, 1e-30, 1, 1e30)]), seed=SEEDS)
 def test_best_of_every_plan(instance: Instance, sizes: tuple[float, ...], seed: int) -> None:
     """Also with values of very different size."""
@@ -223,23 +223,17 @@ def test_best_of_every_plan(instance: Instance, sizes: tuple[float, ...], seed: 
         given_plan = instance.solve(allocate, plan)
     check(given_plan, instance)
     assert given_plan.value >= best * (1 - 1e-12)
+    rng, count = np.random.default_rng(seed), len(instance.capacity.row_room)
+    for size in (0.0, 1e-3, 0.1, 1.0, 100.0):  # any prices give a bound
+        prices = rng.exponential(size, count) * rng.integers(0, 2, count)
+        bound = price_bound(instance.values, instance.capacity, instance.sinks, prices)
+        assert bound >= best - 1e-12 * instance.size
+        if size == 0.0:
+            everything = worth(np.full(values.shape[:3], values.shape[2] - 1), values)
+            assert bound == pytest.approx(everything, rel=1e-12)
 
 
-@settings(max_examples=60)
-@given(instance=instances(TINY), seed=SEEDS, size=st.sampled_from([0.0, 1e-3, 0.1, 1.0, 100.0]))
-def test_bound_of_any_prices(instance: Instance, seed: int, size: float) -> None:
-    rng = np.random.default_rng(seed)
-    count = len(instance.capacity.row_room)
-    prices = rng.exponential(size, count) * rng.integers(0, 2, count)
-    bound = price_bound(instance.values, instance.capacity, instance.sinks, prices)
-    assert bound >= best_by_force(instance)[0] - 1e-12 * instance.size
-    if size == 0.0:
-        layers, heads, scales = instance.values.shape[:3]
-        everything = worth(np.full((layers, heads, scales), scales - 1), instance.values)
-        assert bound == pytest.approx(everything, rel=1e-12)
-
-
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(instance=instances(SMALL), seed=SEEDS)
 def test_bound_of_the_plain_program(instance: Instance, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -256,7 +250,7 @@ def test_bound_of_the_plain_program(instance: Instance, seed: int) -> None:
     assert found.bound == pytest.approx(max(again, found.value), rel=1e-12)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.2, 0.4])
+@pytest.mark.parametrize("share", [0.1, 0.4])
 def test_gap_of_large_instances(share: float) -> None:
     """On heavy-tailed values rounding stays within 0.5 % of the bound, as promised; greedy too, and its own bound is
     within 1 %."""
@@ -276,35 +270,27 @@ def test_plan_by_hand() -> None:
     values = np.zeros((1, 2, 3, 3))
     values[0, 0, 2, 1], values[0, 1, 2, 1] = 3, 5
     values[0, :, 1:, 0] = 1
-    found = allocate(values, Capacity(1, 2, (1, 2, 4), 4), 1)
-    assert found.last_read.tolist() == [[[2, 1, 2], [2, 2, 2]]]
-    assert (found.value, found.bound) == (2 * 2 + 5, pytest.approx(9))
-    # with room for 5 the program takes half of the other head, the plan cannot; the exact solution knows
-    found = allocate(values, Capacity(1, 2, (1, 2, 4), 5), 1)
-    assert (found.value, found.bound) == (9, pytest.approx(9))
+    for room in (4, 5):  # for 5 the program takes half of the other head, the plan cannot; the exact solution knows
+        found = allocate(values, Capacity(1, 2, (1, 2, 4), room), 1)
+        assert found.last_read.tolist() == [[[2, 1, 2], [2, 2, 2]]]
+        assert (found.value, found.bound) == (2 * 2 + 5, pytest.approx(9))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "EXACT_VARIABLES", 0)
         found = allocate(values, Capacity(1, 2, (1, 2, 4), 5), 1)
     assert (found.value, found.bound, found.gap) == (9, pytest.approx(10.5), pytest.approx(1 / 7))
 
-
-def test_room_of_layers_that_are_done() -> None:
-    """Two layers of one head that both read scale 0 (4 tokens) last at target 1, and room for one scale 1 (5 or 6)
-    after it: layer 0 writes it while layer 1 still holds scale 0, layer 1 does not."""
+    # two layers of one head that both read scale 0 (4 tokens) last at target 1, and room for one scale 1 (6) after it:
+    # layer 0 would write it while layer 1 still holds scale 0
     values = np.zeros((2, 1, 3, 3))
-    values[:, 0, 1, 0] = 10  # target 1 reads scale 0 in both layers: 8 tokens
-    values[:, 0, 2, 1] = 1, 1  # then there is room for one scale 1, in either layer
-    found = allocate(values, Capacity(2, 1, (4, 5, 9), 9), 0)
-    assert found.value == 21  # 5 + 4 = 9 fit, either way
+    values[:, 0, 1, 0], values[:, 0, 2, 1] = 10, 1
     tight = allocate(values, Capacity(2, 1, (4, 6, 9), 9), 0)
-    assert tight.value == 21  # 6 + 4 do not: it must be layer 1 that keeps scale 1
-    assert tight.last_read[:, 0, 1].tolist() == [1, 2]
+    assert (tight.value, tight.last_read[:, 0, 1].tolist()) == (21, [1, 2])
 
 
 # ---------------------------------------------------------------------- checkpoints
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(instance=instances(SMALL), seed=SEEDS)
 def test_filling_leaves_no_room_for_any_cell(instance: Instance, seed: int) -> None:
     capacity, before = instance.capacity, drawn_plan(instance, np.random.default_rng(seed))
@@ -313,11 +299,10 @@ def test_filling_leaves_no_room_for_any_cell(instance: Instance, seed: int) -> N
     assert np.array_equal(before, kept)
     assert (filled >= before).all()
     assert fits(filled, capacity)
-    for cell in np.ndindex(filled.shape):
-        if filled[cell] < capacity.scales - 1:
-            more = filled.copy()
-            more[cell] += 1
-            assert not which_fit(more[None], capacity)[0]
+    places = np.argwhere(filled < capacity.scales - 1)
+    more = np.repeat(filled[None], len(places), axis=0)
+    more[(np.arange(len(places)), *places.T)] += 1
+    assert not which_fit(more, capacity).any()
 
 
 def test_order_of_filling() -> None:
@@ -331,7 +316,7 @@ def test_order_of_filling() -> None:
     assert fill(start, values, Capacity(1, 1, (3, 2, 3, 9), 3)).tolist() == [[[1, 3, 2, 3]]]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(instance=instances(SMALL), seed=SEEDS)
 def test_early_drops(instance: Instance, seed: int) -> None:
     """They make a plan that holds too much between layers keep the budget, one target early each, or it is refused."""
@@ -349,7 +334,7 @@ def test_early_drops(instance: Instance, seed: int) -> None:
         assert np.array_equal(fitted, last_read)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(instance=instances(SMALL + TINY), seed=SEEDS)
 def test_capacity_rows(instance: Instance, seed: int) -> None:
     """The formula of the design, for any plan, within the room or not."""
@@ -388,12 +373,11 @@ def test_sinks_and_rooms(solve: Any) -> None:
 
 
 @SOLVERS
-@pytest.mark.parametrize("kind", ["mild", "heavy", "ties"])
-def test_room_for_everything(solve: Any, kind: str) -> None:
-    """Or nothing to decide, with sinks only: the gap is 0."""
-    values = drawn_values((2, 3, 5, 5), kind, np.random.default_rng(1))
-    for room, sinks in ((30 * 6, 1), (30 * 6, 4)):
-        found = solve(values, Capacity(2, 3, (1, 4, 9, 16, 25), room), sinks)
+def test_room_for_everything(solve: Any) -> None:
+    """Or nothing to decide, with sinks only, or worth: the gap is 0."""
+    for kind, sinks in (("mild", 1), ("heavy", 1), ("ties", 4)):
+        values = drawn_values((2, 3, 5, 5), kind, np.random.default_rng(1))
+        found = solve(values, Capacity(2, 3, (1, 4, 9, 16, 25), 30 * 6), sinks)
         assert (found.last_read == 4).all()
         assert found.gap == pytest.approx(0, abs=1e-12)
 
@@ -411,7 +395,7 @@ def test_values_of_nothing_fill_the_room(solve: Any) -> None:
 
 
 @SOLVERS
-@settings(max_examples=8)
+@settings(max_examples=3)
 @given(instance=instances(SMALL))
 def test_unit_of_values(solve: Any, instance: Instance) -> None:
     """It does not matter, and the same problem has the same answer."""
@@ -458,7 +442,7 @@ def value_of(plan: Plan, statistics: Statistics, value: str) -> float:
 
 
 @pytest.mark.parametrize("value", ["mass", "error"])
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_policy_against_heatkvs_rule(value: Any, data: st.DataObject) -> None:
     """Never worth less, and within each other's bounds; files keep the proof."""
@@ -475,36 +459,17 @@ def test_policy_against_heatkvs_rule(value: Any, data: st.DataObject) -> None:
     rule = HeatKV(sink_scales=sinks).plan(drawn)
     assert ours.value == pytest.approx(value_of(ours, statistics, value), rel=1e-12)
     assert ours.value >= value_of(rule, statistics, value) * (1 - 1e-12)
-    assert ours.value_bound is not None
     # a budget too small for any cell leaves nothing to gain
     assert ours.gap == pytest.approx(1 - ours.value / ours.value_bound if ours.value_bound else 0, abs=1e-12)
     greedy = lp(sink_scales=sinks, value=value, solver="greedy").plan(drawn)
-    assert greedy.value is not None
-    assert greedy.value_bound is not None
     assert greedy.value <= ours.value_bound * (1 + 1e-9)
     assert ours.value <= greedy.value_bound * (1 + 1e-9)
     for plan in (ours, greedy):
         assert plan_from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
-def test_rule_as_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However little the solver may find, unless there is a cap, which the rule does not know."""
-    given_plans = []
-
-    def spy(*arguments: Any) -> Allocation:
-        given_plans.append(arguments[3])
-        return allocate(*arguments)
-
-    monkeypatch.setattr("heatkv.policies.lp.allocate", spy)
-    for options in ({}, {"layer_cap": "50%"}):
-        lp(sink_scales=2, **options).plan(problem("30%"))
-    (rule,), *others = given_plans
-    assert np.array_equal(rule, HeatKV(sink_scales=2).plan(problem("30%")).last_read)
-    assert others == [()]
-
-
 @pytest.mark.parametrize("solver", ["lp", "greedy"])
-@settings(max_examples=20)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_layer_cap(solver: Any, data: st.DataObject) -> None:
     geometry = data.draw(geometries(min_scales=3))
@@ -554,13 +519,12 @@ def test_sinks_against_budgets_and_caps(solver: Any) -> None:
         ({"value": "loss"}, PolicyError, "'loss'"),
         ({"solver": "exact"}, PolicyError, "'exact'"),
         ({"value": "joint", "solver": "greedy"}, PolicyError, "greedy"),
-        ({"layer_cap": "much"}, BudgetError, "layer_cap 'much'"),
-        ({"layer_cap": "0"}, BudgetError, "layer_cap 0%"),
-        ({"layer_cap": "120%"}, BudgetError, "layer_cap 120%"),
-        ({"layer_cap": "10parsec"}, BudgetError, "'10parsec'"),
-        ({"layer_cap": "56tokens"}, BudgetError, "layer_cap 56tokens"),
+        *(
+            ({"layer_cap": text}, BudgetError, f"layer_cap '?{text}")
+            for text in ("much", "120%", "10parsec", "56tokens")
+        ),
         ({"layer_cap": "1GB"}, BudgetError, "layer_cap 1000000000B"),
-        ({"layer_cap": "auto"}, PolicyError, "layer_cap=auto"),
+        ({"layer_cap": "auto"}, BudgetError, "layer_cap 'auto'"),
     ],
 )
 def test_refused_options(options: dict[str, Any], error: type[Exception], named: str) -> None:

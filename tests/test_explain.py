@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from strategies import SEEDS, geometries, last_reads, plans, statistics_of
 from support.levels import FEW, MORE, optimum, random_levels
 
@@ -39,7 +39,6 @@ from heatkv.profiling.analysis.plan_view import bar, worth_lines
 from heatkv.solve.cells import Capacity
 from heatkv.testing.material import level_costs_of, made_up_mass
 
-ORDERS = Path(__file__).parent / "golden" / "orders" / "2b.json"
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
 
 
@@ -117,38 +116,32 @@ def test_bounds_of_other_budgets(geometry: CacheGeometry, seed: int, share: floa
     worths = []
     for token_heads in held:
         rule, best = judged(geometry, token_heads, statistics)
-        rule = replace(rule, policy="another")  # one that measures nothing is judged by the same errors
-        of_rule, of_best = worth_of(rule, statistics), worth_of(best, statistics)
+        # a rule that measures nothing is judged by the same errors
+        of_rule, of_best = worth_of(replace(rule, policy="another"), statistics), worth_of(best, statistics)
         assert of_rule.bound == of_best.bound  # the budget and the sinks are the same
         assert of_best.value == pytest.approx(best.value)
-        assert of_rule.value <= of_rule.bound * (1 + 1e-9)
-        assert of_best.value <= of_best.bound * (1 + 1e-9)
-        assert best.value_bound is not None
-        assert best.value_bound <= of_best.bound * (1 + 1e-9)
+        assert max(of_rule.value, of_best.value, best.value_bound or math.inf) <= of_best.bound * (1 + 1e-9)
         worths.append(of_best)
-    step = held[1] - held[0]
     # the first tangent is above the second bound, the second above the first
+    step = held[1] - held[0]
     for here, there, way in ((*worths, step), (*worths[::-1], -step)):
-        told = here.bound * (1 + here.change(way / here.budget_token_heads))
-        assert there.bound <= told * (1 + 1e-6)
-        assert told == pytest.approx(here.bound + way * here.price)
+        tangent = here.bound * (1 + here.change(way / here.budget_token_heads))
+        assert there.bound <= tangent * (1 + 1e-6)
+        assert tangent == pytest.approx(here.bound + way * here.price)
 
 
 @pytest.mark.parametrize("value", ["error", "mass"])
 def test_prices_of_capped_layers(value: str) -> None:
     geometry = CacheGeometry(3, 4, 4, SQUARE)
     statistics = statistics_of(geometry, made_up_mass(geometry, 2, 1))
-    options = {"value": value, "layer_cap": "50%"}
-    held = [300, 304]
-    less, more = (worth_of(judged(geometry, h, statistics, **options)[1], statistics) for h in held)
+    less, more, capped = (
+        worth_of(judged(geometry, held, statistics, value=value, layer_cap=cap)[1], statistics)
+        for held, cap in ((300, "50%"), (304, "50%"), (300, "40%"))
+    )
     assert less.measure == value
-    assert less.price_TL.shape == (5, 3)
     assert less.cap_price_LT.any()
-    assert less.price > 0
     assert (less.price_TL >= 0).all()
-    assert more.price * 4 <= (more.bound - less.bound) * (1 + 1e-6)
-    assert more.bound - less.bound <= less.price * 4 * (1 + 1e-6)
-    capped = worth_of(judged(geometry, 300, statistics, **options | {"layer_cap": "40%"})[1], statistics)
+    assert more.price * 4 * (1 - 1e-6) <= more.bound - less.bound <= less.price * 4 * (1 + 1e-6)
     assert capped.price == 0
     assert "only the cap on single layers binds" in worth_lines(capped)[1]
 
@@ -374,7 +367,6 @@ def test_facts_and_charts(tmp_path: Path, emoji_statistics: Path, capsys: pytest
     path = solved(tmp_path, "--policy", "heatkv-lp", "--set", "value=error", "--statistics", statistics)
     plan = load_plan(path)
     facts, screen = explained(capsys, str(path), "--statistics", statistics, "--out", str(out))
-    assert facts["policy"] == "heatkv-lp"
     assert facts["slack_token_heads"] == plan.budget_token_heads - plan.peak_token_heads
     assert facts["live_token_heads"] == plan.live.tolist()
     assert facts["source_scales"][0]["kept_token_time"] == 1
@@ -387,24 +379,9 @@ def test_facts_and_charts(tmp_path: Path, emoji_statistics: Path, capsys: pytest
     change = 0.01 * plan.budget_token_heads * prices / worth["value_bound"]
     assert worth["change_of_bound_by_one_percent_of_budget"] == pytest.approx(change)
     assert sorted(facts["files"]) == sorted(str(file) for file in out.iterdir())
-    for name in ("last_read.png", "kept.png", "cache_use.png"):
-        with Image.open(out / name) as picture:
-            assert picture.size[0] > 300
+    assert {file.name for file in out.iterdir()} == {"last_read.png", "cache_use.png"}
     for text in ("settings", "kept per source scale", "kept per layer", "cache use", "what binds", "33.12 token"):
         assert text in screen
-
-
-@pytest.mark.parametrize("policy", ["heatkv", "random", "sliding-window"])
-def test_plans_without_a_solver(
-    policy: str, tmp_path: Path, emoji_statistics: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    statistics = ["--statistics", str(emoji_statistics)]
-    path = solved(tmp_path, "--policy", policy, *(statistics if policy == "heatkv" else []))
-    assert explained(capsys, str(path))[0]["worth"] is None
-    worth = explained(capsys, str(path), *statistics)[0]["worth"]
-    assert worth["measure"] == ("conditional-mass" if policy == "heatkv" else "error")
-    assert worth["instead"] is None
-    assert worth["value"] < worth["value_bound"]
 
 
 def test_plan_with_levels(tmp_path: Path, emoji_statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,28 +389,17 @@ def test_plan_with_levels(tmp_path: Path, emoji_statistics: Path, capsys: pytest
     path = solved(tmp_path, "--policy", "heatkv-mr", *statistics)
     plan = load_plan(path)
     facts, screen = explained(capsys, str(path), *statistics)
-    assert facts["not_judged"] is None
-    assert (facts["worth"]["measure"], facts["worth"]["instead"]) == ("joint", None)
-    assert facts["worth"]["value"] == pytest.approx(plan.value)
-    assert facts["worth"]["value_bound"] == pytest.approx(plan.value_bound)
-    assert facts["worth"]["gap"] == pytest.approx(plan.gap)
+    assert facts["worth"]["measure"] == "joint"
+    assert [facts["worth"][name] for name in ("value", "value_bound", "gap")] == pytest.approx(
+        [plan.value, plan.value_bound, plan.gap]
+    )
     assert set(facts["reads_of_source_scales"]) == {level for level, _ in plan.levels}
-    assert "coarse" not in facts
     assert "read mean" in screen
     Statistics.load(emoji_statistics).with_levels(None).save(bare)
     facts, screen = explained(capsys, str(path), "--statistics", str(bare), "--out", str(tmp_path / "charts"))
     assert facts["worth"] is None
-    assert "lack level costs" in facts["not_judged"]
     assert "not judged: these statistics (emoji) lack level costs" in screen
     assert (tmp_path / "charts" / "last_read_mean.png").exists()
-
-
-def test_plan_without_head_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = solved(tmp_path, "--model", "infinity-2b", "--policy", "heatkv", "--orders", str(ORDERS))
-    data = json.loads(path.read_text())
-    del data["head_dim"]
-    path.write_text(json.dumps(data))
-    assert "infinity-2b, 32 layers x 16 heads" in explained(capsys, str(path))[1]
 
 
 def test_bad_files_and_options(tmp_path: Path, emoji_statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -451,7 +417,7 @@ def test_bad_files_and_options(tmp_path: Path, emoji_statistics: Path, capsys: p
         ({"model": "var-d16"}, statistics, "var-d16"),  # the same shapes under the name of another model
         ({}, ["--statistics", str(foreign)], "other weights"),
         ({}, ["--out", str(tmp_path / "taken")], "taken"),
-        ({}, ["--out", str(tmp_path / "new" / "kept.png")], "kept.png"),
+        ({}, ["--out", str(tmp_path / "new" / "map.png")], "map.png"),
     ):
         other.write_text(json.dumps(data | changes))
         assert run(["explain", str(other), *arguments]) == 2

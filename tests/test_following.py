@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
 from typing import Any
 
@@ -72,10 +73,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     def watched(self: Generator[Any], labels: Any, seed: int, samples: Any, **more: Any) -> Drawn:
         cache, plan = self.cache, self.plan
         drawn = draw(self, labels, seed, samples, **more)
-        assert self.cache is cache
-        assert self.plan is plan
-        assert isinstance(plan, Plan)
-        assert drawn.images is not None
+        assert (self.cache, self.plan) == (cache, plan)
         seen.append(Batch(plan, list(samples), list(labels), drawn.images))
         return drawn
 
@@ -97,21 +95,20 @@ def test_pictures_while_nothing_is_adopted(model: TextConditionalModel, measured
     assert generator.summary()["measured"] == 5
 
 
-@pytest.mark.parametrize("memory", [None, "8MiB"])
 def test_plans_change_between_images_only(
-    model: TextConditionalModel, misleading: Statistics, batches: list[Batch], memory: str | None
+    model: TextConditionalModel, misleading: Statistics, batches: list[Batch]
 ) -> None:
     """Every batch is what the plan in force draws by itself, and the plan changes just where an event says so."""
-    generator = follow(model, misleading, memory=memory)
+    generator = follow(model, misleading)
     plans, pictures = [generator.plan], []
-    for number, picture in enumerate(generator.draw(model.labels(20))):
+    for number, picture in enumerate(generator.draw(model.labels(12))):
         if number % 4 == 0 and number:
             plans.append(generator.plan)
         pictures.append(picture)
     drawn = list(batches)
     adopted = [event.image for event in generator.events if event.adopted]
     assert adopted
-    assert [batch.samples for batch in drawn] == [list(range(first, first + 4)) for first in range(0, 20, 4)]
+    assert [batch.samples for batch in drawn] == [list(range(first, first + 4)) for first in range(0, 12, 4)]
     for index, batch in enumerate(drawn):
         assert batch.plan is plans[index]
         assert (index > 0 and batch.plan is not drawn[index - 1].plan) == (4 * index in adopted)
@@ -158,7 +155,7 @@ def test_bytes_within_the_budget(
         return found
 
     monkeypatch.setattr(following, "measure_drawn", watched)
-    for _ in generator.draw(model.labels(3 * batch + 5)):  # the last ones need a cache of another size
+    for _ in generator.draw(model.labels(2 * batch + 5)):  # the last ones need a cache of another size
         assert 0 < arenas.bytes <= budget
     assert any(event.adopted for event in generator.events)
     assert arenas.made >= 3
@@ -171,7 +168,7 @@ def test_bytes_within_the_budget(
         else:
             assert 0 < cached <= budget
             assert held <= 8 << 20
-    assert sum(images for _, _, images in beside) == 6
+    assert sum(images for _, _, images in beside) == 4
     assert max(event.measuring_bytes for event in generator.events) == max(held for _, held, _ in beside)
 
 
@@ -193,7 +190,7 @@ def test_same_run_twice(model: TextConditionalModel, misleading: Statistics) -> 
     runs = []
     for _ in range(2):
         generator = follow(model, misleading, policy=LEVELS, every=2)
-        pictures = torch.stack(list(generator.draw(model.labels(12))))
+        pictures = torch.stack(list(generator.draw(model.labels(8))))
         events = [event.to_json() for event in generator.events]
         numbers = [{name: event[name] for name in event if not name.endswith("seconds")} for event in events]
         runs.append((pictures, numbers, generator.statistics))
@@ -201,12 +198,10 @@ def test_same_run_twice(model: TextConditionalModel, misleading: Statistics) -> 
     assert torch.equal(pictures, again)
     assert events == events_again
     assert statistics == statistics_again
-    assert len(events) == 3
+    assert len(events) == 2
     levels, initial = statistics.levels, misleading.levels
-    assert levels is not None
-    assert initial is not None
     assert np.array_equal(levels.log_bias, initial.log_bias)
-    assert len(levels.samples) == 3 + 6
+    assert len(levels.samples) == 3 + 4
     assert not np.allclose(levels.joint[5], initial.joint[5])
 
 
@@ -230,18 +225,15 @@ def test_refused_options(
 def test_ways_out_of_too_small_a_budget(model: TextConditionalModel, measured: Statistics) -> None:
     with pytest.raises(BudgetError) as refused:
         follow(model, measured, batch=1)
-    message = str(refused.value)
-    batch, memory = int(message.split("draw ")[1].split()[0]), message.split("memory=")[1]
-    assert follow(model, measured, batch=batch).measured_at_once == 1
+    batch, memory = re.search(r"draw (\d+) .*memory=(\S+)", str(refused.value)).groups()
+    assert follow(model, measured, batch=int(batch)).measured_at_once == 1
     with pytest.raises(BudgetError):
-        follow(model, measured, batch=batch - 1)
+        follow(model, measured, batch=int(batch) - 1)
     assert follow(model, measured, batch=1, memory=memory).measured_at_once >= 1
 
 
-@pytest.mark.parametrize(("changes", "named"), [({"fingerprint": "0" * 16}, "0" * 16), ({"cfg": 1.0}, "cfg 1")])
-def test_statistics_of_something_else(
-    model: TextConditionalModel, measured: Statistics, changes: dict[str, Any], named: str
-) -> None:
-    other = dataclasses.replace(measured, provenance=dataclasses.replace(measured.provenance, **changes))
-    with pytest.raises(StatisticsError, match=named):
-        follow(model, other, memory="64MiB")
+def test_statistics_of_something_else(model: TextConditionalModel, measured: Statistics) -> None:
+    for changes, named in (({"fingerprint": "0" * 16}, "0" * 16), ({"cfg": 1.0}, "cfg 1")):
+        other = dataclasses.replace(measured, provenance=dataclasses.replace(measured.provenance, **changes))
+        with pytest.raises(StatisticsError, match=named):
+            follow(model, other, memory="64MiB")

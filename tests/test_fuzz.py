@@ -12,8 +12,8 @@ MUTANTS = 12
 def test_damaged_files_are_refused_or_valid(tmp_path: Path) -> None:
     loaders = make_loaders(tmp_path)
     (tmp_path / "place").mkdir()
-    for name, loader in loaders.items():
-        loader.load(loader.path)
-        ended = [outcome(loader, name, seed, tmp_path / "place") for seed in range(MUTANTS)]
+    for name, load in loaders.items():
+        load(tmp_path / name)
+        ended = [outcome(load, tmp_path / name, seed, tmp_path / "place") for seed in range(MUTANTS)]
         assert set(ended) <= {"valid", "refused"}, (name, ended)
         assert "refused" in ended, name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def plan_of(model: ClassConditionalModel, budget: str) -> Plan:
 
 
 @pytest.mark.parametrize("budget", ["100%", "30%"])
-def test_pictures_do_not_depend_on_the_batch(emoji: ClassConditionalModel, budget: str) -> None:
+def test_images_in_batches(emoji: ClassConditionalModel, budget: str) -> None:
     plan, labels = plan_of(emoji, budget), [3, 60, 17]
     together = generate(emoji, labels, plan, seed=4, batch=3)
     one_by_one = generate(emoji, labels, plan, seed=4, batch=1)
@@ -33,7 +35,7 @@ def test_pictures_do_not_depend_on_the_batch(emoji: ClassConditionalModel, budge
     assert together.max() <= 1
 
 
-def test_a_second_run_is_the_same_to_the_bit(emoji: ClassConditionalModel) -> None:
+def test_bits_of_a_second_run(emoji: ClassConditionalModel) -> None:
     generator = Generator(emoji, plan_of(emoji, "20%"), 2)
     first = generator.draw([1, 2], seed=9)
     generator.cache.store.spoil()  # nothing of the first images may be read
@@ -45,13 +47,13 @@ def test_a_second_run_is_the_same_to_the_bit(emoji: ClassConditionalModel) -> No
     assert not all(torch.equal(a, b) for a, b in zip(first.tokens, other.tokens, strict=True))
 
 
-def test_a_full_budget_draws_as_the_full_cache_to_the_bit(emoji: ClassConditionalModel) -> None:
+def test_bits_of_a_full_budget(emoji: ClassConditionalModel) -> None:
     plan = emoji.plan("random")
     assert plan.had_no_effect()
     assert torch.equal(generate(emoji, [5, 6], plan, seed=1), generate(emoji, [5, 6], emoji.plan(), seed=1))
 
 
-def test_guidance_of_zero_runs_half_the_rows(emoji: ClassConditionalModel) -> None:
+def test_rows_without_guidance(emoji: ClassConditionalModel) -> None:
     generator = Generator(emoji, plan_of(emoji, "100%"), 2, SamplingSettings(cfg=0, top_k=1))
     assert generator.cache.rows == 2
     drawn = generator.draw([1, 1])
@@ -59,7 +61,7 @@ def test_guidance_of_zero_runs_half_the_rows(emoji: ClassConditionalModel) -> No
     assert all(torch.equal(tokens[0], tokens[1]) for tokens in drawn.tokens)
 
 
-def test_bfloat16_stores_half_the_bytes_and_draws_nearly_the_same(emoji: ClassConditionalModel) -> None:
+def test_bytes_and_logits_of_bfloat16(emoji: ClassConditionalModel) -> None:
     half = load_model("emoji", dtype="bfloat16")
     logits: dict[str, list[torch.Tensor]] = {"float32": [], "bfloat16": []}
     sizes, tokens = {}, Generator(emoji, plan_of(emoji, "30%"), 1).draw([7], seed=0).tokens
@@ -79,12 +81,23 @@ def test_bfloat16_stores_half_the_bytes_and_draws_nearly_the_same(emoji: ClassCo
         assert 0 < (a - b).abs().max() < 0.15 * a.std() + 0.5
 
 
-def test_misuse_is_refused(emoji: ClassConditionalModel) -> None:
-    generator = Generator(emoji, plan_of(emoji, "100%"), 2)
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"labels": []}, r"labels is \[\]"), ({"labels": "pizza"}, "labels is 'pizza'"), ({"labels": [999]}, "999"),
+        ({"batch": 0}, "batch is 0"), ({"seed": 0.5}, "seed is 0.5"), ({"first_sample": "a"}, "first_sample is 'a'"),
+    ],
+)  # fmt: skip
+def test_refused_images(emoji: ClassConditionalModel, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ModelError, match=named):
+        generate(emoji, **({"labels": [1], "plan": emoji.full_plan()} | options))
+
+
+def test_refused_batches(emoji: ClassConditionalModel) -> None:
     with pytest.raises(ModelError, match="3 labels for a generator of batch 2"):
-        generator.draw([1, 2, 3])
-    with pytest.raises(ModelError, match="no label"):
-        generate(emoji, [], plan_of(emoji, "100%"))
+        Generator(emoji, emoji.full_plan(), 2).draw([1, 2, 3])
+    with pytest.raises(ModelError, match="batch is 0"):
+        Generator(emoji, emoji.full_plan(), 0)
     other = Full().plan(PlanningProblem(model_info("var-d16").geometry(), Budget.parse("100%")))
     with pytest.raises(PlanError, match="the plan is for 16 layers x 16 heads, the model has 12 x 6"):
         Generator(emoji, other, 1)

@@ -9,13 +9,14 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support.nvml import fake_nvml, no_access
 
 import heatkv
 from heatkv.engine.spans import PHASES, layer_name, listening, scale_name, span
@@ -23,13 +24,7 @@ from heatkv.generation.loop import Generator
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling.measure import environment, latency
 from heatkv.profiling.measure.environment import load_of, timing_machine
-from heatkv.profiling.measure.latency import (
-    latency_of,
-    measure_breakdown,
-    measure_interleaved,
-    median_interval,
-    turns,
-)
+from heatkv.profiling.measure.latency import latency_of, measure_breakdown, measure_interleaved, median_interval, turns
 from heatkv.profiling.measure.runner import measure_latency
 from heatkv.profiling.measure.subjects import Subject, plan_subjects
 from heatkv.profiling.measure.trace import save_trace
@@ -238,26 +233,12 @@ def test_a_breakdown_on_a_cuda_device() -> None:
 
 @pytest.mark.parametrize(
     ("used", "processes", "told"),
-    [
-        (5, 1, []),
-        (60, 1, ["the GPU is used 60% of the time by others"]),
-        (0, 3, ["2 other processes on the GPU"]),
-    ],
+    [(5, 1, []), (60, 1, ["the GPU is used 60% of the time by others"]), (0, 3, ["2 other processes on the GPU"])],
 )
 def test_a_busy_gpu_is_told(monkeypatch: pytest.MonkeyPatch, used: int, processes: int, told: list[str]) -> None:
-    class NVMLError(Exception):
-        pass
-
-    def no_access(handle: str) -> Any:
-        raise NVMLError
-
     waits: list[float] = []
-    nvml = ModuleType("pynvml")
-    vars(nvml).update(
-        NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
-        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=used),
-        nvmlDeviceGetComputeRunningProcesses=lambda handle: [object()] * processes,
-    )  # fmt: skip
+    rates = {"nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=used)}
+    nvml = fake_nvml(pids=tuple(range(processes)), **rates)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(environment.time, "sleep", waits.append)
     monkeypatch.setattr(environment.os, "getloadavg", lambda: (0.0, 0.0, 0.0))

@@ -94,7 +94,7 @@ def problems(draw: st.DrawFn, capped: bool = False) -> Problem:
 # ---------------------------------------------------------------------- against all plans
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problem=problems(capped=True), levels=st.sampled_from([ALL, WHOLE, (0, 2)]), more=st.sampled_from([0, 0, 1, 3]))
 def test_best_of_all_plans(problem: Problem, levels: tuple[int, ...], more: int) -> None:
     """Between cost and bound, with these levels and further sinks that the costs also know otherwise."""
@@ -111,6 +111,11 @@ def test_best_of_all_plans(problem: Problem, levels: tuple[int, ...], more: int)
     bound, prices = level_bound(stats, capacity, levels, sinks)
     assert bound <= best + 1e-9
     assert level_price_bound(stats, capacity, levels, prices, sinks) == pytest.approx(bound, **NEAR)
+    rng = np.random.default_rng(capacity.room)
+    anything = rng.random(len(prices)) * (rng.random(len(prices)) < 0.3) * 10.0 ** (capacity.room % 4 - 3)
+    assert level_price_bound(stats, capacity, levels, anything, sinks) <= best + 1e-9
+    if levels != WHOLE:  # dropping alone never costs less
+        assert found.cost <= allocate_levels(stats, capacity, WHOLE, sinks).cost
     too_little = dataclasses.replace(capacity, room=least - 1)
     for call in (allocate_levels, level_bound):
         with pytest.raises(BudgetError, match=f"{sinks} sink scales alone hold 1 token-heads more .* {least - 1};"):
@@ -119,16 +124,16 @@ def test_best_of_all_plans(problem: Problem, levels: tuple[int, ...], more: int)
 
 def test_optimum_of_half_of_small_instances() -> None:
     solved = 0
-    for seed in range(12):
-        schedule, layers, heads = SMALL[seed % 4]
-        stats = random_levels(schedule, layers, heads, seed, 1, (5, 1, 2, 0)[seed // 4 % 4])
+    for seed in range(8):
+        schedule, layers, heads = SMALL[2 + seed % 2]
+        stats = random_levels(schedule, layers, heads, seed, 1, (5, 1, 2, 0)[seed // 2])
         room = int(np.random.default_rng(seed).integers(layers * heads, full(schedule, layers, heads)))
         best = optimum(stats, with_room(stats, room))
         solved += allocate_levels(stats, with_room(stats, room)).cost <= best * (1 + 1e-9) + 1e-12
-    assert solved >= 6
+    assert solved >= 4
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(problem=problems(), share=st.sampled_from([0.0, 1e-3, 4.9e-3, 0.1]))
 def test_closer_bound(problem: Problem, share: float) -> None:
     """Below the best of all plans, from the plan without any cells, whose gap is largest."""
@@ -152,8 +157,7 @@ def test_closer_bound(problem: Problem, share: float) -> None:
 LUMPY = ScaleSchedule.square((1, 2, 3, 4, 6, 8))
 
 
-@pytest.mark.parametrize("seed", [2, 7])  # plans of the first program break further rows
-@pytest.mark.parametrize("levels", [ALL, WHOLE])
+@pytest.mark.parametrize(("levels", "seed"), [(ALL, 2), (WHOLE, 7)])  # first plans break further rows
 def test_gap_of_few_heads(
     levels: tuple[int, ...], seed: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,7 +178,7 @@ def test_gap_of_few_heads(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("share", "joint", "far"), [(0.1, 5, False), (0.1, 2, False), (0.5, 5, False), (0.5, 5, True)])
+@pytest.mark.parametrize(("share", "joint", "far"), [(0.1, 2, False), (0.5, 5, True)])
 def test_gap_of_larger_instances(share: float, joint: int, far: bool) -> None:
     """Half a percent, also where costs are far below that of holding nothing: they must not drown in tolerances."""
     stats = random_levels(LUMPY, 12, 6, 11, 2, joint)
@@ -186,16 +190,6 @@ def test_gap_of_larger_instances(share: float, joint: int, far: bool) -> None:
     check_plan(stats, capacity, found)
     assert found.gap <= 0.005
     assert found.cost <= allocate_levels(stats, capacity, WHOLE).cost
-
-
-@settings(max_examples=10)
-@given(problem=problems())
-def test_cost_of_dropping_alone(problem: Problem) -> None:
-    """It is never less than with more levels."""
-    stats, capacity = problem
-    dropped = allocate_levels(stats, capacity, WHOLE)
-    for levels in (ALL, (0, 2)):
-        assert allocate_levels(stats, capacity, levels).cost <= dropped.cost
 
 
 def test_dropping_instead_of_a_poor_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,15 +208,6 @@ def test_dropping_instead_of_a_poor_plan(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.bound < found.cost == dropping.cost  # the bound is still that of all levels
 
 
-@settings(max_examples=15)
-@given(problem=problems(), seed=SEEDS, levels=st.sampled_from([ALL, WHOLE]))
-def test_bound_of_any_prices(problem: Problem, seed: int, levels: tuple[int, ...]) -> None:
-    stats, capacity = problem
-    rng, rows = np.random.default_rng(seed), len(capacity.row_room)
-    prices = rng.random(rows) * (rng.random(rows) < 0.3) * 10.0 ** rng.integers(-3, 1)
-    assert level_price_bound(stats, capacity, levels, prices) <= optimum(stats, capacity, levels) + 1e-9
-
-
 # ---------------------------------------------------------------------- pricing
 
 PRICED = [
@@ -235,7 +220,7 @@ PRICED = [
 
 
 @pytest.mark.parametrize(("schedule", "measured", "joint"), PRICED)
-@pytest.mark.parametrize(("levels", "more"), [(ALL, 0), (ALL, 1), (WHOLE, 0), (WHOLE, 2), ((0, 2), 0), ((0, 1), 2)])
+@pytest.mark.parametrize(("levels", "more"), [(ALL, 0), (ALL, 1), (WHOLE, 2), ((0, 2), 0), ((0, 1), 2)])
 def test_cheapest_of_all_paths(
     schedule: ScaleSchedule, measured: int, joint: int, more: int, levels: tuple[int, ...]
 ) -> None:
@@ -258,7 +243,7 @@ def test_cheapest_of_all_paths(
 
 @pytest.mark.parametrize(("schedule", "sinks", "joint"), PRICED)
 @pytest.mark.parametrize("levels", [ALL, WHOLE])
-def test_all_paths_of_little_regret(schedule: ScaleSchedule, sinks: int, joint: int, levels: tuple[int, ...]) -> None:
+def test_paths_of_little_regret(schedule: ScaleSchedule, sinks: int, joint: int, levels: tuple[int, ...]) -> None:
     stats = random_levels(schedule, 1, 2, 2, sinks, joint, "any")
     pricing, paths = Pricing(stats, levels), all_paths(stats.choices, levels)
     tokens = tokens_of(schedule, paths)
@@ -287,9 +272,8 @@ def test_paths_of_the_oracle() -> None:
 
 
 def test_undominated_paths() -> None:
-    tokens = np.array([[0, 4], [0, 4], [0, 3], [9, 5], [0, 4], [0, 9]])
+    tokens, head = np.array([[0, 4], [0, 4], [0, 3], [9, 5], [0, 4], [0, 9]]), np.array([0, 0, 0, 0, 1, 1])
     cost = np.array([1.0, 1.0, 2.0, 1.5, 0.5, 0.9])
-    head = np.array([0, 0, 0, 0, 1, 1])
     paths = Paths(np.zeros((6, 2, 2), dtype=np.int8), cost, tokens)
     both, second = np.ones((2, 2), dtype=bool), np.array([[False, True]] * 2)
     assert sorted(undominated(head, paths, both)) == [0, 2, 4]
@@ -338,13 +322,20 @@ def test_nothing_to_lose(joint: int) -> None:
         assert (found.cost, found.bound, found.gap) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_size_of_costs(size: float) -> None:
+def test_size_of_costs_and_same_answer_twice() -> None:
     stats = random_levels(MORE, 2, 2, 4, 1)
-    scaled = stats.with_sums({name: array * size for name, array in stats.sums().items()}, stats.samples)
-    one, other = (allocate_levels(costs, with_room(stats, 30)) for costs in (stats, scaled))
-    assert other.cost == pytest.approx(one.cost * size, rel=0.01)
-    assert other.bound == pytest.approx(one.bound * size, rel=0.01)
+    answers = [
+        allocate_levels(
+            stats.with_sums({name: x * size for name, x in stats.sums().items()}, ("a",)), with_room(stats, 30)
+        )
+        for size in (1, 1, 1e-30, 1e30)
+    ]
+    one, again = answers[:2]
+    assert np.array_equal(one.level, again.level)
+    assert (one.cost, one.bound, one.row_prices.tobytes()) == (again.cost, again.bound, again.row_prices.tobytes())
+    for size, other in zip((1e-30, 1e30), answers[2:], strict=True):
+        assert other.cost == pytest.approx(one.cost * size, rel=0.01)
+        assert other.bound == pytest.approx(one.bound * size, rel=0.01)
 
 
 def test_sinks() -> None:
@@ -360,14 +351,6 @@ def test_sinks() -> None:
     assert (found.last_reads()[2][:, :, 2:] == np.arange(2, 5)).all()  # nothing but the sinks fits
     found = allocate_levels(stats, with_room(stats, full(MORE, 2, 2)), sink_scales=4)
     assert (found.last_reads()[0] == 4).all()
-
-
-def test_same_answer_twice() -> None:
-    stats = random_levels(ScaleSchedule.square((1, 2, 3, 4, 6)), 4, 3, 9, 2)
-    one, other = (allocate_levels(stats, with_room(stats, 100)) for _ in range(2))
-    assert np.array_equal(one.level, other.level)
-    assert (one.cost, one.bound) == (other.cost, other.bound)
-    assert np.array_equal(one.row_prices, other.row_prices)
 
 
 def test_pooled_source_that_leaves_the_joint_ones() -> None:

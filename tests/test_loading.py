@@ -26,7 +26,6 @@ from heatkv.models.checkpoint import (
     read_checkpoint,
     var_config,
 )
-from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.infinity import Infinity
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
@@ -65,7 +64,6 @@ def same(model: torch.nn.Module, state: Mapping[str, Tensor]) -> bool:
 
 
 def check(model: Any, state: Mapping[str, Tensor]) -> None:
-    assert isinstance(model, ClassConditionalModel)
     assert torch.equal(model.transformer.head.weight, state["head.weight"])
     assert model.geometry.schedule.total_tokens == 680
     assert not model.transformer.training
@@ -75,23 +73,20 @@ def test_plain_files_in_a_folder(tmp_path: Path, var: dict[str, Tensor], vae: di
     torch.save(var, tmp_path / "tiny.pth")
     torch.save(vae, tmp_path / "vae.pth")
     check(load_model("var-tiny", tmp_path), var)
-    check(load_model("var-tiny", tmp_path / "tiny.pth"), var)
     (tmp_path / "vae.pth").rename(tmp_path / "other.pth")
     with pytest.raises(ModelError, match=r"no vae\.pth lies beside"):
         load_model("var-tiny", tmp_path)
-    check(load_model("var-tiny", tmp_path, vae=tmp_path / "other.pth"), var)
+    check(load_model("var-tiny", tmp_path / "tiny.pth", vae=tmp_path / "other.pth"), var)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod."])
-def test_a_trainer_file_of_var_holds_both(
-    tmp_path: Path, var: dict[str, Tensor], vae: dict[str, Tensor], prefix: str
-) -> None:
-    trainer = {"config": {"depth": 2}, "var_wo_ddp": {prefix + k: x for k, x in var.items()}, "vae_local": vae}
-    torch.save({"epoch": 1, "iter": 2, "trainer": trainer, "args": {"lr": 0.1}}, tmp_path / "tiny.pth")
-    check(load_model("var-tiny", tmp_path), var)
+def test_trainer_files_of_var_hold_both(tmp_path: Path, var: dict[str, Tensor], vae: dict[str, Tensor]) -> None:
+    for prefix in ("module.", "module._orig_mod."):
+        trainer = {"config": {"depth": 2}, "var_wo_ddp": {prefix + k: x for k, x in var.items()}, "vae_local": vae}
+        torch.save({"epoch": 1, "iter": 2, "trainer": trainer, "args": {"lr": 0.1}}, tmp_path / "tiny.pth")
+        check(load_model("var-tiny", tmp_path), var)
 
 
-def test_files_of_another_model_are_refused(tmp_path: Path, var: dict[str, Tensor], vae: dict[str, Tensor]) -> None:
+def test_refused_files_of_another_model(tmp_path: Path, var: dict[str, Tensor], vae: dict[str, Tensor]) -> None:
     torch.save({k: x for k, x in var.items() if not k.startswith("blocks.1.")}, tmp_path / "short.pth")
     torch.save(var, tmp_path / "tiny.pth")
     torch.save(vae | {"quantize.embedding.weight": torch.zeros(32, 8)}, tmp_path / "vae.pth")
@@ -126,16 +121,10 @@ def test_infinity_by_name(tmp_path: Path, state: dict[str, Tensor], monkeypatch:
         load_model("infinity-tiny", tmp_path, vae=(tmp_path / "vae.pth").rename(tmp_path / "infinity_vae_d32.pth"))
 
 
-def test_a_sharded_folder_is_one_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert find_weights(tmp_path, VAR_TINY.files) == tmp_path
-
-
 # ------------------------------------------------------------------------------------- configurations from tensors
 
 
-@pytest.mark.parametrize("l2_norm", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("l2_norm", "shared"), [(True, False), (False, True)])
 def test_configurations_of_var(l2_norm: bool, shared: bool) -> None:
     config = VARConfig((1, 2, 4), 2, 128, 2, 7, 32, 8, 2.0, shared, l2_norm)
     plain = VAR(config).state_dict()
@@ -160,7 +149,7 @@ def test_configurations_of_the_vqvae() -> None:
         decoder.latent(torch.zeros(1, 3, 16, 16))
 
 
-@pytest.mark.parametrize("per_chunk", [None, 1, 2, 4])
+@pytest.mark.parametrize("per_chunk", [None, 1, 4])
 def test_blocks_of_infinity_in_both_layouts(state: dict[str, Tensor], per_chunk: int | None) -> None:
     strays = ("lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "text_proj_for_sos.ca.zero_k_bias")
     content = state if per_chunk is None else chunked(state, per_chunk)
@@ -253,6 +242,7 @@ def test_sharded_folders(tmp_path: Path, state: dict[str, Tensor], kind: str) ->
         write(shard, tmp_path / file)
     index = tmp_path / f"{kind}.index.json"
     index.write_text(json.dumps({"weight_map": names}))
+    assert find_weights(tmp_path, VAR_TINY.files) == tmp_path
     assert same(build_infinity(read_checkpoint(tmp_path)), state)
 
     lost = next(iter(shards[1]))
@@ -265,7 +255,8 @@ def test_sharded_folders(tmp_path: Path, state: dict[str, Tensor], kind: str) ->
             read_checkpoint(tmp_path)
 
 
-def test_folders_with_one_file_or_none(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_folders_with_one_file_or_none(tmp_path: Path) -> None:
+    state = {"x": torch.zeros(3)}
     with pytest.raises(FormatError, match="neither model"):
         read_checkpoint(tmp_path)
     torch.save(state, tmp_path / "pytorch_model.bin")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from msgspec import structs
 from support import processes
+from support.nvml import fake_nvml, no_access
 from torch import Tensor
 
 from heatkv.calibration.run import calibrate
@@ -166,7 +167,6 @@ def test_snapshots_need_a_gpu() -> None:
 
 
 def test_bytes_are_read_from_the_storage(emoji: ClassConditionalModel) -> None:
-    policies = [make_policy("streaming"), make_policy("random")]
     policies, budgets = [make_policy("streaming"), make_policy("random")], [Budget.parse("30%"), Budget.parse("2MiB")]
     subjects = plan_subjects(emoji, policies, budgets, statistics=None, rows=4, storage="float32", draws=2)
     assert [(s.policy, s.budget, len(s.plans)) for s in subjects] == [
@@ -233,35 +233,13 @@ def test_where_the_peak_of_resident_memory_is_read(tmp_path: Path) -> None:
     assert (resident.resets, (tmp_path / "clear_refs").read_text()) == (True, "5")
 
 
-def fake_nvml(v2: bool, process: int | None, listed: bool = True) -> Any:
-    """NVML of a driver that knows the second version of memory or does not."""
-
-    class NVMLError(Exception):
-        pass
-
-    def info(handle: str, version: int | None = None) -> SimpleNamespace:
-        if not v2:
-            raise NVMLError("Function Not Found")
-        assert (handle, version) == ("handle of GPU-u", 7)
-        return SimpleNamespace(total=1000, reserved=100, used=600, free=300)
-
-    processes = [SimpleNamespace(pid=os.getpid() + 1, usedGpuMemory=9)]
-    if listed:
-        processes.append(SimpleNamespace(pid=os.getpid(), usedGpuMemory=process))
-    return SimpleNamespace(
-        NVMLError=NVMLError, nvmlMemory_v2=7, nvmlInit=lambda: None, nvmlDeviceGetMemoryInfo=info,
-        nvmlDeviceGetHandleByUUID=lambda uuid: f"handle of {uuid}",
-        nvmlDeviceGetComputeRunningProcesses=lambda handle: processes,
-    )  # fmt: skip
-
-
 def test_the_driver_separates_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
     for nvml, expected in (
-        (fake_nvml(True, 400), driver_of(400, 1000, 100, 600, 300)),
-        (fake_nvml(True, None), driver_of(None, 1000, 100, 600, 300)),
-        (fake_nvml(True, 400, listed=False), driver_of(None, 1000, 100, 600, 300)),
-        (fake_nvml(False, 400), driver_of(400, None, None, None, None)),
+        (fake_nvml(400), driver_of(400, 1000, 100, 600, 300)),
+        (fake_nvml(None), driver_of(None, 1000, 100, 600, 300)),
+        (fake_nvml(400, pids=(os.getpid() + 1,)), driver_of(None, 1000, 100, 600, 300)),
+        (fake_nvml(400, nvmlDeviceGetMemoryInfo=no_access), driver_of(400, None, None, None, None)),
         (None, None),
     ):
         monkeypatch.setitem(sys.modules, "pynvml", nvml)
@@ -380,7 +358,7 @@ def job_of(model: ClassConditionalModel, **more: Any) -> worker.Job:
     arguments: dict[str, Any] = {
         "model": {"name": "emoji", "device": "cpu"}, "fingerprint": model.fingerprint, "settings": model.sampling,
         "plan": model.plan("streaming", "20%").to_json(), "storage": "float32", "attention": "auto", "batch": 1,
-        "seed": 0, "threads": 1,
+        "seed": 0,
     }  # fmt: skip
     return worker.Job(**arguments | more)
 
@@ -445,6 +423,7 @@ PARENT = """
 import os, signal, sys
 from heatkv.profiling.measure import worker
 from support import processes
+from support.nvml import fake_nvml, no_access
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     worker._run = processes.waiting

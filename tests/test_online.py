@@ -14,14 +14,13 @@ from strategies import statistics_of
 
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.plan import Plan
 from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import FloatArray
 from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError, StatisticsError
 from heatkv.online.adoption import FadingStatistics, OnlinePlanner, check_can_follow, plan_value
-from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
+from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.analysis.explain import worth_of
 from heatkv.solve.cells import read_value
 from heatkv.testing.material import made_up_mass
@@ -54,9 +53,7 @@ def made(mass: FloatArray, first: int = 0, **options: Any) -> Statistics:
 # ------------------------------------------------------------------------------------------------ forgetting
 
 
-@pytest.mark.parametrize(
-    ("parts", "half_life"), [([3, *[1] * 12], 5.0), ([40, *[1] * 12], 2.5), ([1, *[1] * 12], 0.5), ([2, 4], 4.0)]
-)
+@pytest.mark.parametrize(("parts", "half_life"), [([3, *[1] * 6], 5.0), ([20, *[1] * 4], 2.5), ([2, 4], 4.0)])
 def test_forgetting_is_a_plain_weighted_mean(parts: Sequence[int], half_life: float) -> None:
     """Samples that are added together weigh the same."""
     masses, keep = made_up_mass(GEOMETRY, sum(parts), 0), 0.5 ** (1 / half_life)
@@ -66,30 +63,17 @@ def test_forgetting_is_a_plain_weighted_mean(parts: Sequence[int], half_life: fl
     for count in parts[1:]:
         fading.add(made(masses[first : first + count], first=first))
         weights, first = np.append(weights * keep**count, np.ones(count)), first + count
-    found = fading.statistics()
-
-    def mean(of_samples: FloatArray) -> FloatArray:
-        result: FloatArray = np.average(of_samples, axis=0, weights=weights)
-        return result
-
-    later = np.tril(np.ones(masses.shape[-2:]), -1)
-    for array, expected in (
-        (found.mass, mean(masses)),
-        (found.all_mass, mean(masses)),
-        (found.drop_error, mean(masses**3 * later)),
-        (fading.effective_count, weights.sum() ** 2 / (weights**2).sum()),
-    ):
-        np.testing.assert_allclose(array, expected, rtol=1e-9)
-    assert found.levels is not None
-    one_by_one = [made(masses[i : i + 1], first=i).levels for i in range(len(masses))]
-    for target in range(len(GEOMETRY.schedule)):
-        costs = np.stack([levels.joint[target] for levels in one_by_one if levels is not None])
-        np.testing.assert_allclose(found.levels.joint[target], mean(costs), rtol=1e-9)
-    singles = np.stack([levels.single for levels in one_by_one if levels is not None])
-    np.testing.assert_allclose(found.levels.single, mean(singles), rtol=1e-9)
+    found, singly = fading.statistics(), [made(masses[i : i + 1], first=i) for i in range(len(masses))]
+    assert fading.effective_count == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-9)
+    for name in ("mass", "all_mass", "drop_error"):
+        expected = np.average([getattr(one, name) for one in singly], axis=0, weights=weights)
+        np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-9)
+    for name, array in found.levels.sums().items():
+        expected = np.average([one.levels.sums()[name] for one in singly], axis=0, weights=weights)
+        np.testing.assert_allclose(array / found.levels.count, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("half_life", [1e-300, 1e16, 1e300])
+@pytest.mark.parametrize("half_life", [1e-300, 1e300])
 def test_all_or_nothing_is_forgotten(half_life: float) -> None:
     old, new = sharpened(3, 0), sharpened(1, 1)
     fading = FadingStatistics(made(old), half_life)
@@ -138,18 +122,12 @@ def problem_of(statistics: Statistics, budget: str = "45%") -> PlanningProblem:
     return PlanningProblem(GEOMETRY, Budget.parse(budget), statistics, model="tiny")
 
 
-def static(name: str, **options: Any) -> StaticPolicy:
-    policy = make_policy(name, **options)
-    assert isinstance(policy, StaticPolicy)
-    return policy
-
-
 @FOLLOWERS
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(seed=st.integers(0, 1000), threshold=st.sampled_from([0.0, 0.02, 0.1, 0.3]))
 def test_adoption(name: str, options: dict[str, str], seed: int, threshold: float) -> None:
     """Above the threshold, at every step against solving anew and valuing both plans by the same statistics."""
-    policy = static(name, **options)
+    policy = make_policy(name, **options)
     planner = OnlinePlanner(policy, problem_of(made(sharpened(4, seed))), half_life=2.0, threshold=threshold)
     assert planner.plan == policy.plan(problem_of(made(sharpened(4, seed))))
     for step in (1, 2):
@@ -162,11 +140,7 @@ def test_adoption(name: str, options: dict[str, str], seed: int, threshold: floa
         gain = (best - value) / decision.loss
         assert decision.adopted == (gain > threshold) or abs(gain - threshold) < 1e-9
         assert gain <= (np.inf if decision.possible is None else decision.possible) + 1e-9
-        if decision.solved:
-            assert decision.gain == pytest.approx(gain)
-        else:
-            assert decision.possible is not None
-            assert decision.possible <= threshold
+        assert decision.gain == pytest.approx(gain) if decision.solved else decision.possible <= threshold
         assert (planner.plan is before) == (not decision.adopted)
         assert plan_value(planner.plan, policy, now)[0] >= value
         assert planner.plan.peak_token_heads <= problem_of(now).budget_token_heads
@@ -177,48 +151,41 @@ def test_ways_out() -> None:
     nothing stays."""
     seen = set()
     for name, threshold in (("heatkv-lp", 0.02), ("heatkv-lp", 0.6), ("heatkv", 0.02), ("heatkv", 0.6)):
-        policy = static(name, **({"value": "error"} if name == "heatkv-lp" else {}))
+        policy = make_policy(name, **({"value": "error"} if name == "heatkv-lp" else {}))
         planner = OnlinePlanner(policy, problem_of(made(sharpened(4, 1))), half_life=2.0, threshold=threshold)
         for step in range(4):
             found = planner.follow(made(sharpened(3, 50 + step), first=10 + 10 * step))
             seen.add((found.solved, found.adopted))
     assert seen == {(False, False), (True, False), (True, True)}
-    planner = OnlinePlanner(static("heatkv"), problem_of(made(sharpened(3, 8)), "100%"), threshold=0.0)
+    planner = OnlinePlanner(make_policy("heatkv"), problem_of(made(sharpened(3, 8)), "100%"), threshold=0.0)
     decision = planner.follow(made(sharpened(1, 9), first=5))
     assert (decision.loss, decision.gain, decision.adopted) == (0, None, False)
 
 
 @FOLLOWERS
 def test_values_that_plans_and_explain_tell(name: str, options: dict[str, str]) -> None:
-    policy, statistics = static(name, **options), made(sharpened(3, 8))
+    policy, statistics = make_policy(name, **options), made(sharpened(3, 8))
     plan = policy.plan(problem_of(statistics))
-    assert isinstance(plan, Plan)
     worth = worth_of(plan, statistics)
     assert plan_value(plan, policy, statistics) == (pytest.approx(worth.value), pytest.approx(worth.full))
     assert plan.value is None or worth.value == pytest.approx(plan.value)
     # of a policy that is not known, the drop error decides
     expected = pytest.approx(read_value(plan.last_read, statistics.drop_error))
-    assert plan_value(plan, static("streaming"), statistics)[0] == expected
+    assert plan_value(plan, make_policy("streaming"), statistics)[0] == expected
 
 
 def test_level_costs_that_nobody_plans_by() -> None:
-    planner = OnlinePlanner(static("heatkv"), problem_of(made(sharpened(3, 8))))
+    planner = OnlinePlanner(make_policy("heatkv"), problem_of(made(sharpened(3, 8))))
     assert planner.levels is None
     planner.follow(made(sharpened(1, 9), 5, sink_scales=None))
     assert planner.statistics.levels is None
-    assert OnlinePlanner(static("heatkv-mr"), problem_of(made(sharpened(3, 8)))).levels is not None
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "named"),
-    [("snapkv", {}, "snapkv"), ("streaming", {}, "streaming"), ("heatkv-mr", {"cost": "fisher"}, "cost=error")],
-)
-def test_policies_that_cannot_follow(name: str, options: dict[str, str], named: str) -> None:
-    with pytest.raises(PolicyError, match=named):
-        check_can_follow(make_policy(name, **options))
+    assert OnlinePlanner(make_policy("heatkv-mr"), problem_of(made(sharpened(3, 8)))).levels is not None
 
 
 def test_what_cannot_begin() -> None:
+    for policy, named in (("snapkv", "snapkv"), ("streaming", "streaming"), ("heatkv-mr:fisher", "cost=error")):
+        with pytest.raises(PolicyError, match=named):
+            check_can_follow(make_policy("heatkv-mr", cost="fisher") if ":" in policy else make_policy(policy))
     ranked = PlanningProblem(GEOMETRY, Budget.parse("45%"), rankings=HeadRankings.random(GEOMETRY, 0))
     plain = problem_of(made(sharpened(1, 1), sink_scales=None))
     for name, problem, options, error in (
@@ -229,4 +196,4 @@ def test_what_cannot_begin() -> None:
         ("heatkv", plain, {"half_life": float("nan")}, StatisticsError),
     ):
         with pytest.raises(error, match="|".join(["statistics", *options])):
-            OnlinePlanner(make_policy(name), problem, **options)  # type: ignore[arg-type]
+            OnlinePlanner(make_policy(name), problem, **options)

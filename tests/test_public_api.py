@@ -1,8 +1,8 @@
-"""What `import inspect
-import heatkv` offers, and the code people copy from README."""
+"""What `import heatkv` offers, and the code people copy from README."""
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys

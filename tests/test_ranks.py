@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support.stopping import Ended, Moment, run_apart
 
 from heatkv.cli import run
-from heatkv.errors import FormatError, RanksError
-from heatkv.parallel.parts import Parts, load_arrays, save_arrays
+from heatkv.errors import RanksError
+from heatkv.parallel.parts import Parts
 from heatkv.parallel.ranks import Ranks, _Launched, current, join
 from heatkv.profiling.results.row import Fidelity, Memory, Times
 
@@ -172,17 +171,6 @@ def test_parts_without_a_common_folder(tmp_path: Path) -> None:
     assert parts.description() == {"asked": 1}
     parts.remove()
     assert not parts.folder.exists()
-
-
-def test_arrays_and_header_of_a_part(tmp_path: Path) -> None:
-    path = tmp_path / "p.safetensors"
-    save_arrays(path, {"x": np.arange(3.0)}, {"seed": 1})
-    header, arrays = load_arrays(path)
-    assert header == {"seed": 1}
-    assert arrays["x"].tolist() == [0, 1, 2]
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(FormatError, match="delete it, and the run measures it again"):
-        load_arrays(path)
 
 
 def test_dealt_items() -> None:

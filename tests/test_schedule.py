@@ -50,7 +50,8 @@ def test_infinity(template: dict[str, Any], size: str) -> None:
 
 def test_infinity_knows_exactly_the_published_sizes_and_templates() -> None:
     assert ScaleSchedule.infinity_sizes() == SIZES
-    assert ScaleSchedule.infinity_ratios() == tuple(template["h_div_w"] for template in TEMPLATES)
+    ratios = [template["h_div_w"] for template in TEMPLATES]
+    assert [ScaleSchedule.infinity_template(ratio) for ratio in ratios] == ratios
     assert ScaleSchedule.infinity() == ScaleSchedule.infinity("1M", 1.0)
 
 

@@ -232,7 +232,7 @@ def test_caches_that_cannot_be(name: str, arguments: dict[str, Any], phrase: str
         ("per-layer", {"weights": "0,1"}, "30%", PolicyError, "weights='0,1'"),
         ("protected", {"scales": "9"}, "30%", PolicyError, "scales='9'"),
         ("protected", {"base": "snapkv", "scales": "2"}, "12%", BudgetError, "108 token-heads .* room for 74"),
-        ("snapkv", {}, "0.5%", BudgetError, "fewer than one"),
+        ("snapkv", {}, "0.5%", BudgetError, "0.5% is 3 token-heads"),
     ],
 )
 def test_options_that_cannot_be(

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 from heatkv.calibration.fisher import measure_fisher
 from heatkv.calibration.level_costs import level_choices, measure_biases, measure_errors
 from heatkv.calibration.measure import measure_samples, measured_settings, ranking_agreement, sample_names
-from heatkv.core.io import check_place, clear_temporaries, in_file, versions
+from heatkv.core.io import check_place, clear_temporaries, in_file, read_tensors, versions, write_tensors
 from heatkv.core.levels import SINK_SCALES
 from heatkv.core.schema import FloatArray, seed_of, suggest, whole
 from heatkv.core.statistics import COSTS, LevelStatistics, Statistics
 from heatkv.errors import FormatError, HeatKVError, RanksError, StatisticsError
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
-from heatkv.parallel.parts import Parts, load_arrays, save_arrays
+from heatkv.parallel.parts import Parts
 from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import SILENT, Reporter, shared_progress
 
@@ -110,17 +110,9 @@ def calibrate_into(
     level_samples = whole(level_samples, "level_samples", StatisticsError, 1)
     if levels is not None and levels not in COSTS:
         raise StatisticsError(f"unknown level costs {levels!r}{suggest(levels, COSTS)}")
-    found = None
-    if out is None:
-        if append or resume:
-            raise FormatError("append and resume need a file; name it as out")
-    else:
-        if out.exists() and not (append or resume):
-            raise FormatError(f"{out} exists; append samples to it, or name another file")
-        if append and not out.exists():
-            raise FormatError(f"{out} does not exist, so nothing can be appended to it")
-        check_place(out)
-        found = continued(out, model, settings) if out.exists() else None
+    found = None if out is None else _found(out, model, settings, append, resume)
+    if out is None and (append or resume):
+        raise FormatError("append and resume need a file; name it as out")
     before, costs = found if append else None, None
     if levels is not None:
         with in_file(out or "statistics"):
@@ -137,6 +129,17 @@ def calibrate_into(
         run.write(calibrated.statistics)
     run.close()
     return calibrated
+
+
+def _found(out: Path, model: ImageModel[Any], settings: Settings, append: bool, resume: bool) -> Statistics | None:
+    """The statistics that are in the file already."""
+    there = out.exists()
+    if there and not (append or resume):
+        raise FormatError(f"{out} exists; append samples to it, or name another file")
+    if append and not there:
+        raise FormatError(f"{out} does not exist, so nothing can be appended to it")
+    check_place(out)
+    return continued(out, model, settings) if there else None
 
 
 def statistics_of_folder(
@@ -346,8 +349,8 @@ class CalibrationRun:
         parts += self._measured(
             f"level costs of {name}", costs.cost, self.level_batches,
             partial(_LEVEL_COSTS[costs.cost], self.model, choices, log_bias, **options),
-            lambda part, path: save_arrays(path, part.arrays(), part.header()),
-            lambda path: LevelStatistics.from_file(schedule, *load_arrays(path), path),
+            lambda part, path: write_tensors(path, part.header(), part.arrays()),
+            lambda path: LevelStatistics.from_file(schedule, *read_tensors(path, "part"), path),
         )  # fmt: skip
         return replace(reduce(LevelStatistics.merge, parts), bias_samples=bias_samples)
 
@@ -420,11 +423,11 @@ class CalibrationRun:
 
 
 def _save_bias(log_bias: FloatArray, path: Path) -> None:
-    save_arrays(path, {"log_bias": log_bias})
+    write_tensors(path, {}, {"log_bias": log_bias})
 
 
 def _load_bias(path: Path) -> FloatArray:
-    return load_arrays(path)[1]["log_bias"]
+    return read_tensors(path, "part")[1]["log_bias"]
 
 
 def _is_of(statistics: Statistics | None, description: dict[str, Any]) -> bool:

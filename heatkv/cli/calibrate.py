@@ -12,7 +12,7 @@ from rich.table import Table
 
 from heatkv.calibration.run import LEVEL_SAMPLES, MOST_AT_ONCE, calibrate_into
 from heatkv.cli.opening import Opened, open_model
-from heatkv.cli.options import AsJson, MeasuredSource, Running, Seed, names_of, number_of, settings_of
+from heatkv.cli.options import AsJson, MeasuredSource, Running, Seed, count_of, names_of, settings_of
 from heatkv.cli.output import SCREEN, progress, show
 from heatkv.core.budget import Budget
 from heatkv.core.statistics import Statistics
@@ -63,7 +63,7 @@ def calibrate(
     costs: dict[str, Any] = {}
     if levels is not None:
         kind, *more = levels.split(",")
-        known = {"samples": _count, "sink_scales": _count}
+        known = {"samples": count_of, "sink_scales": count_of}
         more_costs = settings_of(more, "--levels", known)
         costs = {
             "levels": kind.strip(), "level_samples": more_costs.get("samples", LEVEL_SAMPLES),
@@ -82,10 +82,6 @@ def calibrate(
         agreement = calibrated.agreement_of_halves()
         halves = None if compared is None or agreement is None else compared.agreements(calibrated.batches)
         _show(out, calibrated.statistics, agreement, halves, as_json)
-
-
-def _count(text: str, name: str) -> int:
-    return number_of(text, name, int)
 
 
 def _show(

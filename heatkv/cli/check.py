@@ -8,19 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from heatkv.cli.options import AsJson, number_of, settings_of, share_of
+from heatkv.cli.options import AsJson, decimal_of, settings_of, share_of
 from heatkv.cli.output import say, show
 
 if TYPE_CHECKING:
     from heatkv.profiling.analysis.guard import Change, Verdict
 
 
-def _decibels(text: str, name: str) -> float:
-    return number_of(text, name, float)
-
-
 READERS = {
-    "bytes": share_of, "tensors": share_of, "kl": share_of, "top1": share_of, "psnr": _decibels, "ssim": _decibels,
+    "bytes": share_of, "tensors": share_of, "kl": share_of, "top1": share_of, "psnr": decimal_of, "ssim": decimal_of,
 }  # fmt: skip
 
 

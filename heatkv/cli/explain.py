@@ -46,7 +46,7 @@ def explain(
     names = [f"{h}x{w}" if t == 1 else f"{t}x{h}x{w}" for t, h, w in loaded.schedule.scales]
     tokens = level_tokens(loaded.schedule, static.levels[0][0]) if static else loaded.schedule.tokens
     heads = analysis.kept_of_heads(loaded.held, tokens)
-    files = [] if out is None else _draw(loaded, heads, names, make_folder(out))
+    files = [] if out is None else _draw(loaded, names, make_folder(out))
     shown: list[Any] = [facts_table(f"plan of {loaded.policy}", _summary(loaded))]
     facts = [
         *(Fact(name, value) for name, value in loaded.to_json().items() if name not in OMITTED),
@@ -94,7 +94,7 @@ def _scale_facts(plan: Plan, scales: Any) -> list[Fact]:
     ]  # fmt: skip
 
 
-def _draw(plan: CachePlan, heads: Any, names: list[str], folder: Path) -> list[Path]:
+def _draw(plan: CachePlan, names: list[str], folder: Path) -> list[Path]:
     """The charts of a plan: how full the cache gets, and of a static one what is kept, with a heat map per level."""
     from heatkv.profiling.analysis import plan_view
     from heatkv.profiling.analysis.explain import full_use
@@ -106,8 +106,6 @@ def _draw(plan: CachePlan, heads: Any, names: list[str], folder: Path) -> list[P
             coarse = level != FULL
             files.append(folder / (f"last_read_{level}.png" if coarse else "last_read.png"))
             plan_view.save_last_read(files[-1], last_read, names, f"{title}, {level} or finer" if coarse else title)
-        files.append(folder / "kept.png")
-        plan_view.save_kept(files[-1], _kept_of_scales(plan), heads, names, title)
     files.append(folder / "cache_use.png")
     plan_view.save_use(files[-1], plan.live, full_use(plan), plan.budget_token_heads, names, title)
     return files

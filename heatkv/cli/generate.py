@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,16 +17,22 @@ from heatkv.cli.options import (
     Running,
     Seed,
     Source,
-    number_of,
+    count_of,
+    decimal_of,
     settings_of,
     share_of,
 )
-from heatkv.cli.output import SCREEN, say
+from heatkv.cli.output import SCREEN, say, show
 from heatkv.core.io import check_place, file_name, make_folder, replacing
 from heatkv.core.plan import CachePlan
 from heatkv.core.schema import seed_of, whole
+from heatkv.engine.open_cache import check_cache
 from heatkv.errors import FormatError, HeatKVError, ModelError, RanksError
+from heatkv.generation.graphs import check_has_graphs
+from heatkv.generation.images import image_grid
+from heatkv.generation.loop import draw_batches
 from heatkv.models.class_conditional import ClassConditionalModel
+from heatkv.models.sampling import Settings
 from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import shared_progress
 
@@ -40,16 +45,8 @@ AT_ONCE = 16
 """Images drawn at once, at most, where nothing else is asked for."""
 
 
-def _count(text: str, name: str) -> int:
-    return number_of(text, name, int)
-
-
-def _number(text: str, name: str) -> float:
-    return number_of(text, name, float)
-
-
 FOLLOW = {
-    "every": _count, "half_life": _number, "adopt_above": share_of, "memory": lambda text, name: text,
+    "every": count_of, "half_life": decimal_of, "adopt_above": share_of, "memory": lambda text, name: text,
     "save": lambda text, name: Path(text),
 }  # fmt: skip
 
@@ -85,49 +82,49 @@ def generate(
 
     Example: heatkv generate --policy streaming --budget 20% --label pizza --label star --out pictures
     """
-    from heatkv.engine.open_cache import check_cache
-    from heatkv.generation.graphs import check_has_graphs
-    from heatkv.profiling.measure.subjects import images_of_rows
-
     seed_of(seed, HeatKVError)
     whole(count, "count", HeatKVError, 1)
     following = None if follow is None else _check_following(follow, planning, graphs)
     opened = open_model(source, running)
-    model, settings, attention, code = opened.model, opened.settings, context.obj.attention, opened.storage.code
     if graphs:
-        check_has_graphs(model.device)
+        check_has_graphs(opened.model.device)
     wanted = _what_to_draw(opened, label or [], prompt or [], negative)
     labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
-    batch = -(-len(labels) // current().size)
-    batch = min(batch, AT_ONCE) if rows is None else min(len(labels), images_of_rows(rows, settings))
-    follower: FollowingGenerator[Any] | None = None
-    if following is not None:
-        follower = _follower(opened, planning, batch, seed, attention, following)
-        plan: CachePlan = follower.plan
-    else:
-        plan = make_plan(
-            planning, "full", model.geometry, source.model, lambda path: open_statistics(path, opened),
-            seed=seed, rows=batch * settings.rows_per_image, storage=opened.storage,
-        )  # fmt: skip
-    check_cache(plan, model.compute_dtype, model.device, code, attention)
-    folder = make_folder(out)
+    attention, batch = context.obj.attention, _images_at_once(len(labels), rows, opened.settings)
+    follower = None if following is None else _follower(opened, planning, batch, seed, attention, following)
+    held_rows = batch * opened.settings.rows_per_image
+    plan = follower.plan if follower is not None else make_plan(
+        planning, "full", opened.model.geometry, source.model, lambda path: open_statistics(path, opened),
+        seed=seed, rows=held_rows, storage=opened.storage,
+    )  # fmt: skip
+    check_cache(plan, opened.model.compute_dtype, opened.model.device, opened.storage.code, attention)
+    folder, save = make_folder(out), None if following is None else following.get("save")
     if follower is not None:
-        assert following is not None
-        replaced = _write_followed(follower, labels, titles, folder, following.get("save"))
+        replaced = _write_followed(follower, labels, titles, folder, save)
     else:
-        options = {"seed": seed, "batch": batch, "settings": settings, "code": code, "attention": attention}
-        replaced = _write_shared(model, labels, titles, folder, plan, options | {"graphs": graphs})
-    held = plan.bytes(batch * settings.rows_per_image, str(opened.storage))
-    where = f"{folder} ({replaced} in place of older ones)" if replaced else f"{folder}"
-    say(f"written: {len(labels)} images in {where}; {plan.policy}, the cache took {held / 2**20:.2f} MiB for {batch} "
-        "at a time")  # fmt: skip
-    events = None if follower is None else follower.summary() | {"events": [e.to_json() for e in follower.events]}
-    if as_json and current().first:
-        facts = {
-            "out": str(folder), "images": len(labels), "images_at_once": batch, "policy": plan.policy,
-            "cache_bytes": held, "following": events,
-        }  # fmt: skip
-        print(json.dumps(facts, indent=1))
+        options = {"seed": seed, "batch": batch, "attention": attention, "graphs": graphs}
+        replaced = _write_shared(opened, labels, titles, folder, plan, options)
+    facts = {
+        "out": str(folder), "images": len(labels), "images_at_once": batch, "policy": plan.policy,
+        "cache_bytes": plan.bytes(held_rows, str(opened.storage)),
+        "following": None if follower is None else _followed(follower),
+    }  # fmt: skip
+    _say_written(facts, replaced, as_json)
+
+
+def _say_written(facts: dict[str, Any], replaced: int, as_json: bool) -> None:
+    where = f"{facts['out']} ({replaced} in place of older ones)" if replaced else facts["out"]
+    took = f"the cache took {facts['cache_bytes'] / 2**20:.2f} MiB for {facts['images_at_once']} at a time"
+    say(f"written: {facts['images']} images in {where}; {facts['policy']}, {took}")
+    if as_json:
+        show(None, True, facts)
+
+
+def _images_at_once(count: int, rows: int | None, settings: Settings) -> int:
+    """Images in a batch: as many as fit the rows, or AT_ONCE at most, so that every rank has some."""
+    from heatkv.profiling.measure.subjects import images_of_rows
+
+    return min(AT_ONCE, -(-count // current().size)) if rows is None else min(count, images_of_rows(rows, settings))
 
 
 def _what_to_draw(opened: Opened, labels: list[str], prompts: list[str], negative: str | None) -> list[tuple[Any, str]]:
@@ -147,18 +144,24 @@ def _what_to_draw(opened: Opened, labels: list[str], prompts: list[str], negativ
 
 
 def _write_shared(
-    model: Any, labels: Sequence[Any], titles: Sequence[str], folder: Path, plan: CachePlan, options: dict[str, Any]
+    opened: Opened,
+    labels: Sequence[Any],
+    titles: Sequence[str],
+    folder: Path,
+    plan: CachePlan,
+    options: dict[str, Any],
 ) -> int:
     """Draw and write the images that fall to this rank, in the batches that one process would draw; how many older ones
     all ranks replaced."""
-    from heatkv.generation.loop import draw_batches
-
     batch, mine = options["batch"], current().share_of(range(0, len(labels), options["batch"]), current().rank)
     drawn: Iterable[Tensor] = ()
     first = mine[0] if mine else 0
     if mine:
         part = labels[first : mine[-1] + batch]
-        batches = draw_batches(model, part, plan, first_sample=first, **options)
+        batches = draw_batches(
+            opened.model, part, plan, first_sample=first, settings=opened.settings, code=opened.storage.code,
+            **options,
+        )  # fmt: skip
         drawn = (image for images in batches for image in images)
     return _write(drawn, first, titles, folder)
 
@@ -166,8 +169,6 @@ def _write_shared(
 def _write(drawn: Iterable[Tensor], first: int, titles: Sequence[str], folder: Path) -> int:
     """Write the pictures as they are drawn, that of this number and those after it; how many older ones all ranks
     replaced."""
-    from heatkv.generation.images import image_grid
-
     replaced, written = 0, 0
     try:
         with shared_progress(SCREEN, "drawing", len(titles)) as advance:
@@ -240,3 +241,8 @@ def _write_followed(
         "{share_of_drawing:.0%} of the time of drawing".format(**follower.summary())
     )
     return replaced
+
+
+def _followed(follower: FollowingGenerator[Any]) -> dict[str, Any]:
+    """What following did, in JSON's types."""
+    return follower.summary() | {"events": [event.to_json() for event in follower.events]}

@@ -19,8 +19,8 @@ from heatkv.cli.options import (
     Repeats,
     Running,
     Sweep,
+    count_of,
     names_of,
-    numbers_of,
 )
 from heatkv.cli.output import SCREEN, say, show
 from heatkv.core.budget import Budget
@@ -132,8 +132,8 @@ def _arguments(
         names = list(registered_policies()) if sweep.policies.strip() == "all" else names_of(sweep.policies, "policy")
     policies = make_policies(names, ranking)
     budgets = [Budget.parse(text) for text in names_of(sweep.budgets, "budget")]
-    seeds = numbers_of(sweep.seed, "--seed")
-    rows = None if sweep.rows is None else numbers_of(sweep.rows, "--rows")
+    seeds = [count_of(text, "--seed") for text in names_of(sweep.seed, "seed")]
+    rows = [count_of(text, "--rows") for text in names_of(sweep.rows, "rows")] if sweep.rows is not None else []
     opened = open_model(source, running)
     model, settings = opened.model, opened.settings
     rows = rows or [settings.rows_per_image]

@@ -7,15 +7,13 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
 from heatkv.core.schema import shown, suggest
 from heatkv.core.storage_type import CODES, DTYPES
 from heatkv.errors import HeatKVError
-
-Number = TypeVar("Number", int, float)
 
 Model = Annotated[str, typer.Option("--model", help="name of a model, see `heatkv models`")]
 Weights = Annotated[
@@ -193,24 +191,26 @@ def names_of(text: str, what: str) -> list[str]:
     return names
 
 
-def numbers_of(text: str, option: str) -> list[int]:
-    """Whole numbers separated by commas, each once. Raises HeatKVError."""
-    return [number_of(name, option, int) for name in names_of(text, option)]
-
-
-def number_of(text: str, name: str, kind: type[Number]) -> Number:
-    """The number that a text says. Raises HeatKVError."""
+def count_of(text: str, name: str) -> int:
+    """A whole number. Raises HeatKVError."""
     try:
-        return kind(text)
+        return int(text)
     except ValueError:
-        what = "whole number" if kind is int else "number"
-        raise HeatKVError(f"{name} {shown(text)} is no {what}") from None
+        raise HeatKVError(f"{name} {shown(text)} is no whole number") from None
+
+
+def decimal_of(text: str, name: str) -> float:
+    """A number. Raises HeatKVError."""
+    try:
+        return float(text)
+    except ValueError:
+        raise HeatKVError(f"{name} {shown(text)} is no number") from None
 
 
 def share_of(text: str, name: str) -> float:
     """ "5%" or "0.05" as a share; a number from 1 on without % may mean either, and is refused."""
     in_percent = text.endswith("%")
-    value = number_of(text.removesuffix("%"), name, float)
+    value = decimal_of(text.removesuffix("%"), name)
     if not in_percent and not value < 1:
         raise HeatKVError(f"{name} {shown(text)} without % is a share; write 5% or 0.05")
     return value / 100 if in_percent else value

@@ -64,7 +64,7 @@ class Budget:
             return text
         if isinstance(text, Fraction):
             return cls("share", text, name)
-        if str(text).strip().lower() == "auto":
+        if name == "budget" and str(text).strip().lower() == "auto":  # other limits cannot be
             return cls("auto", Fraction(1), name)
         amount = parse_amount(str(text))
         if amount is None:

@@ -22,7 +22,7 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import write_json
 from heatkv.core.levels import FULL, LEVELS, level_tokens, log_counts
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import BoolArray, EqualByContents, FloatArray, IntArray, fixed, integer_array, number
+from heatkv.core.schema import EqualByContents, FloatArray, IntArray, fixed, float_array, integer_array, number
 from heatkv.core.storage_type import UNCODED_SCALES
 from heatkv.errors import PlanError
 
@@ -200,9 +200,10 @@ class CoarseCells(EqualByContents):
         return hash((self.level, self.last_read.shape))
 
     def of_shape(self, shape: tuple[int, int, int]) -> CoarseCells:
-        """The same in read-only arrays. Raises PlanError for a `last_read` that is not of this shape."""
+        """The same in read-only arrays. Raises PlanError for arrays of another shape or type."""
         last_read = integer_array(self.last_read, shape, f"last_read of level {self.level}", PlanError)
-        return CoarseCells(self.level, last_read, fixed(np.array(self.log_bias, dtype=np.float64)))
+        log_bias = float_array(self.log_bias, shape, f"log_bias of level {self.level}", PlanError)
+        return CoarseCells(self.level, last_read, log_bias)
 
     @classmethod
     def uncalibrated(cls, level: str, last_read: IntArray, schedule: ScaleSchedule) -> CoarseCells:
@@ -252,10 +253,6 @@ class Plan(CachePlan):
             reads += last_read[:, :, :target] < target
         return reads
 
-    def reads(self, target: int) -> BoolArray:
-        """Which cells of earlier scales target scale `target` reads, at any level, shape (L, H, target)."""
-        return self.levels[-1][1][:, :, :target] >= target
-
     @cached_property
     def held(self) -> IntArray:
         arrays = [last_read for _, last_read in self.levels]
@@ -293,10 +290,9 @@ class Plan(CachePlan):
                 )
             least = last_read
         for cells in self.coarse:
-            if cells.log_bias.shape != self.last_read.shape or not (np.abs(cells.log_bias) <= _MOST_BIAS).all():
+            if not (np.abs(cells.log_bias) <= _MOST_BIAS).all():
                 raise PlanError(
-                    f"log_bias of level {cells.level} has shape {cells.log_bias.shape}; it must be numbers from "
-                    f"-{_MOST_BIAS:g} to {_MOST_BIAS:g}, {self.last_read.shape}"
+                    f"log_bias of level {cells.level} must be numbers from -{_MOST_BIAS:g} to {_MOST_BIAS:g}"
                 )
         self.check_budget()
 

@@ -6,14 +6,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from msgspec import Meta, Struct
 
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import check_header, in_file, read_json
+from heatkv.core.levels import log_counts
 from heatkv.core.plan import FORMAT, VERSION, CachePlan, CoarseCells, Plan
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import convert, float_array, integer_array
+from heatkv.core.schema import convert
 from heatkv.errors import FormatError, PlanError
 
 
@@ -62,13 +64,10 @@ class _Coarse(Struct):
     log_bias: list[list[list[float]]] | None = None
 
     def cells(self, geometry: CacheGeometry) -> CoarseCells:
-        shape = geometry.shape
-        last_read = integer_array(self.last_read, shape, f"last_read of level {self.level}", PlanError)
-        if self.log_bias is None:
-            return CoarseCells.uncalibrated(self.level, last_read, geometry.schedule)
-        return CoarseCells(
-            self.level, last_read, float_array(self.log_bias, shape, f"log_bias of level {self.level}", PlanError)
-        )
+        bias: Any = self.log_bias
+        if bias is None:
+            bias = np.broadcast_to(log_counts(geometry.schedule, self.level), geometry.shape)
+        return CoarseCells(self.level, self.last_read, bias)  # type: ignore[arg-type]
 
 
 class _StaticFile(_PlanFile, kw_only=True):

@@ -51,7 +51,7 @@ class HeadRankings(EqualByContents):
         if first < self.first_scale or stop > last:
             raise StatisticsError(
                 f"the rankings cover the source scales {self.first_scale} to {last - 1}; {first} to {stop - 1} are "
-                "needed: change the schedule or the number of sink scales"
+                "needed"
             )
         return self.ranks[first - self.first_scale : stop - self.first_scale]
 
@@ -75,8 +75,8 @@ class HeadRankings(EqualByContents):
     def load_orders(cls, path: str | Path, geometry: CacheGeometry) -> HeadRankings:
         """Read a ranking file as published with HeatKV: a list of rankings, each a list of [head, layer] pairs.
 
-        Such a file has one ranking for every cached scale but the first three, and is refused for a schedule of
-        another number of scales. What else it was measured on it does not tell. Raises FormatError or StatisticsError.
+        Such a file has one ranking for every cached scale but the first three, and does not tell what it was measured
+        on. Raises FormatError, and StatisticsError for a schedule of another number of scales.
         """
         with in_file(path):
             rankings = cls.from_pairs(read_json(path), geometry)
@@ -84,7 +84,7 @@ class HeadRankings(EqualByContents):
             if rankings.first_scale != PUBLISHED_SINKS:
                 raise StatisticsError(
                     f"{count} rankings are those of a schedule of {count + PUBLISHED_SINKS + 1} scales (all cached "
-                    f"ones but the first {PUBLISHED_SINKS}); this one has {scales}: plan from statistics of it"
+                    f"but {PUBLISHED_SINKS}); this one has {scales}: plan from statistics of it"
                 )
         return rankings
 

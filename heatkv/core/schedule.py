@@ -88,20 +88,16 @@ class ScaleSchedule:
 
     @classmethod
     def infinity_template(cls, ratio: float) -> float:
-        """Height/width of the published template nearest to `ratio`, the first one on ties. Raises ScheduleError."""
+        """Height/width of the published template nearest to `ratio`, upstream's first on ties. Raises ScheduleError."""
         if not 0.1 <= ratio <= 10:
             raise ScheduleError(f"height/width ratio {ratio} is outside 0.1 to 10; templates run from 0.333 to 3.0")
-        return min(cls.infinity_ratios(), key=lambda own: abs(own - ratio))
+        ratios = (entry["h_div_w"] for entry in _infinity_data()["templates"].values())
+        return min(ratios, key=lambda own: abs(own - ratio))  # type: ignore[no-any-return]
 
     @classmethod
     def infinity_sizes(cls) -> tuple[str, ...]:
         """The pixel budgets that have published schedules, as "1M"."""
         return tuple(_infinity_data()["sizes"])
-
-    @classmethod
-    def infinity_ratios(cls) -> tuple[float, ...]:
-        """Height/width of the published templates, in upstream's order (which decides ties)."""
-        return tuple(entry["h_div_w"] for entry in _infinity_data()["templates"].values())
 
     def __len__(self) -> int:
         return len(self.scales)

@@ -11,7 +11,6 @@ import operator
 import reprlib
 from collections.abc import Iterable
 from dataclasses import fields
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,10 +91,8 @@ def shown(value: Any) -> str:
 
 def as_whole(value: Any) -> int | None:
     """An integer of Python, numpy or torch as an int; None for everything else, booleans and floats included."""
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or getattr(value, "ndim", None):
-        return None
     try:
-        return operator.index(value)
+        return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
 
@@ -124,10 +121,8 @@ def seed_after(seed: int, more: int = 1) -> int:
 
 def as_number(value: Any) -> float:
     """A number of Python, numpy or torch as a float; NaN for everything else, booleans and text included."""
-    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", None):
-        return math.nan
     try:
-        return float(value)
+        return math.nan if isinstance(value, bool | str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
@@ -140,30 +135,6 @@ def number(
     if not math.isfinite(found) or (least is not None and found < least) or (most is not None and found > most):
         raise error(f"{name} is {shown(value)}; it must be a finite number{_range(least, most)}")
     return found
-
-
-def regular_array(value: Any, axes: int, *, floats: bool = False) -> NDArray[Any] | None:
-    """Nested lists of numbers, `axes` deep, as an array of int64, or float64 with `floats`; None for everything else.
-
-    Ragged lists, texts, booleans and numbers out of range are refused before numpy sees them: it would make a text of
-    every entry, each as long as the longest.
-    """
-    flat: list[Any] = [value]
-    shape: list[int] = []
-    for _ in range(axes):
-        if not all(type(entry) is list for entry in flat):
-            return None
-        lengths = set(map(len, flat))
-        if len(lengths) != 1:
-            return None
-        shape += lengths
-        flat = list(chain.from_iterable(flat))
-    if not all(type(entry) is int or (floats and type(entry) is float) for entry in flat):
-        return None
-    try:
-        return np.array(flat, dtype=np.float64 if floats else np.int64).reshape(shape)
-    except OverflowError:
-        return None
 
 
 def _range(least: float | None, most: float | None) -> str:

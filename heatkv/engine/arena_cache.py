@@ -198,14 +198,10 @@ class KVCache(ArenaCache):
         self.plan, self.key_angles = plan, key_angles
         self.layout = ArenaLayout.for_plan(plan, code is not None)
         super().__init__(plan, self.layout.slots, self.layout.uncoded_slots, rows, dtype, device, code, attention)
-        self._steps: list[list[LayerStep]] = self._prepare()
+        steps = PlanSteps(plan, self.layout, self.store, self.kernel, self.rows, key_angles)
+        targets, layers = range(len(plan.schedule)), range(self.geometry.layers)
+        self._steps: list[list[LayerStep]] = [[steps.step(target, layer) for layer in layers] for target in targets]
         self.reset()
-
-    def _prepare(self) -> list[list[LayerStep]]:
-        """The steps of every target and layer."""
-        steps = PlanSteps(self.plan, self.layout, self.store, self.kernel, self.rows, self.key_angles)
-        targets, layers = range(len(self.plan.schedule)), range(self.geometry.layers)
-        return [[steps.step(target, layer) for layer in layers] for target in targets]
 
     def _run(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor:
         step = self._steps[self.turn.target][layer]
@@ -233,17 +229,11 @@ class KVCache(ArenaCache):
 
 def tensors_in(prepared: Any) -> list[Tensor]:
     """All tensors in nested sequences and dataclasses."""
-    tensors: list[Tensor] = []
-    todo = [prepared]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, Tensor):
-            tensors.append(item)
-        elif isinstance(item, list | tuple):
-            todo += item
-        elif is_dataclass(item):
-            todo += [getattr(item, field.name) for field in fields(item)]
-    return tensors
+    if isinstance(prepared, Tensor):
+        return [prepared]
+    if is_dataclass(prepared):
+        prepared = [getattr(prepared, field.name) for field in fields(prepared)]
+    return [x for part in prepared for x in tensors_in(part)] if isinstance(prepared, list | tuple) else []
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

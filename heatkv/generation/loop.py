@@ -121,6 +121,7 @@ class _Scales(Generic[Label]):
         return drawn
 
     def _logits(self, scale: int) -> Tensor:
+        """Guided logits; their sums are kept, which are finite where they are."""
         logits_BNV = self.drawing.logits(self.cache)
         torch.sum(logits_BNV, dim=(1, 2), out=self.buffers.sums_TB[scale])
         return logits_BNV

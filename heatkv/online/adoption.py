@@ -36,12 +36,12 @@ class _Fading(Generic[Sums]):
     """Sums in which what came before an addition is scaled down; the initial ones weigh `most` samples at most."""
 
     def __init__(self, initial: Sums, most: float) -> None:
-        self._initial = initial
+        self.initial = initial
         self._weight = min(float(initial.count), most)
         self._squares = self._weight**2 / initial.count
         self._sums = {name: array * (self._weight / initial.count) for name, array in initial.sums().items()}
 
-    def add(self, measured: SampleSums, keep: float) -> None:
+    def add(self, measured: Sums, keep: float) -> None:
         """Add sums of the same arrays, what was there times `keep`."""
         added, count = measured.sums(), measured.count
         self._sums = {name: array * keep + added[name] for name, array in self._sums.items()}
@@ -51,7 +51,7 @@ class _Fading(Generic[Sums]):
     def means(self, samples: tuple[str, ...]) -> Sums:
         """The weighted means, as sums over samples of these names."""
         factor = len(samples) / self._weight
-        return self._initial.with_sums({name: array * factor for name, array in self._sums.items()}, samples)
+        return self.initial.with_sums({name: array * factor for name, array in self._sums.items()}, samples)
 
     @property
     def effective_count(self) -> float:
@@ -72,21 +72,21 @@ class FadingStatistics:
             raise StatisticsError(f"half_life is {half_life}; it is a number of measured images above 0")
         self._keep = 2 ** (-1 / self.half_life)
         past = -1 / math.expm1(-math.log(2) / self.half_life)
-        self._initial, self._cells = initial, _Fading(initial, past)
+        self._cells = _Fading(initial, past)
         self._levels = None if initial.levels is None else _Fading(initial.levels, past)
         self._names = deque(initial.samples, maxlen=math.ceil(min(_NAMED * self.half_life, _MOST_NAMES)))
 
     def add(self, measured: Statistics) -> None:
         """Take in what was measured alike; its samples weigh the same. Raises StatisticsError for other statistics."""
         for name in ("model", "fingerprint", "cfg"):
-            mine, theirs = getattr(self._initial.provenance, name), getattr(measured.provenance, name)
+            mine, theirs = getattr(self._cells.initial.provenance, name), getattr(measured.provenance, name)
             if mine != theirs:
                 raise StatisticsError(f"{name} of the statistics is {mine!r}, of what was measured {theirs!r}")
         keep = self._keep**measured.count
         if self._levels is not None:
-            if self._initial.levels is None or measured.levels is None:
+            if measured.levels is None:
                 raise StatisticsError("what was measured lacks level costs")
-            self._initial.levels.check_alike(measured.levels)
+            self._levels.initial.check_alike(measured.levels)
             self._levels.add(measured.levels, keep)
         self._cells.add(measured, keep)
         self._names.extend(measured.samples)

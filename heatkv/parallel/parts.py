@@ -6,16 +6,11 @@ any moment goes on from its last part, and the ranks of one run tell each other 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
-
-from heatkv.core.io import as_json, check_header, clear_temporaries, read_json, replacing, write_json
+from heatkv.core.io import check_header, clear_temporaries, read_json, replacing, write_json
 from heatkv.errors import FormatError
 from heatkv.parallel.ranks import Ranks
 
@@ -106,21 +101,3 @@ class Parts:
         path = self.folder / RUN
         if self.run is not None and not path.exists():
             write_json(path, {"format": FORMAT, "version": VERSION, "run": self.run}, indent=1)
-
-
-def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], header: Any = None) -> None:
-    """Write a part: arrays, and a header in JSON's types. Raises FormatError."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(save(dict(arrays), metadata={"heatkv": as_json(header, path)}))
-
-
-def load_arrays(path: Path) -> tuple[Any, dict[str, NDArray[Any]]]:
-    """Header and arrays of a part. Raises FormatError for what is damaged."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            text = (file.metadata() or {}).get("heatkv", "null")
-            return json.loads(text), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-    except (SafetensorError, AttributeError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged: {error}; delete it, and the run measures it again") from error

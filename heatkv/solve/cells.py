@@ -72,10 +72,7 @@ def _allocation(last_read: IntArray, value: float, bound: float, row_prices: Flo
 
 
 def allocate(
-    value_LHTT: FloatArray,
-    capacity: Capacity,
-    sink_scales: int,
-    candidates: tuple[IntArray, ...] = (),
+    value_LHTT: FloatArray, capacity: Capacity, sink_scales: int, candidates: tuple[IntArray, ...] = ()
 ) -> Allocation:
     """The plan worth most within the capacity, from the linear program, rounded down and refilled.
 

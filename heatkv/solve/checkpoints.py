@@ -70,14 +70,14 @@ class Capacity:
     def check_sinks(self, held_LHT: IntArray, sink_scales: int) -> None:
         """Raise BudgetError when what the sinks alone hold exceeds a room, naming that of the budget or of a layer."""
         slack = self.slack(held_LHT)
-        for part, room, way_out in (
-            (slack[: self.checkpoints], f"the budget's room of {self.room}", "raise the budget"),
-            (slack[self.checkpoints :], f"a layer's cap of {self.layer_room}", "raise the cap on layers"),
+        for part, room in (
+            (slack[: self.checkpoints], f"the budget's room of {self.room}"),
+            (slack[self.checkpoints :], f"a layer's cap of {self.layer_room}"),
         ):
             if part.min(initial=0) < 0:
                 raise BudgetError(
-                    f"the {sink_scales} sink scales alone hold {-part.min():.0f} token-heads more than {room}; "
-                    f"{way_out} or keep fewer sink scales"
+                    f"the {sink_scales} sink scales alone hold {-part.min():.0f} token-heads more than {room}; raise "
+                    "it or keep fewer sink scales"
                 )
 
     def token_prices(self, row_prices: FloatArray) -> FloatArray:
@@ -107,18 +107,18 @@ def fill(last_read_LHT: IntArray, value_LHTT: FloatArray, capacity: Capacity) ->
     last_read = last_read_LHT.copy()
     end_of_cell = last_read.reshape(-1)
     slack = capacity.slack(held_for_targets([last_read], [capacity.tokens]))
-    room = slack[: capacity.checkpoints]
-    layer_room = slack[capacity.checkpoints :].reshape(-1, scales) if capacity.layer_room is not None else None
+    room, layer_room = slack[: capacity.checkpoints], np.full((layers, scales), np.inf)
+    if capacity.layer_room is not None:
+        layer_room = slack[capacity.checkpoints :].reshape(layers, scales)
     for cell, to in _steps(last_read, value_LHTT, capacity):
         layer, size = cell // (scales * heads), capacity.tokens[cell % scales]
         for target in range(int(end_of_cell[cell]) + 1, to + 1):
             # held from the end of the layer's own run of the target before to the end of the layer before it
             held = room[(target - 1) * layers + layer : target * layers + layer]
-            if held.min() < size or (layer_room is not None and layer_room[layer, target] < size):
+            if held.min() < size or layer_room[layer, target] < size:
                 break
             held -= size
-            if layer_room is not None:
-                layer_room[layer, target] -= size
+            layer_room[layer, target] -= size
             end_of_cell[cell] = target
     return last_read
 

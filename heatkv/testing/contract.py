@@ -151,10 +151,9 @@ def _held(plan: CachePlan, layer: int, target: int) -> int:
         return int(plan.capacity[layer, :, target].sum())
     assert isinstance(plan, Plan)
     total = 0
-    for head in range(geometry.heads):
-        for source in range(target):
-            read = [level for level, last_read in plan.levels if last_read[layer, head, source] >= target]
-            total += level_tokens(geometry.schedule, read[0])[source] if read else 0
+    for head, source in np.ndindex(geometry.heads, target):
+        read = [level for level, last_read in plan.levels if last_read[layer, head, source] >= target]
+        total += level_tokens(geometry.schedule, read[0])[source] if read else 0
     return total
 
 
@@ -399,20 +398,15 @@ def check_plan_file(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) 
 def check_statistics(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> None:
     """Without statistics it refuses, or plans as it does with them; check() does without."""
     problem, plan = next(_some_plans(policy, geometry, seed))
-    bare = dataclasses.replace(problem, statistics=None)
-    policy.check(bare)
-    changed = {"statistics": bare}
-    for part in MEASURED:
-        lacking: Any = dataclasses.replace(problem.measured, **dict[str, Any]({part: None}))
-        changed[part] = dataclasses.replace(problem, statistics=lacking)
-    for part, without in changed.items():
+    policy.check(dataclasses.replace(problem, statistics=None))
+    lacking: dict[str, Any] = {"statistics": None}
+    lacking |= {part: dataclasses.replace(problem.measured, **dict[str, Any]({part: None})) for part in MEASURED}
+    for part, statistics in lacking.items():
         try:
-            other = policy.plan(without)
+            other = policy.plan(dataclasses.replace(problem, statistics=statistics))
         except (PolicyError, StatisticsError) as error:
             _demand(bool(policy.needs), f"`needs` is empty, but without {part} it says: {error}")
-            _demand(
-                any(word in str(error) for word in ("statistics", "level costs", "calibrate")),
-                f"without {part} it says {str(error)!r}; name the statistics it needs",
-            )
+            named = any(word in str(error) for word in ("statistics", "level costs", "calibrate"))
+            _demand(named, f"without {part} it says {str(error)!r}; name the statistics it needs")
         else:
             _demand(other == plan, f"without {part} it silently makes another plan; raise PolicyError instead")

@@ -119,19 +119,22 @@ def shapes(info: ModelInfo, schedule: ScaleSchedule, dtype: torch.dtype, layers:
         return ClassConditionalModel(info.name, var, VQVAE(vqvae_config, encoder=False), sampling, fingerprint="")
 
 
-def _request(model: _Shapes, images: int, guided: bool) -> tuple[list[Any], Any]:
-    """What to draw, any classes or the longest prompts, and the sampling."""
+def _labels(model: _Shapes, images: int) -> list[Any]:
+    """What to draw: any classes, or the longest prompts."""
     if isinstance(model, ClassConditionalModel):
-        labels, unguided = list[Any]([0]) * images, 0.0
-    else:
-        labels, unguided = [Prompt(torch.empty(TEXT_POSITIONS, model.transformer.config.text_channels))] * images, 1.0
-    return labels, model.sampling if guided else replace(model.sampling, cfg=unguided)
+        return [0] * images
+    return [Prompt(torch.empty(TEXT_POSITIONS, model.transformer.config.text_channels)) for _ in range(images)]
+
+
+def _settings(model: _Shapes, guided: bool) -> Any:
+    unguided = 1.0 if isinstance(model, TextConditionalModel) else 0.0
+    return model.sampling if guided else replace(model.sampling, cfg=unguided)
 
 
 def prompt_bytes(model: _Shapes, images: int, guided: bool) -> int:
     """Bytes that live from the first scale to the last."""
     with torch.inference_mode(), FusedAttention(), torch.device("meta"), TensorLedger() as ledger:
-        kept = model.begin(*_request(model, images, guided))
+        kept = model.begin(_labels(model, images), _settings(model, guided))
         live: int = ledger.live
     del kept
     return live
@@ -139,10 +142,11 @@ def prompt_bytes(model: _Shapes, images: int, guided: bool) -> int:
 
 def drawing_bytes(model: _Shapes, images: int, guided: bool) -> int:
     """Peak of all tensors but weights and cache, from the labels to the pictures."""
-    labels, settings = _request(model, images, guided)
+    settings = _settings(model, guided)
     cache = KVCache(model.full_plan(), images * settings.rows_per_image, model.compute_dtype, "meta")
     with torch.inference_mode(), FusedAttention(), torch.device("meta"), TensorLedger() as ledger:
-        run_scales(model, labels, cache, CommonRandomSampler(0, range(images), settings), settings)
+        sampler = CommonRandomSampler(0, range(images), settings)
+        run_scales(model, _labels(model, images), cache, sampler, settings)
     return int(ledger.peak)
 
 

@@ -33,10 +33,6 @@ DEVICE_LEDGERS = ("host", "allocator", "graphs", "driver")
 """Parts of `memory` that depend on the type of device: that they are there is compared, not what they hold."""
 
 
-def _figure(row: ResultRow, path: str) -> Any:
-    return figure_at(row, path.split("."))
-
-
 @dataclass(frozen=True)
 class Tolerances:
     """How much worse a figure may be. `bytes`, `tensors` and `kl` are shares of the baseline's, the others differences.
@@ -62,7 +58,7 @@ class Tolerances:
         """The worst value that is allowed of every figure of a baseline's row; those of the ledger of tensors only with
         `tensors`."""
         grown = dict.fromkeys(BYTES, 1 + self.bytes) | {path: 1 + self.tensors for path in TENSORS if tensors}
-        limits = {path: value * by for path, by in grown.items() if (value := _figure(row, path)) is not None}
+        limits = {path: value * by for path, by in grown.items() if (value := figure_at(row, path)) is not None}
         if row.kl is not None:
             limits["kl"] = row.kl + max(self.kl * row.kl, self.kl_floor)
         fallen = {name: (getattr(row, name), getattr(self, tolerance)) for name, tolerance in FALLING.items()}
@@ -166,7 +162,7 @@ def _left_out(now: Results, before: Results, same_device: bool, same_torch: bool
 def _changes(row: ResultRow, now: ResultRow, limits: dict[str, float], same_device: bool) -> Iterator[Change]:
     """Every figure of the baseline's row, but those of lost memory, which is a fault already."""
     for path, limit in limits.items():
-        before, value = _figure(row, path), _figure(now, path)
+        before, value = figure_at(row, path), figure_at(now, path)
         if value is not None:
             yield Change(path, before, value, limit, value < limit if path in FALLING else value > limit)
         elif not path.startswith("memory.") and (same_device or path not in DEVICE_BYTES):
@@ -180,5 +176,5 @@ def _faults(row: ResultRow, now: ResultRow, same_device: bool) -> Iterator[str]:
         return
     ledgers = [f"memory.{ledger}" for ledger in DEVICE_LEDGERS] if now.memory is not None else []
     for path in ("memory", "latency_ms", *(("graph_latency_ms", *ledgers) if same_device else ())):
-        if _figure(row, path) is not None and _figure(now, path) is None:
+        if figure_at(row, path) is not None and figure_at(now, path) is None:
             yield f"lost: {path}"

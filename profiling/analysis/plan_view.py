@@ -5,7 +5,7 @@ Arrays: L layers, H heads, T scales; T-1 of them are cached. `levels` are names 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,28 @@ def bar(share: float, width: int = 20) -> str:
     return "█" * full + "░" * (width - full)
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, columns: Sequence[str], lines: Iterable[Iterable[object]]) -> Table:
     """A table whose figures, all columns but the bars, stand to the right."""
     table = Table(title=title)
     for name in columns:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*map(str, line))
     return table
 
 
 def scales_table(levels: Levels, kept_S: FloatArray, names: Sequence[str]) -> Table:
     """Per source scale: the share of token-time that is kept, how its cells end, and at which levels they are read."""
     last_reads = [last_read for _, last_read in levels]
-    ends, served = ends_of_cells(last_reads[-1]), reads_of_scales(last_reads)
-    # with a single level its share of the reads is that of token-time
-    read = [f"read {level}" for level, _ in levels] if len(levels) > 1 else []
-    how = ("never cached", "dropped early", "to the end")
-    table = _table("kept per source scale", "scale", "tokens", "kept token-time", "", *how, *read)
-    for scale, share in enumerate(kept_S):
-        others = [*ends[scale], *(served[:, scale] if read else [])]
-        table.add_row(str(scale), names[scale], f"{share:.1%}", bar(share), *(f"{other:.1%}" for other in others))
+    others, read = ends_of_cells(last_reads[-1]), list[str]()
+    if len(levels) > 1:  # a single level's share of the reads is that of token-time
+        others, read = np.hstack([others, reads_of_scales(last_reads).T]), [f"read {level}" for level, _ in levels]
+    columns = ["scale", "tokens", "kept token-time", "", "never cached", "dropped early", "to the end", *read]
+    lines = [
+        [scale, names[scale], f"{share:.1%}", bar(share), *(f"{other:.1%}" for other in others[scale])]
+        for scale, share in enumerate(kept_S)
+    ]
+    table = _table("kept per source scale", columns, lines)
     table.caption = (
         "kept token-time: tokens held times the later targets that read them, of the full cache's; never, early, end: "
         "share of the cells" + ("; read: share of the reads that a level serves" if read else "")
@@ -57,32 +60,32 @@ def scales_table(levels: Levels, kept_S: FloatArray, names: Sequence[str]) -> Ta
 
 def layers_table(kept_LH: FloatArray) -> Table:
     """Per layer: the share of token-time that is kept, and by which heads the least and the most."""
-    table = _table("kept per layer", "layer", "kept token-time", "", "least, by head", "most, by head")
+    lines = []
     for layer, kept_H in enumerate(kept_LH):
-        mean, *ends = kept_H.mean(), *(f"{kept_H[head]:.1%} ({head})" for head in (kept_H.argmin(), kept_H.argmax()))
-        table.add_row(str(layer), f"{mean:.1%}", bar(mean), *ends)
-    return table
+        ends = [f"{kept_H[head]:.1%} ({head})" for head in (kept_H.argmin(), kept_H.argmax())]
+        lines.append([layer, f"{kept_H.mean():.1%}", bar(kept_H.mean()), *ends])
+    return _table("kept per layer", ["layer", "kept token-time", "", "least, by head", "most, by head"], lines)
 
 
 def use_table(live_TL: IntArray, budget: int, names: Sequence[str]) -> Table:
     """Per target scale: the most token-heads that the cache holds after any of its layers."""
-    table = _table("cache use", "target", "tokens", "most token-heads", "of the budget", "", "after layer")
+    lines = []
     for target, live_L in enumerate(live_TL):
-        layer, share = int(live_L.argmax()), live_L.max() / max(budget, 1)
-        table.add_row(str(target), names[target], str(live_L[layer]), f"{share:.1%}", bar(share), str(layer))
-    return table
+        share = live_L.max() / max(budget, 1)
+        lines.append([target, names[target], live_L.max(), f"{share:.1%}", bar(share), live_L.argmax()])
+    columns = ["target", "tokens", "most token-heads", "of the budget", "", "after layer"]
+    return _table("cache use", columns, lines)
 
 
 def worth_table(worth: Worth) -> Table:
     """The checkpoints that hold more value back, and how much of it."""
-    table = _table("what binds", "after target", "layers that bind", "of the price", "")
+    lines = []
     total = float(worth.price_TL.sum() + worth.cap_price_LT.sum())
     for prices_TL, kind in ((worth.price_TL, ""), (worth.cap_price_LT.T, " (layer cap)")):
         for target in np.flatnonzero(prices_TL.any(axis=1)):
-            layers = ", ".join(map(str, np.flatnonzero(prices_TL[target])))
-            share = prices_TL[target].sum() / total
-            table.add_row(str(target), f"{layers}{kind}", f"{share:.1%}", bar(share))
-    return table
+            layers, share = ", ".join(map(str, np.flatnonzero(prices_TL[target]))), prices_TL[target].sum() / total
+            lines.append([target, f"{layers}{kind}", f"{share:.1%}", bar(share)])
+    return _table("what binds", ["after target", "layers that bind", "of the price", ""], lines)
 
 
 def worth_lines(worth: Worth) -> list[str]:
@@ -119,7 +122,7 @@ def worth_lines(worth: Worth) -> list[str]:
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure of matplotlib as PNG."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
 def save_heat_maps(
@@ -143,7 +146,7 @@ def save_heat_maps(
     for ax in axes.flat[scales:]:
         ax.set_axis_off()
     for source, ax in zip(range(scales), axes.flat, strict=False):
-        image = ax.imshow(values_LHS[:, :, source], cmap=shown, aspect="auto", interpolation="nearest", **limits)
+        ax.imshow(values_LHS[:, :, source], cmap=shown, aspect="auto", interpolation="nearest", **limits)
         ax.set_title(f"source {source} ({names[source]})", fontsize=8)
         ax.tick_params(labelsize=6)
         for axis in (ax.xaxis, ax.yaxis):
@@ -151,7 +154,7 @@ def save_heat_maps(
     figure.supxlabel("head", fontsize=8)
     figure.supylabel("layer", fontsize=8)
     figure.suptitle(title, fontsize=9)
-    scale = figure.colorbar(image, ax=axes, ticks=range(steps) if steps else None, fraction=0.04)
+    scale = figure.colorbar(axes.flat[0].images[0], ax=axes, ticks=range(steps) if steps else None, fraction=0.04)
     scale.set_label(legend, fontsize=7)
     scale.ax.tick_params(labelsize=7)
     save_figure(figure, path)
@@ -171,23 +174,6 @@ def save_scas_maps(path: Path, statistics: Statistics) -> None:
     relative = scas_LHS / np.maximum(scas_LHS.max(axis=(0, 1)), np.finfo(float).tiny)
     title = f"S-CAS of {statistics.provenance.model}, {statistics.count} samples"
     save_heat_maps(path, relative, names, title, "share of the scale's largest", "magma")
-
-
-def save_kept(path: Path, scales_S: FloatArray, heads_LH: FloatArray, names: Sequence[str], title: str) -> None:
-    """Two bar charts of the kept token-time: per source scale, and per layer with the range of its heads."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 + 0.25 * len(scales_S) + 0.12 * len(heads_LH), 3.4), dpi=110, layout="constrained")
-    by_scale, by_layer = figure.subplots(1, 2, sharey=True)
-    by_scale.bar(range(len(scales_S)), 100 * scales_S, color="tab:blue")
-    by_scale.set_xticks(range(len(scales_S)), [f"{s}\n{name}" for s, name in enumerate(names[:-1])], fontsize=6)
-    by_scale.set(xlabel="source scale", ylabel="kept token-time, %", ylim=(0, 100))
-    mean_L = heads_LH.mean(axis=1)
-    range_2L = np.maximum(0, [mean_L - heads_LH.min(axis=1), heads_LH.max(axis=1) - mean_L])
-    by_layer.bar(range(len(mean_L)), 100 * mean_L, color="tab:green", yerr=100 * range_2L, ecolor="0.4")
-    by_layer.set(xlabel="layer (lines: least and most of its heads)")
-    figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
 
 
 def save_use(path: Path, live_TL: IntArray, full_TL: IntArray, budget: int, names: Sequence[str], title: str) -> None:

@@ -17,9 +17,6 @@ from heatkv.core.io import versions
 from heatkv.engine.watch import is_deterministic
 from heatkv.profiling.results.row import Environment, Load, TimingMachine
 
-_NVML_WINDOW_S = 1.0
-"""NVML's utilisation is of at most the last second, so that after so long our own work is out of it."""
-
 
 def matrix_product_ms() -> float:
     """Median time of an fp32 matrix product of 1024 cubed on one thread, in milliseconds.
@@ -72,7 +69,7 @@ def _others_on(device: torch.device) -> tuple[int | None, int | None]:
         return None, None
     nvml, handle = found
     torch.cuda.synchronize(device)
-    time.sleep(_NVML_WINDOW_S)
+    time.sleep(1.0)  # utilisation is of at most the last second: our own work is out of it then
     try:
         used = int(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
         # in a container our own number is another one, but we are one of them
@@ -90,11 +87,7 @@ def timing_machine(device: torch.device) -> TimingMachine:
 def environment(device: torch.device) -> Environment:
     """What every result states about the machine it was measured on."""
     return Environment(
-        **structs.asdict(timing_machine(device)),
-        device=device.type,
-        device_name=device_name(device),
-        threads=torch.get_num_threads(),
-        deterministic=is_deterministic(),
-        system=platform.platform(),
+        **structs.asdict(timing_machine(device)), device=device.type, device_name=device_name(device),
+        threads=torch.get_num_threads(), deterministic=is_deterministic(), system=platform.platform(),
         versions=versions(),
-    )
+    )  # fmt: skip

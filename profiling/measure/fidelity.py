@@ -18,13 +18,14 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor
 
+from heatkv.core.io import read_tensors, write_tensors
 from heatkv.core.schema import FloatArray
 from heatkv.errors import HeatKVError
 from heatkv.generation.images import from_pixels, to_pixels
 from heatkv.generation.loop import Drawn, Generator
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import CommonRandomSampler, RecordedTokens, Settings
-from heatkv.parallel.parts import load_arrays, save_arrays
+from heatkv.profiling.measure.latency import CONFIDENCE
 from heatkv.profiling.measure.perceptual import fid, open_lpips, why_no_fid
 from heatkv.profiling.measure.subjects import Subject
 from heatkv.profiling.results.row import Fidelity, Spread
@@ -68,13 +69,8 @@ class PairedDifference:
     high: float
 
 
-def paired_bootstrap(
-    ours: Sequence[float] | FloatArray,
-    theirs: Sequence[float] | FloatArray,
-    *,
-    confidence: float = 0.95,
-) -> PairedDifference:
-    """Bootstrap (percentiles) of mean(ours - theirs), where equal places are the same sample under two policies.
+def paired_bootstrap(ours: Sequence[float] | FloatArray, theirs: Sequence[float] | FloatArray) -> PairedDifference:
+    """Bootstrap of mean(ours - theirs) with percentiles, where equal places are the same sample under two policies.
 
     What samples have in common cancels: far fewer are needed than for two separate intervals. Raises HeatKVError for
     two lists that are not of the same samples, or are empty.
@@ -88,7 +84,7 @@ def paired_bootstrap(
     if len(one) == 1:  # every draw is the same
         return PairedDifference(mean, mean, mean)
     interval = bootstrap(
-        (one - other,), np.mean, vectorized=True, method="percentile", n_resamples=10_000, confidence_level=confidence,
+        (one - other,), np.mean, vectorized=True, method="percentile", n_resamples=10_000, confidence_level=CONFIDENCE,
         rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     return PairedDifference(mean, float(interval.low), float(interval.high))
@@ -252,7 +248,6 @@ class FidelityBench:
         Those of single images and pictures are kept, so that any two rows of equal samples can be compared in pairs
         later.
         """
-
         tokens, choices = np.array(plans[0].tokens), plans[0].choices
 
         def mean(figures: Iterable[FloatArray]) -> FloatArray:
@@ -320,12 +315,12 @@ def save_compared(path: Path, plans: Sequence[Compared], pictures: int) -> None:
     arrays = {
         name: np.stack([array(plan, name) for plan in plans]) for name in ARRAYS if getattr(plans[0], name) is not None
     }
-    save_arrays(path, arrays, {"tokens": plans[0].tokens, "choices": plans[0].choices})
+    write_tensors(path, {"tokens": plans[0].tokens, "choices": plans[0].choices}, arrays)
 
 
 def load_compared(path: Path) -> list[Compared]:
     """What `save_compared` wrote. Raises FormatError for a damaged file."""
-    header, arrays = load_arrays(path)
+    header, arrays = read_tensors(path, "part")
     plans = []
     for plan in range(len(arrays["kl_sums_BT"])):
         values: dict[str, Any] = {name: array[plan] for name, array in arrays.items()}

@@ -110,11 +110,7 @@ def first_row(
 
 
 def in_phases(
-    open_: Open,
-    labels: list[Any],
-    seed: int,
-    reset: Callable[[], object],
-    read: Callable[[], T],
+    open_: Open, labels: list[Any], seed: int, reset: Callable[[], object], read: Callable[[], T]
 ) -> tuple[Generator[Any], ledgers.Phases[T]]:
     """What `open_` opens, with a figure of opening it, of drawing and of decoding once."""
 
@@ -261,10 +257,7 @@ def measure_latency(
 
 
 def graph_latency(
-    generator: Generator[Any],
-    draw: Callable[[], object],
-    repeats: int,
-    progress: Callable[[], object] = lambda: None,
+    generator: Generator[Any], draw: Callable[[], object], repeats: int, progress: Callable[[], object] = lambda: None
 ) -> tuple[Latency, int | None]:
     """Time of `draw`, which draws by a generator with graphs that has drawn nothing yet, and what its graphs hold.
 
@@ -293,7 +286,7 @@ def with_versus(rows: Sequence[ResultRow]) -> list[ResultRow]:
         other = others.get(subject_key(row, PLACE))
         if other is None or not other.kl_of_images or not row.kl_of_images or row.policy in (REFERENCE, wanted):
             return None
-        found = paired_bootstrap(row.kl_of_images, other.kl_of_images, confidence=CONFIDENCE)
+        found = paired_bootstrap(row.kl_of_images, other.kl_of_images)
         return Versus(
             policy=other.policy, difference=found.mean, interval=(found.low, found.high), confidence=CONFIDENCE,
             images=len(row.kl_of_images),

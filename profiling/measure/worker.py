@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from heatkv.core.plan_file import plan_from_json
-from heatkv.engine.watch import run_deterministically
+from heatkv.engine.watch import is_deterministic, run_deterministically
 from heatkv.errors import HeatKVError
 from heatkv.models.catalogue import load_model
 from heatkv.models.sampling import Settings
@@ -37,9 +37,9 @@ class Job:
     attention: str
     batch: int
     seed: int
-    threads: int
     snapshot: Path | None = None
-    deterministic: bool = False
+    threads: int = field(default_factory=torch.get_num_threads)
+    deterministic: bool = field(default_factory=is_deterministic)
 
 
 def measure_job(job: Job) -> Memory:

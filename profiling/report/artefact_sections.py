@@ -5,7 +5,8 @@ Arrays: L layers, H heads, T scales, S source scales, B pictures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -28,13 +29,11 @@ _NEVER = np.array([128, 128, 128, 56], np.uint8)
 _STEPS = 64
 
 
-def _heat(
-    report: Report, title: str, colours_LHSC: Pixels, names: Sequence[str], below: Sequence[float] = ()
-) -> Markup:
-    """A heat map with a block for every scale, layers by heads; `below` are shares to be written under these."""
+def _heat(report: Report, title: str, colours_LHSC: Pixels, names: Sequence[str], shares: Iterable[float]) -> Markup:
+    """A heat map with a block for every scale, layers by heads; `shares` are written under these."""
     layers, heads = colours_LHSC.shape[:2]
     uri = charts.strip(list(colours_LHSC.transpose(2, 0, 1, 3)), 1)
-    markup: Markup = report.ui.heat(uri, title, layers, heads, names, [f"{100 * share:.0f}" for share in below])
+    markup: Markup = report.ui.heat(uri, title, layers, heads, names, [f"{100 * share:.0f}" for share in shares])
     return markup
 
 
@@ -86,7 +85,7 @@ def _card(report: Report, row: Row, found: Sequence[CachePlan]) -> Markup:
     def held(plan: CachePlan) -> NDArray[np.int64]:
         return np.array([[plan.bytes_of(int(n), result.rows, result.storage) for n in live_L] for live_L in plan.live])
 
-    chart = held_chart("", [(style, held(plan)) for plan in found], result, (330, 130))
+    chart = held_chart("", [(style, held(plan)) for plan in found], result, (430, 150))
     kept = float(np.mean([kept_of_heads(plan.held, plan.schedule.tokens).mean() for plan in found]))
     most = max(held(plan).max() for plan in found)
     heats = _kept_until(report, found[0], scale_names(result))
@@ -138,12 +137,10 @@ def pictures(report: Report) -> Blocks:
         full = next((images for row, images in rows.items() if row.result.policy == REFERENCE), None)
         parts = ([label] if report.several else []), ([f"seed {seed}"] if len({key[1] for key in seeds}) > 1 else [])
         for budget, of_budget in reversed(budgets_of(rows).items()):
-            strips = [] if full is None else [("full cache", None, charts.strip(full, _GAP), "")]
+            strips: list[Any] = [] if full is None else [("full cache", None, charts.strip(full, _GAP), "")]
             for row in of_budget:
-                strips.append((row.result.policy, row.result.psnr_db, charts.strip(rows[row], _GAP), ""))
-                if full is not None:
-                    shares = np.abs(rows[row].astype(np.int16) - full).mean(axis=3) / 255
-                    strips[-1] = (*strips[-1][:3], charts.strip(charts.difference_colour(shares), _GAP))
+                far = "" if full is None else charts.strip(charts.differences(rows[row], full), _GAP)
+                strips.append((row.result.policy, row.result.psnr_db, charts.strip(rows[row], _GAP), far))
             count, _, across, _ = rows[of_budget[0]].shape
             width = count * (min(max(across, 72), 112) + _GAP) - _GAP
             sheets.append((", ".join([*parts[0], f"Cache of {budget}", *parts[1]]), strips, width))

@@ -85,10 +85,9 @@ def axis(values: Iterable[float], log: bool = False, ticks: Mapping[float, str] 
         room = 0.07 * (high - low) or 0.5
         low, high = low - room if low else 0.0, high + room
     if ticks is None:
-        marks = LogLocator(subs=(1, 2, 5)).tick_values(low, high) if log else np.zeros(0)
-        if np.count_nonzero((low <= marks) & (marks <= high)) < 2:
-            marks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-        ticks = {float(mark): f"{mark:g}" for mark in marks if low <= mark <= high}
+        locators = [LogLocator(subs=(1, 2, 5)), MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])][not log :]
+        marks = [[float(x) for x in locator.tick_values(low, high) if low <= x <= high] for locator in locators]
+        ticks = {mark: f"{mark:g}" for mark in (marks[0] if len(marks[0]) > 1 else marks[-1])}
     return Axis(low, high, ticks, log)
 
 
@@ -182,6 +181,11 @@ def strip(images_HWC: Iterable[Pixels], gap: int) -> str:
 
 DIFFERENCE_MOST = 0.25
 """Mean difference of the channels, of their range, from which on a difference map has its strongest colour."""
+
+
+def differences(images_BHW3: Pixels, others_BHW3: Pixels) -> Pixels:
+    """Where pictures differ and how much, as colours, (B, H, W, 4)."""
+    return difference_colour(np.abs(images_BHW3.astype(np.int16) - others_BHW3).mean(axis=3) / 255)
 
 
 def difference_colour(share: NDArray[np.float64]) -> Pixels:

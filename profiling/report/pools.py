@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from heatkv.profiling.report import charts, tables
 from heatkv.profiling.report.charts import Style
-from heatkv.profiling.report.tables import Column, look_up
+from heatkv.profiling.report.tables import Column
 from heatkv.profiling.results.comparable import REFERENCE
+from heatkv.profiling.results.ledgers import figure_at
 from heatkv.profiling.results.merging import AXES, SEPARATOR, Group, Merged, Row, budgets_of
 from heatkv.profiling.results.row import ResultRow
 
@@ -56,7 +57,7 @@ class Entry:
 
     def array(self, path: str) -> NDArray[np.float64] | None:
         """The mean of a list of figures, such as one for every scale."""
-        found = [look_up(row.result, path) for row in self.rows]
+        found = [figure_at(row.result, path) for row in self.rows]
         return np.mean(found, axis=0) if all(found) else None
 
     def range(self, column: Column) -> tuple[float, float] | None:
@@ -201,14 +202,13 @@ class Report:
         self, caption: str, titles: Sequence[str], lines: Sequence[Sequence[Cell]], *, sortable: bool = True,
         shaded: bool = False,
     ) -> Markup:  # fmt: skip
-        """A table; columns of numbers stand to the right. Shades are of the figures above 0, on a logarithmic scale."""
-        right = [i > 0 and any(isinstance(line[i].value, int | float) for line in lines) for i in range(len(titles))]
+        """A table; shades are of the figures above 0, on a logarithmic scale."""
         figures = [cell.value for line in lines for cell in line if isinstance(cell.value, float) and cell.value > 0]
         if shaded and len(set(figures)) > 1:
             tints = charts.Axis(min(figures), max(figures), {}, log=True)
-            shades = {figure: tints.at(figure) for figure in figures}
+            shades: dict[Any, float] = {figure: tints.at(figure) for figure in figures}
             lines = [[cell._replace(shade=shades.get(cell.value)) for cell in line] for line in lines]
-        markup: Markup = self.ui.table(caption, list(zip(titles, right, strict=True)), lines, sortable)
+        markup: Markup = self.ui.table(caption, titles, lines, sortable)
         return markup
 
 

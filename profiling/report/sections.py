@@ -5,7 +5,7 @@ A section is a function of the report that gives its blocks, or None where it ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -19,9 +19,9 @@ from heatkv.profiling.measure.latency import outliers_of
 from heatkv.profiling.report import charts, tables
 from heatkv.profiling.report.charts import Chart, Line, Style
 from heatkv.profiling.report.pools import Blocks, Cell, Entry, Pool, Report, scale_names
-from heatkv.profiling.report.tables import ARENA, KL, MEDIAN, Column, look_up
+from heatkv.profiling.report.tables import ARENA, KL, MEDIAN, Column
 from heatkv.profiling.results.comparable import REFERENCE
-from heatkv.profiling.results.ledgers import PHASES, Ledgers
+from heatkv.profiling.results.ledgers import PHASES, Ledgers, figure_at
 from heatkv.profiling.results.merging import leaders, pareto_front, ranked
 from heatkv.profiling.results.row import ResultRow
 
@@ -120,7 +120,7 @@ def paired(report: Report) -> Blocks:
     def make(pool: Pool) -> list[Markup]:
         differences = [entry.result.versus for entry in pool.compared if entry.result.versus]
         axis = charts.bar_axis(end for versus in differences for end in versus.interval)
-        groups = {budget: sorted(entries, key=lambda entry: look_up(entry.result, "versus.difference"))
+        groups = {budget: sorted(entries, key=lambda entry: figure_at(entry.result, "versus.difference"))
                   for budget, entries in pool.budgets.items()}  # fmt: skip
         return [report.ui.paired(groups, axis, differences[0])]
 
@@ -131,12 +131,9 @@ def _by_scale(pool: Pool, lines: Mapping[str, Sequence[Line]]) -> list[Chart]:
     """Charts along the target scales, on the same axes."""
     x = charts.scale_axis(pool.scales)
     y = charts.axis([0.0, *(y for of_chart in lines.values() for line in of_chart for _, y in line.points)])
-    return [Chart(title, x, y, of_chart, size=_panel(lines)) for title, of_chart in lines.items()]
-
-
-def _panel(panels: Sized) -> tuple[int, int]:
-    """Width and height of one of these."""
-    return 190 if len(panels) > 1 else 380, 165
+    return [
+        Chart(title, x, y, of_chart, size=(190 if len(lines) > 1 else 380, 165)) for title, of_chart in lines.items()
+    ]
 
 
 def per_scale(report: Report) -> Blocks:
@@ -144,15 +141,11 @@ def per_scale(report: Report) -> Blocks:
 
     def make(pool: Pool) -> list[Markup]:
         arrays = {entry: found for entry in pool.entries if (found := entry.array("kl_per_scale")) is not None}
-        shown = {budget: [e for e in entries if e in arrays] for budget, entries in pool.budgets.items()}
-        lines = {
-            budget: [Line(e.style, list(enumerate(arrays[e].tolist()))) for e in of] for budget, of in shown.items()
-        }
-        lossy = {budget: np.any([arrays[e] > 1e-6 for e in entries], axis=0) for budget, entries in shown.items()}
-        first = {budget: int(found.argmax()) if found.any() else None for budget, found in lossy.items()}
+        lines = {budget: [Line(e.style, list(enumerate(arrays[e].tolist()))) for e in entries if e in arrays]
+                 for budget, entries in pool.budgets.items()}  # fmt: skip
         columns = tables.scale_columns("kl_per_scale", pool.scales, "", ".4f")
         table = report.table("KL in nats per token by target scale", list(arrays), columns, shaded=True)
-        return [report.ui.per_scale(_by_scale(pool, lines), pool.compared, first), table]
+        return [report.ui.per_scale(_by_scale(pool, lines), pool.compared), table]
 
     return report.each([p for p in report.fidelity if any(e.result.kl_per_scale for e in p.compared)], make)
 
@@ -187,7 +180,7 @@ def latency(report: Report) -> Blocks:
 
 def _phases(report: Report, pool: Pool) -> list[Markup]:
     """Bars by phase, with the median and its interval."""
-    entries = [entry for entry in pool.entries if look_up(entry.result, "latency_ms.phases")]
+    entries = [entry for entry in pool.entries if figure_at(entry.result, "latency_ms.phases")]
     groups = {title: [e for e in of if e in entries] for title, of in pool.titled.items()}
     times = [time for e in entries for time in (e.result.latency_ms, e.result.graph_latency_ms) if time]
     far = [outliers_of(list(time.all)) for time in times]
@@ -233,7 +226,9 @@ def memory(report: Report) -> Blocks:
             for title, of_budget in pool.titled.items():
                 if of_budget is not pool.reference:
                     held = [(entry.style, np.array(entry.result.timeline_bytes)) for entry in of_budget]
-                    panels.append(held_chart(title, held, of_budget[0].result, _panel(pool.budgets)))
+                    panels.append(
+                        held_chart(title, held, of_budget[0].result, (190 if len(pool.budgets) > 1 else 380, 165))
+                    )
             blocks.append(report.ui.over_time(panels, pool.compared))
         if entries:
             blocks.append(report.table("Memory by ledger", entries, (*tables.PLANNED, *tables.DEVICE)))
@@ -283,10 +278,11 @@ def environment(report: Report) -> Blocks:
         run, first = msgspec.to_builtins(source.results), source.results.rows[0]
         found = {"model": first.model, "weights": first.model_fingerprint, "schedule": ScaleSchedule(first.schedule)}
         found |= run["environment"] | (run["sampling"] or {}) | run["request"]
+        settings: dict[str, dict[str, None]] = {}
         for row in source.results.rows:
-            settings = in_words({name: value for name, value in row.settings.items() if name != "budget"}) or "none"
-            of_policy = found.setdefault(f"settings of {row.policy}", [])
-            of_policy += [] if settings in of_policy else [settings]
+            text = in_words({name: value for name, value in row.settings.items() if name != "budget"}) or "none"
+            settings.setdefault(f"settings of {row.policy}", {})[text] = None
+        found |= {name: ", ".join(texts) for name, texts in settings.items()}
         facts[source.label] = {name: in_words(value) for name, value in found.items() if value is not None}
     names = dict.fromkeys(name for found in facts.values() for name in found)
     lines = [[Cell(name.replace("_", " ")), *(Cell(of.get(name, "-")) for of in facts.values())] for name in names]

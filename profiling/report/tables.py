@@ -11,25 +11,13 @@ from rich.table import Table
 from heatkv.engine.spans import PHASES as TIME_PHASES
 from heatkv.profiling.analysis.stability import Agreement
 from heatkv.profiling.measure.runner import LEAST_USED
-from heatkv.profiling.results.ledgers import PHASES, UNEXPLAINED
+from heatkv.profiling.results.ledgers import PHASES, UNEXPLAINED, figure_at
 from heatkv.profiling.results.row import ResultRow, Versus
 
 BARS = " ▁▂▃▄▅▆▇█"
 NOT_MEASURED = "not measured"
 TIMES = {"latency_ms": "", "graph_latency_ms": "CUDA graphs"}
 """The times of a row, and what their columns are called beside the eager ones."""
-
-
-def look_up(holder: Any, path: str) -> Any:
-    """What is under a path of attributes, keys and places, such as "latency_ms.scales.0"; None where a part is None."""
-    for name in path.split("."):
-        if isinstance(holder, Mapping):
-            holder = holder.get(name)
-        elif isinstance(holder, Sequence):
-            holder = holder[int(name)] if int(name) < len(holder) else None
-        elif holder is not None:
-            holder = getattr(holder, name)
-    return holder
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class Column:
 
     def value(self, row: ResultRow) -> Any:
         """The figure in full; None where it was not measured."""
-        return look_up(row, self.source) if isinstance(self.source, str) else self.source(row)
+        return figure_at(row, self.source) if isinstance(self.source, str) else self.source(row)
 
     def text(self, value: Any) -> str:
         """A figure of this column, or an interval, as a reader sees it."""

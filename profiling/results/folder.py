@@ -52,25 +52,17 @@ def comparison_digest(
     model: ImageModel[Any], settings: Settings, subject: Subject, *, seed: int, images: int, pictures: int
 ) -> str:
     """Names all that the fidelity of a subject follows from: weights, plans, samples, and where it is computed."""
-    return _digest(
-        _shared(model, settings, subject) | {
-            "plans": [plan.to_json() for plan in subject.plans],
-            "samples": sample_names(model, seed, model.labels(images), 0) if images else [],
-            "seed": seed,
-            "pictures": pictures,
-        }
-    )  # fmt: skip
+    samples = sample_names(model, seed, model.labels(images), 0) if images else []
+    plans = [plan.to_json() for plan in subject.plans]
+    return _digest(_shared(model, settings, subject, seed) | {"plans": plans, "samples": samples, "pictures": pictures})
 
 
 def measurement_digest(model: ImageModel[Any], settings: Settings, subject: Subject, *, seed: int, batch: int) -> str:
     """Names all that memory and times of drawing `batch` images under the subject's first plan follow from, but for
     what else the machine does."""
-    return _digest(
-        _shared(model, settings, subject) | {
-            "plan": subject.plans[0].to_json(), "batch": batch, "seed": seed, "threads": torch.get_num_threads(),
-            "versions": versions(),
-        }
-    )  # fmt: skip
+    threads, plan = torch.get_num_threads(), subject.plans[0].to_json()
+    own = {"plan": plan, "batch": batch, "threads": threads, "versions": versions()}
+    return _digest(_shared(model, settings, subject, seed) | own)
 
 
 def samples_digest(model: ImageModel[Any], seed: int, images: int) -> str:
@@ -78,10 +70,10 @@ def samples_digest(model: ImageModel[Any], seed: int, images: int) -> str:
     return _digest(sample_names(model, seed, model.labels(images), 0))
 
 
-def _shared(model: ImageModel[Any], settings: Settings, subject: Subject) -> dict[str, Any]:
+def _shared(model: ImageModel[Any], settings: Settings, subject: Subject, seed: int) -> dict[str, Any]:
     shared = {
         "fingerprint": model.fingerprint, "dtype": str(model.compute_dtype),
-        "device": [model.device.type, device_name(model.device)], "torch": torch.__version__,
+        "device": [model.device.type, device_name(model.device)], "torch": torch.__version__, "seed": seed,
         "sampling": settings.to_json(), "storage": subject.storage, "attention": subject.attention,
     }  # fmt: skip
     return shared | ({"deterministic": True} if is_deterministic() else {})
@@ -112,8 +104,8 @@ class ResultsFolder:
 
     @cached_property
     def _results(self) -> Results:
-        environment_ = environment(self._model.device)
-        return Results(environment=environment_, sampling=self._settings.to_json(), request=self._request, rows=())
+        machine, sampling = environment(self._model.device), self._settings.to_json()
+        return Results(environment=machine, sampling=sampling, request=self._request, rows=())
 
     # -------------------------------------------------------------------------------- what earlier runs left
 

@@ -6,7 +6,6 @@ from the driver, given out or not. None is what could not be measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from msgspec import Meta, Struct
@@ -134,8 +133,13 @@ class Ledgers(Struct, frozen=True, kw_only=True):
     steps: tuple[Step, ...] = ()
 
 
-def figure_at(holder: Any, path: Sequence[str]) -> Any:
-    """The figure under a path of attributes, such as ("arena", "cache_bytes"); None where a part on the way is None."""
-    for name in path:
-        holder = None if holder is None else getattr(holder, name)
+def figure_at(holder: Any, path: str) -> Any:
+    """What is under a path of attributes, keys and places, such as "latency_ms.scales.0"; None where a part is None."""
+    for name in path.split("."):
+        if isinstance(holder, dict):
+            holder = holder.get(name)
+        elif isinstance(holder, tuple):
+            holder = holder[int(name)] if int(name) < len(holder) else None
+        elif holder is not None:
+            holder = getattr(holder, name)
     return holder

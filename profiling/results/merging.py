@@ -209,8 +209,7 @@ def pareto_front(entries: Iterable[T], x: Figure[T], y: Figure[T]) -> list[T]:
 
 
 def merge(folders: Sequence[Path]) -> Merged:
-    """Read result folders of one model. Raises FormatError for a folder that is none, that is named twice, or that is
-    of another model."""
+    """Read result folders of one model. Raises FormatError for others, and for a folder that is named twice."""
     places = [folder.resolve() for folder in folders]
     for index, place in enumerate(places):
         if place in places[:index]:
@@ -228,13 +227,9 @@ def merge(folders: Sequence[Path]) -> Merged:
 
 
 def _read(folder: Path) -> Results:
-    if not folder.is_dir():
-        raise FormatError(f"{folder} is no folder; name one that a comparison or a profile was written to")
     path = folder / "results.json"
     if not path.exists():
-        partial = (folder / "results.partial.json").exists()
-        way_out = "its run was not finished; start it again, and it goes on" if partial else "name a folder of results"
-        raise FormatError(f"{folder} has no results.json; {way_out}")
+        raise FormatError(f"{folder} has no results.json; name a folder of results, or start its stopped run again")
     results = read_results(path)
     if not results.rows:
         raise FormatError(f"{path} has no rows; measure something first")

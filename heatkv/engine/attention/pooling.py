@@ -28,12 +28,7 @@ class Reduction:
 
     @classmethod
     def of(
-        cls,
-        scale: tuple[int, int, int],
-        held: str,
-        wanted: str,
-        device: torch.device,
-        angles_NP: Tensor | None = None,
+        cls, scale: tuple[int, int, int], held: str, wanted: str, device: torch.device, angles_NP: Tensor | None = None
     ) -> Reduction:
         """From a cell of `scale` at level `held` to the coarser level `wanted`; `angles_NP` are those of its tokens."""
         before, after = blocks(scale, held), blocks(scale, wanted)
