@@ -28,7 +28,7 @@ class _PlanFile(Struct, kw_only=True):
     heads: int
     head_dim: int
     budget: Annotated[float, Meta(gt=0, le=1)]
-    budget_token_heads: Annotated[int, Meta(ge=0)]
+    budget_token_heads: Annotated[int, Meta(ge=0, le=2**56)]
     peak_token_heads: int
 
     def common(self) -> dict[str, Any]:
