@@ -65,7 +65,7 @@ def measure(name: str, size: str, dtype: str, images: int, how: str) -> None:
 
 def main() -> None:
     """Measure every case in processes of its own, and print the table."""
-    print("| model | size | type | images | foretold MiB | alive MiB | resident MiB |")
+    print("| model | size | type | images | predicted MiB | alive MiB | resident MiB |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
     for name, size, dtype, images in CASES:
         info = model_info(name)
