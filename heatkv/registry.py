@@ -68,7 +68,7 @@ def _place(policy: type[Any]) -> tuple[str, str]:
 
 
 def _search() -> None:
-    """Import every module of `heatkv.policies`, then every plug-in; a broken plug-in is noted and told, not raised."""
+    """Import every module of `heatkv.policies`, then every plug-in; a broken plug-in is noted, not raised."""
     global _searched
     if _searched:
         return

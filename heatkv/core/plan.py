@@ -161,7 +161,7 @@ class CachePlan(EqualByContents, ABC):
 
     @property
     def predicted_kl(self) -> float | None:
-        """The KL that the policy foretold, in nats per token, when it did. Raises PlanError for another setting."""
+        """The KL that the policy predicted, in nats per token, when it did. Raises PlanError for another setting."""
         kl = self.settings.get("predicted_kl")
         return None if kl is None else number(kl, "predicted_kl in the plan's settings", PlanError, 0)
 

@@ -250,7 +250,7 @@ def _check_names(
 class Provenance:
     """Where statistics were measured. All but `samples` and `versions` must agree for a merge.
 
-    `samples` names every calibration sample once, as "seed:index:label". `cfg` is None when the guidance was not told.
+    `samples` names every calibration sample once, as "seed:index:label". `cfg` is None when the guidance is unknown.
     """
 
     model: str

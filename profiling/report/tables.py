@@ -114,7 +114,7 @@ RESULTS = (
     }),
     MEDIAN, Column("time, CUDA graphs", "ms", "graph_latency_ms.median", ".1f"), KL,
     Column("above the base's", "nats", lambda row: row.versus and difference_text(row.versus)),
-    Column("foretold KL", "nats", "predicted_kl", ".4f"), TOP1, Column("PSNR", "dB", "psnr_db", ".2f"),
+    Column("predicted KL", "nats", "predicted_kl", ".4f"), TOP1, Column("PSNR", "dB", "psnr_db", ".2f"),
     Column("SSIM", "", "ssim", ".3f"), Column("LPIPS", "", "lpips", ".3f"), Column("FID", "", "fid", ".1f"),
     *(Column(name, "", name, "d", brief=False) for name in ("images", "pictures")),
 )  # fmt: skip

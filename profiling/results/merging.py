@@ -80,7 +80,7 @@ class Merged:
 
     @cached_property
     def machines(self) -> dict[tuple[Any, ...], str]:
-        """What the report calls every machine; told apart by a number where there are several."""
+        """What the report calls every machine, with a number where there are several."""
         places = {source.machine: source.results.environment for source in self.sources}
         return {
             machine: (f"machine {number}: " if len(places) > 1 else "")
