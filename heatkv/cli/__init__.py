@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Annotated, Any
 
 import typer
@@ -148,7 +148,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _check_given(arguments: Sequence[str]) -> None:
     """Refuse empty values, as of shell variables that nobody set: as a path, one would be the current folder."""
-    for before, argument in pairwise(["", *arguments]):
+    for before, argument in pairwise(["", *takewhile(lambda argument: argument != "--", arguments)]):
         option = argument.removesuffix("=") if argument.startswith("--") else before if before.startswith("--") else ""
         if (not argument or argument == f"{option}=") and option not in TEXTS:
             raise HeatKVError(f"{option or 'an argument'} is empty; give a value, or leave it out")
