@@ -186,9 +186,9 @@ def test_every_variant_of_attention(normalised: bool, flash: bool) -> None:
     for model, draw, schedule in models:
         before = draw(model)
         with heatkv.attach(model, "full", "100%", schedule=schedule):
-            same(draw(model), before, 1e-3)
+            same(draw(model), before, 1e-4)
         with heatkv.attach(model, dropping_plan(model, schedule)):
-            assert (draw(model)[1] - before[1]).abs().max() > 2e-3  # so that the line above says something
+            assert (draw(model)[1] - before[1]).abs().max() > 3e-4  # so that the line above says something
         assert all(torch.equal(a, b) for a, b in zip(draw(model), before, strict=True))
 
 
