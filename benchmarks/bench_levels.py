@@ -21,8 +21,8 @@ from yardstick import matrix_product_ms, parse
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import write_json
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts
-from heatkv.core.statistics import LevelStatistics
 from heatkv.levels.columns import ALL_LEVELS, allocate_levels
 from heatkv.models.catalogue import model_info
 from heatkv.profiling.measure.environment import environment

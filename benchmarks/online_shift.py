@@ -29,8 +29,9 @@ from yardstick import matrix_product_ms
 from heatkv.calibration.run import calibrate
 from heatkv.core.budget import Budget
 from heatkv.core.io import write_json
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.plan import Plan
-from heatkv.core.statistics import LevelStatistics, Statistics
+from heatkv.core.statistics import Statistics
 from heatkv.generation.loop import Generator
 from heatkv.models.catalogue import load_model
 from heatkv.models.class_conditional import ClassConditionalModel

@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import FULL, LEVELS, SINK_SCALES
 from heatkv.core.plan import CoarseCells, Plan
 from heatkv.core.rankings import HeadRankings
 from heatkv.core.schema import FloatArray, IntArray
-from heatkv.core.statistics import LevelStatistics, Statistics
+from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError
 from heatkv.levels.columns import LevelAllocation, allocate_levels, level_price_bound
 from heatkv.policies.base import PlanningProblem, StaticPolicy, below_sinks

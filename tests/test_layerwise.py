@@ -14,7 +14,7 @@ from torch import Tensor
 from heatkv.calibration.level_costs import level_choices, measure_biases, measure_errors
 from heatkv.calibration.measure import measure_samples
 from heatkv.core.plan import Plan
-from heatkv.core.statistics import SampleSums
+from heatkv.core.sample_sums import SampleSums
 from heatkv.generation.loop import Drawn, Generator, run_scales
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import RecordedTokens

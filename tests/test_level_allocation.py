@@ -25,9 +25,9 @@ from support.levels import (
     with_room,
 )
 
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import LevelStatistics
 from heatkv.errors import BudgetError, PlanError, StatisticsError
 from heatkv.levels import columns, rounding
 from heatkv.levels.columns import LevelAllocation, allocate_levels, level_bound, level_price_bound

@@ -28,11 +28,11 @@ from heatkv.calibration.level_costs import (
     measure_errors,
 )
 from heatkv.core.geometry import CacheGeometry
+from heatkv.core.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts, useful_levels
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import FloatArray
-from heatkv.core.statistics import LevelStatistics, calibrated_bias
 from heatkv.errors import StatisticsError
 from heatkv.generation.loop import run_scales
 from heatkv.levels.columns import allocate_levels

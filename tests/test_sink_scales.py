@@ -20,10 +20,11 @@ from heatkv.calibration.measure import sample_names
 from heatkv.cli import run
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, LevelChoices
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import FloatArray
-from heatkv.core.statistics import LevelStatistics, Statistics
+from heatkv.core.statistics import Statistics
 from heatkv.errors import BudgetError, HeatKVError, PolicyError
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.lp import HeatKVLP

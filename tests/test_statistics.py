@@ -19,10 +19,11 @@ from safetensors.numpy import load_file, save_file
 from strategies import PAIRS, SEEDS, geometries, statistics_of
 
 from heatkv.core.geometry import CacheGeometry
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LevelChoices
 from heatkv.core.rankings import HeadRankings
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.statistics import LevelStatistics, Statistics
+from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, HeatKVError, ScheduleError, StatisticsError
 from heatkv.testing.material import level_costs_of, made_up_mass
 

@@ -19,9 +19,10 @@ from heatkv.attachment.layer import Layer
 from heatkv.calibration.level_costs import BiasCache, ErrorCostCache, level_choices
 from heatkv.calibration.measure import MeasuringCache, ObservingCache, add_sums
 from heatkv.core.io import versions
+from heatkv.core.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.schema import FloatArray
-from heatkv.core.statistics import LevelStatistics, Provenance, Statistics, calibrated_bias
+from heatkv.core.statistics import Provenance, Statistics
 from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import ArenaCache, Turn
 from heatkv.engine.open_cache import open_cache

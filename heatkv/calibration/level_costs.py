@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from heatkv.calibration.measure import MAX_BLOCK_NUMBERS, ObservingCache, output_weights, sample_names
+from heatkv.core.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import FloatArray, float_array, whole
-from heatkv.core.statistics import LevelStatistics, calibrated_bias
 from heatkv.engine.attention.pooling import pooled_cells
 from heatkv.engine.watch import naming_samples
 from heatkv.errors import NumericsError, StatisticsError

@@ -17,9 +17,10 @@ from heatkv.calibration.fisher import measure_fisher
 from heatkv.calibration.level_costs import level_choices, measure_biases, measure_errors
 from heatkv.calibration.measure import measure_samples, measured_settings, ranking_agreement, sample_names
 from heatkv.core.io import check_place, clear_temporaries, in_file, read_tensors, versions, write_tensors
+from heatkv.core.level_statistics import COSTS, LevelStatistics
 from heatkv.core.levels import SINK_SCALES
 from heatkv.core.schema import FloatArray, seed_of, suggest, whole
-from heatkv.core.statistics import COSTS, LevelStatistics, Statistics
+from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, HeatKVError, RanksError, StatisticsError
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings

@@ -4,30 +4,28 @@ S-CAS, the scale-dependent cumulative attention score of HeatKV, is the attentio
 s, averaged over queries, over later target scales (the last included) and over calibration samples.
 The drop error is what the picture's stream loses when one cell is dropped: the squared change of the head's
 contribution, relative to the residual stream that enters the layer.
-Arrays: L layers, H heads, T scales; mass[l, h, t, s] is target scale t looking at source scale s; levels are indices
-into LEVELS with NONE after them.
+Arrays: L layers, H heads, T scales; mass[l, h, t, s] is target scale t looking at source scale s.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import check_header, in_file, read_tensors, write_tensors
-from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts
+from heatkv.core.level_statistics import LevelStatistics
+from heatkv.core.sample_sums import LARGEST_SUM, SampleSums, check_array, check_names
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import EqualByContents, FloatArray, convert, fixed
-from heatkv.errors import FormatError, StatisticsError
+from heatkv.core.schema import FloatArray, convert, fixed
+from heatkv.errors import StatisticsError
 
 FORMAT, VERSION = "heatkv-statistics", 1
 
@@ -39,12 +37,6 @@ _AXES = {
 
 _MASS_TOLERANCE = 1e-3  # of the sum over sources, which is 1: bf16 attention rounds
 
-COSTS = ("error", "fisher")
-"""The kinds of level costs."""
-
-LARGEST_SUM = 1e100
-"""Of anything that was measured: far above every real one, and its sums and squares still finite."""
-
 
 def mean_over_targets(values_LHTT: FloatArray) -> FloatArray:
     """[l, h, s]: mean of values[l, h, t, s] over the later target scales t > s; 0 for the last scale."""
@@ -53,197 +45,6 @@ def mean_over_targets(values_LHTT: FloatArray) -> FloatArray:
     for source in range(scales - 1):
         mean[:, :, source] = values_LHTT[:, :, source + 1 :, source].mean(axis=2)
     return mean
-
-
-def calibrated_bias(schedule: ScaleSchedule, whole_LHT: FloatArray, pooled_LHTV: FloatArray) -> FloatArray:
-    """log_bias[l, h, s, level] = log(attention mass on the whole cell / the same with its pooled keys and no bias).
-
-    Both masses are sums over all later queries, relative to the full attention's. The log of the count stands in
-    where nothing was read; level "full" has 0.
-    """
-    counts = np.stack([log_counts(schedule, level) for level in LEVELS], axis=-1)
-    bias = np.broadcast_to(counts, pooled_LHTV.shape).copy()
-    read = (whole_LHT[..., None] > 0) & (pooled_LHTV > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bias[read] = np.log(whole_LHT[..., None] / pooled_LHTV)[read]
-    bias[..., 0] = 0
-    return bias
-
-
-def _check_array(array: FloatArray, shape: tuple[int, ...], name: str, least: float = 0) -> None:
-    """Raise StatisticsError for another shape, or an entry below `least`, above LARGEST_SUM or not a number."""
-    if array.shape != shape or 0 in shape:
-        raise StatisticsError(f"{name} has shape {array.shape}, not {shape}")
-    wrong = np.argwhere(~((array >= least) & (array <= LARGEST_SUM)))
-    if len(wrong):
-        place = tuple(int(i) for i in wrong[0])
-        raise StatisticsError(
-            f"{name}{list(place)} is {array[place]}; it must be from {least:g} to {LARGEST_SUM:g}: measure it again"
-        )
-
-
-class SampleSums(EqualByContents, ABC):
-    """Arrays that were summed over samples, so that those of disjoint samples add up; equal when all they hold is."""
-
-    samples: tuple[str, ...]
-
-    @abstractmethod
-    def sums(self) -> dict[str, FloatArray]:
-        """What was measured, summed over samples, by the names in files."""
-
-    @abstractmethod
-    def with_sums(self, sums: Mapping[str, FloatArray], samples: tuple[str, ...]) -> Self:
-        """Other sums, over other samples, measured alike."""
-
-    @abstractmethod
-    def check_alike(self, other: Self) -> None:
-        """Raise StatisticsError for what was measured in another way, so that sums cannot be added up."""
-
-    @property
-    def count(self) -> int:
-        """Samples measured."""
-        return len(self.samples)
-
-    def merge(self, other: Self) -> Self:
-        """Both sample sets as one. Raises StatisticsError when they were not measured alike or share a sample."""
-        self.check_alike(other)
-        shared = set(self.samples) & set(other.samples)
-        if shared:
-            raise StatisticsError(
-                f"{len(shared)} samples are in both (for instance {min(shared)}); measure others, with another seed"
-            )
-        mine, theirs = self.sums(), other.sums()
-        if set(mine) != set(theirs):
-            raise StatisticsError(
-                f"cannot merge statistics of {', '.join(mine)} with those of {', '.join(theirs)}; calibrate again"
-            )
-        return self.with_sums(
-            {name: array + theirs[name] for name, array in mine.items()}, self.samples + other.samples
-        )
-
-    def _check_samples(self) -> None:
-        if not self.samples or len(set(self.samples)) != self.count:
-            raise StatisticsError("statistics are of no sample, or count one twice")
-
-
-class _LevelHeader(Struct):
-    cost: Literal["error", "fisher"]
-    sink_scales: Annotated[int, Meta(ge=0)]
-    joint: Annotated[int, Meta(ge=0)]
-    samples: tuple[str, ...]
-    bias_samples: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class LevelStatistics(SampleSums):
-    """Costs of holding cells at coarser levels, summed over samples, under frozen biases.
-
-    `log_bias` is (L, H, T, levels). `joint_sum[t]` is (L, H, combinations of target t) in the order of `choices`;
-    `single_sum[l, h, t, s, level]` is the cost of that level alone, all else whole, for the sources that are not joint.
-    `cost` is "error", the squared output error relative to the residual stream, summed over queries, or "fisher", the
-    expected squared change of the log-likelihood.
-    """
-
-    choices: LevelChoices
-    cost: str
-    log_bias: FloatArray
-    joint_sum: tuple[FloatArray, ...]
-    single_sum: FloatArray
-    samples: tuple[str, ...]
-    bias_samples: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        for name in ("log_bias", "single_sum"):
-            object.__setattr__(self, name, fixed(np.array(getattr(self, name), dtype=np.float64)))
-        joint = tuple(fixed(np.array(array, dtype=np.float64)) for array in self.joint_sum)
-        object.__setattr__(self, "joint_sum", joint)
-
-    def __hash__(self) -> int:
-        return hash((self.choices, self.cost, self.samples))
-
-    @property
-    def layers(self) -> int:
-        return int(self.log_bias.shape[0])
-
-    @property
-    def heads(self) -> int:
-        return int(self.log_bias.shape[1])
-
-    @cached_property
-    def joint(self) -> tuple[FloatArray, ...]:
-        """Mean over samples of the cost of every combination, per target (L, H, combinations)."""
-        return tuple(joint / self.count for joint in self.joint_sum)
-
-    @cached_property
-    def single(self) -> FloatArray:
-        """Mean over samples of the cost of one source at a level, [l, h, t, s, level]."""
-        return self.single_sum / self.count
-
-    def sums(self) -> dict[str, FloatArray]:
-        joint = {f"joint_sum.{target}": array for target, array in enumerate(self.joint_sum)}
-        return {"single_sum": self.single_sum, **joint}
-
-    def with_sums(self, sums: Mapping[str, FloatArray], samples: tuple[str, ...]) -> LevelStatistics:
-        joint = tuple(sums[f"joint_sum.{target}"] for target in range(len(self.joint_sum)))
-        return replace(self, joint_sum=joint, single_sum=sums["single_sum"], samples=samples)
-
-    def check(self) -> None:
-        """Raise StatisticsError for arrays that do not fit together, costs that are not finite or negative, and samples
-        that are none or counted twice."""
-        scales, heads = len(self.choices.schedule), self.log_bias.shape[:2]
-        _check_array(self.log_bias, (*heads, scales, len(LEVELS)), "log_bias of levels", -LARGEST_SUM)
-        _check_array(self.single_sum, (*heads, scales, scales, NONE + 1), "single_sum of levels")
-        for target, joint in enumerate(self.joint_sum):
-            combinations = math.prod(self.choices.shape(target))
-            _check_array(joint, (*heads, combinations), f"joint_sum of levels for target {target}")
-        self._check_samples()
-
-    def check_alike(self, other: LevelStatistics) -> None:
-        """Raise StatisticsError for other biases, kinds or choices, with which costs cannot be added up."""
-        for name in ("cost", "choices"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise StatisticsError(f"cannot merge level costs of {name} {mine} and {theirs}; measure both alike")
-        if not np.array_equal(self.log_bias, other.log_bias):
-            raise StatisticsError(
-                "cannot merge level costs measured under different biases; measure the second part with the first's"
-            )
-
-    # ------------------------------------------------------------------ files
-
-    def arrays(self) -> dict[str, FloatArray]:
-        """The arrays by their names in a statistics file."""
-        return {"levels.log_bias": self.log_bias} | {f"levels.{name}": array for name, array in self.sums().items()}
-
-    def header(self) -> dict[str, Any]:
-        """What a statistics file says of them."""
-        choices, samples = self.choices, list(self.samples)
-        names = {"cost": self.cost, "sink_scales": choices.sink_scales, "joint": choices.joint}
-        return names | {"samples": samples, "bias_samples": list(self.bias_samples)}
-
-    @classmethod
-    def from_file(
-        cls, schedule: ScaleSchedule, header: Any, arrays: Mapping[str, FloatArray], source: str | Path = "level costs"
-    ) -> LevelStatistics:
-        """From what `header` and `arrays` gave. Raises FormatError or StatisticsError."""
-        fields = convert(header, _LevelHeader, source)
-        joint = [f"levels.joint_sum.{target}" for target in range(len(schedule))]
-        _check_names(arrays, ("levels.log_bias", "levels.single_sum", *joint), (), source)
-        costs = cls(
-            LevelChoices(schedule, fields.sink_scales, fields.joint), fields.cost, arrays["levels.log_bias"],
-            tuple(arrays[name] for name in joint), arrays["levels.single_sum"], fields.samples, fields.bias_samples,
-        )  # fmt: skip
-        costs.check()
-        return costs
-
-
-def _check_names(
-    arrays: Mapping[str, FloatArray], needed: tuple[str, ...], optional: tuple[str, ...], source: str | Path
-) -> None:
-    if not set(needed) <= set(arrays) <= {*needed, *optional}:
-        raise FormatError(f"{source} holds the arrays {sorted(arrays)}; it must hold {', '.join((*needed, *optional))}")
-    if other := sorted(name for name, array in arrays.items() if array.dtype.kind != "f"):
-        raise FormatError(f"{source}: {other[0]} is of {arrays[other[0]].dtype}, not of floating-point numbers")
 
 
 @dataclass(frozen=True)
@@ -348,7 +149,9 @@ class Statistics(SampleSums):
     @property
     def drop_error(self) -> FloatArray:
         """Mean over samples and rows of the squared error of dropping cell (l, h, s) for target t, summed over queries:
-        sum_q |W_o^h p_s (o_s - o_rest)|^2 mean(gate^2) / mean |x|^2, x the residual stream entering layer l.
+        sum_q |W_o^h p_s (o_s - o_rest)|^2 mean(gate^2) / mean |x|^2, with p_s the mass on s, o_s and o_rest the outputs
+        of attention over s and over the rest, W_o^h the head's output projection, gate the block's adaptive-norm gate
+        and x the residual stream entering layer l.
 
         Raises StatisticsError when it was not measured.
         """
@@ -403,7 +206,7 @@ class Statistics(SampleSums):
         sizes = {"L": self.layers, "H": self.heads, "T": len(self.schedule)} if self.mass_sum.ndim == 4 else {}
         for name, array in self.sums().items():
             shape = tuple(sizes.get(axis, -1) for axis in _AXES[name])
-            _check_array(array, shape, name, -LARGEST_SUM if name == "similarity_sum" else 0)
+            check_array(array, shape, name, -LARGEST_SUM if name == "similarity_sum" else 0)
             if len(shape) == 4 and np.triu(array, 1).any():
                 raise StatisticsError(f"{name}: a target scale looks at a later source scale, which does not exist yet")
         self._check_samples()
@@ -489,7 +292,7 @@ class Statistics(SampleSums):
                 costs = {name: arrays.pop(name) for name in list(arrays) if name.startswith("levels.")}
                 levels = LevelStatistics.from_file(schedule, header.levels, costs)
             needed, optional = tuple(_AXES)[:2], tuple(_AXES)[2:]
-            _check_names(arrays, needed, optional, "the file")
+            check_names(arrays, needed, optional, "the file")
             statistics = cls(schedule, provenance=header.provenance, levels=levels, **arrays)
             statistics.check()
         return statistics

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS
 from heatkv.core.schema import FloatArray, IntArray
-from heatkv.core.statistics import LevelStatistics
 from heatkv.levels.pricing import Paths, Pricing, concatenated
 from heatkv.levels.rounding import GOAL, MAX_NODES, PROVEN, Rounding, by_head, closer, column_use, one_per_head
 from heatkv.solve.checkpoints import Capacity

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.plan import Plan
 from heatkv.core.schema import IntArray
-from heatkv.core.statistics import LevelStatistics
 from heatkv.errors import PlanError
 
 

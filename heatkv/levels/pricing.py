@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import NONE
 from heatkv.core.schema import BoolArray, FloatArray, IntArray
-from heatkv.core.statistics import LevelStatistics
 from heatkv.errors import StatisticsError
 
 ToGo = dict[tuple[int, ...], FloatArray]

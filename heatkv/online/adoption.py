@@ -14,9 +14,11 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.plan import Plan
+from heatkv.core.sample_sums import SampleSums
 from heatkv.core.schema import FloatArray, number
-from heatkv.core.statistics import LevelStatistics, SampleSums, Statistics
+from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError, StatisticsError
 from heatkv.levels.costs import level_cost, levels_of_plan
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from heatkv.calibration.level_costs import ErrorCostCache
 from heatkv.calibration.measure import MeasuringCache, ObservingCache, provenance
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.plan import Plan, keep_first
-from heatkv.core.statistics import LevelStatistics, Statistics
+from heatkv.core.statistics import Statistics
 from heatkv.engine.arena_cache import storage_bytes
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, LevelChoices, log_counts
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import FloatArray
-from heatkv.core.statistics import LevelStatistics, Provenance, Statistics
+from heatkv.core.statistics import Provenance, Statistics
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy
 
 

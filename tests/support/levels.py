@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from strategies import tokens_at
 
+from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.levels import LEVELS, NONE, LevelChoices
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import BoolArray, FloatArray, IntArray
-from heatkv.core.statistics import LevelStatistics
 from heatkv.solve.checkpoints import Capacity
 
 # every kind of source: 1 token, 2 tokens, a grid that can be pooled, one that shrinks
