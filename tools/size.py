@@ -22,21 +22,21 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("heatkv", "policies", "profiling")
 LONGEST = 60
 READING_PATH = """
-heatkv/core: schedule geometry budget plan statistics rankings
+heatkv/core: schedule geometry budget plan statistics
 policies: base heatkv
-heatkv/solve: cells
-heatkv/engine: layout store arena_cache
+heatkv/solve: checkpoints cells
+heatkv/engine: layout store steps arena_cache
 heatkv/engine/attention: base grouped kernels
 heatkv/generation: loop
 heatkv/models: sampling
 """
 """The modules that explain the whole idea, in the order in which docs/reading-path.md presents them."""
 LIMITS = {
-    "lines of product": 18_000,
-    "lines of tests": 16_000,
+    "lines of product": 22_150,
+    "lines of tests": 19_000,
     "modules in the fullest folder": 14,
-    "options of the command line": 120,
-    f"functions over {LONGEST} lines": 4,
+    "options of the command line": 127,
+    f"functions over {LONGEST} lines": 1,
     "lines of the reading path": 3_300,
 }
 

@@ -42,9 +42,9 @@ class Budget:
     """How much of the cache may be held at any moment: a share, mean tokens per head, or bytes; or `auto`, what a
     policy chooses by the fidelity it is asked for.
 
-    `amount` is exact, so that a budget written as 0.1 means one tenth and not the nearest float: a share of 1, tokens
-    per head or bytes. `name` is what messages call it; other limits are written alike. Raises BudgetError for an amount
-    that is not above zero or above the full cache.
+    `amount` is exact, so that a budget written as 0.1 means one tenth and not the nearest float: a share of the
+    full cache, tokens per head or bytes. `name` is what messages call it; other limits are written alike. Raises
+    BudgetError for an amount that is not above zero or above the full cache.
     """
 
     kind: Literal["share", "tokens", "bytes", "auto"]

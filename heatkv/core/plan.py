@@ -143,8 +143,8 @@ class CachePlan(EqualByContents, ABC):
             )
 
     def check_bytes(self, rows: int, storage: str) -> None:
-        """Raise PlanError when the plan takes more than its budget in this storage type: what is carried with tokens
-        does not shrink with it."""
+        """Raise PlanError when the plan takes more than its budget in this storage type: a dynamic plan may carry
+        numbers with every token, whose size does not depend on the type."""
         needed, allowed = self.bytes(rows, storage), self.budget_bytes(rows, storage)
         if needed > allowed:
             raise PlanError(

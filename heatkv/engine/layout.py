@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.levels import level_tokens
 from heatkv.core.plan import Plan
 from heatkv.core.schema import IntArray
@@ -24,7 +23,7 @@ Cell = tuple[int, int, int, int]
 """(level, layer, head, source scale); the level is an index into the plan's levels, 0 for whole cells."""
 
 
-class _FreeSlots:
+class FreeSlots:
     """Free stretches of the arena, by size for best fit and by both ends for joining neighbours."""
 
     def __init__(self, first: int, capacity: int) -> None:
@@ -88,7 +87,7 @@ class ArenaLayout:
         # sinks are never dropped, so that the other cells have their peak while all of them are held
         uncoded_scales = plan.uncoded_scales if coded else 0
         uncoded = plan.geometry.uncoded_token_heads(uncoded_scales)
-        pools = _FreeSlots(0, uncoded), _FreeSlots(uncoded, plan.peak_token_heads - uncoded)
+        pools = FreeSlots(0, uncoded), FreeSlots(uncoded, plan.peak_token_heads - uncoded)
         runs: dict[Cell, tuple[Run, ...]] = {}
         for _, layer, begins, _, head, source, level in _events(plan).tolist():
             cell, free = (level, layer, head, source), pools[source >= uncoded_scales]
@@ -118,51 +117,6 @@ def _events(plan: Plan) -> IntArray:
     return table[np.lexsort(table.T[::-1])]
 
 
-@dataclass(frozen=True)
-class CapacityLayout:
-    """Slots of every head while every target runs: `places[t][l][h]`, in the order of the tokens they hold.
-
-    One more entry than there are targets: after the last one nothing is held. Where heads share, a layer has one list
-    for all of them, as if it were one head.
-    """
-
-    slots: int
-    places: tuple[tuple[tuple[IntArray, ...], ...], ...]
-
-    @classmethod
-    def for_plan(cls, plan: CapacityPlan) -> CapacityLayout:
-        """Lay out a plan in as many slots as its peak, in the order in which a cache runs.
-
-        A head that grows keeps its slots and gets more, one that shrinks keeps its first ones.
-        """
-        counts = plan.capacity.sum(axis=1, keepdims=True) if plan.shared else plan.capacity
-        layers, holders, scales = counts.shape
-        free = _FreeSlots(0, plan.peak_token_heads)
-        nothing = [[np.zeros(0, dtype=np.int64)] * holders for _ in range(layers)]
-        now = [list(layer) for layer in nothing]
-        places = [now]
-        for target in range(1, scales):
-            now = [list(layer) for layer in now]
-            for layer, held in enumerate(now):
-                wanted = counts[layer, :, target].tolist()
-                for holder, count in enumerate(wanted):
-                    if len(held[holder]) > count:
-                        free.give(_runs(held[holder][count:]))
-                        held[holder] = held[holder][:count]
-                for holder, count in enumerate(wanted):
-                    if len(held[holder]) < count:
-                        held[holder] = np.concatenate([held[holder], slots_in(free.take(count - len(held[holder])))])
-            places.append(now)
-        places.append(nothing)
-        return cls(plan.peak_token_heads, tuple(tuple(tuple(layer) for layer in target) for target in places))
-
-
 def slots_in(runs: Sequence[Run]) -> IntArray:
     """The slots of these runs in order."""
     return np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(first, first + size) for first, size in runs)])
-
-
-def _runs(slots: IntArray) -> list[Run]:
-    """The stretches of neighbouring slots."""
-    pieces = np.split(slots, np.flatnonzero(np.diff(slots) != 1) + 1)
-    return [(int(piece[0]), len(piece)) for piece in pieces]

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.engine.arena_cache import ArenaCache
 from heatkv.engine.attention.grouped import HeadGroup, head_indices, with_held
-from heatkv.engine.layout import CapacityLayout
+from heatkv.engine.capacity_layout import CapacityLayout
 from heatkv.engine.spans import ATTENTION, CACHE_UPDATE, span
 from heatkv.engine.store import Places, rows_at
 from heatkv.errors import PlanError, PolicyError

@@ -24,7 +24,7 @@ from heatkv.engine.attention.base import AttentionKernel, CallShape, FloatArrays
 from heatkv.engine.store import Places, Store
 
 GROUP_BYTES = 1 << 25
-"""Most bytes of keys and values that a group of several heads gathers; more would leave the caches anyway."""
+"""Most bytes of keys and values that a group of several heads gathers; a larger one does not fit a CPU's caches."""
 
 
 @dataclass(frozen=True)
