@@ -100,7 +100,7 @@ def allocate(
 def allocate_greedily(value_LHTT: FloatArray, capacity: Capacity, sink_scales: int) -> Allocation:
     """A good plan in a fraction of the time: cells in the order of value per token and target while they fit.
 
-    The bound has one price for the checkpoints after the last layer, weighted by scarcity: the one that makes it lowest.
+    The bound has one price for the checkpoints after the last layer, weighted by scarcity: the price with the lowest.
     Raises as `allocate` does.
     """
     plan = fill(_start(capacity, sink_scales), value_LHTT, capacity)
