@@ -22,10 +22,6 @@ from heatkv.models.sampling import Settings
 from heatkv.profiling.measure.subjects import Subject
 
 
-def _worker(subject: Subject, batch: int, of_point: str) -> str:
-    return file_name(f"{subject.name.replace('%', 'percent')} batch {batch}{of_point}")
-
-
 def save_trace(
     folder: Path, model: ImageModel[Any], subject: Subject, batch: int, settings: Settings, point: str = ""
 ) -> Path:
