@@ -177,9 +177,6 @@ def test_every_variant_of_attention(normalised: bool, flash: bool) -> None:
     var, infinity = make_var(attn_l2_norm=normalised), make_infinity(cos_attn=normalised, using_flash=flash)
     for module in attention_of(var):
         module.using_flash, module.attn_drop = flash, nn.Dropout(0.1)  # which takes no part in drawing
-        module.proj.register_forward_hook(lambda _module, _inputs, out: out.tanh())  # what follows is the module's own
-        if normalised:
-            module.scale_mul_1H11.data[:, 0] += 4  # beyond the clamp
     models: list[tuple[Any, Any, ScaleSchedule]] = [
         (var, draw_var, SQUARE), (infinity, draw_infinity, ScaleSchedule.of(SCALES))
     ]  # fmt: skip
@@ -188,8 +185,27 @@ def test_every_variant_of_attention(normalised: bool, flash: bool) -> None:
         with heatkv.attach(model, "full", "100%", schedule=schedule):
             same(draw(model), before, 1e-4)
         with heatkv.attach(model, dropping_plan(model, schedule)):
-            assert (draw(model)[1] - before[1]).abs().max() > 3e-4  # so that the line above says something
+            assert (draw(model)[1] - before[1]).abs().max() > 1e-2  # so that the line above says something
         assert all(torch.equal(a, b) for a, b in zip(draw(model), before, strict=True))
+
+
+def test_scales_beyond_the_clamp() -> None:
+    model = make_var()
+    for module in attention_of(model):
+        module.scale_mul_1H11.data += 4
+    before = draw_var(model)
+    with heatkv.attach(model, "full", "100%"):
+        same(draw_var(model), before, 1e-3)
+
+
+def test_what_follows_the_attention_is_the_modules_own() -> None:
+    model = make_var()
+    for module in attention_of(model):
+        module.proj_drop = nn.Identity()  # as in Infinity
+        module.proj.register_forward_hook(lambda _module, _inputs, out: out.tanh())
+    before = draw_var(model)
+    with heatkv.attach(model, "full", "100%"):
+        same(draw_var(model), before, 1e-4)
 
 
 def masked_attention(module: Any, cells: NDArray[np.int64], schedule: ScaleSchedule) -> Callable[..., Tensor]:

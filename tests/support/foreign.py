@@ -33,6 +33,7 @@ def with_random_weights(model: Any, seed: int) -> Any:
 
 
 def make_var(seed: int = 0, sides: Sequence[int] = SIDES, **options: Any) -> VAR:
+    torch.manual_seed(seed)  # biases keep the values they are made with
     model = with_random_weights(VAR(sides, 3, 32, 2, **options), seed)
     config = VQVAEConfig(tuple(sides), vocab_size=64, z_channels=8, channels=32, channel_multipliers=(1,))
     model.vae = [with_random_weights(VQVAE(config, encoder=False), seed)]
@@ -40,6 +41,7 @@ def make_var(seed: int = 0, sides: Sequence[int] = SIDES, **options: Any) -> VAR
 
 
 def make_infinity(seed: int = 0, **options: Any) -> Infinity:
+    torch.manual_seed(seed)
     model = with_random_weights(Infinity(4, 32, 2, **options), seed)
     model.add_schedule(SCALES, (8, 6))
     return model
