@@ -92,7 +92,7 @@ def test_attention_against_a_real_cache(images: int, guided: bool) -> None:
         plan = Full().plan(PlanningProblem(info.geometry(size), Budget.parse("100%")))
         cache = KVCache(plan, taken.rows, torch.float32, "meta")
         assert cache.index_bytes == taken.tables
-        coded = footprint(info, images, size=size, dtype="float32", guided=guided, storage="int8")
+        coded = footprint(info, images, size=size, dtype="float32", guided=guided, code="int8")
         sinks = Streaming(sink_scales=3).plan(PlanningProblem(info.geometry(size), Budget.parse("100%")))
         mixed = KVCache(sinks, taken.rows, torch.float32, "meta", code="int8")
         assert 0.9 * coded.tables <= mixed.index_bytes <= coded.tables

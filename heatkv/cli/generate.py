@@ -220,7 +220,7 @@ def _follower(
     names = {"every": "every", "half_life": "half_life", "adopt_above": "threshold", "memory": "memory"}
     return FollowingGenerator(
         opened.model, check_can_follow(policy), planning.budget, open_statistics(planning.statistics, opened),
-        batch=batch, seed=seed, settings=opened.settings, storage=opened.storage.code, attention=attention,
+        batch=batch, seed=seed, settings=opened.settings, code=opened.storage.code, attention=attention,
         **{names[name]: value for name, value in settings.items() if name in names},
     )  # fmt: skip
 

@@ -154,7 +154,7 @@ def fit(
     schedule = problem.geometry.schedule
     least = Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
     taken = footprint(
-        info, 1 if batch is None else batch, size=size, ratio=shape, dtype=storage.compute, storage=storage.code,
+        info, 1 if batch is None else batch, size=size, ratio=shape, dtype=storage.compute, code=storage.code,
         guided=guided, text_encoder=text_encoder,
     )  # fmt: skip
     if budget is None:

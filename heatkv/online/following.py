@@ -59,7 +59,7 @@ class FollowingGenerator(Generic[Label]):
     `every`-th image is measured, and half forgotten when `half_life` more have been; a new plan is adopted when it
     gains more than `threshold` of what the old one loses to the full cache. `memory`, as "64MiB", is what measuring
     may take beside the cache; by default it may take as much as the budget allows the cache, which is given back
-    meanwhile. As many images are measured at once as fit in. `storage` and `attention` are those of Generator.
+    meanwhile. As many images are measured at once as fit in. `code` and `attention` are those of Generator.
 
     Raises BudgetError when not even one image fits in, PolicyError for a policy that cannot follow, StatisticsError for
     statistics of other weights or guidance, and what Generator raises.
@@ -79,7 +79,7 @@ class FollowingGenerator(Generic[Label]):
         seed: int = 0,
         settings: Settings | None = None,
         memory: str | None = None,
-        storage: str | None = None,
+        code: str | None = None,
         attention: str = "auto",
     ) -> None:
         self.seed, _, self.batch, self.settings = checked_run(model, seed, 0, batch, settings, None)
@@ -91,17 +91,17 @@ class FollowingGenerator(Generic[Label]):
                 f"the statistics were measured at cfg {measured_at:g}, this run has {drawn_at}; calibrate at that"
             )
         self.model = model
-        self._code, self._attention = storage, attention
-        storage_type = str(StorageType.for_dtype(model.compute_dtype, storage))
+        self._code, self._attention = code, attention
+        storage = str(StorageType.for_dtype(model.compute_dtype, code))
         rows = self.batch * self.settings.rows_per_image
         problem = PlanningProblem(
-            model.geometry, Budget.parse(budget), statistics, seed=self.seed, rows=rows, storage=storage_type,
+            model.geometry, Budget.parse(budget), statistics, seed=self.seed, rows=rows, storage=storage,
             model=model.name,
         )  # fmt: skip
         chosen = make_policy(policy) if isinstance(policy, str) else policy
         self.planner = OnlinePlanner(chosen, problem, half_life=half_life, threshold=threshold)
         self._beside = memory is not None
-        self.measured_at_once = self._measured_at_once(memory, self.plan.budget_bytes(rows, storage_type))
+        self.measured_at_once = self._measured_at_once(memory, self.plan.budget_bytes(rows, storage))
         self.drawn = 0
         self.events: list[Event] = []
         self.drawing_seconds = self.switching_seconds = 0.0

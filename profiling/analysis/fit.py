@@ -160,10 +160,10 @@ def table_bytes(geometry: CacheGeometry, coded: bool = False) -> int:
 
 @cache
 def _one_image(
-    info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool, coding: str | None
+    info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool, code: str | None
 ) -> Footprint:
     geometry, rows, compute = info.geometry(size, ratio), 2 if guided else 1, torch_dtype(dtype)
-    storage = str(StorageType(dtype, coding))
+    storage = str(StorageType(dtype, code))
     uncoded, coded = geometry.token_head_bytes(rows, storage)
     gathered = 2 * rows * geometry.schedule.total_tokens * geometry.head_dim * compute.itemsize
     # a layer's tensors are gone before the next one runs; from the second on, its input is not the transformer's
@@ -179,23 +179,23 @@ def _one_image(
         working=drawing_bytes(short, 1, guided) - prompt_bytes(short, 1, guided),
         full_cache=geometry.full_bytes(rows, storage),
         uncoded=geometry.uncoded_token_heads() * (uncoded - coded),
-        tables=table_bytes(geometry, coding is not None),
+        tables=table_bytes(geometry, code is not None),
         gathered=gathered * geometry.heads, gathered_head=gathered,
     )  # fmt: skip
 
 
 def footprint(
     info: ModelInfo, images: int, *, size: str | None = None, ratio: float | None = None, dtype: str = "bfloat16",
-    guided: bool = True, text_encoder: bool = True, storage: str | None = None,
+    guided: bool = True, text_encoder: bool = True, code: str | None = None,
 ) -> Footprint:  # fmt: skip
-    """Bytes of drawing `images` at once, with matrices and cache in `dtype`, the cache coded as `storage` where that is
+    """Bytes of drawing `images` at once, with matrices and cache in `dtype`, the cache coded as `code` where that is
     given. Raises HeatKVError for a batch that is too large.
 
     `text_encoder=False` leaves Infinity's encoder out, for prompts that were encoded before or elsewhere.
     """
     if not 1 <= images <= MOST_IMAGES:
         raise HeatKVError(f"a batch of {images}; it is from 1 to {MOST_IMAGES} images")
-    taken = _one_image(info, size, ratio, dtype, guided, storage).times(images)
+    taken = _one_image(info, size, ratio, dtype, guided, code).times(images)
     return taken if text_encoder else replace(taken, text_encoder=0)
 
 
