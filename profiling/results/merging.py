@@ -84,7 +84,8 @@ class Merged:
         places = {source.machine: source.results.environment for source in self.sources}
         return {
             machine: (f"machine {number}: " if len(places) > 1 else "")
-            + f"{place.device_name}, {place.threads} thread{'s' if place.threads != 1 else ''}, torch {place.versions.get('torch')}"
+            + f"{place.device_name}, {place.threads} thread{'' if place.threads == 1 else 's'}, torch "
+            + str(place.versions.get("torch"))
             for number, (machine, place) in enumerate(places.items(), 1)
         }
 
