@@ -57,11 +57,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(name, files, ids=[f"{path.parent.name}/{path.stem}" for path in files])
 
 
-def make_t5(folder: Path) -> None:
-    """Write a T5 encoder of two layers, 24 channels, with a tokenizer of a few words, as `from_pretrained` reads it."""
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 encoder of two layers, 24 channels, with a tokenizer of a few words, as `from_pretrained` reads it."""
     import tokenizers
     import transformers
 
+    folder = tmp_path_factory.mktemp("t5")
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4, "red": 5, "dog": 6}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -73,13 +75,6 @@ def make_t5(folder: Path) -> None:
     torch.manual_seed(0)
     config = transformers.T5Config(vocab_size=7, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     transformers.T5EncoderModel(config).save_pretrained(folder)
-
-
-@pytest.fixture(scope="session")
-def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that `make_t5` wrote."""
-    folder = tmp_path_factory.mktemp("t5")
-    make_t5(folder)
     return folder
 
 
