@@ -205,7 +205,7 @@ def check(found: Allocation, instance: Instance) -> None:
 # ---------------------------------------------------------------------- the best plan
 
 
-@settings(max_examples=30)
+@settings(max_examples=80)
 @given(instance=instances(TINY), sizes=st.sampled_from([(1.0,), (0, 1e-30, 1, 1e30)]), seed=SEEDS)
 def test_best_of_every_plan(instance: Instance, sizes: tuple[float, ...], seed: int) -> None:
     """Also with values of very different size."""
@@ -233,7 +233,7 @@ def test_best_of_every_plan(instance: Instance, sizes: tuple[float, ...], seed: 
             assert bound == pytest.approx(everything, rel=1e-12)
 
 
-@settings(max_examples=15)
+@settings(max_examples=40)
 @given(instance=instances(SMALL), seed=SEEDS)
 def test_bound_of_the_plain_program(instance: Instance, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -290,7 +290,7 @@ def test_plan_by_hand() -> None:
 # ---------------------------------------------------------------------- checkpoints
 
 
-@settings(max_examples=20)
+@settings(max_examples=60)
 @given(instance=instances(SMALL), seed=SEEDS)
 def test_filling_leaves_no_room_for_any_cell(instance: Instance, seed: int) -> None:
     capacity, before = instance.capacity, drawn_plan(instance, np.random.default_rng(seed))
@@ -334,7 +334,7 @@ def test_early_drops(instance: Instance, seed: int) -> None:
         assert np.array_equal(fitted, last_read)
 
 
-@settings(max_examples=20)
+@settings(max_examples=60)
 @given(instance=instances(SMALL + TINY), seed=SEEDS)
 def test_capacity_rows(instance: Instance, seed: int) -> None:
     """The formula of the design, for any plan, within the room or not."""
@@ -395,7 +395,7 @@ def test_values_of_nothing_fill_the_room(solve: Any) -> None:
 
 
 @SOLVERS
-@settings(max_examples=3)
+@settings(max_examples=25)
 @given(instance=instances(SMALL))
 def test_unit_of_values(solve: Any, instance: Instance) -> None:
     """It does not matter, and the same problem has the same answer."""
@@ -442,7 +442,7 @@ def value_of(plan: Plan, statistics: Statistics, value: str) -> float:
 
 
 @pytest.mark.parametrize("value", ["mass", "error"])
-@settings(max_examples=10)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_policy_against_heatkvs_rule(value: Any, data: st.DataObject) -> None:
     """Never worth less, and within each other's bounds; files keep the proof."""
@@ -469,7 +469,7 @@ def test_policy_against_heatkvs_rule(value: Any, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("solver", ["lp", "greedy"])
-@settings(max_examples=6)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_layer_cap(solver: Any, data: st.DataObject) -> None:
     geometry = data.draw(geometries(min_scales=3))

@@ -67,13 +67,13 @@ def check_layout(plan: Plan) -> ArenaLayout:
     return layout
 
 
-@settings(max_examples=150)
+@settings(max_examples=200)
 @given(plan=st.one_of(plans(), level_plans()))
 def test_live_cells_share_no_slot(plan: Plan) -> None:
     check_layout(plan)
 
 
-@settings(max_examples=20)
+@settings(max_examples=30)
 @given(share=shares(), seed=st.integers(0, 99))
 def test_tight_plans_of_a_policy(share: Any, seed: int) -> None:
     """Plans that fill their budget, where cells must be split."""

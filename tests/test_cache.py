@@ -31,7 +31,7 @@ def by_hand(head_dim: int = 4) -> Plan:
 # ---------------------------------------------------------------------- what attention sees
 
 
-@settings(max_examples=100)
+@settings(max_examples=150)
 @given(plan=plans(max_side=3), rows=ROWS, seed=SEEDS)
 def test_dense_attention(plan: Plan, rows: int, seed: int) -> None:
     images = images_of(plan, rows, seed)
@@ -64,7 +64,7 @@ def test_half_storage_rounds_the_past_only() -> None:
         check_close(outputs[2 * t : 2 * t + 2], dense(plan, [*past, images[t]])[2 * t :], 1e-5)
 
 
-@settings(max_examples=30)
+@settings(max_examples=50)
 @given(plan=plans(max_side=3), seed=SEEDS)
 def test_rows_apart(plan: Plan, seed: int) -> None:
     images, others = images_of(plan, 3, seed), images_of(plan, 3, seed + 1)
@@ -78,7 +78,7 @@ def test_rows_apart(plan: Plan, seed: int) -> None:
         assert not torch.equal(one[0], other[0])
 
 
-@settings(max_examples=30)
+@settings(max_examples=50)
 @given(plan=plans(max_side=3), rows=ROWS, seed=SEEDS)
 def test_leftovers_of_other_images(plan: Plan, rows: int, seed: int) -> None:
     first, second = images_of(plan, rows, seed), images_of(plan, rows, seed + 1)
@@ -110,7 +110,7 @@ def test_gradients_reach_keys_and_values() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@settings(max_examples=40)
+@settings(max_examples=50)
 @given(plan=plans(), rows=ROWS)
 def test_bytes_of_the_arena(dtype: torch.dtype, plan: Plan, rows: int) -> None:
     cache = KVCache(plan, rows, dtype)
@@ -121,7 +121,7 @@ def test_bytes_of_the_arena(dtype: torch.dtype, plan: Plan, rows: int) -> None:
     assert cache.allocated_bytes <= plan.geometry.bytes(plan.budget_token_heads, rows, storage)
 
 
-@settings(max_examples=40)
+@settings(max_examples=50)
 @given(plan=plans(max_side=3), seed=SEEDS)
 def test_nothing_moves(plan: Plan, seed: int) -> None:
     """Every live cell lies where its layout says, bit for bit, from its write to its last read; no other is written."""

@@ -68,7 +68,7 @@ def test_contract_with_other_options(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in REGISTERED if name not in SOLVED])
-@settings(max_examples=6)
+@settings(max_examples=15)
 @given(geometry=geometries(min_scales=4), seed=SEEDS, sinks=st.integers(0, 3))
 def test_contract_on_drawn_models(name: str, geometry: CacheGeometry, seed: int, sinks: int) -> None:
     policy = REGISTERED[name].policy()

@@ -72,7 +72,7 @@ def test_groups_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [len(heads) for heads in split_heads([0] * 3, [False] * 3, SHAPE, cost)] == [3]  # nothing is gathered
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(plan=level_plans(), rows=ROWS, seed=SEEDS, cost=COSTS)
 def test_attention_under_any_split(plan: Plan, rows: int, seed: int, cost: AttentionCost) -> None:
     class Priced(KVCache):

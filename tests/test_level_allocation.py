@@ -94,7 +94,7 @@ def problems(draw: st.DrawFn, capped: bool = False) -> Problem:
 # ---------------------------------------------------------------------- against all plans
 
 
-@settings(max_examples=20)
+@settings(max_examples=30)
 @given(problem=problems(capped=True), levels=st.sampled_from([ALL, WHOLE, (0, 2)]), more=st.sampled_from([0, 0, 1, 3]))
 def test_best_of_all_plans(problem: Problem, levels: tuple[int, ...], more: int) -> None:
     """Between cost and bound, with these levels and further sinks that the costs also know otherwise."""
@@ -133,7 +133,7 @@ def test_optimum_of_half_of_small_instances() -> None:
     assert solved >= 4
 
 
-@settings(max_examples=10)
+@settings(max_examples=20)
 @given(problem=problems(), share=st.sampled_from([0.0, 1e-3, 4.9e-3, 0.1]))
 def test_closer_bound(problem: Problem, share: float) -> None:
     """Below the best of all plans, from the plan without any cells, whose gap is largest."""

@@ -28,7 +28,7 @@ from heatkv.errors import FormatError, PlanError
 # ---------------------------------------------------------------------- what attention sees
 
 
-@settings(max_examples=30)
+@settings(max_examples=80)
 @given(
     plan=level_plans(max_side=4),
     rows=ROWS,
@@ -70,7 +70,7 @@ def test_every_kind_of_fall(rotates: bool) -> None:
     check_close(run(KVCache(plan, 2, key_angles=angles), images), dense(plan, images, angles), 3e-5)
 
 
-@settings(max_examples=12)
+@settings(max_examples=60)
 @given(plan=plans(max_side=3), seed=SEEDS)
 def test_coarser_levels_without_cells(plan: Plan, seed: int) -> None:
     images = images_of(plan, 2, seed)
@@ -123,7 +123,7 @@ def test_slots_read_before_their_next_owner_writes() -> None:
 # ---------------------------------------------------------------------- what it holds
 
 
-@settings(max_examples=40)
+@settings(max_examples=100)
 @given(plan=level_plans(), rows=ROWS)
 def test_live_bytes_and_files(plan: Plan, rows: int) -> None:
     table = level_live_table(plan)

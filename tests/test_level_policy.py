@@ -47,7 +47,7 @@ def predicted_kl(made: Plan) -> float:
     return -made.value / 2 / 55 / 0.7
 
 
-@settings(max_examples=6)
+@settings(max_examples=12)
 @given(max_kl=st.floats(1e-4, 0.3), seed=SEEDS)
 def test_auto_is_the_smallest_budget_within_the_kl(max_kl: float, seed: int) -> None:
     statistics = measured(seed)
@@ -113,7 +113,7 @@ def test_missing_level_costs() -> None:
 # ---------------------------------------------------------------------- plans
 
 
-@settings(max_examples=6)
+@settings(max_examples=10)
 @given(budget=st.fractions(Fraction(1, 5), 1, max_denominator=50), seed=SEEDS)
 def test_more_levels_are_worth_more(budget: Fraction, seed: int) -> None:
     statistics = measured(seed, "error")

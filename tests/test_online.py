@@ -111,7 +111,7 @@ def problem_of(statistics: Statistics, budget: str = "45%") -> PlanningProblem:
 
 
 @FOLLOWERS
-@settings(max_examples=2)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 1000), threshold=st.sampled_from([0.0, 0.02, 0.1, 0.3]))
 def test_adoption(name: str, options: dict[str, str], seed: int, threshold: float) -> None:
     """Above the threshold, at every step against solving anew and valuing both plans by the same statistics."""

@@ -50,7 +50,7 @@ def test_live_token_heads_by_hand() -> None:
     assert live_token_heads(last_read, (1, 2, 6)).tolist() == [[1, 2], [4, 3], [0, 0]]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=plans())
 def test_live_peak_reads_and_files(plan: Plan, tmp_path: Path) -> None:
     table = live_table(plan.last_read.tolist(), plan.schedule.tokens)

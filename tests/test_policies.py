@@ -234,7 +234,7 @@ def rule_problems(draw: st.DrawFn) -> tuple[list[list[Pair]], CacheGeometry, Fra
     return orders, geometry, share, sink_scales
 
 
-@settings(max_examples=100)
+@settings(max_examples=300)
 @given(problem=rule_problems())
 def test_heatkv_follows_the_text(problem: tuple[list[list[Pair]], CacheGeometry, Fraction, int]) -> None:
     orders, geometry, share, sink_scales = problem
@@ -342,7 +342,7 @@ def test_windows_hold_the_most_recent_scales(policy: EvictionPolicy, data: st.Da
 
 
 @WINDOWS
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_windows_fill_the_budget(policy: EvictionPolicy, data: st.DataObject) -> None:
     """While anything is dropped, less than one cell's room is unused: before the target runs, or at the checkpoint

@@ -108,7 +108,7 @@ def test_gathering_equals_hiding(name: str, budget: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
-@settings(max_examples=6)
+@settings(max_examples=12)
 @given(share=st.floats(0.08, 1), rows=st.integers(1, 3))
 def test_use_of_the_budget(name: str, share: float, rows: int) -> None:
     """Less than one token a head of the layers, and what rounds by it, is left unused."""

@@ -39,7 +39,7 @@ def small(count: int = 3, seed: int = 0, first_sample: int = 0, **provenance: ob
 # ---------------------------------------------------------------------- what follows from the sums
 
 
-@settings(max_examples=30)
+@settings(max_examples=40)
 @given(geometry=geometries(), count=st.integers(1, 5), seed=SEEDS)
 def test_mean_spread_scas_and_gini(geometry: CacheGeometry, count: int, seed: int) -> None:
     samples = made_up_mass(geometry, count, seed)
@@ -85,7 +85,7 @@ def test_gini(scores: list[list[float]], gini: float) -> None:
 # ---------------------------------------------------------------------- merging
 
 
-@settings(max_examples=30)
+@settings(max_examples=40)
 @given(counts=st.lists(st.integers(1, 3), min_size=2, max_size=4), seed=SEEDS)
 def test_merging_parts_is_measuring_at_once(counts: list[int], seed: int) -> None:
     samples = made_up_mass(LEVEL_GEOMETRY, sum(counts), seed)

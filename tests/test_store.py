@@ -52,7 +52,7 @@ def rounded(x: Tensor, coding: str) -> Tensor:
 
 
 @pytest.mark.parametrize("coding", sorted(CODES))
-@settings(max_examples=30)
+@settings(max_examples=50)
 @given(seed=SEEDS, exponent=st.integers(-30, 30), dim=st.sampled_from([1, 4, 33]))
 def test_codes_are_the_nearest(coding: str, seed: int, exponent: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -91,7 +91,7 @@ def test_what_was_read_is_written_back_without_loss(code: torch.dtype, dtype: to
     assert torch.equal(once, decode(*encode(once, code), dtype))
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(seed=SEEDS, rows=ROWS, coding=st.sampled_from([None, "int8", "fp8"]))
 def test_slots_are_read_as_they_were_written(seed: int, rows: int, coding: str | None) -> None:
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -130,7 +130,7 @@ def with_held(plan: Plan, images: Images, held: Images) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("coding", sorted(CODES))
-@settings(max_examples=10)
+@settings(max_examples=25)
 @given(plan=plans(max_side=3), rows=ROWS, seed=SEEDS)
 def test_attention_reads_what_the_codes_say(coding: str, plan: Plan, rows: int, seed: int) -> None:
     images = images_of(plan, rows, seed)
@@ -144,7 +144,7 @@ def test_attention_reads_what_the_codes_say(coding: str, plan: Plan, rows: int, 
     assert error.median() <= 1e-5
 
 
-@settings(max_examples=10)
+@settings(max_examples=25)
 @given(plan=level_plans(max_side=4, head_dim=8), rows=ROWS, seed=SEEDS)
 def test_coarse_cells_are_coded_too(plan: Plan, rows: int, seed: int) -> None:
     images = images_of(plan, rows, seed)
@@ -155,7 +155,7 @@ def test_coarse_cells_are_coded_too(plan: Plan, rows: int, seed: int) -> None:
         assert (one.double() - other).abs().max() <= 0.12 * scale  # some steps of 1/127, through the softmax
 
 
-@settings(max_examples=30)
+@settings(max_examples=150)
 @given(plan=plans(), rows=ROWS, storage=st.sampled_from(DTYPES), coding=st.sampled_from(sorted(CODES)))
 def test_bytes_are_those_promised(plan: Plan, rows: int, storage: str, coding: str) -> None:
     """Counted cell by cell: the first two scales, when they are sinks, in the compute type, a byte a channel and a
@@ -176,7 +176,7 @@ def test_bytes_are_those_promised(plan: Plan, rows: int, storage: str, coding: s
         assert all(inside) if source < min(2, plan.sink_scales) else not any(inside)
 
 
-@settings(max_examples=30)
+@settings(max_examples=200)
 @given(geometry=geometries(), rows=ROWS, share=st.fractions(Fraction(1, 50), 1, max_denominator=50))
 def test_a_budget_in_bytes_counts_scales_and_sinks(geometry: CacheGeometry, rows: int, share: Fraction) -> None:
     storage = "int8/float32"

@@ -251,7 +251,7 @@ def case(dtype: str, head_dim: int = 64, tokens: int = 5, **more: Any) -> dict[s
 BOTH = {"rows": 2, "plain": True, "biased": True, "alike": False, "most": 30}
 
 
-@settings(max_examples=15)
+@settings(max_examples=60)
 @example(case("bfloat16", tokens=1, plain=True, most=0))
 @example(case("float32", 32, 19, codes="int8", **BOTH))
 @example(case("bfloat16", 128, 19, codes="float8", **BOTH))
@@ -420,7 +420,7 @@ def check_append(
     assert same_bits(scales_2RP, expected_2RP)
 
 
-@settings(max_examples=20)
+@settings(max_examples=60)
 @given(
     seed=SEEDS,
     rows=st.integers(1, 3),
