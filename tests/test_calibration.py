@@ -55,7 +55,7 @@ def random_reads(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     queries=st.integers(1, 7),
     block=st.sampled_from([1, 200, 1 << 22]),
-    sharpness=st.sampled_from([0.1, 1.0, 10.0]),
+    sharpness=st.sampled_from([0.1, 1.0, 10.0, 30.0]),
 )
 def test_reads_of_dense_softmax(sizes: list[int], queries: int, block: int, sharpness: float) -> None:
     """Whatever the blocks of queries, and under autocast."""

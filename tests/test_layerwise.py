@@ -61,6 +61,9 @@ def test_bf16_calibration(autocast: bool) -> None:
         expected = measure_samples(model, range(1), seed=2)
         drawn = drawn_by(model, 1, model.full_plan(), seed=2)
         check_equal(measure_drawn(model, model.labels(1), drawn.tokens, expected.samples)[0], expected)
+    if autocast:  # it matters, so it must have reached the forwards
+        plain, _ = measure_drawn(model, model.labels(1), drawn.tokens, expected.samples)
+        assert not np.allclose(plain.drop_error, expected.drop_error, rtol=1e-4)
 
 
 def test_codes_of_a_plan_under_dense_attention() -> None:

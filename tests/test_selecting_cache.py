@@ -138,8 +138,8 @@ def test_policies_that_choose_alike(one: DynamicPolicy, other: DynamicPolicy) ->
     assert all((a - b).abs().max() < 1e-6 for a, b in zip(*outs, strict=True))
 
 
-@pytest.mark.parametrize("heads", [1, 4])
-def test_sharing_with_nobody(heads: int) -> None:
+@pytest.mark.parametrize(("heads", "tolerance"), [(1, 1e-6), (4, 1e-5)])
+def test_sharing_with_nobody(heads: int, tolerance: float) -> None:
     """A single head, and heads whose own part is everything, keep what the base of AdaKV keeps."""
     geometry = CacheGeometry(2, heads, 8, GEOMETRY.schedule)
     base, shared = SnapKV(window=2), AdaKV(base="snapkv:window=2", alpha=1.0)
@@ -156,7 +156,7 @@ def test_sharing_with_nobody(heads: int) -> None:
             for layers in inputs(2, 7)
         ]
         outs.append(run(SelectingCache(plan, policy, 2), steps))
-    assert all((a - b).abs().max() < 1e-5 for a, b in zip(*outs, strict=True))
+    assert all((a - b).abs().max() < tolerance for a, b in zip(*outs, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
