@@ -219,7 +219,7 @@ def test_budget_that_was_found_fits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--batch", "0"], "0"), (["--batch", "65537"], "65536"), (["--batch", "2", "--budget", "10%"], "one of them"),
         (["--memory", "5XB"], "'5XB'"), (["--dtype", "int8"], "int8"), (["--budget", "120%"], "100 %"),
         (["--budget", "0.1%"], "21/6425"),
-        (["--budget", "auto"], "auto"), (["--size", "2M"], "'2M'"),
+        (["--budget", "auto"], "auto"), (["--cfg", "-1"], "cfg is -1"), (["--size", "2M"], "'2M'"),
     ],
 )  # fmt: skip
 def test_bad_options(arguments: list[str], value: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,5 +231,5 @@ def test_bad_options(arguments: list[str], value: str, capsys: pytest.CaptureFix
 
 
 def test_template_of_a_ratio(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["fit", "--memory", "24GiB", "--ratio", "1.4"]) == 0
+    assert run(["fit", "--memory", "24GiB", "--size", "1.4"]) == 0
     assert "height/width 1.4; taking the nearest, 1.333" in capsys.readouterr().err

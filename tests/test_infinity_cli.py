@@ -76,13 +76,13 @@ def test_generate_draws_what_the_model_in_memory_draws(
     assert np.abs(wanted[0] - wanted[1]).max() > 30
 
     capsys.readouterr()
-    tall = ["--negative", "dog", "--ratio", "3:2", "--seed", "3"]
+    tall = ["--negative", "dog", "--size", "3:2", "--seed", "3"]
     assert run(["generate", *tiny, *cat, *tall, "--out", "tall"]) == 0
     (wanted,) = drawn(t5_folder, 1.5, ["a cat"], "dog")
     assert wanted.shape == (21 * STRIDE, 14 * STRIDE, 3)
     assert np.abs(pixels("tall/0000_a_cat.png") - wanted).max() <= 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("written: 1 images in tall; full")
-    assert run(["generate", *tiny, *cat, "--ratio", "1.51", "--out", "tall"]) == 0
+    assert run(["generate", *tiny, *cat, "--size", "1.51", "--out", "tall"]) == 0
     error = capsys.readouterr().err
     assert "no published schedule has height/width 1.51; taking the nearest, 1.5\n" in error
     assert "in tall (1 in place of older ones); full" in error
@@ -107,7 +107,7 @@ def test_calibrate_solve_and_generate(tiny: list[str], capsys: pytest.CaptureFix
     assert run(["generate", *tiny, *cat, *given, "--out", "solved"]) == 0
     assert f"the cache took {plan.bytes(2, 'bfloat16') / 2**20:.2f} MiB" in capsys.readouterr().err
     assert np.array_equal(pixels("planned/0000_a_cat.png"), pixels("solved/0000_a_cat.png"))
-    ratio = ["--ratio", "1.5", "--out", "other"]
+    ratio = ["--size", "1.5", "--out", "other"]
     assert (
         run(["generate", *tiny, *cat, *given, *ratio])
         == run(["generate", *tiny, *cat, "--plan", "plan.json", *ratio])

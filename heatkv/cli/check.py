@@ -31,7 +31,6 @@ def check(
             "the baseline's: bytes (0%), tensors (1%), kl (10%); fall: top1 (1%), psnr (0.5 dB), ssim (0.01)",
         ),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="also show what did not change")] = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Exit code 1 when bytes grew or fidelity fell beyond the tolerances, or a row, a ledger or a figure is missing;
@@ -47,7 +46,7 @@ def check(
         say(f"note: {note}")
     failed = sum(row.failed for row in verdict.rows)
     count = f"{failed} of {len(verdict.rows)} rows are worse" if failed else "nothing is worse"
-    lines = _lines(verdict, everything)
+    lines = _lines(verdict)
     table = Table(
         title=f"{count} than {against}", caption=f"{'' if lines else 'no figure changed; '}{tolerances}"
     )  # fmt: skip
@@ -65,8 +64,8 @@ def check(
         raise typer.Exit(1)
 
 
-def _lines(verdict: Verdict, everything: bool) -> list[tuple[str, ...]]:
-    """Lines of a table: row, figure, baseline, now, change, worst allowed, verdict; only what changed, or all."""
+def _lines(verdict: Verdict) -> list[tuple[str, ...]]:
+    """Lines of a table: row, figure, baseline, now, change, worst allowed, verdict; only of what changed."""
     lines: list[tuple[str, ...]] = []
     for row in verdict.rows:
         if row.missing:
@@ -75,7 +74,7 @@ def _lines(verdict: Verdict, everything: bool) -> list[tuple[str, ...]]:
         lines += [(row.name, fault, "", "", "", "", "FAILED") for fault in row.faults]
         lines += [
             (row.name, *_cells(change)) for change in row.changes
-            if everything or change.failed or change.now != change.baseline
+            if change.failed or change.now != change.baseline
         ]  # fmt: skip
     return lines + [(name, "", "", "", "", "", "new") for name in verdict.extra]
 

@@ -52,12 +52,13 @@ def open_model(source: Source, running: Running) -> Opened:
     prompts = [] if not isinstance(source, MeasuredSource) or source.prompts is None else _prompts(source.prompts)
     if measured and not prompts and model_info(source.model).family == "infinity":
         raise ModelError(f"measuring {source.model} needs prompts to draw; name a file of them (--prompts)")
+    size, ratio = parse_size(source.size)
     arguments: dict[str, Any] = {
-        "name": source.model, **_weights(source.weights or []), "prompts": prompts, "size": source.size,
-        "ratio": parse_ratio(source.ratio), "dtype": storage.compute, "device": current().device(running.device),
+        "name": source.model, **_weights(source.weights or []), "prompts": prompts, "size": size, "ratio": ratio,
+        "dtype": storage.compute, "device": current().device(running.device),
     }  # fmt: skip
     model = load_model(**arguments)
-    say_template(source.model, source.ratio)
+    say_template(source.model, ratio)
     settings = model.sampling if running.cfg is None else replace(model.sampling, cfg=running.cfg)
     return Opened(model, settings, storage, arguments)
 
@@ -72,20 +73,22 @@ def parse_dtype(text: str) -> StorageType:
     return StorageType(compute, code or None)
 
 
-def parse_ratio(text: str | None) -> float | None:
-    """Height/width as a number or h:w."""
-    if text is None:
-        return None
+def parse_size(text: str | None) -> tuple[str | None, float | None]:
+    """The size and the height/width of `1M`, `1M,3:2`, `3:2` or `1.5`."""
+    size, comma, ratio = (text or "").partition(",")
+    if not comma and not size.endswith("M"):
+        size, ratio = "", size
+    if not (comma or ratio):
+        return size or None, None
     try:
-        height, colon, width = text.partition(":")
-        return float(height) / (float(width) if colon else 1.0)
+        height, colon, width = ratio.partition(":")
+        return size or None, float(height) / (float(width) if colon else 1.0)
     except (ValueError, ZeroDivisionError) as error:
-        raise ScheduleError(f"cannot read the height/width ratio {shown(text)}; write it as 1.5 or 3:2") from error
+        raise ScheduleError(f"cannot read {shown(ratio)} of --size; write 1M, or height/width as 1.5 or 3:2") from error
 
 
-def say_template(model: str, ratio: str | None) -> None:
+def say_template(model: str, wanted: float | None) -> None:
     """Say which published height/width is drawn when it is not the one asked for; theirs are cut to 3 decimals."""
-    wanted = parse_ratio(ratio)
     if wanted is None or model_info(model).family != "infinity":
         return
     taken = ScaleSchedule.infinity_template(wanted)

@@ -27,8 +27,13 @@ Weights = Annotated[
 Prompts = Annotated[
     Path | None, typer.Option("--prompts", help="text file, one prompt a line, for measurements (Infinity)")
 ]
-Size = Annotated[str | None, typer.Option("--size", help="0.06M, 0.25M, 0.60M or 1M (Infinity); see `heatkv models`")]
-Ratio = Annotated[str | None, typer.Option("--ratio", help="height/width, as 1.5 or 3:2")]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        "--size", metavar="SIZE[,RATIO]",
+        help="0.06M, 0.25M, 0.60M or 1M (Infinity), see `heatkv models`; RATIO is height/width, as 1.5 or 3:2",
+    ),
+]  # fmt: skip
 StatisticsFile = Annotated[Path | None, typer.Option("--statistics", help="statistics file of `heatkv calibrate`")]
 Orders = Annotated[Path | None, typer.Option("--orders", help="published ranking file (JSON) instead of statistics")]
 Set = Annotated[
@@ -94,7 +99,6 @@ class Source:
     model: Model = "emoji"
     weights: Weights = None
     size: Size = None
-    ratio: Ratio = None
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from heatkv.cli import options
-from heatkv.cli.opening import is_guided, make_plan, parse_dtype, parse_ratio, say_template, statistics_of_model
+from heatkv.cli.opening import is_guided, make_plan, parse_dtype, parse_size, say_template, statistics_of_model
 from heatkv.cli.options import Planning
 from heatkv.cli.output import Fact, facts_json, facts_table, plan_facts, show
 from heatkv.core.budget import Budget
@@ -21,7 +20,7 @@ from heatkv.core.io import check_place
 from heatkv.core.plan import CachePlan
 from heatkv.core.plan_file import load_plan
 from heatkv.core.storage_type import StorageType
-from heatkv.errors import FormatError, HeatKVError, ModelError
+from heatkv.errors import FormatError, HeatKVError
 from heatkv.models.catalogue import model_info
 from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
@@ -38,11 +37,8 @@ def solve(
         int | None, typer.Option("--sink-scales", help="first scales that are never dropped; default: the policy's")
     ] = None,
     size: options.Size = None,
-    ratio: options.Ratio = None,
     rows: options.Rows = None,
     dtype: options.Dtype = "bfloat16",
-    cfg: options.Cfg = None,
-    device: options.Device = "cpu",
     seed: options.Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", help="plan.json to write")] = None,
     as_json: options.AsJson = False,
@@ -53,9 +49,8 @@ def solve(
     Example: heatkv solve --model infinity-2b --policy heatkv --budget 0.1 --orders orders.json --out plan.json
     """
     info, storage = model_info(model), parse_dtype(dtype)
-    geometry = info.geometry(size, parse_ratio(ratio))
-    rows = (2 if is_guided(info, cfg) else 1) if rows is None else rows
-    _check_device(device)
+    area, ratio = parse_size(size)
+    geometry, rows = info.geometry(area, ratio), 2 if rows is None else rows
     if out is not None:
         _check_replaceable(out)
     if sink_scales is not None:
@@ -101,14 +96,6 @@ def _facts(
     ]  # fmt: skip
 
 
-def _check_device(name: str) -> None:
-    """Refuse what is no name of a device, where only that matters."""
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"unknown device {name!r}; write cpu, cuda, cuda:1 or mps") from error
-
-
 def _check_replaceable(out: Path) -> None:
     """Refuse to write a plan over anything but a plan, and where none can be written."""
     if not out.exists():
@@ -129,7 +116,6 @@ def fit(
         str | None, typer.Option("--budget", help="cache budget (bytes: of one image): then the largest batch is found")
     ] = None,
     size: options.Size = None,
-    ratio: options.Ratio = None,
     cfg: options.Cfg = None,
     dtype: options.Dtype = "bfloat16",
     text_encoder: Annotated[bool, typer.Option(help="keep Infinity's text encoder in the same memory")] = True,
@@ -144,17 +130,17 @@ def fit(
     from heatkv.profiling.analysis.fit import footprint, largest_batch, largest_share, parse_memory
 
     available, info, storage = parse_memory(memory), model_info(model), parse_dtype(dtype)
-    guided, shape, policy = is_guided(info, cfg), parse_ratio(ratio), HeatKV()
+    guided, (area, ratio), policy = is_guided(info, cfg), parse_size(size), HeatKV()
     if batch is not None and budget is not None:
         raise HeatKVError("--batch asks for the largest budget, --budget for the largest batch; give one of them")
     problem = PlanningProblem(
-        info.geometry(size, shape), Budget.parse(budget or "100%"), rows=2 if guided else 1, storage=str(storage)
+        info.geometry(area, ratio), Budget.parse(budget or "100%"), rows=2 if guided else 1, storage=str(storage)
     )
     policy.check(problem)
     schedule = problem.geometry.schedule
     least = Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
     taken = footprint(
-        info, 1 if batch is None else batch, size=size, ratio=shape, dtype=storage.compute, code=storage.code,
+        info, 1 if batch is None else batch, size=area, ratio=ratio, dtype=storage.compute, code=storage.code,
         guided=guided, text_encoder=text_encoder,
     )  # fmt: skip
     if budget is None:
