@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Set
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta
 
 from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
@@ -20,7 +22,7 @@ from heatkv.levels.columns import LevelAllocation, allocate_levels, level_price_
 from heatkv.policies.base import PlanningProblem, StaticPolicy, below_sinks
 from heatkv.policies.heatkv import drop_by_rank
 from heatkv.registry import register
-from heatkv.solve.cells import Allocation, allocate, allocate_greedily, price_bound
+from heatkv.solve.cells import SOLVE_SECONDS, Allocation, allocate, allocate_greedily, price_bound
 from heatkv.solve.checkpoints import Capacity
 
 
@@ -28,7 +30,8 @@ from heatkv.solve.checkpoints import Capacity
 class SolvedPolicy(StaticPolicy):
     """What policies share that solve a program for the budget.
 
-    `layer_cap` is a budget that no single layer may exceed.
+    `layer_cap` is a budget that no single layer may exceed. `solve_seconds` is what programs in whole numbers may take,
+    which bring the plan closer to its bound; then the best plan so far comes with its gap.
     """
 
     without_levels: ClassVar[str] = ""
@@ -36,6 +39,7 @@ class SolvedPolicy(StaticPolicy):
 
     sink_scales: int = SINK_SCALES
     layer_cap: str | None = None
+    solve_seconds: Annotated[float, Meta(gt=0, le=86_400)] = SOLVE_SECONDS
 
     @property
     def allowed(self) -> tuple[int, ...]:
@@ -104,7 +108,7 @@ class SolvedPolicy(StaticPolicy):
     def level_allocation(self, problem: PlanningProblem) -> LevelAllocation:
         """The plan by joint costs, with its bound and the prices of the capacity's rows."""
         statistics, capacity = self.level_statistics(problem), self.capacity(problem)
-        return allocate_levels(statistics, capacity, self.allowed, self.sink_scales)
+        return allocate_levels(statistics, capacity, self.allowed, self.sink_scales, self.solve_seconds)
 
     def finish_levels(self, problem: PlanningProblem, allocation: LevelAllocation) -> Plan:
         """The plan of an allocation by joint costs; its value is minus its cost."""
@@ -172,9 +176,9 @@ class HeatKVLP(SolvedPolicy):
         if self.solver == "greedy":
             return allocate_greedily(values, capacity, self.sink_scales)
         if self.layer_cap is not None:  # which the paper's rule does not know
-            return allocate(values, capacity, self.sink_scales)
+            return allocate(values, capacity, self.sink_scales, (), self.solve_seconds)
         by_rule = drop_by_rank(problem, self.sink_scales, HeadRankings.from_scores(problem.measured.scas))
-        return allocate(values, capacity, self.sink_scales, (by_rule,))
+        return allocate(values, capacity, self.sink_scales, (by_rule,), self.solve_seconds)
 
     def values(self, statistics: Statistics) -> FloatArray:
         """value[l, h, t, s] of every cell by itself for every target; of joint errors that of the cell alone."""

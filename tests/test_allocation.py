@@ -130,6 +130,15 @@ def which_fit(plans: IntArray, capacity: Capacity) -> BoolArray:
     return good
 
 
+def fits_alone(instance: Instance) -> BoolArray:
+    """Whether each cell [l, h, s] fits beside the sinks while it is held until target t, [l, h, s, t]."""
+    shape = (instance.capacity.layers, instance.capacity.heads, instance.capacity.scales)
+    alone = np.broadcast_to(keep_first(shape, instance.sinks), (*shape, shape[2], *shape)).copy()
+    for l, h, s, t in np.ndindex(*shape, shape[2]):
+        alone[l, h, s, t, l, h, s] = max(t, alone[l, h, s, t, l, h, s])
+    return which_fit(alone.reshape(-1, *shape), instance.capacity).reshape(*shape, shape[2])
+
+
 def best_by_force(instance: Instance) -> tuple[float, IntArray]:
     plans = every_plan(instance)
     plans = plans[which_fit(plans, instance.capacity)]
@@ -141,7 +150,9 @@ def best_by_force(instance: Instance) -> tuple[float, IntArray]:
 
 
 def plain_program(instance: Instance) -> float:
-    """Optimum of the relaxation: a dense program written down from its definition, one x[l, h, s, t] at a time."""
+    """Optimum of the relaxation: a dense program written down from its definition, one x[l, h, s, t] at a time, 0 for
+    those that never fit."""
+    fits_LHST = fits_alone(instance)
     capacity, values = instance.capacity, instance.values
     tokens, layers, heads, scales = capacity.tokens, capacity.layers, capacity.heads, capacity.scales
     variables = [
@@ -167,7 +178,7 @@ def plain_program(instance: Instance) -> float:
         [-values[l, h, t, s] for l, h, s, t in variables],
         A_ub=np.array(rows),
         b_ub=limits,
-        bounds=[(1 if s < instance.sinks else 0, 1) for _, _, s, _ in variables],
+        bounds=[(int(s < instance.sinks), int(fits_LHST[l, h, s, t])) for l, h, s, t in variables],
     )
     return -float(solved.fun)
 
@@ -198,7 +209,8 @@ def check(found: Allocation, instance: Instance) -> None:
     assert fits(found.last_read, instance.capacity)
     assert found.value == pytest.approx(worth(found.last_read, instance.values), rel=1e-12)
     assert found.bound >= found.value
-    assert found.gap == ((found.bound - found.value) / found.bound if found.bound else 0)
+    gap = (found.bound - found.value) / found.bound if found.bound else 0
+    assert found.gap == (gap if gap > 1e-9 else 0)  # below is rounding
     assert (found.row_prices >= 0).all()
 
 
@@ -206,16 +218,23 @@ def check(found: Allocation, instance: Instance) -> None:
 
 
 @settings(max_examples=80)
-@given(instance=instances(TINY), sizes=st.sampled_from([(1.0,), (0, 1e-30, 1, 1e30)]), seed=SEEDS)
-def test_best_of_every_plan(instance: Instance, sizes: tuple[float, ...], seed: int) -> None:
-    """Also with values of very different size."""
-    values = instance.values * np.random.default_rng(seed).choice(sizes, instance.values.shape)
+@given(
+    instance=instances(TINY),
+    sizes=st.sampled_from([(1.0,), (0, 1e-30, 1, 1e30), tuple(10.0 ** np.arange(-12, 13)), (0, 1, 5e-324), "one"]),
+    seed=SEEDS,
+)
+def test_best_of_every_plan(instance: Instance, sizes: Any, seed: int) -> None:
+    """Also with values of very different size, and with one value alone."""
+    rng = np.random.default_rng(seed)
+    values = instance.values * rng.choice((1.0,) if sizes == "one" else sizes, instance.values.shape)
+    if sizes == "one":
+        values = np.where(np.arange(values.size).reshape(values.shape) == rng.integers(values.size), values, 0)
     instance = Instance(values, instance.capacity, instance.sinks)
     best, plan = best_by_force(instance)
     exact, greedy = instance.solve(allocate), instance.solve(allocate_greedily)
     for found in (exact, greedy):
         check(found, instance)
-        assert found.bound >= best * (1 - 1e-12) - 1e-8 * instance.size * (found is exact)
+        assert found.bound >= best
         assert found.value <= best * (1 + 1e-12)
     assert exact.value == pytest.approx(best, abs=1e-8 * instance.size)  # the solver's own tolerance
     with pytest.MonkeyPatch.context() as patch:
@@ -229,7 +248,7 @@ def test_best_of_every_plan(instance: Instance, sizes: tuple[float, ...], seed: 
         bound = price_bound(instance.values, instance.capacity, instance.sinks, prices)
         assert bound >= best - 1e-12 * instance.size
         if size == 0.0:
-            everything = worth(np.full(values.shape[:3], values.shape[2] - 1), values)
+            everything = np.tril(values, -1).transpose(0, 1, 3, 2)[fits_alone(instance)].sum()
             assert bound == pytest.approx(everything, rel=1e-12)
 
 
@@ -405,12 +424,27 @@ def test_unit_of_values(solve: Any, instance: Instance) -> None:
         assert np.array_equal(scaled.last_read, plain.last_read)
         assert scaled.value == plain.value * 2.0**power
         assert scaled.bound == pytest.approx(plain.bound * 2.0**power, rel=1e-9)
+    whole = np.round(instance.values)
+    plain = solve(whole, instance.capacity, instance.sinks)
+    tiny = solve(whole * 5e-324, instance.capacity, instance.sinks)
+    assert np.array_equal(tiny.last_read, plain.last_read)
+    plain = instance.solve(solve)
     assert solve(instance.values, instance.capacity, instance.sinks).row_prices.tobytes() == plain.row_prices.tobytes()
     for factor in (1e-30, 1e30):
         scaled = solve(instance.values * factor, instance.capacity, instance.sinks)
         check(scaled, Instance(instance.values * factor, instance.capacity, instance.sinks))
         assert scaled.bound >= plain.value * factor * (1 - 1e-9)
         assert scaled.value <= plain.bound * factor * (1 + 1e-9)
+
+
+@SOLVERS
+@pytest.mark.parametrize("seed", range(5))
+def test_scales_of_millions_of_tokens(solve: Any, seed: int) -> None:
+    """The solver's tolerance is a share of a scale, and lets in no token-head too much."""
+    rng = np.random.default_rng(seed)
+    tokens = tuple(int(n) for n in rng.integers(3_000_000, 5_000_000, 4))
+    instance = Instance(np.exp(rng.normal(0, 1, (3, 4, 4, 4))), Capacity(3, 4, tokens, 12 * 7_000_000 + seed), 1)
+    check(instance.solve(solve), instance)
 
 
 # ---------------------------------------------------------------------- the policy
@@ -460,7 +494,7 @@ def test_policy_against_heatkvs_rule(value: Any, data: st.DataObject) -> None:
     assert ours.value == pytest.approx(value_of(ours, statistics, value), rel=1e-12)
     assert ours.value >= value_of(rule, statistics, value) * (1 - 1e-12)
     # a budget too small for any cell leaves nothing to gain
-    assert ours.gap == pytest.approx(1 - ours.value / ours.value_bound if ours.value_bound else 0, abs=1e-12)
+    assert ours.gap == pytest.approx(1 - ours.value / ours.value_bound if ours.value_bound else 0, abs=1e-9)
     greedy = lp(sink_scales=sinks, value=value, solver="greedy").plan(drawn)
     assert greedy.value <= ours.value_bound * (1 + 1e-9)
     assert ours.value <= greedy.value_bound * (1 + 1e-9)

@@ -108,10 +108,12 @@ def judged(geometry: CacheGeometry, held: int, statistics: Statistics, **options
 @settings(max_examples=40)
 @given(geometry=geometries(min_scales=4), seed=SEEDS, share=st.floats(0.3, 0.9), more=st.integers(1, 20))
 def test_bounds_of_other_budgets(geometry: CacheGeometry, seed: int, share: float, more: int) -> None:
-    """The bound is concave in the budget, so that solving again gives no more than its tangent says, either way."""
+    """The bound is concave in budgets that every cell fits, so that solving again gives no more than its tangent says,
+    either way."""
     statistics = statistics_of(geometry, made_up_mass(geometry, 2, seed))
     sinks = geometry.layers * geometry.heads * geometry.schedule.tokens[0]
-    less = max(round(share * geometry.full_token_heads), sinks)
+    less = max(round(share * geometry.full_token_heads), sinks + max(geometry.schedule.tokens[:-1]))
+    less = min(less, geometry.full_token_heads)
     held = [less, min(less + more, geometry.full_token_heads)]
     worths = []
     for token_heads in held:

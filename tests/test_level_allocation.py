@@ -68,7 +68,8 @@ def check_plan(
     assert feasible(held, capacity).all()
     assert found.cost == pytest.approx(cost, **NEAR)
     assert found.bound <= found.cost * (1 + 1e-12)
-    assert found.gap == (max(0.0, (found.cost - found.bound) / found.cost) if found.cost > 0 else 0.0)
+    gap = (found.cost - found.bound) / found.cost if found.cost > 0 else 0
+    assert found.gap == (gap if gap > 1e-9 else 0)  # below is rounding
     assert (found.row_prices >= 0).all()
     for index, last_read in enumerate(found.last_reads()):
         for layer, head, s in np.ndindex(last_read.shape):
@@ -120,6 +121,22 @@ def test_best_of_all_plans(problem: Problem, levels: tuple[int, ...], more: int)
     for call in (allocate_levels, level_bound):
         with pytest.raises(BudgetError, match=f"{sinks} sink scales alone hold 1 token-heads more .* {least - 1};"):
             call(stats, too_little, levels, sinks)
+
+
+@settings(max_examples=30)
+@given(
+    problem=problems(capped=True),
+    sizes=st.sampled_from([(0, 1, 1e30), tuple(10.0 ** np.arange(-12, 13)), (0, 1, 5e-324), (1e-310,)]),
+)
+def test_bounds_of_costs_of_any_size(problem: Problem, sizes: tuple[float, ...]) -> None:
+    stats, capacity = problem
+    rng = np.random.default_rng(capacity.room)
+    joint, single = ([x * rng.choice(sizes, x.shape) for x in xs] for xs in (stats.joint_sum, [stats.single_sum]))
+    stats = dataclasses.replace(stats, joint_sum=tuple(joint), single_sum=single[0])
+    best = optimum(stats, capacity)
+    found, (bound, prices) = allocate_levels(stats, capacity), level_bound(stats, capacity)
+    check_plan(stats, capacity, found)
+    assert max(found.bound, bound, level_price_bound(stats, capacity, ALL, prices)) <= best <= found.cost * (1 + 1e-12)
 
 
 def test_optimum_of_half_of_small_instances() -> None:
@@ -197,8 +214,8 @@ def test_dropping_instead_of_a_poor_plan(monkeypatch: pytest.MonkeyPatch) -> Non
     capacity, original = with_room(stats, 30), columns._allocate
     dropping = allocate_levels(stats, capacity, WHOLE)
 
-    def poor(pricing: Pricing, capacity: Capacity) -> LevelAllocation:
-        found = original(pricing, capacity)
+    def poor(pricing: Pricing, capacity: Capacity, ends: float) -> LevelAllocation:
+        found = original(pricing, capacity, ends)
         only_drops = set(found.level.flat) <= {0, NONE}
         return found if only_drops else dataclasses.replace(found, cost=dropping.cost * (1 + 1e-9))
 

@@ -36,6 +36,10 @@ def solve(
     sink_scales: Annotated[
         int | None, typer.Option("--sink-scales", help="first scales that are never dropped; default: the policy's")
     ] = None,
+    solve_seconds: Annotated[
+        float | None,
+        typer.Option("--solve-seconds", help="time to bring a solved plan closer to its bound; default 10"),
+    ] = None,
     size: options.Size = None,
     rows: options.Rows = None,
     dtype: options.Dtype = "bfloat16",
@@ -53,8 +57,9 @@ def solve(
     geometry, rows = info.geometry(area, ratio), 2 if rows is None else rows
     if out is not None:
         _check_replaceable(out)
-    if sink_scales is not None:
-        planning = replace(planning, set=[*(planning.set or []), f"sink_scales={sink_scales}"])
+    named = {"sink_scales": sink_scales, "solve_seconds": solve_seconds}
+    set_ = [f"{name}={value}" for name, value in named.items() if value is not None]
+    planning = replace(planning, set=[*(planning.set or []), *set_] or None)
     plan = make_plan(
         planning, "heatkv", geometry, model, lambda path: statistics_of_model(path, model),
         seed=seed, rows=rows, storage=storage,

@@ -7,7 +7,8 @@ model, T targets, S sources, C columns (paths, each of one head).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
@@ -17,6 +18,8 @@ from heatkv.core.levels import LEVELS
 from heatkv.core.schema import FloatArray, IntArray
 from heatkv.levels.pricing import Paths, Pricing, concatenated
 from heatkv.levels.rounding import GOAL, MAX_NODES, PROVEN, Rounding, by_head, closer, column_use, one_per_head
+from heatkv.solve.cells import PROVEN as ROUNDING_GAP
+from heatkv.solve.cells import ROUNDING, SOLVE_SECONDS
 from heatkv.solve.checkpoints import Capacity
 from heatkv.solve.highs import LinearProgram
 
@@ -43,7 +46,12 @@ class LevelAllocation:
     @property
     def gap(self) -> float:
         """Share of the cost that a better plan could save at most; 0 is proven optimal."""
-        return max(0.0, (self.cost - self.bound) / self.cost) if self.cost > 0 else 0.0
+        gap = (self.cost - self.bound) / self.cost if self.cost > 0 else 0.0
+        return gap if gap > ROUNDING_GAP else 0.0
+
+    def times(self, unit: float) -> LevelAllocation:
+        """With costs in other units."""
+        return replace(self, cost=self.cost * unit, bound=self.bound * unit, row_prices=self.row_prices * unit)
 
     def last_reads(self) -> list[IntArray]:
         """`last_read` of every level, fine to coarse."""
@@ -57,23 +65,26 @@ def allocate_levels(
     capacity: Capacity,
     levels: tuple[int, ...] = ALL_LEVELS,
     sink_scales: int | None = None,
+    seconds: float = SOLVE_SECONDS,
 ) -> LevelAllocation:
     """The cheapest plan found within the capacity that uses these levels (indices into LEVELS, 0 among them), never
     dearer than the one that only drops cells.
 
-    The first `sink_scales` scales stay whole: as many as the costs were measured with, or more. Raises StatisticsError
-    for fewer, and BudgetError when the sinks alone do not fit.
+    The first `sink_scales` scales stay whole: as many as the costs were measured with, or more. Programs in whole
+    numbers, which improve a plan that is there already, take at most so many seconds together. Raises StatisticsError
+    for fewer sinks, and BudgetError when they alone do not fit.
     """
-    found = _allocate(Pricing(statistics, levels, sink_scales), capacity)
+    (unit, statistics), ends = _scaled(statistics), time.monotonic() + seconds
+    found = _allocate(Pricing(statistics, levels, sink_scales), capacity, ends)
     if tuple(levels) == (0,):
-        return found
+        return found.times(unit)
     whole_only = Pricing(statistics, (0,), sink_scales)
     if _cheapest_paths(whole_only, capacity, found.row_prices)[1] >= found.cost:
-        return found
-    dropping = _allocate(whole_only, capacity)
-    if dropping.cost >= found.cost:
-        return found
-    return LevelAllocation(dropping.level, dropping.cost, min(found.bound, dropping.cost), found.row_prices)
+        return found.times(unit)
+    dropping = _allocate(whole_only, capacity, ends)
+    if dropping.cost < found.cost:
+        found = replace(found, level=dropping.level, cost=dropping.cost, bound=min(found.bound, dropping.cost))
+    return found.times(unit)
 
 
 def level_bound(
@@ -86,8 +97,9 @@ def level_bound(
 
     The best plan is little above it, and it is found sooner. Raises what `allocate_levels` raises.
     """
+    unit, statistics = _scaled(statistics)
     relaxed = _relax(Pricing(statistics, levels, sink_scales), capacity)
-    return relaxed.bound, relaxed.row_prices
+    return relaxed.bound * unit, relaxed.row_prices * unit
 
 
 def level_price_bound(
@@ -98,13 +110,25 @@ def level_price_bound(
     sink_scales: int | None = None,
 ) -> float:
     """No plan costs less, whatever the prices (>= 0): every head takes its cheapest path, and room earns its price."""
-    return _cheapest_paths(Pricing(statistics, levels, sink_scales), capacity, row_prices)[1]
+    unit, statistics = _scaled(statistics)
+    return _cheapest_paths(Pricing(statistics, levels, sink_scales), capacity, row_prices / unit)[1] * unit
+
+
+def _scaled(statistics: LevelStatistics) -> tuple[float, LevelStatistics]:
+    """A power of two, and the costs divided by it where they are so small or large that sums would lose digits."""
+    sums = (*statistics.joint_sum, statistics.single_sum)
+    _, exponent = np.frexp(max(float(costs.max(initial=0)) for costs in sums))
+    if abs(exponent) < 400:
+        return 1.0, statistics
+    *joint, single = (np.ldexp(costs, -exponent) for costs in sums)
+    return float(np.ldexp(1.0, exponent)), replace(statistics, joint_sum=tuple(joint), single_sum=single)
 
 
 def _cheapest_paths(pricing: Pricing, capacity: Capacity, row_prices: FloatArray) -> tuple[Paths, float]:
-    """The cheapest paths under prices of the capacity's rows, and the bound that these prove."""
+    """The cheapest paths under prices of the capacity's rows, and the bound that these prove, rounding allowed for."""
     paths, cost_P = pricing.best(_prices_of_heads(capacity, row_prices))
-    return paths, float(cost_P.sum() - row_prices @ capacity.row_room)
+    priced, room = float(cost_P.sum()), float(row_prices @ capacity.row_room)
+    return paths, priced - room - ROUNDING * (priced + room)
 
 
 def _prices_of_heads(capacity: Capacity, row_prices: FloatArray) -> FloatArray:
@@ -143,19 +167,23 @@ class _Master:
             upper=np.full(count + sums, np.inf),
         )
 
-    def relax(self) -> tuple[float, FloatArray, FloatArray]:
-        """Cost of the best mix, the prices of the capacity's rows, and the shares of the columns."""
+    def relax(self) -> tuple[float, FloatArray, FloatArray] | None:
+        """Cost of the best mix, the prices of the capacity's rows, and the shares of the columns; None where that takes
+        too long."""
         head, columns = self.columns()
-        cost, x, prices = self._program(head, columns).solve()
-        return cost * self.scale, prices * self.scale / self._unit, x[: len(head)]
+        best = self._program(head, columns).solve()
+        if best is None:
+            return None
+        return best.cost * self.scale, best.prices * self.scale / self._unit, best.x[: len(head)]
 
-    def choose(self, allowed: IntArray) -> IntArray | None:
-        """A cheap choice of one of the allowed columns per head, as indices into them all; None when none was found."""
+    def choose(self, allowed: IntArray, ends: float) -> IntArray | None:
+        """A cheap choice of one of the allowed columns per head, as indices into them all; None when none was found by
+        the time that the clock says `ends`."""
         head, columns = self.columns()
         program = self._program(head[allowed], columns[allowed])
         is_column = np.arange(len(program.cost)) < len(allowed)
         program.upper[is_column] = 1.0
-        _, x = program.solve_whole(is_column, mip_rel_gap=GOAL, node_limit=MAX_NODES)
+        _, x = program.solve_whole(is_column, ends, mip_rel_gap=GOAL, node_limit=MAX_NODES)
         return None if x is None else by_head(allowed[x[: len(allowed)] > 0.5], head)
 
 
@@ -177,17 +205,20 @@ def _relax(pricing: Pricing, capacity: Capacity) -> _Relaxed:
     total = float(nothing.cost.sum())
     scale = total / 100 if total > 0 else 1.0
     master = _Master(capacity, scale)
-    everything, _ = pricing.best(np.zeros(shape))
     best_prices = np.zeros(len(capacity.row_room))
+    everything, bound = _cheapest_paths(pricing, capacity, best_prices)
     if capacity.slack(everything.tokens).min() >= 0:
-        return _Relaxed(master, float(everything.cost.sum()), best_prices, everything)
+        return _Relaxed(master, bound, best_prices, everything)
     master.add(nothing)  # which always fits
     # a first idea of what is worth its tokens
     for price in total / max(capacity.row_room.max(), 1.0) * 4.0 ** np.arange(-6, 4):
         master.add(pricing.best(np.full(shape, price))[0])
-    bound, before = -np.inf, np.array([])
+    before = np.array([])
     for _ in range(MAX_ROUNDS):
-        mixed, prices, _ = master.relax()
+        mix = master.relax()
+        if mix is None:
+            break
+        mixed, prices, _ = mix
         master.scale = max(mixed / 100, 1e-8 * scale)  # costs stay far above the solver's tolerance
         if np.array_equal(prices, before):  # the columns that they led to are nothing new
             break
@@ -201,23 +232,24 @@ def _relax(pricing: Pricing, capacity: Capacity) -> _Relaxed:
     return _Relaxed(master, bound, best_prices)
 
 
-def _allocate(pricing: Pricing, capacity: Capacity) -> LevelAllocation:
+def _allocate(pricing: Pricing, capacity: Capacity, ends: float) -> LevelAllocation:
     """The cheapest plan that was found with the levels of the pricing."""
     relaxed = _relax(pricing, capacity)
     bound, chosen = relaxed.bound, relaxed.unlimited
     if chosen is None:
-        chosen = _rounded(relaxed, pricing, capacity)
+        chosen = _rounded(relaxed, pricing, capacity, ends)
         if chosen.cost.sum() - bound > PROVEN * chosen.cost.sum():
-            chosen, bound = closer(pricing, capacity, bound, relaxed.row_prices, chosen)
+            chosen, bound = closer(pricing, capacity, bound, relaxed.row_prices, chosen, ends)
     cost, scales = float(chosen.cost.sum()), capacity.scales
     level = chosen.level.reshape(capacity.layers, capacity.heads, scales, scales).astype(np.int64)
     return LevelAllocation(level, cost, min(bound, cost), relaxed.row_prices)
 
 
-def _rounded(relaxed: _Relaxed, pricing: Pricing, capacity: Capacity) -> Paths:
+def _rounded(relaxed: _Relaxed, pricing: Pricing, capacity: Capacity, ends: float) -> Paths:
     """A whole plan from the master program's mix: rounded and improved, then a small program over what is left."""
     master, bound = relaxed.master, relaxed.bound
-    shares = master.relax()[2]
+    mix = master.relax()
+    shares = np.zeros(0) if mix is None else mix[2]
     price_PT = _prices_of_heads(capacity, relaxed.row_prices)
     for factor in NEARBY:
         master.add(pricing.best(price_PT * factor)[0])
@@ -237,6 +269,6 @@ def _rounded(relaxed: _Relaxed, pricing: Pricing, capacity: Capacity) -> Paths:
         return columns[best]
     allowed = bound + regret_C <= cost  # no other column can be part of a cheaper plan
     allowed[best] = True
-    whole = master.choose(np.flatnonzero(allowed))
+    whole = master.choose(np.flatnonzero(allowed), ends)
     whole = None if whole is None else rounding.run(whole)  # the solver may exceed a room by its tolerance
     return columns[whole if whole is not None and rounding.cost(whole) < cost else best]

@@ -123,13 +123,14 @@ class Rounding:
 
 
 def closer(
-    pricing: Pricing, capacity: Capacity, bound: float, row_prices: FloatArray, plan: Paths
+    pricing: Pricing, capacity: Capacity, bound: float, row_prices: FloatArray, plan: Paths, ends: float = np.inf
 ) -> tuple[Paths, float]:
     """A plan no dearer and a bound no lower, from a program over every path that a plan could have which costs less
     than the bound that is wanted; both as they were when there are too many.
 
     Where heads are few, what the master program leaves fractional is a large part of the cost. The program starts with
-    the capacity's rows that have a price, which bounds all plans, and gets those that its own plan breaks.
+    the capacity's rows that have a price, which bounds all plans, and gets those that its own plan breaks. It ends when
+    the clock says `ends`.
     """
     cost = float(plan.cost.sum())
     wanted = (1 - PROVEN) * cost
@@ -145,7 +146,7 @@ def closer(
         kept = undominated(head, near, counts_PT)
         if len(kept) > MAX_PROGRAM:
             break
-        lowest, chosen = _cheapest_of_near(capacity, used_rows, head[kept], near[kept], cost)
+        lowest, chosen = _cheapest_of_near(capacity, used_rows, head[kept], near[kept], cost, ends)
         bound = max(bound, min(wanted, lowest))
         if chosen is None:
             break
@@ -160,7 +161,7 @@ def closer(
 
 
 def _cheapest_of_near(
-    capacity: Capacity, used_rows: BoolArray, head_C: IntArray, paths: Paths, cost: float
+    capacity: Capacity, used_rows: BoolArray, head_C: IntArray, paths: Paths, cost: float, ends: float
 ) -> tuple[float, IntArray | None]:
     """What no choice of one path per head within these rows costs less than, and a cheap choice."""
     heads, count = capacity.layers * capacity.heads, len(head_C)
@@ -173,9 +174,9 @@ def _cheapest_of_near(
         most=capacity.row_room[used_rows],
         upper=np.ones(count),
     )
-    lowest, x = program.solve_whole(np.ones(count, dtype=bool), mip_rel_gap=PROVEN, node_limit=MAX_NODES)
-    # less what the solver may be off by
-    return (lowest - 1e-6) * cost, None if x is None else by_head(np.flatnonzero(x > 0.5), head_C)
+    lowest, x = program.solve_whole(np.ones(count, dtype=bool), ends, mip_rel_gap=PROVEN, node_limit=MAX_NODES)
+    # less what the solver may be off by: its gap, and its tolerance of every head's price
+    return (lowest - 1e-6 - 1e-7 * heads) * cost, None if x is None else by_head(np.flatnonzero(x > 0.5), head_C)
 
 
 def by_head(chosen: IntArray, head_C: IntArray) -> IntArray:

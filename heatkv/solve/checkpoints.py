@@ -67,6 +67,13 @@ class Capacity:
         slack: FloatArray = self.row_room - self.rows @ held_LT.reshape(-1)
         return slack
 
+    def least_room(self, slack: FloatArray) -> FloatArray:
+        """Room left for tokens of a layer that are held for a target, (L, T): the least of all rows that count them."""
+        row, column = self.rows.nonzero()
+        room = np.full(self.rows.shape[1], np.inf)
+        np.minimum.at(room, column, slack[row])
+        return room.reshape(self.layers, self.scales)
+
     def check_sinks(self, held_LHT: IntArray, sink_scales: int) -> None:
         """Raise BudgetError when what the sinks alone hold exceeds a room, naming that of the budget or of a layer."""
         slack = self.slack(held_LHT)

@@ -22,8 +22,9 @@ PLACE = tuple(name for name in SUBJECT if name != "policy")
 """What policies share that stand side by side."""
 ASKED = (*SUBJECT, "settings", "attention", "draws")
 """All that was asked for."""
-OUTCOMES = ("predicted_kl", "predicted_cfg")
-"""Settings of a policy that say what came out, not what was asked for; they may differ by rounding."""
+OUTCOMES = ("predicted_kl", "predicted_cfg", "solve_seconds")
+"""Settings of a policy that say what came out, which may differ by rounding, or what it might take, not what was asked
+for."""
 
 
 def subject_key(row: ResultRow, fields: Iterable[str] = SUBJECT) -> tuple[Hashable, ...]:
