@@ -223,9 +223,7 @@ class StaticPolicy(EvictionPolicy):
         """The checked plan with all that it was made for; `certificate` is value, value_bound and gap where they are
         known. Raises PlanError."""
         stated = self.common(problem) | certificate
-        plan = Plan(**stated, last_read=last_read, sink_scales=self.sink_scales, coarse=coarse)
-        plan.check()
-        return plan
+        return Plan(**stated, last_read=last_read, sink_scales=self.sink_scales, coarse=coarse)
 
     def check(self, problem: PlanningProblem) -> None:
         """Raise when the number of sinks does not fit the schedule, or the sinks alone exceed the budget."""

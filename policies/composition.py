@@ -18,7 +18,7 @@ from torch import Tensor
 from heatkv.core.schema import FloatArray, IntArray
 from heatkv.errors import PolicyError
 from heatkv.policies.base import PlanningProblem, make_policy
-from heatkv.policies.dynamic import Candidates, DynamicPolicy
+from heatkv.policies.dynamic import FIRST, Candidates, DynamicPolicy, put_first
 from heatkv.policies.options import numbers_from, options_of
 from heatkv.registry import find_policy, register
 
@@ -125,8 +125,8 @@ class AdaKV(Wrapper):
     """The heads of a layer share its places: what scores highest over all heads is kept, whichever head it is in.
 
     Each head first keeps its own floor(alpha m) best tokens, m being the mean capacity and `alpha` 0.2 (published); the
-    rest of the layer's places go to the highest scores. Every row of the batch shares for itself. The scores must be
-    comparable between heads, as probabilities are.
+    rest of the layer's places go to the highest scores. Tokens that the base scores +inf come before those of a head's
+    own. Every row of the batch shares for itself. The scores must be comparable between heads, as probabilities are.
     """
 
     name = "adakv"
@@ -141,14 +141,14 @@ class AdaKV(Wrapper):
             raise PolicyError(f"the heads of base={self.base!r} share already; name another base")
 
     def score(self, seen: Candidates) -> Tensor:
-        score = self.inner.score(seen)
+        score = self.inner.score(seen).float()
         if seen.valid_RHC is not None:
             score = score.masked_fill(~seen.valid_RHC, -math.inf)
         own = min(math.floor(self.alpha * seen.capacity), seen.count)
-        best = score.topk(own, dim=-1).indices
+        worth, best = score.topk(own, dim=-1)
         # a head's own part may not be larger than what it has
         has = torch.ones_like(best, dtype=torch.bool) if seen.valid_RHC is None else seen.valid_RHC.gather(-1, best)
-        return score.scatter(-1, best, torch.where(has, math.inf, -math.inf).to(score.dtype))
+        return score.scatter(-1, best, worth.clamp(min=FIRST).masked_fill(~has, -math.inf))
 
 
 @register
@@ -191,8 +191,9 @@ class PerLayer(Wrapper):
 class Protected(Wrapper):
     """The base, but the tokens of given scales are never dropped.
 
-    `scales` are numbers from 0, separated by commas. Unless they are the first ones, which stay in front of what a head
-    holds, every token carries its scale, 4 bytes, which count against the budget.
+    They come before those that the base scores +inf, such as a window of recent tokens, which gives way where there is
+    no room for both. `scales` are numbers from 0, separated by commas. Unless they are the first ones, which stay in
+    front of what a head holds, every token carries its scale, 4 bytes, which count against the budget.
     """
 
     name = "protected"
@@ -221,7 +222,7 @@ class Protected(Wrapper):
     def capacities(self, problem: PlanningProblem, mean: int) -> IntArray:
         capacities = self.inner.capacities(problem, mean)
         kept = np.zeros(len(problem.geometry.schedule), dtype=np.int64)
-        for scale in self._scales:
+        for scale in _protected(self):
             kept[scale + 1 :] += problem.geometry.schedule.tokens[scale]
         return np.maximum(capacities, kept)
 
@@ -236,14 +237,20 @@ class Protected(Wrapper):
     def score(self, seen: Candidates) -> Tensor:
         if self._first:
             kept = seen.index_RHC < seen.schedule.offsets[len(self._scales)]
-            return self.inner.score(seen).masked_fill(kept, math.inf)
+            return put_first(self.inner.score(seen), kept)
         scale_RHC = seen.carried_RHCX[..., -1]
         kept = torch.zeros_like(scale_RHC, dtype=torch.bool)
         for scale in self._scales:
             kept |= scale_RHC == scale
-        return self.inner.score(self._without_own(seen)).masked_fill(kept, math.inf)
+        return put_first(self.inner.score(self._without_own(seen)), kept)
 
     @staticmethod
     def _without_own(seen: Candidates) -> Candidates:
         """The candidates as the base sees them, without the scale that every token carries."""
         return dataclasses.replace(seen, carried_RHCX=seen.carried_RHCX[..., :-1])
+
+
+def _protected(policy: DynamicPolicy) -> set[int]:
+    """The scales that it never drops, or a policy within it."""
+    own = set(policy._scales) if isinstance(policy, Protected) else set[int]()
+    return own | (_protected(policy.inner) if isinstance(policy, Wrapper) else set())

@@ -129,7 +129,8 @@ class DynamicPolicy(EvictionPolicy):
 
     @abstractmethod
     def score(self, seen: Candidates) -> Tensor:
-        """How much every candidate is worth, (R, H, C); the highest are kept, +inf before all others."""
+        """How much every candidate is worth, (R, H, C); the highest are kept, +inf before all others. Policies made of
+        others put theirs in front with `put_first`."""
 
     def carry(self, seen: Candidates) -> Tensor:
         """The numbers to carry with every candidate, (R, H, C, X) fp32; `score` and the next target see them."""
@@ -182,9 +183,7 @@ class DynamicPolicy(EvictionPolicy):
             with third_party(f"policy {self.name!r} failed"):
                 capacity = policy.largest(problem, policy.room(problem))
         shared, carried = (False, 0) if full else (policy.shared, policy.carried)
-        plan = CapacityPlan(**policy.common(problem), capacity=capacity, shared=shared, carried=carried)
-        plan.check()
-        return plan
+        return CapacityPlan(**policy.common(problem), capacity=capacity, shared=shared, carried=carried)
 
     def room(self, problem: PlanningProblem) -> int:
         """Token-heads that may be held, after what is carried has taken its part of the budget's bytes."""
@@ -193,6 +192,17 @@ class DynamicPolicy(EvictionPolicy):
         _, bytes_each = geometry.token_head_bytes(1, problem.storage)
         counts = 4 * geometry.layers * geometry.heads if self.shared else 0
         return max(0, problem.budget_token_heads * bytes_each - counts) // (bytes_each + 4 * self.carried)
+
+
+FIRST = torch.finfo(torch.float32).max / 2**16
+"""Scores from here on are of tokens that are put before others."""
+
+
+def put_first(score_RHC: Tensor, which_RHC: Tensor) -> Tensor:
+    """The scores, in fp32, with +inf for these tokens; what was +inf comes next, and the order of all others stays."""
+    score = score_RHC.float()
+    lowered = (score / 2).clamp(max=torch.finfo(torch.float32).max)
+    return torch.where(score >= FIRST, lowered, score).masked_fill(which_RHC, math.inf)
 
 
 def alike_in_heads(problem: PlanningProblem, capacity_LT: IntArray) -> IntArray:

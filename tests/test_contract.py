@@ -22,10 +22,10 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CachePlan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import FloatArray, IntArray
-from heatkv.errors import BudgetError, PolicyError
+from heatkv.errors import BudgetError, PlanError, PolicyError
 from heatkv.policies import base
 from heatkv.policies.base import EvictionPolicy, PlanningProblem, ScoredCells, StaticPolicy
-from heatkv.policies.composition import AdaKV, PerLayer, Protected
+from heatkv.policies.composition import AdaKV, PerLayer, Protected, Wrapper
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.policies.h2o import H2O
 from heatkv.policies.heatkv_mr import HeatKVMR
@@ -126,7 +126,8 @@ def test_scored_cells_leave_no_room_for_another_cell(
     for place in np.argwhere(plan.last_read < scales - 1):
         longer = plan.last_read.copy()
         longer[tuple(place)] += 1
-        assert dataclasses.replace(plan, last_read=longer).peak_token_heads > plan.budget_token_heads
+        with pytest.raises(PlanError, match="the budget is"):
+            dataclasses.replace(plan, last_read=longer)
 
 
 def test_scored_cells_take_the_most_valuable() -> None:
@@ -222,6 +223,12 @@ def over_the_batch(self: Any, seen: Candidates) -> Tensor:
     return seen.k_RHCD[..., 0].mean(dim=0, keepdim=True).expand(len(seen.k_RHCD), -1, -1).clone()
 
 
+def newest_first(self: Any, seen: Candidates) -> Tensor:
+    score = self.inner.score(seen)
+    score[..., -seen.capacity :] = torch.inf
+    return score
+
+
 def remember(self: Any, seen: Candidates) -> Tensor:
     kept = self.__dict__.setdefault("kept", [])
     kept.append(seen.k_RHCD.clone())
@@ -287,6 +294,7 @@ def no_budget_at_all(self: Any, problem: PlanningProblem) -> CachePlan:
         ("determinism", changed(Static, last_read=by_the_seed), "the seed changes its plan"),
         ("determinism", changed(Static, random=True), "the seed changes nothing"),
         ("rows", changed(Dynamic, score=over_the_batch), "the first row changes"),
+        ("protection", changed(Wrapper, name="made-for-a-test", score=newest_first), "tokens of scale 1"),
         ("full-budget", changed(Static, plan=never_full), "drops something"),
         ("plan-file", changed(Static, settings=with_a_tuple), "comes back as another"),
         ("plan-file", Dynamic(), "unknown policy 'made-for-a-test'"),

@@ -180,7 +180,7 @@ def test_sinks_are_whole() -> None:
     dropped = np.array(LAST_READ)
     dropped[0, 0, 0] = 1
     with pytest.raises(PlanError, match="sinks"):
-        plan(*both(), last_read=dropped).check()
+        plan(*both(), last_read=dropped)
     assert plan(*both(), last_read=dropped, sink_scales=0).live[0].tolist() == [2, 4]  # by its mean it is still held
 
 

@@ -29,8 +29,8 @@ class CapacityPlan(CachePlan):
     """`capacity[l, h, t]`: past tokens that head (l, h) reads while target t runs, its own scale not counted.
 
     With `shared`, the heads of a layer share the sum of theirs, and how much each gets is decided while drawing.
-    `carried` numbers of 4 bytes go with every held token of every row. Raises PlanError for an array of another shape
-    or type.
+    `carried` numbers of 4 bytes go with every held token of every row. Raises PlanError for capacities that are not
+    there, and for a checkpoint that holds more than the budget.
     """
 
     policy: str
@@ -47,6 +47,7 @@ class CapacityPlan(CachePlan):
         array = integer_array(self.capacity, self.geometry.shape, "capacity", PlanError)
         object.__setattr__(self, "capacity", array)
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+        self._check()
 
     @property
     def held(self) -> IntArray:
@@ -64,7 +65,7 @@ class CapacityPlan(CachePlan):
         counts = 4 * rows * self.geometry.layers * self.geometry.heads if self.shared else 0
         return token_heads * (each + 4 * rows * self.carried) + counts
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise PlanError when an entry is negative, more than the earlier scales have, or more than the last target's
         capacity and new tokens allow, and when a checkpoint holds more than the budget."""
         if self.carried < 0:

@@ -3,7 +3,7 @@
 Everything a cache does follows from one array, `last_read[l, h, s]` in s..T-1: the last target scale whose attention
 in layer l reads the cell; s itself means that it is never cached. A plan may also hold cells at coarser levels, each
 with an array of its own: the last target that reads the cell at that level or a finer one. Arrays: L layers, H heads,
-T scales. Plans are made by policies and by `plan_file.load_plan`, which check them; the classes trust what they get.
+T scales.
 """
 
 from __future__ import annotations
@@ -88,10 +88,6 @@ class CachePlan(EqualByContents, ABC):
     @abstractmethod
     def held(self) -> IntArray:
         """Past tokens that every head holds for every target, (L, H, T)."""
-
-    @abstractmethod
-    def check(self) -> None:
-        """Raise PlanError for what no cache can follow, or what exceeds the budget."""
 
     @abstractmethod
     def had_no_effect(self) -> bool:
@@ -217,8 +213,8 @@ class Plan(CachePlan):
 
     `last_read` is (L, H, T), whole numbers; the first `sink_scales` scales are kept to the end in every head. `value`,
     `value_bound` and `gap` are what the plan is worth by the policy's measure, what no plan within the budget exceeds,
-    and the distance of both as a share of the bound, where a solver certifies them. Raises PlanError for arrays of
-    other shapes or types.
+    and the distance of both as a share of the bound, where a solver certifies them. Raises PlanError for what no cache
+    can follow, and for a checkpoint that holds more than the budget.
     """
 
     policy: str
@@ -239,6 +235,7 @@ class Plan(CachePlan):
         object.__setattr__(self, "last_read", integer_array(self.last_read, shape, "last_read", PlanError))
         object.__setattr__(self, "coarse", tuple(cells.of_shape(shape) for cells in self.coarse))
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+        self._check()
 
     @property
     def levels(self) -> tuple[tuple[str, IntArray], ...]:
@@ -268,7 +265,7 @@ class Plan(CachePlan):
     def had_no_effect(self) -> bool:
         return bool((self.last_read == len(self.schedule) - 1).all())
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise PlanError for a `last_read` outside s..T-1, a sink that is not kept to the end, coarse levels in
         another order or with impossible biases, and a checkpoint that holds more than the budget."""
         scales = len(self.schedule)

@@ -13,6 +13,7 @@ gives the checks one by one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -39,6 +40,7 @@ from heatkv.engine.open_cache import policy_of
 from heatkv.engine.token_cache import SelectingCache
 from heatkv.errors import BudgetError, PolicyError, StatisticsError
 from heatkv.policies.base import NEEDS, EvictionPolicy, PlanningProblem, StaticPolicy, make_policy
+from heatkv.policies.composition import Protected, Wrapper
 from heatkv.policies.dynamic import Candidates, DynamicPolicy
 from heatkv.policies.windows import Full
 from heatkv.registry import check_name, registered_policies
@@ -196,13 +198,16 @@ def with_settings(policy: EvictionPolicy, plan: CachePlan) -> EvictionPolicy:
 def run_attention(cache: KVCache | SelectingCache, inputs: Sequence[Sequence[AttentionInput]]) -> list[Tensor]:
     """Attention outputs, scale by scale and layer by layer, for new images."""
     cache.reset()
-    outs = []
-    for layers in inputs:
-        for layer, x in enumerate(layers):
-            cache.see_input(layer, x.input_RNW)
-            outs.append(cache.attend(layer, x.q_RHND, x.k_RHND, x.v_RHND))
+    outs = [out for layers in inputs for out in run_scale(cache, layers)]
     cache.check()
     return outs
+
+
+def run_scale(cache: KVCache | SelectingCache, layers: Sequence[AttentionInput]) -> Iterator[Tensor]:
+    """Attention outputs of the next scale, layer by layer."""
+    for layer, x in enumerate(layers):
+        cache.see_input(layer, x.input_RNW)
+        yield cache.attend(layer, x.q_RHND, x.k_RHND, x.v_RHND)
 
 
 def _same(outs: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
@@ -377,6 +382,33 @@ def check_full_budget(policy: EvictionPolicy, geometry: CacheGeometry, seed: int
     cache, inputs = open_watched(policy, plan), made_up_inputs(geometry, 2, seed)
     _demand(cache.allocated_bytes == full.allocated_bytes, f"{cache.allocated_bytes} bytes, not {full.allocated_bytes}")
     _demand(_same(run_attention(cache, inputs), run_attention(full, inputs)), "attention differs")
+
+
+@_check
+def check_protection(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> None:
+    """Composed with `protected`, a dynamic policy drops no token of a protected scale."""
+    if not isinstance(policy, DynamicPolicy):
+        return
+    composed: list[DynamicPolicy] = []
+    if isinstance(policy, Wrapper):
+        composed.append(dataclasses.replace(policy, base=Protected(policy.inner, "1")))
+    composed += [Protected(policy, scales) for scales in ("1", "0,1")]
+    inputs = made_up_inputs(geometry, 2, seed)
+    for target, layers in enumerate(inputs):
+        for x in layers:
+            x.v_RHND.fill_(target)  # so that what is held tells its scale
+    for subject in composed:
+        for _, plan in _some_plans(subject, geometry, seed):
+            cache = open_watched(subject, plan)
+            for target, layers in enumerate(inputs[:-1]):
+                list(run_scale(cache, layers))
+                held = cache.layout.places[target + 1]
+                for scale, layer in itertools.product({1, int(subject is not composed[-1])}, range(geometry.layers)):
+                    slots = torch.from_numpy(np.concatenate(held[layer]))
+                    v_RM = cache.store.read_rows(slots.expand(2, -1))[1][..., 0]
+                    wanted = geometry.schedule.tokens[scale] * geometry.heads if scale <= target else 0
+                    found = (v_RM == scale).sum(dim=1).tolist()
+                    _demand(found == [wanted] * 2, f"{subject} holds {found} of {wanted} tokens of scale {scale}")
 
 
 @_check
