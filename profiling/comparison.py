@@ -18,6 +18,7 @@ from heatkv.core.budget import Budget
 from heatkv.core.io import clear_temporaries, make_folder
 from heatkv.core.schema import seed_after, whole
 from heatkv.errors import HeatKVError, RanksError
+from heatkv.generation.loop import AT_ONCE
 from heatkv.models.base import ImageModel
 from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import Reporter, shared_progress
@@ -200,6 +201,13 @@ class _Comparison:
     entries: Sequence[Entry] = ()
     pictures_of: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def batch(self) -> int:
+        """Images compared at once: no more than every budget in bytes has room for."""
+        most = [plan.most_rows(self.sweep.storage) for _, subject in self.subjects.values() for plan in subject.plans]
+        each = self.sweep.settings.rows_per_image
+        return max(1, min([AT_ONCE, *(rows // each for rows in most if rows is not None)]))
+
     def take_earlier(self) -> None:
         """Fill in the comparisons that an earlier run made."""
         count = 0
@@ -216,7 +224,7 @@ class _Comparison:
 
     def run(self, missing: Sequence[str]) -> None:
         """Compare these; several ranks share batches of images."""
-        ranks, batches = current(), image_batches(self.images)
+        ranks, batches = current(), image_batches(self.images, self.batch)
         # one after another, so that a stopped run has whole records; or all of a seed batch by batch, so that a rank
         # draws few references
         groups = [[digest] for digest in missing]
@@ -236,7 +244,7 @@ class _Comparison:
                     bench = None  # frees its references first
                     bench = FidelityBench(
                         self.sweep.model, images=self.images, pictures=self.pictures, seed=seed,
-                        settings=self.sweep.settings, hold=ranks.size == 1, progress=advance,
+                        settings=self.sweep.settings, batch=self.batch, hold=ranks.size == 1, progress=advance,
                     )  # fmt: skip
                 self._compare(bench, places, ranks.share_of(names, ranks.rank))
                 for digest in group if ranks.first else ():

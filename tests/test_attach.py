@@ -449,7 +449,7 @@ def test_a_budget_in_bytes_holds_or_is_refused() -> None:
     with heatkv.attach(model, "streaming", f"{limit}B", sink_scales=1) as attached:
         draw_var(model, [3])
         assert full / 2 < attached.cache.allocated_bytes <= limit
-        with pytest.raises(BudgetError, match=rf"4 rows .* need \d+ bytes, the budget is {limit}.*rows=4"):
+        with pytest.raises(PlanError, match=rf"4 rows in float32 .* \d+ bytes, the budget of the plan is {limit}"):
             draw_var(model)
     with heatkv.attach(model, "streaming", f"{limit}B", sink_scales=1, rows=4) as attached:
         draw_var(model)

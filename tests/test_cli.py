@@ -206,7 +206,7 @@ def test_what_solve_certifies(statistics_file: Path, tmp_path: Path, capsys: Cap
     assert run([*base, "heatkv-lp", *chosen, "--out", str(out)]) == 0
     plan, table = load_plan(out), capsys.readouterr().out
     assert dict(plan.settings) == {
-        "value": "error", "layer_cap": "25%", "sink_scales": 2, "solver": "lp", "budget": "20%"
+        "value": "error", "layer_cap": "25%", "sink_scales": 2, "solve_seconds": 10, "solver": "lp", "budget": "20%",
     }  # fmt: skip
     facts = facts_of(capsys, "solve", "--plan", str(out))
     for name, label, form in (("value", "value", ".6g"), ("value_bound", "value at most", ".6g"),

@@ -9,6 +9,7 @@ import torch
 
 from heatkv.core.budget import Budget
 from heatkv.core.plan import Plan
+from heatkv.engine.arena_cache import ArenaCache
 from heatkv.errors import ModelError, PlanError
 from heatkv.generation.loop import Generator, generate
 from heatkv.models.catalogue import load_model, model_info
@@ -59,6 +60,21 @@ def test_rows_without_guidance(emoji: ClassConditionalModel) -> None:
     drawn = generator.draw([1, 1])
     # greedy and of one class: both rows are the same picture
     assert all(torch.equal(tokens[0], tokens[1]) for tokens in drawn.tokens)
+
+
+def test_budgets_in_bytes(emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold for what is opened: as many images at once as there is room for, and no more."""
+    opened: list[int] = []
+    begin = ArenaCache.reset
+    monkeypatch.setattr(ArenaCache, "reset", lambda self: (opened.append(self.allocated_bytes), begin(self)))
+    limit = 4 << 20
+    for rows, most in ((2, 1), (6, 3)):
+        plan = emoji.plan("streaming", f"{limit}B", rows=rows)
+        opened.clear()
+        generate(emoji, [1] * 5, plan)
+        assert limit * 0.9 < max(opened) <= limit
+        with pytest.raises(PlanError, match=str(limit)):
+            generate(emoji, [1] * 5, plan, batch=most + 1)
 
 
 def test_bytes_and_logits_of_bfloat16(emoji: ClassConditionalModel) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, get_args
 
 from heatkv.attachment.attached import Attached, Kind, Measurement
@@ -47,19 +46,16 @@ def attach(
     ScheduleError for what does not fit it.
     """
     found = find(model)
-    most_bytes = None
     if isinstance(keep, str):
         if budget is None:
             raise BudgetError(f"policy {keep!r} needs a budget; write it as 10%, 0.1, 600MiB, 2GB or 650tokens")
-        parsed = Budget.parse(budget)
-        most_bytes = math.floor(parsed.amount) if parsed.kind == "bytes" else None
         geometry = _geometry(found, schedule, statistics)
         # statistics of this package's own model name all weights, those of `measure` the attention's only
         if statistics is not None and statistics.provenance.fingerprint != found.full_fingerprint():
             statistics.check_fingerprint(found.fingerprint())
         storage, image = str(StorageType.for_dtype(found.weight.dtype, code)), 2 if guided else 1
         problem = PlanningProblem(
-            geometry, parsed, statistics, seed=seed, rows=rows or image, storage=storage, model=found.name
+            geometry, Budget.parse(budget), statistics, seed=seed, rows=rows or image, storage=storage, model=found.name
         )
         plan = make_policy(keep, **options).plan(problem)
     elif isinstance(keep, CachePlan):
@@ -74,7 +70,7 @@ def attach(
     else:
         raise PolicyError(f"{shown(keep)} is neither the name of a policy nor a plan; load one with heatkv.load_plan")
     check_cache(plan, found.weight.dtype, found.weight.device, code, attention)
-    return Attached(found, plan, guided, code, attention, most_bytes)
+    return Attached(found, plan, guided, code, attention)
 
 
 def measure(

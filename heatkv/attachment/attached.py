@@ -23,10 +23,9 @@ from heatkv.core.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.schema import FloatArray
 from heatkv.core.statistics import Provenance, Statistics
-from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import ArenaCache, Turn
 from heatkv.engine.open_cache import open_cache
-from heatkv.errors import BudgetError, ModelError, StatisticsError
+from heatkv.errors import ModelError, StatisticsError
 from heatkv.models.infinity import rotation_angles
 
 Kind = Literal["mass", "biases", "levels"]
@@ -43,10 +42,9 @@ class Attached:
 
     def __init__(
         self, found: FoundModel, plan: CachePlan, guided: bool, code: str | None = None, attention: str = "auto",
-        most_bytes: int | None = None,
     ) -> None:  # fmt: skip
         self.plan, self._found, self._guided = plan, found, guided
-        self._code, self._attention, self._most_bytes = code, attention, most_bytes
+        self._code, self._attention = code, attention
         self._layers = [Layer(self, i, where, module) for i, (where, module) in enumerate(found.attentions)]
         self.key_angles: tuple[Tensor, ...] | None = None
         if self._layers[0].brings_schedule:  # Infinity, which rotates its keys
@@ -111,12 +109,6 @@ class Attached:
         self.turn = self.cache.turn
 
     def _open(self, rows: int, dtype: torch.dtype, device: torch.device) -> ArenaCache:
-        storage, most = str(StorageType.for_dtype(dtype, self._code)), self._most_bytes
-        if most is not None and (needed := self.plan.bytes(rows, storage)) > most:
-            raise BudgetError(
-                f"{rows} rows in {storage} need {needed} bytes, the budget is {most}; attach with rows={rows} so that "
-                "the plan counts them all"
-            )
         query_weight = self._found.adapter.query_weight
         return open_cache(self.plan, rows, dtype, device, self.key_angles, query_weight, self._code, self._attention)
 

@@ -30,7 +30,7 @@ from heatkv.engine.open_cache import check_cache
 from heatkv.errors import FormatError, HeatKVError, ModelError, RanksError
 from heatkv.generation.graphs import check_has_graphs
 from heatkv.generation.images import image_grid
-from heatkv.generation.loop import draw_batches
+from heatkv.generation.loop import AT_ONCE, draw_batches
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import Settings
 from heatkv.parallel.ranks import current
@@ -40,10 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from heatkv.online.following import FollowingGenerator
-
-AT_ONCE = 16
-"""Images drawn at once, at most, where nothing else is asked for."""
-
 
 FOLLOW = {
     "every": count_of, "half_life": decimal_of, "adopt_above": share_of, "memory": lambda text, name: text,

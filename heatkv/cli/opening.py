@@ -205,8 +205,8 @@ def make_plan(
 def open_plan(
     path: Path, geometry: CacheGeometry, model: str, rows: Iterable[int], storage: StorageType
 ) -> CachePlan:  # fmt: skip
-    """A finished plan, when it is of this geometry and of no other model that has a name here; says where its budget in
-    bytes does not hold for these rows.
+    """A finished plan, when it is of this geometry and of no other model that has a name here, and keeps its budget
+    with these rows.
 
     Attached models have names of their own, those of their classes.
     """
@@ -222,21 +222,6 @@ def open_plan(
             policy_of(plan)
         if plan.model != model and plan.model in MODELS:
             raise PlanError(f"the plan was made for {plan.model}, not for {model}; name that model or solve again")
-    budget = _budget_in_bytes(plan)
-    for count in rows:
-        held = plan.bytes(count, str(storage))
-        if budget is not None and held > budget:
-            say(
-                f"{path} was made for {budget / 2**20:.2f} MiB with other rows or another type; with {count} rows in "
-                f"{storage} its cache takes {held / 2**20:.2f} MiB"
-            )
+        for count in rows:
+            plan.check_bytes(count, str(storage))
     return plan
-
-
-def _budget_in_bytes(plan: CachePlan) -> float | None:
-    """The budget that a plan was asked for, where that was one in bytes; a file may say anything."""
-    try:
-        budget = Budget.parse(str(plan.settings.get("budget")))
-    except HeatKVError:
-        return None
-    return float(budget.amount) if budget.kind == "bytes" else None

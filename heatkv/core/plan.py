@@ -8,6 +8,7 @@ T scales.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.io import write_json
 from heatkv.core.levels import FULL, LEVELS, level_tokens, log_counts
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import EqualByContents, FloatArray, IntArray, fixed, float_array, integer_array, number
 from heatkv.core.storage_type import UNCODED_SCALES
-from heatkv.errors import PlanError
+from heatkv.errors import BudgetError, PlanError
 
 FORMAT, VERSION = "heatkv-plan", 1
 
@@ -138,14 +140,28 @@ class CachePlan(EqualByContents, ABC):
                 f"is {self.budget_token_heads}"
             )
 
+    @property
+    def byte_limit(self) -> int | None:
+        """The budget that was asked for, where that was one in bytes; it is of all rows."""
+        try:
+            budget = Budget.parse(str(self.settings.get("budget")))
+        except BudgetError:  # a file may say anything
+            return None
+        return math.floor(budget.amount) if budget.kind == "bytes" else None
+
+    def most_rows(self, storage: str) -> int | None:
+        """How many rows a budget in bytes has room for in this storage type; None where any number keeps the budget."""
+        return None if self.byte_limit is None else self.byte_limit // max(self.bytes(1, storage), 1)
+
     def check_bytes(self, rows: int, storage: str) -> None:
-        """Raise PlanError when the plan takes more than its budget in this storage type: a dynamic plan may carry
-        numbers with every token, whose size does not depend on the type."""
-        needed, allowed = self.bytes(rows, storage), self.budget_bytes(rows, storage)
+        """Raise PlanError when the plan takes more than its budget with so many rows in this storage type. A dynamic
+        plan may carry numbers with every token, whose size does not depend on the type."""
+        needed, limit = self.bytes(rows, storage), self.byte_limit
+        allowed = self.budget_bytes(rows, storage) if limit is None else limit
         if needed > allowed:
             raise PlanError(
-                f"the plan was made for another type: with {rows} rows in {storage} it takes {needed} bytes, the "
-                f"budget is {allowed}; solve it for {storage}"
+                f"with {rows} rows in {storage} the cache takes {needed} bytes, the budget of the plan is {allowed}; "
+                f"solve it for {rows} rows in {storage}, or draw fewer images at once"
             )
 
     def check_geometry(self, geometry: CacheGeometry) -> None:

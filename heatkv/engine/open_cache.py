@@ -36,11 +36,11 @@ def open_cache(
     """The cache of a plan: see KVCache for the arguments, SelectingCache for `query_weight`.
 
     Raises PolicyError when the policy of a dynamic plan is not known here, and PlanError for a code or an attention
-    kernel that cannot be, or a dynamic plan that takes more bytes in this type than it promises.
+    kernel that cannot be, or a plan that takes more bytes with these rows and this type than its budget.
     """
     check_cache(plan, dtype, device, code, attention)
+    plan.check_bytes(rows, str(StorageType.for_dtype(dtype, code)))
     if isinstance(plan, CapacityPlan):
-        plan.check_bytes(rows, str(StorageType.for_dtype(dtype, code)))
         return SelectingCache(plan, policy_of(plan), rows, dtype, device, query_weight, code)
     assert isinstance(plan, Plan)
     return KVCache(plan, rows, dtype, device, key_angles, code, attention)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from heatkv.core.plan import CachePlan
 from heatkv.core.schema import shown, whole
+from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import ArenaCache
 from heatkv.engine.open_cache import open_cache
 from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
@@ -194,6 +195,10 @@ def run_scales(
         return scales.run(len(model.geometry.schedule), decode)
 
 
+AT_ONCE = 16
+"""Images drawn at once, at most, where nothing else is asked for."""
+
+
 class GeneratorOptions(TypedDict, total=False):
     """The options of Generator that the functions which make one take too."""
 
@@ -286,10 +291,14 @@ def draw_batches(
     *,
     seed: int = 0,
     first_sample: int = 0,
-    batch: int = 16,
+    batch: int | None = None,
     **options: Unpack[GeneratorOptions],
 ) -> Iterator[Tensor]:
     """The images of `generate`, (at most `batch`, 3, H, W) at a time; raises its errors when the first is asked for."""
+    if batch is None:
+        settings = options.get("settings") or model.sampling
+        rows = plan.most_rows(str(StorageType.for_dtype(model.compute_dtype, options.get("code"))))
+        batch = AT_ONCE if rows is None else min(AT_ONCE, max(1, rows // settings.rows_per_image))
     seed, first_sample, batch, _ = checked_run(model, seed, first_sample, batch, None, None)
     if isinstance(labels, str) or not (values := list(labels)):
         raise ModelError(f"labels is {shown(labels)}; give a list with one label per image")
@@ -311,11 +320,12 @@ def generate(
     *,
     seed: int = 0,
     first_sample: int = 0,
-    batch: int = 16,
+    batch: int | None = None,
     progress: Callable[[int], None] | None = None,
     **options: Unpack[GeneratorOptions],
 ) -> Tensor:
-    """Images (B, 3, H, W), RGB in [0, 1], one per label, drawn `batch` at a time.
+    """Images (B, 3, H, W), RGB in [0, 1], one per label, drawn `batch` at a time: by default AT_ONCE, or as many as the
+    plan's budget has room for where that is one in bytes.
 
     Labels are what `model.label` reads: numbers or names of classes, prompts or texts. `first_sample` numbers the first
     image for the random numbers; images do not depend on `batch` except for rounding. `progress` is called with how
