@@ -36,6 +36,7 @@ from heatkv.models.infinity import (
 )
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.models.text_encoder import T5TextEncoder
+from tools.emoji.autoencoder import BitwiseAutoencoder
 
 DATA = Path(__file__).parent / "data"
 
@@ -100,7 +101,7 @@ def test_rows_turn_the_first_half_of_the_channels() -> None:
 def test_a_vae_of_another_model_is_refused(tiny: TextConditionalModel) -> None:
     with torch.device("meta"):
         two_b, eight_b = Infinity(replace(INFINITY_2B, depth=1)), Infinity(replace(INFINITY_8B, depth=1))
-        d32, d56 = BitwiseVAE(BSQ_D32, encoder=False), BitwiseVAE(BSQ_D56, encoder=False)
+        d32, d56 = BitwiseVAE(BSQ_D32), BitwiseVAE(BSQ_D56)
     for transformer, wrong, right, bits in ((two_b, d56, d32, 32), (eight_b, d32, d56, 56)):
         with pytest.raises(ModelError, match=f"draws {bits} bits a token"):
             replace(tiny, transformer=transformer, vae=wrong)
@@ -357,17 +358,15 @@ def test_codes_are_unit_vectors_with_the_signs_of_their_bits(count: int, seed: i
 
 def test_every_scale_codes_what_the_coarser_ones_left() -> None:
     torch.manual_seed(2)
-    vae = BitwiseVAE(BSQConfig(6, 32, (1, 1)))
+    vae = BitwiseAutoencoder(BSQConfig(6, 32, (1, 1)))
     # a sum of codes of constant maps, each a third of the one before, comes apart into exactly these codes
     codes = torch.randint(2, (3, 6))
     latent = sum((code_values(c.view(1, 1, 1, 6)) * 3.0**-i for i, c in enumerate(codes)), torch.zeros(()))
-    bits = vae.quantize((latent * 1.0).expand(1, 6, 4, 4), [(1, 1), (2, 2), (4, 4)])
+    bits = vae.bits((latent * 1.0).expand(1, 6, 4, 4), [(1, 1), (2, 2), (4, 4)])
     assert torch.equal(bits[0].flatten(), codes[0].bool())
     rest = latent.flatten() - code_values(codes[0].view(1, 1, 1, 6)).flatten()
     assert torch.equal(bits[1][0, 0, 0], rest > 0)
-    with pytest.raises(ModelError, match=r"the last scale is \(2, 2\), the latent \(4, 4\)"):
-        vae.quantize(latent.expand(1, 6, 4, 4), [(1, 1), (2, 2)])
-    assert [tuple(b.shape) for b in vae.encode(torch.zeros(2, 3, 8, 4), [(1, 1), (4, 2)])] == [
+    assert [tuple(b.shape) for b in vae.bits(vae.encoder(torch.zeros(2, 3, 8, 4)), [(1, 1), (4, 2)])] == [
         (2, 1, 1, 6),
         (2, 4, 2, 6),
     ]
@@ -376,7 +375,7 @@ def test_every_scale_codes_what_the_coarser_ones_left() -> None:
 def test_coarse_bits_code_the_mean_over_their_area() -> None:
     latent = torch.full((1, 1, 4, 4), 2.0)
     latent[:, :, 1:3, 1:3] = -3.0  # what a linear resize would look at
-    bits = BitwiseVAE(BSQConfig(1, 32, (1,))).quantize(latent, [(1, 1), (4, 4)])
+    bits = BitwiseAutoencoder(BSQConfig(1, 32, (1,))).bits(latent, [(1, 1), (4, 4)])
     assert bits[0].item()
     assert torch.equal(bits[1][..., 0], latent[:, 0] > 1)
 

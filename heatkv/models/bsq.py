@@ -1,4 +1,4 @@
-"""The bitwise VAE of Infinity: images to bits of every scale, and sums of their codes back to images.
+"""The bitwise VAE of Infinity: sums of the codes of bits to images.
 
 Written from the published facts about FoundationVision/Infinity (Han et al. 2024; binary spherical quantisation after
 Zhao et al. 2024). A code is a corner of the unit hypercube scaled to length one, so it needs no table. With spatial
@@ -10,14 +10,12 @@ Shapes: B images, Z bits per latent position, h and w a scale's height and width
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heatkv.errors import ModelError
-from heatkv.models.vqvae import AutoencoderConfig, Decoder, Encoder
+from heatkv.models.vqvae import AutoencoderConfig, Decoder
 
 
 @dataclass(frozen=True)
@@ -47,38 +45,12 @@ def code_values(bits_BhwZ: Tensor) -> Tensor:
 
 
 class BitwiseVAE(nn.Module):
-    """Encoder and decoder, neither with attention. `encoder=False` builds the half that generation needs."""
+    """The decoder, without attention: the half of the bitwise VAE that generation needs."""
 
-    def __init__(self, config: BSQConfig, encoder: bool = True) -> None:
+    def __init__(self, config: BSQConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config, attention=False) if encoder else None
         self.decoder = Decoder(config, attention=False)
-
-    def latent(self, image_B3HW: Tensor) -> Tensor:
-        """Image in [-1, 1] to the latent before quantisation, (B, Z, h, w)."""
-        if self.encoder is None:
-            raise ModelError("this VAE was built without its encoder; load one that has encoder.* weights")
-        out: Tensor = self.encoder(image_B3HW)
-        return out
-
-    def quantize(self, latent_BZhw: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Bits of every scale, (B, h, w, Z) bool each: every scale codes what the coarser ones left."""
-        rest, full = latent_BZhw, (latent_BZhw.shape[2], latent_BZhw.shape[3])
-        if not sizes or tuple(sizes[-1]) != full:
-            raise ModelError(
-                f"the last scale is {sizes[-1] if sizes else 'missing'}, the latent {full}; they must agree"
-            )
-        bits = []
-        for size in sizes:
-            z = rest if size == full else F.interpolate(rest, size=size, mode="area")
-            bits.append((z > 0).permute(0, 2, 3, 1))
-            rest = rest - resize(code_values(bits[-1]), full)
-        return bits
-
-    def encode(self, image_B3HW: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Image in [-1, 1] to the bits of every scale; `sizes` are (h, w) on the latent's grid, the last all of it."""
-        return self.quantize(self.latent(image_B3HW), sizes)
 
     def decode(self, codes_BZhw: Tensor) -> Tensor:
         """Sum of codes to an RGB image in [-1, 1], clamped."""

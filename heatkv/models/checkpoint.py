@@ -130,13 +130,19 @@ def infinity_state(content: Mapping[str, Any]) -> State:
     return state
 
 
+def vqvae_state(content: Mapping[str, Any]) -> State:
+    """The tensors of quantiser and decoder in a plain or trainer file of VAR; the encoder's are left out."""
+    flat = _state(content, "vae_local")
+    return {name: x for name, x in flat.items() if not name.startswith(("encoder.", "quant_conv."))}
+
+
 def bsq_state(content: Mapping[str, Any]) -> State:
-    """The encoder's and decoder's tensors in a bitwise VAE file or a trainer file; everything else is left out."""
+    """The decoder's tensors in a bitwise VAE file or a trainer file; everything else is left out."""
     flat = _state(content, "vae", "vae_local")
     return {
         _INNER_NAME.sub(lambda m: f".{m[1] or m[2]}.{m[3]}", name): tensor
         for name, tensor in flat.items()
-        if name.startswith(("encoder.", "decoder."))
+        if name.startswith("decoder.")
     }
 
 
@@ -251,10 +257,9 @@ def build_var(content: Mapping[str, Any], config: VARConfig | None = None) -> VA
 
 
 def build_vqvae(content: Mapping[str, Any], patch_sides: Sequence[int]) -> VQVAE:
-    """A VQVAE from a plain or trainer file of VAR, with its encoder when it has one, in evaluation mode and fp32."""
-    state = _state(content, "vae_local")
-    encoder = "encoder.conv_in.weight" in state
-    model = _build("VQVAE", state, lambda: VQVAE(vqvae_config(state, patch_sides), encoder)).float()
+    """A VQVAE from a plain or trainer file of VAR, without the encoder, in evaluation mode and fp32."""
+    state = vqvae_state(content)
+    model = _build("VQVAE", state, lambda: VQVAE(vqvae_config(state, patch_sides))).float()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions run faster on CPUs
     return model
 
@@ -266,10 +271,9 @@ def build_infinity(content: Mapping[str, Any]) -> Infinity:
 
 
 def build_bsq(content: Mapping[str, Any]) -> BitwiseVAE:
-    """A bitwise VAE with these weights, with its encoder when they have one, in evaluation mode and fp32."""
+    """A bitwise VAE with these weights, without the encoder, in evaluation mode and fp32."""
     state = bsq_state(content)
-    encoder = "encoder.conv_in.weight" in state
-    return _build("bitwise VAE", state, lambda: BitwiseVAE(bsq_config(state), encoder)).float()
+    return _build("bitwise VAE", state, lambda: BitwiseVAE(bsq_config(state))).float()
 
 
 def _build(name: str, state: State, make: Callable[[], Network]) -> Network:

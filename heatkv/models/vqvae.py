@@ -1,4 +1,4 @@
-"""The multi-scale VQVAE of VAR: images to codes of every scale, and codes back to images.
+"""The multi-scale VQVAE of VAR: codes of every scale to images.
 
 Written from the published facts about FoundationVision/VAR (Tian et al. 2024, "Visual Autoregressive
 Modeling", section 3); the state dict has the public checkpoints' names. One class serves the public
@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heatkv.errors import ModelError
-
 
 def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
     """Which of `num_phi` shared convolutions serves `scale` of `num_scales` (VAR, section 3.3): the nearest tick.
@@ -31,7 +29,7 @@ def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
 
 
 class AutoencoderConfig:
-    """What the encoder and the decoder are built from."""
+    """What encoders and decoders are built from."""
 
     z_channels: int
     channels: int
@@ -61,12 +59,14 @@ class VQVAEConfig(AutoencoderConfig):
     residual_ratio: float = 0.5
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def norm(channels: int) -> nn.GroupNorm:
+    """Of 32 groups, or 24 where only those divide the channels."""
     groups = 24 if channels % 32 and channels % 24 == 0 else 32
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
+def conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A convolution of width 3 that keeps the size."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
@@ -75,10 +75,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels)
-        self.conv1 = _conv3(in_channels, out_channels)
-        self.norm2 = _norm(out_channels)
-        self.conv2 = _conv3(out_channels, out_channels)
+        self.norm1 = norm(in_channels)
+        self.conv1 = conv3(in_channels, out_channels)
+        self.norm2 = norm(out_channels)
+        self.conv2 = conv3(out_channels, out_channels)
         same = in_channels == out_channels
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -95,7 +95,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -117,7 +117,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = _conv3(channels, channels)
+        self.conv = conv3(channels, channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if x_BCHW.is_cpu and x_BCHW[0, 0].numel() >= _FOLD_FROM:
@@ -129,19 +129,9 @@ class Upsample(nn.Module):
         return out
 
 
-class Downsample(nn.Module):
-    """A strided convolution, padded at the right and the bottom only."""
+class Mid(nn.Module):
+    """What lies between encoder and decoder: two residual blocks around attention."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
-        return out
-
-
-class _Mid(nn.Module):
     def __init__(self, channels: int, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResidualBlock(channels, channels)
@@ -154,20 +144,14 @@ class _Mid(nn.Module):
 
 
 class _Level(nn.Module):
-    """The blocks of one resolution, with attention at the lowest one, then the resampling to the next resolution.
+    """Three blocks of one resolution, with attention at the lowest one, then the step up to the next resolution."""
 
-    The resampling is named `downsample` or `upsample`, the other one does nothing.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, attention: bool, down: bool = False, up: bool = False
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, attention: bool, up: bool) -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            ResidualBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(blocks)
+            ResidualBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(3)
         )
-        self.attn = nn.ModuleList(SpatialAttention(out_channels) for _ in range(blocks if attention else 0))
-        self.downsample = Downsample(out_channels) if down else nn.Identity()
+        self.attn = nn.ModuleList(SpatialAttention(out_channels) for _ in range(3 if attention else 0))
         self.upsample = Upsample(out_channels) if up else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -175,34 +159,7 @@ class _Level(nn.Module):
             x_BCHW = block(x_BCHW)
             if self.attn:
                 x_BCHW = self.attn[i](x_BCHW)
-        out: Tensor = self.upsample(self.downsample(x_BCHW))
-        return out
-
-
-class Encoder(nn.Module):
-    """Image in [-1, 1] to a latent of Z channels, two residual blocks a level.
-
-    `attention` is that of the lowest resolution.
-    """
-
-    def __init__(self, config: AutoencoderConfig, attention: bool = True) -> None:
-        super().__init__()
-        sizes = config.sizes
-        self.conv_in = _conv3(3, config.channels)
-        self.down = nn.ModuleList()
-        for level, size in enumerate(sizes):
-            lowest = level == len(sizes) - 1
-            below = config.channels if level == 0 else sizes[level - 1]
-            self.down.append(_Level(below, size, 2, attention=attention and lowest, down=not lowest))
-        self.mid = _Mid(sizes[-1], attention)
-        self.norm_out = _norm(sizes[-1])
-        self.conv_out = _conv3(sizes[-1], config.z_channels)
-
-    def forward(self, image_B3HW: Tensor) -> Tensor:
-        h = self.conv_in(image_B3HW)
-        for stage in self.down:
-            h = stage(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h)), inplace=True))
+        out: Tensor = self.upsample(x_BCHW)
         return out
 
 
@@ -215,16 +172,16 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig, attention: bool = True) -> None:
         super().__init__()
         sizes = config.sizes
-        self.conv_in = _conv3(config.z_channels, sizes[-1])
-        self.mid = _Mid(sizes[-1], attention)
+        self.conv_in = conv3(config.z_channels, sizes[-1])
+        self.mid = Mid(sizes[-1], attention)
         stages = []
         for level, size in enumerate(sizes):
             lowest = level == len(sizes) - 1
             below = size if lowest else sizes[level + 1]
-            stages.append(_Level(below, size, 3, attention=attention and lowest, up=level > 0))
+            stages.append(_Level(below, size, attention=attention and lowest, up=level > 0))
         self.up = nn.ModuleList(stages)
-        self.norm_out = _norm(sizes[0])
-        self.conv_out = _conv3(sizes[0], 3)
+        self.norm_out = norm(sizes[0])
+        self.conv_out = conv3(sizes[0], 3)
 
     def forward(self, latent_BZPP: Tensor) -> Tensor:
         h = self.mid(self.conv_in(latent_BZPP))
@@ -240,9 +197,9 @@ class _SharedPhi(nn.Module):
     def __init__(self, channels: int, count: int) -> None:
         super().__init__()
         if count == 1:
-            self.qresi = _conv3(channels, channels)
+            self.qresi = conv3(channels, channels)
         else:
-            self.qresi_ls = nn.ModuleList(_conv3(channels, channels) for _ in range(count))
+            self.qresi_ls = nn.ModuleList(conv3(channels, channels) for _ in range(count))
         self.count = count
 
     def conv(self, index: int) -> nn.Module:
@@ -273,44 +230,16 @@ class MultiScaleQuantizer(nn.Module):
         side = self.config.patch_sides[scale]
         return F.interpolate(f_hat_BZPP, size=(side, side), mode="area")
 
-    def nearest(self, z_MZ: Tensor) -> Tensor:
-        """Index of the nearest code (squared Euclidean, first minimum) for every row."""
-        codes = self.embedding.weight
-        distance = (z_MZ**2).sum(1, keepdim=True) + (codes**2).sum(1) - 2 * z_MZ @ codes.T
-        return distance.argmin(1)
-
-    def encode(self, f_BZPP: Tensor) -> list[Tensor]:
-        """Codes of every scale, each (B, p*p), of a latent."""
-        rest, tokens = f_BZPP, []
-        for scale in range(len(self.config.patch_sides)):
-            z_BZpp = self.next_map(rest, scale)
-            tokens.append(self.nearest(z_BZpp.flatten(2).transpose(1, 2).flatten(0, 1)).view(len(z_BZpp), -1))
-            rest = rest - self.code_features(tokens[-1], scale)
-        return tokens
-
 
 class VQVAE(nn.Module):
-    """Encoder, multi-scale quantiser and decoder. `encoder=False` builds the half that generation needs."""
+    """Multi-scale quantiser and decoder, the half of the VQVAE that generation needs."""
 
-    def __init__(self, config: VQVAEConfig, encoder: bool = True) -> None:
+    def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config) if encoder else None
-        self.quant_conv = _conv3(config.z_channels, config.z_channels)
         self.quantize = MultiScaleQuantizer(config)
-        self.post_quant_conv = _conv3(config.z_channels, config.z_channels)
+        self.post_quant_conv = conv3(config.z_channels, config.z_channels)
         self.decoder = Decoder(config)
-
-    def latent(self, image_B3HW: Tensor) -> Tensor:
-        """Image in [-1, 1] to the latent before quantisation, (B, Z, P, P)."""
-        if self.encoder is None:
-            raise ModelError("this VQVAE was built without its encoder; load one that has encoder.* weights")
-        out: Tensor = self.quant_conv(self.encoder(image_B3HW))
-        return out
-
-    def encode(self, image_B3HW: Tensor) -> list[Tensor]:
-        """Image in [-1, 1] to the codes of every scale."""
-        return self.quantize.encode(self.latent(image_B3HW))
 
     def decode(self, f_hat_BZPP: Tensor) -> Tensor:
         """Sum of code features to an image in [-1, 1], clamped."""

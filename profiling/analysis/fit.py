@@ -103,7 +103,7 @@ def shapes(info: ModelInfo, schedule: ScaleSchedule, dtype: torch.dtype, layers:
             large = info.heads == INFINITY_8B.heads
             config, vae_config = (INFINITY_8B, BSQ_D56) if large else (INFINITY_2B, BSQ_D32)
             infinity = Infinity(replace(config, depth=layers)).set_compute_dtype(dtype)
-            vae = BitwiseVAE(vae_config, encoder=False)
+            vae = BitwiseVAE(vae_config)
             model = TextConditionalModel(info.name, infinity, vae, schedule, INFINITY_SAMPLING, fingerprint="")
             model.rotations()  # made once and kept like weights, so no part of drawing
             return model
@@ -116,7 +116,7 @@ def shapes(info: ModelInfo, schedule: ScaleSchedule, dtype: torch.dtype, layers:
             vqvae_config = VQVAEConfig(sides)
         var = VAR(replace(var_config, depth=layers)).set_compute_dtype(dtype)
         sampling = emoji_model.SAMPLING if info.bundled else VAR_SAMPLING
-        return ClassConditionalModel(info.name, var, VQVAE(vqvae_config, encoder=False), sampling, fingerprint="")
+        return ClassConditionalModel(info.name, var, VQVAE(vqvae_config), sampling, fingerprint="")
 
 
 def _labels(model: _Shapes, images: int) -> list[Any]:

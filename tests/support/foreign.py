@@ -36,7 +36,7 @@ def make_var(seed: int = 0, sides: Sequence[int] = SIDES, **options: Any) -> VAR
     torch.manual_seed(seed)  # biases keep the values they are made with
     model = with_random_weights(VAR(sides, 3, 32, 2, **options), seed)
     config = VQVAEConfig(tuple(sides), vocab_size=64, z_channels=8, channels=32, channel_multipliers=(1,))
-    model.vae = [with_random_weights(VQVAE(config, encoder=False), seed)]
+    model.vae = [with_random_weights(VQVAE(config), seed)]
     return model
 
 

@@ -33,7 +33,7 @@ def tiny_var() -> ClassConditionalModel:
                 parameter.add_(torch.rand_like(parameter) * 2)
             elif parameter.ndim >= 2:
                 parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
-    vqvae = VQVAE(VQVAEConfig(SIDES, 32, 8, 32, (1,)), encoder=False).eval()
+    vqvae = VQVAE(VQVAEConfig(SIDES, 32, 8, 32, (1,))).eval()
     for module in (transformer, vqvae):
         module.requires_grad_(False)
     settings = SamplingSettings(cfg=2.0, ramp=True, top_k=10)
@@ -61,7 +61,7 @@ def make_infinity(patch: int = 1, schedule: ScaleSchedule = SHORT_SCHEDULE, **sa
     transformer = Infinity(TINY).eval().requires_grad_(False)
     with torch.no_grad():
         transformer.head.weight.mul_(4)  # logits that spread as a trained model's do
-    vae = BitwiseVAE(BSQConfig(TINY.bits // patch**2, 32, (1, 1)), encoder=False).eval().requires_grad_(False)
+    vae = BitwiseVAE(BSQConfig(TINY.bits // patch**2, 32, (1, 1))).eval().requires_grad_(False)
     settings = BitSamplingSettings(**sampling)
     return TextConditionalModel("tiny", transformer, vae, schedule, settings, fingerprint(transformer))
 
@@ -97,7 +97,7 @@ def small_classes() -> ClassConditionalModel:
     torch.manual_seed(0)
     sides = (1, 2, 3, 4)
     transformer = VAR(VARConfig(sides, 2, 32, 4, num_classes=60, vocab_size=40, z_channels=8))
-    vqvae = VQVAE(VQVAEConfig(sides, 40, 8, 32, (1, 1)), encoder=False)
+    vqvae = VQVAE(VQVAEConfig(sides, 40, 8, 32, (1, 1)))
     for module in (transformer, vqvae):
         module.eval().requires_grad_(False)
     for x in (transformer.head.weight, *(block.ada_lin[1].weight for block in transformer.layers())):
@@ -111,6 +111,6 @@ def small_prompts() -> TextConditionalModel:
     torch.manual_seed(5)
     transformer = Infinity(dataclasses.replace(TINY, depth=2)).eval().requires_grad_(False)
     transformer.head.weight.mul_(4)
-    vae = BitwiseVAE(BSQConfig(TINY.bits, 32, (1, 1)), encoder=False).eval().requires_grad_(False)
+    vae = BitwiseVAE(BSQConfig(TINY.bits, 32, (1, 1))).eval().requires_grad_(False)
     settings = BitSamplingSettings(cfg=3.0)
     return TextConditionalModel("tiny", transformer, vae, SHORT_SCHEDULE, settings, fingerprint(transformer))

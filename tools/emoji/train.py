@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +25,7 @@ from heatkv.generation.images import image_grid
 from heatkv.generation.loop import generate
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS, load
 from heatkv.models.var import VAR, Condition
-from heatkv.models.vqvae import VQVAE
+from tools.emoji.autoencoder import VQAutoencoder
 from tools.emoji.data import EmojiImages
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -59,9 +59,9 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 # ---------------------------------------------------------------------------------------------- VQVAE
 
 
-def quantize(model: VQVAE, f_BZPP: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+def quantize(model: VQAutoencoder, f_BZPP: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Straight-through f_hat, the codebook and commitment loss, and the codes."""
-    tokens = model.quantize.encode(f_BZPP.detach())
+    tokens = model.codes(f_BZPP.detach())
     total = torch.zeros_like(f_BZPP)
     loss = f_BZPP.new_zeros(())
     for scale, tokens_BN in enumerate(tokens):
@@ -77,7 +77,7 @@ def vqvae(images: Images, work: Work, steps: int = 2000, batch: int = 16, seed: 
     path = work / "vqvae.pt"
     torch.manual_seed(seed)
     data = EmojiImages(images)
-    model = VQVAE(VQVAE_CONFIG).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = VQAutoencoder(VQVAE_CONFIG).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     nn.init.normal_(model.quantize.embedding.weight, std=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
@@ -170,7 +170,7 @@ def initialise(model: VAR) -> None:
 
 
 @torch.no_grad()
-def teacher_inputs(model: VQVAE, f_BZPP: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def teacher_inputs(model: VQAutoencoder, f_BZPP: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Input maps (B, L - 1, Z) and target codes (B, L), with some codes replaced at random on the way.
 
     What a scale should code is taken against what was really used before, so the model learns to mend mistakes.
@@ -183,7 +183,7 @@ def teacher_inputs(model: VQVAE, f_BZPP: Tensor, generator: torch.Generator) -> 
     for scale, side in enumerate(sides):
         rest = f_BZPP - f_hat
         z = rest if scale == len(sides) - 1 else F.interpolate(rest, size=(side, side), mode="area")
-        best = model.quantize.nearest(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])).view(batch, -1)
+        best = model.nearest(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])).view(batch, -1)
         targets.append(best)
         wrong = torch.rand(best.shape, generator=generator) < share
         noise = torch.randint(model.config.vocab_size, best.shape, generator=generator)
@@ -223,7 +223,7 @@ def transformer(
     path = work / "transformer.pt"
     torch.manual_seed(seed)
     data = EmojiImages(images)
-    coder = VQVAE(VQVAE_CONFIG).eval()
+    coder = VQAutoencoder(VQVAE_CONFIG).eval()
     coder.load_state_dict(torch.load(work / "vqvae.pt", weights_only=True)["model"])
     model = VAR(VAR_CONFIG)
     initialise(model)
@@ -347,8 +347,12 @@ def judge(
         real = (classifier(data.draw(everything, generator)).argmax(1) == everything).float().mean()
         model = load(weights)
         pictures = data.draw(everything, generator)
-        codes = model.vqvae.encode(pictures)
-        error = F.mse_loss(model.vqvae.decode(model.vqvae.quantize.decode_maps(codes)[0]), pictures)
+        coder = VQAutoencoder(VQVAE_CONFIG).eval()
+        whole = load_file(weights).items()
+        coder.load_state_dict({name.removeprefix("vqvae."): x for name, x in whole if name.startswith("vqvae.")})
+        codes = coder.codes(coder.latent(pictures))
+        f_hat = sum(coder.quantize.code_features(tokens, scale) for scale, tokens in enumerate(codes))
+        error = F.mse_loss(coder.decode(f_hat), pictures)
         used = len(torch.cat([tokens.flatten() for tokens in codes]).unique())
         print(
             f"reconstruction {-10 * math.log10(float(error) / 4):.2f} dB over {len(pictures)} images, {used} codes used"
