@@ -184,6 +184,17 @@ def test_orders_of_another_schedule(capsys: Capture) -> None:
     assert "6 scales" in refused(capsys, *own, "--size", "0.06M")
 
 
+def test_orders_of_other_sinks(tmp_path: Path, capsys: Capture) -> None:
+    """Their number follows from that of the rankings, when it is asked for."""
+    golden = json.loads((ORDERS.parents[1] / "schedules" / "rule_var-d16__0.1.json").read_text())
+    (tmp_path / "orders.json").write_text(json.dumps(golden["orders"]))
+    own = ["solve", "--policy", "heatkv", "--model", "var-d16", "--budget", str(golden["budget"]), "--orders"]
+    own += [str(tmp_path / "orders.json"), "--out", str(tmp_path / "plan.json")]
+    assert "7 rankings" in refused(capsys, *own)
+    assert run([*own, "--sink-scales", "2"]) == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["last_read"] == golden["last_read"]
+
+
 def test_solve_knows_other_ratios_and_sinks(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "plan.json"
     base = ["solve", "--model", "infinity-8b", "--policy", "streaming", "--budget", "650tokens", "--out", str(out)]

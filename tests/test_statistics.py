@@ -398,6 +398,9 @@ def test_orders_of_another_number_of_scales(tmp_path: Path) -> None:
         geometry = CacheGeometry(2, 3, 4, ScaleSchedule.square(range(1, scales + 1)))
         with pytest.raises(StatisticsError, match=rf"2 rankings .* schedule of 6 scales .*; this one has {scales}"):
             HeadRankings.load_orders(path, geometry)
+    assert (
+        HeadRankings.load_orders(path, CacheGeometry(2, 3, 4, ScaleSchedule.square(range(1, 6))), [2]).first_scale == 2
+    )
     rankings = HeadRankings.load_orders(path, CacheGeometry(2, 3, 4, ScaleSchedule.square(range(1, 7))))
     assert rankings.first_scale == 3
 

@@ -141,7 +141,7 @@ def _arguments(
         "batches": [images_of_rows(count, settings) for count in rows], "seeds": seeds, "settings": settings,
         "plans": _plans(sweep.plan or [], opened, source.model, rows), "code": opened.storage.code,
         "statistics": None if ranking.statistics is None else open_statistics(ranking.statistics, opened),
-        "rankings": open_rankings(ranking.orders, model.geometry, source.model),
+        "rankings": open_rankings(ranking.orders, model.geometry, source.model, policies),
         "loading": opened.loading, "reporter": SCREEN,
     }  # fmt: skip
 

@@ -28,7 +28,7 @@ from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import Settings
 from heatkv.models.text_conditional import TextConditionalModel
 from heatkv.parallel.ranks import current
-from heatkv.policies.base import EvictionPolicy, PlanningProblem, make_policy
+from heatkv.policies.base import EvictionPolicy, PlanningProblem, StaticPolicy, make_policy
 from heatkv.policies.options import options_of
 from heatkv.registry import find_policy
 
@@ -130,11 +130,15 @@ def _prompts(path: Path) -> list[str]:
 # ------------------------------------------------------------------------------------ what policies plan from
 
 
-def open_rankings(path: Path | None, geometry: CacheGeometry, model: str) -> HeadRankings | None:
-    """Published rankings from a file, when they fit this geometry; says when they may be of another schedule."""
+def open_rankings(
+    path: Path | None, geometry: CacheGeometry, model: str, policies: Sequence[EvictionPolicy]
+) -> HeadRankings | None:
+    """Published rankings from a file, when they fit this geometry and the sinks of the policies; says when they may be
+    of another schedule."""
     if path is None:
         return None
-    rankings = HeadRankings.load_orders(path, geometry)
+    sinks = {policy.sink_scales for policy in policies if isinstance(policy, StaticPolicy)}
+    rankings = HeadRankings.load_orders(path, geometry, sinks)
     own = model_info(model).schedule()
     if geometry.schedule != own:
         say(
@@ -198,7 +202,7 @@ def make_plan(
         raise HeatKVError(f"policy {name!r} needs --budget, written 10%, 0.1, 600MiB, 2GB or 650tokens")
     amount = Budget.parse(budget)
     statistics = None if planning.statistics is None else load(planning.statistics)
-    rankings = open_rankings(planning.orders, geometry, model)
+    rankings = open_rankings(planning.orders, geometry, model, [policy])
     return policy.plan(PlanningProblem(geometry, amount, statistics, rankings, seed, rows, str(storage), model))
 
 

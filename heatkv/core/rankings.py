@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,19 +73,23 @@ class HeadRankings(EqualByContents):
         return cls(geometry.layers, geometry.heads, 0, order)
 
     @classmethod
-    def load_orders(cls, path: str | Path, geometry: CacheGeometry) -> HeadRankings:
+    def load_orders(
+        cls, path: str | Path, geometry: CacheGeometry, sink_scales: Collection[int] = (PUBLISHED_SINKS,)
+    ) -> HeadRankings:
         """Read a ranking file as published with HeatKV: a list of rankings, each a list of [head, layer] pairs.
 
-        Such a file has one ranking for every cached scale but the first three, and does not tell what it was measured
-        on. Raises FormatError, and StatisticsError for a schedule of another number of scales.
+        Such a file has one ranking for every cached scale but the sinks, and does not tell what it was measured on.
+        Their number is three, or one of `sink_scales`, those that plans are made with. Raises FormatError, and
+        StatisticsError for a schedule of another number of scales.
         """
         with in_file(path):
             rankings = cls.from_pairs(read_json(path), geometry)
             count, scales = len(rankings.order), len(geometry.schedule)
-            if rankings.first_scale != PUBLISHED_SINKS:
+            if rankings.first_scale not in {PUBLISHED_SINKS, *sink_scales}:
                 raise StatisticsError(
                     f"{count} rankings are those of a schedule of {count + PUBLISHED_SINKS + 1} scales (all cached "
-                    f"but {PUBLISHED_SINKS}); this one has {scales}: plan from statistics of it"
+                    f"but {PUBLISHED_SINKS}); this one has {scales}: plan from statistics of it, or with "
+                    f"sink_scales={rankings.first_scale}, if they were made so"
                 )
         return rankings
 
