@@ -116,7 +116,10 @@ def test_merging_with_statistics_without_level_costs() -> None:
 
 def test_what_cannot_be_merged() -> None:
     mine = small(first_sample=10)
-    small(versions={"torch": "3"}).merge(mine)  # a later release may add samples
+    one = small(versions={"torch": "2"})
+    other = small(first_sample=20, versions={"torch": "3", "heatkv": "2"})  # a later release may add samples
+    for merged in (one.merge(other), other.merge(one), one.merge(other).merge(small(first_sample=30))):
+        assert merged.provenance.versions == {"torch": "2, 3", "heatkv": "2"}
     others: dict[str, list[Statistics]] = {
         "different schedules or head counts": [
             statistics_of(other, made_up_mass(other, 1, 0))

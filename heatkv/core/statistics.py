@@ -257,12 +257,17 @@ class Statistics(SampleSums):
         return replace(self, levels=levels)
 
     def merge(self, other: Statistics) -> Statistics:
-        """Both sample sets as one, and their level costs. Raises StatisticsError when they were not measured alike or
-        share a sample."""
+        """Both sample sets as one, with their level costs and all releases that measured them. Raises StatisticsError
+        when they were not measured alike or share a sample."""
         levels = self.levels or other.levels
         if self.levels is not None and other.levels is not None:
             levels = self.levels.merge(other.levels)
-        return replace(super().merge(other), levels=levels)
+        mine, theirs = self.provenance.versions, other.provenance.versions
+        seen = {name: {text for part in (mine, theirs) if name in part for text in part[name].split(", ")}
+                for name in (*mine, *theirs)}  # fmt: skip
+        merged = super().merge(other)
+        versions = {name: ", ".join(sorted(texts)) for name, texts in seen.items()}
+        return replace(merged, levels=levels, provenance=replace(merged.provenance, versions=versions))
 
     def save(self, path: str | Path) -> None:
         """Write a statistics file, whole or not at all. Raises FormatError."""
