@@ -46,6 +46,21 @@ def test_dense_attention_over_means(plan: Plan, rows: int, dtype: torch.dtype, r
         check_close(outputs, expected, limit)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", [2, 7, 16])
+def test_biases_are_not_rounded(dtype: torch.dtype, side: int) -> None:
+    """A mean of n tokens beside n own tokens, under queries of 0, has exactly half of the attention; log n is no 16-bit
+    number."""
+    geometry = CacheGeometry(1, 1, 32, ScaleSchedule.square([side, side]))
+    whole, mean = np.array([[[0, 1]]]), np.array([[[1, 1]]])
+    cells = CoarseCells.uncalibrated("mean", mean, geometry.schedule)
+    cache = KVCache(Plan("mean", geometry, whole, 1 / side**2, 1, 0, coarse=(cells,)), 1, dtype)
+    zeros, ones = (torch.full((1, 1, side**2, 32), value, dtype=dtype) for value in (0.0, 1.0))
+    cache.attend(0, zeros, zeros, ones)
+    share = cache.attend(0, zeros, zeros, zeros)
+    assert (share - 0.5).abs().max() <= 2e-6 if dtype == torch.float32 else torch.equal(share, ones / 2)
+
+
 @pytest.mark.parametrize("rotates", [False, True])
 def test_every_kind_of_fall(rotates: bool) -> None:
     """Six heads that hold scale 1 (3x3) whole, pooled and as a mean for all kinds of spans, scale 2 likewise."""

@@ -205,7 +205,9 @@ class RaggedAttention(AttentionKernel):
             q, k, v = with_held(group, q_RHND, k_RHND, v_RHND, self.store, self.workspace)
             mask = None
             if group.bias_GM is not None:
-                mask = F.pad(group.bias_GM, (0, tokens))[None, :, None].to(q.dtype).expand(len(q), -1, tokens, -1)
+                # CPUs add biases in fp32; kernels of other devices want them in the type of the queries
+                bias_GC = F.pad(group.bias_GM, (0, tokens)).to(torch.float32 if q.is_cpu else q.dtype)
+                mask = bias_GC[None, :, None].expand(len(q), -1, tokens, -1)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
             if len(prepared) == 1:
                 return out
