@@ -27,12 +27,12 @@ def random_model(name: str, size: str | None, dtype: torch.dtype, layers: int | 
     if info.family == "infinity":
         transformer = Infinity(replace(INFINITY_2B, depth=depth)).set_compute_dtype(dtype).eval().requires_grad_(False)
         vae = BitwiseVAE(BSQ_D32).eval().requires_grad_(False)
-        return TextConditionalModel(name, transformer, vae, schedule, SAMPLING, "random")
+        return TextConditionalModel(name, transformer, vae, schedule, SAMPLING)
     sides = tuple(height for _, height, _ in schedule.scales)
     var = VAR(VARConfig(sides, depth, info.heads * info.head_dim, info.heads)).set_compute_dtype(dtype)
     vqvae = VQVAE(VQVAEConfig(sides)).eval().requires_grad_(False)
     vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return ClassConditionalModel(name, var.eval().requires_grad_(False), vqvae, VAR_SAMPLING, "random")
+    return ClassConditionalModel(name, var.eval().requires_grad_(False), vqvae, VAR_SAMPLING)
 
 
 def labels_of(model: Any, images: int, positions: int) -> list[Any]:

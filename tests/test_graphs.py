@@ -25,7 +25,7 @@ from heatkv.errors import GraphError, ModelError, NumericsError, PolicyError
 from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, GraphRunner, Step
 from heatkv.generation.loop import Drawn, Generator, generate
 from heatkv.models import base, class_conditional, text_conditional
-from heatkv.models.base import ImageModel, fingerprint
+from heatkv.models.base import ImageModel
 from heatkv.models.catalogue import load_model
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import (
@@ -58,7 +58,7 @@ def first_layers(model: ClassConditionalModel, count: int) -> ClassConditionalMo
     transformer = VAR(dataclasses.replace(model.transformer.config, depth=count)).eval().requires_grad_(False)
     kept = transformer.state_dict().keys()
     transformer.load_state_dict({name: x for name, x in model.transformer.state_dict().items() if name in kept})
-    return dataclasses.replace(model, transformer=transformer, fingerprint=fingerprint(transformer))
+    return dataclasses.replace(model, transformer=transformer)
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from heatkv.errors import ModelError, ScheduleError
-from heatkv.models.base import fingerprint
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE, BSQConfig
 from heatkv.models.catalogue import MODELS, load_model, model_info
 from heatkv.models.checkpoint import bsq_config, infinity_config
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS
+from heatkv.models.fingerprint import fingerprint
 from heatkv.models.infinity import INFINITY_2B, INFINITY_8B, Infinity, InfinityConfig
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import ResidualBlock, Upsample, phi_index

@@ -50,8 +50,7 @@ def attach(
         if budget is None:
             raise BudgetError(f"policy {keep!r} needs a budget; write it as 10%, 0.1, 600MiB, 2GB or 650tokens")
         geometry = _geometry(found, schedule, statistics)
-        # statistics of this package's own model name all weights, those of `measure` the attention's only
-        if statistics is not None and statistics.provenance.fingerprint != found.full_fingerprint():
+        if statistics is not None:
             statistics.check_fingerprint(found.fingerprint())
         storage, image = str(StorageType.for_dtype(found.weight.dtype, code)), 2 if guided else 1
         problem = PlanningProblem(

@@ -15,7 +15,8 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import ModelError
 from heatkv.models.adapter import BlockView, ModelAdapter
-from heatkv.models.base import fingerprint
+from heatkv.models.checkpoint import public_state
+from heatkv.models.fingerprint import fingerprint
 
 _PLACES = "model.unregistered_blocks[i], model.block_chunks[a].module[b] and model.blocks[i]"
 _NEEDED = (
@@ -54,17 +55,12 @@ class FoundModel:
         """The geometry with the schedule that the model is to run."""
         return CacheGeometry(len(self.attentions), self.adapter.heads, self.attentions[0][1].head_dim, schedule)
 
-    def full_fingerprint(self) -> str:
-        """Names all parameters, as `heatkv.calibrate` does."""
-        return fingerprint(self.model if isinstance(self.model, nn.Module) else [])
-
     def fingerprint(self) -> str:
-        """Names all self-attention parameters, the same for both layouts of the temperatures per head."""
-        return fingerprint(
-            (f"{index}.{name}", x.view(1, -1, 1, 1) if name == "scale_mul_1H11" else x)
-            for index, (_, module) in enumerate(self.attentions)
-            for name, x in module.named_parameters()
-        )
+        """Names all weights of the transformer, as those of the same one that `heatkv.load_model` reads."""
+        if isinstance(self.model, nn.Module):
+            return fingerprint(public_state(self.model).items())
+        blocks = nn.ModuleList(view.block for view in self.adapter.blocks)
+        return fingerprint((f"blocks.{name}", x) for name, x in public_state(blocks).items())
 
 
 def find(model: Any) -> FoundModel:

@@ -232,8 +232,13 @@ class Statistics(SampleSums):
         geometry.check_holds(self.layers, self.heads, self.schedule, what, StatisticsError)
 
     def check_fingerprint(self, fingerprint: str) -> None:
-        """Raise StatisticsError unless they were measured on the very weights with this fingerprint."""
-        if self.provenance.fingerprint != fingerprint:
+        """Raise StatisticsError unless they were measured on the very weights with this fingerprint.
+
+        One has parts, of transformer and decoder, of which an attached model shows the first only: what both tell is
+        compared.
+        """
+        told = zip(self.provenance.fingerprint.split("-"), fingerprint.split("-"), strict=False)
+        if any(mine != theirs for mine, theirs in told):
             raise StatisticsError(
                 f"the statistics were measured on other weights ({self.provenance.model}, fingerprint "
                 f"{self.provenance.fingerprint}; the model's is {fingerprint}); calibrate this model"

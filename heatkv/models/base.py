@@ -6,9 +6,8 @@ token), C width, V codes, Z code channels, h and w the last scale's height and w
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -22,27 +21,13 @@ from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
 from heatkv.errors import ModelError
 from heatkv.models.adapter import ModelAdapter
+from heatkv.models.fingerprint import known_fingerprint
 from heatkv.models.sampling import Settings
 from heatkv.models.var import Attend, Transformer
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.windows import Full
 
 Label = TypeVar("Label")
-
-_FINGERPRINT_SAMPLES = 4096
-
-
-def fingerprint(named: torch.nn.Module | Iterable[tuple[str, Tensor]]) -> str:
-    """16 hex digits over names, shapes and up to 4,096 evenly spaced values of every tensor, in fp32; of a module, over
-    its parameters."""
-    digest = hashlib.sha256()
-    pairs = named.named_parameters() if isinstance(named, torch.nn.Module) else named
-    for name, tensor in sorted(pairs, key=lambda entry: entry[0]):
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class Drawing(ABC, Generic[Label]):
@@ -125,13 +110,22 @@ def summed(total: Tensor | None, added: Tensor, first: bool) -> Tensor:
 class ImageModel(ABC, Generic[Label]):
     """A transformer with the decoder of its codes, drawing one image per label.
 
-    `sampling` are the settings it is meant for; `fingerprint` names the weights, whatever type they run in.
+    `sampling` are the settings it is meant for.
     """
 
     name: str
     transformer: Transformer
-    fingerprint: str
     sampling: Settings
+
+    @property
+    @abstractmethod
+    def decoder(self) -> torch.nn.Module:
+        """What makes pictures of codes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the weights of transformer and decoder, whatever type they run in."""
+        return "-".join(known_fingerprint(network) for network in (self.transformer, self.decoder))
 
     @property
     def device(self) -> torch.device:

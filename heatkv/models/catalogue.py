@@ -14,11 +14,12 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import as_number, shown, suggest
 from heatkv.core.storage_type import DTYPES, torch_dtype
 from heatkv.errors import ModelError, ScheduleError
-from heatkv.models.base import fingerprint
 from heatkv.models.checkpoint import SHARDED, build_bsq, build_infinity, build_var, build_vqvae, read_checkpoint
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.emoji import VAR_CONFIG
+from heatkv.models.emoji import WEIGHTS as EMOJI_WEIGHTS
 from heatkv.models.emoji import load as load_emoji
+from heatkv.models.fingerprint import fingerprint_of_file, know_fingerprint
 from heatkv.models.infinity import Infinity
 from heatkv.models.sampling import SamplingSettings
 from heatkv.models.text_conditional import SAMPLING as INFINITY_SAMPLING
@@ -155,14 +156,14 @@ def load_model(
     if prompts and text_encoder is None:
         raise ModelError(f"turning prompts into features for {name} needs its text encoder; name it as text_encoder")
     if info.bundled:
-        return _placed(load_emoji(), compute, where)
+        return _placed(load_emoji(), EMOJI_WEIGHTS, EMOJI_WEIGHTS, compute, where)
     if weights is None:
         raise ModelError(f"{name} needs its weights, {info.weights}: name the file or its folder as weights")
     path = find_weights(weights, info.files)
     if info.family == "var":
-        return _placed(_load_var(info, path, vae), compute, where)
+        return _placed(*_load_var(info, path, vae), compute, where)
     encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
-    model = _placed(_load_infinity(info, path, vae, schedule, encoder), compute, where)
+    model = _placed(*_load_infinity(info, path, vae, schedule, encoder), compute, where)
     return replace(model, examples=tuple(model.prompts(prompts))) if prompts else model
 
 
@@ -176,9 +177,13 @@ def _usable_device(device: str | torch.device) -> torch.device:
     return where
 
 
-def _placed(model: Model, dtype: torch.dtype, device: torch.device) -> Model:
-    model.transformer.set_compute_dtype(dtype).to(device)
-    (model.vae if isinstance(model, TextConditionalModel) else model.vqvae).to(device)
+def _placed(model: Model, weights: Path, vae: Path, dtype: torch.dtype, device: torch.device) -> Model:
+    """The model, as it was read from these files, in its type and on its device."""
+    networks: tuple[torch.nn.Module, ...] = model.transformer, model.decoder
+    names = [fingerprint_of_file(network, path) for network, path in zip(networks, (weights, vae), strict=True)]
+    model.transformer.set_compute_dtype(dtype)
+    for network, name in zip(networks, names, strict=True):
+        know_fingerprint(network.to(device), name)
     return model
 
 
@@ -204,16 +209,19 @@ def _missing(message: str) -> NoReturn:
     raise ModelError(message)
 
 
-def _load_var(info: ModelInfo, weights: Path, vae: str | Path | None) -> ClassConditionalModel:
-    """A named VAR from its public files, or from a trainer file, which holds both networks. In fp32 on the CPU."""
+def _load_var(info: ModelInfo, weights: Path, vae: str | Path | None) -> tuple[ClassConditionalModel, Path, Path]:
+    """A named VAR from its public files, or from a trainer file, which holds both networks, and the files. In fp32 on
+    the CPU."""
     content = read_checkpoint(weights)
     transformer = build_var(content)
     config = transformer.config
     _check_sizes(info, weights, transformer)
     if config.schedule != info.schedule():
         raise ModelError(f"{weights} runs the schedule {config.schedule}, {info.name} runs {info.schedule()}")
+    beside = weights
     if vae is not None or "trainer" not in content:
-        content = read_checkpoint(vae or _vae_beside(weights, info))
+        beside = Path(vae or _vae_beside(weights, info))
+        content = read_checkpoint(beside)
     vqvae = build_vqvae(content, config.patch_sides)
     codes, drawn = ((x.vocab_size, x.z_channels) for x in (vqvae.config, config))
     if codes != drawn:
@@ -221,20 +229,21 @@ def _load_var(info: ModelInfo, weights: Path, vae: str | Path | None) -> ClassCo
             f"the VQVAE has {codes[0]} codes of {codes[1]} channels, the transformer draws {drawn[0]} of {drawn[1]}; "
             f"take {info.vae_files[0]}"
         )
-    return ClassConditionalModel(info.name, transformer, vqvae, VAR_SAMPLING, fingerprint(transformer))
+    return ClassConditionalModel(info.name, transformer, vqvae, VAR_SAMPLING), weights, beside
 
 
 def _load_infinity(
     info: ModelInfo, weights: Path, vae: str | Path | None, schedule: ScaleSchedule, text_encoder: T5TextEncoder | None
-) -> TextConditionalModel:
-    """A named Infinity from its public files, on the CPU, every tensor in the type of its file."""
-    vae = vae or _vae_beside(weights, info)
-    if Path(vae).name == "infinity_vae_d32.pth":  # same shapes, so nothing else could tell
+) -> tuple[TextConditionalModel, Path, Path]:
+    """A named Infinity from its public files, and the files; on the CPU, every tensor in the type of its file."""
+    vae = Path(vae or _vae_beside(weights, info))
+    if vae.name == "infinity_vae_d32.pth":  # same shapes, so nothing else could tell
         raise ModelError(f"{vae} was trained apart from the public transformers; take {info.vae_files[0]}")
     transformer = build_infinity(read_checkpoint(weights))
     _check_sizes(info, weights, transformer)
-    decoder, name = build_bsq(read_checkpoint(vae)), fingerprint(transformer)
-    return TextConditionalModel(info.name, transformer, decoder, schedule, INFINITY_SAMPLING, name, text_encoder)
+    decoder = build_bsq(read_checkpoint(vae))
+    model = TextConditionalModel(info.name, transformer, decoder, schedule, INFINITY_SAMPLING, text_encoder)
+    return model, weights, vae
 
 
 def _check_sizes(info: ModelInfo, weights: Path, transformer: VAR | Infinity) -> None:

@@ -136,6 +136,12 @@ def vqvae_state(content: Mapping[str, Any]) -> State:
     return {name: x for name, x in flat.items() if not name.startswith(("encoder.", "quant_conv."))}
 
 
+def public_state(transformer: nn.Module) -> State:
+    """The tensors of a VAR or Infinity of the public code, by the names that this package's own has."""
+    state = infinity_state(transformer.state_dict())
+    return {name: x for name, x in state.items() if not _REDUNDANT.fullmatch(name)}
+
+
 def bsq_state(content: Mapping[str, Any]) -> State:
     """The decoder's tensors in a bitwise VAE file or a trainer file; everything else is left out."""
     flat = _state(content, "vae", "vae_local")

@@ -25,15 +25,18 @@ from heatkv.models.vqvae import VQVAE
 class ClassConditionalModel(base.ImageModel[int]):
     """Transformer and VQVAE under one name, with the sampling settings they are meant for.
 
-    `class_names` is empty when the classes have none. `fingerprint` names the weights, whatever type they run in.
+    `class_names` is empty when the classes have none.
     """
 
     name: str
     transformer: VAR
     vqvae: VQVAE
     sampling: SamplingSettings
-    fingerprint: str
     class_names: tuple[str, ...] = ()
+
+    @property
+    def decoder(self) -> VQVAE:
+        return self.vqvae
 
     @property
     def geometry(self) -> CacheGeometry:

@@ -21,6 +21,7 @@ from heatkv.core.schema import shown, whole
 from heatkv.errors import ModelError
 from heatkv.models import base
 from heatkv.models.bsq import BitwiseVAE, code_values, resize
+from heatkv.models.fingerprint import fingerprint
 from heatkv.models.infinity import Infinity, rotation_angles, rotation_table
 from heatkv.models.sampling import BitSamplingSettings, Settings
 from heatkv.models.text_encoder import T5TextEncoder
@@ -58,7 +59,6 @@ class TextConditionalModel(base.ImageModel[Prompt]):
     vae: BitwiseVAE
     schedule: ScaleSchedule
     sampling: BitSamplingSettings
-    fingerprint: str
     text_encoder: T5TextEncoder | None = None
     examples: tuple[Prompt, ...] = ()
 
@@ -76,6 +76,10 @@ class TextConditionalModel(base.ImageModel[Prompt]):
             )
         if self.schedule.tokens[0] != 1 or any(frames != 1 for frames, _, _ in self.schedule.scales):
             raise ModelError(f"the schedule {self.schedule} does not start at 1x1, or has more than one frame")
+
+    @property
+    def decoder(self) -> BitwiseVAE:
+        return self.vae
 
     @property
     def patch(self) -> int:
@@ -146,8 +150,10 @@ class TextConditionalModel(base.ImageModel[Prompt]):
         return [self.examples[(first + i) % len(self.examples)] for i in range(count)]
 
     def label_name(self, label: Prompt) -> str:
-        """8 hex digits of the prompt's features, the same for the same text and encoder."""
-        return base.fingerprint([("features", self.label(label).features_ME)])[:8]
+        """8 hex digits of the prompt's features and negative ones, the same for the same texts and encoder."""
+        label = self.label(label)
+        negative = [] if label.negative_ME is None else [("negative", label.negative_ME)]
+        return fingerprint([("features", label.features_ME), *negative])[:8]
 
     def begin(self, labels: Sequence[Prompt], settings: Settings, *, reusable: bool = False) -> Drawing:
         """Start drawing one image per prompt; `reusable` pads prompts to a multiple of 64 positions, for `restart`.

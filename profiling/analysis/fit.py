@@ -104,7 +104,7 @@ def shapes(info: ModelInfo, schedule: ScaleSchedule, dtype: torch.dtype, layers:
             config, vae_config = (INFINITY_8B, BSQ_D56) if large else (INFINITY_2B, BSQ_D32)
             infinity = Infinity(replace(config, depth=layers)).set_compute_dtype(dtype)
             vae = BitwiseVAE(vae_config)
-            model = TextConditionalModel(info.name, infinity, vae, schedule, INFINITY_SAMPLING, fingerprint="")
+            model = TextConditionalModel(info.name, infinity, vae, schedule, INFINITY_SAMPLING)
             model.rotations()  # made once and kept like weights, so no part of drawing
             return model
         if info.bundled:
@@ -116,7 +116,7 @@ def shapes(info: ModelInfo, schedule: ScaleSchedule, dtype: torch.dtype, layers:
             vqvae_config = VQVAEConfig(sides)
         var = VAR(replace(var_config, depth=layers)).set_compute_dtype(dtype)
         sampling = emoji_model.SAMPLING if info.bundled else VAR_SAMPLING
-        return ClassConditionalModel(info.name, var, VQVAE(vqvae_config), sampling, fingerprint="")
+        return ClassConditionalModel(info.name, var, VQVAE(vqvae_config), sampling)
 
 
 def _labels(model: _Shapes, images: int) -> list[Any]:

@@ -75,6 +75,7 @@ def _shared(model: ImageModel[Any], settings: Settings, subject: Subject, seed: 
         "fingerprint": model.fingerprint, "dtype": str(model.compute_dtype),
         "device": [model.device.type, device_name(model.device)], "torch": torch.__version__, "seed": seed,
         "sampling": settings.to_json(), "storage": subject.storage, "attention": subject.attention,
+        "heatkv": versions()["heatkv"],
     }  # fmt: skip
     return shared | ({"deterministic": True} if is_deterministic() else {})
 

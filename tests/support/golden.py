@@ -17,7 +17,6 @@ from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import KVCache
 from heatkv.models import infinity
-from heatkv.models.base import fingerprint
 from heatkv.models.checkpoint import build_bsq, build_infinity, build_var, build_vqvae, read_checkpoint
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import BitSamplingSettings, SamplingSettings
@@ -48,7 +47,7 @@ def load(path: Path) -> tuple[dict[str, Any], ClassConditionalModel]:
     transformer = build_var(tensors(path.parent, told["files"]["model"]))
     vqvae = build_vqvae(tensors(path.parent, told["files"]["vae"]), told["config"]["patch_nums"])
     settings = SamplingSettings(cfg=told["config"]["cfg"], top_k=1)
-    return told, ClassConditionalModel(told["name"], transformer, vqvae, settings, fingerprint(transformer))
+    return told, ClassConditionalModel(told["name"], transformer, vqvae, settings)
 
 
 def full_plan(model: ClassConditionalModel) -> Plan:
@@ -131,7 +130,7 @@ def infinity_model(path: Path, told: dict[str, Any], run: dict[str, Any], schedu
     settings = BitSamplingSettings(cfg=run["cfg"], tau=run["tau"], top_k=1)
     scales = ScaleSchedule.of(schedule)
     assert scales == ScaleSchedule.infinity(run["pn"], run["h_div_w"])
-    return TextConditionalModel(told["name"], transformer, vae, scales, settings, fingerprint(transformer))
+    return TextConditionalModel(told["name"], transformer, vae, scales, settings)
 
 
 def prompts_of(run: dict[str, Any], expected: dict[str, Tensor]) -> list[Prompt]:

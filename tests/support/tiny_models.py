@@ -10,7 +10,6 @@ from torch import Tensor
 
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.generation.loop import Generator
-from heatkv.models.base import fingerprint
 from heatkv.models.bsq import BitwiseVAE, BSQConfig
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.infinity import Infinity, InfinityConfig
@@ -37,7 +36,7 @@ def tiny_var() -> ClassConditionalModel:
     for module in (transformer, vqvae):
         module.requires_grad_(False)
     settings = SamplingSettings(cfg=2.0, ramp=True, top_k=10)
-    return ClassConditionalModel("tiny", transformer, vqvae, settings, fingerprint(transformer))
+    return ClassConditionalModel("tiny", transformer, vqvae, settings)
 
 
 def tiny_infinity(schedule: ScaleSchedule = SCHEDULE) -> TextConditionalModel:
@@ -63,7 +62,7 @@ def make_infinity(patch: int = 1, schedule: ScaleSchedule = SHORT_SCHEDULE, **sa
         transformer.head.weight.mul_(4)  # logits that spread as a trained model's do
     vae = BitwiseVAE(BSQConfig(TINY.bits // patch**2, 32, (1, 1))).eval().requires_grad_(False)
     settings = BitSamplingSettings(**sampling)
-    return TextConditionalModel("tiny", transformer, vae, schedule, settings, fingerprint(transformer))
+    return TextConditionalModel("tiny", transformer, vae, schedule, settings)
 
 
 def draw_logits(model: TextConditionalModel, prompts: list[Prompt], bits: tuple[Tensor, ...]) -> list[Tensor]:
@@ -103,7 +102,7 @@ def small_classes() -> ClassConditionalModel:
     for x in (transformer.head.weight, *(block.ada_lin[1].weight for block in transformer.layers())):
         x.mul_(4)  # so that classes and what is kept make a difference
     settings = SamplingSettings(cfg=2.0, top_k=20)
-    return ClassConditionalModel("tiny", transformer, vqvae, settings, fingerprint(transformer))
+    return ClassConditionalModel("tiny", transformer, vqvae, settings)
 
 
 def small_prompts() -> TextConditionalModel:
@@ -113,4 +112,4 @@ def small_prompts() -> TextConditionalModel:
     transformer.head.weight.mul_(4)
     vae = BitwiseVAE(BSQConfig(TINY.bits, 32, (1, 1))).eval().requires_grad_(False)
     settings = BitSamplingSettings(cfg=3.0)
-    return TextConditionalModel("tiny", transformer, vae, SHORT_SCHEDULE, settings, fingerprint(transformer))
+    return TextConditionalModel("tiny", transformer, vae, SHORT_SCHEDULE, settings)
