@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from heatkv.errors import ModelError, ScheduleError
+from heatkv.models import fingerprint as fingerprints
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE, BSQConfig
 from heatkv.models.catalogue import MODELS, load_model, model_info
 from heatkv.models.checkpoint import bsq_config, infinity_config
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS
-from heatkv.models.fingerprint import fingerprint
+from heatkv.models.fingerprint import fingerprint, fingerprint_of_file
 from heatkv.models.infinity import INFINITY_2B, INFINITY_8B, Infinity, InfinityConfig
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import ResidualBlock, Upsample, phi_index
@@ -99,15 +103,32 @@ def test_the_embedded_model_is_what_its_card_says(emoji: ClassConditionalModel) 
             emoji.label(bad)
 
 
-def test_the_fingerprint_changes_with_a_weight_and_not_with_its_type(emoji: ClassConditionalModel) -> None:
-    module = torch.nn.Linear(3, 3)
-    before = fingerprint(module)
-    assert fingerprint(module) == before
-    module.weight.data[1, 1] += 1
-    assert fingerprint(module) != before
+def test_fingerprints(emoji: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of transformer and decoder counts, the type that they run in does not."""
+    module, seen = torch.nn.Linear(1000, 1000), set[str]()
+    for place in (0, 1, 255, 257, 4097, 999_999):
+        seen.add(fingerprint(module))
+        module.weight.data.view(-1)[place] += 1e-3
+    assert len(seen) == 6
     half = load_model("emoji", dtype="bfloat16")
     assert half.fingerprint == emoji.fingerprint
     assert half.compute_dtype == torch.bfloat16
+    others = [replace(emoji, **{part: copy.deepcopy(getattr(emoji, part))}) for part in ("transformer", "vqvae")]
+    assert {other.fingerprint for other in others} == {emoji.fingerprint}
+    with torch.no_grad():  # also of what was asked for its name before
+        others[0].transformer.blocks[3].attn.proj.weight[5, 7] *= 1.5
+        others[1].vqvae.decoder.conv_out.weight.mul_(-1)
+    assert len({model.fingerprint for model in (emoji, *others)}) == 3
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where names of large files are kept
+    (file := tmp_path / "weights").write_bytes(b"1")
+    monkeypatch.setattr(fingerprints, "CACHED_FROM", 1)
+    name = fingerprint_of_file(module, file)
+    assert name == fingerprint(module)
+    module.weight.data[0] = 0
+    assert fingerprint_of_file(module, file) == name
+    file.write_bytes(b"22")
+    assert fingerprint_of_file(module, file) == fingerprint(module) != name
 
 
 PHI = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from support.rows import FILE, LEDGERS, row, row_data, write_file
 
 from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, HeatKVError
+from heatkv.models.catalogue import load_model
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling.measure.subjects import Subject
+from heatkv.profiling.results import folder
 from heatkv.profiling.results.artefacts import pictures_of, plans_of, read_scas, save_scas, scas_of
 from heatkv.profiling.results.comparable import check_distinct, match
 from heatkv.profiling.results.folder import ResultsFolder, check_replaceable, comparison_digest, measurement_digest
@@ -299,22 +303,49 @@ def test_plans_are_those_that_were_measured(emoji: ClassConditionalModel, tmp_pa
     assert plans_of(tmp_path, row()) == "its plans were not saved"
 
 
-def test_digests_follow_all_that_figures_follow_from(emoji: ClassConditionalModel) -> None:
+def test_digests_follow_all_that_figures_follow_from(
+    emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = (Subject("p", "b", (emoji.plan("streaming", budget),), "float32") for budget in ("20%", "10%"))
     coded = Subject("p", "b", one.plans, "int8/float32")
     kernel = Subject("p", "b", one.plans, "float32", "padded")
 
+    drawing = {"model": emoji, "settings": emoji.sampling}
+
     def comparison(subject: Subject, seed: int = 0, images: int = 2, pictures: int = 1) -> str:
-        return comparison_digest(emoji, emoji.sampling, subject, seed=seed, images=images, pictures=pictures)
+        return comparison_digest(**drawing, subject=subject, seed=seed, images=images, pictures=pictures)
 
     def measurement(subject: Subject, seed: int = 0, batch: int = 1) -> str:
-        return measurement_digest(emoji, emoji.sampling, subject, seed=seed, batch=batch)
+        return measurement_digest(**drawing, subject=subject, seed=seed, batch=batch)
 
     renamed = Subject("q", "c", one.plans, "float32")
     assert (comparison(one), measurement(one)) == (comparison(renamed), measurement(renamed))
     found = [comparison(one), *map(comparison, (other, coded, kernel)), comparison(one, 1), comparison(one, 0, 3),
              comparison(one, 0, 2, 2), measurement(one), *map(measurement, (other, coded, kernel)),
              measurement(one, 1), measurement(one, 0, 2)]  # fmt: skip
+    transformer, vqvae = copy.deepcopy(emoji.transformer), copy.deepcopy(emoji.vqvae)
+    with torch.no_grad():
+        transformer.head.weight[7, 3] += 1e-3
+        vqvae.decoder.conv_out.bias[0] += 1e-3
+    drawn_otherwise = (
+        {"settings": replace(emoji.sampling, top_k=7)},
+        {"model": load_model("emoji", dtype="float16")},
+        {"model": replace(emoji, transformer=transformer)},
+        {"model": replace(emoji, vqvae=vqvae)},
+    )
+    for change in drawn_otherwise:
+        with monkeypatch.context() as patch:
+            for name, value in change.items():
+                patch.setitem(drawing, name, value)
+            found += [comparison(one), measurement(one)]
+    for name, value in (
+        ("is_deterministic", lambda: True),
+        ("versions", lambda: {"heatkv": "9"}),
+        ("device_name", lambda device: "another"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(folder, name, value)
+            found += [comparison(one), measurement(one)]
     assert len(set(found)) == len(found)
 
 
