@@ -175,10 +175,13 @@ class EvictionPolicy(ABC):
 
     def common(self, problem: PlanningProblem) -> dict[str, Any]:
         """What plans of both kinds are made with."""
+        ranked = "statistics or rankings" in self.needs and problem.rankings is not None
+        measured = problem.statistics if self.needs and not ranked else None
         return {
             "policy": self.name, "geometry": problem.geometry, "model": problem.model,
             "budget": float(problem.share), "budget_token_heads": problem.budget_token_heads,
             "settings": self.settings(problem),
+            "weights": "" if measured is None else measured.provenance.fingerprint,
         }  # fmt: skip
 
     @classmethod

@@ -95,7 +95,7 @@ def test_plans_of_dynamic_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     made = SnapKV().plan(PlanningProblem(GEOMETRY, Budget.parse("50%"), model="tiny"))
     documented = fields("plan.json", "field") | fields("plan.json", "field of a dynamic plan")
     assert documented - set(made.to_json()) == {
-        "sink_scales", "value", "value_bound", "gap", "last_read", "coarse",
+        "sink_scales", "value", "value_bound", "gap", "last_read", "coarse", "weights",
     }  # fmt: skip
     made.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == made

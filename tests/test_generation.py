@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from heatkv.calibration.run import calibrate
 from heatkv.core.budget import Budget
 from heatkv.core.plan import Plan
 from heatkv.engine.arena_cache import ArenaCache
@@ -75,6 +78,20 @@ def test_budgets_in_bytes(emoji: ClassConditionalModel, monkeypatch: pytest.Monk
         assert limit * 0.9 < max(opened) <= limit
         with pytest.raises(PlanError, match=str(limit)):
             generate(emoji, [1] * 5, plan, batch=most + 1)
+
+
+def test_plans_of_other_weights(emoji: ClassConditionalModel) -> None:
+    """They are told from those of these weights, and from those that nothing was measured for."""
+    plan = emoji.plan("heatkv", "40%", statistics=calibrate(emoji, 1))
+    other = replace(emoji, vqvae=copy.deepcopy(emoji.vqvae))
+    assert plan.weights == other.fingerprint
+    for fitting in (plan, emoji.plan("streaming", "40%")):
+        Generator(other, fitting, 1)
+    with torch.no_grad():
+        other.vqvae.quantize.embedding.weight[0, 0] += 1
+    Generator(other, emoji.plan("streaming", "40%"), 1)
+    with pytest.warns(UserWarning, match=plan.weights):
+        Generator(other, plan, 1)
 
 
 def test_bytes_and_logits_of_bfloat16(emoji: ClassConditionalModel) -> None:

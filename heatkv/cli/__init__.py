@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from heatkv.cli.options import Program, command
-from heatkv.cli.output import say_of_any_rank
+from heatkv.cli.output import say, say_of_any_rank
 from heatkv.core.io import versions
 from heatkv.errors import HeatKVError, RanksError, out_of_memory
 from heatkv.parallel.ranks import current, join, leave
@@ -139,7 +140,8 @@ def _stopped_by_signals() -> Iterator[list[int]]:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
-    with _stopped_by_signals() as came:
+    with _stopped_by_signals() as came, warnings.catch_warnings():
+        warnings.showwarning = _say_warning
         try:
             return _run(arguments, came)
         finally:
@@ -187,6 +189,11 @@ def _run(arguments: Sequence[str], came: list[int]) -> int:
         if message:
             _fail(" ".join(message.split()))
         return 2
+
+
+def _say_warning(message: Warning | str, *_: Any) -> None:
+    """A warning of this package or a library, as a line."""
+    say(f"note: {message}")
 
 
 def _stopped(came: Sequence[int]) -> int:

@@ -138,6 +138,7 @@ def _summary(plan: CachePlan) -> list[Fact]:
         Fact("", model, "model"),
         Fact("", str(plan.schedule), "schedule"),
         Fact("", ", ".join(f"{name}={value}" for name, value in plan.settings.items()) or "none", "settings"),
+        Fact("", plan.weights or "none: planned from shapes or published rankings", "measured on weights"),
         Fact("", f"{plan.budget_token_heads} of {full} token-heads ({plan.budget:.4%})", "budget"),
         Fact("", f"{plan.peak_token_heads} token-heads after layer {layer} of scale {target}", "peak"),
         Fact("", f"{slack} token-heads ({slack / max(plan.budget_token_heads, 1):.2%} of the budget)", "slack"),

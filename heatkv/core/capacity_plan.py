@@ -42,6 +42,7 @@ class CapacityPlan(CachePlan):
     settings: Mapping[str, Any] = field(default_factory=dict)
     shared: bool = False
     carried: int = 0
+    weights: str = ""
 
     def __post_init__(self) -> None:
         array = integer_array(self.capacity, self.geometry.shape, "capacity", PlanError)

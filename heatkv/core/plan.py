@@ -9,6 +9,7 @@ T scales.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ def live_token_heads(last_read_LHT: IntArray, tokens: tuple[int, ...]) -> IntArr
 class CachePlan(EqualByContents, ABC):
     """What every plan is: a promise how much a cache holds at any checkpoint, and what it was made for.
 
-    `budget` is a share of the full cache, `budget_token_heads` the same in token-heads, rounded down. Plans are equal
+    `budget` is a share of the full cache, `budget_token_heads` the same in token-heads, rounded down. `weights` is the
+    fingerprint of those that it was measured for, empty for a plan from shapes or published rankings. Plans are equal
     when all they hold is.
     """
 
@@ -85,6 +87,7 @@ class CachePlan(EqualByContents, ABC):
     budget_token_heads: int
     model: str
     settings: Mapping[str, Any]
+    weights: str
 
     @property
     @abstractmethod
@@ -164,6 +167,14 @@ class CachePlan(EqualByContents, ABC):
                 f"solve it for {rows} rows in {storage}, or draw fewer images at once"
             )
 
+    def warn_of_other_weights(self, fingerprint: str) -> None:
+        """Warn where the plan was made from what was measured on other weights than these."""
+        if self.weights and self.weights != fingerprint:
+            warnings.warn(
+                f"the plan was made from statistics of other weights ({self.weights}, these are {fingerprint}); "
+                "calibrate these and solve again", stacklevel=3,
+            )  # fmt: skip
+
     def check_geometry(self, geometry: CacheGeometry) -> None:
         """Raise PlanError unless the plan was made for a model of this geometry and schedule."""
         mine = self.geometry
@@ -186,7 +197,7 @@ class CachePlan(EqualByContents, ABC):
             "schedule": self.schedule.to_json(),
             "layers": geometry.layers, "heads": geometry.heads, "head_dim": geometry.head_dim,
             "budget": self.budget, "budget_token_heads": self.budget_token_heads,
-            "peak_token_heads": self.peak_token_heads,
+            "peak_token_heads": self.peak_token_heads, **({"weights": self.weights} if self.weights else {}),
         }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
@@ -245,6 +256,7 @@ class Plan(CachePlan):
     value_bound: float | None = None
     gap: float | None = None
     coarse: tuple[CoarseCells, ...] = ()
+    weights: str = ""
 
     def __post_init__(self) -> None:
         shape = self.geometry.shape

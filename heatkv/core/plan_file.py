@@ -30,6 +30,7 @@ class _PlanFile(Struct, kw_only=True):
     budget: Annotated[float, Meta(gt=0, le=1)]
     budget_token_heads: Annotated[int, Meta(ge=0, le=2**56)]
     peak_token_heads: int
+    weights: str = ""
 
     def common(self) -> dict[str, Any]:
         """What plans of both kinds are made with."""
@@ -40,6 +41,7 @@ class _PlanFile(Struct, kw_only=True):
             "geometry": CacheGeometry(self.layers, self.heads, self.head_dim, ScaleSchedule.of(self.schedule)),
             "budget": self.budget,
             "budget_token_heads": self.budget_token_heads,
+            "weights": self.weights,
         }
 
     def check(self, plan: CachePlan) -> None:

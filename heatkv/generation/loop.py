@@ -234,6 +234,8 @@ class Generator(Generic[Label]):
         self.model, self.plan, self.batch = model, plan, whole(batch, "batch", ModelError, 1)
         self.settings = model.sampling if settings is None else settings
         plan.check_geometry(model.geometry)
+        if plan.weights:
+            plan.warn_of_other_weights(model.fingerprint)
         if runner is None:
             runner = CUDAGraphRunner(model.device) if graphs else EagerRunner()
         self.runner: StepRunner = runner
