@@ -13,12 +13,13 @@ from support.tiny_models import tiny_infinity
 from torch import Tensor, nn
 
 from heatkv.calibration import measure as calibration
+from heatkv.engine.arena_cache import Attend
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.base import ImageModel
 from heatkv.models.class_conditional import ClassConditionalModel
 
 
-class OneHead:
+class OneHead(Attend):
     """Attention that gives nothing but a random output of one head in one layer."""
 
     def __init__(self, layer: int, head: int) -> None:
@@ -33,7 +34,7 @@ class OneHead:
         return full
 
 
-class Nothing:
+class Nothing(Attend):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.zeros_like(q)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from support.tiny_models import tiny_infinity
 
 from heatkv.calibration.run import calibrate
 from heatkv.core.budget import Budget
@@ -18,8 +20,11 @@ from heatkv.generation.loop import Generator, generate
 from heatkv.models.catalogue import load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import SamplingSettings
-from heatkv.policies.base import PlanningProblem
+from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.policies.scalekv import ScaleKV
 from heatkv.policies.windows import Full
+from heatkv.registry import registered_policies
+from heatkv.testing.material import made_up_problem
 
 
 def plan_of(model: ClassConditionalModel, budget: str) -> Plan:
@@ -134,3 +139,36 @@ def test_refused_batches(emoji: ClassConditionalModel) -> None:
     other = Full().plan(PlanningProblem(model_info("var-d16").geometry(), Budget.parse("100%")))
     with pytest.raises(PlanError, match="the plan is for 16 layers x 16 heads, the model has 12 x 6"):
         Generator(emoji, other, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in registered_policies() if not name.startswith("heatkv-mr")])
+def test_two_threads_draw_what_one_draws(name: str) -> None:
+    """Nothing of the model is changed while it draws: not for policies that look at the attention's input either."""
+    model = tiny_infinity()
+    policy = make_policy(name, **({"value": "error"} if name == "heatkv-lp" else {}))
+    budget = "100%" if name == "full" else "50%"
+    plan = replace(policy.plan(made_up_problem(policy, model.geometry, budget)), weights="")
+    labels = [model.labels(2), model.labels(2, 1)]
+
+    def draw(index: int) -> list[torch.Tensor]:
+        generator = Generator(model, plan, 2)
+        return [tokens for _ in range(4) for tokens in generator.draw(labels[index], seed=index).tokens]
+
+    alone = [draw(index) for index in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(draw, range(2)))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_drawing_while_drawing() -> None:
+    """A second generator draws within what observes the first."""
+    model = tiny_infinity()
+    plan = ScaleKV(drafters="0").plan(made_up_problem(ScaleKV(), model.geometry, "50%"))
+    outer, inner = (Generator(model, plan, 1) for _ in range(2))
+    wanted = outer.draw(model.labels(1)).tokens
+    within: list[list[torch.Tensor]] = []
+    drawn = outer.draw(model.labels(1), observe=lambda *_: within.append(inner.draw(model.labels(1)).tokens))
+    for tokens in (drawn.tokens, *within):
+        assert all(torch.equal(a, b) for a, b in zip(tokens, wanted, strict=True))
+    assert len(within) == len(model.schedule)

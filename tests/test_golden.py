@@ -273,25 +273,24 @@ def check_scalekv(path: Path, told: dict[str, Any]) -> None:
     cache = PositionedCache(plan, Positioned(drafters="0"), 2, query_weight=model.adapter.query_weight)
     drawing = model.begin(prompts, settings)
     compared = 0
-    with model.adapter.telling_inputs(cache.see_input):
-        for scale in range(len(schedule)):
-            rotation = infinity.rotation_table(schedule, scale, model.transformer.config.head_dim)
-            hidden = model.transformer.hidden(drawing.input(), drawing._condition, rotation, cache)
-            logits = model.transformer.logits(hidden, drawing._condition)
-            every = max(1, schedule.tokens[scale] // 1024)
-            for name, got, limit in (
-                ("logits_cond", logits[:1], HALF_LOGITS),
-                ("logits_cfg", settings.guide(logits, scale, len(schedule)), GUIDED_LOGITS),
-            ):
-                if f"scale{scale}.{name}" in expected:
-                    close(got[:, ::every], expected[f"scale{scale}.{name}"], limit)
-                    compared += 1
-            for layer in range(geometry.layers):
-                if f"scale{scale}.layer{layer}.kept_positions" in expected:
-                    kept = expected[f"scale{scale}.layer{layer}.kept_positions"].long()
-                    assert torch.equal(cache.held_positions(layer), kept)
-                    compared += 1
-            drawing.accept(recorded_bits(model, expected, scale))
+    for scale in range(len(schedule)):
+        rotation = infinity.rotation_table(schedule, scale, model.transformer.config.head_dim)
+        hidden = model.transformer.hidden(drawing.input(), drawing._condition, rotation, cache)
+        logits = model.transformer.logits(hidden, drawing._condition)
+        every = max(1, schedule.tokens[scale] // 1024)
+        for name, got, limit in (
+            ("logits_cond", logits[:1], HALF_LOGITS),
+            ("logits_cfg", settings.guide(logits, scale, len(schedule)), GUIDED_LOGITS),
+        ):
+            if f"scale{scale}.{name}" in expected:
+                close(got[:, ::every], expected[f"scale{scale}.{name}"], limit)
+                compared += 1
+        for layer in range(geometry.layers):
+            if f"scale{scale}.layer{layer}.kept_positions" in expected:
+                kept = expected[f"scale{scale}.layer{layer}.kept_positions"].long()
+                assert torch.equal(cache.held_positions(layer), kept)
+                compared += 1
+        drawing.accept(recorded_bits(model, expected, scale))
     assert compared == sum("logits" in name or "kept" in name for name in expected)
 
 

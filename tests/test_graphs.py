@@ -127,6 +127,16 @@ def check_policy(model: ImageModel[Any], plan: CachePlan, batches: Sequence[Sequ
     check_replays(made, Generator(model, plan, size, runner=Fixed()), batches)
 
 
+def test_generators_that_share_a_runner(tiny: ClassConditionalModel) -> None:
+    """Each draws its own pictures, whoever was recorded before."""
+    runner, plans = TapeRunner(), [tiny.plan(), tiny.plan("streaming", "70%", sink_scales=1)]
+    sharing = [Generator(tiny, plan, 2, runner=runner) for plan in plans]
+    alone = [Generator(tiny, plan, 2, runner=Fixed()) for plan in plans]
+    for seed, turn in enumerate((0, 0, 0, 1, 0, 1, 1, 1, 0)):
+        drawn, wanted = (made[turn].draw([1, 3], seed) for made in (sharing, alone))
+        assert same(drawn, wanted), seed
+
+
 # ------------------------------------------------------------------------------------------ as eager ones
 
 

@@ -33,6 +33,7 @@ from heatkv.core.levels import LEVELS, NONE, LevelChoices, log_counts, useful_le
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import FloatArray
+from heatkv.engine.arena_cache import Attend
 from heatkv.errors import StatisticsError
 from heatkv.generation.loop import run_scales
 from heatkv.levels.columns import allocate_levels
@@ -256,7 +257,7 @@ class Case:
         assert (bias[..., 0] == 0).all()
 
 
-class Recorder:
+class Recorder(Attend):
     """Dense attention that keeps what every layer reads at every target, and what enters the layer."""
 
     def __init__(self) -> None:
@@ -445,7 +446,7 @@ def test_error_costs_of_a_model(model: ImageModel[Any]) -> None:
     case.check_errors(measured.joint_sum, measured.single_sum, 30, rtol=5e-3, rest=1e-5)
 
 
-class Perturbed:
+class Perturbed(Attend):
     """Dense attention with a nudge along given changes of heads' outputs, by one number per image and change."""
 
     def __init__(self, images: int, target: int, changes: dict[tuple[int, int, int], Tensor]) -> None:

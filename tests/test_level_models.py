@@ -27,6 +27,7 @@ from heatkv.core.geometry import CacheGeometry
 from heatkv.core.levels import LEVELS
 from heatkv.core.plan import CoarseCells, Plan
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.arena_cache import Attend
 from heatkv.generation.loop import Generator, run_scales
 from heatkv.models import infinity
 from heatkv.models.base import ImageModel
@@ -46,7 +47,7 @@ def pooling_plan(geometry: CacheGeometry, seed: int = 0) -> Plan:
     return Plan("drawn", geometry, whole, 1.0, geometry.full_token_heads, 0, coarse=tuple(coarse))
 
 
-class DenseLevels:
+class DenseLevels(Attend):
     """Head by head in float64 over plain means; `unrotated` and `angles` of every scale where keys are rotated."""
 
     def __init__(self, plan: Plan, angles: Sequence[Tensor] | None = None) -> None:

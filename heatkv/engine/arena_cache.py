@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,15 +67,24 @@ class Turn:
             self.target, self.layer = self.target + 1, 0
 
 
-class ArenaCache(ABC):
+class Attend(Protocol):
+    """What a model's blocks call: attention of this scale's queries over whatever is still held.
+
+    q, k, v are (rows, heads, tokens, head size); q already carries the softmax scale. `attend` returns q's shape.
+    """
+
+    def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor: ...
+
+    def see_input(self, layer: int, attention_input_RNW: Tensor) -> None:
+        """What the layer's queries, keys and values are made from, before it calls `attend`."""
+
+
+class ArenaCache(Attend, ABC):
     """What every cache is: one arena for all layers, and the order in which a model calls it.
 
     A model calls `attend(layer, q, k, v)`, layer by layer and scale by scale; the cache counts the scales itself.
     Slots are read only after they were written for the running images, so neither a pad nor a leftover can be seen.
     """
-
-    wants_input = False
-    """Whether the model must call `see_input` before every `attend`."""
 
     _steps: Any
     """What every target and layer does: nested sequences and dataclasses of tensors."""
@@ -144,10 +153,6 @@ class ArenaCache(ABC):
         """Start the next images; nothing that is held needs clearing."""
         self.turn.restart()
         self.watch.clear()
-
-    def see_input(self, layer: int, attention_input_RNW: Tensor) -> None:
-        """What the next layer's queries, keys and values are made from; only a cache that `wants_input` looks at it."""
-        del layer, attention_input_RNW
 
     def check(self, images: int | None = None) -> None:
         """Call this when images are done; it waits for the device.

@@ -89,7 +89,8 @@ class SelectingCache(ArenaCache):
         self._not_numbers_L.zero_()
 
     def see_input(self, layer: int, attention_input_RNW: Tensor) -> None:
-        self._input_RNW = attention_input_RNW
+        if self.wants_input:
+            self._input_RNW = attention_input_RNW
 
     def check(self, images: int | None = None) -> None:
         """As of every cache. Raises PolicyError when scores were not numbers, though all they were made of were."""

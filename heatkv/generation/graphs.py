@@ -6,6 +6,7 @@ image. Whatever else it makes is gone after it.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from typing import Protocol
@@ -28,6 +29,9 @@ class StepRunner(Protocol):
     def forget(self) -> None:
         """Drop all recordings: addresses have changed, or an image was broken off between two steps."""
 
+    def serve(self, owner: object) -> None:
+        """Expect the steps of this owner; recordings of another's, which lie at its addresses, are dropped."""
+
 
 class EagerRunner:
     """Calls every step."""
@@ -39,6 +43,9 @@ class EagerRunner:
         step()
 
     def forget(self) -> None:
+        pass
+
+    def serve(self, owner: object) -> None:
         pass
 
 
@@ -54,6 +61,7 @@ class GraphRunner(ABC):
     def __init__(self) -> None:
         self._warm: set[Hashable] = set()
         self._recorded: dict[Hashable, Step] = {}
+        self._owner: Callable[[], object] = lambda: None
 
     @property
     def graphs(self) -> int:
@@ -100,6 +108,11 @@ class GraphRunner(ABC):
     def forget(self) -> None:
         self._warm.clear()
         self._recorded.clear()
+
+    def serve(self, owner: object) -> None:
+        if self._owner() is not owner:
+            self.forget()
+            self._owner = weakref.ref(owner)
 
     @abstractmethod
     def _warm_up(self, step: Step) -> None:

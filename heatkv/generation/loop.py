@@ -10,7 +10,6 @@ Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, Literal, TypedDict, TypeVar, Unpack
@@ -21,7 +20,7 @@ from torch import Tensor
 from heatkv.core.plan import CachePlan
 from heatkv.core.schema import shown, whole
 from heatkv.core.storage_type import StorageType
-from heatkv.engine.arena_cache import ArenaCache
+from heatkv.engine.arena_cache import ArenaCache, Attend
 from heatkv.engine.open_cache import open_cache
 from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
 from heatkv.engine.watch import logits_error
@@ -29,7 +28,6 @@ from heatkv.errors import ModelError
 from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, StepRunner
 from heatkv.models.base import Drawing, ImageModel, checked_run
 from heatkv.models.sampling import CommonRandomSampler, NoiseSampler, Sampler, Settings
-from heatkv.models.var import Attend
 
 Label = TypeVar("Label")
 """What one image is drawn from: a class, or a prompt."""
@@ -215,8 +213,8 @@ class Generator(Generic[Label]):
     and None for the compute type, `attention` names the kernel, "auto" for the one that suits the device. With
     `graphs` every scale is recorded as a CUDA graph while the second batch is drawn, and replayed for all later ones;
     the embedding of labels, random numbers and the decoder stay outside (docs/generation.md). `runner` runs the steps
-    in another way. Raises ModelError for a bad batch, PlanError for a plan that does not fit the model or the device,
-    GraphError for graphs without a CUDA device.
+    in another way; generators that take turns on one record anew at every turn. Raises ModelError for a bad batch,
+    PlanError for a plan that does not fit the model or the device, GraphError for graphs without a CUDA device.
     """
 
     def __init__(
@@ -271,14 +269,13 @@ class Generator(Generic[Label]):
         with torch.inference_mode():
             self.cache.reset()
             scales = _Scales(self._begin(labels), self.cache, sampler, self._buffers, self.runner, observe)
-            wants_input = self.cache.wants_input
-            with self.model.adapter.telling_inputs(self.cache.see_input) if wants_input else nullcontext():
-                return scales.run(len(self.model.geometry.schedule), decode, before_decode)
+            return scales.run(len(self.model.geometry.schedule), decode, before_decode)
 
     def _begin(self, labels: Sequence[Label]) -> Drawing[Label]:
         """Images at their start; where steps are replayed, in the tensors of the images before."""
         if not self.runner.replays:
             return self.model.begin(labels, self.settings)
+        self.runner.serve(self)
         if self._drawing is None or not self._drawing.restart(labels):
             self.runner.forget()
             self._drawing = None  # frees its tensors first

@@ -20,8 +20,8 @@ Watch = Callable[[int, Tensor, Tensor], None]
 class BlockView:
     """One transformer block: the module, its attention with the output projection, and where its gate comes from.
 
-    `attention` has `mat_qkv`, whose first rows make the queries, and in this package's models `qkv(input, ...)`. `gate`
-    finds the AdaLN factor on the attention branch, (R, 1, C), among the arguments of the block's forward.
+    `attention` has `mat_qkv`, whose first rows make the queries. `gate` finds the AdaLN factor on the attention branch,
+    (R, 1, C), among the arguments of the block's forward.
     """
 
     block: Any
@@ -47,21 +47,6 @@ class ModelAdapter:
         weight: Tensor = self.blocks[layer].attention.mat_qkv.weight.detach()
         of_heads: Tensor = weight[: len(weight) // 3].unflatten(0, (self.heads, -1))
         return of_heads
-
-    @contextmanager
-    def telling_inputs(self, see_input: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Inside the block, `see_input` is called with every layer and its attention's input, (R, N, C), before it
-        runs."""
-        with ExitStack() as undo:
-            for layer, view in enumerate(self.blocks):
-
-                def qkv(u_RNC: Tensor, *more: Any, layer: int = layer, original: Any = view.attention.qkv) -> Any:
-                    see_input(layer, u_RNC)
-                    return original(u_RNC, *more)
-
-                view.attention.qkv = qkv
-                undo.callback(delattr, view.attention, "qkv")  # the method of the class shows again
-            yield
 
     @contextmanager
     def watching(self, watch: Watch) -> Iterator[None]:

@@ -19,11 +19,12 @@ from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.schema import seed_of, shown, whole
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
+from heatkv.engine.arena_cache import Attend
 from heatkv.errors import ModelError
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.fingerprint import known_fingerprint
 from heatkv.models.sampling import Settings
-from heatkv.models.var import Attend, Transformer
+from heatkv.models.var import Transformer
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.windows import Full
 

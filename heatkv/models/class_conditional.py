@@ -14,10 +14,11 @@ from torch import Tensor
 
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schema import as_whole, shown, whole
+from heatkv.engine.arena_cache import Attend
 from heatkv.errors import ModelError
 from heatkv.models import base
 from heatkv.models.sampling import SamplingSettings, Settings
-from heatkv.models.var import VAR, Attend, Condition
+from heatkv.models.var import VAR, Condition
 from heatkv.models.vqvae import VQVAE
 
 

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.arena_cache import Attend
 from heatkv.engine.attention.rotary import rotate, rotation_of
 from heatkv.engine.spans import FEED_FORWARD, layer_name, span
 from heatkv.errors import ModelError
 from heatkv.models.var import (
     NORM_EPS,
-    Attend,
     AttentionProjections,
     FeedForward,
     HeadNorm,
@@ -207,7 +207,10 @@ class Block(nn.Module):
         cache: Attend,
     ) -> Tensor:  # fmt: skip
         gate1, gate2, gain1, gain2, shift1, shift2 = modulation_R61C.unbind(1)
-        q, k, v = self.sa.qkv(modulated(x_RNC, gain1, shift1), rotation_2NP)
+        u_RNC = modulated(x_RNC, gain1, shift1)
+        cache.see_input(layer, u_RNC)
+        q, k, v = self.sa.qkv(u_RNC, rotation_2NP)
+        del u_RNC
         x_RNC = torch.addcmul(x_RNC, self.sa.project(cache.attend(layer, q, k, v)), gate1)
         x_RNC = x_RNC + self.ca(self.ca_norm(x_RNC), *prompt)
         with span(FEED_FORWARD):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import shown, whole
+from heatkv.engine.arena_cache import Attend
 from heatkv.errors import ModelError
 from heatkv.models import base
 from heatkv.models.bsq import BitwiseVAE, code_values, resize
@@ -25,7 +26,6 @@ from heatkv.models.fingerprint import fingerprint
 from heatkv.models.infinity import Infinity, rotation_angles, rotation_table
 from heatkv.models.sampling import BitSamplingSettings, Settings
 from heatkv.models.text_encoder import T5TextEncoder
-from heatkv.models.var import Attend
 
 SAMPLING = BitSamplingSettings(cfg=3.0, tau=1.0, top_p=0.97)
 """What published comparisons of cache compression use with the public weights."""

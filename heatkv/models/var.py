@@ -12,27 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.arena_cache import Attend
 from heatkv.engine.spans import FEED_FORWARD, layer_name, span
 from heatkv.models.adapter import BlockView, ModelAdapter
 
 MAX_LOG_SCALE = math.log(100)
 NORM_EPS = 1e-6
-
-
-class Attend(Protocol):
-    """What a block calls: attention of this scale's queries over whatever the implementation still holds.
-
-    q, k, v are (rows, heads, tokens, head size); q already carries the softmax scale. Returns q's shape.
-    """
-
-    def attend(self, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Tensor: ...
 
 
 # ------------------------------------------------------------------------------------- what both families share
@@ -214,7 +206,10 @@ class Block(nn.Module):
 
     def forward(self, x_RNC: Tensor, modulation_R61C: Tensor, layer: int, cache: Attend) -> Tensor:
         gate1, gate2, gain1, gain2, shift1, shift2 = modulation_R61C.unbind(1)
-        q, k, v = self.attn.qkv(modulated(x_RNC, gain1, shift1))
+        u_RNC = modulated(x_RNC, gain1, shift1)
+        cache.see_input(layer, u_RNC)
+        q, k, v = self.attn.qkv(u_RNC)
+        del u_RNC
         x_RNC = torch.addcmul(x_RNC, self.attn.project(cache.attend(layer, q, k, v)), gate1)
         with span(FEED_FORWARD):
             return torch.addcmul(x_RNC, self.ffn(modulated(x_RNC, gain2, shift2)), gate2)

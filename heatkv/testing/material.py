@@ -85,7 +85,7 @@ def made_up_statistics(
         geometry.schedule,
         mass.sum(axis=0),
         (mass**2).sum(axis=0),
-        Provenance("made-up", "0" * 16, None, {}, samples),
+        Provenance("made-up", "", None, {}, samples),
         all_mass_sum=made_up_mass(geometry, 2, seed + 1).sum(axis=0),
         error_sum=np.tril(rng.random((layers, heads, scales, scales)), -1),
         levels=level_costs_of(geometry, mass, samples, sink_scales, cost=cost),

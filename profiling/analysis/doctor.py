@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from heatkv.core.plan import Plan
+from heatkv.engine.arena_cache import Attend
 from heatkv.engine.attention import triton_launch
 from heatkv.generation.loop import Generator, run_scales
 from heatkv.models.base import ImageModel
@@ -38,7 +39,7 @@ class Outcome:
     detail: str
 
 
-class MaskedAttention:
+class MaskedAttention(Attend):
     """Attention that keeps everything and hides what a static plan without levels has dropped, in float64."""
 
     def __init__(self, plan: Plan) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from heatkv.core.statistics import Statistics
+from heatkv.engine.arena_cache import Attend
 from heatkv.models.base import ImageModel
 
 
@@ -43,7 +44,7 @@ def dense_errors(
     return torch.stack(masses, dim=-1), torch.stack(errors, dim=-1)
 
 
-class DenseErrors:
+class DenseErrors(Attend):
     """Keeps everything densely and takes x, the gate and W_o from the model's own modules; `attention` names the
     self-attention in every block."""
 

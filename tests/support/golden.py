@@ -15,7 +15,7 @@ from heatkv.core.budget import Budget
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.engine.arena_cache import KVCache
+from heatkv.engine.arena_cache import Attend, KVCache
 from heatkv.models import infinity
 from heatkv.models.checkpoint import build_bsq, build_infinity, build_var, build_vqvae, read_checkpoint
 from heatkv.models.class_conditional import ClassConditionalModel
@@ -74,7 +74,7 @@ def model_set(path: Path, told: dict[str, Any]) -> Path:
     return next(found for folder in folders if (found := folder / f"{told['model_set']}.json").exists())
 
 
-class Recording:
+class Recording(Attend):
     """A cache that also remembers every layer-0 key and value, and the inputs and outputs of the model around it."""
 
     def __init__(self, cache: KVCache) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heatkv.generation.graphs import GraphRunner, Step
+from heatkv.generation.graphs import GraphRunner, Step, StepRunner
 
 WAITS = {
     "_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique2",
@@ -202,7 +202,7 @@ class TapeRunner(GraphRunner):
         return tape.play
 
 
-class AddressRunner:
+class AddressRunner(StepRunner):
     """Calls every step, and notes, from the second time on, where what it is given lies."""
 
     replays = True
@@ -223,7 +223,7 @@ class AddressRunner:
         pass
 
 
-class WatchedRunner:
+class WatchedRunner(StepRunner):
     """Calls every step, from the second time on under the watch that nothing but `device` is touched."""
 
     replays = True

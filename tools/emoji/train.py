@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from heatkv.core.io import replacing, write_text
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.engine.arena_cache import Attend
 from heatkv.generation.images import image_grid
 from heatkv.generation.loop import generate
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS, load
@@ -134,7 +135,7 @@ def vqvae(images: Images, work: Work, steps: int = 2000, batch: int = 16, seed: 
 # ---------------------------------------------------------------------------------------- transformer
 
 
-class TeacherForcing:
+class TeacherForcing(Attend):
     """`attend` for a whole sequence at once: a token sees every token of its own and of coarser scales."""
 
     def __init__(self, schedule: ScaleSchedule) -> None:
