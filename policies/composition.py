@@ -124,9 +124,10 @@ class Wrapper(DynamicPolicy):
 class AdaKV(Wrapper):
     """The heads of a layer share its places: what scores highest over all heads is kept, whichever head it is in.
 
-    Each head first keeps its own floor(alpha m) best tokens, m being the mean capacity and `alpha` 0.2 (published); the
-    rest of the layer's places go to the highest scores. Tokens that the base scores +inf come before those of a head's
-    own. Every row of the batch shares for itself. The scores must be comparable between heads, as probabilities are.
+    Each head first keeps its own floor(alpha m) best tokens, at least one (chosen), m being the mean capacity and
+    `alpha` 0.2 (published); the rest of the layer's places go to the highest scores. Tokens that the base scores +inf
+    come before those of a head's own. Every row of the batch shares for itself. The scores must be comparable between
+    heads, as probabilities are.
     """
 
     name = "adakv"
@@ -144,7 +145,7 @@ class AdaKV(Wrapper):
         score = self.inner.score(seen).float()
         if seen.valid_RHC is not None:
             score = score.masked_fill(~seen.valid_RHC, -math.inf)
-        own = min(math.floor(self.alpha * seen.capacity), seen.count)
+        own = min(max(1, math.floor(self.alpha * seen.capacity)), seen.count)  # no head is left with nothing
         worth, best = score.topk(own, dim=-1)
         # a head's own part may not be larger than what it has
         has = torch.ones_like(best, dtype=torch.bool) if seen.valid_RHC is None else seen.valid_RHC.gather(-1, best)

@@ -141,7 +141,8 @@ class DynamicPolicy(EvictionPolicy):
         return np.broadcast_to(np.minimum(available_tokens(problem.geometry), mean), problem.geometry.shape).copy()
 
     def largest(self, problem: PlanningProblem, room: int) -> IntArray:
-        """The capacities, (L, H, T), of the largest mean that hold at most `room` token-heads at every checkpoint.
+        """The capacities, (L, H, T), of the largest mean that hold at most `room` token-heads at every checkpoint; at
+        least one token in every head.
 
         Raises BudgetError when none do.
         """
@@ -153,19 +154,23 @@ class DynamicPolicy(EvictionPolicy):
         low, high, largest = 0, most + 1, None
         while high - low > 1:
             mean = most if high > most and largest is None else (low + high) // 2
-            capacities = self.capacities(problem, mean)
+            capacities = self._at_least_one(problem, mean)
             if peak(capacities) <= room:
                 low, largest = mean, capacities
             else:
                 high = mean
         if largest is None:
-            least = peak(self.capacities(problem, 1))
+            least = peak(self._at_least_one(problem, 1))
             raise BudgetError(f"{self.name} holds {least} token-heads or more, {problem.budget} has room for {room}")
         # what is left is less than one token per head: whole layers get one more, as many as there is room for
         spare = (room - peak(largest)) // geometry.heads
         largest = largest.copy()
         largest[:spare] = np.minimum(largest[:spare] + 1, available_tokens(geometry))
         return largest
+
+    def _at_least_one(self, problem: PlanningProblem, mean: int) -> IntArray:
+        """The capacities of this mean, but no head without a token where there is one."""
+        return np.maximum(self.capacities(problem, mean), np.minimum(available_tokens(problem.geometry), 1))
 
     def resolved(self, problem: PlanningProblem) -> Self:
         """The policy with what it takes from the problem, such as classes of heads, written into its options: a plan
@@ -182,6 +187,8 @@ class DynamicPolicy(EvictionPolicy):
         else:
             with third_party(f"policy {self.name!r} failed"):
                 capacity = policy.largest(problem, policy.room(problem))
+        if not np.asarray(capacity)[:, :, 1:].all():
+            raise BudgetError(f"{self.name} leaves heads without any token at {problem.budget}; raise it")
         shared, carried = (False, 0) if full else (policy.shared, policy.carried)
         return CapacityPlan(**policy.common(problem), capacity=capacity, shared=shared, carried=carried)
 

@@ -292,6 +292,8 @@ def check_budget(policy: EvictionPolicy, geometry: CacheGeometry, seed: int) -> 
             ("budget_token_heads", plan.budget_token_heads, most),
         ):
             _demand(value == wanted, f"{name} of its plan for {budget} is {value!r}, not {wanted!r}")
+        if isinstance(plan, CapacityPlan):
+            _demand(bool(plan.capacity[:, :, 1:].all()), f"its plan for {budget} leaves heads without any token")
         layers = range(geometry.layers)
         for target in range(len(tokens)):
             now, then = ([_held(plan, layer, t) for layer in layers] for t in (target, target + 1))
