@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -196,6 +198,28 @@ def test_scales_beyond_the_clamp() -> None:
     before = draw_var(model)
     with heatkv.attach(model, "full", "100%"):
         same(draw_var(model), before, 1e-3)
+
+
+def test_clamp_in_half_precision() -> None:
+    """In the type of the module, as the public code has it: e^4.59375 in bfloat16, which is 1.1 % below 100."""
+    model = make_var().bfloat16()
+    module = attention_of(model)[0]
+    module.scale_mul_1H11.data += 10
+    wanted = module.scale * module.scale_mul_1H11.clamp(max=module.max_scale_mul).float().exp().max().item()
+    with heatkv.attach(model, "full", "100%") as attached:
+        q, _, _ = attached._layers[0]._qkv(torch.randn(2, 50, module.mat_qkv.in_features, dtype=torch.bfloat16), None)
+    assert q.float().norm(dim=-1).mean().item() == pytest.approx(wanted, rel=2e-3)
+    assert wanted < 0.992 * 100 * module.scale
+
+
+def test_copies_of_an_attached_model() -> None:
+    model = make_var()
+    with heatkv.attach(model, "full", "100%"):
+        for copied in (copy.deepcopy, lambda one: torch.save(one, io.BytesIO())):
+            with pytest.raises(ModelError, match="is attached"):
+                copied(model)
+        torch.save(model.state_dict(), io.BytesIO())
+    copy.deepcopy(model)
 
 
 def test_what_follows_the_attention_is_the_modules_own() -> None:

@@ -131,13 +131,17 @@ def test_configurations_of_var(l2_norm: bool, shared: bool) -> None:
     plain = VAR(config).state_dict()
     levels = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 16]))[None]
     strays = {"attn_bias_for_masking": torch.zeros(1, 1, 21, 21), "blocks.0.attn.zero_k_bias": torch.zeros(128)}
-    model = build_var(plain | strays | {"lvl_1L": levels})
+    heads = None if l2_norm else 2  # which tensors of normalised attention tell
+    model = build_var(plain | strays | {"lvl_1L": levels}, heads=heads)
     assert model.config == config
     assert same(model, plain)
+    if not l2_norm:
+        with pytest.raises(ModelError, match="nothing tells its heads"):
+            build_var(plain | {"lvl_1L": levels})
     with pytest.raises(ModelError, match="3 scales with 21 tokens are no published schedule"):
-        build_var(plain)
+        build_var(plain, heads=heads)
     with pytest.raises(ModelError, match=r"\[1, 5, 15\] tokens"):
-        var_config(plain | {"lvl_1L": torch.repeat_interleave(torch.arange(3), torch.tensor([1, 5, 15]))})
+        var_config(plain | {"lvl_1L": torch.repeat_interleave(torch.arange(3), torch.tensor([1, 5, 15]))}, heads)
 
 
 def test_configurations_of_the_vqvae() -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from strategies import live_table, plans
 
+from heatkv.core.budget import Budget
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import CoarseCells, Plan, keep_first, live_token_heads
 from heatkv.core.plan_file import load_plan, plan_from_json
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError, HeatKVError, PlanError, ScheduleError
+from heatkv.policies.base import PlanningProblem
+from heatkv.policies.snapkv import SnapKV
 
 GEOMETRY = CacheGeometry(2, 2, 4, ScaleSchedule.of([(1, 1), (2, 1), (2, 3)]))  # N = 3, 12 token-heads in all
 LAST_READ = [[[2, 2, 2], [2, 1, 2]], [[2, 2, 2], [2, 2, 2]]]
@@ -181,6 +185,17 @@ def test_equality() -> None:
 
 
 # ---------------------------------------------------------------------- files
+
+
+def test_plans_of_billions_of_token_heads(tmp_path: Path) -> None:
+    geometry = CacheGeometry(40, 32, 64, ScaleSchedule.square((1, 500, 1000, 1000)))
+    made = SnapKV().plan(PlanningProblem(geometry, Budget("share", Fraction(997, 1000))))
+    huge = replace(made, geometry=replace(geometry, heads=64), capacity=np.repeat(made.capacity, 2, axis=1),
+                   budget_token_heads=2 * made.budget_token_heads)  # fmt: skip
+    assert huge.budget_token_heads > 2e9
+    for one in (made, huge):
+        one.save(tmp_path / "plan.json")
+        assert load_plan(tmp_path / "plan.json") == one
 
 
 def test_the_documented_keys() -> None:

@@ -49,6 +49,9 @@ class Layer:
                 undo.callback(own.pop, name, None)
             own[name] = getattr(self, name)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModelError(f"{self.where} is attached; copy or save the model outside of the `with` block")
+
     def kv_caching(self, enable: bool) -> None:
         """Start (True) or end (False) an image, for the module as well: its own cache is emptied and stays so."""
         self._module_kv_caching(enable)
@@ -105,9 +108,9 @@ class Layer:
         qkv = F.linear(x_RNC, weight, bias).unflatten(-1, (3, module.num_heads, module.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if any(getattr(module, flag, False) for flag in NORM_FLAGS):
-            # (1, H, 1, 1), or (1, 1, H, 1) in models made for a flash kernel
-            log_scale = module.scale_mul_1H11.float().view(1, -1, 1, 1)
-            q = F.normalize(q.float(), dim=-1) * log_scale.clamp(max=float(module.max_scale_mul)).exp()
+            # (1, H, 1, 1), or (1, 1, H, 1) in models made for a flash kernel; clamped in their own type, as there
+            log_scale = module.scale_mul_1H11.clamp(max=float(module.max_scale_mul)).float().view(1, -1, 1, 1)
+            q = F.normalize(q.float(), dim=-1) * log_scale.exp()
             k = F.normalize(k.float(), dim=-1)
         if rotation_2NP is not None:
             q, k = rotate(q.float(), rotation_2NP), rotate(k.float(), rotation_2NP)

@@ -213,7 +213,7 @@ def _load_var(info: ModelInfo, weights: Path, vae: str | Path | None) -> tuple[C
     """A named VAR from its public files, or from a trainer file, which holds both networks, and the files. In fp32 on
     the CPU."""
     content = read_checkpoint(weights)
-    transformer = build_var(content)
+    transformer = build_var(content, heads=info.heads)
     config = transformer.config
     _check_sizes(info, weights, transformer)
     if config.schedule != info.schedule():

@@ -183,14 +183,17 @@ _PUBLIC_SIDES = {(10, 680): (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (10, 2240): (1, 2
 """The published schedules of VAR by the number of scales and of tokens."""
 
 
-def var_config(state: State) -> VARConfig:
-    """The configuration of a VAR transformer, from its names and shapes."""
+def var_config(state: State, heads: int | None = None) -> VARConfig:
+    """The configuration of a VAR transformer, from its names and shapes; `heads` for attention that is not normalised,
+    whose tensors do not tell. Raises ModelError without them."""
     sizes, scale = _sizes(_VAR, state), "blocks.0.attn.scale_mul_1H11"
+    if scale not in state and heads is None:
+        raise ModelError("attention of these weights is not normalised, and nothing tells its heads; say how many")
     return VARConfig(
         **sizes,
         patch_sides=_patch_sides(state),
         depth=_count(state, "blocks."),
-        heads=state[scale].shape[1] if scale in state else sizes["width"] // 64,
+        heads=state[scale].shape[1] if scale in state else heads,  # type: ignore[arg-type]
         num_classes=state["class_emb.weight"].shape[0] - 1,
         mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / sizes["width"],
         shared_adaln="shared_ada_lin.1.weight" in state,
@@ -253,13 +256,14 @@ _REDUNDANT = re.compile(
 """Buffers of public files that say nothing beyond the configuration; they may be present or absent."""
 
 
-def build_var(content: Mapping[str, Any], config: VARConfig | None = None) -> VAR:
+def build_var(content: Mapping[str, Any], config: VARConfig | None = None, heads: int | None = None) -> VAR:
     """A VAR transformer from a plain or trainer file of VAR, in evaluation mode and fp32.
 
-    `config` is only needed for weights without `lvl_1L` of a schedule that is not published.
+    `config` is only needed for weights without `lvl_1L` of a schedule that is not published, `heads` for attention that
+    is not normalised.
     """
     state = _state(content, "var_wo_ddp")
-    return _build("VAR transformer", state, lambda: VAR(config or var_config(state))).float()
+    return _build("VAR transformer", state, lambda: VAR(config or var_config(state, heads))).float()
 
 
 def build_vqvae(content: Mapping[str, Any], patch_sides: Sequence[int]) -> VQVAE:

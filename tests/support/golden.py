@@ -44,7 +44,7 @@ def close(got: Tensor, expected: Tensor, limit: float) -> None:
 
 def load(path: Path) -> tuple[dict[str, Any], ClassConditionalModel]:
     told = json.loads(path.read_text())
-    transformer = build_var(tensors(path.parent, told["files"]["model"]))
+    transformer = build_var(tensors(path.parent, told["files"]["model"]), heads=told["config"]["num_heads"])
     vqvae = build_vqvae(tensors(path.parent, told["files"]["vae"]), told["config"]["patch_nums"])
     settings = SamplingSettings(cfg=told["config"]["cfg"], top_k=1)
     return told, ClassConditionalModel(told["name"], transformer, vqvae, settings)
