@@ -40,7 +40,7 @@ from heatkv.online.following import FollowingGenerator
 from heatkv.online.layerwise import measure_drawn
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.profiling.measure.environment import environment
-from heatkv.profiling.measure.fidelity import FidelityBench, paired_bootstrap
+from heatkv.profiling.measure.fidelity import FidelityBench, paired_difference
 from heatkv.profiling.measure.subjects import Subject
 
 POLICIES = ("heatkv-lp", "heatkv-mr")
@@ -154,7 +154,7 @@ def pooled(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     )
     return {
         "kl": {name: float(values.mean()) for name, values in kl.items()},
-        "differences": {f"{a} - {b}": vars(paired_bootstrap(kl[a], kl[b])) for a, b in pairs},
+        "differences": {f"{a} - {b}": vars(paired_difference(kl[a], kl[b])) for a, b in pairs},
     }
 
 

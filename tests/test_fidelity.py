@@ -24,7 +24,7 @@ from heatkv.profiling.measure.fidelity import (
     FidelityBench,
     kl_divergence,
     load_compared,
-    paired_bootstrap,
+    paired_difference,
     psnr,
     save_compared,
     spread,
@@ -63,25 +63,32 @@ def test_ssim_is_one_for_equal_pictures_only() -> None:
 # ------------------------------------------------------------------------------------------------ paired differences
 
 
-def test_paired_interval_is_that_of_resampled_means() -> None:
-    """Resampled here, with numpy's generator: so the committed intervals were made."""
-    rng = np.random.default_rng(3)
-    ours, theirs = rng.gamma(2, 0.1, 20), rng.gamma(2, 0.1, 20)
-    means = (ours - theirs)[np.random.default_rng(0).integers(0, 20, (10_000, 20))].mean(axis=1)
-    got = paired_bootstrap(list(ours), list(theirs))
-    tails = np.quantile(means, [0.025, 0.975])
-    assert (got.mean, got.low, got.high) == pytest.approx(((ours - theirs).mean(), *tails), rel=1e-12)
+@pytest.mark.parametrize("draw", ["normal", "gamma", "mixture"])
+@pytest.mark.parametrize("count", [2, 3, 4, 8, 16, 32])
+def test_coverage_of_paired_intervals(count: int, draw: str) -> None:
+    """They hold the true difference as often as they say, whatever the number of images, or little less."""
+    rng, shape = np.random.default_rng(count), (1500, count)
+    ours, theirs = {
+        "normal": lambda: (rng.normal(1.3, 0.1, shape), rng.normal(1, 0.3, shape)),
+        "gamma": lambda: (rng.gamma(2, 0.2, shape), rng.gamma(2, 0.05, shape)),
+        "mixture": lambda: (rng.normal(1, 0.1, shape) + 0.3 * (rng.random(shape) < 0.3), rng.normal(1, 0.1, shape)),
+    }[draw]()
+    true = {"normal": 0.3, "gamma": 0.3, "mixture": 0.09}[draw]
+    found = [paired_difference(one, other) for one, other in zip(ours, theirs, strict=True)]
+    held = float(np.mean([one.low <= true <= one.high for one in found]))
+    assert 0.9 < held < 0.985
+    one = found[0]
+    interval = stats.ttest_rel(ours[0], theirs[0]).confidence_interval(0.95)
+    assert (one.low, one.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
 
 
 def test_what_samples_have_in_common_cancels() -> None:
     hard = np.random.default_rng(0).gamma(1, 1, 12)  # some images are hard under every policy
-    got = paired_bootstrap(hard + 0.01, hard)
+    got = paired_difference(hard + 0.01, hard)
     assert (got.mean, got.low, got.high) == pytest.approx((0.01, 0.01, 0.01))
-    one = paired_bootstrap([2.0], [1.5])
-    assert (one.mean, one.low, one.high) == (0.5, 0.5, 0.5)
-    for ours, theirs in (([1.0], [1.0, 2.0]), ([], []), ([[1.0]], [[1.0]])):
-        with pytest.raises(HeatKVError, match="are not of the same samples"):
-            paired_bootstrap(np.array(ours), np.array(theirs))
+    for ours, theirs in (([1.0, 2.0], [1.0]), ([], []), ([2.0], [1.5]), ([[1.0]], [[1.0]])):
+        with pytest.raises(HeatKVError, match="are not of the same two samples"):
+            paired_difference(np.array(ours), np.array(theirs))
 
 
 def test_spread_by_hand() -> None:
@@ -106,10 +113,9 @@ def test_every_policy_is_compared_with_heatkv_at_its_place() -> None:
         ("streaming", "10%", [5, 5], 0), ("heatkv", "10%", [6, 6], 0), ("streaming", "5%", [1, 1], 0),
         ("random", "10%", None, 0), ("heatkv", "10%", [1, 1], 1), ("streaming", "10%", [4, 4], 1),
     ) == [None, ("heatkv", 1.5), None, ("heatkv", -1), None, None, None, None, ("heatkv", 3)]  # fmt: skip
-    # without heatkv the first policy named stands in; without figures nothing does
-    assert differences(("full", "100%", [0], 0), ("h2o", "30%", [2], 0), ("snapkv", "30%", [3], 0)) == [
-        None, None, ("h2o", 1)
-    ]  # fmt: skip
+    # without heatkv the first policy named stands in; without figures, or of one image alone, nothing does
+    assert differences(("h2o", "30%", [2, 2], 0), ("snapkv", "30%", [3, 3], 0)) == [None, ("h2o", 1)]
+    assert differences(("h2o", "30%", [2], 0), ("snapkv", "30%", [3], 0)) == [None, None]
     assert differences(("full", "100%", None, 0), ("h2o", "30%", None, 0)) == [None, None]
 
 

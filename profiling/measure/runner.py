@@ -19,7 +19,7 @@ from heatkv.generation.graphs import GraphRunner
 from heatkv.generation.loop import Generator
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
-from heatkv.profiling.measure.fidelity import paired_bootstrap
+from heatkv.profiling.measure.fidelity import paired_difference
 from heatkv.profiling.measure.latency import CONFIDENCE, latency_of, measure_breakdown, measure_interleaved
 from heatkv.profiling.measure.ledger import TensorLedger
 from heatkv.profiling.measure.memory import (
@@ -286,7 +286,9 @@ def with_versus(rows: Sequence[ResultRow]) -> list[ResultRow]:
         other = others.get(subject_key(row, PLACE))
         if other is None or not other.kl_of_images or not row.kl_of_images or row.policy in (REFERENCE, wanted):
             return None
-        found = paired_bootstrap(row.kl_of_images, other.kl_of_images)
+        if len(row.kl_of_images) < 2:  # one image has no interval
+            return None
+        found = paired_difference(row.kl_of_images, other.kl_of_images)
         return Versus(
             policy=other.policy, difference=found.mean, interval=(found.low, found.high), confidence=CONFIDENCE,
             images=len(row.kl_of_images),

@@ -122,7 +122,7 @@ class Spread(Struct, frozen=True, kw_only=True):
 
 
 class Versus(Struct, frozen=True, kw_only=True):
-    """Mean of what a row's KL is above another policy's on the same images, with a paired bootstrap interval."""
+    """Mean of what a row's KL is above another policy's on the same images, with a paired interval of Student."""
 
     policy: str
     difference: SignedNats
