@@ -22,7 +22,7 @@ from heatkv.levels.columns import LevelAllocation, allocate_levels, level_price_
 from heatkv.policies.base import PlanningProblem, StaticPolicy, below_sinks
 from heatkv.policies.heatkv import drop_by_rank
 from heatkv.registry import register
-from heatkv.solve.cells import SOLVE_SECONDS, Allocation, allocate, allocate_greedily, price_bound
+from heatkv.solve.allocation import SOLVE_SECONDS, Allocation, allocate, allocate_greedily, price_bound
 from heatkv.solve.checkpoints import Capacity
 
 

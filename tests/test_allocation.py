@@ -27,8 +27,8 @@ from heatkv.errors import BudgetError, PolicyError, StatisticsError
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP
-from heatkv.solve import cells
-from heatkv.solve.cells import Allocation, allocate, allocate_greedily, price_bound
+from heatkv.solve import allocation
+from heatkv.solve.allocation import Allocation, allocate, allocate_greedily, price_bound
 from heatkv.solve.checkpoints import Capacity, fill, fit_checkpoints
 from heatkv.testing.material import made_up_mass
 
@@ -238,7 +238,7 @@ def test_best_of_every_plan(instance: Instance, sizes: Any, seed: int) -> None:
         assert found.value <= best * (1 + 1e-12)
     assert exact.value == pytest.approx(best, abs=1e-8 * instance.size)  # the solver's own tolerance
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "EXACT_VARIABLES", 0)  # rounding alone often misses the best plan
+        patch.setattr(allocation, "EXACT_VARIABLES", 0)  # rounding alone often misses the best plan
         given_plan = instance.solve(allocate, plan)
     check(given_plan, instance)
     assert given_plan.value >= best * (1 - 1e-12)
@@ -256,11 +256,11 @@ def test_best_of_every_plan(instance: Instance, sizes: Any, seed: int) -> None:
 @given(instance=instances(SMALL), seed=SEEDS)
 def test_bound_of_the_plain_program(instance: Instance, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "EXACT_VARIABLES", 0)
+        patch.setattr(allocation, "EXACT_VARIABLES", 0)
         found = instance.solve(allocate)
     greedy = instance.solve(allocate_greedily)
-    for allocation in (found, greedy):
-        check(allocation, instance)
+    for solved in (found, greedy):
+        check(solved, instance)
     assert found.bound == pytest.approx(plain_program(instance), abs=1e-7 * instance.size)
     rng = np.random.default_rng(seed)
     for plan in (greedy.last_read, *(drawn_plan(instance, rng) for _ in range(5))):
@@ -294,7 +294,7 @@ def test_plan_by_hand() -> None:
         assert found.last_read.tolist() == [[[2, 1, 2], [2, 2, 2]]]
         assert (found.value, found.bound) == (2 * 2 + 5, pytest.approx(9))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "EXACT_VARIABLES", 0)
+        patch.setattr(allocation, "EXACT_VARIABLES", 0)
         found = allocate(values, Capacity(1, 2, (1, 2, 4), 5), 1)
     assert (found.value, found.bound, found.gap) == (9, pytest.approx(10.5), pytest.approx(1 / 7))
 
@@ -488,7 +488,7 @@ def test_policy_against_heatkvs_rule(value: Any, data: st.DataObject) -> None:
     drawn = PlanningProblem(geometry, Budget("share", share), statistics)
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):
-            patch.setattr(cells, "EXACT_VARIABLES", 0)
+            patch.setattr(allocation, "EXACT_VARIABLES", 0)
         ours = lp(sink_scales=sinks, value=value).plan(drawn)
     rule = HeatKV(sink_scales=sinks).plan(drawn)
     assert ours.value == pytest.approx(value_of(ours, statistics, value), rel=1e-12)

@@ -36,7 +36,7 @@ from heatkv.profiling.analysis.explain import (
     worth_of,
 )
 from heatkv.profiling.analysis.plan_view import bar, worth_lines
-from heatkv.solve.cells import Capacity
+from heatkv.solve.checkpoints import Capacity
 from heatkv.testing.material import level_costs_of, made_up_mass
 
 SQUARE = ScaleSchedule.square((1, 2, 3, 4, 5, 6))

@@ -18,7 +18,7 @@ from strategies import live_table, plans
 from heatkv.core.budget import Budget
 from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.geometry import CacheGeometry
-from heatkv.core.plan import CoarseCells, Plan, keep_first, live_token_heads
+from heatkv.core.plan import CoarseCells, Plan, held_for_targets, keep_first, live_of_held
 from heatkv.core.plan_file import load_plan, plan_from_json
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import FormatError, HeatKVError, PlanError, ScheduleError
@@ -45,6 +45,10 @@ def capacity_plan(**changes: Any) -> CapacityPlan:
 
 
 # ---------------------------------------------------------------------- what follows from last_read
+
+
+def live_token_heads(last_read: Any, tokens: tuple[int, ...]) -> Any:
+    return live_of_held(held_for_targets([last_read], [tokens]).sum(axis=1))
 
 
 def test_live_token_heads_by_hand() -> None:

@@ -32,10 +32,10 @@ heatkv/models: sampling
 """
 """The modules that explain the whole idea, in the order in which docs/reading-path.md presents them."""
 LIMITS = {
-    "lines of product": 22_130,
-    "lines of tests": 19_000,
+    "lines of product": 22_400,
+    "lines of tests": 19_350,
     "modules in the fullest folder": 14,
-    "options of the command line": 118,
+    "options of the command line": 119,
     f"functions over {LONGEST} lines": 1,
     "lines of the reading path": 3_300,
 }

@@ -68,11 +68,6 @@ def live_of_held(held_LT: IntArray) -> IntArray:
     return np.ascontiguousarray((next_LT.cumsum(axis=0) + waiting).T)
 
 
-def live_token_heads(last_read_LHT: IntArray, tokens: tuple[int, ...]) -> IntArray:
-    """live(t, l), shape (T, L): token-heads in the whole cache after layer l has run target scale t."""
-    return live_of_held(held_for_targets([last_read_LHT], [tokens]).sum(axis=1))
-
-
 class CachePlan(EqualByContents, ABC):
     """What every plan is: a promise how much a cache holds at any checkpoint, and what it was made for.
 

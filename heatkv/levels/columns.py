@@ -18,8 +18,9 @@ from heatkv.core.levels import LEVELS
 from heatkv.core.schema import FloatArray, IntArray
 from heatkv.levels.pricing import Paths, Pricing, concatenated
 from heatkv.levels.rounding import GOAL, MAX_NODES, PROVEN, Rounding, by_head, closer, column_use, one_per_head
-from heatkv.solve.cells import PROVEN as ROUNDING_GAP
-from heatkv.solve.cells import ROUNDING, SOLVE_SECONDS
+from heatkv.solve.allocation import PROVEN as ROUNDING_GAP
+from heatkv.solve.allocation import SOLVE_SECONDS
+from heatkv.solve.cells import ROUNDING
 from heatkv.solve.checkpoints import Capacity
 from heatkv.solve.highs import LinearProgram
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from heatkv.core.budget import Budget
 from heatkv.core.levels import LEVELS, NONE
-from heatkv.core.plan import CachePlan, Plan, keep_first, live_token_heads
+from heatkv.core.plan import CachePlan, Plan, held_for_targets, keep_first, live_of_held
 from heatkv.core.statistics import Statistics
 from heatkv.errors import PolicyError, StatisticsError
 from heatkv.levels.columns import level_bound, level_price_bound
@@ -26,7 +26,8 @@ from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.heatkv_mr import HeatKVMR
 from heatkv.policies.lp import HeatKVLP, SolvedPolicy
-from heatkv.solve.cells import allocate, price_bound, read_value
+from heatkv.solve.allocation import allocate, price_bound
+from heatkv.solve.cells import read_value
 from heatkv.solve.checkpoints import Capacity
 
 IntArray = NDArray[np.int64]
@@ -78,7 +79,8 @@ def ends_of_cells(last_read_LHT: IntArray) -> FloatArray:
 
 def full_use(plan: CachePlan) -> IntArray:
     """Token-heads that the full cache holds at every checkpoint, (T, L)."""
-    return live_token_heads(keep_first(plan.geometry.shape, len(plan.schedule)), plan.schedule.tokens)
+    everything = keep_first(plan.geometry.shape, len(plan.schedule))
+    return live_of_held(held_for_targets([everything], [plan.schedule.tokens]).sum(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
