@@ -141,7 +141,7 @@ def _stopped_by_signals() -> Iterator[list[int]]:
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     with _stopped_by_signals() as came, warnings.catch_warnings():
-        warnings.showwarning = _say_warning
+        warnings.showwarning = _say_warning  # type: ignore[assignment]
         try:
             return _run(arguments, came)
         finally:

@@ -77,6 +77,7 @@ class Attend(Protocol):
 
     def see_input(self, layer: int, attention_input_RNW: Tensor) -> None:
         """What the layer's queries, keys and values are made from, before it calls `attend`."""
+        del layer, attention_input_RNW
 
 
 class ArenaCache(Attend, ABC):
