@@ -46,6 +46,7 @@ from torch.nn import functional as F
 
 import heatkv
 from heatkv.attachment.attached import Attached
+from heatkv.attachment.discover import find as find_model
 from heatkv.calibration.level_costs import measure_biases, measure_errors
 from heatkv.calibration.measure import measure_samples
 from heatkv.core.geometry import CacheGeometry
@@ -54,7 +55,8 @@ from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
 from heatkv.errors import BudgetError, HeatKVError, ModelError, PlanError, PolicyError, ScheduleError, StatisticsError
-from heatkv.models.checkpoint import build_vqvae
+from heatkv.models.checkpoint import build_var, build_vqvae
+from heatkv.models.fingerprint import fingerprint
 
 LIMITS = {
     "logits_cond": HALF_LOGITS, "logits_uncond": HALF_LOGITS, "logits_cfg": GUIDED_LOGITS, "summed_codes": EMBEDDED,
@@ -771,6 +773,29 @@ def test_both_layouts_of_the_head_scales_are_the_same_weights() -> None:
     options: dict[str, Any] = {"schedule": ScaleSchedule.of(SCALES)}
     here, there = measured(plain, draw_infinity, **options), measured(flash, draw_infinity, **options)
     assert here.provenance.fingerprint == there.provenance.fingerprint
+
+
+def test_unguided_images_are_not_half_measured() -> None:
+    model = make_var()
+    with heatkv.measure(model), pytest.raises(StatisticsError, match="guided=False"):
+        draw_var(model, [3, 5, 1, 2], cfg=0)
+    with heatkv.measure(model, guided=False) as attached:
+        draw_var(model, [3, 5, 1, 2], cfg=0)
+    assert attached.statistics().count == 4
+
+
+def test_statistics_of_an_attached_model_serve_its_own(tmp_path: Path) -> None:
+    """They are of the same weights, so that nothing is measured twice."""
+    foreign = make_var()
+    with heatkv.measure(foreign) as attached:
+        draw_var(foreign, [3, 5])
+    statistics = attached.statistics()
+    transformer = build_var(foreign.state_dict())
+    statistics.check_fingerprint(f"{fingerprint(transformer)}-0")
+    with torch.no_grad():
+        foreign.blocks[0].ffn.fc1.weight[1, 1] += 1e-3  # not of the attention
+    with pytest.raises(StatisticsError, match="other weights"):
+        statistics.check_fingerprint(find_model(foreign).fingerprint())
 
 
 def test_measurements_add_up_and_merge() -> None:

@@ -205,9 +205,17 @@ class Measurement(Attached):
         if self._found.gated:
             undo.enter_context(self._found.adapter.watching(self._see_block))
 
-    def _see_block(self, *entering: Any) -> None:
-        """Keep what enters a block until its attention comes to the cache, which may only be made then."""
-        self._entering = entering
+    def _see_block(self, layer: int, residual_RNC: Tensor, gate_R1C: Tensor) -> None:
+        """Keep what enters a block until its attention comes to the cache, which may only be made then. Raises
+        StatisticsError for halves that are not those of VAR's guidance, whose second one has a single condition; that
+        of Infinity follows from the length of each prompt."""
+        self._entering = layer, residual_RNC, gate_R1C
+        other_R1C = gate_R1C[len(gate_R1C) // 2 :]
+        single = self._guided and not self._layers[0].brings_schedule
+        if single and layer == self.turn.target == 0 and not torch.allclose(other_R1C, other_R1C[:1], rtol=1e-2):
+            raise StatisticsError(
+                "the second half of the rows has several conditions, where guidance has one; measure with guided=False"
+            )
 
     def _see_input(self, layer: int, x_RNC: Tensor) -> None:
         if self._found.gated:
