@@ -77,7 +77,10 @@ def test_plain_files_in_a_folder(tmp_path: Path, var: dict[str, Tensor], vae: di
     (tmp_path / "vae.pth").rename(tmp_path / "other.pth")
     with pytest.raises(ModelError, match=r"no vae\.pth lies beside"):
         load_model("var-tiny", tmp_path)
-    check(load_model("var-tiny", tmp_path / "tiny.pth", vae=tmp_path / "other.pth"), var)
+    for name in ("var-tiny", "var"):  # a family takes any size
+        check(load_model(name, tmp_path / "tiny.pth", vae=tmp_path / "other.pth"), var)
+    with pytest.raises(ModelError, match="those of its weights"):
+        catalogue.model_info("var").geometry()
 
 
 def test_trainer_files_of_var_hold_both(tmp_path: Path, var: dict[str, Tensor], vae: dict[str, Tensor]) -> None:
@@ -113,6 +116,8 @@ def test_infinity_by_name(tmp_path: Path, state: dict[str, Tensor], monkeypatch:
     model = load_model("infinity-tiny", tmp_path, ratio=1.5)
     assert model.geometry == INFINITY_TINY.geometry(ratio=1.5)
     assert model.fingerprint == tiny.fingerprint
+    family = load_model("infinity", tmp_path / "tiny.pth", vae=tmp_path / "vae.pth", size="0.06M")
+    assert (family.geometry.layers, family.fingerprint) == (4, tiny.fingerprint)
     half = load_model("infinity-tiny", tmp_path, size="0.06M", dtype="bfloat16")
     assert half.compute_dtype == torch.bfloat16
     assert half.fingerprint == tiny.fingerprint

@@ -76,6 +76,9 @@ class ModelInfo:
         return schedule
 
     def geometry(self, size: str | None = None, ratio: float | None = None) -> CacheGeometry:
+        """Raises ModelError for a family, whose weights alone tell, and ScheduleError as `schedule` does."""
+        if not self.layers:
+            raise ModelError(f"the sizes of {self.name!r} are those of its weights; name one of {', '.join(MODELS)}")
         return CacheGeometry(self.layers, self.heads, self.head_dim, self.schedule(size, ratio))
 
 
@@ -116,11 +119,19 @@ MODELS: dict[str, ModelInfo] = {
 }
 
 
+FAMILIES: dict[str, ModelInfo] = {
+    info.name: replace(info, layers=0, heads=0, head_dim=0)
+    for info in (replace(_var(16, "256"), name="var"), replace(MODELS["infinity-2b"], name="infinity"))
+}
+"""Models of any other size, which follows from their weights."""
+
+
 def model_info(name: str) -> ModelInfo:
-    """The named model. Raises ModelError with a suggestion when there is none."""
-    if name not in MODELS:
-        raise ModelError(f"unknown model {shown(name)}{suggest(str(name), MODELS)}")
-    return MODELS[name]
+    """The named model or family. Raises ModelError with a suggestion when there is none."""
+    known = MODELS | FAMILIES
+    if name not in known:
+        raise ModelError(f"unknown model {shown(name)}{suggest(str(name), known)}")
+    return known[name]
 
 
 def load_model(
@@ -137,11 +148,12 @@ def load_model(
 ) -> ClassConditionalModel | TextConditionalModel:
     """A model ready to draw, its blocks' matrices in `dtype`: "float32", "bfloat16" or "float16".
 
-    `emoji` needs nothing else. VAR and Infinity need `weights`: the public file (or sharded folder), or a folder that
-    holds it; the `vae` is looked for beside it unless given. Infinity draws the published schedule of `size` and
-    `ratio`, and turns text into features with `text_encoder`, a local folder or a hub name; `prompts` are what
-    measurements draw. Nothing in a weights file is executed. Raises ModelError for an unknown name, type or device and
-    for weights of another model, FormatError for an unreadable file, ScheduleError for an unknown size or ratio.
+    `emoji` needs nothing else; `var` and `infinity` are those families in any size. VAR and Infinity need `weights`:
+    the public file (or sharded folder), or a folder that holds it; the `vae` is looked for beside it unless given.
+    Infinity draws the published schedule of `size` and `ratio`, and turns text into features with `text_encoder`, a
+    local folder or a hub name; `prompts` are what measurements draw. Nothing in a weights file is executed. Raises
+    ModelError for an unknown name, type or device and for weights of another model, FormatError for an unreadable file,
+    ScheduleError for an unknown size or ratio.
     """
     info = model_info(name)
     schedule = info.schedule(size, ratio)
@@ -213,10 +225,10 @@ def _load_var(info: ModelInfo, weights: Path, vae: str | Path | None) -> tuple[C
     """A named VAR from its public files, or from a trainer file, which holds both networks, and the files. In fp32 on
     the CPU."""
     content = read_checkpoint(weights)
-    transformer = build_var(content, heads=info.heads)
+    transformer = build_var(content, heads=info.heads or None)
     config = transformer.config
     _check_sizes(info, weights, transformer)
-    if config.schedule != info.schedule():
+    if info.layers and config.schedule != info.schedule():
         raise ModelError(f"{weights} runs the schedule {config.schedule}, {info.name} runs {info.schedule()}")
     beside = weights
     if vae is not None or "trainer" not in content:
@@ -248,7 +260,7 @@ def _load_infinity(
 
 def _check_sizes(info: ModelInfo, weights: Path, transformer: VAR | Infinity) -> None:
     config = transformer.config
-    if (config.depth, config.heads, config.head_dim) != (info.layers, info.heads, info.head_dim):
+    if info.layers and (config.depth, config.heads, config.head_dim) != (info.layers, info.heads, info.head_dim):
         raise ModelError(
             f"{weights} has {config.depth} layers x {config.heads} heads of {config.head_dim}; {info.name} has "
             f"{info.layers} x {info.heads} of {info.head_dim}"
