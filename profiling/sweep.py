@@ -272,7 +272,8 @@ class Sweep:
         measure = self._memory_here if in_process else self._memory_of_fresh_process
         missing: list[tuple[Entry, Path | None]] = []
         for entry in entries:
-            name = f"snapshot_{file_name(entry.subject.name)}{self.point_name(entry.point)}.pickle"
+            stem = f"{file_name(entry.subject.name)}{self.point_name(entry.point)}"
+            name = f"snapshot_{stem}_{entry.row.measurement[:8]}.pickle"  # of this very measurement
             path = results.folder / name if snapshot else None
             if (entry.row.memory is None and entry.row.error is None) or (path is not None and not path.exists()):
                 missing.append((entry, path))

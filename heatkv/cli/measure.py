@@ -45,8 +45,8 @@ def profile(
     trace: Annotated[
         Path | None,
         typer.Option(
-            "--trace", help="folder for traces of torch's profiler, for TensorBoard and Perfetto, and on CUDA for the "
-            "allocator's history (pickle)",
+            "--trace", help="folder for traces of torch's profiler, for TensorBoard and Perfetto; on CUDA the "
+            "allocator's history (pickle) goes to --out",
         ),
     ] = None,
     in_process: Annotated[
