@@ -66,7 +66,7 @@ def test_list_with_packages(folder: Path) -> None:
 def test_tests_of_written_packages(folder: Path, name: str) -> None:
     ran = python(folder / "site", "pytest", "-q", "-p", "no:cacheprovider", folder / name)
     assert ran.returncode == 0, ran.stdout
-    assert "9 passed" in ran.stdout
+    assert "10 passed" in ran.stdout
 
 
 def test_plans_of_installed_policies(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from heatkv.solve.checkpoints import Capacity
 
 EXACT_VARIABLES = 200
 """With at most this many variables the search goes on to the best plan of all, while there is time."""
-MOST_NODES, SOLVE_SECONDS = 50, 10.0
+MOST_NODES, SOLVE_SECONDS = 25, 10.0
 """Where that search ends with the best plan so far and the gap that is left."""
 PROVEN = 1e-9
 """A plan this close to its bound is the best one but for rounding."""
