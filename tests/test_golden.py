@@ -42,7 +42,7 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.token_cache import SelectingCache
 from heatkv.generation.loop import Generator
-from heatkv.models import infinity
+from heatkv.models import checkpoint, infinity
 from heatkv.models.bsq import code_values, resize
 from heatkv.models.checkpoint import build_bsq
 from heatkv.models.sampling import BitSamplingSettings, RecordedTokens
@@ -61,6 +61,14 @@ HERE = Path(__file__).parent
 # it is rounding. A missing rotation or a wrong norm gives 13 and more, an embedding of the wrong scale 35, a
 # temperature without its limit 2.4 to 3.7 where a set shows it, a residual stream in bfloat16 3 to 7 under float16.
 ROUNDED, ROUNDED_MOST = 2.0, 12.0
+
+
+def with_encoder(coder: Any, state: dict[str, Tensor]) -> Any:
+    """The autoencoder with all its tensors from a public file, which has others as well."""
+    plain = {checkpoint._INNER_NAME.sub(lambda m: f".{m[1] or m[2]}.{m[3]}", name): x for name, x in state.items()}
+    assert coder.state_dict().keys() <= plain.keys()
+    coder.load_state_dict({name: plain[name] for name in coder.state_dict()})
+    return coder.eval()
 
 
 def check_var(path: Path) -> None:
@@ -100,8 +108,7 @@ def check_var(path: Path) -> None:
     assert torch.equal(torch.cat(drawn, dim=1), expected["sampled_k12_p0.9_seed3.tokens"])
 
     if told["config"].get("encoder"):
-        coder = VQAutoencoder(model.vqvae.config).eval()
-        coder.load_state_dict(tensors(path.parent, told["files"]["vae"]))
+        coder = with_encoder(VQAutoencoder(model.vqvae.config), tensors(path.parent, told["files"]["vae"]))
         latent = coder.latent(expected["enc.image_m1_1"])
         close(latent, expected["enc.f"], DECODED)
         assert torch.equal(torch.cat(coder.codes(latent), dim=1), expected["enc.tokens"])
@@ -171,8 +178,7 @@ def check_bitwise_vae(path: Path, told: dict[str, Any]) -> None:
     close(vae.decode(expected["dec.latent"]), expected["dec.image_m1_1"], DECODED)
     close(code_values(expected["codes.bits"][:, 0]), expected["codes.values"][:, :, 0], EMBEDDED)
     if told["config"].get("encoder"):
-        coder = BitwiseAutoencoder(vae.config).eval()
-        coder.load_state_dict(tensors(path.parent, told["files"]["vae"]))
+        coder = with_encoder(BitwiseAutoencoder(vae.config), tensors(path.parent, told["files"]["vae"]))
         latent = coder.encoder(expected["enc.image_m1_1"])
         close(latent, expected["enc.features"], DECODED)
         sizes = [(height, width) for _, height, width in told["vae_pair"]["enc_scale_schedule"]]
