@@ -25,6 +25,7 @@ from heatkv.cli.options import (
 from heatkv.cli.output import SCREEN, say, show
 from heatkv.core.io import check_place, file_name, make_folder, replacing
 from heatkv.core.plan import CachePlan
+from heatkv.core.plan_file import load_plan
 from heatkv.core.schema import seed_of, whole
 from heatkv.engine.open_cache import check_cache
 from heatkv.errors import FormatError, HeatKVError, ModelError, RanksError
@@ -32,7 +33,6 @@ from heatkv.generation.graphs import check_has_graphs
 from heatkv.generation.images import image_grid
 from heatkv.generation.loop import AT_ONCE, draw_batches
 from heatkv.models.class_conditional import ClassConditionalModel
-from heatkv.models.sampling import Settings
 from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import shared_progress
 
@@ -86,7 +86,7 @@ def generate(
         check_has_graphs(opened.model.device)
     wanted = _what_to_draw(opened, label or [], prompt or [], negative)
     labels, titles = ([item for item in column for _ in range(count)] for column in zip(*wanted, strict=True))
-    attention, batch = context.obj.attention, _images_at_once(len(labels), rows, opened.settings)
+    attention, batch = context.obj.attention, _images_at_once(len(labels), rows, planning.plan, opened)
     follower = None if following is None else _follower(opened, planning, batch, seed, attention, following)
     held_rows = batch * opened.settings.rows_per_image
     plan = follower.plan if follower is not None else make_plan(
@@ -116,11 +116,18 @@ def _say_written(facts: dict[str, Any], replaced: int, as_json: bool) -> None:
         show(None, True, facts)
 
 
-def _images_at_once(count: int, rows: int | None, settings: Settings) -> int:
-    """Images in a batch: as many as fit the rows, or AT_ONCE at most, so that every rank has some."""
+def _images_at_once(count: int, rows: int | None, plan: Path | None, opened: Opened) -> int:
+    """Images in a batch: as many as fit the rows, or the budget of a finished plan, AT_ONCE at most, so that every rank
+    has some."""
     from heatkv.profiling.measure.subjects import images_of_rows
 
-    return min(AT_ONCE, -(-count // current().size)) if rows is None else min(count, images_of_rows(rows, settings))
+    if rows is not None:
+        return min(count, images_of_rows(rows, opened.settings))
+    geometry, most = opened.model.geometry, None
+    if plan is not None:
+        most = load_plan(plan, geometry.head_dim).most_rows(str(opened.storage))
+    fitting = AT_ONCE if most is None else max(1, most // opened.settings.rows_per_image)
+    return min(AT_ONCE, fitting, -(-count // current().size))
 
 
 def _what_to_draw(opened: Opened, labels: list[str], prompts: list[str], negative: str | None) -> list[tuple[Any, str]]:

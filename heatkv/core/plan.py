@@ -9,7 +9,6 @@ T scales.
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,14 +160,6 @@ class CachePlan(EqualByContents, ABC):
                 f"with {rows} rows in {storage} the cache takes {needed} bytes, the budget of the plan is {allowed}; "
                 f"solve it for {rows} rows in {storage}, or draw fewer images at once"
             )
-
-    def warn_of_other_weights(self, fingerprint: str) -> None:
-        """Warn where the plan was made from what was measured on other weights than these."""
-        if self.weights and self.weights != fingerprint:
-            warnings.warn(
-                f"the plan was made from statistics of other weights ({self.weights}, these are {fingerprint}); "
-                "calibrate these and solve again", stacklevel=3,
-            )  # fmt: skip
 
     def check_geometry(self, geometry: CacheGeometry) -> None:
         """Raise PlanError unless the plan was made for a model of this geometry and schedule."""

@@ -42,6 +42,12 @@ def convert(value: Any, kind: type[T], source: str | Path) -> T:
         raise FormatError(f"{source}: {place + ': ' if place else ''}{what[:1].lower()}{what[1:]}") from error
 
 
+def are_other_weights(one: str, other: str) -> bool:
+    """Whether two fingerprints are of different weights. They have parts, of transformer and decoder, of which an
+    attached model shows the first only: what both tell is compared."""
+    return any(mine != theirs for mine, theirs in zip(one.split("-"), other.split("-"), strict=False))
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: the closest one that is known, and all of them."""
     names = list(known)

@@ -24,7 +24,7 @@ from heatkv.core.io import check_header, in_file, read_tensors, write_tensors
 from heatkv.core.level_statistics import LevelStatistics
 from heatkv.core.sample_sums import LARGEST_SUM, SampleSums, check_array, check_names
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.core.schema import FloatArray, convert, fixed
+from heatkv.core.schema import FloatArray, are_other_weights, convert, fixed
 from heatkv.errors import StatisticsError
 
 FORMAT, VERSION = "heatkv-statistics", 1
@@ -232,13 +232,8 @@ class Statistics(SampleSums):
         geometry.check_holds(self.layers, self.heads, self.schedule, what, StatisticsError)
 
     def check_fingerprint(self, fingerprint: str) -> None:
-        """Raise StatisticsError unless they were measured on the very weights with this fingerprint.
-
-        One has parts, of transformer and decoder, of which an attached model shows the first only: what both tell is
-        compared.
-        """
-        told = zip(self.provenance.fingerprint.split("-"), fingerprint.split("-"), strict=False)
-        if any(mine != theirs for mine, theirs in told):
+        """Raise StatisticsError unless they were measured on the very weights with this fingerprint."""
+        if are_other_weights(self.provenance.fingerprint, fingerprint):
             raise StatisticsError(
                 f"the statistics were measured on other weights ({self.provenance.model}, fingerprint "
                 f"{self.provenance.fingerprint}; the model's is {fingerprint}); calibrate this model"

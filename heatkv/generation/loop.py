@@ -9,6 +9,7 @@ Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from heatkv.core.plan import CachePlan
-from heatkv.core.schema import shown, whole
+from heatkv.core.schema import are_other_weights, shown, whole
 from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import ArenaCache, Attend
 from heatkv.engine.open_cache import open_cache
@@ -232,8 +233,9 @@ class Generator(Generic[Label]):
         self.model, self.plan, self.batch = model, plan, whole(batch, "batch", ModelError, 1)
         self.settings = model.sampling if settings is None else settings
         plan.check_geometry(model.geometry)
-        if plan.weights:
-            plan.warn_of_other_weights(model.fingerprint)
+        if plan.weights and are_other_weights(plan.weights, model.fingerprint):
+            weights = f"{plan.weights}, these are {model.fingerprint}"
+            warnings.warn(f"the plan is of other weights ({weights}); calibrate these and solve again", stacklevel=2)
         if runner is None:
             runner = CUDAGraphRunner(model.device) if graphs else EagerRunner()
         self.runner: StepRunner = runner

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from heatkv.core.io import read_json, write_json
+from heatkv.core.schema import convert
 from heatkv.errors import FormatError
 
 CACHED_FROM = 256 << 20
@@ -57,8 +58,8 @@ def fingerprint_of_file(network: nn.Module, path: Path) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heatkv" / "fingerprints.json"
     key, known = f"{type(network).__name__} {stats}", dict[str, str]()
     with suppress(FormatError):
-        known = read_json(cache)
-    if not isinstance(known.get(key), str):
+        known |= convert(read_json(cache), dict[str, str], cache)
+    if key not in known:
         known[key] = fingerprint(network)
         with suppress(FormatError, OSError):
             cache.parent.mkdir(parents=True, exist_ok=True)
