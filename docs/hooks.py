@@ -46,6 +46,8 @@ def _commands() -> Iterator[str]:
         "code 2, Ctrl-C gives 130 and keeps what was finished; `check` ends with 1 when something grew worse, and so "
         "does `doctor --self-test` when something is broken.\n"
     )
+    yield "## Before the command\n"
+    yield from _table(group.params)
     for name, command in group.commands.items():
         text, _, example = command.help.partition("Example:")
         yield f"## heatkv {name}\n"
@@ -53,10 +55,14 @@ def _commands() -> Iterator[str]:
         yield f"```sh\n{' '.join(example.split())}\n```\n"
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option"]
-        yield "| given | meaning | default |\n| --- | --- | --- |"
-        for parameter in (*arguments, *options):
-            yield f"| {_names(parameter)} | {_cell(parameter.help or '')} | {_default(parameter)} |"
-        yield ""
+        yield from _table([*arguments, *options])
+
+
+def _table(parameters: list[Any]) -> Iterator[str]:
+    yield "| given | meaning | default |\n| --- | --- | --- |"
+    for parameter in parameters:
+        yield f"| {_names(parameter)} | {_cell(parameter.help or '')} | {_default(parameter)} |"
+    yield ""
 
 
 def _prose(text: str) -> str:
