@@ -188,7 +188,9 @@ def var_config(state: State, heads: int | None = None) -> VARConfig:
     whose tensors do not tell. Raises ModelError without them."""
     sizes, scale = _sizes(_VAR, state), "blocks.0.attn.scale_mul_1H11"
     if scale not in state and heads is None:
-        raise ModelError("attention of these weights is not normalised, and nothing tells its heads; say how many")
+        raise ModelError(
+            "attention of these weights is not normalised, and nothing tells its heads; load them by a published name"
+        )
     return VARConfig(
         **sizes,
         patch_sides=_patch_sides(state),
