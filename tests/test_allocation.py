@@ -27,7 +27,7 @@ from heatkv.errors import BudgetError, PolicyError, StatisticsError
 from heatkv.policies.base import PlanningProblem, make_policy
 from heatkv.policies.heatkv import HeatKV
 from heatkv.policies.lp import HeatKVLP
-from heatkv.solve import allocation
+from heatkv.solve import allocation, cells
 from heatkv.solve.allocation import Allocation, allocate, allocate_greedily, price_bound
 from heatkv.solve.checkpoints import Capacity, fill, fit_checkpoints
 from heatkv.testing.material import made_up_mass
@@ -282,6 +282,23 @@ def test_gap_of_large_instances(share: float) -> None:
     check(greedy, instance)
     assert min(found.value, greedy.value) >= 0.995 * found.bound
     assert greedy.bound <= 1.01 * found.bound
+
+
+def test_searches_that_would_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of plans that nearly tie: the best so far comes with its gap, after so many programs or seconds."""
+    tokens = (1115, 1139, 1301, 1243)
+    values = np.broadcast_to(np.array([2, 3, 3, 2.0])[:, None] * tokens, (21, 1, 4, 4)).copy()
+    instance = Instance(values, Capacity(21, 1, tokens, 49745), 0)
+    programs: list[object] = []
+    relax = cells.Plans.relax
+    monkeypatch.setattr(cells.Plans, "relax", lambda plans: programs.append(plans) or relax(plans))
+    found = instance.solve(allocate)
+    check(found, instance)
+    assert 0 < found.gap < 1e-3
+    assert len(programs) == 1 + 2 * allocation.MOST_NODES
+    programs.clear()
+    check(allocate(values, instance.capacity, 0, seconds=0), instance)
+    assert len(programs) == 1
 
 
 def test_plan_by_hand() -> None:
