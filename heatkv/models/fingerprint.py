@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from heatkv.core.io import read_json, write_json
+from heatkv.core.io import read_json, versions, write_json
 from heatkv.core.schema import convert
 from heatkv.errors import FormatError
 
@@ -56,7 +56,8 @@ def fingerprint_of_file(network: nn.Module, path: Path) -> str:
     if sum(size for _, size, _ in stats) < CACHED_FROM:
         return fingerprint(network)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heatkv" / "fingerprints.json"
-    key, known = f"{type(network).__name__} {stats}", dict[str, str]()
+    # another release may name other tensors
+    key, known = f"{versions()['heatkv']} {type(network).__name__} {stats}", dict[str, str]()
     with suppress(FormatError):
         known |= convert(read_json(cache), dict[str, str], cache)
     if key not in known:
