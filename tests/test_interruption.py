@@ -19,6 +19,7 @@ from typing import Any, Literal
 import pytest
 from PIL import Image
 from support.stopping import Kind, Moment, count_events, run_apart
+from support.tiny_models import save_tiny_var
 
 from heatkv.cli import run
 from heatkv.core.io import clear_temporaries, move, read_tensors, replacing, write_json
@@ -28,28 +29,19 @@ from heatkv.profiling.results.row import Memory, Times
 
 Command = Literal["calibrate", "compare", "profile"]
 
-QUICK: dict[Command, list[str]] = {
-    "calibrate": ["calibrate", "--samples", "3"],
-    "compare": ["compare", "--samples", "2", "--images", "2", "--pictures", "1", "--repeats", "1", "--policies",
-                "heatkv", "--budgets", "30%"],
-    "profile": ["profile", "--policies", "streaming", "--budgets", "20%", "--repeats", "1", "--in-process"],
-}  # fmt: skip
-LONG: dict[Command, list[str]] = {
+ARGUMENTS: dict[Command, list[str]] = {
     "calibrate": ["calibrate", "--samples", "3", "--levels", "fisher,samples=6"],
     "compare": ["compare", "--samples", "3", "--images", "17", "--pictures", "2", "--repeats", "1", "--policies",
                 "heatkv,random", "--budgets", "30%"],
     "profile": ["profile", "--policies", "streaming,random", "--budgets", "20%", "--repeats", "2", "--in-process",
                 "--rows", "2,4"],
 }  # fmt: skip
-# How often each thing is measured: batches of 2 and 1 samples, or 1 and 1; biases and two batches of level costs;
-# memory of every row; every comparison in batches of at most 16 images.
+# How often each thing is measured: batches of 2 and 1 samples; biases and two batches of level costs; memory of every
+# row; every comparison in batches of at most 16 images.
 WORK = {
-    ("calibrate", False): {"samples": 2},
-    ("calibrate", True): {"samples": 2, "levels": 3},
-    ("compare", False): {"samples": 2, "memory": 2, "comparisons": 2},
-    ("compare", True): {"samples": 2, "memory": 3, "comparisons": 6},
-    ("profile", False): {"memory": 2},
-    ("profile", True): {"memory": 6},
+    "calibrate": {"samples": 2, "levels": 3},
+    "compare": {"samples": 2, "memory": 3, "comparisons": 6},
+    "profile": {"memory": 6},
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -58,9 +50,8 @@ CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 class Stopped:
     """A command, what it gives when nothing stops it, and how many moments it has."""
 
-    def __init__(self, command: Command, folder: Path, long: bool = False) -> None:
-        self.command, self.arguments = command, (LONG if long else QUICK)[command]
-        self.work, self.batches = Counter(WORK[command, long]), 2 if long else 1
+    def __init__(self, command: Command, model: list[str], folder: Path) -> None:
+        self.command, self.arguments, self.work = command, [*ARGUMENTS[command], *model], Counter(WORK[command])
         self.folder = folder / "whole"
         self.folder.mkdir()
         self.events: Counter[Kind] = count_events(self.given(self.folder), self.folder)
@@ -81,7 +72,7 @@ class Stopped:
         assert ended.code == CODES[moment.number], (moment, ended)
         assert "Traceback" not in ended.error, ended.error
         check_whole(folder)
-        finished, kept = figures(folder), kept_work(folder, self.batches)
+        finished, kept = figures(folder), kept_work(folder)
         measured = Counter[str]()
         with pytest.MonkeyPatch.context() as patch:
             count_measured(patch, measured)
@@ -122,8 +113,8 @@ def figures(folder: Path) -> dict[tuple[str, str], str]:
     return found
 
 
-def kept_work(folder: Path, batches: int) -> Counter[str]:
-    """What need not be measured again: parts, and what is made of parts; a comparison has so many batches."""
+def kept_work(folder: Path) -> Counter[str]:
+    """What need not be measured again: parts, and what is made of parts; a comparison has two batches."""
     kept = Counter[str]()
     for path in folder.rglob("*.parts/*.safetensors"):
         if not path.name.startswith("."):
@@ -135,7 +126,7 @@ def kept_work(folder: Path, batches: int) -> Counter[str]:
     kept["memory"] = sum(name == "memory" for name, _ in found)
     compared = {key.split()[0] for name, key in found if name == "kl"}
     left = [path for path in folder.glob("results.parts/*.safetensors") if path.name.split(".")[0] in compared]
-    kept["comparisons"] += batches * len(compared) - len(left)
+    kept["comparisons"] += 2 * len(compared) - len(left)
     return kept
 
 
@@ -178,61 +169,38 @@ def check_whole(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Command], Stopped]:
-    made: dict[Command, Stopped] = {}
-
-    def of(command: Command) -> Stopped:
-        if command not in made:
-            made[command] = Stopped(command, tmp_path_factory.mktemp(command))
-        return made[command]
-
-    return of
+def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return save_tiny_var(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=["calibrate", "compare", "profile"])
-def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+@pytest.fixture(scope="module", params=["calibrate", "profile", pytest.param("compare", marks=pytest.mark.slow)])
+def stopped(request: pytest.FixtureRequest, model: list[str], tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     command: Command = request.param
-    return Stopped(command, tmp_path_factory.mktemp(f"long_{command}"), long=True)
+    return Stopped(command, model, tmp_path_factory.mktemp(command))
 
 
-@pytest.mark.parametrize(
-    ("command", "number"),
-    [
-        ("calibrate", signal.SIGKILL),
-        ("profile", signal.SIGTERM),
-        pytest.param("compare", signal.SIGINT, marks=pytest.mark.slow),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value.name,
-)
-def test_a_stopped_command_is_finished(
-    command: Command, number: signal.Signals, quick: Callable[[Command], Stopped], tmp_path: Path
-) -> None:
-    stopped = quick(command)
-    stopped.check(tmp_path / "stopped", stopped.moment(random.Random(f"{command} 0"), number))
+@pytest.mark.parametrize("index", [0, *(pytest.param(index, marks=pytest.mark.slow) for index in range(1, 9))])
+def test_a_command_stopped_at_a_random_moment(index: int, stopped: Stopped, tmp_path: Path) -> None:
+    """Nine moments for each command, three for each signal."""
+    first = list(ARGUMENTS).index(stopped.command)  # where each command begins with another signal
+    moment = stopped.moment(random.Random(f"{stopped.command} {index}"), SIGNALS[(first + index) % 3])
+    stopped.check(tmp_path / "stopped", moment)
 
 
 @pytest.mark.slow
-def test_commands_stopped_at_random_moments(long: Stopped, tmp_path: Path) -> None:
-    """Three for each signal."""
-    draw = random.Random(long.command)
-    for index, number in enumerate(SIGNALS * 3):
-        long.check(tmp_path / str(index), long.moment(draw, number))
-
-
-@pytest.mark.slow
-def test_a_run_that_is_stopped_again_and_again_ends(long: Stopped, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_again_and_again_ends(stopped: Stopped, tmp_path: Path) -> None:
     """Always the same share of what is left: every run goes on from where the one before was."""
     folder = tmp_path / "again"
     folder.mkdir()
-    most = long.events["attention"] // 2
+    most = stopped.events["attention"] // 2
     for _ in range(20):
-        (ended,) = run_apart(long.given(folder), folder, Moment("attention", most, signal.SIGKILL))
+        (ended,) = run_apart(stopped.given(folder), folder, Moment("attention", most, signal.SIGKILL))
         check_whole(folder)
         if ended.code == 0:
             break
         assert ended.code == -9
     assert ended.code == 0
-    long.check_same(folder)
+    stopped.check_same(folder)
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
@@ -357,7 +325,12 @@ def test_only_what_writers_left_is_cleared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["calibrate", "compare", "profile"])
 @pytest.mark.parametrize("fault", ["ENOSPC", "EROFS"])
 def test_a_full_or_read_only_disk_gives_one_line(
-    command: Command, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command,
+    fault: str,
+    model: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """No file can be made in the folder, or none can be finished."""
     import errno
@@ -375,13 +348,13 @@ def test_a_full_or_read_only_disk_gives_one_line(
         monkeypatch.setattr(tempfile, "TemporaryFile", fail)
     else:
         monkeypatch.setattr(os, "fsync", fail)
-    said = refused(capsys, [*QUICK[command], "--out", str(given)])
+    said = refused(capsys, [*ARGUMENTS[command], *model, "--out", str(given)])
     assert os.strerror(number) in said
     assert str(out) in said
     assert not [path for path in out.rglob("*") if path.is_file()]
 
 
-def test_a_trace_on_a_full_disk(tmp_path: Path) -> None:
+def test_a_trace_on_a_full_disk(model: list[str], tmp_path: Path) -> None:
     """The profiler's library writes it, and does not say when it cannot."""
     code = (
         "import resource; import heatkv.cli, heatkv.profiling.comparison as t; save = t.save_trace\n"
@@ -391,7 +364,7 @@ def test_a_trace_on_a_full_disk(tmp_path: Path) -> None:
         "t.save_trace = small\n"
         "from heatkv.__main__ import main; main()"
     )
-    arguments = [*QUICK["profile"], "--out", str(tmp_path), "--trace", str(tmp_path / "traces")]
+    arguments = [*ARGUMENTS["profile"], *model, "--out", str(tmp_path), "--trace", str(tmp_path / "traces")]
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 2, done.stderr

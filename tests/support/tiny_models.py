@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ def tiny_var() -> ClassConditionalModel:
         module.requires_grad_(False)
     settings = SamplingSettings(cfg=2.0, ramp=True, top_k=10)
     return ClassConditionalModel("tiny", transformer, vqvae, settings)
+
+
+def save_tiny_var(folder: Path) -> list[str]:
+    """The options of the command line that open the tiny VAR, whose files are written here; its images are 16 x 16."""
+    model = tiny_var()
+    tokens = torch.tensor(model.geometry.schedule.tokens)
+    levels = torch.repeat_interleave(torch.arange(len(tokens)), tokens)[None]
+    torch.save(model.transformer.state_dict() | {"lvl_1L": levels}, folder / "tiny.pth")
+    torch.save(VQVAE(VQVAEConfig(SIDES, 32, 8, 32, (1, 1, 1))).state_dict(), folder / "vae.pth")
+    return ["--model", "var", "--weights", f"{folder / 'tiny.pth'}", "--weights", f"vae={folder / 'vae.pth'}"]
 
 
 def tiny_infinity(schedule: ScaleSchedule = SCHEDULE) -> TextConditionalModel:
