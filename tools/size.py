@@ -32,8 +32,8 @@ heatkv/models: sampling
 """
 """The modules that explain the whole idea, in the order in which docs/reading-path.md presents them."""
 LIMITS = {
-    "lines of product": 22_420,
-    "lines of tests": 19_360,
+    "lines of product": 22_410,
+    "lines of tests": 19_340,
     "modules in the fullest folder": 14,
     "options of the command line": 119,
     f"functions over {LONGEST} lines": 1,
