@@ -56,15 +56,34 @@ ROOM = 6 << 30
 # ------------------------------------------------------------------------------------------------- whole files
 
 
+def same(first: Any, second: Any) -> bool:
+    """Equal, and no boolean taken for a number."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second) and isinstance(first, bool) == isinstance(second, bool)
+
+
 def _use_plan(path: Path) -> None:
-    plan = load_plan(path)
-    assert plan.peak_token_heads <= plan.budget_token_heads
+    """A plan that is accepted means what its file says."""
+    plan, told = load_plan(path), json.loads(path.read_bytes())
+    said = plan.to_json()
+    coarse = [
+        {**one, **{name: cells[name] for name in one if name in cells}}
+        for one, cells in zip(said.get("coarse", []), told.get("coarse", []), strict=True)
+    ]  # its bias has a default
+    told["schedule"] = [scale if len(scale) == 3 else [1, *scale] for scale in told["schedule"]]
+    assert same(said, {name: coarse if name == "coarse" else told[name] for name in said})
+    assert all(told.get(name) is None for name in ("value", "value_bound", "gap", "weights") if name not in said)
     plan.bytes(2, "bfloat16")
 
 
 def _use_statistics(path: Path) -> None:
     found = Statistics.load(path)
     assert np.isfinite([found.mass.sum(), found.spread.sum(), found.gini().sum()]).all()
+    found.save(path)
+    assert Statistics.load(path) == found
     HeadRankings.from_scores(found.scas)
 
 

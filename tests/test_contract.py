@@ -59,7 +59,7 @@ OTHERS: dict[str, EvictionPolicy] = {
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", REGISTERED)
 def test_contract_of_registered_policies(name: str, check: str) -> None:
-    CHECKS[check](name, geometries=[GEOMETRY, small_geometries()[2]])
+    CHECKS[check](name, geometries=small_geometries())
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import geometries, shares
 
@@ -87,7 +87,11 @@ def test_a_decimal_means_itself_in_every_notation() -> None:
     assert [Budget.parse(f"{tenths}0%").token_heads(geometry) for tenths in range(1, 11)] == list(range(1, 11))
 
 
-@settings(max_examples=50)
+def test_bytes_round_down_to_whole_token_heads() -> None:
+    geometry = CacheGeometry(2, 2, 8, ScaleSchedule.square((1, 2, 3)))  # a token-head has 8 * 4 = 32 bytes
+    assert [Budget.parse(f"{count}B").token_heads(geometry) for count in (31, 32, 63, 64)] == [0, 1, 1, 2]
+
+
 @given(geometry=geometries(), share=shares(), rows=st.integers(1, 4), storage=st.sampled_from(sorted(STORAGE_BYTES)))
 def test_token_heads_are_the_floor(geometry: CacheGeometry, share: Fraction, rows: int, storage: str) -> None:
     full = sum(geometry.schedule.tokens[:-1]) * geometry.layers * geometry.heads

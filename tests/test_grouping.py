@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -75,13 +76,11 @@ def test_groups_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 @settings(max_examples=40)
 @given(plan=level_plans(), rows=ROWS, seed=SEEDS, cost=COSTS)
 def test_attention_under_any_split(plan: Plan, rows: int, seed: int, cost: AttentionCost) -> None:
-    class Priced(KVCache):
-        def _prepare(self) -> list:  # type: ignore[type-arg]
-            self.kernel = RaggedAttention(self.store, cost)
-            return super()._prepare()
-
+    with patch("heatkv.engine.arena_cache.choose_kernel", lambda _, store: RaggedAttention(store, cost)):
+        cache = KVCache(plan, rows)
+    assert cache.kernel.cost is cost
     images = images_of(plan, rows, seed)
-    check_close(run(Priced(plan, rows), images), dense(plan, images), 1e-4)
+    check_close(run(cache, images), dense(plan, images), 1e-4)
 
 
 def test_the_measured_costs_are_costs() -> None:

@@ -180,7 +180,8 @@ def test_equality() -> None:
     made = [
         plan(), plan(last_read=keep_first(GEOMETRY.shape, 1)), plan(model="other"), plan(settings={}), plan(value=None),
         plan(coarse=(CoarseCells("mean", WHOLE, bias),)), plan(coarse=(CoarseCells("mean", WHOLE, bias * 1.0001),)),
-        plan(geometry=replace(GEOMETRY, head_dim=8)), capacity_plan(), capacity_plan(shared=True), plan().to_json(),
+        plan(geometry=replace(GEOMETRY, head_dim=8)), plan(budget=1.0, budget_token_heads=12),
+        capacity_plan(), capacity_plan(shared=True), plan().to_json(),
     ]  # fmt: skip
     again = [dict(one) if isinstance(one, dict) else replace(one) for one in made]
     for i, one in enumerate(made):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -205,6 +206,17 @@ def test_one_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RanksError, match="number 1 on its host, which has 1 GPUs; start no more processes"):
         ranks.device("cuda")
+
+
+@pytest.mark.parametrize("call", ["wait", "gather"])
+def test_a_rank_that_ended_between_steps(call: str) -> None:
+    def closed(*given: Any, **named: Any) -> None:
+        raise RuntimeError("Connection closed by peer\nmore")
+
+    team = object.__new__(_Launched)
+    team._dist = SimpleNamespace(barrier=closed, all_gather_object=closed)
+    with pytest.raises(RanksError, match=r"^another rank has ended"):
+        getattr(team, call)(*[1] * (call == "gather"))
 
 
 def test_imports_of_one_process() -> None:

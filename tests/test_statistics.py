@@ -86,15 +86,15 @@ def test_gini(scores: list[list[float]], gini: float) -> None:
 
 
 @settings(max_examples=40)
-@given(counts=st.lists(st.integers(1, 3), min_size=2, max_size=4), seed=SEEDS)
-def test_merging_parts_is_measuring_at_once(counts: list[int], seed: int) -> None:
-    samples = made_up_mass(LEVEL_GEOMETRY, sum(counts), seed)
+@given(geometry=geometries(min_scales=3), counts=st.lists(st.integers(1, 3), min_size=2, max_size=4), seed=SEEDS)
+def test_merging_parts_is_measuring_at_once(geometry: CacheGeometry, counts: list[int], seed: int) -> None:
+    samples = made_up_mass(geometry, sum(counts), seed)
     starts = np.cumsum([0, *counts])
     parts = [
-        statistics_of(LEVEL_GEOMETRY, samples[start : start + count], int(start))
+        statistics_of(geometry, samples[start : start + count], int(start))
         for start, count in zip(starts, counts, strict=False)
     ]
-    merged, whole = reduce(Statistics.merge, parts), statistics_of(LEVEL_GEOMETRY, samples)
+    merged, whole = reduce(Statistics.merge, parts), statistics_of(geometry, samples)
     assert merged.provenance == whole.provenance
     assert merged.levels.samples == whole.levels.samples == merged.samples
     for one, other in ((merged, whole), (merged.levels, whole.levels)):
@@ -144,13 +144,18 @@ def test_what_cannot_be_merged() -> None:
 # ---------------------------------------------------------------------- what no measurement gives
 
 
-def mass_with(value: float, *place: int) -> NDArray[np.float64]:
+def mass_with(value: Any, *place: int) -> NDArray[np.float64]:
     mass: NDArray[np.float64] = small(1).mass_sum.copy()
     mass[place] = value
     return mass
 
 
+def mass_of(geometry: CacheGeometry) -> NDArray[np.float64]:
+    return made_up_mass(geometry, 1, 0)
+
+
 COSTS = level_costs(made_up_mass(LEVEL_GEOMETRY, 2, 0))
+OTHER_HEADS = replace(GEOMETRY, layers=3, heads=2)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +164,14 @@ COSTS = level_costs(made_up_mass(LEVEL_GEOMETRY, 2, 0))
         (small(1), {"mass_sum": mass_with(np.nan, 1, 2, 3, 0)}, r"mass_sum\[1, 2, 3, 0\] is nan"),
         (small(1), {"mass_sum": mass_with(-0.25, 1, 0, 1, 1)}, r"mass_sum\[1, 0, 1, 1\] is -0\.25"),
         (small(1), {"mass_sum": mass_with(0.1, 0, 0, 1, 2)}, "looks at a later source scale"),
-        (small(1), {"mass_sum": small(1).mass_sum * 1.01}, r"sums to 1 \+- 0\.01"),
-        (small(1), {"mass_sum": small(1).mass_sum[0]}, r"shape \(3, 4, 4\)"),
+        *(
+            (small(1), {"mass_sum": mass_with(small(1).mass_sum[1, 2, 3] * factor, 1, 2, 3)}, r"sums to 1 \+- ")
+            for factor in (0.0, 0.99, 1.01)
+        ),
+        *(
+            (small(1), {"mass_sum": small(1).mass_sum[wrong]}, "mass_sum has shape")
+            for wrong in (np.s_[0], np.s_[:, :, 1:], np.s_[:, :, :, 1:], np.s_[:0])
+        ),
         (small(1), {"mass_square_sum": small(1).mass_sum[:1]}, r"mass_square_sum has shape \(1, 3, 4, 4\)"),
         (small(1), {"all_mass_sum": small(1).mass_sum * 0.99}, "sums to 1"),
         (small(1), {"error_sum": np.full((2, 3, 4, 4), 1.7e308)}, "error_sum.* from 0 to 1e.100"),
@@ -170,6 +181,7 @@ COSTS = level_costs(made_up_mass(LEVEL_GEOMETRY, 2, 0))
         (small(samples=("a", "b", "a")), {}, "twice"),
         (small(samples=("a", "b")), {}, "sums to 1"),  # three were summed
         (small(1), {"levels": COSTS}, "level costs are of 2 layers x 3 heads and the schedule 1x1,1x2,2x2,4x4,2x3"),
+        (small(1), {"levels": level_costs_of(OTHER_HEADS, mass_of(OTHER_HEADS), ("a",))}, "are of 3 layers x 2 heads"),
         (COSTS, {"joint_sum": (*COSTS.joint_sum[:-1], np.zeros((2, 3, 7)))}, r"target 4 has .*, not \(2, 3, 12\)"),
         (COSTS, {"joint_sum": (*COSTS.joint_sum[:-1], np.full((2, 3, 12), -1e-9))}, r"target 4\[0, 0, 0\] is -1e-09"),
         (COSTS, {"single_sum": np.zeros((2, 3, 5, 5, 3))}, r"not \(2, 3, 5, 5, 4\)"),
