@@ -221,8 +221,8 @@ def test_only_the_same_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
     assert ended.error.splitlines()[-2].startswith(f"{out}.parts: 1 finished parts are kept")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     for other, told in {
-        "--samples 3": "es=[[0, 2], [2, 3]], samples=['0:0:0', '0:1:1', '0:2:2']", "--cfg 1": "this one has cfg=1.0",
-        "--seed 1": "this one has samples=['1:0:0', '1:1:1']", "--dtype bfloat16": "this one has dtype=bfloat16",
+        "--samples 3": "es=[[0, 2], [2, 3]], samples=['0:0:0', '0:1:1', '0:2:2']", "--cfg 1": "'cfg': 1.0",
+        "--seed 1": "this one has samples=['1:0:0', '1:1:1']", "--dtype bfloat16": "'dtype': 'bfloat16'",
     }.items():  # fmt: skip
         said = refused(capsys, [*arguments, *other.split()])
         assert f"{out}.parts holds parts of a run with" in said

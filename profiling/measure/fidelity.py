@@ -49,8 +49,8 @@ def psnr(images_P3HW: Tensor, reference_P3HW: Tensor) -> FloatArray:
 
 
 def ssim(images_P3HW: Tensor, reference_P3HW: Tensor) -> FloatArray | None:
-    """SSIM (Gaussian window of 11) of every picture; None without torchmetrics."""
-    if importlib.util.find_spec("torchmetrics") is None:
+    """SSIM (Gaussian window of 11) of every picture; None without torchmetrics and for less than half a window."""
+    if importlib.util.find_spec("torchmetrics") is None or min(images_P3HW.shape[-2:]) < 6:
         return None
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -261,7 +261,11 @@ class FidelityBench:
         }
         samples = {"kl": mean(kl), "top1_agreement": mean(top1)} | similarities
         reasons = {
-            "ssim": None if "ssim" in similarities else "torchmetrics not installed" if self.pictures else NO_PICTURES,
+            "ssim": None
+            if "ssim" in similarities
+            else "torchmetrics not installed, or pictures below 6 x 6"
+            if self.pictures
+            else NO_PICTURES,
             "lpips": self._lpips if isinstance(self._lpips, str) else None,
             "fid": why_no_fid(self.pictures),
         }
