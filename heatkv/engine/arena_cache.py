@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from operator import mul
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from heatkv.engine.attention.kernels import choose_kernel
 from heatkv.engine.layout import ArenaLayout
 from heatkv.engine.spans import ATTENTION, CACHE_UPDATE, span
 from heatkv.engine.steps import LayerStep, PlanSteps
-from heatkv.engine.store import Store, check_code
+from heatkv.engine.store import Rows, Store, check_code
 from heatkv.engine.watch import Watch
 from heatkv.errors import PlanError
 
@@ -30,16 +31,23 @@ from heatkv.errors import PlanError
 class Turn:
     """Which call of attention is due: the layers of a scale one after the other, then those of the next scale.
 
-    `rows` is 0 until it is known; a cache knows it from the start.
+    `rows` is 0 until it is known; a cache knows it from the start. `at_work` rows run through all layers of a scale
+    before the next ones do, and the next scale comes when all have.
     """
 
     def __init__(self, geometry: CacheGeometry, rows: int = 0) -> None:
         self.geometry, self.rows = geometry, rows
-        self.target, self.layer = 0, 0
+        self.restart()
 
     def restart(self) -> None:
         """Expect the first call of new images."""
-        self.target, self.layer = 0, 0
+        self.target, self.layer, self.done_rows, self.at_work = 0, 0, 0, self.rows
+
+    def serve(self, rows: int) -> None:
+        """Expect so many rows from now on. Raises PlanError between two layers."""
+        if self.layer:
+            raise PlanError(f"rows may change before layer 0 of a scale, not before layer {self.layer}")
+        self.at_work = rows
 
     @property
     def done(self) -> bool:
@@ -53,7 +61,7 @@ class Turn:
                 f"attend was called for layer {layer} when layer {self.layer} of scale {self.target} was due; "
                 "call reset() before new images"
             )
-        expected = (self.rows or rows, self.geometry.schedule.tokens[self.target])
+        expected = (self.at_work or rows, self.geometry.schedule.tokens[self.target])
         if (rows, tokens) != expected:
             raise PlanError(
                 f"{rows} rows of {tokens} tokens arrived in layer {layer} of scale {self.target}; the plan's schedule "
@@ -64,7 +72,9 @@ class Turn:
         """Go on to the call that is due next."""
         self.layer += 1
         if self.layer == self.geometry.layers:
-            self.target, self.layer = self.target + 1, 0
+            self.layer, self.done_rows = 0, self.done_rows + self.at_work
+            if self.done_rows >= self.rows:
+                self.target, self.done_rows = self.target + 1, 0
 
 
 class Attend(Protocol):
@@ -100,6 +110,7 @@ class ArenaCache(Attend, ABC):
         device: torch.device | str,
         code: str | None,
         attention: str,
+        rows_at_once: Sequence[int] | None,
     ) -> None:
         if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in STORAGE_BYTES:
             raise PlanError(f"dtype {shown(dtype)} cannot hold keys and values; use torch.float32 or torch.bfloat16")
@@ -107,6 +118,7 @@ class ArenaCache(Attend, ABC):
         check_code(code, device)
         self.geometry = plan.geometry
         self.rows = whole(rows, "rows", PlanError, 1)
+        self.rows_at_once = rows_at_once or [self.rows] * len(plan.schedule)
         self.turn = Turn(plan.geometry, self.rows)
         self.store = Store(self.rows, slots, plan.geometry.head_dim, dtype, device, code, uncoded_slots)
         self.kernel = choose_kernel(attention, self.store)
@@ -147,13 +159,20 @@ class ArenaCache(Attend, ABC):
         """Bytes of the keys and values of the running scale of one layer, where that is largest: they come from the
         model, and are not cached, but are there beside the arena."""
         geometry = self.geometry
-        tokens = max(geometry.schedule.tokens)
-        return 2 * self.rows * geometry.heads * tokens * geometry.head_dim * self.store.dtype.itemsize
+        tokens = max(map(mul, self.rows_at_once, geometry.schedule.tokens))
+        return 2 * geometry.heads * tokens * geometry.head_dim * self.store.dtype.itemsize
 
     def reset(self) -> None:
         """Start the next images; nothing that is held needs clearing."""
         self.turn.restart()
+        self.store.serve(Rows(1, 0, self.rows))
         self.watch.clear()
+
+    def serve(self, rows: Rows) -> None:
+        """Expect calls of these rows until others are named: those of a scale may come through all layers a few
+        images at a time, and are read from and written to the arena where they would be otherwise."""
+        self.turn.serve(len(rows))
+        self.store.serve(rows)
 
     def check(self, images: int | None = None) -> None:
         """Call this when images are done; it waits for the device.
@@ -172,7 +191,7 @@ class ArenaCache(Attend, ABC):
         Returns (R, H, N, D). Raises PlanError for another layer than the next, and other rows or tokens than expected.
         """
         self.turn.check(layer, v_RHND.shape[0], v_RHND.shape[2])
-        self.watch.see(self.turn.target, layer, q_RHND, k_RHND, v_RHND)
+        self.watch.see(self.turn.target, layer, q_RHND, k_RHND, v_RHND, self.store.rows)
         out = self._run(layer, q_RHND, k_RHND, v_RHND)
         self.turn.advance()
         return out
@@ -188,7 +207,8 @@ class KVCache(ArenaCache):
     Dropping is free: a slot whose last reader is done is overwritten by its next owner. `key_angles` are, for models
     that rotate keys, the angles of every token, (N, D/2) per scale; a plan with coarse cells needs them to pool.
     `code` is "int8" or "fp8" for 8-bit codes, sinks excepted, and None for the compute type; `attention` names the
-    kernel, "ragged", "triton", or "auto" for the one that suits the device. Raises PlanError for what cannot run here.
+    kernel, "ragged", "triton", or "auto" for the one that suits the device; `rows_at_once`, per scale, how many rows
+    `serve` will name at most. Raises PlanError for what cannot run here.
     """
 
     def __init__(
@@ -200,11 +220,14 @@ class KVCache(ArenaCache):
         key_angles: Sequence[Tensor] | None = None,
         code: str | None = None,
         attention: str = "auto",
+        rows_at_once: Sequence[int] | None = None,
     ) -> None:
         self.plan, self.key_angles = plan, key_angles
         self.layout = ArenaLayout.for_plan(plan, code is not None)
-        super().__init__(plan, self.layout.slots, self.layout.uncoded_slots, rows, dtype, device, code, attention)
-        steps = PlanSteps(plan, self.layout, self.store, self.kernel, self.rows, key_angles)
+        super().__init__(
+            plan, self.layout.slots, self.layout.uncoded_slots, rows, dtype, device, code, attention, rows_at_once
+        )
+        steps = PlanSteps(plan, self.layout, self.store, self.kernel, self.rows_at_once, key_angles)
         targets, layers = range(len(plan.schedule)), range(self.geometry.layers)
         self._steps: list[list[LayerStep]] = [[steps.step(target, layer) for layer in layers] for target in targets]
         self.reset()

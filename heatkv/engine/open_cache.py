@@ -32,6 +32,7 @@ def open_cache(
     query_weight: Callable[[int], Tensor] | None = None,
     code: str | None = None,
     attention: str = "auto",
+    rows_at_once: Sequence[int] | None = None,
 ) -> KVCache | SelectingCache:
     """The cache of a plan: see KVCache for the arguments, SelectingCache for `query_weight`.
 
@@ -41,9 +42,9 @@ def open_cache(
     check_cache(plan, dtype, device, code, attention)
     plan.check_bytes(rows, str(StorageType.for_dtype(dtype, code)))
     if isinstance(plan, CapacityPlan):
-        return SelectingCache(plan, policy_of(plan), rows, dtype, device, query_weight, code)
+        return SelectingCache(plan, policy_of(plan), rows, dtype, device, query_weight, code, rows_at_once)
     assert isinstance(plan, Plan)
-    return KVCache(plan, rows, dtype, device, key_angles, code, attention)
+    return KVCache(plan, rows, dtype, device, key_angles, code, attention, rows_at_once)
 
 
 def check_cache(

@@ -54,7 +54,7 @@ Fall = tuple[int, int, int, int]
 
 
 class PlanSteps:
-    """The steps of a plan that is laid out in a store, for one kernel and so many rows."""
+    """The steps of a plan that is laid out in a store, for one kernel and so many rows at once, per scale."""
 
     def __init__(
         self,
@@ -62,10 +62,10 @@ class PlanSteps:
         layout: ArenaLayout,
         store: Store,
         kernel: AttentionKernel,
-        rows: int,
+        rows_at_once: Sequence[int],
         key_angles: Sequence[Tensor] | None,
     ) -> None:
-        self._plan, self._store, self._kernel, self._rows = plan, store, kernel, rows
+        self._plan, self._store, self._kernel, self._rows_at_once = plan, store, kernel, rows_at_once
         self._key_angles = key_angles
         self._slots = {cell: slots_in(runs) for cell, runs in layout.runs.items()}
         self._biases = [np.zeros(plan.last_read.shape), *(cells.log_bias for cells in plan.coarse)]
@@ -99,7 +99,10 @@ class PlanSteps:
                 bias = [self._biases[level][layer, head, source] for level, source in cells]
                 bias_of_head.append(np.repeat(bias, [len(x) for x in slots]) if cells else np.zeros(0))
         shape = CallShape(
-            self._rows, self._plan.schedule.tokens[target], self._store.head_dim, self._store.dtype.itemsize
+            self._rows_at_once[target],
+            self._plan.schedule.tokens[target],
+            self._store.head_dim,
+            self._store.dtype.itemsize,
         )
         return self._kernel.prepare(slots_of_head, bias_of_head or None, shape)
 

@@ -2,7 +2,8 @@
 
 Slots count through: first the uncoded ones, then the coded ones. A coded key or value is code * scale, with one scale
 per slot and row, so that a token can be read, moved and dropped by itself.
-Shapes: R rows, P uncoded slots, Q coded slots, M tokens that are read or written, D head size.
+Shapes: R rows, F parts of the rows (a conditional and an unconditional half), B images, P uncoded slots, Q coded slots,
+M tokens that are read or written, D head size.
 """
 
 from __future__ import annotations
@@ -44,6 +45,22 @@ def decode(codes_RMD: Tensor, scales_RM: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows of some images among those of all: from each of `parts` equal parts, `count` from `first` on."""
+
+    parts: int
+    first: int
+    count: int
+
+    def of(self, x: Tensor, dim: int) -> Tensor:
+        """These rows as a view of a tensor that has all rows in `dim`: (..., F, B, ...)."""
+        return x.unflatten(dim, (self.parts, -1)).narrow(dim + 1, self.first, self.count)
+
+    def __len__(self) -> int:
+        return self.parts * self.count
+
+
+@dataclass(frozen=True)
 class Places:
     """Slots to read or write in an order of their own: which of the M tokens are in which part, and where there.
 
@@ -68,7 +85,8 @@ class Store:
     """The buffers of one cache for all layers: keys at index 0 and values at 1, for `rows` rows.
 
     `arena_2RPD` is of the compute type. `code` is "int8" or "fp8" for codes in all slots but the first
-    `uncoded_slots`; without one, `codes_2RQD` and `scales_2RQ` have no slots.
+    `uncoded_slots`; without one, `codes_2RQD` and `scales_2RQ` have no slots. What is read and written are the rows at
+    work: all, until `serve` says which.
     """
 
     def __init__(
@@ -90,6 +108,16 @@ class Store:
             (2, rows, coded_slots, head_dim), dtype=torch.int8 if self.code is None else self.code, device=device
         )
         self.scales_2RQ = torch.empty((2, rows, coded_slots), dtype=torch.bfloat16, device=device)
+        self.serve(Rows(1, 0, rows))
+
+    def serve(self, rows: Rows) -> None:
+        """Read and write these rows from now on."""
+        self.rows = rows
+        self.arena_2FBPD, self.codes_2FBQD, self.scales_2FBQ = (rows.of(x, 1) for x in self.buffers)
+
+    def row_numbers(self) -> Tensor:
+        """Which of all rows are at work."""
+        return self.rows.of(torch.arange(self.arena_2RPD.shape[1], device=self.device), 0).flatten()
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -121,14 +149,14 @@ class Store:
         """Keys and values at `places`, (2, R, M, D) of the compute type, a copy."""
         parts = []
         if places.uncoded is not None:
-            parts.append((self.arena_2RPD.index_select(2, places.uncoded), places.uncoded_at))
+            parts.append((self.arena_2FBPD.index_select(3, places.uncoded).flatten(1, 2), places.uncoded_at))
         if places.coded is not None:
-            codes = _bits(self.codes_2RQD).index_select(2, places.coded).view(self.codes_2RQD.dtype)
-            scales = self.scales_2RQ.index_select(2, places.coded)
-            parts.append((decode(codes, scales, self.dtype), places.coded_at))
+            codes = _bits(self.codes_2FBQD).index_select(3, places.coded).view(self.codes_2RQD.dtype)
+            scales = self.scales_2FBQ.index_select(3, places.coded)
+            parts.append((decode(codes, scales, self.dtype).flatten(1, 2), places.coded_at))
         if len(parts) == 1:
             return parts[0][0]
-        out = self.arena_2RPD.new_empty((2, self.arena_2RPD.shape[1], places.count, self.head_dim))
+        out = self.arena_2RPD.new_empty((2, len(self.rows), places.count, self.head_dim))
         for x, at in parts:
             assert at is not None
             out.index_copy_(2, at, x)
@@ -136,12 +164,13 @@ class Store:
 
     def read_rows(self, slots_RM: Tensor) -> Tensor:
         """As `read`, where every row has its own slots, and all slots of the store are coded, or none is."""
-        slots_BM = slots_RM.repeat(2, 1)
+        slots_BM, rows_R = slots_RM.repeat(2, 1), self.row_numbers()
+        rows_B = torch.cat([rows_R, rows_R + self.arena_2RPD.shape[1]])
         if self.code is None:
-            k_or_v_BMD = rows_at(self.arena_2RPD.flatten(0, 1), slots_BM)
+            k_or_v_BMD = rows_at(self.arena_2RPD.flatten(0, 1), slots_BM, rows_B)
             return k_or_v_BMD.view(2, *slots_RM.shape, self.head_dim)
-        codes = rows_at(_bits(self.codes_2RQD).flatten(0, 1), slots_BM).view(self.code)
-        scales = rows_at(self.scales_2RQ.flatten(0, 1)[..., None], slots_BM)[..., 0]
+        codes = rows_at(_bits(self.codes_2RQD).flatten(0, 1), slots_BM, rows_B).view(self.code)
+        scales = rows_at(self.scales_2RQ.flatten(0, 1)[..., None], slots_BM, rows_B)[..., 0]
         return decode(codes, scales, self.dtype).view(2, *slots_RM.shape, self.head_dim)
 
     def write(self, places: Places, k_RMD: Tensor, v_RMD: Tensor) -> None:
@@ -149,19 +178,22 @@ class Store:
         for index, x_RMD in enumerate((k_RMD, v_RMD)):
             if places.uncoded is not None:
                 x = x_RMD if places.uncoded_at is None else x_RMD.index_select(1, places.uncoded_at)
-                self.arena_2RPD[index].index_copy_(1, places.uncoded, x.to(self.dtype))
+                x_FBMD = x.to(self.dtype).unflatten(0, (self.rows.parts, -1))
+                self.arena_2FBPD[index].index_copy_(2, places.uncoded, x_FBMD)
             if places.coded is not None:
                 x = x_RMD if places.coded_at is None else x_RMD.index_select(1, places.coded_at)
-                codes, scales = encode(x, self.codes_2RQD.dtype)
-                _bits(self.codes_2RQD[index]).index_copy_(1, places.coded, _bits(codes))
-                self.scales_2RQ[index].index_copy_(1, places.coded, scales)
+                codes, scales = encode(x.unflatten(0, (self.rows.parts, -1)), self.codes_2RQD.dtype)
+                _bits(self.codes_2FBQD[index]).index_copy_(2, places.coded, _bits(codes))
+                self.scales_2FBQ[index].index_copy_(2, places.coded, scales)
 
 
-def rows_at(x_BCX: Tensor, at_BM: Tensor) -> Tensor:
-    """x[b, at[b, m]], (B, M, X); whole rows are copied, which `gather` would do number by number."""
-    batch, count, width = x_BCX.shape
-    flat = at_BM + count * torch.arange(batch, device=at_BM.device)[:, None]
-    return x_BCX.reshape(batch * count, width).index_select(0, flat.flatten()).view(*at_BM.shape, width)
+def rows_at(x_ACX: Tensor, at_BM: Tensor, rows_B: Tensor | None = None) -> Tensor:
+    """x[rows[b], at[b, m]], (B, M, X), where rows are 0, 1, ... by default; whole rows are copied, which `gather`
+    would do number by number."""
+    number, count, width = x_ACX.shape
+    rows_B = torch.arange(number, device=at_BM.device) if rows_B is None else rows_B
+    flat = at_BM + count * rows_B[:, None]
+    return x_ACX.reshape(number * count, width).index_select(0, flat.flatten()).view(*at_BM.shape, width)
 
 
 def _bits(codes: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,10 +65,11 @@ class SelectingCache(ArenaCache):
         device: torch.device | str = "cpu",
         query_weight: Callable[[int], Tensor] | None = None,
         code: str | None = None,
+        rows_at_once: Sequence[int] | None = None,
     ) -> None:
         self.plan, self.policy, self._query_weight = plan, policy, query_weight
         self.layout = CapacityLayout.for_plan(plan)
-        super().__init__(plan, self.layout.slots, 0, rows, dtype, device, code, "ragged")
+        super().__init__(plan, self.layout.slots, 0, rows, dtype, device, code, "ragged", rows_at_once)
         self.wants_input = policy.wants_input and not plan.had_no_effect()
         layers, heads, on = plan.geometry.layers, plan.geometry.heads if plan.shared else 0, self.store.device
         self._carried_RPX = torch.empty((rows, self.layout.slots, plan.carried), device=on)
@@ -159,7 +160,8 @@ class SelectingCache(ArenaCache):
             for step, k, v, carried in writes:  # after all are chosen: heads may take over each other's slots
                 self.store.write(step.written, k, v)
                 if self.plan.carried:
-                    self._carried_RPX.index_copy_(1, step.carried, carried)
+                    into_FBPX = self.store.rows.of(self._carried_RPX, 0)
+                    into_FBPX.index_copy_(2, step.carried, carried.unflatten(0, into_FBPX.shape[:2]))
         return out_RHND
 
     def _candidates(self, layer: int, step: TokenStep, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> Candidates:
@@ -170,11 +172,12 @@ class SelectingCache(ArenaCache):
             past_k, past_v = self.store.read_rows(slots_RHM.flatten(1)).unflatten(2, slots_RHM.shape[1:])
             q, k = q_RHND, torch.cat([past_k.to(k_RHND.dtype), k_RHND], dim=2)
             v = torch.cat([past_v.to(v_RHND.dtype), v_RHND], dim=2)
-            carried = rows_at(self._carried_RPX, slots_RHM.flatten(1))
+            carried = rows_at(self._carried_RPX, slots_RHM.flatten(1), self.store.row_numbers())
         else:
             q, k, v = with_held(group, q_RHND, k_RHND, v_RHND, self.store)
-            carried = self._carried_RPX
-            carried = carried[:, :0] if group.places is None else carried.index_select(1, group.places.slots)
+            carried = self.store.rows.of(self._carried_RPX, 0)
+            carried = carried[:, :, :0] if group.places is None else carried.index_select(2, group.places.slots)
+            carried = carried.flatten(0, 1)
         carried_RHMX = carried.unflatten(1, (group.size, group.held))
         inputs: dict[str, Tensor] = {}
         if self.wants_input and step.kept and (self.plan.carried or not step.everything):
@@ -201,7 +204,7 @@ class SelectingCache(ArenaCache):
     def _held_by_row(self, layer: int, step: TokenStep, new: int) -> tuple[Tensor, Tensor]:
         """The slots of an uneven step's held tokens, (R, H, M), right-aligned, and which candidates there are."""
         assert step.group.places is not None
-        counts_RH, widest = self._counts_LRH[layer].long(), step.group.held
+        counts_RH, widest = self.store.rows.of(self._counts_LRH[layer], 0).flatten(0, 1).long(), step.group.held
         ends_RH1 = counts_RH.cumsum(dim=1)[..., None]
         at_RHM = ends_RH1 - widest + torch.arange(widest, device=counts_RH.device)
         valid_RHM = at_RHM >= ends_RH1 - counts_RH[..., None]
@@ -231,7 +234,8 @@ class SelectingCache(ArenaCache):
         best_BK = best.indices.sort(dim=-1).values
         if self.plan.shared:
             kept = torch.zeros((rows, heads * count), dtype=torch.int32, device=best_BK.device).scatter_(1, best_BK, 1)
-            self._counts_LRH[seen.layer] = kept.view(rows, heads, count).sum(dim=-1)
+            into_FBH = self.store.rows.of(self._counts_LRH[seen.layer], 0)
+            into_FBH.copy_(kept.view(*into_FBH.shape, count).sum(dim=-1))
         k, v, carried = (
             rows_at(x.reshape(rows * pools, heads // pools * count, x.shape[3]), best_BK).unflatten(0, (rows, pools))
             for x in parts

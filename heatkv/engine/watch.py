@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from heatkv.core.geometry import CacheGeometry
+from heatkv.engine.store import Rows
 from heatkv.errors import HeatKVError, NumericsError
 
 _FEW_TOKENS = 16
@@ -54,20 +55,23 @@ class Watch:
             device=device,
         )
         # views made once: making them for every layer would take as long as the sums
-        self._parts = [[list(of_layer.unbind()) for of_layer in of_scale.unbind()] for of_scale in self._sums_TL3RH]
+        self._whole = [list(of_scale.unbind()) for of_scale in Rows(1, 0, rows).of(self._sums_TL3RH, 3).unbind()]
 
     def clear(self) -> None:
         self._sums_TL3RH.zero_()
 
-    def see(self, target: int, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor) -> None:
-        """Take the sums; nothing waits for the device."""
-        for into_RH, x_RHND in zip(self._parts[target][layer], (q_RHND, k_RHND, v_RHND), strict=True):
+    def see(self, target: int, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, rows: Rows) -> None:
+        """Take the sums of these rows; nothing waits for the device."""
+        if len(rows) == self._sums_TL3RH.shape[3]:
+            into_3FBH = self._whole[target][layer]
+        else:
+            into_3FBH = rows.of(self._sums_TL3RH[target, layer], 1)
+        for into_FBH, x_RHND in zip(into_3FBH, (q_RHND, k_RHND, v_RHND), strict=True):
             x_RHND = x_RHND.detach() if x_RHND.requires_grad else x_RHND
             if x_RHND.device.type == "cpu" and x_RHND.shape[2] > _FEW_TOKENS:
-                x_RHD = x_RHND.sum(dim=2, dtype=torch.float32 if x_RHND.dtype is torch.float16 else None)
-                torch.sum(x_RHD, dim=2, dtype=into_RH.dtype, out=into_RH)
-            else:
-                torch.sum(x_RHND, dim=(2, 3), dtype=into_RH.dtype, out=into_RH)
+                x_RHND = x_RHND.sum(dim=2, dtype=torch.float32 if x_RHND.dtype is torch.float16 else None)
+            x_FBHX = x_RHND.flatten(2).unflatten(0, into_FBH.shape[:2])
+            torch.sum(x_FBHX, dim=3, dtype=into_FBH.dtype, out=into_FBH)
 
     def first(self, images: int | None = None) -> tuple[int, NumericsError] | None:
         """The first place with numbers that are not finite: its scale, and an error that names it; it waits for the

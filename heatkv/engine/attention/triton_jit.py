@@ -132,7 +132,7 @@ def _add_coded(
     return max_M, sum_M, acc_MD * unit
 
 
-@triton.jit(do_not_specialize=["heads", "tokens"])
+@triton.jit(do_not_specialize=["part_rows", "all_rows", "heads", "tokens"])
 def attention_kernel(
     out_RHND, out_stride_r, out_stride_h, out_stride_n,
     q_RHND, q_stride_r, q_stride_h, q_stride_n,
@@ -143,7 +143,7 @@ def attention_kernel(
     codes_2RPD, codes_stride_2, codes_stride_r, codes_stride_p,
     scales_2RP, scales_stride_2, scales_stride_r,
     coded_begins_RH, coded_begins_stride_r, coded_counts_RH, coded_counts_stride_r, coded_slots_X, coded_bias_X,
-    heads, tokens,
+    part_rows, all_rows, heads, tokens,
     PLAIN: tl.constexpr, PLAIN_BIASED: tl.constexpr, CODED: tl.constexpr, CODED_BIASED: tl.constexpr,
     FLOAT8: tl.constexpr, COMPUTE: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -151,6 +151,7 @@ def attention_kernel(
     """Attention of BLOCK_M queries of one head of one row; programs of one head run together, as they share keys."""
     blocks = tl.cdiv(tokens, BLOCK_M)
     row = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    held_row = row // part_rows * all_rows + row % part_rows
     head = (tl.program_id(0) // blocks % heads).to(tl.int64)
     query_M = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     channel_D = tl.arange(0, BLOCK_D)
@@ -167,7 +168,7 @@ def attention_kernel(
     if PLAIN:
         begin = tl.load(plain_begins_RH + row * plain_begins_stride_r + head)
         count = tl.load(plain_counts_RH + row * plain_counts_stride_r + head)
-        keys_PD = arena_2RPD + row * arena_stride_r
+        keys_PD = arena_2RPD + held_row * arena_stride_r
         values_PD = keys_PD + tl.cast(arena_stride_2, tl.int64)
         max_M, sum_M, acc_MD = _add_plain(
             q_MD, max_M, sum_M, acc_MD, keys_PD, values_PD, arena_stride_p, begin, count, plain_slots_X, plain_bias_X,
@@ -176,9 +177,9 @@ def attention_kernel(
     if CODED:
         begin = tl.load(coded_begins_RH + row * coded_begins_stride_r + head)
         count = tl.load(coded_counts_RH + row * coded_counts_stride_r + head)
-        keys_PD = codes_2RPD + row * codes_stride_r
+        keys_PD = codes_2RPD + held_row * codes_stride_r
         values_PD = keys_PD + tl.cast(codes_stride_2, tl.int64)
-        key_scales_P = scales_2RP + row * scales_stride_r
+        key_scales_P = scales_2RP + held_row * scales_stride_r
         value_scales_P = key_scales_P + tl.cast(scales_stride_2, tl.int64)
         max_M, sum_M, acc_MD = _add_coded(
             q_MD, max_M, sum_M, acc_MD, keys_PD, values_PD, codes_stride_p, key_scales_P, value_scales_P, begin, count,
@@ -224,14 +225,14 @@ def _append(
         tl.store(store_PD + at_CD, _as_type(x_CD, store_PD.dtype.element_ty), mask=in_CD)
 
 
-@triton.jit(do_not_specialize=["kept", "tokens"])
+@triton.jit(do_not_specialize=["part_rows", "all_rows", "kept", "tokens"])
 def append_kernel(
     k_RHND, k_stride_r, k_stride_h, k_stride_n,
     v_RHND, v_stride_r, v_stride_h, v_stride_n,
     store_2RPD, store_stride_2, store_stride_r, store_stride_p,
     scales_2RP, scales_stride_2, scales_stride_r,
     heads_K, slots_KN, slots_stride_k,
-    kept, tokens,
+    part_rows, all_rows, kept, tokens,
     CODED: tl.constexpr, FLOAT8: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write keys and values of BLOCK_C new tokens of one kept head of one row to their slots, as they are or coded."""
@@ -246,10 +247,11 @@ def append_kernel(
     channel_D = tl.arange(0, BLOCK_D)
     in_D = (channel_D < D)[None, :]
     x_ND = k_RHND + row * k_stride_r + head * k_stride_h
-    store_PD = store_2RPD + row * store_stride_r
+    held_row = row // part_rows * all_rows + row % part_rows
+    store_PD = store_2RPD + held_row * store_stride_r
     scales_P = scales_2RP
     if CODED:
-        scales_P = scales_2RP + row * scales_stride_r
+        scales_P = scales_2RP + held_row * scales_stride_r
     _append(
         x_ND, k_stride_n, store_PD, store_stride_p, scales_P, token_C, slot_C, in_C, channel_D, in_D, CODED, FLOAT8
     )  # fmt: skip

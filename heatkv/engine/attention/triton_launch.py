@@ -127,6 +127,7 @@ def fused_attention(
         q_RHND, k_RHND, v_RHND: one dtype, any strides; q is already scaled, k rotated and normalised. N is 1 or more.
         plain: the store of tokens as they are, arena_2RPD (keys, then values), and who reads what of it.
         coded: codes_2RPD, int8 or float8_e4m3fn, scales_2RP, bfloat16, and who reads what; a token is code * scale.
+            A store's rows may also be some of each of several parts, 2FB instead of 2R.
         out: where to write; made like q if None.
         tile: in place of the table's.
 
@@ -143,7 +144,8 @@ def fused_attention(
     arena, listed = plain or (None, None)
     codes, scales, codes_listed = coded or (None, None, None)
     arguments = [part for x in (out, q_RHND, k_RHND, v_RHND, arena) for part in _strided(x, 3)]
-    arguments += [*_lists(listed), *_strided(codes, 3), *_strided(scales, 2), *_lists(codes_listed), heads, tokens]
+    arguments += [*_lists(listed), *_strided(codes, 3), *_strided(scales, 2), *_lists(codes_listed)]
+    arguments += [*_rows_of(arena if codes is None else codes, rows), heads, tokens]
     with torch.cuda.device_of(q_RHND):
         _jit().attention_kernel[(-(-tokens // tile.block_m) * rows * heads,)](
             *arguments,
@@ -183,7 +185,8 @@ def append_kept(
     rows, head_dim = k_RHND.shape[0], k_RHND.shape[3]
     k_RHND, v_RHND, slots_KN = (_channels_together(x) for x in (k_RHND, v_RHND, slots_KN))
     arguments = [part for x in (k_RHND, v_RHND, store_2RPD) for part in _strided(x, 3)]
-    arguments += [*_strided(scales_2RP, 2), heads_K, slots_KN, slots_KN.stride(0), kept, tokens]
+    arguments += [*_strided(scales_2RP, 2), heads_K, slots_KN, slots_KN.stride(0), *_rows_of(store_2RPD, rows)]
+    arguments += [kept, tokens]
     with torch.cuda.device_of(k_RHND):
         _jit().append_kernel[(-(-tokens // APPEND_TOKENS) * rows * kept,)](
             *arguments,
@@ -234,10 +237,19 @@ def _channels_together(x: Tensor) -> Tensor:
 
 
 def _strided(x: Tensor | None, count: int) -> tuple[Any, ...]:
-    """A tensor and its first strides; float8 as bytes, since Triton then needs no float8 to move them."""
+    """A tensor and its first strides, but for that over parts of rows; float8 as bytes, since Triton then needs no
+    float8 to move them."""
     if x is None:
         return (None, *[0] * count)
-    return (x.view(torch.uint8) if _is_float8(x) else x, *x.stride()[:count])
+    strides = x.stride() if x.dim() <= count + 1 else x.stride()[:1] + x.stride()[2:]
+    return (x.view(torch.uint8) if _is_float8(x) else x, *strides[:count])
+
+
+def _rows_of(store: Tensor | None, rows: int) -> tuple[int, int]:
+    """How many rows of each part of a store are at work, and how many rows a part has."""
+    if store is None or store.dim() < 5:
+        return rows, rows
+    return store.shape[2], store.stride(1) // max(store.stride(2), 1)
 
 
 def _lists(held: HeldTokens | None) -> tuple[Any, ...]:
@@ -294,8 +306,8 @@ class TritonAttention(AttentionKernel):
             q_RHND,
             k_RHND,
             v_RHND,
-            None if uncoded is None else (self.store.arena_2RPD, uncoded),
-            None if coded is None else (self.store.codes_2RQD, self.store.scales_2RQ, coded),
+            None if uncoded is None else (self.store.arena_2FBPD, uncoded),
+            None if coded is None else (self.store.codes_2FBQD, self.store.scales_2FBQ, coded),
         )
 
     def prepare_kept(self, heads: Sequence[int], slots_KN: IntArray) -> tuple[Tensor, Tensor, bool]:
@@ -305,5 +317,5 @@ class TritonAttention(AttentionKernel):
 
     def keep(self, k_RHND: Tensor, v_RHND: Tensor, prepared: tuple[Tensor, Tensor, bool]) -> None:
         heads_K, slots_KN, coded = prepared
-        into = (self.store.codes_2RQD, self.store.scales_2RQ) if coded else (self.store.arena_2RPD,)
+        into = (self.store.codes_2FBQD, self.store.scales_2FBQ) if coded else (self.store.arena_2FBPD,)
         append_kept(k_RHND, v_RHND, heads_K, slots_KN, *into)
