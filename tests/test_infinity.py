@@ -145,7 +145,7 @@ def test_a_prompt_and_its_negative_matter(tiny: TextConditionalModel) -> None:
     for other in (Prompt(changed, features(7)), Prompt(features(5), features(7, seed=1))):
         assert (draw_logits(tiny, [other], bits)[0] - reference[0]).abs().max() > 1e-3
     assert (default[0] - reference[0]).abs().max() > 1e-3
-    learnt = draw_logits(tiny, [Prompt(features(5), tiny.transformer.unconditional(5).clone())], bits)
+    learnt = draw_logits(tiny, [Prompt(features(5), tiny.transformer.cfg_uncond[:5].clone())], bits)
     assert all(torch.equal(a, b) for a, b in zip(learnt, default, strict=True))
 
 
@@ -156,7 +156,6 @@ REFUSED: list[tuple[str, Callable[[TextConditionalModel], Any]]] = [
     (r"reads a tensor", lambda model: model.begin([Prompt(features(3).long())], model.sampling)),
     (r"reads a tensor", lambda model: model.begin([Prompt("x")], model.sampling)),  # type: ignore[arg-type]
     ("21 positions has no unconditional half", lambda model: model.begin([Prompt(features(21))], model.sampling)),
-    ("no scale was drawn yet", lambda model: model.begin([Prompt(features(3))], model.sampling).image()),
     ("without a text encoder", lambda model: model.prompts(["a cat"])),
     ("without a text encoder", lambda model: generate(model, ["a cat"], model.plan())),
     ("give a list of texts", lambda model: model.prompts("a cat")),

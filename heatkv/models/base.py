@@ -6,9 +6,10 @@ token), C width, V codes, Z code channels, h and w the last scale's height and w
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from heatkv.core.schema import seed_of, shown, whole
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import Attend
+from heatkv.engine.store import Rows
 from heatkv.errors import ModelError
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.fingerprint import known_fingerprint
@@ -34,13 +36,21 @@ Label = TypeVar("Label")
 class Drawing(ABC, Generic[Label]):
     """Images on their way: call `logits`, then `accept` what was chosen, once per scale; then `image`.
 
-    What it holds from one scale to the next, and from the labels, stays at the same addresses.
+    What it holds from one scale to the next, and from the labels, stays at the same addresses: `f_hat`, the sum of code
+    features so far, (B, Z, h, w), to which scales are added in place.
     """
 
-    def __init__(self, settings: Settings, scales: int) -> None:
-        self._settings, self._scales = settings, scales
-        self._f_hat: Tensor | None = None
+    def __init__(self, settings: Settings, scales: int, f_hat_BZhw: Tensor) -> None:
+        self._settings, self._scales, self.f_hat = settings, scales, f_hat_BZhw
+        self.rows = Rows(settings.rows_per_image, 0, len(f_hat_BZhw))
         self.scale = 0
+
+    def part(self, scale: int, first: int, count: int) -> Self:
+        """Some of these images at a scale: what it does is done to these."""
+        part = copy.copy(self)
+        part.scale, part.f_hat = scale, self.f_hat[first : first + count]
+        part.rows = Rows(self.rows.parts, first, count)
+        return part
 
     @abstractmethod
     def restart(self, labels: Sequence[Label]) -> bool:
@@ -76,16 +86,12 @@ class Drawing(ABC, Generic[Label]):
     def image(self) -> Tensor:
         """(B, 3, H, W), RGB in [0, 1]."""
 
-    @property
-    def f_hat(self) -> Tensor:
-        """Sum of code features so far, (B, Z, h, w); later scales are added to this very tensor."""
-        if self._f_hat is None:
-            raise ModelError("no scale was drawn yet")
-        return self._f_hat
-
     def _add(self, features_BZhw: Tensor) -> None:
         """Add the running scale's code features, and go on to the next scale."""
-        self._f_hat = summed(self._f_hat, features_BZhw, first=self.scale == 0)
+        if self.scale:
+            self.f_hat.add_(features_BZhw)
+        else:
+            self.f_hat.copy_(features_BZhw)
         self.scale += 1
 
     def _all_inputs(self, choices: Sequence[Tensor]) -> Tensor:
@@ -99,13 +105,6 @@ class Drawing(ABC, Generic[Label]):
     def _for_all_rows(self, input_BNC: Tensor) -> Tensor:
         """The same input for the unconditional rows, where there are any."""
         return torch.cat([input_BNC, input_BNC]) if self._settings.guided else input_BNC
-
-
-def summed(total: Tensor | None, added: Tensor, first: bool) -> Tensor:
-    """The sum with what a scale adds, in the tensor of the total where there is one."""
-    if total is None:
-        return added
-    return total.copy_(added) if first else total.add_(added)
 
 
 class ImageModel(ABC, Generic[Label]):

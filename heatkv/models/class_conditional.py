@@ -87,7 +87,9 @@ class Drawing(base.Drawing[int]):
     """Images of classes on their way."""
 
     def __init__(self, model: ClassConditionalModel, labels: Sequence[int], settings: Settings) -> None:
-        super().__init__(settings, len(model.transformer.schedule))
+        config = model.transformer.config
+        shape = len(labels), config.z_channels, config.patch_sides[-1], config.patch_sides[-1]
+        super().__init__(settings, len(model.transformer.schedule), torch.zeros(shape, device=model.device))
         self._model = model
         self._condition = self._condition_for(labels)
 
@@ -105,12 +107,12 @@ class Drawing(base.Drawing[int]):
     def input(self) -> Tensor:
         transformer = self._model.transformer
         if self.scale == 0:
-            return transformer.first_input(self._condition)
+            return transformer.first_input(self._condition.of(self.rows))
         next_map = self._model.vqvae.quantize.next_map(self.f_hat, self.scale)
         return self._for_all_rows(transformer.next_input(next_map, self.scale))
 
     def raw_logits(self, cache: Attend) -> Tensor:
-        logits: Tensor = self._model.transformer(self.input(), self._condition, cache)
+        logits: Tensor = self._model.transformer(self.input(), self._condition.of(self.rows), cache)
         return logits
 
     def accept(self, choices_BN: Tensor) -> None:

@@ -2,10 +2,12 @@
 
 The state dict has the names of the public checkpoints, with blocks counted through (`blocks.i`); `checkpoint` maps the
 chunked names to these. As in VAR, every block hands its queries, keys and values to one verb, `attend`. Cross
-attention reads nothing but the prompt, so its keys and values are made once per image and layer.
+attention reads nothing but the prompt, so its keys and values are made once per text and layer, for the text's own
+positions.
 
 Shapes: R rows (prompts, then their unconditional halves), N tokens of the running scale, C width, H heads, D head
-size, P = D/2 rotated pairs, M text positions (padded), E text channels, K bits per token.
+size, P = D/2 rotated pairs, M text positions of a row (padded), S positions of all texts, E text channels, K bits per
+token.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import Attend
 from heatkv.engine.attention.rotary import rotate, rotation_of
 from heatkv.engine.spans import FEED_FORWARD, layer_name, span
+from heatkv.engine.store import Rows
 from heatkv.errors import ModelError
 from heatkv.models.var import (
     NORM_EPS,
@@ -104,12 +106,10 @@ def prompt_attention(q_RHND: Tensor, k_RHMD: Tensor, v_RHMD: Tensor, mask_R11M: 
     return F.scaled_dot_product_attention(q_RHND, k_RHMD, v_RHMD, attn_mask=mask_R11M)
 
 
-def _keys_and_values(source_RMX: Tensor, weight: Tensor, v_bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Keys, which have no bias, and values of prompts, (R, heads, M, size) each."""
+def _keys_and_values(text_SX: Tensor, weight: Tensor, v_bias: Tensor, heads: int) -> Tensor:
+    """Keys, which have no bias, and values of text, (S, 2, heads, size)."""
     bias = torch.cat([torch.zeros_like(v_bias), v_bias]).to(weight.dtype)
-    kv = F.linear(source_RMX.to(weight.dtype), weight, bias).unflatten(-1, (2, heads, -1))
-    k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-    return k, v
+    return F.linear(text_SX.to(weight.dtype), weight, bias).unflatten(-1, (2, heads, -1))
 
 
 class SelfAttention(AttentionProjections):
@@ -133,12 +133,13 @@ class CrossAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def keys_and_values(self, text_RMC: Tensor) -> tuple[Tensor, Tensor]:
-        return _keys_and_values(text_RMC, self.mat_kv.weight, self.v_bias, self.heads)
+    def keys_and_values(self, text_SC: Tensor) -> Tensor:
+        return _keys_and_values(text_SC, self.mat_kv.weight, self.v_bias, self.heads)
 
-    def forward(self, u_RNC: Tensor, k_RHMD: Tensor, v_RHMD: Tensor, mask_R11M: Tensor | None) -> Tensor:
+    def forward(self, u_RNC: Tensor, kv_S2HD: Tensor, at_RM: Tensor, mask_R11M: Tensor | None) -> Tensor:
         q = self.mat_q(u_RNC.to(self.mat_q.weight.dtype)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out: Tensor = self.proj(merge_heads(prompt_attention(q, k_RHMD, v_RHMD, mask_R11M)))
+        k, v = kv_S2HD.index_select(0, at_RM.flatten()).unflatten(0, at_RM.shape).permute(2, 0, 3, 1, 4).unbind(0)
+        out: Tensor = self.proj(merge_heads(prompt_attention(q, k, v, mask_R11M)))
         return out
 
 
@@ -154,10 +155,9 @@ class AttentivePool(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, text_RME: Tensor, mask_R11M: Tensor | None) -> Tensor:
-        k, v = _keys_and_values(text_RME, self.mat_kv.weight, self.v_bias, self.heads)
-        q = self.mat_q[:, :, None].expand(len(k), -1, -1, -1)
-        out: Tensor = self.proj(merge_heads(prompt_attention(q, k, v, mask_R11M)))[:, 0]
+    def forward(self, text_ME: Tensor) -> Tensor:
+        k, v = _keys_and_values(text_ME, self.mat_kv.weight, self.v_bias, self.heads).permute(1, 2, 0, 3)[:, None]
+        out: Tensor = self.proj(merge_heads(prompt_attention(self.mat_q[:, :, None], k, v, None)))[0, 0]
         return out
 
 
@@ -169,17 +169,43 @@ class TextCondition:
     """What the prompts decide once per image.
 
     `pooled_RC` is the start token and condition; per layer, `modulations` has the AdaLN vectors (R, 6, 1, C) and
-    `keys_values` what cross attention reads, (R, H, M, D) each. `mask_R11M` is false at pads.
+    `keys_values` the keys and values of all texts, (S, 2, H, D). Cross attention of a row reads the positions `at_RM`,
+    where `mask_R11M`, if any, is true.
     """
 
     pooled_RC: Tensor
     modulations: tuple[Tensor, ...]
-    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    keys_values: tuple[Tensor, ...]
+    at_RM: Tensor
+    mask_R11M: Tensor | None
+
+    def of(self, rows: Rows) -> TextCondition:
+        """That of some rows; texts are shared."""
+        if len(rows) == len(self.pooled_RC):
+            return self
+        pooled_RC, at_RM, *modulations = (
+            rows.of(x, 0).flatten(0, 1) for x in (self.pooled_RC, self.at_RM, *self.modulations)
+        )
+        mask_R11M = None if self.mask_R11M is None else rows.of(self.mask_R11M, 0).flatten(0, 1)
+        return TextCondition(pooled_RC, tuple(modulations), self.keys_values, at_RM, mask_R11M)
+
+
+@dataclass(frozen=True)
+class ProjectedText:
+    """Text of rows: the pooled vector of each, the projection of all texts, (S, C), and what a row reads of it."""
+
+    pooled_RC: Tensor
+    text_SC: Tensor
+    at_RM: Tensor
     mask_R11M: Tensor | None
 
 
 PromptKeys = tuple[Tensor, Tensor, Tensor | None]
-"""What cross attention reads in a layer: keys and values (R, H, M, D), and the mask (R, 1, 1, M) over pads, if any."""
+"""What cross attention reads in a layer: `keys_values`, `at_RM` and `mask_R11M` of TextCondition."""
+
+RowText = tuple[Tensor, int]
+"""What a row is drawn from: the first so many positions of text features, (M, E). Rows of the very same tensor share
+what is made of it."""
 
 
 class Block(nn.Module):
@@ -209,9 +235,10 @@ class Block(nn.Module):
         gate1, gate2, gain1, gain2, shift1, shift2 = modulation_R61C.unbind(1)
         u_RNC = modulated(x_RNC, gain1, shift1)
         cache.see_input(layer, u_RNC)
-        q, k, v = self.sa.qkv(u_RNC, rotation_2NP)
+        out_RHND = cache.attend(layer, *self.sa.qkv(u_RNC, rotation_2NP))  # nobody holds q, k and v afterwards
         del u_RNC
-        x_RNC = torch.addcmul(x_RNC, self.sa.project(cache.attend(layer, q, k, v)), gate1)
+        x_RNC = torch.addcmul(x_RNC, self.sa.project(out_RHND), gate1)
+        del out_RHND
         x_RNC = x_RNC + self.ca(self.ca_norm(x_RNC), *prompt)
         with span(FEED_FORWARD):
             return torch.addcmul(x_RNC, self.ffn(modulated(x_RNC, gain2, shift2)), gate2)
@@ -238,58 +265,81 @@ class Infinity(Transformer):
         self.head_nm = HeadNorm(width)
         self.head = nn.Linear(width, 2 * config.bits)
 
-    def unconditional(self, positions: int) -> Tensor:
-        """The learnt features that stand for a prompt of so many positions, (M, E)."""
+    def unconditional(self, positions: int) -> RowText:
+        """The learnt features that stand for a prompt of so many positions."""
         if positions > self.config.text_positions:
             raise ModelError(
                 f"a prompt of {positions} positions has no unconditional half: these weights hold "
                 f"{self.config.text_positions}; shorten it or give a negative prompt"
             )
-        return self.cfg_uncond[:positions]
+        return self.cfg_uncond, positions
 
-    def project_text(
-        self, features: Sequence[Tensor], positions: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One (M, E) per row to its pooled vector (R, C), its projection (R, M, C), and the mask over pads, if any.
+    def project_text(self, rows: Sequence[RowText], positions: int | None = None) -> ProjectedText:
+        """Text of every row to what all layers share of it.
 
-        With `positions`, M is that number, and there is a mask whatever the lengths.
+        With `positions`, at least as many as any text has, every row's own text takes so many, and there is a mask
+        whatever the lengths, so that other texts have room in tensors of these shapes.
         """
-        lengths = [len(row) for row in features]
-        text_RME = pad_sequence([row.float() for row in features], batch_first=True)
-        mask_R11M = None
-        if positions is not None:
-            text_RME = F.pad(text_RME, (0, 0, 0, positions - max(lengths)))
-        text_RME = self.text_norm(text_RME)
-        if positions is not None or len(set(lengths)) > 1:
-            numbers = torch.arange(text_RME.shape[1], device=text_RME.device)
-            mask_R11M = (numbers < torch.tensor(lengths, device=text_RME.device)[:, None])[:, None, None]
-        return self.text_proj_for_sos["ca"](text_RME, mask_R11M), self.text_proj_for_ca(text_RME), mask_R11M
+        places: dict[int, tuple[int, int]] = {}  # of every text: its first position, and how many it takes
+        pooled: dict[tuple[int, int], Tensor] = {}
+        texts, keys = [], []
+        for row, (source_ME, length) in enumerate(rows):
+            key = id(source_ME) if positions is None or source_ME is self.cfg_uncond else -1 - row
+            keys.append(key)
+            texts.append((key, source_ME))
+            places[key] = 0, positions or max(length, places.get(key, (0, 0))[1])
+        start, parts = 0, []
+        for key, source_ME in dict(texts).items():
+            size = places[key][1]
+            text_ME = self.text_norm(source_ME[:size].float())
+            parts.append(F.pad(text_ME, (0, 0, 0, size - len(text_ME))))
+            places[key] = start, size
+            start += size
+            for own, (_, length) in zip(keys, rows, strict=True):
+                if own == key and (key, length) not in pooled:
+                    pooled[key, length] = self.text_proj_for_sos["ca"](text_ME[:length])
+        lengths, on = [length for _, length in rows], self.cfg_uncond.device
+        numbers = torch.arange(positions or max(lengths))
+        mask_RM = numbers < torch.tensor(lengths)[:, None]
+        at_RM = torch.tensor([places[key][0] for key in keys])[:, None] + numbers * mask_RM
+        masked = positions is not None or len(set(lengths)) > 1
+        return ProjectedText(
+            torch.stack([pooled[key, length] for key, length in zip(keys, lengths, strict=True)]),
+            self.text_proj_for_ca(torch.cat(parts)),
+            at_RM.to(on),
+            mask_RM[:, None, None].to(on) if masked else None,
+        )
 
-    def condition(self, features: Sequence[Tensor], positions: int | None = None) -> TextCondition:
-        """Text features of every row, (M, E) each, of any lengths, to what the blocks need of them; `positions` as in
-        `project_text`."""
-        pooled_RC, text_RMC, mask_R11M = self.project_text(features, positions)
-        modulations, keys_values = zip(*self._layer_conditions(pooled_RC, text_RMC), strict=True)
-        return TextCondition(pooled_RC, modulations, keys_values, mask_R11M)
+    def condition(self, rows: Sequence[RowText], positions: int | None = None) -> TextCondition:
+        """Text of every row to what the blocks need of it; `positions` as in `project_text`."""
+        text = self.project_text(rows, positions)
+        modulations, keys_values = zip(*self._layer_conditions(text), strict=True)
+        return TextCondition(text.pooled_RC, modulations, keys_values, text.at_RM, text.mask_R11M)
 
-    def _layer_conditions(self, pooled_RC: Tensor, text_RMC: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
-        """Modulations, and keys and values of the prompts, layer by layer."""
-        shared = self.shared_ada_lin(pooled_RC).view(-1, 1, 6, self.config.width)
+    def _layer_conditions(self, text: ProjectedText) -> Iterator[tuple[Tensor, Tensor]]:
+        """Modulations, and keys and values of the texts, layer by layer."""
+        shared = self.shared_ada_lin(text.pooled_RC).view(-1, 1, 6, self.config.width)
         for block in self.layers():
-            yield (shared + block.ada_gss).transpose(1, 2), block.ca.keys_and_values(text_RMC)
+            yield (shared + block.ada_gss).transpose(1, 2), block.ca.keys_and_values(text.text_SC)
 
-    def condition_again(self, condition: TextCondition, features: Sequence[Tensor]) -> None:
-        """Put other texts, no longer than it has positions, into a condition that was made with `positions`; layer by
-        layer, so that there is never a second whole one."""
-        assert condition.mask_R11M is not None
-        pooled_RC, text_RMC, mask_R11M = self.project_text(features, condition.mask_R11M.shape[-1])
-        assert mask_R11M is not None
-        condition.pooled_RC.copy_(pooled_RC)
-        condition.mask_R11M.copy_(mask_R11M)
+    def condition_again(self, condition: TextCondition, rows: Sequence[RowText]) -> bool:
+        """Put other texts into a condition that was made with `positions`; layer by layer, so that there is never a
+        second whole one. False, and nothing changed, where they do not fit in."""
+        most = condition.at_RM.shape[1]
+        if condition.mask_R11M is None or any(length > most for _, length in rows):
+            return False
+        text = self.project_text(rows, most)
+        if len(text.text_SC) != len(condition.keys_values[0]):
+            return False
+        assert text.mask_R11M is not None
+        condition.pooled_RC.copy_(text.pooled_RC)
+        condition.at_RM.copy_(text.at_RM)
+        condition.mask_R11M.copy_(text.mask_R11M)
         held = zip(condition.modulations, condition.keys_values, strict=True)
-        for (own, (own_k, own_v)), (new, (k, v)) in zip(held, self._layer_conditions(pooled_RC, text_RMC), strict=True):
-            for target, source in ((own, new), (own_k, k), (own_v, v)):
-                target.copy_(source)
+        for (own, own_kv), (new, kv) in zip(held, self._layer_conditions(text), strict=True):
+            own.copy_(new)
+            own_kv.copy_(kv)
+        return True
 
     def first_input(self, condition: TextCondition) -> Tensor:
         """The start token of scale 0, (R, 1, C)."""
@@ -304,7 +354,7 @@ class Infinity(Transformer):
     def hidden(self, x_RNC: Tensor, condition: TextCondition, rotation_2NP: Tensor, cache: Attend) -> Tensor:
         """The residual stream after the last block."""
         for layer, block in enumerate(self.blocks):
-            prompt = *condition.keys_values[layer], condition.mask_R11M
+            prompt = condition.keys_values[layer], condition.at_RM, condition.mask_R11M
             with span(layer_name(layer)):
                 x_RNC = block(x_RNC, condition.modulations[layer], prompt, layer, rotation_2NP, cache)
         return x_RNC

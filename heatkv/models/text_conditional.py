@@ -23,7 +23,7 @@ from heatkv.errors import ModelError
 from heatkv.models import base
 from heatkv.models.bsq import BitwiseVAE, code_values, resize
 from heatkv.models.fingerprint import fingerprint
-from heatkv.models.infinity import Infinity, rotation_angles, rotation_table
+from heatkv.models.infinity import Infinity, RowText, rotation_angles, rotation_table
 from heatkv.models.sampling import BitSamplingSettings, Settings
 from heatkv.models.text_encoder import T5TextEncoder
 
@@ -175,32 +175,32 @@ class Drawing(base.Drawing[Prompt]):
     def __init__(
         self, model: TextConditionalModel, prompts: Sequence[Prompt], settings: Settings, reusable: bool = False
     ) -> None:
-        super().__init__(settings, len(model.schedule))
+        shape = len(prompts), model.vae.config.z_channels, *model.latent_size(-1)
+        super().__init__(settings, len(model.schedule), torch.zeros(shape, device=model.device))
         self._model = model
-        features = self._features(prompts)
-        positions = _TEXT_BLOCK * -(-max(map(len, features)) // _TEXT_BLOCK) if reusable else None
-        self._condition = model.transformer.condition(features, positions)
+        texts = self._texts(prompts)
+        longest = max(length for _, length in texts)
+        positions = _TEXT_BLOCK * -(-longest // _TEXT_BLOCK) if reusable else None
+        self._condition = model.transformer.condition(texts, positions)
         self._rotations = model.rotations()
 
     def restart(self, labels: Sequence[Prompt]) -> bool:
         """As in the base class; false when a prompt is longer than the tensors, or this was not begun `reusable`."""
-        features, mask_R11M = self._features(labels), self._condition.mask_R11M
-        if mask_R11M is None or max(map(len, features)) > mask_R11M.shape[-1]:
-            return False
-        self._model.transformer.condition_again(self._condition, features)
         self.scale = 0
-        return True
+        return self._model.transformer.condition_again(self._condition, self._texts(labels))
 
-    def _features(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+    def _texts(self, prompts: Sequence[Prompt]) -> list[RowText]:
         """Text features of every row, all conditional prompts first."""
         prompts = [self._model.label(prompt) for prompt in prompts]
-        rows = [self._checked(prompt.features_ME) for prompt in prompts]
+        given = [(prompt.features_ME, prompt.negative_ME) for prompt in prompts]
+        moved = {id(x): self._checked(x) for pair in given for x in pair if x is not None}
+        rows = [(moved[id(features_ME)], len(features_ME)) for features_ME, _ in given]
         if self._settings.guided:
             rows += [
-                self._model.transformer.unconditional(len(prompt.features_ME))
-                if prompt.negative_ME is None
-                else self._checked(prompt.negative_ME)
-                for prompt in prompts
+                self._model.transformer.unconditional(len(features_ME))
+                if negative_ME is None
+                else (moved[id(negative_ME)], len(negative_ME))
+                for features_ME, negative_ME in given
             ]
         return rows
 
@@ -220,13 +220,13 @@ class Drawing(base.Drawing[Prompt]):
     def input(self) -> Tensor:
         transformer = self._model.transformer
         if self.scale == 0:
-            return transformer.first_input(self._condition)
+            return transformer.first_input(self._condition.of(self.rows))
         return self._for_all_rows(transformer.next_input(self.next_codes(), self.scale))
 
     def raw_logits(self, cache: Attend) -> Tensor:
         """(R, N*K, 2) in fp32, the bits of a token in a row."""
         rotation_2NP = self._rotations[self.scale]
-        logits = self._model.transformer(self.input(), self._condition, rotation_2NP, cache)
+        logits = self._model.transformer(self.input(), self._condition.of(self.rows), rotation_2NP, cache)
         bits: Tensor = logits.unflatten(-1, (-1, 2)).flatten(1, 2)
         return bits
 

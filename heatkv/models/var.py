@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import Attend
 from heatkv.engine.spans import FEED_FORWARD, layer_name, span
+from heatkv.engine.store import Rows
 from heatkv.models.adapter import BlockView, ModelAdapter
 
 MAX_LOG_SCALE = math.log(100)
@@ -208,9 +209,10 @@ class Block(nn.Module):
         gate1, gate2, gain1, gain2, shift1, shift2 = modulation_R61C.unbind(1)
         u_RNC = modulated(x_RNC, gain1, shift1)
         cache.see_input(layer, u_RNC)
-        q, k, v = self.attn.qkv(u_RNC)
+        out_RHND = cache.attend(layer, *self.attn.qkv(u_RNC))  # nobody holds q, k and v afterwards
         del u_RNC
-        x_RNC = torch.addcmul(x_RNC, self.attn.project(cache.attend(layer, q, k, v)), gate1)
+        x_RNC = torch.addcmul(x_RNC, self.attn.project(out_RHND), gate1)
+        del out_RHND
         with span(FEED_FORWARD):
             return torch.addcmul(x_RNC, self.ffn(modulated(x_RNC, gain2, shift2)), gate2)
 
@@ -221,6 +223,13 @@ class Condition:
 
     class_RC: Tensor
     modulations: tuple[Tensor, ...]
+
+    def of(self, rows: Rows) -> Condition:
+        """That of some rows."""
+        if len(rows) == len(self.class_RC):
+            return self
+        class_RC, *modulations = (rows.of(x, 0).flatten(0, 1) for x in (self.class_RC, *self.modulations))
+        return Condition(class_RC, tuple(modulations))
 
     def copy_(self, other: Condition) -> None:
         """Take over the numbers of another condition."""

@@ -178,9 +178,10 @@ def check_infinity_run(
 
     cache = Recording(KVCache(plan, batch * settings.rows_per_image))
     drawing = model.begin(prompts, settings)
-    pooled_RC, text_RMC, mask_R11M = transformer.project_text(drawing._features(prompts))
-    compare("cond_BD", pooled_RC, EMBEDDED)
-    compare("ca_kv", text_RMC.flatten(0, 1) if mask_R11M is None else text_RMC[mask_R11M[:, 0, 0]], EMBEDDED)
+    text = transformer.project_text(drawing._texts(prompts))
+    compare("cond_BD", text.pooled_RC, EMBEDDED)
+    read = slice(None) if text.mask_R11M is None else text.mask_R11M.flatten()
+    compare("ca_kv", text.text_SC[text.at_RM.flatten()[read]], EMBEDDED)
     inputs = [drawing.input()[:batch]]
     rotations = [infinity.rotation_table(model.schedule, scale, transformer.config.head_dim) for scale in range(scales)]
     for scale, (_, height, width) in enumerate(model.schedule.scales):
@@ -214,7 +215,7 @@ def check_infinity_run(
         assert (levels > 0).float().mean() < 0.01
         compare("image_uint8_bgr", pixels, 1)
     if "tf.logits" in left:
-        condition = transformer.condition([prompt.features_ME for prompt in prompts])
+        condition = transformer.condition([(prompt.features_ME, len(prompt.features_ME)) for prompt in prompts])
         forced = transformer(torch.cat(inputs, 1), condition, torch.cat(rotations, 1), TeacherForcing(model.schedule))
         compare("tf.logits", forced, HALF_LOGITS)
     assert not left
