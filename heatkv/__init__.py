@@ -50,7 +50,7 @@ _EXPORTS = {
     "calibrate": "heatkv.calibration.run",
     "check_policy": "heatkv.testing.contract",
     "compare": "heatkv.profiling.comparison",
-    "generate": "heatkv.generation.loop",
+    "generate": "heatkv.generation.batches",
     "load_model": "heatkv.models.catalogue",
     "load_plan": "heatkv.core.plan_file",
     "make_policy": "heatkv.policies.base",
@@ -78,7 +78,8 @@ if TYPE_CHECKING:
     from heatkv.core.statistics import Statistics
     from heatkv.engine.arena_cache import KVCache
     from heatkv.errors import HeatKVError, PolicyError
-    from heatkv.generation.loop import Generator, generate
+    from heatkv.generation.batches import generate
+    from heatkv.generation.loop import Generator
     from heatkv.models.catalogue import load_model
     from heatkv.policies.base import EvictionPolicy, PlanningProblem, ScoredCells, StaticPolicy, make_policy
     from heatkv.policies.dynamic import Candidates, DynamicPolicy

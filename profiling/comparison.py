@@ -18,7 +18,7 @@ from heatkv.core.budget import Budget
 from heatkv.core.io import clear_temporaries, make_folder
 from heatkv.core.schema import seed_after, whole
 from heatkv.errors import HeatKVError, RanksError
-from heatkv.generation.loop import AT_ONCE
+from heatkv.generation.batches import AT_ONCE
 from heatkv.models.base import ImageModel
 from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import Reporter, shared_progress

@@ -121,10 +121,10 @@ def test_statistics_of_dense_attention(kind: str, emoji: ClassConditionalModel) 
     measured = measure_samples(model, range(images), seed=5)
     labels, sampler = model.labels(images), CommonRandomSampler(5, range(images), model.sampling)
     rows = images * model.sampling.rows_per_image
-    drawn = run_scales(model, labels, MeasuringCache(model.plan(), rows, images), sampler, model.sampling, decode=False)
+    drawn = run_scales(model, labels, MeasuringCache(model.plan(), rows, images), sampler, model.sampling)
     oracle = DenseErrors(model, list(model.transformer.blocks), "attn" if kind == "emoji" else "sa", rows)
     with oracle.hooked():
-        run_scales(model, labels, oracle, RecordedTokens(drawn.tokens), model.sampling, decode=False)
+        run_scales(model, labels, oracle, RecordedTokens(drawn.tokens), model.sampling)
     check_drop_errors(measured, oracle)
     np.testing.assert_allclose(measured.mass, oracle.mass[:images].mean(0), atol=2e-5)
     np.testing.assert_allclose(measured.spread, oracle.mass[:images].std(0, ddof=1), atol=5e-5)
@@ -146,7 +146,7 @@ def test_merged_batches(var: ClassConditionalModel, monkeypatch: pytest.MonkeyPa
 
 def drawn_through(model: ClassConditionalModel, cache: MeasuringCache) -> Drawn:
     sampler = CommonRandomSampler(3, range(2), model.sampling)
-    return run_scales(model, [4, 2], cache, sampler, model.sampling, decode=False)
+    return run_scales(model, [4, 2], cache, sampler, model.sampling)
 
 
 def test_tokens_drawn_while_measuring(var: ClassConditionalModel) -> None:

@@ -19,7 +19,8 @@ from heatkv.core.plan import Plan
 from heatkv.core.statistics import Statistics
 from heatkv.engine.store import Store
 from heatkv.errors import BudgetError, ModelError, PolicyError, StatisticsError
-from heatkv.generation.loop import Drawn, Generator, generate
+from heatkv.generation.batches import generate
+from heatkv.generation.loop import Drawn, Generator
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
 from heatkv.online import following
 from heatkv.online.following import FollowingGenerator

@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import tiny_infinity
+from support.tape import TapeRunner
+from support.tiny_models import features, small_classes, small_prompts, tiny_infinity
 
 from heatkv.calibration.run import calibrate
 from heatkv.core.budget import Budget
 from heatkv.core.plan import Plan
 from heatkv.engine.arena_cache import ArenaCache
 from heatkv.errors import ModelError, PlanError
-from heatkv.generation.loop import Generator, generate
+from heatkv.generation.batches import generate
+from heatkv.generation.loop import Generator
+from heatkv.generation.micro_batches import images_at_once
 from heatkv.models.catalogue import load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import SamplingSettings
-from heatkv.policies.base import PlanningProblem, make_policy
+from heatkv.models.text_conditional import Prompt
+from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
 from heatkv.policies.scalekv import ScaleKV
 from heatkv.policies.windows import Full
 from heatkv.registry import registered_policies
@@ -29,6 +33,32 @@ from heatkv.testing.material import made_up_problem
 
 def plan_of(model: ClassConditionalModel, budget: str) -> Plan:
     return model.plan("full" if budget == "100%" else "streaming", budget)
+
+
+@pytest.mark.parametrize("name", registered_policies())
+def test_micro_batches_and_slices(name: str) -> None:
+    """Images run a few at a time through large scales, and are decoded in slices, as they would be at once."""
+    policy = make_policy(name, **({"scales": "1"} if name == "protected" else {}))
+    if isinstance(policy, StaticPolicy):
+        policy = replace(policy, sink_scales=1)
+    budget = {"full": "100%", "protected": "80%"}.get(name, "40%")
+    cases: list[tuple[Any, list[Any]]] = [
+        (small_classes(), [3, 9, 50, 7, 1]),
+        (small_prompts(), [Prompt(features(4)), Prompt(features(9), features(15)), Prompt(features(20))]),
+    ]
+    for model, labels in cases:
+        plan = policy.plan(made_up_problem(policy, model.geometry, budget))
+        whole = Generator(model, plan, len(labels), micro_batch=len(labels), decode_batch=len(labels)).draw(labels, 3)
+        for micro_batch in (1, 2):
+            runner = TapeRunner()
+            generator = Generator(model, plan, len(labels), micro_batch=micro_batch, decode_batch=2, runner=runner)
+            for _ in range(3):
+                drawn = generator.draw(labels, 3)
+                assert all(torch.equal(one, other) for one, other in zip(drawn.tokens, whole.tokens, strict=True))
+                torch.testing.assert_close(drawn.images, whole.images, rtol=0, atol=2e-6)
+            at_once = images_at_once(model.geometry.schedule, len(labels), micro_batch)
+            assert (at_once[0], at_once[-1]) == (len(labels), micro_batch)
+            assert runner.graphs == sum(-(-len(labels) // count) for count in at_once)
 
 
 @pytest.mark.parametrize("budget", ["100%", "30%"])

@@ -22,8 +22,9 @@ from heatkv.core.capacity_plan import CapacityPlan
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.statistics import Statistics
 from heatkv.errors import GraphError, ModelError, NumericsError, PolicyError
+from heatkv.generation.batches import generate
 from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, GraphRunner, Step
-from heatkv.generation.loop import Drawn, Generator, generate
+from heatkv.generation.loop import Drawn, Generator
 from heatkv.models import base, class_conditional, text_conditional
 from heatkv.models.base import ImageModel
 from heatkv.models.catalogue import load_model
@@ -269,7 +270,7 @@ class Likeliest:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def noise(self, scale: int, noise_BNV: Tensor) -> None:
+    def noise(self, scale: int, noise_BNV: Tensor, first: int = 0) -> None:
         pass
 
     def pick(self, logits_BNV: Tensor, noise_BNV: Tensor) -> Tensor:
@@ -463,11 +464,6 @@ def test_tensors_of_one_image_on_a_tape(tiny: ClassConditionalModel, monkeypatch
     assert all(second != third for second, third in runner.addresses.values())
 
 
-def test_tensors_left_by_another_step_on_a_tape(tiny: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "summed", lambda total, added, first: added if first or total is None else total + added)
-    check_fails(tiny, tiny.plan())
-
-
 # ----------------------------------------------------------------------------------------------- the runners
 
 
@@ -613,7 +609,7 @@ def test_times_with_graphs(tiny: ClassConditionalModel, monkeypatch: pytest.Monk
     )
     assert latency.runs == 2
     assert runs == [4, 4]  # everything was recorded before the first one
-    monkeypatch.setattr("heatkv.models.base.summed", lambda total, added, first: added * added.sum().item())
+    monkeypatch.setattr(base.Drawing, "_add", lambda self, added: self.f_hat.fill_(added.sum().item()))
     broken = Generator(tiny, tiny.plan(), 1, runner=TapeRunner())
     with pytest.raises(GraphError, match="scale 0 cannot be recorded"):
         graph_latency(broken, lambda: broken.draw([3]), 2)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.errors import ModelError
-from heatkv.generation.loop import Generator, generate
+from heatkv.generation.batches import generate
+from heatkv.generation.loop import Generator
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE, BSQConfig, code_values, resize
 from heatkv.models.infinity import (
     INFINITY_2B,

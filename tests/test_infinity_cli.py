@@ -17,7 +17,7 @@ from heatkv.cli import run
 from heatkv.core.plan_file import load_plan
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.statistics import Statistics
-from heatkv.generation.loop import generate
+from heatkv.generation.batches import generate
 from heatkv.models import catalogue as models
 from heatkv.models.catalogue import ModelInfo
 from heatkv.models.text_conditional import SAMPLING

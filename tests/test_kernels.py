@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import SEEDS, level_plans, plans
-from support.attention import ROWS, check_close, dense, images_of, run
+from support.attention import ROWS, check_close, dense, images_of, run, run_in_parts
 
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
@@ -41,6 +41,19 @@ def test_both_kernels_agree_about_codes(plan: Plan, rows: int, seed: int, code: 
     images = images_of(plan, rows, seed)
     fused, plain = (run(KVCache(plan, rows, attention=name, code=code), images) for name in ("triton", "ragged"))
     check_close(fused, plain, 1e-4)  # the plain one rounds what codes stand for to fp32 before it multiplies
+
+
+@settings(max_examples=25)
+@given(plan=level_plans(max_side=4, head_dim=8), halves=st.integers(1, 2), seed=SEEDS, data=st.data())
+def test_images_that_run_a_few_at_a_time(plan: Plan, halves: int, seed: int, data: st.DataObject) -> None:
+    kernels = ["ragged"] if MISSING is not None else ["ragged", "triton"]
+    attention, code = data.draw(st.sampled_from(kernels)), data.draw(st.sampled_from([None, "int8", "fp8"]))
+    at_once = data.draw(st.lists(st.integers(1, 3), min_size=len(plan.schedule), max_size=len(plan.schedule)))
+    images, rows = images_of(plan, 3 * halves, seed), [halves * count for count in at_once]
+    cache = KVCache(plan, 3 * halves, attention=attention, code=code, rows_at_once=rows)
+    whole = run(KVCache(plan, 3 * halves, attention=attention, code=code), images)
+    check_close(run_in_parts(cache, images, halves, at_once), whole, 1e-5)
+    assert cache.allocated_bytes == KVCache(plan, 3 * halves, code=code).allocated_bytes
 
 
 @needs_triton

@@ -76,7 +76,7 @@ def test_codes_of_a_plan_under_dense_attention() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(drawn.tokens, full.tokens, strict=True))
     oracle = DenseErrors(model, list(model.transformer.blocks), "sa", 3 * model.sampling.rows_per_image)
     with oracle.hooked():
-        run_scales(model, model.labels(3), oracle, RecordedTokens(drawn.tokens), model.sampling, decode=False)
+        run_scales(model, model.labels(3), oracle, RecordedTokens(drawn.tokens), model.sampling)
     check_drop_errors(measure_drawn(model, model.labels(3), drawn.tokens, ["a", "b", "c"])[0], oracle)
 
 

@@ -161,7 +161,7 @@ class Case:
         sampler = CommonRandomSampler(seed, samples, model.sampling)
         with model.adapter.watching(recorder.see):
             labels = model.labels(len(samples), samples.start)
-            run_scales(model, labels, recorder, sampler, model.sampling, decode=False)
+            run_scales(model, labels, recorder, sampler, model.sampling)
         reads, entering = (
             [[table[layer][target] for layer in range(geometry.layers)] for target in range(len(geometry.schedule))]
             for table in (recorder.reads, recorder.entering)

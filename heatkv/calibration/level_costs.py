@@ -338,7 +338,7 @@ class LevelBatch:
     def draw(self, cache: LevelCache) -> None:
         """Draw the images through the cache."""
         with self.model.adapter.watching(cache.see):
-            run_scales(self.model, self.labels, cache, self.sampler, self.settings, decode=False)
+            run_scales(self.model, self.labels, cache, self.sampler, self.settings)
 
 
 def measure_biases(

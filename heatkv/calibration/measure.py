@@ -305,7 +305,7 @@ def measure_samples(
         output_weights=output_weights(model),
     )  # fmt: skip
     with naming_samples(names), model.adapter.watching(cache.see):
-        run_scales(model, labels, cache, CommonRandomSampler(seed, samples, settings), settings, decode=False)
+        run_scales(model, labels, cache, CommonRandomSampler(seed, samples, settings), settings)
     return Statistics(
         model.geometry.schedule, provenance=provenance(model, settings, names), levels=None, **cache.sums()
     )

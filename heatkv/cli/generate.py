@@ -29,9 +29,9 @@ from heatkv.core.plan_file import load_plan
 from heatkv.core.schema import seed_of, whole
 from heatkv.engine.open_cache import check_cache
 from heatkv.errors import FormatError, HeatKVError, ModelError, RanksError
+from heatkv.generation.batches import AT_ONCE, draw_batches
 from heatkv.generation.graphs import check_has_graphs
 from heatkv.generation.images import image_grid
-from heatkv.generation.loop import AT_ONCE, draw_batches
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import shared_progress

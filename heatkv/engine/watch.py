@@ -60,9 +60,11 @@ class Watch:
     def clear(self) -> None:
         self._sums_TL3RH.zero_()
 
-    def see(self, target: int, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, rows: Rows) -> None:
-        """Take the sums of these rows; nothing waits for the device."""
-        if len(rows) == self._sums_TL3RH.shape[3]:
+    def see(
+        self, target: int, layer: int, q_RHND: Tensor, k_RHND: Tensor, v_RHND: Tensor, rows: Rows | None = None
+    ) -> None:
+        """Take the sums of these rows, of all by default; nothing waits for the device."""
+        if rows is None or len(rows) == self._sums_TL3RH.shape[3]:
             into_3FBH = self._whole[target][layer]
         else:
             into_3FBH = rows.of(self._sums_TL3RH[target, layer], 1)

@@ -1,8 +1,9 @@
 """The next-scale loop: draws images under a plan, every scale one step that can be recorded as a CUDA graph.
 
-Between steps only tensors at fixed addresses hold state: the class or prompt, the random numbers of the running scale,
+Between steps only tensors at fixed addresses hold state: the class or prompt, the random numbers of the running step,
 the chosen codes, their sum, and the cache. Random numbers are made outside the steps, so that a recorded step gets the
-same ones as an eager step.
+same ones as an eager step. Images do not see each other: a scale of many tokens runs for a few images at a time, in one
+step each, so that only these take memory beside the cache.
 
 Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes.
 """
@@ -10,16 +11,18 @@ Shapes: B images, N choices of a scale (a token, or one bit of a token), V codes
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Generic, Literal, TypedDict, TypeVar, Unpack
+from math import prod
+from operator import mul
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from heatkv.core.plan import CachePlan
-from heatkv.core.schema import are_other_weights, shown, whole
+from heatkv.core.schema import are_other_weights, whole
 from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import ArenaCache, Attend
 from heatkv.engine.open_cache import open_cache
@@ -27,7 +30,8 @@ from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
 from heatkv.engine.watch import logits_error
 from heatkv.errors import ModelError
 from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, StepRunner
-from heatkv.models.base import Drawing, ImageModel, checked_run
+from heatkv.generation.micro_batches import choose_micro_batch, images_at_once, step_bytes
+from heatkv.models.base import Drawing, ImageModel
 from heatkv.models.sampling import CommonRandomSampler, NoiseSampler, Sampler, Settings
 
 Label = TypeVar("Label")
@@ -39,15 +43,18 @@ Observer = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class Drawn:
-    """Codes of every scale, (B, N) each, and the images, (B, 3, H, W) in [0, 1], when they were decoded."""
+    """Codes of every scale, (B, N) each, the sum of their features, (B, Z, h, w), and the images, (B, 3, H, W) in
+    [0, 1], when they were decoded."""
 
     tokens: tuple[Tensor, ...]
+    f_hat_BZhw: Tensor
     images: Tensor | None
 
 
 @dataclass(frozen=True)
 class StepKey:
-    """Names a step: all of a scale, or what comes before or after a choice that is made between two steps.
+    """Names a step: all of a scale, or what comes before or after a choice that is made between two steps, for the
+    images from `first` on.
 
     `observed` says whether the logits are kept, `sampler` and `settings` how a whole step chooses.
     """
@@ -57,18 +64,24 @@ class StepKey:
     observed: bool = False
     sampler: type | None = None
     settings: Settings | None = None
+    first: int = 0
 
     def __str__(self) -> str:
-        return f"scale {self.scale}" if self.part == "all" else f"scale {self.scale} ({self.part})"
+        images = f", images from {self.first}" if self.first else ""
+        return f"scale {self.scale}" + (f" ({self.part})" if self.part != "all" else "") + images
 
 
 class _Buffers:
-    """Tensors at fixed addresses that all batches of one size use; each is made when it is first needed."""
+    """Tensors at fixed addresses that all batches of one size use; each is made when it is first needed.
 
-    def __init__(self, model: ImageModel[Label], batch: int) -> None:
+    `at_once` says how many images run at once, at most, per scale.
+    """
+
+    def __init__(self, model: ImageModel[Label], batch: int, at_once: Sequence[int] | None = None) -> None:
         each, self._codes = model.choices
         self._batch, self._device = batch, model.device
         self._counts = [each * tokens for tokens in model.geometry.schedule.tokens]
+        self.at_once = at_once or [batch] * len(self._counts)
         self.sums_TB = torch.zeros(len(self._counts), batch, device=self._device)
         """Sums of the logits of every scale and image, finite where these are."""
         self._largest: dict[str, Tensor] = {}
@@ -78,13 +91,25 @@ class _Buffers:
         """The chosen codes of every scale, (B, N) each."""
         return [torch.empty((self._batch, count), dtype=torch.long, device=self._device) for count in self._counts]
 
-    def for_scale(self, name: Literal["noise", "logits"], scale: int) -> Tensor:
-        """(B, N, V) in fp32; scales use the same memory in turn."""
+    def parts(self, scale: int) -> Iterator[tuple[int, int]]:
+        """The first image and the number of images of everything that runs at once."""
+        for first in range(0, self._batch, self.at_once[scale]):
+            yield first, min(self.at_once[scale], self._batch - first)
+
+    def noise(self, scale: int, images: int) -> Tensor:
+        """(images, N, V) in fp32; scales use the same memory in turn."""
+        return self._shared("noise", self.at_once, scale, images)
+
+    def logits(self, scale: int) -> Tensor:
+        """The same for all images."""
+        return self._shared("logits", [self._batch] * len(self._counts), scale, self._batch)
+
+    def _shared(self, name: str, at_once: Sequence[int], scale: int, images: int) -> Tensor:
         if name not in self._largest:
-            largest = self._batch * max(self._counts) * self._codes
+            largest = max(map(mul, at_once, self._counts)) * self._codes
             self._largest[name] = torch.empty(largest, device=self._device)
-        shape = (self._batch, self._counts[scale], self._codes)
-        return self._largest[name][: shape[0] * shape[1] * shape[2]].view(shape)
+        shape = (images, self._counts[scale], self._codes)
+        return self._largest[name][: prod(shape)].view(shape)
 
 
 @dataclass(frozen=True)
@@ -98,7 +123,8 @@ class _Scales(Generic[Label]):
     runner: StepRunner
     observe: Observer | None
 
-    def run(self, scales: int, decode: bool, before_decode: Callable[[], None] | None = None) -> Drawn:
+    def run(self, scales: int) -> tuple[Tensor, ...]:
+        """The codes of every scale."""
         self.buffers.sums_TB.zero_()
         try:
             for scale in range(scales):
@@ -110,23 +136,20 @@ class _Scales(Generic[Label]):
         except BaseException as error:
             self.runner.forget()  # some steps of these images have run and others have not
             if isinstance(error, RuntimeError | ValueError):
-                self._check()  # what failed, such as a sampler, may not know why
+                self.check()  # what failed, such as a sampler, may not know why
             raise
-        tokens = tuple(tokens_BN.clone() for tokens_BN in self.buffers.tokens)
-        if before_decode is not None:
-            before_decode()
-        with span(DECODE):
-            drawn = Drawn(tokens, self.drawing.image() if decode else None)
-        self._check()  # waits for the device, so it comes last
-        return drawn
+        return tuple(tokens_BN.clone() for tokens_BN in self.buffers.tokens)
 
-    def _logits(self, scale: int) -> Tensor:
-        """Guided logits; their sums are kept, which are finite where they are."""
-        logits_BNV = self.drawing.logits(self.cache)
-        torch.sum(logits_BNV, dim=(1, 2), out=self.buffers.sums_TB[scale])
-        return logits_BNV
+    def _logits(self, scale: int, first: int, count: int) -> tuple[Drawing[Label], Tensor]:
+        """Some of the images, and their guided logits, whose sums are kept, which are finite where they are."""
+        drawing = self.drawing.part(scale, first, count)
+        if isinstance(self.cache, ArenaCache):
+            self.cache.serve(drawing.rows)
+        logits_BNV = drawing.logits(self.cache)
+        torch.sum(logits_BNV, dim=(1, 2), out=self.buffers.sums_TB[scale, first : first + count])
+        return drawing, logits_BNV
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raise NumericsError for the first place with numbers that are not finite, and what else the cache raises."""
         if not isinstance(self.cache, ArenaCache) or self.buffers.sums_TB.is_meta:  # tensors with shapes alone
             return
@@ -139,31 +162,36 @@ class _Scales(Generic[Label]):
         self.cache.check(images)
 
     def _in_one_step(self, scale: int, sampler: NoiseSampler) -> None:
-        tokens_BN, noise_BNV = self.buffers.tokens[scale], self.buffers.for_scale("noise", scale)
-        seen_BNV = None if self.observe is None else self.buffers.for_scale("logits", scale)
+        seen_BNV = None if self.observe is None else self.buffers.logits(scale)
+        for first, count in self.buffers.parts(scale):
+            tokens_BN = self.buffers.tokens[scale][first : first + count]
+            noise_BNV = self.buffers.noise(scale, count)
 
-        def step() -> None:
-            logits_BNV = self._logits(scale)
-            if seen_BNV is not None:
-                seen_BNV.copy_(logits_BNV)
+            def step(first: int = first, tokens_BN: Tensor = tokens_BN, noise_BNV: Tensor = noise_BNV) -> None:
+                drawing, logits_BNV = self._logits(scale, first, len(tokens_BN))
+                if seen_BNV is not None:
+                    seen_BNV[first : first + len(tokens_BN)] = logits_BNV
+                with span(SAMPLING):
+                    tokens_BN.copy_(sampler.pick(logits_BNV, noise_BNV))
+                del logits_BNV
+                drawing.accept(tokens_BN)
+
             with span(SAMPLING):
-                tokens_BN.copy_(sampler.pick(logits_BNV, noise_BNV))
-            self.drawing.accept(tokens_BN)
-
-        with span(SAMPLING):
-            sampler.noise(scale, noise_BNV)
-        self.runner.run(StepKey(scale, "all", seen_BNV is not None, type(sampler), sampler.settings), step)
+                sampler.noise(scale, noise_BNV, first)
+            key = StepKey(scale, "all", seen_BNV is not None, type(sampler), sampler.settings, first)
+            self.runner.run(key, step)
         if self.observe is not None and seen_BNV is not None:
             self.observe(scale, seen_BNV.clone())
 
     def _in_two_steps(self, scale: int) -> None:
         """The sampler chooses between the steps, in its own way."""
-        tokens_BN, seen_BNV = self.buffers.tokens[scale], self.buffers.for_scale("logits", scale)
+        tokens_BN, seen_BNV = self.buffers.tokens[scale], self.buffers.logits(scale)
+        for first, count in self.buffers.parts(scale):
 
-        def step() -> None:
-            seen_BNV.copy_(self._logits(scale))
+            def step(first: int = first, count: int = count) -> None:
+                _, seen_BNV[first : first + count] = self._logits(scale, first, count)
 
-        self.runner.run(StepKey(scale, "logits", observed=True), step)
+            self.runner.run(StepKey(scale, "logits", observed=True, first=first), step)
         logits_BNV = seen_BNV.clone()
         if self.observe is not None:
             self.observe(scale, logits_BNV)
@@ -175,7 +203,8 @@ class _Scales(Generic[Label]):
                 f"{tuple(tokens_BN.shape)}"
             )
         tokens_BN.copy_(chosen_BN)
-        self.runner.run(StepKey(scale, "accept"), lambda: self.drawing.accept(tokens_BN))
+        everyone = self.drawing.part(scale, 0, len(tokens_BN))
+        self.runner.run(StepKey(scale, "accept"), lambda: everyone.accept(tokens_BN))
 
 
 def run_scales(
@@ -185,26 +214,14 @@ def run_scales(
     sampler: Sampler,
     settings: Settings,
     observe: Observer | None = None,
-    decode: bool = True,
 ) -> Drawn:
-    """Draw one image per label through `cache`, which must be at its start and have the rows for them."""
+    """The codes of one image per label, drawn through `cache`, which is at its start and has the rows for them."""
     with torch.inference_mode():
         drawing, buffers = model.begin(labels, settings), _Buffers(model, len(labels))
         scales = _Scales(drawing, cache, sampler, buffers, EagerRunner(), observe)
-        return scales.run(len(model.geometry.schedule), decode)
-
-
-AT_ONCE = 16
-"""Images drawn at once, at most, where nothing else is asked for."""
-
-
-class GeneratorOptions(TypedDict, total=False):
-    """The options of Generator that the functions which make one take too."""
-
-    settings: Settings | None
-    code: str | None
-    attention: str
-    graphs: bool
+        tokens = scales.run(len(model.geometry.schedule))
+        scales.check()
+        return Drawn(tokens, drawing.f_hat, None)
 
 
 class Generator(Generic[Label]):
@@ -214,8 +231,10 @@ class Generator(Generic[Label]):
     and None for the compute type, `attention` names the kernel, "auto" for the one that suits the device. With
     `graphs` every scale is recorded as a CUDA graph while the second batch is drawn, and replayed for all later ones;
     the embedding of labels, random numbers and the decoder stay outside (docs/generation.md). `runner` runs the steps
-    in another way; generators that take turns on one record anew at every turn. Raises ModelError for a bad batch,
-    PlanError for a plan that does not fit the model or the device, GraphError for graphs without a CUDA device.
+    in another way; generators that take turns on one record anew at every turn. `micro_batch` is how many images run
+    at once through the scale of most tokens, `decode_batch` how many are decoded at once (docs/memory.md). Raises
+    ModelError for a bad batch, PlanError for a plan that does not fit the model or the device, GraphError for graphs
+    without a CUDA device.
     """
 
     def __init__(
@@ -229,8 +248,11 @@ class Generator(Generic[Label]):
         attention: str = "auto",
         graphs: bool = False,
         runner: StepRunner | None = None,
+        micro_batch: int | Literal["auto"] = "auto",
+        decode_batch: int | Literal["auto"] = "auto",
     ) -> None:
         self.model, self.plan, self.batch = model, plan, whole(batch, "batch", ModelError, 1)
+        self._decode_batch = 0 if decode_batch == "auto" else whole(decode_batch, "decode_batch", ModelError, 1)
         self.settings = model.sampling if settings is None else settings
         plan.check_geometry(model.geometry)
         if plan.weights and are_other_weights(plan.weights, model.fingerprint):
@@ -239,12 +261,38 @@ class Generator(Generic[Label]):
         if runner is None:
             runner = CUDAGraphRunner(model.device) if graphs else EagerRunner()
         self.runner: StepRunner = runner
-        rows, query_weight = self.batch * self.settings.rows_per_image, model.adapter.query_weight
-        self.cache = open_cache(
-            plan, rows, model.compute_dtype, model.device, model.key_angles, query_weight, code, attention
+        each, self._code, self._attention = self.settings.rows_per_image, code, attention
+        if micro_batch == "auto":
+            cache_bytes = plan.bytes(self.batch * each, str(StorageType.for_dtype(model.compute_dtype, code)))
+            self.micro_batch = choose_micro_batch(model, self.batch, each, cache_bytes)
+        else:
+            self.micro_batch = min(self.batch, whole(micro_batch, "micro_batch", ModelError, 1))
+        self._buffers = _Buffers(
+            model, self.batch, images_at_once(model.geometry.schedule, self.batch, self.micro_batch)
         )
-        self._buffers = _Buffers(model, self.batch)
+        self._cache = self._open()
         self._drawing: Drawing[Label] | None = None
+
+    def _open(self) -> ArenaCache:
+        model = self.model
+        each = self.settings.rows_per_image
+        return open_cache(
+            self.plan, self.batch * each, model.compute_dtype, model.device, model.key_angles,
+            model.adapter.query_weight, self._code, self._attention, [each * n for n in self._buffers.at_once],
+        )  # fmt: skip
+
+    @property
+    def cache(self) -> ArenaCache:
+        """The cache, opened anew where it was given back."""
+        if self._cache is None:
+            self._cache = self._open()
+        return self._cache
+
+    def give_back(self) -> None:
+        """Give back the arena, buffers and recordings; the next batch makes them anew."""
+        self.runner.forget()
+        self._cache = self._drawing = None
+        self._buffers = _Buffers(self.model, self.batch, self._buffers.at_once)
 
     def draw(
         self,
@@ -255,23 +303,62 @@ class Generator(Generic[Label]):
         sampler: Sampler | None = None,
         observe: Observer | None = None,
         decode: bool = True,
-        before_decode: Callable[[], None] | None = None,
     ) -> Drawn:
         """Draw one image per label; `samples` number them for the random numbers (default 0, 1, ...).
 
-        With graphs a scale is one graph, or two with the choice between them where `sampler` is no NoiseSampler.
-        `observe` is called after every scale, `before_decode` after the last. Raises ModelError for labels that the
-        model does not have or that are not as many as the batch, PolicyError when a dynamic policy fails, GraphError
-        when a step cannot be recorded, NumericsError when the images were made of numbers that are not finite.
+        With graphs a scale is one graph per micro-batch, or two with the choice between them where `sampler` is no
+        NoiseSampler. `observe` is called after every scale; with it, and with such a sampler, the logits of all images
+        are held. Raises ModelError for labels that the model does not have or that are not as many as the batch,
+        PolicyError when a dynamic policy fails, GraphError when a step cannot be recorded, NumericsError when the
+        images were made of numbers that are not finite.
         """
-        if len(labels) != self.batch:
-            raise ModelError(f"{len(labels)} labels for a generator of batch {self.batch}")
+        samples = range(self.batch) if samples is None else samples
+        for name, given in (("labels", labels), ("samples", samples)):
+            if len(given) != self.batch:
+                raise ModelError(f"{len(given)} {name} for a generator of batch {self.batch}")
         if sampler is None:
-            sampler = CommonRandomSampler(seed, range(self.batch) if samples is None else samples, self.settings)
+            sampler = CommonRandomSampler(seed, samples, self.settings)
         with torch.inference_mode():
             self.cache.reset()
-            scales = _Scales(self._begin(labels), self.cache, sampler, self._buffers, self.runner, observe)
-            return scales.run(len(self.model.geometry.schedule), decode, before_decode)
+            drawing = self._begin(labels)
+            scales = _Scales(drawing, self.cache, sampler, self._buffers, self.runner, observe)
+            tokens = scales.run(len(self.model.geometry.schedule))
+            drawn = Drawn(tokens, drawing.f_hat.clone() if self.runner.replays else drawing.f_hat, None)
+            del drawing  # what prompts decided
+            if decode:
+                drawn = replace(drawn, images=self._decoded(drawn))
+            scales.check()  # waits for the device, so it comes last
+        return drawn
+
+    def pictures(self, drawn: Drawn) -> Iterator[Tensor]:
+        """The pictures of codes that this generator drew, (n, 3, H, W) each, a slice after the other."""
+        step = self.decode_batch
+        for first in range(0, len(drawn.f_hat_BZhw), step):
+            with torch.inference_mode(), span(DECODE):
+                images = self.model.decode(drawn.f_hat_BZhw[first : first + step])
+            yield images
+
+    @property
+    def decode_batch(self) -> int:
+        """Images that are decoded at once: as many as fit in what a step of the transformer takes, and in the arena
+        where it was given back."""
+        if self._decode_batch:
+            return self._decode_batch
+        each = self.settings.rows_per_image
+        room = step_bytes(self.model, each * self.micro_batch)
+        if self._cache is None:
+            room += self.plan.bytes(self.batch * each, str(StorageType.for_dtype(self.model.compute_dtype, self._code)))
+        return max(1, room // self.model.decoding_bytes)
+
+    def _decoded(self, drawn: Drawn) -> Tensor:
+        """All pictures, in one tensor from the first slice on."""
+        images_B3HW, first = torch.empty(0), 0
+        for part_B3HW in self.pictures(drawn):
+            if not first:
+                images_B3HW = part_B3HW.new_empty((self.batch, *part_B3HW.shape[1:]))
+            images_B3HW[first : first + len(part_B3HW)] = part_B3HW
+            first += len(part_B3HW)
+        return images_B3HW
 
     def _begin(self, labels: Sequence[Label]) -> Drawing[Label]:
         """Images at their start; where steps are replayed, in the tensors of the images before."""
@@ -283,59 +370,3 @@ class Generator(Generic[Label]):
             self._drawing = None  # frees its tensors first
             self._drawing = self.model.begin(labels, self.settings, reusable=True)
         return self._drawing
-
-
-def draw_batches(
-    model: ImageModel[Label],
-    labels: Iterable[Label | str] | Tensor,
-    plan: CachePlan,
-    *,
-    seed: int = 0,
-    first_sample: int = 0,
-    batch: int | None = None,
-    **options: Unpack[GeneratorOptions],
-) -> Iterator[Tensor]:
-    """The images of `generate`, (at most `batch`, 3, H, W) at a time; raises its errors when the first is asked for."""
-    if batch is None:
-        settings = options.get("settings") or model.sampling
-        rows = plan.most_rows(str(StorageType.for_dtype(model.compute_dtype, options.get("code"))))
-        batch = AT_ONCE if rows is None else min(AT_ONCE, max(1, rows // settings.rows_per_image))
-    seed, first_sample, batch, _ = checked_run(model, seed, first_sample, batch, None, None)
-    if isinstance(labels, str) or not (values := list(labels)):
-        raise ModelError(f"labels is {shown(labels)}; give a list with one label per image")
-    ids = [model.label(value) for value in values]
-    generator = None
-    for first in range(0, len(ids), batch):
-        part = ids[first : first + batch]
-        if generator is None or generator.batch != len(part):
-            generator = Generator(model, plan, len(part), **options)
-        drawn = generator.draw(part, seed, range(first_sample + first, first_sample + first + len(part)))
-        assert drawn.images is not None
-        yield drawn.images
-
-
-def generate(
-    model: ImageModel[Label],
-    labels: Iterable[Label | str] | Tensor,
-    plan: CachePlan,
-    *,
-    seed: int = 0,
-    first_sample: int = 0,
-    batch: int | None = None,
-    progress: Callable[[int], None] | None = None,
-    **options: Unpack[GeneratorOptions],
-) -> Tensor:
-    """Images (B, 3, H, W), RGB in [0, 1], one per label, drawn `batch` at a time: by default AT_ONCE, or as many as the
-    plan's budget has room for where that is one in bytes.
-
-    Labels are what `model.label` reads: numbers or names of classes, prompts or texts. `first_sample` numbers the first
-    image for the random numbers; images do not depend on `batch` except for rounding. `progress` is called with how
-    many are done. `options` are `settings`, `code`, `attention` and `graphs` of Generator; with graphs, batches from
-    the third on replay them. Raises ModelError for labels that the model does not have, and what Generator raises.
-    """
-    images: list[Tensor] = []
-    for drawn in draw_batches(model, labels, plan, seed=seed, first_sample=first_sample, batch=batch, **options):
-        images.append(drawn)
-        if progress is not None:
-            progress(sum(map(len, images)))
-    return torch.cat(images)

@@ -82,10 +82,6 @@ class Drawing(ABC, Generic[Label]):
         Every layer calls `attend` once, with the tokens of all scales one after another.
         """
 
-    @abstractmethod
-    def image(self) -> Tensor:
-        """(B, 3, H, W), RGB in [0, 1]."""
-
     def _add(self, features_BZhw: Tensor) -> None:
         """Add the running scale's code features, and go on to the next scale."""
         if self.scale:
@@ -119,13 +115,23 @@ class ImageModel(ABC, Generic[Label]):
 
     @property
     @abstractmethod
-    def decoder(self) -> torch.nn.Module:
+    def decoder(self) -> Any:
         """What makes pictures of codes."""
 
     @property
     def fingerprint(self) -> str:
         """Names the weights of transformer and decoder, whatever type they run in."""
         return "-".join(known_fingerprint(network) for network in (self.transformer, self.decoder))
+
+    def decode(self, f_hat_BZhw: Tensor) -> Tensor:
+        """Sums of code features to pictures, (B, 3, H, W), RGB in [0, 1]."""
+        images_B3HW: Tensor = self.decoder.decode(f_hat_BZhw)
+        return images_B3HW.add_(1).div_(2)
+
+    @property
+    @abstractmethod
+    def decoding_bytes(self) -> int:
+        """About what decoding one picture takes at most."""
 
     @property
     def device(self) -> torch.device:

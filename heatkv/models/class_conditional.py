@@ -40,6 +40,11 @@ class ClassConditionalModel(base.ImageModel[int]):
         return self.vqvae
 
     @property
+    def decoding_bytes(self) -> int:
+        side = self.transformer.config.patch_sides[-1]
+        return self.vqvae.config.decoding_bytes(side, side)
+
+    @property
     def geometry(self) -> CacheGeometry:
         config = self.transformer.config
         return CacheGeometry(config.depth, config.heads, config.head_dim, config.schedule)
@@ -120,6 +125,3 @@ class Drawing(base.Drawing[int]):
 
     def show(self, choices: Sequence[Tensor], cache: Attend) -> None:
         self._model.transformer.hidden(self._all_inputs(choices), self._condition, cache)
-
-    def image(self) -> Tensor:
-        return (self._model.vqvae.decode(self.f_hat) + 1) / 2

@@ -235,8 +235,10 @@ class Block(nn.Module):
         gate1, gate2, gain1, gain2, shift1, shift2 = modulation_R61C.unbind(1)
         u_RNC = modulated(x_RNC, gain1, shift1)
         cache.see_input(layer, u_RNC)
-        out_RHND = cache.attend(layer, *self.sa.qkv(u_RNC, rotation_2NP))  # nobody holds q, k and v afterwards
+        q, k, v = self.sa.qkv(u_RNC, rotation_2NP)
         del u_RNC
+        out_RHND = cache.attend(layer, q, k, v)
+        del q, k, v
         x_RNC = torch.addcmul(x_RNC, self.sa.project(out_RHND), gate1)
         del out_RHND
         x_RNC = x_RNC + self.ca(self.ca_norm(x_RNC), *prompt)
@@ -329,7 +331,7 @@ class Infinity(Transformer):
         if condition.mask_R11M is None or any(length > most for _, length in rows):
             return False
         text = self.project_text(rows, most)
-        if len(text.text_SC) != len(condition.keys_values[0]):
+        if len(text.text_SC) > len(condition.keys_values[0]):  # more rows have texts of their own
             return False
         assert text.mask_R11M is not None
         condition.pooled_RC.copy_(text.pooled_RC)
@@ -338,7 +340,7 @@ class Infinity(Transformer):
         held = zip(condition.modulations, condition.keys_values, strict=True)
         for (own, own_kv), (new, kv) in zip(held, self._layer_conditions(text), strict=True):
             own.copy_(new)
-            own_kv.copy_(kv)
+            own_kv[: len(kv)] = kv
         return True
 
     def first_input(self, condition: TextCondition) -> Tensor:

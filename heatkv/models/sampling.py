@@ -165,8 +165,8 @@ class NoiseSampler(Sampler, Protocol):
     @property
     def settings(self) -> Settings: ...
 
-    def noise(self, scale: int, noise_BNV: Tensor) -> None:
-        """Fill the tensor with all that is random in the choice of a scale."""
+    def noise(self, scale: int, noise_BNV: Tensor, first: int = 0) -> None:
+        """Fill the tensor with all that is random in the choice of a scale for the images from `first` on."""
 
     def pick(self, logits_BNV: Tensor, noise_BNV: Tensor) -> Tensor:
         """The choice, (B, N)."""
@@ -198,15 +198,16 @@ class CommonRandomSampler:
     def __init__(self, seed: int, samples: Sequence[int], settings: Settings) -> None:
         self._seed, self._samples, self.settings = seed, tuple(samples), settings
 
-    def noise(self, scale: int, noise_BNV: Tensor) -> None:
+    def noise(self, scale: int, noise_BNV: Tensor, first: int = 0) -> None:
         """Gumbel noise, always made on the host."""
-        if len(noise_BNV) != len(self._samples):
-            raise ModelError(f"{len(noise_BNV)} images were drawn for {len(self._samples)} samples")
+        samples = self._samples[first : first + len(noise_BNV)]
+        if len(noise_BNV) != len(samples):
+            raise ModelError(f"{first + len(noise_BNV)} images were drawn for {len(self._samples)} samples")
         host_BNV = noise_BNV
         if noise_BNV.device.type not in ("cpu", "meta"):
             # its copy does not make the host wait; the allocator uses this memory again only after the copy
             host_BNV = torch.empty(noise_BNV.shape, pin_memory=noise_BNV.is_cuda)
-        for row, sample in zip(host_BNV, self._samples, strict=True):
+        for row, sample in zip(host_BNV, samples, strict=True):
             row.uniform_(generator=torch.Generator().manual_seed(noise_seed(self._seed, sample, scale)))
         host_BNV.clamp_(min=1e-20).log_().neg_().log_().neg_()
         if host_BNV is not noise_BNV:

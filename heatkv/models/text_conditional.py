@@ -82,6 +82,10 @@ class TextConditionalModel(base.ImageModel[Prompt]):
         return self.vae
 
     @property
+    def decoding_bytes(self) -> int:
+        return self.vae.config.decoding_bytes(*self.latent_size(-1))
+
+    @property
     def patch(self) -> int:
         """Latent positions per token and side: 2 with spatial patchify."""
         return 1 if self.transformer.config.bits == self.vae.config.z_channels else 2
@@ -249,6 +253,3 @@ class Drawing(base.Drawing[Prompt]):
         """What the transformer is shown at the running scale, (B, N, K): the resized sum of codes so far."""
         small_BZhw = resize(self.f_hat, self._model.latent_size(self.scale))
         return F.pixel_unshuffle(small_BZhw, self._model.patch).flatten(2).transpose(1, 2)
-
-    def image(self) -> Tensor:
-        return (self._model.vae.decode(self.f_hat) + 1) / 2

@@ -209,8 +209,10 @@ class Block(nn.Module):
         gate1, gate2, gain1, gain2, shift1, shift2 = modulation_R61C.unbind(1)
         u_RNC = modulated(x_RNC, gain1, shift1)
         cache.see_input(layer, u_RNC)
-        out_RHND = cache.attend(layer, *self.attn.qkv(u_RNC))  # nobody holds q, k and v afterwards
+        q, k, v = self.attn.qkv(u_RNC)
         del u_RNC
+        out_RHND = cache.attend(layer, q, k, v)
+        del q, k, v
         x_RNC = torch.addcmul(x_RNC, self.attn.project(out_RHND), gate1)
         del out_RHND
         with span(FEED_FORWARD):

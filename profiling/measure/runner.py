@@ -12,7 +12,7 @@ import torch
 from msgspec import structs
 
 from heatkv.core.storage_type import StorageType
-from heatkv.engine.arena_cache import storage_bytes
+from heatkv.engine.arena_cache import ArenaCache, storage_bytes
 from heatkv.engine.open_cache import open_cache
 from heatkv.errors import GraphError, HeatKVError, out_of_memory
 from heatkv.generation.graphs import GraphRunner
@@ -36,6 +36,7 @@ from heatkv.profiling.results import ledgers
 from heatkv.profiling.results.comparable import PLACE, REFERENCE, subject_key
 from heatkv.profiling.results.row import Latency, Memory, ResultRow, Times, TimingMachine, Versus
 
+S = TypeVar("S")
 T = TypeVar("T")
 Open = Callable[..., Generator[Any]]
 """Opens a cache and what draws with it; with CUDA graphs when `graphs`."""
@@ -110,9 +111,15 @@ def first_row(
 
 
 def in_phases(
-    open_: Open, labels: list[Any], seed: int, reset: Callable[[], object], read: Callable[[], T]
-) -> tuple[Generator[Any], ledgers.Phases[T]]:
-    """What `open_` opens, with a figure of opening it, of drawing and of decoding once."""
+    open_: Open,
+    labels: list[Any],
+    seed: int,
+    reset: Callable[[], object],
+    read: Callable[[], T],
+    look: Callable[[ArenaCache], S] = lambda _: None,  # type: ignore[assignment, return-value]
+) -> tuple[S, ledgers.Phases[T]]:
+    """A figure of opening what `open_` opens, of drawing and of decoding once, as `generate` does: the cache, at which
+    `look` looks, is given back before pictures are decoded, and those are handed out in slices."""
 
     def figure() -> T:
         value = read()
@@ -122,10 +129,13 @@ def in_phases(
     reset()
     generator = open_()
     figures = [figure()]
-    images = generator.draw(labels, seed, before_decode=lambda: figures.append(figure()))
+    drawn, seen = generator.draw(labels, seed, decode=False), look(generator.cache)
     figures.append(figure())
-    del images  # alive until here
-    return generator, ledgers.Phases(*figures)
+    generator.give_back()
+    for images in generator.pictures(drawn):
+        del images
+    figures.append(figure())
+    return seen, ledgers.Phases(*figures)
 
 
 def subject_memory(
@@ -154,18 +164,22 @@ def subject_memory(
             ledger.follow(generator.cache.tables)  # many come from numpy
             return generator
 
-        generator, tensors = in_phases(opened, labels, seed, ledger.reset_peak, lambda: ledger.peak)
-        cache = generator.cache
-        arena_bytes = ledger.bytes_seen(cache.held)
+        def look(cache: ArenaCache) -> tuple[int, ledgers.ArenaMemory, ledgers.PlannedMemory]:
+            arena = ledgers.ArenaMemory(
+                cache_bytes=cache.allocated_bytes, index_bytes=cache.index_bytes, workspace_bytes=cache.workspace_bytes
+            )
+            planned_bytes, budget_bytes = plan.bytes(cache.rows, storage), plan.budget_bytes(cache.rows, storage)
+            planned = ledgers.PlannedMemory(cache_bytes=planned_bytes, budget_bytes=budget_bytes)
+            return ledger.bytes_seen(cache.held), arena, planned
+
+        (arena_bytes, arena, planned), tensors = in_phases(
+            opened, labels, seed, ledger.reset_peak, lambda: ledger.peak, look
+        )
     found = ledgers.Ledgers(
         process="shared" if loading is None else "own",
         weights_bytes=storage_bytes(model_tensors(model)),
-        planned=ledgers.PlannedMemory(
-            cache_bytes=plan.bytes(cache.rows, storage), budget_bytes=plan.budget_bytes(cache.rows, storage)
-        ),
-        arena=ledgers.ArenaMemory(
-            cache_bytes=cache.allocated_bytes, index_bytes=cache.index_bytes, workspace_bytes=cache.workspace_bytes
-        ),
+        planned=planned,
+        arena=arena,
         tensors=ledgers.TensorMemory(peak_bytes=tensors, arena_bytes=arena_bytes),
         **of_device,
     )
@@ -191,10 +205,8 @@ def _host_ledger(open_: Open, labels: list[Any], seed: int, device: torch.device
 def _gpu_ledgers(open_: Open, labels: list[Any], seed: int, device: torch.device, took: Loading) -> dict[str, Any]:
     reset, read = partial(torch.cuda.reset_peak_memory_stats, device), partial(allocator_peaks, device)
     weights_bytes = torch.cuda.memory_allocated(device)
-    generator, peaks = in_phases(open_, labels, seed, reset, read)
+    driver, peaks = in_phases(open_, labels, seed, reset, read, lambda _: driver_memory(device))
     allocator = ledgers.AllocatorMemory(weights_bytes=weights_bytes, loading=took.allocator, peaks=peaks)
-    driver = driver_memory(device)
-    del generator  # and its cache
     reset()
     generator = open_(graphs=True)
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from heatkv.core.plan import Plan
 from heatkv.engine.arena_cache import ArenaCache
+from heatkv.engine.store import Rows
 
 Images = Sequence[Sequence[Sequence[Tensor]]]
 """images[t][l]: q, k and v of target t in layer l."""
@@ -46,6 +47,22 @@ def run(cache: ArenaCache, images: Images, poison: bool = True) -> list[Tensor]:
         cache.store.spoil()
     cache.reset()
     return [cache.attend(layer, *qkv) for scale in images for layer, qkv in enumerate(scale)]
+
+
+def run_in_parts(cache: ArenaCache, images: Images, halves: int, at_once: Sequence[int]) -> list[Tensor]:
+    """The same, where `at_once` images of a scale go through all layers before others do; each has a row per half."""
+    cache.store.spoil()
+    cache.reset()
+    outputs = []
+    for scale, count in zip(images, at_once, strict=True):
+        parts = []
+        for first in range(0, cache.rows // halves, count):
+            rows = Rows(halves, first, min(count, cache.rows // halves - first))
+            cache.serve(rows)
+            mine = [[rows.of(x, 0).flatten(0, 1) for x in qkv] for qkv in scale]
+            parts.append([cache.attend(layer, *qkv).unflatten(0, (halves, -1)) for layer, qkv in enumerate(mine)])
+        outputs += [torch.cat(of_layer, dim=1).flatten(0, 1) for of_layer in zip(*parts, strict=True)]
+    return outputs
 
 
 def dense(plan: Plan, images: Images, angles: list[Tensor] | None = None) -> list[Tensor]:

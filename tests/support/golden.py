@@ -120,7 +120,7 @@ def check_scales(model: ClassConditionalModel, labels: list[int], plan: Plan, ex
             wanted = expected[f"layer0.cached_{name}_final"]
             close(torch.cat(stored, dim=2)[:, :, : wanted.shape[2]], wanted, HIDDEN)
     if "image" in expected:
-        close(drawing.image(), expected["image"], DECODED)
+        close(model.decode(drawing.f_hat), expected["image"], DECODED)
 
 
 def infinity_model(path: Path, told: dict[str, Any], run: dict[str, Any], schedule: list[Any]) -> TextConditionalModel:
@@ -207,7 +207,7 @@ def check_infinity_run(
     for name, stored in (("k", cache.keys), ("v", cache.values)):
         compare(f"layer0.cached_{name}_prefix", torch.cat(stored, dim=2)[:, :, :57], HIDDEN)
     if any(name.startswith("image") for name in left):
-        image = drawing.image()
+        image = model.decode(drawing.f_hat)
         compare("image_m1_1", image * 2 - 1, DECODED)
         pixels = (image * 255).to(torch.uint8).permute(0, 2, 3, 1).flip(-1)
         levels = (pixels.int() - expected["image_uint8_bgr"].int()).abs()

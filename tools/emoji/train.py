@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from heatkv.core.io import replacing, write_text
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import Attend
+from heatkv.generation.batches import generate
 from heatkv.generation.images import image_grid
-from heatkv.generation.loop import generate
 from heatkv.models.emoji import CLASSES, VAR_CONFIG, VQVAE_CONFIG, WEIGHTS, load
 from heatkv.models.var import VAR, Condition
 from tools.emoji.autoencoder import VQAutoencoder

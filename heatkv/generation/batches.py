@@ -1,0 +1,98 @@
+"""Drawing any number of images, a batch after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, TypedDict, TypeVar, Unpack
+
+import torch
+from torch import Tensor
+
+from heatkv.core.plan import CachePlan
+from heatkv.core.schema import shown
+from heatkv.core.storage_type import StorageType
+from heatkv.errors import ModelError
+from heatkv.generation.loop import Generator
+from heatkv.models.base import ImageModel, checked_run
+from heatkv.models.sampling import Settings
+
+Label = TypeVar("Label")
+
+AT_ONCE = 16
+"""Images drawn at once, at most, where nothing else is asked for."""
+
+
+class GeneratorOptions(TypedDict, total=False):
+    """The options of Generator that the functions which make one take too."""
+
+    settings: Settings | None
+    code: str | None
+    attention: str
+    graphs: bool
+    micro_batch: int | Literal["auto"]
+    decode_batch: int | Literal["auto"]
+
+
+def draw_batches(
+    model: ImageModel[Label],
+    labels: Iterable[Label | str] | Tensor,
+    plan: CachePlan,
+    *,
+    seed: int = 0,
+    first_sample: int = 0,
+    batch: int | None = None,
+    **options: Unpack[GeneratorOptions],
+) -> Iterator[Tensor]:
+    """The images of `generate`, (n, 3, H, W) at a time as they are decoded; raises its errors when the first is asked
+    for. Beside the last batch's pictures there is no cache any more; those before it keep it for the next."""
+    if batch is None:
+        settings = options.get("settings") or model.sampling
+        rows = plan.most_rows(str(StorageType.for_dtype(model.compute_dtype, options.get("code"))))
+        batch = AT_ONCE if rows is None else min(AT_ONCE, max(1, rows // settings.rows_per_image))
+    seed, first_sample, batch, _ = checked_run(model, seed, first_sample, batch, None, None)
+    if isinstance(labels, str) or not (values := list(labels)):
+        raise ModelError(f"labels is {shown(labels)}; give a list with one label per image")
+    known = {value: model.label(value) for value in dict.fromkeys(x for x in values if isinstance(x, str))}
+    ids = [known[value] if isinstance(value, str) else model.label(value) for value in values]
+    generator = None
+    for first in range(0, len(ids), batch):
+        part = ids[first : first + batch]
+        if generator is None or generator.batch != len(part):
+            generator = None  # its cache goes before the smaller one comes
+            generator = Generator(model, plan, len(part), **options)
+        samples = range(first_sample + first, first_sample + first + len(part))
+        drawn = generator.draw(part, seed, samples, decode=False)
+        if first + batch >= len(ids):
+            generator.give_back()
+        yield from generator.pictures(drawn)
+
+
+def generate(
+    model: ImageModel[Label],
+    labels: Iterable[Label | str] | Tensor,
+    plan: CachePlan,
+    *,
+    seed: int = 0,
+    first_sample: int = 0,
+    batch: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    **options: Unpack[GeneratorOptions],
+) -> Tensor:
+    """Images (B, 3, H, W), RGB in [0, 1], one per label, drawn `batch` at a time: by default AT_ONCE, or as many as the
+    plan's budget has room for where that is one in bytes.
+
+    Labels are what `model.label` reads: numbers or names of classes, prompts or texts. `first_sample` numbers the first
+    image for the random numbers; images do not depend on `batch` except for rounding. `progress` is called with how
+    many are done. `options` are those of Generator; with graphs, batches from the third on replay them. Raises
+    ModelError for labels that the model does not have, and what Generator raises.
+    """
+    values = labels if isinstance(labels, str) else list(labels)
+    images_B3HW, done = torch.empty(0), 0
+    for drawn in draw_batches(model, values, plan, seed=seed, first_sample=first_sample, batch=batch, **options):
+        if not done:
+            images_B3HW = drawn.new_empty((len(values), *drawn.shape[1:]))
+        images_B3HW[done : done + len(drawn)] = drawn
+        done += len(drawn)
+        if progress is not None:
+            progress(done)
+    return images_B3HW
