@@ -345,7 +345,7 @@ def test_golden_in_16_bits(golden_model: Path, dtype: torch.dtype, monkeypatch: 
             codes = [recorded_bits(model, expected, scale) for scale in range(scales)]
         else:
             codes = [expected[f"scale{scale}.tokens"] for scale in range(scales)]
-        generator: Generator[Any] = Generator(model, plan, batch)
+        generator: Generator[Any] = Generator(model, plan, batch, micro_batch=batch)
         assert generator.cache.store.dtype == dtype
         generator.draw(
             drawn, sampler=RecordedTokens(codes), observe=lambda _, x, seen=guided: seen.append(x), decode=False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -420,6 +422,21 @@ def test_a_folder_without_an_encoder_is_refused(tmp_path: Path) -> None:
             T5TextEncoder(name)
 
 
+def test_the_encoder_is_there_only_while_it_encodes(t5_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Any]] = []
+    opened = T5TextEncoder._opened
+    monkeypatch.setattr(T5TextEncoder, "_opened", lambda self: alive.append(weakref.ref(x := opened(self))) or x)
+    for keep in (False, True):
+        encoder = T5TextEncoder(t5_folder, keep=keep)
+        one, same, other = encoder.encode(["a cat", "a cat", "dog"])
+        assert one is same
+        assert not torch.equal(one, other)
+        encoder.encode(["dog"])
+        gc.collect()
+        assert [x() is not None for x in alive[-2:]] == [keep, keep]
+    assert alive[2]() is alive[3]()
+
+
 QUERY = "encoder.block.1.layer.0.SelfAttention.q.weight"
 
 
@@ -458,5 +475,5 @@ def test_a_spoilt_encoder_is_refused_in_silence(
     folder = shutil.copytree(t5_folder, tmp_path / "t5")
     spoil(folder)
     with pytest.raises(ModelError, match=re.escape(said)):
-        T5TextEncoder(folder)
+        T5TextEncoder(folder).encode(["a cat"])
     assert capfd.readouterr() == ("", "")

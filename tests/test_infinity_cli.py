@@ -139,10 +139,18 @@ def test_compare(tiny: list[str]) -> None:
     ("command", "options", "said"),
     [
         ("generate", "--weights {weights}", "--prompt"),
-        ("generate", "--weights {weights} --prompt a", "without a text encoder"),
+        ("generate", "--weights {weights} --prompt a", "needs its text encoder"),
         ("generate", "--weights {weights} --weights text={weights} --prompt a", "holds none of tokenizer.json"),
-        ("generate", "--weights {weights} --weights vae={weights}/tiny.pth --prompt a", "no bitwise VAE weights"),
-        ("generate", "--weights {weights}/vae.pth --weights vae=x --prompt a", "they have the entries vae"),
+        (
+            "generate",
+            "--weights {weights} --weights vae={weights}/tiny.pth --weights {text} --prompt a",
+            "no bitwise VAE weights",
+        ),
+        (
+            "generate",
+            "--weights {weights}/vae.pth --weights vae=x --weights {text} --prompt a",
+            "they have the entries vae",
+        ),
         ("compare", "--weights {weights} --prompts prompts.txt", "needs its text encoder"),
         ("calibrate", "--weights {weights} --prompts absent.txt", "absent.txt"),
     ],
@@ -150,7 +158,7 @@ def test_compare(tiny: list[str]) -> None:
 def test_what_cannot_be_drawn_is_said_in_one_line(
     command: str, options: str, said: str, tiny: list[str], weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = options.format(weights=weights).split()
+    words = options.format(weights=weights, text=tiny[-1]).split()
     assert run([command, *tiny[:2], *words, "--out", "out"]) == 2
     out, error = capsys.readouterr()
     (line,) = error.strip().splitlines()

@@ -21,6 +21,7 @@ from heatkv.models.fingerprint import fingerprint, fingerprint_of_file
 from heatkv.models.infinity import INFINITY_2B, INFINITY_8B, Infinity, InfinityConfig
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import ResidualBlock, Upsample, phi_index
+from heatkv.profiling.measure.ledger import TensorLedger
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,20 @@ def test_upsampling_repeats_every_pixel_then_convolves(side: int) -> None:
     layer.to(torch.float32).requires_grad_(False)
     layer.conv.weight.mul_(2)  # nothing may be kept of the former weights
     torch.testing.assert_close(layer(x.float()), layer.conv(repeated.float()), rtol=0, atol=1e-5)
+
+
+def test_large_maps_in_place_and_in_strips(emoji: ClassConditionalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pictures with less memory."""
+    monkeypatch.setattr("heatkv.models.vqvae._FOLD_FROM", 1 << 40)
+    f_hat = torch.randn(2, 16, 12, 12, generator=torch.Generator().manual_seed(0))
+    pictures, peaks = [], []
+    for large in (1 << 40, 1 << 14):
+        monkeypatch.setattr("heatkv.models.vqvae._LARGE", large)
+        with torch.inference_mode(), TensorLedger() as ledger:
+            pictures.append(emoji.decode(f_hat))
+            peaks.append(ledger.peak)
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-6)
+    assert peaks[1] < 0.9 * peaks[0]
 
 
 @pytest.mark.parametrize("channels", [32, 64])

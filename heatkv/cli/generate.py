@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,7 @@ from heatkv.errors import FormatError, HeatKVError, ModelError, RanksError
 from heatkv.generation.batches import AT_ONCE, draw_batches
 from heatkv.generation.graphs import check_has_graphs
 from heatkv.generation.images import image_grid
+from heatkv.models.catalogue import model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import shared_progress
@@ -81,7 +83,10 @@ def generate(
     seed_of(seed, HeatKVError)
     whole(count, "count", HeatKVError, 1)
     following = None if follow is None else _check_following(follow, planning, graphs)
-    opened = open_model(source, running)
+    # the encoder's weights are gone before the transformer's come
+    texts = [*(prompt or []), *([] if negative is None else [negative])]
+    texts = texts if prompt and model_info(source.model).family == "infinity" else []
+    opened = open_model(source, running, texts)
     if graphs:
         check_has_graphs(opened.model.device)
     wanted = _what_to_draw(opened, label or [], prompt or [], negative)
@@ -142,7 +147,8 @@ def _what_to_draw(opened: Opened, labels: list[str], prompts: list[str], negativ
         raise ModelError(f"{model.name} draws prompts, not classes: write them with --prompt")
     if negative is not None and not opened.settings.guided:
         raise ModelError("a negative prompt takes no part without guidance; leave --negative out, or raise --cfg")
-    encoded = model.prompts(prompts, None if negative is None else [negative] * len(prompts))
+    against = None if negative is None else model.examples[-1].features_ME
+    encoded = (replace(prompt, negative_ME=against) for prompt in model.examples[: len(prompts)])
     return list(zip(encoded, (file_name(text)[:40] for text in prompts), strict=True))
 
 

@@ -46,10 +46,13 @@ class Opened:
     loading: dict[str, Any]
 
 
-def open_model(source: Source, running: Running) -> Opened:
-    """The named model; one that draws prompts is measured with those of a file."""
+def open_model(source: Source, running: Running, texts: Sequence[str] = ()) -> Opened:
+    """The named model; one that draws prompts is measured with those of a file, and has these texts or those of the
+    file encoded before its weights are read."""
     storage, measured = parse_dtype(running.dtype), isinstance(source, MeasuredSource)
-    prompts = [] if not isinstance(source, MeasuredSource) or source.prompts is None else _prompts(source.prompts)
+    prompts = list(texts)
+    if isinstance(source, MeasuredSource) and source.prompts is not None:
+        prompts = _prompts(source.prompts)
     if measured and not prompts and model_info(source.model).family == "infinity":
         raise ModelError(f"measuring {source.model} needs prompts to draw; name a file of them (--prompts)")
     size, ratio = parse_size(source.size)

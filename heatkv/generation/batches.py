@@ -52,8 +52,7 @@ def draw_batches(
     seed, first_sample, batch, _ = checked_run(model, seed, first_sample, batch, None, None)
     if isinstance(labels, str) or not (values := list(labels)):
         raise ModelError(f"labels is {shown(labels)}; give a list with one label per image")
-    known = {value: model.label(value) for value in dict.fromkeys(x for x in values if isinstance(x, str))}
-    ids = [known[value] if isinstance(value, str) else model.label(value) for value in values]
+    ids = model.read_labels(values)
     generator = None
     for first in range(0, len(ids), batch):
         part = ids[first : first + batch]

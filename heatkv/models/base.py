@@ -164,6 +164,10 @@ class ImageModel(ABC, Generic[Label]):
     def label(self, value: Any) -> Label:
         """What one image is drawn from, as a caller may write it. Raises ModelError for what it cannot be."""
 
+    def read_labels(self, values: Sequence[Any]) -> list[Label]:
+        """`label` of each; equal texts are encoded once, all together. Raises ModelError."""
+        return [self.label(value) for value in values]
+
     @abstractmethod
     def labels(self, count: int, first: int = 0) -> list[Label]:
         """What the samples first, first + 1, ... of a measurement are drawn from. Raises ModelError."""

@@ -23,7 +23,7 @@ from heatkv.models.fingerprint import fingerprint_of_file, know_fingerprint
 from heatkv.models.infinity import Infinity
 from heatkv.models.sampling import SamplingSettings
 from heatkv.models.text_conditional import SAMPLING as INFINITY_SAMPLING
-from heatkv.models.text_conditional import TextConditionalModel, check_texts
+from heatkv.models.text_conditional import Prompt, TextConditionalModel, check_texts
 from heatkv.models.text_encoder import T5TextEncoder
 from heatkv.models.var import VAR
 
@@ -145,15 +145,17 @@ def load_model(
     ratio: float | None = None,
     dtype: str = "float32",
     device: str | torch.device = "cpu",
+    keep_text_encoder: bool = False,
 ) -> ClassConditionalModel | TextConditionalModel:
     """A model ready to draw, its blocks' matrices in `dtype`: "float32", "bfloat16" or "float16".
 
     `emoji` needs nothing else; `var` and `infinity` are those families in any size. VAR and Infinity need `weights`:
     the public file (or sharded folder), or a folder that holds it; the `vae` is looked for beside it unless given.
     Infinity draws the published schedule of `size` and `ratio`, and turns text into features with `text_encoder`, a
-    local folder or a hub name; `prompts` are what measurements draw. Nothing in a weights file is executed. Raises
-    ModelError for an unknown name, type or device and for weights of another model, FormatError for an unreadable file,
-    ScheduleError for an unknown size or ratio.
+    local folder or a hub name; `prompts` are what measurements draw. The encoder's weights are in memory only while
+    texts are encoded, those of `prompts` before the transformer is read, unless `keep_text_encoder`, which suits
+    servers. Nothing in a weights file is executed. Raises ModelError for an unknown name, type or device and for
+    weights of another model, FormatError for an unreadable file, ScheduleError for an unknown size or ratio.
     """
     info = model_info(name)
     schedule = info.schedule(size, ratio)
@@ -174,9 +176,12 @@ def load_model(
     path = find_weights(weights, info.files)
     if info.family == "var":
         return _placed(*_load_var(info, path, vae), compute, where)
-    encoder = None if text_encoder is None else T5TextEncoder(text_encoder, dtype=compute, device=where)
-    model = _placed(*_load_infinity(info, path, vae, schedule, encoder), compute, where)
-    return replace(model, examples=tuple(model.prompts(prompts))) if prompts else model
+    encoder, examples = None, tuple[Prompt, ...]()
+    if text_encoder is not None:
+        encoder = T5TextEncoder(text_encoder, dtype=compute, device=where, keep=keep_text_encoder)
+        if prompts:
+            examples = tuple(Prompt(x, text=text) for x, text in zip(encoder.encode(prompts), prompts, strict=True))
+    return replace(_placed(*_load_infinity(info, path, vae, schedule, encoder), compute, where), examples=examples)
 
 
 def _usable_device(device: str | torch.device) -> torch.device:

@@ -146,6 +146,11 @@ class TextConditionalModel(base.ImageModel[Prompt]):
             return self.prompts([value])[0]
         raise ModelError(f"{self.name} cannot draw {shown(value)}; give a text, or a Prompt with its features")
 
+    def read_labels(self, values: Sequence[Any]) -> list[Prompt]:
+        texts = list(dict.fromkeys(value for value in values if isinstance(value, str)))
+        known = dict(zip(texts, self.prompts(texts) if texts else (), strict=True))
+        return [known[value] if isinstance(value, str) else self.label(value) for value in values]
+
     def labels(self, count: int, first: int = 0) -> list[Prompt]:
         """The `examples` in turn. Raises ModelError when there are none."""
         count, first = whole(count, "count", ModelError, 0), whole(first, "first", ModelError)

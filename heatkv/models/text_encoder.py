@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from heatkv.errors import ModelError, NumericsError
 
 PUBLIC_ENCODER = "google/flan-t5-xl"
 MAX_POSITIONS = 512
+_AT_ONCE = 32
+"""Texts that are encoded together."""
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 
 
@@ -40,7 +43,9 @@ def _quietly() -> Iterator[None]:
 class T5TextEncoder:
     """Tokenizer and encoder from a local folder or a name on the Hugging Face hub.
 
-    Raises ModelError when transformers is not installed, or `source` holds no whole T5 encoder and tokenizer.
+    The encoder's weights are read when texts are encoded, and given back after that unless `keep`: they are as large as
+    a transformer, and drawing does not need them. Raises ModelError when transformers is not installed, or `source`
+    holds no tokenizer; `encode` where it holds no whole T5 encoder.
     """
 
     def __init__(
@@ -49,9 +54,10 @@ class T5TextEncoder:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        keep: bool = False,
     ) -> None:
         try:
-            from transformers import AutoTokenizer, T5EncoderModel
+            from transformers import AutoTokenizer
         except ImportError as error:
             raise ModelError(
                 f"turning prompts into features needs transformers ({error}); install heatkv[infinity], or give text "
@@ -67,9 +73,23 @@ class T5TextEncoder:
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     str(source), trust_remote_code=False, local_files_only=local
                 )
+        except Exception as error:  # transformers and tokenizers raise nearly everything for damaged files
+            raise _not_loaded(source, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        self._source, self._local, self._dtype, self._device, self._keep = source, local, dtype, device, keep
+        self._kept: Any = None
+
+    def _opened(self) -> Any:
+        """The encoder, read anew unless it was kept. Raises ModelError."""
+        if self._kept is not None:
+            return self._kept
+        from transformers import T5EncoderModel
+
+        source = self._source
+        try:
+            with _quietly():
                 encoder, report = T5EncoderModel.from_pretrained(
-                    str(source), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-                    trust_remote_code=False, weights_only=True, local_files_only=local,
+                    str(source), dtype=self._dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+                    trust_remote_code=False, weights_only=True, local_files_only=self._local,
                 )  # fmt: skip
         except Exception as error:  # transformers and tokenizers raise nearly everything for damaged files
             raise _not_loaded(source, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
@@ -81,23 +101,31 @@ class T5TextEncoder:
         known, embedded = len(self._tokenizer), encoder.config.vocab_size
         if known > embedded:
             raise ModelError(f"the tokenizer in {source} knows {known} tokens, the encoder {embedded}")
-        self._encoder = encoder.eval().to(device)
+        encoder = encoder.eval().to(self._device)
+        self._kept = encoder if self._keep else None
+        return encoder
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """Features (M, E) of every text in fp32, cut at 512 positions. Raises NumericsError."""
-        tokens = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=MAX_POSITIONS, return_tensors="pt"
-        ).to(self._encoder.device)
-        with torch.inference_mode():
-            out = self._encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            features = [row[mask.bool()].float() for row, mask in zip(out[0], tokens.attention_mask, strict=True)]
-        for text, features_ME in zip(texts, features, strict=True):
+        """Features (M, E) of every text in fp32, cut at 512 positions, the same tensor for the same text.
+
+        Raises NumericsError, and ModelError for weights that cannot be read.
+        """
+        encoder, found, distinct = self._opened(), dict[str, Tensor](), list(dict.fromkeys(texts))
+        for first in range(0, len(distinct), _AT_ONCE):
+            part = distinct[first : first + _AT_ONCE]
+            tokens = self._tokenizer(
+                part, padding=True, truncation=True, max_length=MAX_POSITIONS, return_tensors="pt"
+            ).to(encoder.device)
+            with torch.inference_mode():
+                out = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+                for text, row, mask in zip(part, out[0], tokens.attention_mask, strict=True):
+                    found[text] = row[mask.bool()].float()
+        for text, features_ME in found.items():
             if not finite(features_ME):
                 raise NumericsError(
-                    f"the text encoder gave features that are not finite for {shown(text)}; "
-                    f"{way_out(self._encoder.dtype)}"
+                    f"the text encoder gave features that are not finite for {shown(text)}; {way_out(encoder.dtype)}"
                 )
-        return features
+        return [found[text] for text in texts]
 
 
 def _not_loaded(source: str | Path, reason: str) -> ModelError:

@@ -76,6 +76,20 @@ def conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
+_LARGE = 1 << 24
+"""Numbers of a map from which on less memory is worth a few more calls."""
+
+
+def normalised(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
+    """Of a map that nobody needs afterwards: in its place where it is large, a quarter of the groups at a time."""
+    if torch.is_grad_enabled() or x_BCHW.numel() < _LARGE or norm.num_groups % 4:
+        return norm(x_BCHW)  # type: ignore[no-any-return]
+    quarters = zip(x_BCHW.chunk(4, dim=1), norm.weight.chunk(4), norm.bias.chunk(4), strict=True)
+    for x, weight, bias in quarters:
+        x.copy_(F.group_norm(x, norm.num_groups // 4, weight, bias, norm.eps))
+    return x_BCHW
+
+
 class ResidualBlock(nn.Module):
     """Two pre-activated convolutions beside a shortcut."""
 
@@ -89,11 +103,20 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        maps = [x_BCHW]
+        del x_BCHW
+        self.replace(maps)
+        return maps[0]
+
+    def replace(self, maps: list[Tensor]) -> None:
+        """Put the output in the place of the one map given, which is let go of as soon as nothing needs it any more."""
+        shortcut = self.nin_shortcut(maps[0])
+        h = self.norm1(maps[0]) if shortcut is maps[0] else normalised(self.norm1, maps[0])
+        maps.clear()
         # in place, as fresh memory for a large map costs more than the operation itself
-        h = self.conv1(F.silu(self.norm1(x_BCHW), inplace=True))
+        h = self.conv1(F.silu(h, inplace=True))
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
-        out: Tensor = h.add_(self.nin_shortcut(x_BCHW))
-        return out
+        maps.append(h.add_(shortcut))
 
 
 class SpatialAttention(nn.Module):
@@ -131,8 +154,18 @@ class Upsample(nn.Module):
             flipped_IO33 = self.conv.weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
             kernel_IO44 = F.avg_pool2d(flipped_IO33, 2, stride=1, padding=1, divisor_override=1)
             return F.conv_transpose2d(x_BCHW, kernel_IO44, self.conv.bias, stride=2, padding=1)
-        out: Tensor = self.conv(F.interpolate(x_BCHW, scale_factor=2, mode="nearest"))
-        return out
+        batch, channels, height, width = x_BCHW.shape
+        strip = height if torch.is_grad_enabled() else max(1, _LARGE // (4 * batch * channels * width))
+        out_BCHW = None if strip >= height else x_BCHW.new_empty((batch, channels, 2 * height, 2 * width))
+        for top in range(0, height, strip):
+            first = max(top - 1, 0)  # a row of neighbours on either side
+            rows_BCHW = self.conv(F.interpolate(x_BCHW[:, :, first : top + strip + 1], scale_factor=2, mode="nearest"))
+            if out_BCHW is None:
+                return rows_BCHW  # type: ignore[no-any-return]
+            kept_BCHW = rows_BCHW[:, :, 2 * (top - first) :][:, :, : 2 * strip]
+            out_BCHW[:, :, 2 * top : 2 * (top + strip)] = kept_BCHW
+        assert out_BCHW is not None
+        return out_BCHW
 
 
 class Mid(nn.Module):
@@ -160,13 +193,13 @@ class _Level(nn.Module):
         self.attn = nn.ModuleList(SpatialAttention(out_channels) for _ in range(3 if attention else 0))
         self.upsample = Upsample(out_channels) if up else nn.Identity()
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def replace(self, maps: list[Tensor]) -> None:
+        """As of a block."""
         for i, block in enumerate(self.block):
-            x_BCHW = block(x_BCHW)
+            block.replace(maps)  # type: ignore[operator]
             if self.attn:
-                x_BCHW = self.attn[i](x_BCHW)
-        out: Tensor = self.upsample(x_BCHW)
-        return out
+                maps.append(self.attn[i](maps.pop()))
+        maps.append(self.upsample(maps.pop()))
 
 
 class Decoder(nn.Module):
@@ -190,10 +223,10 @@ class Decoder(nn.Module):
         self.conv_out = conv3(sizes[0], 3)
 
     def forward(self, latent_BZPP: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(latent_BZPP))
+        maps = [self.mid(self.conv_in(latent_BZPP))]
         for level in reversed(range(len(self.up))):
-            h = self.up[level](h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h), inplace=True))
+            self.up[level].replace(maps)  # type: ignore[operator]
+        out: Tensor = self.conv_out(F.silu(self.norm_out(maps.pop()), inplace=True))
         return out
 
 

@@ -141,7 +141,7 @@ class FollowingGenerator(Generic[Label]):
         planning come when the next image is asked for. Raises ModelError for labels that the model does not have.
         """
         coming = iter(labels)
-        while part := [self.model.label(label) for label in islice(coming, self.batch)]:
+        while part := self.model.read_labels(list(islice(coming, self.batch))):
             first = self.drawn
             drawn = self._draw(part)
             assert drawn.images is not None
