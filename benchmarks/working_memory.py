@@ -18,7 +18,7 @@ from random_models import labels_of, random_model
 from heatkv.generation.loop import Generator
 from heatkv.models.catalogue import model_info
 from heatkv.models.text_conditional import TextConditionalModel
-from heatkv.profiling.analysis.fit import TEXT_POSITIONS, footprint
+from heatkv.profiling.analysis.fit import PROMPT_TOKENS, footprint
 from heatkv.profiling.measure.ledger import TensorLedger
 
 CASES = (
@@ -44,13 +44,15 @@ def measure(name: str, size: str, dtype: str, images: int, how: str) -> None:
     """Print MiB: the peak of tensors alive, or the growth of resident memory."""
     layers = LAYERS if model_info(name).family == "infinity" else None
     model = random_model(name, size, getattr(torch, dtype), layers)
-    generator = Generator(model, model.plan(), images)
+    generator = Generator(model, model.plan(), images, micro_batch=1)
     generator.cache.store.arena_2RPD.zero_()  # resident before the drawing
     if isinstance(model, TextConditionalModel):
         model.rotations()  # made once, and counted with the weights
 
     def draw() -> None:
-        generator.draw(labels_of(model, images, TEXT_POSITIONS))  # who draws holds the features of prompts, too
+        generator.draw(
+            labels_of(model, images, PROMPT_TOKENS), decode=False
+        )  # who draws holds the features of prompts, too
 
     if how == "alive":
         with TensorLedger() as ledger:
@@ -72,7 +74,7 @@ def main() -> None:
         if info.family == "infinity":
             info = replace(info, layers=LAYERS)
         taken = footprint(info, images, size=size, dtype=dtype)
-        figures = [(taken.prompt + taken.working) / MEBI]
+        figures = [(taken.prompt + taken.shared_prompt + taken.codes + taken.step) / MEBI]
         for how in ("alive", "resident"):
             command = [sys.executable, __file__, name, size, dtype, str(images), how]
             figures.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))

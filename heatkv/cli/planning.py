@@ -123,7 +123,12 @@ def fit(
     size: options.Size = None,
     cfg: options.Cfg = None,
     dtype: options.Dtype = "bfloat16",
-    text_encoder: Annotated[bool, typer.Option(help="keep Infinity's text encoder in the same memory")] = True,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", help="length of a prompt (Infinity), of which the encoder takes up to 512")
+    ] = 77,
+    keep_text_encoder: Annotated[
+        bool, typer.Option("--keep-text-encoder", help="beside the transformer, as a server does (Infinity)")
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """What fits in a memory: weights, text encoder, working memory, and the largest budget or batch.
@@ -146,8 +151,13 @@ def fit(
     least = Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
     taken = footprint(
         info, 1 if batch is None else batch, size=area, ratio=ratio, dtype=storage.compute, code=storage.code,
-        guided=guided, text_encoder=text_encoder,
+        guided=guided, keep_text_encoder=keep_text_encoder, prompt_tokens=prompt_tokens,
     )  # fmt: skip
+    one = footprint(
+        info, 1, size=area, ratio=ratio, dtype=storage.compute, code=storage.code, guided=guided,
+        keep_text_encoder=keep_text_encoder, prompt_tokens=prompt_tokens,
+    )  # fmt: skip
+    tenth = max(least, Fraction(1, 10))
     if budget is None:
         found = largest_share(taken, available, least)
         answer = "the full cache fits" if found.share == 1 else f"the largest budget is {_percent(found.share)}"
@@ -158,6 +168,11 @@ def fit(
     head = [Fact("model", model), Fact("dtype", storage.compute), Fact("storage", str(storage)),
             Fact("schedule", str(schedule))]  # fmt: skip
     facts = [*head, *_fit_facts(found, replace(found, share=least).cache, policy.sink_scales)]
+    for name, share, label in (("full", Fraction(1), "with the full cache"), ("tenth", tenth, "at 10% of it")):
+        most = largest_batch(one, available, share)
+        facts.append(Fact(f"most_images_{name}", most.taken.images if most.fits else 0, f"images at once {label}"))
+    lowest = replace(largest_share(one, available, least), share=tenth).total
+    facts.append(Fact("one_image_bytes", lowest, "least memory for one image at 10%", f"{lowest / 2**30:.3f}"))
     title = f"{model} in {memory}: {found.taken.images} at once, {storage}"
     table = facts_table(title, facts, ("what", "GiB"))
     table.caption = (
@@ -183,10 +198,14 @@ def _fit_facts(found: Fit, sinks: int, sink_scales: int) -> list[Fact]:
     return [
         size("transformer_bytes", taken.transformer, "transformer"),
         size("decoder_bytes", taken.decoder, "decoder of codes"),
-        size("text_encoder_bytes", taken.text_encoder, "text encoder"),
-        size("prompt_bytes", taken.prompt, "classes or prompts (longest)"),
-        size("working_bytes", taken.working, "working memory (peak)"),
+        size(
+            "text_encoder_bytes", taken.text_encoder, "text encoder" + " (gone before)" * (not taken.keeps_text_encoder)
+        ),
+        size("prompt_bytes", taken.prompt + taken.shared_prompt, "classes or prompts"),
+        size("codes_bytes", taken.codes, "codes"),
+        size("step_bytes", taken.step, "step of the largest scale, one image"),
         size("attention_bytes", taken.attention, "attention: tables, gathered heads"),
+        size("decoding_bytes", taken.decoding, "decoding one picture (afterwards)"),
         size("full_cache_bytes", taken.full_cache, "cache, full"),
         size("sinks_bytes", sinks, f"cache of the {sink_scales} sink scales"),
         size("cache_bytes", found.cache, f"cache at {_percent(found.share)}"),
@@ -199,7 +218,7 @@ def _fit_facts(found: Fit, sinks: int, sink_scales: int) -> list[Fact]:
         Fact("budget", float(found.share)),
         Fact("memory_bytes", found.memory),
         Fact("fits", found.fits),
-        Fact("least_memory_bytes", taken.without_cache + sinks),
+        Fact("least_memory_bytes", max(taken.without_cache + sinks, taken.otherwise)),
     ]
 
 

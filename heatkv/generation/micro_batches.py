@@ -9,7 +9,7 @@ import torch
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.models.base import ImageModel
 
-BUSY_TOKENS = {"cpu": 256, "cuda": 8192}
+BUSY_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of all rows that keep a device busy; more at once are hardly faster. That of CUDA devices was not measured."""
 SHARE_OF_CACHE = 8
 """A step may take this part of the cache's bytes without being what memory goes to."""

@@ -6,7 +6,7 @@ Shapes: B images, R rows (B, or 2B with guidance, conditional first), N tokens o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,12 +112,12 @@ class Drawing(base.Drawing[int]):
     def input(self) -> Tensor:
         transformer = self._model.transformer
         if self.scale == 0:
-            return transformer.first_input(self._condition.of(self.rows))
+            return transformer.first_input(replace(self._condition, rows=self.rows))
         next_map = self._model.vqvae.quantize.next_map(self.f_hat, self.scale)
         return self._for_all_rows(transformer.next_input(next_map, self.scale))
 
     def raw_logits(self, cache: Attend) -> Tensor:
-        logits: Tensor = self._model.transformer(self.input(), self._condition.of(self.rows), cache)
+        logits: Tensor = self._model.transformer(self.input(), replace(self._condition, rows=self.rows), cache)
         return logits
 
     def accept(self, choices_BN: Tensor) -> None:

@@ -36,6 +36,7 @@ from heatkv.models.var import (
     Transformer,
     merge_heads,
     modulated,
+    own_rows,
 )
 
 
@@ -170,7 +171,7 @@ class TextCondition:
 
     `pooled_RC` is the start token and condition; per layer, `modulations` has the AdaLN vectors (R, 6, 1, C) and
     `keys_values` the keys and values of all texts, (S, 2, H, D). Cross attention of a row reads the positions `at_RM`,
-    where `mask_R11M`, if any, is true.
+    where `mask_R11M`, if any, is true. `rows` as in VAR's Condition.
     """
 
     pooled_RC: Tensor
@@ -178,16 +179,10 @@ class TextCondition:
     keys_values: tuple[Tensor, ...]
     at_RM: Tensor
     mask_R11M: Tensor | None
+    rows: Rows | None = None
 
-    def of(self, rows: Rows) -> TextCondition:
-        """That of some rows; texts are shared."""
-        if len(rows) == len(self.pooled_RC):
-            return self
-        pooled_RC, at_RM, *modulations = (
-            rows.of(x, 0).flatten(0, 1) for x in (self.pooled_RC, self.at_RM, *self.modulations)
-        )
-        mask_R11M = None if self.mask_R11M is None else rows.of(self.mask_R11M, 0).flatten(0, 1)
-        return TextCondition(pooled_RC, tuple(modulations), self.keys_values, at_RM, mask_R11M)
+    def mine(self, x_RX: Tensor) -> Tensor:
+        return own_rows(x_RX, self.rows)
 
 
 @dataclass(frozen=True)
@@ -345,7 +340,7 @@ class Infinity(Transformer):
 
     def first_input(self, condition: TextCondition) -> Tensor:
         """The start token of scale 0, (R, 1, C)."""
-        out: Tensor = condition.pooled_RC[:, None] + self.pos_start + self.lvl_embed.weight[0]
+        out: Tensor = condition.mine(condition.pooled_RC)[:, None] + self.pos_start + self.lvl_embed.weight[0]
         return out
 
     def next_input(self, codes_BNK: Tensor, scale: int) -> Tensor:
@@ -355,15 +350,17 @@ class Infinity(Transformer):
 
     def hidden(self, x_RNC: Tensor, condition: TextCondition, rotation_2NP: Tensor, cache: Attend) -> Tensor:
         """The residual stream after the last block."""
+        mine, mask_R11M = condition.mine, condition.mask_R11M
+        read = mine(condition.at_RM), None if mask_R11M is None else mine(mask_R11M)
         for layer, block in enumerate(self.blocks):
-            prompt = condition.keys_values[layer], condition.at_RM, condition.mask_R11M
+            prompt = condition.keys_values[layer], *read
             with span(layer_name(layer)):
-                x_RNC = block(x_RNC, condition.modulations[layer], prompt, layer, rotation_2NP, cache)
+                x_RNC = block(x_RNC, mine(condition.modulations[layer]), prompt, layer, rotation_2NP, cache)
         return x_RNC
 
     def logits(self, hidden_RNC: Tensor, condition: TextCondition) -> Tensor:
         """(R, N, 2K) in fp32; number 2b + v is for bit b having value v."""
-        out: Tensor = self.head(self.head_nm(hidden_RNC.float(), condition.pooled_RC))
+        out: Tensor = self.head(self.head_nm(hidden_RNC.float(), condition.mine(condition.pooled_RC)))
         return out
 
     def forward(self, x_RNC: Tensor, condition: TextCondition, rotation_2NP: Tensor, cache: Attend) -> Tensor:

@@ -7,7 +7,7 @@ positions, E text channels, Z bits per latent position, h and w a latent's heigh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -229,13 +229,13 @@ class Drawing(base.Drawing[Prompt]):
     def input(self) -> Tensor:
         transformer = self._model.transformer
         if self.scale == 0:
-            return transformer.first_input(self._condition.of(self.rows))
+            return transformer.first_input(replace(self._condition, rows=self.rows))
         return self._for_all_rows(transformer.next_input(self.next_codes(), self.scale))
 
     def raw_logits(self, cache: Attend) -> Tensor:
         """(R, N*K, 2) in fp32, the bits of a token in a row."""
         rotation_2NP = self._rotations[self.scale]
-        logits = self._model.transformer(self.input(), self._condition.of(self.rows), rotation_2NP, cache)
+        logits = self._model.transformer(self.input(), replace(self._condition, rows=self.rows), rotation_2NP, cache)
         bits: Tensor = logits.unflatten(-1, (-1, 2)).flatten(1, 2)
         return bits
 

@@ -84,7 +84,12 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, u_RNC: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(u_RNC.to(self.fc1.weight.dtype)), approximate="tanh"))
+        h_RNX: Tensor = self.fc1(u_RNC.to(self.fc1.weight.dtype))
+        if torch.is_grad_enabled():
+            h_RNX = F.gelu(h_RNX, approximate="tanh")
+        else:
+            torch.ops.aten.gelu_(h_RNX, approximate="tanh")  # the widest tensor of a block, once and not twice
+        out: Tensor = self.fc2(h_RNX)
         return out
 
 
@@ -219,19 +224,24 @@ class Block(nn.Module):
             return torch.addcmul(x_RNC, self.ffn(modulated(x_RNC, gain2, shift2)), gate2)
 
 
+def own_rows(x_RX: Tensor, rows: Rows | None) -> Tensor:
+    """These rows of a tensor of all, which is not copied where they are all."""
+    return x_RX if rows is None or len(rows) == len(x_RX) else rows.of(x_RX, 0).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class Condition:
-    """What the class decides once per image: its embedding (R, C) and every block's AdaLN vectors (R, 6, 1, C)."""
+    """What the class decides once per image: its embedding (R, C) and every block's AdaLN vectors (R, 6, 1, C).
+
+    `rows` are those that run now, all where there are none; `mine` takes them of a tensor when they are needed.
+    """
 
     class_RC: Tensor
     modulations: tuple[Tensor, ...]
+    rows: Rows | None = None
 
-    def of(self, rows: Rows) -> Condition:
-        """That of some rows."""
-        if len(rows) == len(self.class_RC):
-            return self
-        class_RC, *modulations = (rows.of(x, 0).flatten(0, 1) for x in (self.class_RC, *self.modulations))
-        return Condition(class_RC, tuple(modulations))
+    def mine(self, x_RX: Tensor) -> Tensor:
+        return own_rows(x_RX, self.rows)
 
     def copy_(self, other: Condition) -> None:
         """Take over the numbers of another condition."""
@@ -274,7 +284,7 @@ class VAR(Transformer):
 
     def first_input(self, condition: Condition) -> Tensor:
         """The start tokens of scale 0, (R, N, C)."""
-        start = condition.class_RC[:, None].expand(-1, self.schedule.tokens[0], -1) + self.pos_start
+        start = condition.mine(condition.class_RC)[:, None].expand(-1, self.schedule.tokens[0], -1) + self.pos_start
         return start + self.positions(0)
 
     def next_input(self, map_BZpp: Tensor, scale: int) -> Tensor:
@@ -286,12 +296,12 @@ class VAR(Transformer):
         """The residual stream after the last block."""
         for layer, block in enumerate(self.blocks):
             with span(layer_name(layer)):
-                x_RNC = block(x_RNC, condition.modulations[layer], layer, cache)
+                x_RNC = block(x_RNC, condition.mine(condition.modulations[layer]), layer, cache)
         return x_RNC
 
     def logits(self, hidden_RNC: Tensor, condition: Condition) -> Tensor:
         """(R, N, V) in fp32."""
-        out: Tensor = self.head(self.head_nm(hidden_RNC.float(), condition.class_RC))
+        out: Tensor = self.head(self.head_nm(hidden_RNC.float(), condition.mine(condition.class_RC)))
         return out
 
     def forward(self, x_RNC: Tensor, condition: Condition, cache: Attend) -> Tensor:

@@ -46,10 +46,10 @@ class AutoencoderConfig:
         return int(2 ** (len(self.channel_multipliers) - 1))
 
     def decoding_bytes(self, height: int, width: int) -> int:
-        """About what decoding one latent of this size takes at most, in fp32: the map that enters the last level, and
-        two of its own."""
+        """About what decoding one latent of this size takes at most, in fp32: the map that enters the last level,
+        normalised once, and one of its own."""
         entering = self.sizes[1] if len(self.sizes) > 1 else self.sizes[0]
-        return 4 * (entering + 2 * self.sizes[0]) * height * width * self.stride**2
+        return 4 * (2 * entering + self.sizes[0]) * height * width * self.stride**2
 
 
 @dataclass(frozen=True)

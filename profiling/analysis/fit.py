@@ -1,8 +1,9 @@
-"""What fits in a given memory: weights, text encoder, working memory, and the cache that is left room for.
+"""What fits in a given memory: weights, what every image takes, a step of the largest scale, and the cache.
 
-Every figure follows from shapes. Weights are counted on models without storage; working memory is the most bytes of
-tensors alive at once while a model of two layers draws, on tensors without storage (docs/fit.md). Not counted: the
-driver's own memory, workspaces of libraries, an allocator's fragmentation, and other programs.
+Every figure follows from shapes. Weights are counted on models without storage, everything else is the most bytes of
+tensors alive at once while a model of two layers draws, one image at a time in the largest scale, on tensors without
+storage (docs/fit.md). Not counted: the driver's own memory, workspaces of libraries, an allocator's fragmentation, and
+other programs.
 """
 
 from __future__ import annotations
@@ -21,24 +22,23 @@ from heatkv.core.budget import parse_bytes
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.storage_type import StorageType, torch_dtype
-from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.attention.grouped import GROUP_BYTES
 from heatkv.errors import HeatKVError
-from heatkv.generation.loop import run_scales
+from heatkv.generation.loop import Generator
 from heatkv.models import emoji as emoji_model
 from heatkv.models.bsq import BSQ_D32, BSQ_D56, BitwiseVAE
 from heatkv.models.catalogue import VAR_SAMPLING, ModelInfo
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.infinity import INFINITY_2B, INFINITY_8B, Infinity
-from heatkv.models.sampling import CommonRandomSampler
 from heatkv.models.text_conditional import SAMPLING as INFINITY_SAMPLING
 from heatkv.models.text_conditional import Prompt, TextConditionalModel
+from heatkv.models.text_encoder import MAX_POSITIONS
 from heatkv.models.var import VAR, VARConfig
 from heatkv.models.vqvae import VQVAE, VQVAEConfig
 from heatkv.profiling.measure.ledger import FusedAttention, TensorLedger
 
-TEXT_POSITIONS = 512
-"""Longest prompt of Infinity's text encoder, the worst case for cross attention."""
+PROMPT_TOKENS = 77
+"""Positions of a prompt, where nothing else is said; the text encoder of Infinity takes up to 512."""
 
 MOST_IMAGES = 1 << 16
 
@@ -53,11 +53,13 @@ def text_encoder_parameters() -> int:
 class Footprint:
     """Bytes that drawing `images` at once takes beside the cache, and those of the full cache.
 
-    `prompt` is what the class or prompt decides once per image (AdaLN vectors, keys and values of cross attention);
-    `working` the peak of all other tensors that come and go, in the transformer, the sampler or the decoder; `tables`
-    say what is read and written where, for any number of images; `uncoded` is what the scales that are never coded
-    take more than others would; `gathered` what the heads of a layer read at most with the full cache, `gathered_head`
-    the part of one head.
+    `prompt` is what the classes or prompts decide once per image (AdaLN vectors, keys and values of cross attention)
+    and `shared_prompt` what all images share of it; `codes` what is known of the pictures so far. `step` is the most
+    that comes and goes while one image runs through the largest scale, `decoding` while one picture is decoded, when
+    the cache was given back. `tables` say what is read and written where, for any number of images; `uncoded` is what
+    the scales that are never coded take more than others would; `gathered` what the heads of a layer of one image read
+    at most with the full cache, `gathered_head` the part of one head. The text encoder works before the transformer is
+    read, or beside it where it is kept.
     """
 
     images: int
@@ -66,8 +68,12 @@ class Footprint:
     decoder: int
     text_encoder: int
     prompt: int
-    working: int
+    codes: int
+    step: int
+    decoding: int
     full_cache: int
+    shared_prompt: int = 0
+    keeps_text_encoder: bool = False
     uncoded: int = 0
     tables: int = 0
     gathered: int = 0
@@ -80,15 +86,21 @@ class Footprint:
 
     @property
     def weights(self) -> int:
-        return self.transformer + self.decoder + self.text_encoder
+        return self.transformer + self.decoder + self.text_encoder * self.keeps_text_encoder
 
     @property
     def without_cache(self) -> int:
-        return self.weights + self.prompt + self.working + self.attention
+        """While images are drawn."""
+        return self.weights + self.shared_prompt + self.prompt + self.codes + self.step + self.attention
+
+    @property
+    def otherwise(self) -> int:
+        """The most while there is no cache: when texts are encoded, or pictures decoded."""
+        return max(self.text_encoder, self.weights + self.codes + self.decoding)
 
     def times(self, count: int) -> Footprint:
-        """That of `count` times the images, which share the weights."""
-        grown = ("images", "rows", "prompt", "working", "full_cache", "uncoded", "gathered", "gathered_head")
+        """That of `count` times the images, which share the weights and take turns in the largest scale."""
+        grown = ("images", "rows", "prompt", "codes", "full_cache", "uncoded")
         return replace(self, **{name: getattr(self, name) * count for name in grown})
 
 
@@ -119,11 +131,11 @@ def shapes(info: ModelInfo, schedule: ScaleSchedule, dtype: torch.dtype, layers:
         return ClassConditionalModel(info.name, var, VQVAE(vqvae_config), sampling)
 
 
-def _labels(model: _Shapes, images: int) -> list[Any]:
-    """What to draw: any classes, or the longest prompts."""
+def _labels(model: _Shapes, images: int, prompt_tokens: int) -> list[Any]:
+    """What to draw: any classes, or prompts of so many tokens."""
     if isinstance(model, ClassConditionalModel):
         return [0] * images
-    return [Prompt(torch.empty(TEXT_POSITIONS, model.transformer.config.text_channels)) for _ in range(images)]
+    return [Prompt(torch.empty(prompt_tokens, model.transformer.config.text_channels)) for _ in range(images)]
 
 
 def _settings(model: _Shapes, guided: bool) -> Any:
@@ -131,22 +143,30 @@ def _settings(model: _Shapes, guided: bool) -> Any:
     return model.sampling if guided else replace(model.sampling, cfg=unguided)
 
 
-def prompt_bytes(model: _Shapes, images: int, guided: bool) -> int:
-    """Bytes that live from the first scale to the last."""
+def prompt_bytes(model: _Shapes, images: int, guided: bool, prompt_tokens: int) -> int:
+    """Bytes of what classes or prompts decide, which live from the first scale to the last."""
     with torch.inference_mode(), FusedAttention(), torch.device("meta"), TensorLedger() as ledger:
-        kept = model.begin(_labels(model, images), _settings(model, guided))
+        kept = model.begin(_labels(model, images, prompt_tokens), _settings(model, guided))
         live: int = ledger.live
-    del kept
-    return live
+    return live - kept.f_hat.nbytes
 
 
-def drawing_bytes(model: _Shapes, images: int, guided: bool) -> int:
-    """Peak of all tensors but weights and cache, from the labels to the pictures."""
-    settings = _settings(model, guided)
-    cache = KVCache(model.full_plan(), images * settings.rows_per_image, model.compute_dtype, "meta")
-    with torch.inference_mode(), FusedAttention(), torch.device("meta"), TensorLedger() as ledger:
-        sampler = CommonRandomSampler(0, range(images), settings)
-        run_scales(model, _labels(model, images), cache, sampler, settings)
+def drawing_bytes(model: _Shapes, images: int, guided: bool, prompt_tokens: int, micro_batch: int = 1) -> int:
+    """Peak of all tensors but weights and cache, from the labels to the codes."""
+    with torch.inference_mode(), FusedAttention(), torch.device("meta"):
+        settings = _settings(model, guided)
+        generator: Generator[Any] = Generator(model, model.full_plan(), images, settings, micro_batch=micro_batch)  # type: ignore[arg-type]
+        with TensorLedger() as ledger:
+            generator.draw(_labels(model, images, prompt_tokens), decode=False)
+    return int(ledger.peak)
+
+
+def decoding_bytes(model: _Shapes) -> int:
+    """Peak of all tensors that decoding one picture makes."""
+    with torch.inference_mode(), FusedAttention(), torch.device("meta"):
+        f_hat = model.begin(_labels(model, 1, 1), model.sampling).f_hat
+        with TensorLedger() as ledger:
+            model.decode(f_hat)
     return int(ledger.peak)
 
 
@@ -160,23 +180,31 @@ def table_bytes(geometry: CacheGeometry, coded: bool = False) -> int:
 
 @cache
 def _one_image(
-    info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool, code: str | None
-) -> Footprint:
+    info: ModelInfo, size: str | None, ratio: float | None, dtype: str, guided: bool, code: str | None,
+    prompt_tokens: int,
+) -> Footprint:  # fmt: skip
     geometry, rows, compute = info.geometry(size, ratio), 2 if guided else 1, torch_dtype(dtype)
     storage = str(StorageType(dtype, code))
     uncoded, coded = geometry.token_head_bytes(rows, storage)
     gathered = 2 * rows * geometry.schedule.total_tokens * geometry.head_dim * compute.itemsize
     # a layer's tensors are gone before the next one runs; from the second on, its input is not the transformer's
     whole, short = (shapes(info, geometry.schedule, compute, layers) for layers in (info.layers, 2))
+    prompts, of_short = ([prompt_bytes(x, n, guided, prompt_tokens) for n in (1, 2)] for x in (whole, short))
+    drawing = [drawing_bytes(short, n, guided, prompt_tokens) for n in (1, 2)]
+    codes = drawing[1] - drawing[0] - (of_short[1] - of_short[0])
+    watched = len(geometry.schedule) * geometry.layers * 3 * rows * geometry.heads * 4
     tables = whole.rotations() if isinstance(whole, TextConditionalModel) else ()
-    decoder: nn.Module = whole.vqvae if isinstance(whole, ClassConditionalModel) else whole.vae
+    decoder: nn.Module = whole.decoder
     return Footprint(
         images=1, rows=rows,
         transformer=sum(x.nbytes for x in (*whole.transformer.parameters(), *tables)),
         decoder=sum(x.nbytes for x in decoder.parameters()),
         text_encoder=text_encoder_parameters() * compute.itemsize if info.family == "infinity" else 0,
-        prompt=prompt_bytes(whole, 1, guided),
-        working=drawing_bytes(short, 1, guided) - prompt_bytes(short, 1, guided),
+        prompt=prompts[1] - prompts[0],
+        shared_prompt=2 * prompts[0] - prompts[1],
+        codes=codes + watched,
+        step=drawing[0] - of_short[0] - codes,
+        decoding=decoding_bytes(whole),
         full_cache=geometry.full_bytes(rows, storage),
         uncoded=geometry.uncoded_token_heads() * (uncoded - coded),
         tables=table_bytes(geometry, code is not None),
@@ -186,17 +214,16 @@ def _one_image(
 
 def footprint(
     info: ModelInfo, images: int, *, size: str | None = None, ratio: float | None = None, dtype: str = "bfloat16",
-    guided: bool = True, text_encoder: bool = True, code: str | None = None,
+    guided: bool = True, keep_text_encoder: bool = False, code: str | None = None, prompt_tokens: int = PROMPT_TOKENS,
 ) -> Footprint:  # fmt: skip
     """Bytes of drawing `images` at once, with matrices and cache in `dtype`, the cache coded as `code` where that is
-    given. Raises HeatKVError for a batch that is too large.
-
-    `text_encoder=False` leaves Infinity's encoder out, for prompts that were encoded before or elsewhere.
-    """
+    given, for prompts of `prompt_tokens` positions. Raises HeatKVError for a batch that is too large."""
     if not 1 <= images <= MOST_IMAGES:
         raise HeatKVError(f"a batch of {images}; it is from 1 to {MOST_IMAGES} images")
-    taken = _one_image(info, size, ratio, dtype, guided, code).times(images)
-    return taken if text_encoder else replace(taken, text_encoder=0)
+    if not 1 <= prompt_tokens <= MAX_POSITIONS:
+        raise HeatKVError(f"prompts of {prompt_tokens} tokens; the text encoder takes 1 to {MAX_POSITIONS}")
+    one = _one_image(info, size, ratio, dtype, guided, code, prompt_tokens)
+    return replace(one, keeps_text_encoder=keep_text_encoder).times(images)
 
 
 def parse_memory(text: str) -> int:
@@ -222,7 +249,7 @@ class Fit:
 
     @property
     def total(self) -> int:
-        return self.taken.without_cache + self.cache
+        return max(self.taken.without_cache + self.cache, self.taken.otherwise)
 
     @property
     def missing(self) -> int:
