@@ -50,6 +50,7 @@ _EXPORTS = {
     "calibrate": "heatkv.calibration.run",
     "check_policy": "heatkv.testing.contract",
     "compare": "heatkv.profiling.comparison",
+    "decode_in_slices": "heatkv.generation.micro_batches",
     "generate": "heatkv.generation.batches",
     "load_model": "heatkv.models.catalogue",
     "load_plan": "heatkv.core.plan_file",
@@ -62,8 +63,8 @@ _EXPORTS = {
 __all__ = [
     "Budget", "CacheGeometry", "Candidates", "CapacityPlan", "DynamicPolicy", "EvictionPolicy", "Generator",
     "HeatKVError", "KVCache", "Plan", "PlanningProblem", "PolicyError", "ScaleSchedule", "ScoredCells",
-    "StaticPolicy", "Statistics", "attach", "calibrate", "check_policy", "compare", "generate", "load_model",
-    "load_plan", "make_policy", "measure", "profile", "register",
+    "StaticPolicy", "Statistics", "attach", "calibrate", "check_policy", "compare", "decode_in_slices", "generate",
+    "load_model", "load_plan", "make_policy", "measure", "profile", "register",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from heatkv.errors import HeatKVError, PolicyError
     from heatkv.generation.batches import generate
     from heatkv.generation.loop import Generator
+    from heatkv.generation.micro_batches import decode_in_slices
     from heatkv.models.catalogue import load_model
     from heatkv.policies.base import EvictionPolicy, PlanningProblem, ScoredCells, StaticPolicy, make_policy
     from heatkv.policies.dynamic import Candidates, DynamicPolicy

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -19,6 +20,7 @@ from heatkv.core.io import clear_temporaries, make_folder
 from heatkv.core.schema import seed_after, whole
 from heatkv.errors import HeatKVError, RanksError
 from heatkv.generation.batches import AT_ONCE
+from heatkv.generation.micro_batches import images_that_fit
 from heatkv.models.base import ImageModel
 from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import Reporter, shared_progress
@@ -201,12 +203,14 @@ class _Comparison:
     entries: Sequence[Entry] = ()
     pictures_of: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def batch(self) -> int:
-        """Images compared at once: no more than every budget in bytes has room for."""
+        """Images compared at once, the same on all ranks: no more than memory, and every budget in bytes, has room
+        for."""
         most = [plan.most_rows(self.sweep.storage) for _, subject in self.subjects.values() for plan in subject.plans]
         each = self.sweep.settings.rows_per_image
-        return max(1, min([AT_ONCE, *(rows // each for rows in most if rows is not None)]))
+        fitting: list[int] = current().gather(images_that_fit(self.sweep.model, each, AT_ONCE))
+        return max(1, min([*fitting, *(rows // each for rows in most if rows is not None)]))
 
     def take_earlier(self) -> None:
         """Fill in the comparisons that an earlier run made."""

@@ -179,7 +179,7 @@ def test_damaged_part(model: ClassConditionalModel, tmp_path: Path) -> None:
 def test_ranks_with_other_tasks(model: ClassConditionalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Two(type(calibration.current())):  # type: ignore[misc]
         def gather(self, value: Any) -> list[Any]:
-            return [value, {**value, "versions": {"torch": "0"}}]
+            return [value, {**value, "versions": {"torch": "0"}} if isinstance(value, dict) else value]
 
     monkeypatch.setattr(calibration, "current", Two)
     with pytest.raises(RanksError, match="different tasks"):

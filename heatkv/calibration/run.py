@@ -22,6 +22,7 @@ from heatkv.core.levels import SINK_SCALES
 from heatkv.core.schema import FloatArray, seed_of, suggest, whole
 from heatkv.core.statistics import Statistics
 from heatkv.errors import FormatError, HeatKVError, RanksError, StatisticsError
+from heatkv.generation.micro_batches import images_that_fit
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
 from heatkv.parallel.parts import Parts
@@ -29,7 +30,7 @@ from heatkv.parallel.ranks import current
 from heatkv.parallel.reporter import SILENT, Reporter, shared_progress
 
 MOST_AT_ONCE = 16
-"""Images in a batch at most."""
+"""Images in a batch at most, where nothing else is asked for."""
 LEVEL_SAMPLES = 32
 """Images that level costs are measured on."""
 BIAS_SAMPLES = 16
@@ -63,7 +64,7 @@ def calibrate(
     out: str | Path | None = None,
     seed: int = 0,
     first_sample: int = 0,
-    batch: int = MOST_AT_ONCE,
+    batch: int | None = None,
     settings: Settings | None = None,
     levels: str | None = None,
     level_samples: int = LEVEL_SAMPLES,
@@ -74,19 +75,26 @@ def calibrate(
 ) -> Statistics:
     """Statistics over `samples` images of all classes (or example prompts) in turn, drawn with the full cache.
 
-    At most `batch` of them are drawn at once; `first_sample` numbers the first, so that disjoint sets can be merged.
-    `levels` ("error" or "fisher") also measures what coarser levels cost, on `level_samples` images, for plans of
-    `sink_scales` sinks or more. With `out` statistics are written to that file: `append` adds to a file that is there,
-    `resume` goes on with a run that was stopped, and several ranks share the batches. Raises StatisticsError and
+    At most `batch` of them are drawn at once, by default MOST_AT_ONCE or what fits; `first_sample` numbers the first,
+    so that disjoint sets can be merged. `levels` ("error" or "fisher") also measures what coarser levels cost, on
+    `level_samples` images, for plans of `sink_scales` sinks or more. With `out` statistics are written to that file:
+    `append` adds to a file that is there, `resume` goes on with a run that was stopped, and several ranks share the
+    batches. Raises StatisticsError and
     FormatError before anything is measured for what cannot be, and NumericsError for numbers that are not finite, with
     their place.
     """
+    settings = model.sampling if settings is None else settings
     return calibrate_into(
-        None if out is None else Path(out), model, samples, seed=seed, first_sample=first_sample,
-        settings=model.sampling if settings is None else settings, levels=levels, level_samples=level_samples,
-        sink_scales=sink_scales, append=append, resume=resume, batch_sizes=batches_of(samples, batch),
-        reporter=reporter,
+        None if out is None else Path(out), model, samples, seed=seed, first_sample=first_sample, settings=settings,
+        levels=levels, level_samples=level_samples, sink_scales=sink_scales, append=append, resume=resume,
+        batch_sizes=None if batch is None else batches_of(samples, batch), reporter=reporter,
     ).statistics  # fmt: skip
+
+
+def most_at_once(model: ImageModel[Any], settings: Settings) -> int:
+    """Images in a batch at most, the same on all ranks: MOST_AT_ONCE, or fewer where memory has no room for them."""
+    fitting: list[int] = current().gather(images_that_fit(model, settings.rows_per_image, MOST_AT_ONCE))
+    return min(fitting)
 
 
 def calibrate_into(
@@ -106,7 +114,8 @@ def calibrate_into(
     reporter: Reporter = SILENT,
 ) -> Calibrated:
     """As `calibrate`, with the statistics of the batches; `batch_sizes` are theirs, if not the usual ones."""
-    sizes, seed = batches_of(samples) if batch_sizes is None else batch_sizes, seed_of(seed, StatisticsError)
+    sizes = batches_of(samples, most_at_once(model, settings)) if batch_sizes is None else batch_sizes
+    seed = seed_of(seed, StatisticsError)
     first_sample = whole(first_sample, "first_sample", StatisticsError, 0)
     level_samples = whole(level_samples, "level_samples", StatisticsError, 1)
     if levels is not None and levels not in COSTS:
@@ -175,7 +184,7 @@ def statistics_of_folder(
             missing -= before.levels.count
     if levels is not None and missing > 0:
         costs = LevelCosts(levels, min(sink_scales, SINK_SCALES), missing)
-    sizes = batches_of(samples - done) if done < samples else []
+    sizes = batches_of(samples - done, most_at_once(model, settings)) if done < samples else []
     run = CalibrationRun(path, model, settings, seed, sizes, before, costs, reporter)
     run.check_stopped(resume=True)
     if before is not None and not sizes and costs is None:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from heatkv.calibration.run import LEVEL_SAMPLES, MOST_AT_ONCE, calibrate_into
+from heatkv.calibration.run import LEVEL_SAMPLES, calibrate_into, most_at_once
 from heatkv.cli.opening import Opened, open_model
 from heatkv.cli.options import AsJson, MeasuredSource, Running, Seed, count_of, names_of, settings_of
 from heatkv.cli.output import SCREEN, progress, show
@@ -76,7 +76,8 @@ def calibrate(
     compared = None if budgets is None else _Compared(opened, budgets)
     calibrated = calibrate_into(
         out, opened.model, samples, seed=seed, settings=opened.settings, append=append, resume=True,
-        batch_sizes=None if compared is None else batch_sizes(samples, MOST_AT_ONCE), reporter=SCREEN, **costs,
+        batch_sizes=None if compared is None else batch_sizes(samples, most_at_once(opened.model, opened.settings)),
+        reporter=SCREEN, **costs,
     )  # fmt: skip
     if current().first:
         agreement = calibrated.agreement_of_halves()

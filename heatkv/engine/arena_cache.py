@@ -159,7 +159,7 @@ class ArenaCache(Attend, ABC):
         """Bytes of the keys and values of the running scale of one layer, where that is largest: they come from the
         model, and are not cached, but are there beside the arena."""
         geometry = self.geometry
-        tokens = max(map(mul, self.rows_at_once, geometry.schedule.tokens))
+        tokens: int = max(map(mul, self.rows_at_once, geometry.schedule.tokens))
         return 2 * geometry.heads * tokens * geometry.head_dim * self.store.dtype.itemsize
 
     def reset(self) -> None:

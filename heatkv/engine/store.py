@@ -54,7 +54,8 @@ class Rows:
 
     def of(self, x: Tensor, dim: int) -> Tensor:
         """These rows as a view of a tensor that has all rows in `dim`: (..., F, B, ...)."""
-        return x.unflatten(dim, (self.parts, -1)).narrow(dim + 1, self.first, self.count)
+        view: Tensor = x.unflatten(dim, (self.parts, -1)).narrow(dim + 1, self.first, self.count)
+        return view
 
     def __len__(self) -> int:
         return self.parts * self.count

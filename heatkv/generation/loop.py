@@ -30,7 +30,7 @@ from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
 from heatkv.engine.watch import logits_error
 from heatkv.errors import ModelError
 from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, StepRunner
-from heatkv.generation.micro_batches import choose_micro_batch, images_at_once, step_bytes
+from heatkv.generation.micro_batches import choose_micro_batch, decode_in_slices, images_at_once, step_bytes
 from heatkv.models.base import Drawing, ImageModel
 from heatkv.models.sampling import CommonRandomSampler, NoiseSampler, Sampler, Settings
 
@@ -270,7 +270,7 @@ class Generator(Generic[Label]):
         self._buffers = _Buffers(
             model, self.batch, images_at_once(model.geometry.schedule, self.batch, self.micro_batch)
         )
-        self._cache = self._open()
+        self._cache: ArenaCache | None = self._open()
         self._drawing: Drawing[Label] | None = None
 
     def _open(self) -> ArenaCache:
@@ -326,7 +326,8 @@ class Generator(Generic[Label]):
             drawn = Drawn(tokens, drawing.f_hat.clone() if self.runner.replays else drawing.f_hat, None)
             del drawing  # what prompts decided
             if decode:
-                drawn = replace(drawn, images=self._decoded(drawn))
+                images = decode_in_slices(self.model.decode, drawn.f_hat_BZhw, self.decode_batch)
+                drawn = replace(drawn, images=images)
             scales.check()  # waits for the device, so it comes last
         return drawn
 
@@ -349,16 +350,6 @@ class Generator(Generic[Label]):
         if self._cache is None:
             room += self.plan.bytes(self.batch * each, str(StorageType.for_dtype(self.model.compute_dtype, self._code)))
         return max(1, room // self.model.decoding_bytes)
-
-    def _decoded(self, drawn: Drawn) -> Tensor:
-        """All pictures, in one tensor from the first slice on."""
-        images_B3HW, first = torch.empty(0), 0
-        for part_B3HW in self.pictures(drawn):
-            if not first:
-                images_B3HW = part_B3HW.new_empty((self.batch, *part_B3HW.shape[1:]))
-            images_B3HW[first : first + len(part_B3HW)] = part_B3HW
-            first += len(part_B3HW)
-        return images_B3HW
 
     def _begin(self, labels: Sequence[Label]) -> Drawing[Label]:
         """Images at their start; where steps are replayed, in the tensors of the images before."""

@@ -1,18 +1,24 @@
-"""How many images of a batch run through a scale at once, so that only these take memory beside the cache."""
+"""How many images run at once: through a scale, so that only these take memory beside the cache, and in a batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from heatkv.core.schedule import ScaleSchedule
+from heatkv.core.schema import whole
+from heatkv.core.storage_type import StorageType
+from heatkv.engine.spans import DECODE, span
+from heatkv.errors import ModelError
 from heatkv.models.base import ImageModel
 
 BUSY_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of all rows that keep a device busy; more at once are hardly faster. That of CUDA devices was not measured."""
-SHARE_OF_CACHE = 8
-"""A step may take this part of the cache's bytes without being what memory goes to."""
 
 
 def images_at_once(schedule: ScaleSchedule, batch: int, micro_batch: int) -> list[int]:
@@ -22,15 +28,28 @@ def images_at_once(schedule: ScaleSchedule, batch: int, micro_batch: int) -> lis
 
 
 def choose_micro_batch(model: ImageModel[Any], batch: int, rows_per_image: int, cache_bytes: int) -> int:
-    """As many images as keep the device busy or take little beside the cache, and fit in free memory; at least 1."""
+    """As many images as keep the device busy, or as free memory has room for beside the cache; at least 1."""
     tokens = rows_per_image * max(model.geometry.schedule.tokens)
     busy = -(-BUSY_TOKENS.get(model.device.type, BUSY_TOKENS["cpu"]) // tokens)
-    each = step_bytes(model, rows_per_image)
-    chosen = max(busy, cache_bytes // SHARE_OF_CACHE // each)
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-        chosen = min(chosen, (free - cache_bytes) // 2 // each)
-    return max(1, min(batch, chosen))
+    return max(1, min(batch, busy, (free_bytes(model.device) - cache_bytes) // 2 // step_bytes(model, rows_per_image)))
+
+
+def images_that_fit(model: ImageModel[Any], rows_per_image: int, most: int) -> int:
+    """How many images half of the free memory has room for at once, through every scale, with the full cache; from 1 to
+    `most`."""
+    each = model.geometry.full_bytes(rows_per_image, str(StorageType.for_dtype(model.compute_dtype)))
+    return max(1, min(most, free_bytes(model.device) // 2 // (each + step_bytes(model, rows_per_image))))
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free on a device; on hosts that do not tell, as much as any model wants."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 1 << 50
 
 
 def step_bytes(model: ImageModel[Any], rows: int) -> int:
@@ -38,6 +57,22 @@ def step_bytes(model: ImageModel[Any], rows: int) -> int:
     and the logits, with what is made of each."""
     transformer, (choices, codes) = model.transformer, model.choices
     block = next(transformer.layers())
-    width, hidden = block.attention.proj.out_features, block.ffn.fc1.out_features
+    width: int = block.attention.proj.out_features
+    hidden: int = block.ffn.fc1.out_features
     numbers = 8 * width + hidden + 3 * choices * codes
     return rows * max(model.geometry.schedule.tokens) * numbers * 4
+
+
+def decode_in_slices(decoder: Callable[[Tensor], Tensor], codes: Tensor, at_once: int = 1) -> Tensor:
+    """What a decoder makes of codes, `at_once` images at a time: with one image's maps in memory, not a batch's.
+
+    `codes` are whatever the decoder takes, (B, ...); the pictures lie in one tensor from the first slice on.
+    """
+    pictures = torch.empty(0)
+    for first in range(0, len(codes), whole(at_once, "at_once", ModelError, 1)):
+        with span(DECODE):
+            part = decoder(codes[first : first + at_once])
+        if not first:
+            pictures = part.new_empty((len(codes), *part.shape[1:]))
+        pictures[first : first + len(part)] = part
+    return pictures

@@ -110,7 +110,8 @@ def prompt_attention(q_RHND: Tensor, k_RHMD: Tensor, v_RHMD: Tensor, mask_R11M: 
 def _keys_and_values(text_SX: Tensor, weight: Tensor, v_bias: Tensor, heads: int) -> Tensor:
     """Keys, which have no bias, and values of text, (S, 2, heads, size)."""
     bias = torch.cat([torch.zeros_like(v_bias), v_bias]).to(weight.dtype)
-    return F.linear(text_SX.to(weight.dtype), weight, bias).unflatten(-1, (2, heads, -1))
+    kv_S2HD: Tensor = F.linear(text_SX.to(weight.dtype), weight, bias).unflatten(-1, (2, heads, -1))
+    return kv_S2HD
 
 
 class SelfAttention(AttentionProjections):

@@ -68,7 +68,7 @@ def _draw(device: torch.device) -> str:
     plan, labels, settings = model.plan("random", "20%"), model.labels(PICTURES), model.sampling
     assert isinstance(plan, Plan)
     sampler = CommonRandomSampler(0, range(PICTURES), settings)
-    wanted = _logits(partial(run_scales, model, labels, MaskedAttention(plan), sampler, settings, decode=False))
+    wanted = _logits(partial(run_scales, model, labels, MaskedAttention(plan), sampler, settings))
     ways: dict[str, dict[str, Any]] = {"grouped attention": {}}
     if device.type == "cuda":
         ways["CUDA graphs"] = {"graphs": True}

@@ -155,7 +155,7 @@ def drawing_bytes(model: _Shapes, images: int, guided: bool, prompt_tokens: int,
     """Peak of all tensors but weights and cache, from the labels to the codes."""
     with torch.inference_mode(), FusedAttention(), torch.device("meta"):
         settings = _settings(model, guided)
-        generator: Generator[Any] = Generator(model, model.full_plan(), images, settings, micro_batch=micro_batch)  # type: ignore[arg-type]
+        generator: Generator[Any] = Generator(model, model.full_plan(), images, settings, micro_batch=micro_batch)
         with TensorLedger() as ledger:
             generator.draw(_labels(model, images, prompt_tokens), decode=False)
     return int(ledger.peak)

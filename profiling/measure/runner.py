@@ -17,6 +17,7 @@ from heatkv.engine.open_cache import open_cache
 from heatkv.errors import GraphError, HeatKVError, out_of_memory
 from heatkv.generation.graphs import GraphRunner
 from heatkv.generation.loop import Generator
+from heatkv.generation.micro_batches import free_bytes
 from heatkv.models.base import ImageModel
 from heatkv.models.sampling import Settings
 from heatkv.profiling.measure.fidelity import paired_difference
@@ -232,30 +233,28 @@ def measure_latency(
     progress: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, Times], dict[str, str]]:
     """Times of drawing `batch` images, decode included, by the names of the subjects, and why some have none with
-    graphs. Subjects are timed in turns, each with its first plan; then, in at most BREAKDOWN_RUNS further runs each, it
-    is watched where the time goes.
+    graphs. Subjects are timed in turns, each with its first plan, as many together as half of the free memory has room
+    for; then, in at most BREAKDOWN_RUNS further runs each, it is watched where the time goes.
 
     On CUDA devices then with graphs, one subject after another, since every one's graphs hold memory. `machine` is
     what the times are to be read with; `progress` is called after every run.
     """
-    timed = datetime.now(UTC).isoformat(timespec="milliseconds")
     labels, scales, watched = model.labels(batch), len(model.geometry.schedule), min(repeats, BREAKDOWN_RUNS)
 
     def drawing(generator: Generator[Any]) -> Callable[[], object]:
         return lambda: generator.draw(labels, seed)
 
-    calls = {subject.name: drawing(subject.generator(model, settings, 0, batch)) for subject in subjects}
-    runs = measure_interleaved(calls, model.device, repeats, progress)
-    times = {
-        name: Times(
-            latency_ms=latency_of(runs[name], *measure_breakdown(call, model.device, scales, watched)),
-            timed=timed,
-            timing_machine=machine,
-        )
-        for name, call in calls.items()
-    }
+    times: dict[str, Times] = {}
+    for together in _that_fit(subjects, batch * settings.rows_per_image, free_bytes(model.device) // 2):
+        timed = datetime.now(UTC).isoformat(timespec="milliseconds")
+        calls = {subject.name: drawing(subject.generator(model, settings, 0, batch)) for subject in together}
+        runs = measure_interleaved(calls, model.device, repeats, progress)
+        for name, call in calls.items():
+            latency = latency_of(runs[name], *measure_breakdown(call, model.device, scales, watched))
+            times[name] = Times(latency_ms=latency, timed=timed, timing_machine=machine)
+        del call
+        calls.clear()  # frees their caches
     no_graphs = {}
-    calls.clear()  # frees their caches
     for subject in subjects if model.device.type == "cuda" else ():
         generator = subject.generator(model, settings, 0, batch, graphs=True)
         try:
@@ -266,6 +265,19 @@ def measure_latency(
             with_graphs = replace(times[subject.name], graph_latency_ms=latency, graph_pool_bytes=pool_bytes)
             times[subject.name] = with_graphs
     return times, no_graphs
+
+
+def _that_fit(subjects: Sequence[Subject], rows: int, memory: int) -> list[list[Subject]]:
+    """The subjects in groups whose caches take no more than the memory together, or of one."""
+    groups, left = list[list[Subject]](), 0
+    for subject in subjects:
+        taken = subject.plans[0].bytes(rows, subject.storage)
+        if not groups or taken > left:
+            groups.append([])
+            left = memory
+        groups[-1].append(subject)
+        left -= taken
+    return groups
 
 
 def graph_latency(
