@@ -1,6 +1,6 @@
 """What fits in a memory, and the plan for it: Infinity-2B at one megapixel, without weights and without a GPU.
 
-python examples/plan_for_a_memory.py --memory 12GiB --out plan.json
+python examples/plan_for_a_memory.py --memory 7GiB --out plan.json
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PUBLISHED = Path(__file__).parent.parent / "tests/golden/orders/2b.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", default="12GiB")
+    parser.add_argument("--memory", default="7GiB")
     parser.add_argument("--images", type=int, default=1, help="images at once")
     parser.add_argument("--orders", type=Path, default=PUBLISHED, help="head rankings; default: the published ones")
     parser.add_argument("--out", type=Path, default=Path("plan.json"))

@@ -16,8 +16,9 @@ from torch import Tensor
 from heatkv.core.geometry import CacheGeometry
 from heatkv.core.plan import Plan
 from heatkv.core.schedule import ScaleSchedule
-from heatkv.engine.arena_cache import KVCache, Turn
+from heatkv.engine.arena_cache import KVCache
 from heatkv.engine.layout import slots_in
+from heatkv.engine.turns import Turn
 from heatkv.errors import PlanError
 
 

@@ -141,7 +141,7 @@ def test_working_memory_by_layers_and_images(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "pixels", "channels"),
     [
-        ("var-d16", None, 256 * 256, 4 * 160),
+        ("var-d16", None, 256 * 256, 3 * 160),
         pytest.param("var-d36", None, 512 * 512, 3 * 160, marks=pytest.mark.slow),
         ("infinity-2b", "0.25M", 512 * 512, 4 * 128),
         pytest.param("infinity-8b", "1M", 1024 * 1024, 4 * 128, marks=pytest.mark.slow),

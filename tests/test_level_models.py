@@ -135,7 +135,7 @@ def check_generator(
         labels, sampler=RecordedTokens(codes), observe=keep("full"), decode=False
     )
     oracle = Unrotated(plan) if model.key_angles is not None else DenseLevels(plan)
-    arguments = (model, labels, oracle, RecordedTokens(codes), model.sampling, keep("oracle"), False)
+    arguments = (model, labels, oracle, RecordedTokens(codes), model.sampling, keep("oracle"))
     if isinstance(oracle, Unrotated):
         with oracle.watching(monkeypatch):
             run_scales(*arguments)

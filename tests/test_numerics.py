@@ -241,7 +241,7 @@ def test_overflowing_text_features() -> None:
     encoder, out = T5TextEncoder.__new__(T5TextEncoder), torch.zeros(2, 3, 4)
     tokens = SimpleNamespace(input_ids=torch.zeros(2, 3), attention_mask=torch.ones(2, 3), to=lambda device: tokens)
     out[1, 2, 0] = math.inf
-    encoder._tokenizer, encoder._encoder = Mock(return_value=tokens), Mock(return_value=(out,), dtype=torch.float16)
+    encoder._tokenizer, encoder._kept = Mock(return_value=tokens), Mock(return_value=(out,), dtype=torch.float16)
     with pytest.raises(NumericsError, match="not finite for 'a red dog'; float16 holds nothing above 65504"):
         encoder.encode(["a cat", "a red dog"])
     out[1, 2, 0] = 0

@@ -23,8 +23,9 @@ from heatkv.core.level_statistics import LevelStatistics, calibrated_bias
 from heatkv.core.plan import CachePlan, Plan
 from heatkv.core.schema import FloatArray
 from heatkv.core.statistics import Provenance, Statistics
-from heatkv.engine.arena_cache import ArenaCache, Turn
+from heatkv.engine.arena_cache import ArenaCache
 from heatkv.engine.open_cache import open_cache
+from heatkv.engine.turns import Turn
 from heatkv.errors import ModelError, StatisticsError
 from heatkv.models.infinity import rotation_angles
 

@@ -83,10 +83,7 @@ def generate(
     seed_of(seed, HeatKVError)
     whole(count, "count", HeatKVError, 1)
     following = None if follow is None else _check_following(follow, planning, graphs)
-    # the encoder's weights are gone before the transformer's come
-    texts = [*(prompt or []), *([] if negative is None else [negative])]
-    texts = texts if prompt and model_info(source.model).family == "infinity" else []
-    opened = open_model(source, running, texts)
+    opened = open_model(source, running, _texts(source.model, prompt or [], negative))
     if graphs:
         check_has_graphs(opened.model.device)
     wanted = _what_to_draw(opened, label or [], prompt or [], negative)
@@ -133,6 +130,12 @@ def _images_at_once(count: int, rows: int | None, plan: Path | None, opened: Ope
         most = load_plan(plan, geometry.head_dim).most_rows(str(opened.storage))
     fitting = AT_ONCE if most is None else max(1, most // opened.settings.rows_per_image)
     return min(AT_ONCE, fitting, -(-count // current().size))
+
+
+def _texts(model: str, prompts: list[str], negative: str | None) -> list[str]:
+    """What is encoded before the model's weights are read."""
+    drawn = prompts if model_info(model).family == "infinity" else []
+    return [*drawn, negative] if drawn and negative is not None else drawn
 
 
 def _what_to_draw(opened: Opened, labels: list[str], prompts: list[str], negative: str | None) -> list[tuple[Any, str]]:

@@ -26,7 +26,7 @@ from heatkv.policies.base import PlanningProblem
 from heatkv.policies.heatkv import HeatKV
 
 if TYPE_CHECKING:
-    from heatkv.profiling.analysis.fit import Fit
+    from heatkv.profiling.analysis.fit import Fit, Footprint
 
 
 def solve(
@@ -149,15 +149,13 @@ def fit(
     policy.check(problem)
     schedule = problem.geometry.schedule
     least = Fraction(schedule.offsets[policy.sink_scales], schedule.cached_tokens)
-    taken = footprint(
-        info, 1 if batch is None else batch, size=area, ratio=ratio, dtype=storage.compute, code=storage.code,
-        guided=guided, keep_text_encoder=keep_text_encoder, prompt_tokens=prompt_tokens,
+    taken, one = (
+        footprint(
+            info, images, size=area, ratio=ratio, dtype=storage.compute, code=storage.code, guided=guided,
+            keep_text_encoder=keep_text_encoder, prompt_tokens=prompt_tokens,
+        )
+        for images in (1 if batch is None else batch, 1)
     )  # fmt: skip
-    one = footprint(
-        info, 1, size=area, ratio=ratio, dtype=storage.compute, code=storage.code, guided=guided,
-        keep_text_encoder=keep_text_encoder, prompt_tokens=prompt_tokens,
-    )  # fmt: skip
-    tenth = max(least, Fraction(1, 10))
     if budget is None:
         found = largest_share(taken, available, least)
         answer = "the full cache fits" if found.share == 1 else f"the largest budget is {_percent(found.share)}"
@@ -168,11 +166,7 @@ def fit(
     head = [Fact("model", model), Fact("dtype", storage.compute), Fact("storage", str(storage)),
             Fact("schedule", str(schedule))]  # fmt: skip
     facts = [*head, *_fit_facts(found, replace(found, share=least).cache, policy.sink_scales)]
-    for name, share, label in (("full", Fraction(1), "with the full cache"), ("tenth", tenth, "at 10% of it")):
-        most = largest_batch(one, available, share)
-        facts.append(Fact(f"most_images_{name}", most.taken.images if most.fits else 0, f"images at once {label}"))
-    lowest = replace(largest_share(one, available, least), share=tenth).total
-    facts.append(Fact("one_image_bytes", lowest, "least memory for one image at 10%", f"{lowest / 2**30:.3f}"))
+    facts += _side_by_side(one, available, max(least, Fraction(1, 10)))
     title = f"{model} in {memory}: {found.taken.images} at once, {storage}"
     table = facts_table(title, facts, ("what", "GiB"))
     table.caption = (
@@ -186,6 +180,19 @@ def fit(
             f"{available / 2**30:.2f} GiB do not hold a batch of {found.taken.images} of {model}: with the cache "
             f"{held} it takes {found.total / 2**30:.2f} GiB"
         )
+
+
+def _side_by_side(one: Footprint, memory: int, tenth: Fraction) -> list[Fact]:
+    """The most images with the full cache and with a tenth of it, and the least memory for one, from its footprint."""
+    from heatkv.profiling.analysis.fit import Fit, largest_batch
+
+    full, most = (largest_batch(one, memory, share) for share in (Fraction(1), tenth))
+    lowest = Fit(one, memory, tenth).total
+    return [
+        Fact("most_images_full", full.taken.images if full.fits else 0, "images at once with the full cache"),
+        Fact("most_images_tenth", most.taken.images if most.fits else 0, "images at once at 10% of it"),
+        Fact("one_image_bytes", lowest, "least memory for one image at 10%", f"{lowest / 2**30:.3f}"),
+    ]
 
 
 def _fit_facts(found: Fit, sinks: int, sink_scales: int) -> list[Fact]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from heatkv.core.schema import IntArray, shown
 from heatkv.core.storage_type import CODES, torch_dtype
+from heatkv.engine.turns import Rows
 from heatkv.errors import PlanError
 
 LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -42,23 +43,6 @@ def decode(codes_RMD: Tensor, scales_RM: Tensor, dtype: torch.dtype) -> Tensor:
         largest = torch.finfo(dtype).max
         x_RMD = x_RMD.clamp_(-largest, largest)
     return x_RMD.to(dtype)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of some images among those of all: from each of `parts` equal parts, `count` from `first` on."""
-
-    parts: int
-    first: int
-    count: int
-
-    def of(self, x: Tensor, dim: int) -> Tensor:
-        """These rows as a view of a tensor that has all rows in `dim`: (..., F, B, ...)."""
-        view: Tensor = x.unflatten(dim, (self.parts, -1)).narrow(dim + 1, self.first, self.count)
-        return view
-
-    def __len__(self) -> int:
-        return self.parts * self.count
 
 
 @dataclass(frozen=True)

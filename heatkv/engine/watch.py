@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heatkv.core.geometry import CacheGeometry
-from heatkv.engine.store import Rows
+from heatkv.engine.turns import Rows
 from heatkv.errors import HeatKVError, NumericsError
 
 _FEW_TOKENS = 16

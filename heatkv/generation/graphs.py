@@ -9,13 +9,35 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 
 from heatkv.errors import GraphError
+from heatkv.models.sampling import Settings
 
 Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """Names a step: all of a scale, or what comes before or after a choice that is made between two steps, for the
+    images from `first` on.
+
+    `observed` says whether the logits are kept, `sampler` and `settings` how a whole step chooses.
+    """
+
+    scale: int
+    part: Literal["all", "logits", "accept"]
+    observed: bool = False
+    sampler: type | None = None
+    settings: Settings | None = None
+    first: int = 0
+
+    def __str__(self) -> str:
+        images = f", images from {self.first}" if self.first else ""
+        return f"scale {self.scale}" + (f" ({self.part})" if self.part != "all" else "") + images
 
 
 class StepRunner(Protocol):

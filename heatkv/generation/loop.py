@@ -29,7 +29,7 @@ from heatkv.engine.open_cache import open_cache
 from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
 from heatkv.engine.watch import logits_error
 from heatkv.errors import ModelError
-from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, StepRunner
+from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, StepKey, StepRunner
 from heatkv.generation.micro_batches import choose_micro_batch, decode_in_slices, images_at_once, step_bytes
 from heatkv.models.base import Drawing, ImageModel
 from heatkv.models.sampling import CommonRandomSampler, NoiseSampler, Sampler, Settings
@@ -49,26 +49,6 @@ class Drawn:
     tokens: tuple[Tensor, ...]
     f_hat_BZhw: Tensor
     images: Tensor | None
-
-
-@dataclass(frozen=True)
-class StepKey:
-    """Names a step: all of a scale, or what comes before or after a choice that is made between two steps, for the
-    images from `first` on.
-
-    `observed` says whether the logits are kept, `sampler` and `settings` how a whole step chooses.
-    """
-
-    scale: int
-    part: Literal["all", "logits", "accept"]
-    observed: bool = False
-    sampler: type | None = None
-    settings: Settings | None = None
-    first: int = 0
-
-    def __str__(self) -> str:
-        images = f", images from {self.first}" if self.first else ""
-        return f"scale {self.scale}" + (f" ({self.part})" if self.part != "all" else "") + images
 
 
 class _Buffers:
@@ -261,10 +241,10 @@ class Generator(Generic[Label]):
         if runner is None:
             runner = CUDAGraphRunner(model.device) if graphs else EagerRunner()
         self.runner: StepRunner = runner
-        each, self._code, self._attention = self.settings.rows_per_image, code, attention
+        self._code, self._attention = code, attention
         if micro_batch == "auto":
-            cache_bytes = plan.bytes(self.batch * each, str(StorageType.for_dtype(model.compute_dtype, code)))
-            self.micro_batch = choose_micro_batch(model, self.batch, each, cache_bytes)
+            each = self.settings.rows_per_image
+            self.micro_batch = choose_micro_batch(model, self.batch, each, self._planned_bytes)
         else:
             self.micro_batch = min(self.batch, whole(micro_batch, "micro_batch", ModelError, 1))
         self._buffers = _Buffers(
@@ -274,8 +254,7 @@ class Generator(Generic[Label]):
         self._drawing: Drawing[Label] | None = None
 
     def _open(self) -> ArenaCache:
-        model = self.model
-        each = self.settings.rows_per_image
+        model, each = self.model, self.settings.rows_per_image
         return open_cache(
             self.plan, self.batch * each, model.compute_dtype, model.device, model.key_angles,
             model.adapter.query_weight, self._code, self._attention, [each * n for n in self._buffers.at_once],
@@ -347,9 +326,13 @@ class Generator(Generic[Label]):
             return self._decode_batch
         each = self.settings.rows_per_image
         room = step_bytes(self.model, each * self.micro_batch)
-        if self._cache is None:
-            room += self.plan.bytes(self.batch * each, str(StorageType.for_dtype(self.model.compute_dtype, self._code)))
+        room += self._planned_bytes if self._cache is None else 0
         return max(1, room // self.model.decoding_bytes)
+
+    @property
+    def _planned_bytes(self) -> int:
+        rows, dtype = self.batch * self.settings.rows_per_image, self.model.compute_dtype
+        return self.plan.bytes(rows, str(StorageType.for_dtype(dtype, self._code)))
 
     def _begin(self, labels: Sequence[Label]) -> Drawing[Label]:
         """Images at their start; where steps are replayed, in the tensors of the images before."""

@@ -21,7 +21,7 @@ from heatkv.core.schema import seed_of, shown, whole
 from heatkv.core.statistics import Statistics
 from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import Attend
-from heatkv.engine.store import Rows
+from heatkv.engine.turns import Rows
 from heatkv.errors import ModelError
 from heatkv.models.adapter import ModelAdapter
 from heatkv.models.fingerprint import known_fingerprint

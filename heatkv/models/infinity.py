@@ -26,7 +26,7 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import Attend
 from heatkv.engine.attention.rotary import rotate, rotation_of
 from heatkv.engine.spans import FEED_FORWARD, layer_name, span
-from heatkv.engine.store import Rows
+from heatkv.engine.turns import Rows
 from heatkv.errors import ModelError
 from heatkv.models.var import (
     NORM_EPS,

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.arena_cache import Attend
 from heatkv.engine.spans import FEED_FORWARD, layer_name, span
-from heatkv.engine.store import Rows
+from heatkv.engine.turns import Rows
 from heatkv.models.adapter import BlockView, ModelAdapter
 
 MAX_LOG_SCALE = math.log(100)

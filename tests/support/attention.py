@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heatkv.core.plan import Plan
 from heatkv.engine.arena_cache import ArenaCache
-from heatkv.engine.store import Rows
+from heatkv.engine.turns import Rows
 
 Images = Sequence[Sequence[Sequence[Tensor]]]
 """images[t][l]: q, k and v of target t in layer l."""
