@@ -40,8 +40,8 @@ def peak(model: Any, plan: Any, images: int) -> dict[str, Any]:
             del pictures
     kept = sum(x.nbytes for x in drawn.tokens) + drawn.f_hat_BZhw.nbytes
     return {
-        "images": images, "policy": plan.policy, "cache_bytes": cache_bytes, "peak_bytes": ledger.peak, "drawing_bytes": drawing_bytes,
-        "codes_bytes": kept, "micro_batch": generator.micro_batch,
+        "images": images, "policy": plan.policy, "cache_bytes": cache_bytes, "peak_bytes": ledger.peak,
+        "drawing_bytes": drawing_bytes, "codes_bytes": kept, "micro_batch": generator.micro_batch,
     }  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def fit(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """What fits in a memory: weights, text encoder, working memory, and the largest budget or batch.
+    """What fits in a memory: weights, prompts, a step of the largest scale, and the largest budget or batch.
 
     What does not fit is shown in full as well, with what is missing; then the exit code is 2.
 
