@@ -303,11 +303,11 @@ class Generator(Generic[Label]):
             scales = _Scales(drawing, self.cache, sampler, self._buffers, self.runner, observe)
             tokens = scales.run(len(self.model.geometry.schedule))
             drawn = Drawn(tokens, drawing.f_hat.clone() if self.runner.replays else drawing.f_hat, None)
-            del drawing  # what prompts decided
+            scales.check()  # waits for the device
+            del drawing, scales  # what prompts decided
             if decode:
                 images = decode_in_slices(self.model.decode, drawn.f_hat_BZhw, self.decode_batch)
                 drawn = replace(drawn, images=images)
-            scales.check()  # waits for the device, so it comes last
         return drawn
 
     def pictures(self, drawn: Drawn) -> Iterator[Tensor]:
