@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from heatkv.core.schema import shown
 from heatkv.core.storage_type import StorageType
 from heatkv.errors import ModelError
 from heatkv.generation.loop import Generator
+from heatkv.generation.micro_batches import images_that_fit
 from heatkv.models.base import ImageModel, checked_run
 from heatkv.models.sampling import Settings
 
@@ -33,6 +34,14 @@ class GeneratorOptions(TypedDict, total=False):
     decode_batch: int | Literal["auto"]
 
 
+def images_under(model: ImageModel[Any], plan: CachePlan, rows_per_image: int, storage: str) -> int:
+    """Images at once where nothing else is asked for: AT_ONCE, or fewer where free memory, or a budget in bytes, has no
+    room for them."""
+    rows = plan.most_rows(storage)
+    most = AT_ONCE if rows is None else min(AT_ONCE, max(1, rows // rows_per_image))
+    return images_that_fit(model, rows_per_image, most, plan.bytes(rows_per_image, storage))
+
+
 def draw_batches(
     model: ImageModel[Label],
     labels: Iterable[Label | str] | Tensor,
@@ -47,8 +56,8 @@ def draw_batches(
     for. Beside the last batch's pictures there is no cache any more; those before it keep it for the next."""
     if batch is None:
         settings = options.get("settings") or model.sampling
-        rows = plan.most_rows(str(StorageType.for_dtype(model.compute_dtype, options.get("code"))))
-        batch = AT_ONCE if rows is None else min(AT_ONCE, max(1, rows // settings.rows_per_image))
+        storage = str(StorageType.for_dtype(model.compute_dtype, options.get("code")))
+        batch = images_under(model, plan, settings.rows_per_image, storage)
     seed, first_sample, batch, _ = checked_run(model, seed, first_sample, batch, None, None)
     if isinstance(labels, str) or not (values := list(labels)):
         raise ModelError(f"labels is {shown(labels)}; give a list with one label per image")
@@ -77,8 +86,8 @@ def generate(
     progress: Callable[[int], None] | None = None,
     **options: Unpack[GeneratorOptions],
 ) -> Tensor:
-    """Images (B, 3, H, W), RGB in [0, 1], one per label, drawn `batch` at a time: by default AT_ONCE, or as many as the
-    plan's budget has room for where that is one in bytes.
+    """Images (B, 3, H, W), RGB in [0, 1], one per label, drawn `batch` at a time: by default AT_ONCE, or as many as
+    free memory, or a budget in bytes, has room for.
 
     Labels are what `model.label` reads: numbers or names of classes, prompts or texts. `first_sample` numbers the first
     image for the random numbers; images do not depend on `batch` except for rounding. `progress` is called with how

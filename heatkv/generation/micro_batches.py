@@ -34,11 +34,13 @@ def choose_micro_batch(model: ImageModel[Any], batch: int, rows_per_image: int, 
     return max(1, min(batch, busy, (free_bytes(model.device) - cache_bytes) // 2 // step_bytes(model, rows_per_image)))
 
 
-def images_that_fit(model: ImageModel[Any], rows_per_image: int, most: int) -> int:
-    """How many images half of the free memory has room for at once, through every scale, with the full cache; from 1 to
-    `most`."""
-    each = model.geometry.full_bytes(rows_per_image, str(StorageType.for_dtype(model.compute_dtype)))
-    return max(1, min(most, free_bytes(model.device) // 2 // (each + step_bytes(model, rows_per_image))))
+def images_that_fit(model: ImageModel[Any], rows_per_image: int, most: int, cache_bytes: int | None = None) -> int:
+    """How many images half of the free memory has room for at once, from 1 to `most`: with caches of so many bytes
+    each, or with the full cache, all through every scale together, as measuring draws them."""
+    if cache_bytes is None:
+        cache_bytes = model.geometry.full_bytes(rows_per_image, str(StorageType.for_dtype(model.compute_dtype)))
+        cache_bytes += step_bytes(model, rows_per_image)
+    return max(1, min(most, free_bytes(model.device) // 2 // max(cache_bytes, 1)))
 
 
 def free_bytes(device: torch.device) -> int:
