@@ -30,7 +30,7 @@ from heatkv.core.plan_file import load_plan
 from heatkv.core.schema import seed_of, whole
 from heatkv.engine.open_cache import check_cache
 from heatkv.errors import FormatError, HeatKVError, ModelError, RanksError
-from heatkv.generation.batches import AT_ONCE, draw_batches
+from heatkv.generation.batches import AT_ONCE, draw_batches, images_under
 from heatkv.generation.graphs import check_has_graphs
 from heatkv.generation.images import image_grid
 from heatkv.generation.micro_batches import images_that_fit
@@ -120,19 +120,19 @@ def _say_written(facts: dict[str, Any], replaced: int, as_json: bool) -> None:
 
 
 def _images_at_once(count: int, rows: int | None, plan: Path | None, opened: Opened) -> int:
-    """Images in a batch: as many as fit the rows; else AT_ONCE, or what memory, with the full cache, and the budget of
-    a finished plan have room for, so that every rank has some."""
+    """Images in a batch: as many as fit the rows; else AT_ONCE, or what memory has room for under a finished plan or
+    with the full cache, so that every rank has some."""
     from heatkv.profiling.measure.subjects import images_of_rows
 
     if rows is not None:
         return min(count, images_of_rows(rows, opened.settings))
-    geometry, most, each = opened.model.geometry, None, opened.settings.rows_per_image
+    geometry, each, storage = opened.model.geometry, opened.settings.rows_per_image, str(opened.storage)
     if plan is not None:
-        most = load_plan(plan, geometry.head_dim).most_rows(str(opened.storage))
-    fitting = AT_ONCE if most is None else max(1, most // each)
-    in_memory = images_that_fit(opened.model, each, AT_ONCE, geometry.full_bytes(each, str(opened.storage)))
-    every_rank: list[int] = current().gather(in_memory)
-    return min(*every_rank, AT_ONCE, fitting, -(-count // current().size))
+        fitting = images_under(opened.model, load_plan(plan, geometry.head_dim), each, storage)
+    else:
+        fitting = images_that_fit(opened.model, each, AT_ONCE, geometry.full_bytes(each, storage))
+    every_rank: list[int] = current().gather(fitting)
+    return min(*every_rank, -(-count // current().size))
 
 
 def _texts(model: str, prompts: list[str], negative: str | None) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
-import torch
 from torch import Tensor
 
 from heatkv.core.plan import CachePlan
@@ -13,7 +12,7 @@ from heatkv.core.schema import shown
 from heatkv.core.storage_type import StorageType
 from heatkv.errors import ModelError
 from heatkv.generation.loop import Generator
-from heatkv.generation.micro_batches import images_that_fit
+from heatkv.generation.micro_batches import images_that_fit, joined
 from heatkv.models.base import ImageModel, checked_run
 from heatkv.models.sampling import Settings
 
@@ -95,12 +94,5 @@ def generate(
     ModelError for labels that the model does not have, and what Generator raises.
     """
     values = labels if isinstance(labels, str) else list(labels)
-    images_B3HW, done = torch.empty(0), 0
-    for drawn in draw_batches(model, values, plan, seed=seed, first_sample=first_sample, batch=batch, **options):
-        if not done:
-            images_B3HW = drawn.new_empty((len(values), *drawn.shape[1:]))
-        images_B3HW[done : done + len(drawn)] = drawn
-        done += len(drawn)
-        if progress is not None:
-            progress(done)
-    return images_B3HW
+    drawn = draw_batches(model, values, plan, seed=seed, first_sample=first_sample, batch=batch, **options)
+    return joined(drawn, len(values), progress)

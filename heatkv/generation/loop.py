@@ -26,11 +26,11 @@ from heatkv.core.schema import are_other_weights, whole
 from heatkv.core.storage_type import StorageType
 from heatkv.engine.arena_cache import ArenaCache, Attend
 from heatkv.engine.open_cache import open_cache
-from heatkv.engine.spans import DECODE, SAMPLING, scale_name, span
+from heatkv.engine.spans import SAMPLING, scale_name, span
 from heatkv.engine.watch import logits_error
 from heatkv.errors import ModelError
 from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, StepKey, StepRunner
-from heatkv.generation.micro_batches import choose_micro_batch, decode_in_slices, images_at_once, step_bytes
+from heatkv.generation.micro_batches import choose_micro_batch, decode_in_slices, images_at_once, slices, step_bytes
 from heatkv.models.base import Drawing, ImageModel
 from heatkv.models.sampling import CommonRandomSampler, NoiseSampler, Sampler, Settings
 
@@ -312,11 +312,7 @@ class Generator(Generic[Label]):
 
     def pictures(self, drawn: Drawn) -> Iterator[Tensor]:
         """The pictures of codes that this generator drew, (n, 3, H, W) each, a slice after the other."""
-        step = self.decode_batch
-        for first in range(0, len(drawn.f_hat_BZhw), step):
-            with torch.inference_mode(), span(DECODE):
-                images = self.model.decode(drawn.f_hat_BZhw[first : first + step])
-            yield images
+        return slices(self.model.decode, drawn.f_hat_BZhw, self.decode_batch)
 
     @property
     def decode_batch(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,16 +65,30 @@ def step_bytes(model: ImageModel[Any], rows: int) -> int:
     return rows * max(model.geometry.schedule.tokens) * numbers * 4
 
 
+def slices(decoder: Callable[[Tensor], Tensor], codes: Tensor, at_once: int) -> Iterator[Tensor]:
+    """What a decoder makes of codes, `at_once` images at a time."""
+    for first in range(0, len(codes), whole(at_once, "at_once", ModelError, 1)):
+        with span(DECODE):
+            pictures = decoder(codes[first : first + at_once])
+        yield pictures
+
+
+def joined(parts: Iterable[Tensor], count: int, progress: Callable[[int], object] | None = None) -> Tensor:
+    """Parts of `count` images as they come, in one tensor from the first on, so that there is no second copy of all."""
+    whole_BX, done = torch.empty(0), 0
+    for part_BX in parts:
+        if not done:
+            whole_BX = part_BX.new_empty((count, *part_BX.shape[1:]))
+        whole_BX[done : done + len(part_BX)] = part_BX
+        done += len(part_BX)
+        if progress is not None:
+            progress(done)
+    return whole_BX
+
+
 def decode_in_slices(decoder: Callable[[Tensor], Tensor], codes: Tensor, at_once: int = 1) -> Tensor:
     """What a decoder makes of codes, `at_once` images at a time: with one image's maps in memory, not a batch's.
 
-    `codes` are whatever the decoder takes, (B, ...); the pictures lie in one tensor from the first slice on.
+    `codes` are whatever the decoder takes, (B, ...). Raises ModelError for an `at_once` below 1.
     """
-    pictures = torch.empty(0)
-    for first in range(0, len(codes), whole(at_once, "at_once", ModelError, 1)):
-        with span(DECODE):
-            part = decoder(codes[first : first + at_once])
-        if not first:
-            pictures = part.new_empty((len(codes), *part.shape[1:]))
-        pictures[first : first + len(part)] = part
-    return pictures
+    return joined(slices(decoder, codes, at_once), len(codes))

@@ -123,6 +123,7 @@ class ImageModel(ABC, Generic[Label]):
         """Names the weights of transformer and decoder, whatever type they run in."""
         return "-".join(known_fingerprint(network) for network in (self.transformer, self.decoder))
 
+    @torch.inference_mode()
     def decode(self, f_hat_BZhw: Tensor) -> Tensor:
         """Sums of code features to pictures, (B, 3, H, W), RGB in [0, 1]."""
         images_B3HW: Tensor = self.decoder.decode(f_hat_BZhw)

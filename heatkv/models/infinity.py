@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -278,32 +279,24 @@ class Infinity(Transformer):
         With `positions`, at least as many as any text has, every row's own text takes so many, and there is a mask
         whatever the lengths, so that other texts have room in tensors of these shapes.
         """
-        places: dict[int, tuple[int, int]] = {}  # of every text: its first position, and how many it takes
-        pooled: dict[tuple[int, int], Tensor] = {}
-        texts, keys = [], []
-        for row, (source_ME, length) in enumerate(rows):
-            key = id(source_ME) if positions is None or source_ME is self.cfg_uncond else -1 - row
-            keys.append(key)
-            texts.append((key, source_ME))
-            places[key] = 0, positions or max(length, places.get(key, (0, 0))[1])
-        start, parts = 0, []
-        for key, source_ME in dict(texts).items():
-            size = places[key][1]
-            text_ME = self.text_norm(source_ME[:size].float())
-            parts.append(F.pad(text_ME, (0, 0, 0, size - len(text_ME))))
-            places[key] = start, size
-            start += size
-            for own, (_, length) in zip(keys, rows, strict=True):
-                if own == key and (key, length) not in pooled:
-                    pooled[key, length] = self.text_proj_for_sos["ca"](text_ME[:length])
-        lengths, on = [length for _, length in rows], self.cfg_uncond.device
+        sizes: dict[int, int] = {}  # positions that a text takes
+        keys = [id(x) if positions is None or x is self.cfg_uncond else -1 - row for row, (x, _) in enumerate(rows)]
+        lengths, on, pool = [length for _, length in rows], self.cfg_uncond.device, self.text_proj_for_sos["ca"]
+        for key, length in zip(keys, lengths, strict=True):
+            sizes[key] = positions or max(length, sizes.get(key, 0))
+        sources = {key: source_ME for key, (source_ME, _) in zip(keys, rows, strict=True)}
+        texts = {key: self.text_norm(sources[key][:size].float()) for key, size in sizes.items()}
+        padded = [F.pad(texts[key], (0, 0, 0, size - len(texts[key]))) for key, size in sizes.items()]
+        starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+        read = list(zip(keys, lengths, strict=True))
+        pooled = {(key, length): pool(texts[key][:length]) for key, length in dict.fromkeys(read)}
         numbers = torch.arange(positions or max(lengths))
         mask_RM = numbers < torch.tensor(lengths)[:, None]
-        at_RM = torch.tensor([places[key][0] for key in keys])[:, None] + numbers * mask_RM
+        at_RM = torch.tensor([starts[key] for key in keys])[:, None] + numbers * mask_RM
         masked = positions is not None or len(set(lengths)) > 1
         return ProjectedText(
-            torch.stack([pooled[key, length] for key, length in zip(keys, lengths, strict=True)]),
-            self.text_proj_for_ca(torch.cat(parts)),
+            torch.stack([pooled[text] for text in read]),
+            self.text_proj_for_ca(torch.cat(padded)),
             at_RM.to(on),
             mask_RM[:, None, None].to(on) if masked else None,
         )
