@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -91,10 +90,6 @@ class Page:
         result = self.command("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
-
-    def screenshot(self, path: Path, clip: dict[str, float] | None = None) -> None:
-        given = {} if clip is None else {"clip": clip | {"scale": 1}, "captureBeyondViewport": True}
-        path.write_bytes(base64.b64decode(self.command("Page.captureScreenshot", **given)["data"]))
 
 
 @contextmanager

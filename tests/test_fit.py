@@ -17,6 +17,7 @@ from heatkv.core.budget import Budget
 from heatkv.engine.arena_cache import KVCache
 from heatkv.errors import HeatKVError
 from heatkv.generation.loop import Generator
+from heatkv.generation.micro_batches import images_at_once
 from heatkv.models.catalogue import load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.text_conditional import TextConditionalModel
@@ -87,15 +88,16 @@ def test_footprint_of_infinity_2b() -> None:
     assert footprint(info, 1, size="0.25M").full_cache < taken.full_cache
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_attention_against_a_real_cache(guided: bool) -> None:
+@pytest.mark.parametrize(("images", "guided"), [(1, True), (9, False)])
+def test_attention_against_a_real_cache(images: int, guided: bool) -> None:
     """Tables and room for gathered heads of a real cache, which may be too much."""
-    images = 1
     for name, size in (("emoji", None), ("infinity-2b", "0.25M")):
         info = replace(model_info(name), layers=2)
         taken = footprint(info, images, size=size, dtype="float32", guided=guided)
         plan = Full().plan(PlanningProblem(info.geometry(size), Budget.parse("100%")))
-        cache = KVCache(plan, taken.rows, torch.float32, "meta")
+        each = taken.rows // images
+        at_once = [each * count for count in images_at_once(plan.schedule, images, 1)]
+        cache = KVCache(plan, taken.rows, torch.float32, "meta", rows_at_once=at_once)
         assert cache.index_bytes == taken.tables
         coded = footprint(info, images, size=size, dtype="float32", guided=guided, code="int8")
         sinks = Streaming(sink_scales=3).plan(PlanningProblem(info.geometry(size), Budget.parse("100%")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -17,9 +18,9 @@ from heatkv.core.budget import Budget
 from heatkv.core.plan import Plan
 from heatkv.engine.arena_cache import ArenaCache
 from heatkv.errors import ModelError, PlanError
-from heatkv.generation.batches import generate
+from heatkv.generation import loop, micro_batches
+from heatkv.generation.batches import draw_batches, generate
 from heatkv.generation.loop import Generator
-from heatkv.generation.micro_batches import images_at_once
 from heatkv.models.catalogue import load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import SamplingSettings
@@ -56,9 +57,42 @@ def test_micro_batches_and_slices(name: str) -> None:
                 drawn = generator.draw(labels, 3)
                 assert all(torch.equal(one, other) for one, other in zip(drawn.tokens, whole.tokens, strict=True))
                 torch.testing.assert_close(drawn.images, whole.images, rtol=0, atol=2e-6)
-            at_once = images_at_once(model.geometry.schedule, len(labels), micro_batch)
+            at_once = micro_batches.images_at_once(model.geometry.schedule, len(labels), micro_batch)
             assert (at_once[0], at_once[-1]) == (len(labels), micro_batch)
             assert runner.graphs == sum(-(-len(labels) // count) for count in at_once)
+
+
+def test_one_arena_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller last batch opens its cache when the former is gone, as is its own when its pictures come."""
+    model, opened, alive = small_classes(), loop.open_cache, list[weakref.ref[Any]]()
+
+    def open_cache(*given: Any) -> Any:
+        assert all(cache() is None for cache in alive)
+        alive.append(weakref.ref(cache := opened(*given)))
+        return cache
+
+    monkeypatch.setattr(loop, "open_cache", open_cache)
+    parts = []
+    for part in draw_batches(model, [1, 2, 3, 4, 5], model.plan(), batch=2, decode_batch=1):
+        parts.append(part)
+        assert (alive[-1]() is None) == (len(parts) == 5)
+    generator = Generator(model, model.plan(), 5, micro_batch=5)
+    whole = generator.draw([1, 2, 3, 4, 5]).images
+    assert [len(part) for part in parts] == [1] * 5
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=2e-6)
+    generator.give_back()
+    assert torch.equal(generator.draw([1, 2, 3, 4, 5]).images, whole)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("images", "fitting", "micro_batch"), [(0, 1, 1), (3, 3, 3), (1000, 16, 16)])
+def test_what_fits(images: int, fitting: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the free memory; what keeps a processor busy is 512 tokens, here of 16 images with two rows."""
+    model = small_classes()
+    full, step = model.geometry.full_bytes(2, "float32"), micro_batches.step_bytes(model, 2)
+    monkeypatch.setattr(micro_batches, "free_bytes", lambda _: 2 * images * (full + step))
+    assert micro_batches.images_that_fit(model, 2, 16) == fitting
+    monkeypatch.setattr(micro_batches, "free_bytes", lambda _: 2 * images * step + full)
+    assert micro_batches.choose_micro_batch(model, 20, 2, full) == micro_batch
 
 
 @pytest.mark.parametrize("budget", ["100%", "30%"])

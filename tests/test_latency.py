@@ -25,7 +25,7 @@ from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.profiling.measure import environment, latency
 from heatkv.profiling.measure.environment import load_of, timing_machine
 from heatkv.profiling.measure.latency import latency_of, measure_breakdown, measure_interleaved, median_interval, turns
-from heatkv.profiling.measure.runner import measure_latency
+from heatkv.profiling.measure.runner import _that_fit, measure_latency
 from heatkv.profiling.measure.subjects import Subject, plan_subjects
 from heatkv.profiling.measure.trace import save_trace
 from heatkv.profiling.results.row import Latency, Load
@@ -161,6 +161,17 @@ def test_trace_names_scales_layers_and_phases_inside_each_other(emoji: ClassCond
     in_scales, in_layers = [scale_name(scale) for scale in scales], [layer_name(layer) for layer in layers]
     assert all(within(name, in_scales) for name in (*in_layers, "sampling"))
     assert all(within(phase, in_layers) for phase in ("attention", "cache update", "feed-forward"))
+
+
+def test_subjects_that_fit_together() -> None:
+    def subject(size: int) -> Any:
+        return SimpleNamespace(plans=[SimpleNamespace(bytes=lambda rows, storage: size * rows)], storage="float32")
+
+    subjects = [subject(size) for size in (4, 3, 2, 9, 1)]
+    for memory, sizes in ((14, [2, 1, 1, 1]), (38, [5]), (0, [1] * 5)):
+        groups = _that_fit(subjects, 2, memory)
+        assert [len(group) for group in groups] == sizes
+        assert list(itertools.chain(*groups)) == subjects
 
 
 def test_viewers_open_a_trace(trace: Path, tmp_path: Path) -> None:
