@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.tape import TapeRunner
 from support.tiny_models import features, small_classes, small_prompts, tiny_infinity
+from torch import Tensor
 
 from heatkv.calibration.run import calibrate
 from heatkv.core.budget import Budget
@@ -25,6 +26,7 @@ from heatkv.models.catalogue import load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import SamplingSettings
 from heatkv.models.text_conditional import Prompt
+from heatkv.models.var import FeedForward
 from heatkv.policies.base import PlanningProblem, StaticPolicy, make_policy
 from heatkv.policies.scalekv import ScaleKV
 from heatkv.policies.windows import Full
@@ -60,6 +62,25 @@ def test_micro_batches_and_slices(name: str) -> None:
             at_once = micro_batches.images_at_once(model.geometry.schedule, len(labels), micro_batch)
             assert (at_once[0], at_once[-1]) == (len(labels), micro_batch)
             assert runner.graphs == sum(-(-len(labels) // count) for count in at_once)
+
+
+@pytest.mark.parametrize("kind", ["classes", "prompts"])
+def test_queries_are_gone_when_the_feed_forward_layer_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_classes() if kind == "classes" else small_prompts()
+    seen, attend, forward = list[weakref.ref[Any]](), ArenaCache.attend, FeedForward.forward
+
+    def watched(self: ArenaCache, layer: int, *qkv: Tensor) -> Tensor:
+        seen.extend(map(weakref.ref, qkv))
+        return attend(self, layer, *qkv)
+
+    def run(self: FeedForward, u_RNC: Tensor) -> Tensor:
+        assert all(x() is None for x in seen)
+        return forward(self, u_RNC)
+
+    monkeypatch.setattr(ArenaCache, "attend", watched)
+    monkeypatch.setattr(FeedForward, "forward", run)
+    Generator(model, model.plan(), 1).draw([3 if kind == "classes" else Prompt(features(4))], decode=False)
+    assert seen
 
 
 def test_one_arena_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

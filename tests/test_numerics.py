@@ -39,7 +39,8 @@ from heatkv.core.io import read_json
 from heatkv.core.schedule import ScaleSchedule
 from heatkv.engine.attention import triton_launch
 from heatkv.engine.open_cache import open_cache
-from heatkv.engine.watch import finite, naming_samples, run_deterministically
+from heatkv.engine.turns import Rows
+from heatkv.engine.watch import Watch, finite, naming_samples, run_deterministically
 from heatkv.errors import HeatKVError, NumericsError
 from heatkv.generation.loop import Generator
 from heatkv.models.base import ImageModel
@@ -235,6 +236,18 @@ def test_a_tensor_is_finite_when_all_of_it_is(dtype: torch.dtype) -> None:
     x[2, 5] = math.nan
     assert not finite(x)
     assert finite(torch.arange(3))
+
+
+def test_images_that_run_apart_are_named() -> None:
+    watch, rows = Watch(GEOMETRY, 6, torch.float32, torch.device("cpu")), Rows(2, 1, 2)
+    x_RHND = torch.zeros(4, GEOMETRY.heads, 1, GEOMETRY.head_dim)
+    broken_RHND = x_RHND.clone()
+    broken_RHND[3] = math.nan  # the second half of the last of three images
+    watch.see(1, 0, x_RHND, broken_RHND, x_RHND, rows)
+    found = watch.first(3)
+    assert found is not None
+    assert (found[0], found[1].image) == (1, 2)
+    assert "k of layer 0" in str(found[1])
 
 
 def test_overflowing_text_features() -> None:

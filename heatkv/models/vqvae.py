@@ -115,7 +115,7 @@ class ResidualBlock(nn.Module):
         maps.clear()
         # in place, as fresh memory for a large map costs more than the operation itself
         h = self.conv1(F.silu(h, inplace=True))
-        h = normalised(self.norm2, h)
+        h = self.norm2(h)
         h = self.conv2(F.silu(h, inplace=True))
         maps.append(h.add_(shortcut))
 
