@@ -22,6 +22,7 @@ from heatkv.errors import ModelError, PlanError
 from heatkv.generation import loop, micro_batches
 from heatkv.generation.batches import draw_batches, generate
 from heatkv.generation.loop import Generator
+from heatkv.generation.micro_batches import decode_in_slices
 from heatkv.models.catalogue import load_model, model_info
 from heatkv.models.class_conditional import ClassConditionalModel
 from heatkv.models.sampling import SamplingSettings
@@ -101,8 +102,15 @@ def test_one_arena_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = generator.draw([1, 2, 3, 4, 5]).images
     assert [len(part) for part in parts] == [1] * 5
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=2e-6)
-    generator.give_back()
-    assert torch.equal(generator.draw([1, 2, 3, 4, 5]).images, whole)  # type: ignore[arg-type]
+    monkeypatch.setattr(loop, "free_bytes", lambda _: model.decoding_bytes - 1)
+    again = generator.draw([1, 2, 3, 4, 5])
+    assert alive[-1]() is None  # no room beside the arena
+    torch.testing.assert_close(again.images, whole, rtol=0, atol=2e-6)
+    torch.testing.assert_close(generator.draw([1, 2, 3, 4, 5]).images, whole, rtol=0, atol=2e-6)
+    decoder = torch.nn.Conv2d(2, 3, 1)  # of a stranger: with gradients, unless nobody asks for them
+    pictures = decode_in_slices(decoder, torch.ones(5, 2, 4, 4), 2)
+    assert torch.equal(pictures, decoder(torch.ones(5, 2, 4, 4)))
+    assert not pictures.requires_grad
 
 
 @pytest.mark.parametrize(("images", "fitting", "micro_batch"), [(0, 1, 1), (3, 3, 3), (1000, 16, 16)])

@@ -133,8 +133,8 @@ def test_prompts_of_other_lengths_leave_a_prompt_alone(tiny: TextConditionalMode
     drawn = Generator(tiny, tiny.plan(), 3).draw(prompts, seed=3)
     together = draw_logits(tiny, prompts, drawn.tokens)
     # keys and values of their own positions, and of the longest learnt half once
-    texts = tiny.transformer.project_text(tiny.begin(prompts, tiny.sampling)._texts(prompts))
-    assert len(texts.text_SC) == 4 + 9 + 20 + 15 + 20
+    _, text_SC = tiny.transformer.project_text(tiny.begin(prompts, tiny.sampling)._texts(prompts))
+    assert len(text_SC) == 4 + 9 + 20 + 15 + 20
     for i, prompt in enumerate(prompts):
         alone = draw_logits(tiny, [prompt], tuple(bits[i : i + 1] for bits in drawn.tokens))
         for mixed, single in zip(together, alone, strict=True):

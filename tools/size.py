@@ -33,7 +33,7 @@ heatkv/models: sampling
 """The modules that explain the whole idea, in the order in which docs/reading-path.md presents them."""
 LIMITS = {
     "lines of product": 22_990,
-    "lines of tests": 19_580,
+    "lines of tests": 19_588,
     "modules in the fullest folder": 14,
     "options of the command line": 120,
     f"functions over {LONGEST} lines": 2,

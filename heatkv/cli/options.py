@@ -46,7 +46,8 @@ Cfg = Annotated[
     float | None, typer.Option("--cfg", help="guidance strength; default: the model's; none is 0, for Infinity 1")
 ]
 Rows = Annotated[
-    int | None, typer.Option("--rows", help="cache rows; guidance takes two per image (default: one image)")
+    int | None,
+    typer.Option("--rows", help="cache rows, two an image with guidance; default: solve 2, generate what fits"),
 ]
 RowsList = Annotated[
     str | None,

@@ -177,8 +177,8 @@ def fit(
     if not found.fits:
         held = f"of the {policy.sink_scales} sink scales alone" if budget is None else f"at {_percent(found.share)}"
         raise HeatKVError(
-            f"{available / 2**30:.2f} GiB do not hold a batch of {found.taken.images} of {model}: with the cache "
-            f"{held} it takes {found.total / 2**30:.2f} GiB"
+            f"{memory} do not hold a batch of {found.taken.images} of {model}: with the cache {held} it takes "
+            f"{math.ceil(found.total / 2**30 * 100) / 100:.2f} GiB"
         )
 
 

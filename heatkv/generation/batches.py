@@ -52,7 +52,7 @@ def draw_batches(
     **options: Unpack[GeneratorOptions],
 ) -> Iterator[Tensor]:
     """The images of `generate`, (n, 3, H, W) at a time as they are decoded; raises its errors when the first is asked
-    for. Beside the last batch's pictures there is no cache any more; those before it keep it for the next."""
+    for. The last batch is decoded without a cache; those before it keep it for the next where there is room."""
     if batch is None:
         settings = options.get("settings") or model.sampling
         storage = str(StorageType.for_dtype(model.compute_dtype, options.get("code")))
@@ -71,6 +71,7 @@ def draw_batches(
         drawn = generator.draw(part, seed, samples, decode=False)
         if first + batch >= len(ids):
             generator.give_back()
+        generator.make_room()
         yield from generator.pictures(drawn)
 
 

@@ -30,7 +30,14 @@ from heatkv.engine.spans import SAMPLING, scale_name, span
 from heatkv.engine.watch import logits_error
 from heatkv.errors import ModelError
 from heatkv.generation.graphs import CUDAGraphRunner, EagerRunner, StepKey, StepRunner
-from heatkv.generation.micro_batches import choose_micro_batch, decode_in_slices, images_at_once, slices, step_bytes
+from heatkv.generation.micro_batches import (
+    choose_micro_batch,
+    decode_in_slices,
+    free_bytes,
+    images_at_once,
+    slices,
+    step_bytes,
+)
 from heatkv.models.base import Drawing, ImageModel
 from heatkv.models.sampling import CommonRandomSampler, NoiseSampler, Sampler, Settings
 
@@ -273,6 +280,11 @@ class Generator(Generic[Label]):
         self._cache = self._drawing = None
         self._buffers = _Buffers(self.model, self.batch, self._buffers.at_once)
 
+    def make_room(self) -> None:
+        """`give_back`, where there is no room beside the arena to decode a picture."""
+        if free_bytes(self.model.device) < self.model.decoding_bytes:
+            self.give_back()
+
     def draw(
         self,
         labels: Sequence[Label],
@@ -306,6 +318,7 @@ class Generator(Generic[Label]):
             scales.check()  # waits for the device
             del drawing, scales  # what prompts decided
             if decode:
+                self.make_room()
                 images = decode_in_slices(self.model.decode, drawn.f_hat_BZhw, self.decode_batch)
                 drawn = replace(drawn, images=images)
         return drawn

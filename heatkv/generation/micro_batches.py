@@ -14,6 +14,7 @@ from heatkv.core.schedule import ScaleSchedule
 from heatkv.core.schema import whole
 from heatkv.core.storage_type import StorageType
 from heatkv.engine.spans import DECODE, span
+from heatkv.engine.watch import is_deterministic
 from heatkv.errors import ModelError
 from heatkv.models.base import ImageModel
 
@@ -44,7 +45,10 @@ def images_that_fit(model: ImageModel[Any], rows_per_image: int, most: int, cach
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free on a device; on hosts that do not tell, as much as any model wants."""
+    """What is free on a device. On hosts that do not tell, and where the same bits are wanted every time, which other
+    batches would change, as much as any model wants."""
+    if is_deterministic():
+        return 1 << 50
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     with suppress(OSError):
@@ -55,10 +59,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def step_bytes(model: ImageModel[Any], rows: int) -> int:
-    """About what a step of the largest scale takes beside the cache: the residual stream, q, k and v, the widest layer
-    and the logits, with what is made of each."""
-    transformer, (choices, codes) = model.transformer, model.choices
-    block = next(transformer.layers())
+    """About what a step of the largest scale takes: residual stream, q, k, v, the widest layer and logits."""
+    block, (choices, codes) = next(model.transformer.layers()), model.choices
     width: int = block.attention.proj.out_features
     hidden: int = block.ffn.fc1.out_features
     numbers = 8 * width + hidden + 3 * choices * codes
@@ -68,7 +70,7 @@ def step_bytes(model: ImageModel[Any], rows: int) -> int:
 def slices(decoder: Callable[[Tensor], Tensor], codes: Tensor, at_once: int) -> Iterator[Tensor]:
     """What a decoder makes of codes, `at_once` images at a time."""
     for first in range(0, len(codes), whole(at_once, "at_once", ModelError, 1)):
-        with span(DECODE):
+        with span(DECODE), torch.no_grad():
             pictures = decoder(codes[first : first + at_once])
         yield pictures
 

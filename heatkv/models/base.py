@@ -40,10 +40,10 @@ class Drawing(ABC, Generic[Label]):
     features so far, (B, Z, h, w), to which scales are added in place.
     """
 
-    def __init__(self, settings: Settings, scales: int, f_hat_BZhw: Tensor) -> None:
-        self._settings, self._scales, self.f_hat = settings, scales, f_hat_BZhw
-        self.rows = Rows(settings.rows_per_image, 0, len(f_hat_BZhw))
-        self.scale = 0
+    def __init__(self, model: ImageModel[Label], settings: Settings, images: int) -> None:
+        self._settings, self._scales, self.scale = settings, len(model.geometry.schedule), 0
+        self.f_hat = torch.zeros((images, *model.latent_shape), device=model.device)
+        self.rows = Rows(settings.rows_per_image, 0, images)
 
     def part(self, scale: int, first: int, count: int) -> Self:
         """Some of these images at a scale: what it does is done to these."""
@@ -131,8 +131,15 @@ class ImageModel(ABC, Generic[Label]):
 
     @property
     @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sum of code features."""
+
+    @property
     def decoding_bytes(self) -> int:
         """About what decoding one picture takes at most."""
+        _, height, width = self.latent_shape
+        found: int = self.decoder.config.decoding_bytes(height, width)
+        return found
 
     @property
     def device(self) -> torch.device:

@@ -40,9 +40,9 @@ class ClassConditionalModel(base.ImageModel[int]):
         return self.vqvae
 
     @property
-    def decoding_bytes(self) -> int:
-        side = self.transformer.config.patch_sides[-1]
-        return self.vqvae.config.decoding_bytes(side, side)
+    def latent_shape(self) -> tuple[int, int, int]:
+        config = self.transformer.config
+        return config.z_channels, config.patch_sides[-1], config.patch_sides[-1]
 
     @property
     def geometry(self) -> CacheGeometry:
@@ -92,9 +92,7 @@ class Drawing(base.Drawing[int]):
     """Images of classes on their way."""
 
     def __init__(self, model: ClassConditionalModel, labels: Sequence[int], settings: Settings) -> None:
-        config = model.transformer.config
-        shape = len(labels), config.z_channels, config.patch_sides[-1], config.patch_sides[-1]
-        super().__init__(settings, len(model.transformer.schedule), torch.zeros(shape, device=model.device))
+        super().__init__(model, settings, len(labels))
         self._model = model
         self._condition = self._condition_for(labels)
 

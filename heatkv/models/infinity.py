@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from itertools import accumulate
@@ -187,16 +187,6 @@ class TextCondition:
         return own_rows(x_RX, self.rows)
 
 
-@dataclass(frozen=True)
-class ProjectedText:
-    """Text of rows: the pooled vector of each, the projection of all texts, (S, C), and what a row reads of it."""
-
-    pooled_RC: Tensor
-    text_SC: Tensor
-    at_RM: Tensor
-    mask_R11M: Tensor | None
-
-
 PromptKeys = tuple[Tensor, Tensor, Tensor | None]
 """What cross attention reads in a layer: `keys_values`, `at_RM` and `mask_R11M` of TextCondition."""
 
@@ -273,8 +263,8 @@ class Infinity(Transformer):
             )
         return self.cfg_uncond, positions
 
-    def project_text(self, rows: Sequence[RowText], positions: int | None = None) -> ProjectedText:
-        """Text of every row to what all layers share of it.
+    def project_text(self, rows: Sequence[RowText], positions: int | None = None) -> tuple[TextCondition, Tensor]:
+        """Text of every row to a condition without what layers make of it, and the projection of all texts, (S, C).
 
         With `positions`, at least as many as any text has, every row's own text takes so many, and there is a mask
         whatever the lengths, so that other texts have room in tensors of these shapes.
@@ -284,8 +274,8 @@ class Infinity(Transformer):
         lengths, on, pool = [length for _, length in rows], self.cfg_uncond.device, self.text_proj_for_sos["ca"]
         for key, length in zip(keys, lengths, strict=True):
             sizes[key] = positions or max(length, sizes.get(key, 0))
-        sources = {key: source_ME for key, (source_ME, _) in zip(keys, rows, strict=True)}
-        texts = {key: self.text_norm(sources[key][:size].float()) for key, size in sizes.items()}
+        sources = dict(zip(keys, rows, strict=True))
+        texts = {key: self.text_norm(sources[key][0][:size].float()) for key, size in sizes.items()}
         padded = [F.pad(texts[key], (0, 0, 0, size - len(texts[key]))) for key, size in sizes.items()]
         starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
         read = list(zip(keys, lengths, strict=True))
@@ -294,24 +284,21 @@ class Infinity(Transformer):
         mask_RM = numbers < torch.tensor(lengths)[:, None]
         at_RM = torch.tensor([starts[key] for key in keys])[:, None] + numbers * mask_RM
         masked = positions is not None or len(set(lengths)) > 1
-        return ProjectedText(
-            torch.stack([pooled[text] for text in read]),
-            self.text_proj_for_ca(torch.cat(padded)),
-            at_RM.to(on),
-            mask_RM[:, None, None].to(on) if masked else None,
-        )
+        mask_R11M = mask_RM[:, None, None].to(on) if masked else None
+        condition = TextCondition(torch.stack([pooled[text] for text in read]), (), (), at_RM.to(on), mask_R11M)
+        return condition, self.text_proj_for_ca(torch.cat(padded))
 
     def condition(self, rows: Sequence[RowText], positions: int | None = None) -> TextCondition:
         """Text of every row to what the blocks need of it; `positions` as in `project_text`."""
-        text = self.project_text(rows, positions)
-        modulations, keys_values = zip(*self._layer_conditions(text), strict=True)
-        return TextCondition(text.pooled_RC, modulations, keys_values, text.at_RM, text.mask_R11M)
+        condition, text_SC = self.project_text(rows, positions)
+        modulations, keys_values = zip(*self._layer_conditions(condition.pooled_RC, text_SC), strict=True)
+        return replace(condition, modulations=modulations, keys_values=keys_values)
 
-    def _layer_conditions(self, text: ProjectedText) -> Iterator[tuple[Tensor, Tensor]]:
+    def _layer_conditions(self, pooled_RC: Tensor, text_SC: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Modulations, and keys and values of the texts, layer by layer."""
-        shared = self.shared_ada_lin(text.pooled_RC).view(-1, 1, 6, self.config.width)
+        shared = self.shared_ada_lin(pooled_RC).view(-1, 1, 6, self.config.width)
         for block in self.layers():
-            yield (shared + block.ada_gss).transpose(1, 2), block.ca.keys_and_values(text.text_SC)
+            yield (shared + block.ada_gss).transpose(1, 2), block.ca.keys_and_values(text_SC)
 
     def condition_again(self, condition: TextCondition, rows: Sequence[RowText]) -> bool:
         """Put other texts into a condition that was made with `positions`; layer by layer, so that there is never a
@@ -319,15 +306,15 @@ class Infinity(Transformer):
         most = condition.at_RM.shape[1]
         if condition.mask_R11M is None or any(length > most for _, length in rows):
             return False
-        text = self.project_text(rows, most)
-        if len(text.text_SC) > len(condition.keys_values[0]):  # more rows have texts of their own
+        other, text_SC = self.project_text(rows, most)
+        if len(text_SC) > len(condition.keys_values[0]):  # more rows have texts of their own
             return False
-        assert text.mask_R11M is not None
-        condition.pooled_RC.copy_(text.pooled_RC)
-        condition.at_RM.copy_(text.at_RM)
-        condition.mask_R11M.copy_(text.mask_R11M)
+        assert other.mask_R11M is not None
+        condition.pooled_RC.copy_(other.pooled_RC)
+        condition.at_RM.copy_(other.at_RM)
+        condition.mask_R11M.copy_(other.mask_R11M)
         held = zip(condition.modulations, condition.keys_values, strict=True)
-        for (own, own_kv), (new, kv) in zip(held, self._layer_conditions(text), strict=True):
+        for (own, own_kv), (new, kv) in zip(held, self._layer_conditions(other.pooled_RC, text_SC), strict=True):
             own.copy_(new)
             own_kv[: len(kv)] = kv
         return True

@@ -82,8 +82,8 @@ class TextConditionalModel(base.ImageModel[Prompt]):
         return self.vae
 
     @property
-    def decoding_bytes(self) -> int:
-        return self.vae.config.decoding_bytes(*self.latent_size(-1))
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.vae.config.z_channels, *self.latent_size(-1)
 
     @property
     def patch(self) -> int:
@@ -184,8 +184,7 @@ class Drawing(base.Drawing[Prompt]):
     def __init__(
         self, model: TextConditionalModel, prompts: Sequence[Prompt], settings: Settings, reusable: bool = False
     ) -> None:
-        shape = len(prompts), model.vae.config.z_channels, *model.latent_size(-1)
-        super().__init__(settings, len(model.schedule), torch.zeros(shape, device=model.device))
+        super().__init__(model, settings, len(prompts))
         self._model = model
         texts = self._texts(prompts)
         longest = max(length for _, length in texts)

@@ -151,11 +151,11 @@ def prompt_bytes(model: _Shapes, images: int, guided: bool, prompt_tokens: int) 
     return live - kept.f_hat.nbytes
 
 
-def drawing_bytes(model: _Shapes, images: int, guided: bool, prompt_tokens: int, micro_batch: int = 1) -> int:
+def drawing_bytes(model: _Shapes, images: int, guided: bool, prompt_tokens: int) -> int:
     """Peak of all tensors but weights and cache, from the labels to the codes."""
     with torch.inference_mode(), FusedAttention(), torch.device("meta"):
         settings = _settings(model, guided)
-        generator: Generator[Any] = Generator(model, model.full_plan(), images, settings, micro_batch=micro_batch)
+        generator: Generator[Any] = Generator(model, model.full_plan(), images, settings, micro_batch=1)
         with TensorLedger() as ledger:
             generator.draw(_labels(model, images, prompt_tokens), decode=False)
     return int(ledger.peak)

@@ -260,12 +260,9 @@ class FidelityBench:
             if getattr(plans[0], name) is not None
         }
         samples = {"kl": mean(kl), "top1_agreement": mean(top1)} | similarities
+        no_ssim = "torchmetrics not installed, or pictures below 6 x 6" if self.pictures else NO_PICTURES
         reasons = {
-            "ssim": None
-            if "ssim" in similarities
-            else "torchmetrics not installed, or pictures below 6 x 6"
-            if self.pictures
-            else NO_PICTURES,
+            "ssim": None if "ssim" in similarities else no_ssim,
             "lpips": self._lpips if isinstance(self._lpips, str) else None,
             "fid": why_no_fid(self.pictures),
         }

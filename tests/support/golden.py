@@ -178,10 +178,10 @@ def check_infinity_run(
 
     cache = Recording(KVCache(plan, batch * settings.rows_per_image))
     drawing = model.begin(prompts, settings)
-    text = transformer.project_text(drawing._texts(prompts))
+    text, text_SC = transformer.project_text(drawing._texts(prompts))
     compare("cond_BD", text.pooled_RC, EMBEDDED)
     read = slice(None) if text.mask_R11M is None else text.mask_R11M.flatten()
-    compare("ca_kv", text.text_SC[text.at_RM.flatten()[read]], EMBEDDED)
+    compare("ca_kv", text_SC[text.at_RM.flatten()[read]], EMBEDDED)
     inputs = [drawing.input()[:batch]]
     rotations = [infinity.rotation_table(model.schedule, scale, transformer.config.head_dim) for scale in range(scales)]
     for scale, (_, height, width) in enumerate(model.schedule.scales):
