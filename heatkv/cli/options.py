@@ -51,10 +51,8 @@ Rows = Annotated[
 ]
 RowsList = Annotated[
     str | None,
-    typer.Option(
-        "--rows", help="cache rows, separated by commas; guidance takes two per image (default: one image)"
-    ),
-]  # fmt: skip
+    typer.Option("--rows", help="cache rows, comma-separated, two an image with guidance; default: one image"),
+]
 Dtype = Annotated[
     str,
     typer.Option(
