@@ -115,12 +115,12 @@ def test_one_arena_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("images", "fitting", "micro_batch"), [(0, 1, 1), (3, 3, 3), (1000, 16, 16)])
 def test_what_fits(images: int, fitting: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the free memory; what keeps a processor busy is 512 tokens, here of 16 images with two rows."""
+    """Half of the memory; what keeps a processor busy is 512 tokens, here of 16 images with two rows."""
     model = small_classes()
     full, step = model.geometry.full_bytes(2, "float32"), micro_batches.step_bytes(model, 2)
-    monkeypatch.setattr(micro_batches, "free_bytes", lambda _: 2 * images * (full + step))
+    monkeypatch.setattr(micro_batches, "_memory", lambda *_: 2 * images * (full + step))
     assert micro_batches.images_that_fit(model, 2, 16) == fitting
-    monkeypatch.setattr(micro_batches, "free_bytes", lambda _: 2 * images * step + full)
+    monkeypatch.setattr(micro_batches, "_memory", lambda *_: 2 * images * step + full)
     assert micro_batches.choose_micro_batch(model, 20, 2, full) == micro_batch
 
 

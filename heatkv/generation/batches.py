@@ -34,7 +34,7 @@ class GeneratorOptions(TypedDict, total=False):
 
 
 def images_under(model: ImageModel[Any], plan: CachePlan, rows_per_image: int, storage: str) -> int:
-    """Images at once where nothing else is asked for: AT_ONCE, or fewer where free memory, or a budget in bytes, has no
+    """Images at once where nothing else is asked for: AT_ONCE, or fewer where memory, or a budget in bytes, has no
     room for them."""
     rows = plan.most_rows(storage)
     most = AT_ONCE if rows is None else min(AT_ONCE, max(1, rows // rows_per_image))
@@ -87,7 +87,7 @@ def generate(
     **options: Unpack[GeneratorOptions],
 ) -> Tensor:
     """Images (B, 3, H, W), RGB in [0, 1], one per label, drawn `batch` at a time: by default AT_ONCE, or as many as
-    free memory, or a budget in bytes, has room for.
+    memory, or a budget in bytes, has room for.
 
     Labels are what `model.label` reads: numbers or names of classes, prompts or texts. `first_sample` numbers the first
     image for the random numbers; images do not depend on `batch` except for rounding. `progress` is called with how

@@ -36,24 +36,26 @@ def choose_micro_batch(model: ImageModel[Any], batch: int, rows_per_image: int, 
 
 
 def images_that_fit(model: ImageModel[Any], rows_per_image: int, most: int, cache_bytes: int | None = None) -> int:
-    """How many images half of the free memory has room for at once, from 1 to `most`: with caches of so many bytes
-    each, or with the full cache, all through every scale together, as measuring draws them."""
+    """How many images half of the device's memory has room for at once, from 1 to `most`, the same at any time: with
+    caches of so many bytes each, or with the full cache, all through every scale together, as measuring draws them."""
     if cache_bytes is None:
-        cache_bytes = model.geometry.full_bytes(rows_per_image, str(StorageType.for_dtype(model.compute_dtype)))
-        cache_bytes += step_bytes(model, rows_per_image)
-    return max(1, min(most, free_bytes(model.device) // 2 // max(cache_bytes, 1)))
+        storage = str(StorageType.for_dtype(model.compute_dtype))
+        cache_bytes = model.geometry.full_bytes(rows_per_image, storage) + step_bytes(model, rows_per_image)
+    return max(1, min(most, _memory(model.device, "MemTotal") // 2 // max(cache_bytes, 1)))
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free on a device. On hosts that do not tell, and where the same bits are wanted every time, which other
-    batches would change, as much as any model wants."""
-    if is_deterministic():
-        return 1 << 50
+    """What is free on a device now; all that it has where the same bits are wanted every time."""
+    return _memory(device, "MemTotal" if is_deterministic() else "MemAvailable")
+
+
+def _memory(device: torch.device, name: str) -> int:
+    """Bytes by Linux's name for them; on hosts that do not tell, as many as any model wants."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[name == "MemTotal"])
     with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) << 10
     return 1 << 50
 
@@ -61,9 +63,7 @@ def free_bytes(device: torch.device) -> int:
 def step_bytes(model: ImageModel[Any], rows: int) -> int:
     """About what a step of the largest scale takes: residual stream, q, k, v, the widest layer and logits."""
     block, (choices, codes) = next(model.transformer.layers()), model.choices
-    width: int = block.attention.proj.out_features
-    hidden: int = block.ffn.fc1.out_features
-    numbers = 8 * width + hidden + 3 * choices * codes
+    numbers: int = 8 * block.attention.proj.out_features + block.ffn.fc1.out_features + 3 * choices * codes
     return rows * max(model.geometry.schedule.tokens) * numbers * 4
 
 
